@@ -1,0 +1,45 @@
+"""NEO's own flags, joined to Megatron's parser. Everything else keeps Megatron's name and meaning."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+
+@dataclass
+class NeoModelArguments:
+    """The model."""
+
+    neo_model: str = "tiny"
+    """Sizes: neo-2b, neo-9b, tiny, or a directory with the config.json of a NEO checkpoint in Hugging Face form.
+    Megatron's size flags (--hidden-size, --num-layers, ...) change single ones."""
+
+    pre_buffer_num_layers: int = 0
+    """How many of --num-layers form the pre-buffer. Default: as in --neo-model."""
+
+    patch_embedding_size: int = 0
+    """Channels of the patch embedding. Default: as in --neo-model."""
+
+    pre_buffer_pipeline_stages: int = 0
+    """Puts the embeddings and the pre-buffer on this many pipeline stages of their own. Default: Megatron's flags
+    decide where stages begin."""
+
+
+@dataclass
+class NeoTrainingArguments:
+    """The training."""
+
+    training_stage: Literal[1, 2, 3] = 2
+    """1 pre-training (the patch embedding, the pre-buffer and the h/w parts of the post-LLM train), 2 mid-training,
+    3 SFT (all trains). Sets learning rate, schedule and AdamW as published; Megatron's flags change single ones."""
+
+    loss_weighting: Literal["square", "sample", "token"] = "square"
+    """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1."""
+
+
+def add_neo_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Adds a group of flags for each dataclass above."""
+    ArgumentGroupFactory(NeoModelArguments).build_group(parser, "NEO model")
+    ArgumentGroupFactory(NeoTrainingArguments).build_group(parser, "NEO training")
+    return parser

@@ -1,0 +1,199 @@
+"""Runs Megatron on a machine without a GPU: "cuda" comes to mean "cpu". The only place that patches anything.
+
+A program calls `install()` before it imports `megatron.core`, or `install_training()` before it imports
+`megatron.training` as well. With a GPU both leave everything alone, but for the one patch marked so.
+
+Every patched name is looked up first, and the versions are checked: another version of torch or Megatron-Core ends in
+one sentence instead of training wrongly. That the patched stack trains rightly is held by `tests/distributed`.
+"""
+
+import importlib.metadata
+import logging
+import os
+import warnings
+from functools import cache, partial
+from typing import Any
+
+# Megatron decorates small functions with torch.compile; on a CPU each costs a minute of C++ building. Read on import.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.overrides import TorchFunctionMode
+
+MEGATRON_VERSION = "0.19.2"
+TORCH_VERSION = "2.11"
+
+
+def on_cpu() -> bool:
+    """Whether this process trains without a GPU. Asked of the real driver: `install` changes what torch.cuda says."""
+    return not torch.cuda.is_available()
+
+
+def argument_defaults() -> dict[str, Any]:
+    """Megatron arguments that a CPU needs, so that no user has to name one."""
+    if not on_cpu():
+        return {}
+    return {
+        "distributed_backend": "gloo",
+        "transformer_impl": "local",
+        # Fused kernels of apex and Transformer Engine.
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "no_persist_layer_norm": True,
+        "masked_softmax_fusion": False,
+        # The optimizer's state can then be resharded on load; Megatron's default layout needs its fused Adam.
+        "dist_ckpt_optim_fully_reshardable": True,
+    }
+
+
+class CudaIsCpu(TorchFunctionMode):
+    """Rewrites every cuda placement that goes through a torch function into a cpu placement."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:  # x.cuda() -> x
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):  # torch.zeros(..., device="cuda")
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):  # x.to("cuda")
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if kwargs.get("pin_memory"):  # pinned memory is a matter between host and GPU
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW that keeps its state as the FusedAdam of apex and Transformer Engine do: `step` per group, not per tensor.
+
+    Over `torch.optim.AdamW` Megatron's distributed optimizer saves checkpoints that it cannot load.
+    """
+
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, capturable=False):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.update = adamw if adam_w_mode else adam
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            first, second = ([self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq"))
+            steps = [torch.tensor(float(group.get("step", 0))) for _ in parameters]
+            self.update(
+                parameters,
+                [p.grad for p in parameters],
+                first,
+                second,
+                [],
+                steps,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            group["step"] = group.get("step", 0) + 1
+
+
+@cache
+def install() -> None:
+    """Prepares torch and `megatron.core`.
+
+    Raises:
+        RuntimeError: another version of torch or Megatron-Core is installed than this module was written for.
+    """
+    if not on_cpu():
+        return
+    _check_versions()
+    CudaIsCpu().__enter__()
+    # torch.cpu is torch's own stand-in: current_device() is "cpu", streams do nothing. Wrapped, because torch refuses
+    # one function object under two names.
+    for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
+        stand_in = getattr(torch.cpu, name)
+        _patch(torch.cuda, name, lambda *args, _stand_in=stand_in, **kwargs: _stand_in(*args, **kwargs))
+    _patch(torch.cuda, "Stream", type("Stream", (torch.cpu.Stream,), {}))  # a class: libraries annotate with it
+    _patch(torch.cuda, "empty_cache", lambda: None)
+    # The CPU's generator is "the" generator of the device.
+    for module in (torch.cuda, torch.cuda.random):
+        _patch(module, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+        _patch(module, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _patch(torch.cuda, "manual_seed", torch.manual_seed)
+
+    # Megatron says in ten places that apex and Transformer Engine are absent; here they are absent by design.
+    for message in ("Transformer Engine and Apex are not", "Apex is not installed", "Only transformer-engine"):
+        warnings.filterwarnings("ignore", message=message)
+    # It would also warn, at every random initialisation, that the two generators which are one here changed together.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+    import megatron.core.optimizer as optimizer
+    import megatron.core.tensor_parallel.random as random
+
+    # Writes into torch.cuda.default_generators, which are absent.
+    _patch(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # Tests `fp8 is not None` over a default of False, and would then need Transformer Engine.
+    if random.CheckpointWithoutOutput.__init__.__defaults__ != (False,):
+        raise _changed("CheckpointWithoutOutput.__init__'s default")
+    random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+    _patch(optimizer, "Adam", Adam)
+    _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+
+
+def require() -> None:
+    """Raises RuntimeError, with the remedy, where Megatron would run on a CPU without `install`."""
+    if on_cpu() and not install.cache_info().currsize:
+        raise RuntimeError("no GPU: call neo_megatron.cpu_platform.install() before importing megatron.core")
+
+
+@cache
+def install_training() -> None:
+    """Prepares `megatron.training`, on top of `install`."""
+    install()
+    import megatron.core.datasets.utils as dataset_utils
+
+    # On a GPU too: runs `make` in site-packages, but the wheel ships the compiled helper and no Makefile.
+    _patch(dataset_utils, "compile_helpers", lambda: None)
+    if not on_cpu():
+        return
+    from megatron.training import arguments, training
+
+    # Reads device properties. From 10 on Megatron also drops its rule about CUDA_DEVICE_MAX_CONNECTIONS.
+    _patch(arguments, "get_device_arch_version", lambda: 10)
+    # Asserts a GPU unless told not to.
+    _patch(training, "initialize_megatron", partial(training.initialize_megatron, allow_no_cuda=True))
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _patch(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        raise _changed(f"{owner.__name__}.{name}")
+    setattr(owner, name, value)
+
+
+def _check_versions() -> None:
+    megatron = importlib.metadata.version("megatron-core")
+    if megatron != MEGATRON_VERSION or not torch.__version__.startswith(TORCH_VERSION + "."):
+        raise _changed(f"megatron-core {megatron} with torch {torch.__version__}")
+
+
+def _changed(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"cannot run Megatron on a CPU: {what} is not what neo_megatron was written for; "
+        f"pip install 'megatron-core=={MEGATRON_VERSION}' 'torch=={TORCH_VERSION}.*'"
+    )

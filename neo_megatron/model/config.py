@@ -1,0 +1,166 @@
+"""The sizes of a NEO: one description for flags, modules, converters and tests; to and from the HF `config.json`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NeoSizes:
+    """Everything that fixes the shapes and the constants of a NEO.
+
+    Args:
+        hidden_size: width of the decoder.
+        ffn_hidden_size: width of the SwiGLU.
+        num_attention_heads: query heads.
+        num_query_groups: key-value heads.
+        head_dim: width of a value head; query and key heads are twice as wide (half for t, a quarter each for h, w).
+        pre_buffer_layers: decoder layers in front of the post-LLM.
+        post_llm_layers: decoder layers that come from the language model.
+        vocab_size: rows of the embedding and of the head.
+        tie_word_embeddings: embedding and head are one parameter.
+        patch_embedding_size: channels between the two projections of the patch embedding.
+        rope_theta, rope_theta_hw, rope_theta_patch: rotary bases of t, of h and w, and of the patch embedding.
+        min_pixels, max_pixels: limits of a resized picture.
+        image_start_token_id, image_context_token_id: ids of ``<img>`` and ``<IMG_CONTEXT>``.
+    """
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    pre_buffer_layers: int
+    post_llm_layers: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    patch_embedding_size: int
+    patch_size: int = 16
+    merge_size: int = 2
+    rope_theta: float = 1e6
+    rope_theta_hw: float = 1e4
+    rope_theta_patch: float = 1e4
+    norm_epsilon: float = 1e-6
+    max_positions: int = 40960
+    max_positions_hw: int = 10000
+    min_pixels: int = 65536
+    max_pixels: int = 4194304
+    image_start_token_id: int = 151670
+    image_context_token_id: int = 151669
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups "
+                f"({self.num_query_groups})"
+            )
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 4: h and w rotate halves of half of it")
+        if self.patch_embedding_size % 4:
+            raise ValueError(f"patch_embedding_size ({self.patch_embedding_size}) must be a multiple of 4")
+        if (self.patch_size, self.merge_size) != (16, 2):
+            raise ValueError(
+                f"patch_size {self.patch_size} with merge_size {self.merge_size}: NEO is defined for 16 and 2 only"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return self.pre_buffer_layers + self.post_llm_layers
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "NeoSizes":
+        """Reads the published `config.json` (``model_type: neo_chat``), its values plain or in one-element lists."""
+        try:
+            llm, vision = config["llm_config"], config["vision_config"]
+            value = {key: _scalar(item) for key, item in {**llm, **vision}.items()}
+            downsample = float(_scalar(vision["downsample_ratio"]))
+            return cls(
+                hidden_size=_scalar(llm["hidden_size"]),
+                ffn_hidden_size=value["intermediate_size"],
+                num_attention_heads=value["num_attention_heads"],
+                num_query_groups=value["num_key_value_heads"],
+                head_dim=value["head_dim"],
+                pre_buffer_layers=value["extra_num_layers"],
+                post_llm_layers=value["num_hidden_layers"] - value["extra_num_layers"],
+                vocab_size=value["vocab_size"],
+                tie_word_embeddings=bool(
+                    _scalar(config.get("tie_word_embeddings", value.get("tie_word_embeddings", False)))
+                ),
+                patch_embedding_size=_scalar(vision["hidden_size"]),
+                patch_size=value["patch_size"],
+                merge_size=round(1 / downsample),
+                rope_theta=float(value["rope_theta"]),
+                rope_theta_hw=float(value["rope_theta_hw"]),
+                rope_theta_patch=float(value.get("rope_theta_vision", 1e4)),
+                norm_epsilon=value["rms_norm_eps"],
+                max_positions=value["max_position_embeddings"],
+                max_positions_hw=value.get("max_position_embeddings_hw", 10000),
+                min_pixels=value.get("min_pixels", 65536),
+                max_pixels=value.get("max_pixels", 4194304),
+                image_start_token_id=_scalar(config.get("img_start_token_id", 151670)),
+                image_context_token_id=_scalar(config.get("img_context_token_id", 151669)),
+            )
+        except KeyError as missing:
+            raise ValueError(f"not a NEO config.json: key {missing} is missing") from missing
+
+    @classmethod
+    def from_hf_directory(cls, directory: str | Path) -> "NeoSizes":
+        return cls.from_hf(json.loads((Path(directory) / "config.json").read_text()))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The published `config.json`, all values plain scalars."""
+        return {
+            "architectures": ["NEOChatModel"],
+            "model_type": "neo_chat",
+            "downsample_ratio": 1 / self.merge_size,
+            "template": "neo1_0",
+            "hidden_size": self.hidden_size,
+            "img_start_token_id": self.image_start_token_id,
+            "img_context_token_id": self.image_context_token_id,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "llm_config": {
+                "architectures": ["Qwen3ForCausalLM"],
+                "model_type": "qwen3",
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "extra_num_layers": self.pre_buffer_layers,
+                "head_dim": self.head_dim,
+                "hidden_act": "silu",
+                "hidden_size": self.hidden_size,
+                "initializer_range": 0.02,
+                "intermediate_size": self.ffn_hidden_size,
+                "max_position_embeddings": self.max_positions,
+                "max_position_embeddings_hw": self.max_positions_hw,
+                "num_attention_heads": self.num_attention_heads,
+                "num_hidden_layers": self.num_layers,
+                "num_key_value_heads": self.num_query_groups,
+                "rms_norm_eps": self.norm_epsilon,
+                "rope_theta": self.rope_theta,
+                "rope_theta_hw": self.rope_theta_hw,
+                "tie_word_embeddings": self.tie_word_embeddings,
+                "use_cache": True,
+                "vocab_size": self.vocab_size,
+            },
+            "vision_config": {
+                "model_type": "neo_vision",
+                "downsample_ratio": 1 / self.merge_size,
+                "hidden_size": self.patch_embedding_size,
+                "llm_hidden_size": self.hidden_size,
+                "max_pixels": self.max_pixels,
+                "max_position_embeddings_vision": 10000,
+                "min_pixels": self.min_pixels,
+                "num_channels": 3,
+                "patch_size": self.patch_size,
+                "rope_theta_vision": self.rope_theta_patch,
+            },
+        }
+
+    def replace(self, **changes: Any) -> "NeoSizes":
+        return dataclasses.replace(self, **changes)
+
+
+def _scalar(value: Any) -> Any:
+    """A released config wraps some numbers in one-element lists."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -1,0 +1,73 @@
+"""What trains in which stage, by explicit module names.
+
+Stage 1 teaches a language model to see without touching what it knows: the patch embedding and the pre-buffer train
+whole, the post-LLM only in what is new to it. Stages 2 and 3 train everything. Source: NEO (arXiv 2510.14979), 3.3.
+"""
+
+import torch
+
+from neo_megatron.model.transformer_config import NeoConfig
+
+# Modules of a post-LLM layer that stage 1 trains.
+NATIVE_MODULES = (
+    "self_attention.linear_qk_hw",
+    "self_attention.q_layernorm_h",
+    "self_attention.q_layernorm_w",
+    "self_attention.k_layernorm_h",
+    "self_attention.k_layernorm_w",
+)
+
+
+def freeze_for_stage(model: torch.nn.Module, stage: int) -> None:
+    """Sets ``requires_grad`` of every parameter of this pipeline stage's part of the model.
+
+    Args:
+        model: a `NeoModel`; its layers know their number in the whole model.
+        stage: 1, 2 or 3.
+
+    Raises:
+        LookupError: a module that stage 1 is to train does not exist (its name has changed).
+    """
+    if stage in (2, 3):
+        model.requires_grad_(True)
+        return
+    if stage != 1:
+        raise ValueError(f"--training-stage {stage}: stages are 1, 2 and 3")
+    config: NeoConfig = model.config
+    model.requires_grad_(False)
+    if model.pre_process:
+        _unfreeze(model, "patch_embedding")
+    for layer in model.decoder.layers:
+        if layer.layer_number <= config.sizes.pre_buffer_layers:
+            layer.requires_grad_(True)
+        else:
+            for name in NATIVE_MODULES:
+                _unfreeze(layer, name)
+
+
+def _unfreeze(parent: torch.nn.Module, name: str) -> None:
+    module = dict(parent.named_modules()).get(name)
+    if module is None or not any(True for _ in module.parameters()):
+        raise LookupError(
+            f"stage 1 trains {name!r}, but {type(parent).__name__} has no such module with parameters: "
+            "freeze.py and the model disagree about names"
+        )
+    module.requires_grad_(True)
+
+
+def describe_trainable(model: torch.nn.Module) -> str:
+    """A line per kind of module, layers folded together: how many parameters train, of how many on this rank."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        kind, first_layer = name, None
+        if name.startswith("decoder.layers."):
+            _, _, index, kind = name.split(".", 3)
+            number = model.decoder.layers[int(index)].layer_number
+            first_layer = "pre-buffer" if number <= model.config.sizes.pre_buffer_layers else "post-LLM"
+        label = f"{first_layer} {kind}" if first_layer else kind
+        row = rows.setdefault(label, [0, 0])
+        row[0] += parameter.numel() if parameter.requires_grad else 0
+        row[1] += parameter.numel()
+    total = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = [f"  {trained:>14,} of {all_:>14,}  {label}" for label, (trained, all_) in rows.items()]
+    return "\n".join(["trainable parameters on this rank:", *lines, f"  {total[0]:>14,} of {total[1]:>14,}  all"])

@@ -1,0 +1,112 @@
+"""The modules a decoder layer is built from: Megatron's own (`local`) or Transformer Engine's.
+
+Both specs give the same parameter shapes and, in a distributed checkpoint, the same names.
+"""
+
+from functools import partial
+
+import torch
+from megatron.core.extensions.transformer_engine import (
+    HAVE_TE,
+    TEColumnParallelLinear,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from neo_megatron.model.native_attention import NativeSelfAttention, NativeSelfAttentionSubmodules
+from neo_megatron.model.transformer_config import NeoConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """PyTorch's RMSNorm where Megatron expects a norm; unlike `WrappedTorchNorm` it runs under sequence parallelism."""
+
+    def __init__(self, config: NeoConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Each rank normalises its part of the sequence: Megatron sums the gradients over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def decoder_spec(
+    config: NeoConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm, for `config.transformer_impl`.
+
+    Raises:
+        ModuleNotFoundError: Transformer Engine is asked for and not installed.
+    """
+    if config.transformer_impl == "local":
+        layer, norm = local_layer_spec(), RMSNorm
+    else:
+        layer, norm = transformer_engine_layer_spec(), TENorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def local_layer_spec() -> ModuleSpec:
+    """Megatron's tensor-parallel linear layers and PyTorch's RMSNorm: runs everywhere."""
+    return _layer_spec(
+        attention=NativeSelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            linear_qk_hw=ColumnParallelLinear,
+            linear_proj=RowParallelLinear,
+            qk_layernorm=RMSNorm,
+        ),
+        mlp=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        input_norm=RMSNorm,
+        pre_mlp_norm=RMSNorm,
+        checkpoint_names={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    )
+
+
+def transformer_engine_layer_spec() -> ModuleSpec:
+    """Transformer Engine's linear layers (FP8) and norms; attention stays NEO's own, no TE kernel has its mask."""
+    if not HAVE_TE:
+        raise ModuleNotFoundError(
+            "--transformer-impl transformer_engine needs Transformer Engine: "
+            "pip install 'neo-megatron[te]', or choose --transformer-impl local"
+        )
+    return _layer_spec(
+        attention=NativeSelfAttentionSubmodules(
+            linear_qkv=TEColumnParallelLinear,
+            linear_qk_hw=TEColumnParallelLinear,
+            linear_proj=TERowParallelLinear,
+            qk_layernorm=TENorm,
+        ),
+        mlp=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
+        input_norm=TENorm,
+        pre_mlp_norm=IdentityOp,
+        checkpoint_names={},
+    )
+
+
+def _layer_spec(
+    attention: NativeSelfAttentionSubmodules,
+    mlp: MLPSubmodules,
+    input_norm: type,
+    pre_mlp_norm: type,
+    checkpoint_names: dict[str, str],
+) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=input_norm,
+            self_attention=ModuleSpec(module=NativeSelfAttention, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=pre_mlp_norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+            # Norms are stored under the names of Megatron's fused layers, as its GPT models store them.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                **checkpoint_names,
+            },
+        ),
+    )

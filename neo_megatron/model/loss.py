@@ -1,0 +1,47 @@
+"""The loss: weighted cross entropy over trained positions, normalised over the whole global batch.
+
+    loss = sum_i w_i * nll_i / sum_i w_i      over all micro-batches and all data-parallel ranks
+
+Megatron's `calculate_per_token_loss` does this for weights of one: its schedule adds up an integer count of tokens,
+and `finalize_model_grads` divides the gradients by the count of the global batch. NEO's weights are fractions, so the
+sum of weights is kept here and handed to the same `finalize_model_grads` in place of the count.
+"""
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+
+class WeightedLoss:
+    """Reduces the losses of a micro-batch and remembers the sum of weights until the gradients are finalised."""
+
+    def __init__(self) -> None:
+        self._weight_sum: Tensor | None = None
+
+    def __call__(self, weight_M: Tensor, nll_M: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What Megatron's schedules take from a loss function.
+
+        Args:
+            weight_M: float32 ``[M]``, weight of each trained position; M may be 0.
+            nll_M: float32 ``[M]``, cross entropy of each trained position.
+
+        Returns:
+            The weighted sum (to differentiate), the number of trained positions, and, to log, sum and weight.
+        """
+        loss, weight = (weight_M * nll_M).sum(), weight_M.sum()
+        if torch.is_grad_enabled():
+            self._weight_sum = weight if self._weight_sum is None else self._weight_sum + weight
+        # The schedule scales `loss` in place, hence the copy for the log.
+        report = torch.stack((loss.detach(), weight))
+        return loss, torch.tensor(nll_M.numel(), dtype=torch.int, device=nll_M.device), {"lm loss": report}
+
+    def finalize_model_grads(self, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
+        """Reduces the gradients as Megatron does and divides them by the global sum of weights.
+
+        Only the last pipeline stage holds a sum; Megatron broadcasts it to the others. A sum is never between 0 and 1:
+        one trained sample alone adds at least 1 in every weighting, so Megatron's guard against 0 changes nothing else.
+        """
+        weight_sum, self._weight_sum = self._weight_sum, None
+        if weight_sum is None:
+            weight_sum = torch.zeros((), dtype=torch.float32, device=num_tokens.device)
+        finalize_model_grads(model, weight_sum, **groups)

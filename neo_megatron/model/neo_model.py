@@ -1,0 +1,172 @@
+"""NEO: word and patch embeddings -> one decoder -> head, aware of its pipeline stage.
+
+Shape suffixes: B packs of a micro-batch, T tokens of a pack, S tokens of a pack held by this rank under sequence
+parallelism (T otherwise), C image tokens, M trained positions, H hidden size, V vocabulary.
+"""
+
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import Fp8Recipe
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from neo_megatron.model.core_attention import build_mask
+from neo_megatron.model.layer_specs import decoder_spec
+from neo_megatron.model.mask import AttentionRule
+from neo_megatron.model.native_attention import PackContext
+from neo_megatron.model.native_rope import NativeRotary
+from neo_megatron.model.patch_embedding import PatchEmbedding
+from neo_megatron.model.transformer_config import NeoConfig
+
+
+class NeoModel(LanguageModule):
+    """The layers of one pipeline stage; the first also embeds, the last also has the head and the loss.
+
+    Pre-buffer and post-LLM layers are one stack: `decoder.layers` in the order of the checkpoint, pre-buffer first.
+    """
+
+    def __init__(
+        self,
+        config: NeoConfig,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        sizes = config.sizes
+        self.share_embeddings_and_output_weights = sizes.tie_word_embeddings
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=sizes.vocab_size,
+                max_sequence_length=sizes.max_positions,
+                position_embedding_type="none",
+                tp_group=self.pg_collection.tp,
+            )
+            self.patch_embedding = PatchEmbedding(config)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=decoder_spec(config, vp_stage=vp_stage, pp_rank=self.pg_collection.pp.rank()),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                sizes.hidden_size,
+                sizes.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and sizes.tie_word_embeddings,
+                # Trained positions are picked out of the whole sequence, so `_head_input` communicates, not the layer.
+                disable_grad_reduce=True,
+                tp_group=self.pg_collection.tp,
+            )
+            self.output_layer.sequence_parallel = False
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        self.register_load_state_dict_post_hook(_forgive_missing_extra_state)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """What a distributed checkpoint holds: the parameters, under one name for every layout and implementation.
+
+        Linear layers also offer an `_extra_state`. But for FP8 with delayed scaling it is empty and left out, so that a
+        checkpoint moves freely between the local and the Transformer Engine layers.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.fp8 and self.config.fp8_recipe == Fp8Recipe.delayed:
+            return state
+        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Receives the hidden states ``[S, B, H]`` of the previous pipeline stage (called by Megatron's schedules)."""
+        (tensor,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(
+        self,
+        *,
+        tokens: Tensor,
+        positions_thw: Tensor,
+        document: Tensor,
+        image: Tensor,
+        patches: Tensor | None = None,
+        cell_index: Tensor | None = None,
+        cell_position: Tensor | None = None,
+        target_index: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """One micro-batch through this pipeline stage.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            positions_thw: integers ``[B, T, 3]``.
+            document, image: int32 ``[B, T]``, see `mask.py`.
+            patches: uint8 ``[C, 4, 768]`` in 2x2-block order; read on the first stage only.
+            cell_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states that the cells are written to.
+            cell_position: integers ``[C, 2]``, row and column of each cell in the merged grid of its picture.
+            target_index: int64 ``[M]``, rows of the flattened ``[T * B]`` hidden states whose next token is trained.
+            targets: int64 ``[M]``, those next tokens.
+
+        Returns:
+            Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[T * B, V / tp]``.
+            Other stages: hidden states ``[S, B, H]``.
+        """
+        hidden = self._embed(tokens, patches, cell_index, cell_position) if self.pre_process else None
+        config = self.config
+        context = PackContext(
+            rotary=NativeRotary.from_positions(
+                positions_thw, config.kv_channels, config.sizes.rope_theta, config.sizes.rope_theta_hw
+            ),
+            mask=build_mask(AttentionRule(document, image)),
+        )
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
+        if not self.post_process:
+            return hidden
+        rows = self._head_input(hidden)
+        if target_index is not None:
+            rows = rows.index_select(0, target_index)
+        shared_weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(rows, weight=shared_weight)
+        if targets is None:
+            return logits
+        # Megatron's cross entropy computes in float32 whatever the dtype of the logits; it takes [rows, 1, V / tp].
+        return tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], targets[:, None]).squeeze(1)
+
+    def _embed(self, tokens: Tensor, patches: Tensor, cell_index: Tensor, cell_position: Tensor) -> Tensor:
+        """Word embeddings ``[S, B, H]`` with the cells of the pictures written over the `<IMG_CONTEXT>` tokens.
+
+        Without any picture the patch embedding still runs, on zero cells: its gradients are then zero, not missing,
+        which Megatron's gradient buckets rely on.
+        """
+        hidden = self.embedding(input_ids=tokens, position_ids=None)
+        cells = self.patch_embedding(patches, row_C=cell_position[:, 0], column_C=cell_position[:, 1])
+        flat = hidden.flatten(0, 1).index_copy(0, cell_index, cells.to(hidden.dtype))
+        return flat.view_as(hidden)
+
+    def _head_input(self, hidden_SBH: Tensor) -> Tensor:
+        """``[S, B, H]`` -> ``[T * B, H]`` on every tensor-parallel rank, gradients summed on the way back."""
+        if self.config.sequence_parallel:
+            whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+        else:
+            whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+        return whole.flatten(0, 1)
+
+
+def _forgive_missing_extra_state(_module: LanguageModule, incompatible_keys) -> None:
+    """Lets strict loading pass over what `sharded_state_dict` leaves out."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if not name.endswith("_extra_state")]

@@ -1,0 +1,124 @@
+"""NEO's `TransformerConfig`: Megatron's, with the sizes that only NEO has and the settings that make a layer NEO's."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from neo_megatron import cpu_platform
+from neo_megatron.model.config import NeoSizes
+
+
+@dataclass
+class NeoConfig(TransformerConfig):
+    """Built from Megatron's arguments by `core_transformer_config_from_args(args, NeoConfig)`.
+
+    Raises:
+        ValueError: the tensor-parallel size does not divide heads or vocabulary, or context parallelism is asked for.
+    """
+
+    neo_sizes: dict[str, Any] = field(default_factory=dict)
+    """`dataclasses.asdict` of the `NeoSizes`; a plain dict, because arguments are stored in checkpoints."""
+
+    normalization: str = "RMSNorm"
+    activation_func: Callable = silu
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    qk_layernorm: bool = True
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+    @classmethod
+    def from_sizes(cls, sizes: NeoSizes, **settings: Any) -> "NeoConfig":
+        """A config without a command line; `settings` are fields of `TransformerConfig`: parallel sizes, dtypes, ..."""
+        return cls(
+            neo_sizes=asdict(sizes),
+            num_layers=sizes.num_layers,
+            hidden_size=sizes.hidden_size,
+            ffn_hidden_size=sizes.ffn_hidden_size,
+            num_attention_heads=sizes.num_attention_heads,
+            num_query_groups=sizes.num_query_groups,
+            kv_channels=sizes.head_dim,
+            layernorm_epsilon=sizes.norm_epsilon,
+            **settings,
+        )
+
+    def __post_init__(self) -> None:
+        cpu_platform.require()
+        # Layers are separate tensors in a checkpoint: stage 1 has optimizer state for some layers' matrices only.
+        self.hetereogenous_dist_checkpoint = True
+        # Loss and gradient are normalised over the global batch, see loss.py.
+        self.calculate_per_token_loss = True
+        super().__post_init__()
+        # NEO draws all projections from one distribution; Megatron would narrow the output projections by depth.
+        self.output_layer_init_method = self.init_method
+        self.sizes = NeoSizes(**self.neo_sizes)
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        tensor_parallel = self.tensor_model_parallel_size
+        for what, count in (
+            ("query heads", self.sizes.num_attention_heads),
+            ("key-value heads", self.sizes.num_query_groups),
+            ("vocabulary rows", self.sizes.vocab_size),
+        ):
+            if count % tensor_parallel:
+                raise ValueError(
+                    f"--tensor-model-parallel-size {tensor_parallel} does not divide the {count} {what} of this model: "
+                    "choose a size that does"
+                )
+        if self.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {self.context_parallel_size}: context parallelism is not supported yet; "
+                "use --sequence-parallel with tensor parallelism to shorten each rank's part of the sequence"
+            )
+
+
+def megatron_arguments(sizes: NeoSizes) -> dict[str, Any]:
+    """The sizes under the names of Megatron's arguments, with the flags that make a Megatron decoder Qwen3's."""
+    return {
+        "num_layers": sizes.num_layers,
+        "hidden_size": sizes.hidden_size,
+        "ffn_hidden_size": sizes.ffn_hidden_size,
+        "num_attention_heads": sizes.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": sizes.num_query_groups,
+        "kv_channels": sizes.head_dim,
+        "layernorm_epsilon": sizes.norm_epsilon,
+        "max_position_embeddings": sizes.max_positions,
+        "untie_embeddings_and_output_weights": not sizes.tie_word_embeddings,
+        "pre_buffer_num_layers": sizes.pre_buffer_layers,
+        "patch_embedding_size": sizes.patch_embedding_size,
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": sizes.vocab_size,
+        "make_vocab_size_divisible_by": 1,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "position_embedding_type": "none",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "calculate_per_token_loss": True,
+    }
+
+
+def sizes_from_arguments(args: Namespace, preset: NeoSizes) -> NeoSizes:
+    """The preset with every size that a Megatron argument holds read back from there: flags win over presets."""
+    return preset.replace(
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        head_dim=args.kv_channels,
+        norm_epsilon=args.layernorm_epsilon,
+        max_positions=args.max_position_embeddings,
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        vocab_size=args.vocab_size,
+        pre_buffer_layers=args.pre_buffer_num_layers,
+        post_llm_layers=args.num_layers - args.pre_buffer_num_layers,
+        patch_embedding_size=args.patch_embedding_size,
+    )

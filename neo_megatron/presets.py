@@ -1,0 +1,73 @@
+"""The sizes and the training stages that have names. A stage is the same for every size."""
+
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.model.config import NeoSizes
+
+SIZES = {
+    # Qwen3-1.7B-Base behind 12 pre-buffer layers.
+    "neo-2b": NeoSizes(
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=16,
+        num_query_groups=8,
+        head_dim=128,
+        pre_buffer_layers=12,
+        post_llm_layers=28,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        patch_embedding_size=1024,
+    ),
+    # Qwen3-8B-Base behind 6 pre-buffer layers.
+    "neo-9b": NeoSizes(
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_attention_heads=32,
+        num_query_groups=8,
+        head_dim=128,
+        pre_buffer_layers=6,
+        post_llm_layers=36,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+        patch_embedding_size=1024,
+    ),
+    # Learns the quickstart on two CPU cores.
+    "tiny": NeoSizes(
+        hidden_size=128,
+        ffn_hidden_size=384,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=32,
+        pre_buffer_layers=2,
+        post_llm_layers=2,
+        vocab_size=512,
+        tie_word_embeddings=False,
+        patch_embedding_size=64,
+    ),
+}
+
+_ADAMW = dict(adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01, clip_grad=1.0)
+_COSINE = dict(lr_decay_style="cosine")
+
+# Learning rates and schedules of the paper (arXiv 2510.14979, table 1).
+STAGES: dict[int, dict[str, Any]] = {
+    1: dict(lr=8e-4, min_lr=8e-5, lr_warmup_fraction=0.01, **_COSINE, **_ADAMW),
+    2: dict(lr=4e-5, min_lr=8e-6, lr_warmup_fraction=0.03, **_COSINE, **_ADAMW),
+    3: dict(lr=5e-5, min_lr=5e-6, lr_warmup_fraction=0.03, **_COSINE, **_ADAMW),
+}
+
+
+def sizes(name_or_directory: str) -> NeoSizes:
+    """The sizes of a preset, or those in the `config.json` of a NEO checkpoint in Hugging Face form.
+
+    Raises:
+        ValueError: neither a preset nor such a directory.
+    """
+    if name_or_directory in SIZES:
+        return SIZES[name_or_directory]
+    if (Path(name_or_directory) / "config.json").is_file():
+        return NeoSizes.from_hf_directory(name_or_directory)
+    raise ValueError(
+        f"--neo-model {name_or_directory}: neither a preset ({', '.join(SIZES)}) nor a directory with a config.json"
+    )

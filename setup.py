@@ -1,0 +1,33 @@
+"""Installation: `pip install .` brings all that the CPU path needs; extras add the rest."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="neo-megatron",
+    version="0.1.0",
+    description="3D-parallel pretraining of NEO native vision-language models on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["neo_megatron", "neo_megatron.*"]),
+    # cpu_platform.py patches functions of exactly these two; it refuses to run on others.
+    install_requires=[
+        "torch==2.11.*",
+        "megatron-core==0.19.2",
+        "transformers>=4.57,<6",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "pillow>=11",
+        "numpy>=2",
+        "ijson>=3.3",
+        "psutil>=5.9",  # Megatron saves checkpoints with it and does not ask for it
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "tensorboard>=2.18",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]==2.20.*"],
+        "quickstart": ["easy-vqa==1.0"],
+        "test": ["pytest>=8", "dashscope==2.0.2", "ruff>=0.12", "easy-vqa==1.0"],
+    },
+    entry_points={"console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"]},
+)

@@ -1,0 +1,55 @@
+"""What all tests share: where the reference numbers lie, and how torchrun is started."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Directory of the numbers that the published code computed on a tiny random model."""
+    return GOLDEN
+
+
+def torchrun(processes: int, *command: str | Path, environment: dict[str, str] | None = None) -> str:
+    """Runs `python command` on several gloo processes, one thread each; returns their output.
+
+    Raises:
+        AssertionError: a process failed; the message ends with what it printed.
+    """
+    done = run_python(
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--standalone",
+        *command,
+        environment=environment,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def run_python(*command: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs this Python with one thread and no GPU; stdout and stderr come back as one text."""
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """The golden numbers are float32 on one thread; two threads on two cores are also many times slower."""
+    import torch
+
+    torch.set_num_threads(1)

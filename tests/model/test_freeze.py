@@ -1,0 +1,66 @@
+"""Stage 1 trains what the paper says, name by name; and it fails when a name no longer fits."""
+
+import re
+
+import pytest
+import torch
+
+from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
+
+NATIVE = r"self_attention\.(linear_qk_hw|[qk]_layernorm_[hw])\.weight"
+
+
+def trainable(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_stage_1_trains_the_front_end_and_the_native_parts_of_the_post_llm(build):
+    model = build()
+    freeze_for_stage(model, 1)
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("patch_embedding.")
+        or re.match(r"decoder\.layers\.[01]\.", name)  # the pre-buffer, whole
+        or re.match(rf"decoder\.layers\.[23]\.{NATIVE}$", name)
+    }
+    assert trainable(model) == expected
+    # 2 projections with bias; 13 tensors in a pre-buffer layer; 1 matrix and 4 norms in a post-LLM layer.
+    assert len(expected) == 4 + 2 * 13 + 2 * 5
+    assert "embedding.word_embeddings.weight" not in expected and "output_layer.weight" not in expected
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_later_stages_train_everything(build, stage):
+    model = build()
+    freeze_for_stage(model, 1)
+    freeze_for_stage(model, stage)
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_name_that_matches_nothing_is_an_error(build):
+    model = build()
+    attention = model.decoder.layers[3].self_attention
+    attention.renamed = attention.q_layernorm_w
+    del attention.q_layernorm_w
+    with pytest.raises(LookupError, match="q_layernorm_w.*no such module"):
+        freeze_for_stage(model, 1)
+
+
+def test_the_list_counts_what_trains(build):
+    model = build()
+    freeze_for_stage(model, 1)
+    text = describe_trainable(model)
+    every = sum(p.numel() for p in model.parameters())
+    some = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert re.search(rf"{some:,} of +{every:,}  all", text)
+    assert re.search(r" 0 of +[\d,]+  post-LLM mlp.linear_fc1.weight", text)
+
+
+def test_frozen_parameters_get_no_gradient(build, text_inputs):
+    model = build()
+    freeze_for_stage(model, 1)
+    model(**text_inputs(list(range(8))), target_index=torch.arange(7), targets=torch.arange(1, 8)).sum().backward()
+    for name, parameter in model.named_parameters():
+        # A batch without pictures still gives the patch embedding gradients, of zero: Megatron's buckets wait for them.
+        assert (parameter.grad is not None) == parameter.requires_grad, name
