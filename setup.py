@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["neo_megatron", "neo_megatron.*"]),
+    package_data={"neo_megatron.hf": ["*.jinja"]},
     # cpu_platform.py patches functions of exactly these two; it refuses to run on others.
     install_requires=[
         "torch==2.11.*",
@@ -27,7 +28,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]==2.20.*"],
         "quickstart": ["easy-vqa==1.0"],
-        "test": ["pytest>=8", "dashscope==2.0.2", "ruff>=0.12", "easy-vqa==1.0"],
+        "test": ["pytest>=8", "requests>=2", "dashscope==2.0.2", "ruff>=0.12", "easy-vqa==1.0"],
     },
     entry_points={"console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"]},
 )

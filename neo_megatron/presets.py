@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ConfigError, NeoSizes
 
 SIZES = {
     # Qwen3-1.7B-Base behind 12 pre-buffer layers.
@@ -62,12 +62,12 @@ def sizes(name_or_directory: str) -> NeoSizes:
     """The sizes of a preset, or those in the `config.json` of a NEO checkpoint in Hugging Face form.
 
     Raises:
-        ValueError: neither a preset nor such a directory.
+        ConfigError: neither a preset nor such a directory.
     """
     if name_or_directory in SIZES:
         return SIZES[name_or_directory]
     if (Path(name_or_directory) / "config.json").is_file():
         return NeoSizes.from_hf_directory(name_or_directory)
-    raise ValueError(
+    raise ConfigError(
         f"--neo-model {name_or_directory}: neither a preset ({', '.join(SIZES)}) nor a directory with a config.json"
     )

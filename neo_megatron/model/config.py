@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
+class ConfigError(ValueError):
+    """Sizes, layout or flags that cannot work; the text is one sentence for the person who chose them."""
+
+
 @dataclass(frozen=True)
 class NeoSizes:
     """Everything that fixes the shapes and the constants of a NEO.
@@ -52,16 +56,18 @@ class NeoSizes:
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
+            raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups "
                 f"({self.num_query_groups})"
             )
         if self.head_dim % 4:
-            raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 4: h and w rotate halves of half of it")
+            raise ConfigError(
+                f"head_dim ({self.head_dim}) must be a multiple of 4: h and w rotate halves of half of it"
+            )
         if self.patch_embedding_size % 4:
-            raise ValueError(f"patch_embedding_size ({self.patch_embedding_size}) must be a multiple of 4")
+            raise ConfigError(f"patch_embedding_size ({self.patch_embedding_size}) must be a multiple of 4")
         if (self.patch_size, self.merge_size) != (16, 2):
-            raise ValueError(
+            raise ConfigError(
                 f"patch_size {self.patch_size} with merge_size {self.merge_size}: NEO is defined for 16 and 2 only"
             )
 
@@ -103,7 +109,7 @@ class NeoSizes:
                 image_context_token_id=_scalar(config.get("img_context_token_id", 151669)),
             )
         except KeyError as missing:
-            raise ValueError(f"not a NEO config.json: key {missing} is missing") from missing
+            raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
 
     @classmethod
     def from_hf_directory(cls, directory: str | Path) -> "NeoSizes":

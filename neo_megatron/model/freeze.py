@@ -6,6 +6,7 @@ whole, the post-LLM only in what is new to it. Stages 2 and 3 train everything. 
 
 import torch
 
+from neo_megatron.model.config import ConfigError
 from neo_megatron.model.transformer_config import NeoConfig
 
 # Modules of a post-LLM layer that stage 1 trains.
@@ -32,7 +33,7 @@ def freeze_for_stage(model: torch.nn.Module, stage: int) -> None:
         model.requires_grad_(True)
         return
     if stage != 1:
-        raise ValueError(f"--training-stage {stage}: stages are 1, 2 and 3")
+        raise ConfigError(f"--training-stage {stage}: stages are 1, 2 and 3")
     config: NeoConfig = model.config
     model.requires_grad_(False)
     if model.pre_process:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from neo_megatron import cpu_platform
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ConfigError, NeoSizes
 
 
 @dataclass
@@ -17,7 +17,7 @@ class NeoConfig(TransformerConfig):
     """Built from Megatron's arguments by `core_transformer_config_from_args(args, NeoConfig)`.
 
     Raises:
-        ValueError: the tensor-parallel size does not divide heads or vocabulary, or context parallelism is asked for.
+        ConfigError: the tensor-parallel size does not divide heads or vocabulary, or context parallelism is asked for.
     """
 
     neo_sizes: dict[str, Any] = field(default_factory=dict)
@@ -66,12 +66,12 @@ class NeoConfig(TransformerConfig):
             ("vocabulary rows", self.sizes.vocab_size),
         ):
             if count % tensor_parallel:
-                raise ValueError(
+                raise ConfigError(
                     f"--tensor-model-parallel-size {tensor_parallel} does not divide the {count} {what} of this model: "
                     "choose a size that does"
                 )
         if self.context_parallel_size > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"--context-parallel-size {self.context_parallel_size}: context parallelism is not supported yet; "
                 "use --sequence-parallel with tensor parallelism to shorten each rank's part of the sequence"
             )

@@ -1,0 +1,73 @@
+"""A NEO Hugging Face directory -> a Megatron checkpoint for `--load` or `--pretrained-checkpoint`, on any layout."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json, whole_directory
+from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes, tensor_table
+from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
+from neo_megatron.model.config import NeoSizes
+
+
+def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path) -> None:
+    """Writes ``output/release`` and the tracker file that names it; values and types stay as they are.
+
+    Holds the parts of one Megatron tensor in memory at a time.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
+    """
+    hf_directory = Path(hf_directory)
+    sizes = NeoSizes.from_hf(read_json(hf_directory / "config.json"))
+    source = SafetensorsDirectory(hf_directory)
+    found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
+    check_shapes(found, hf_shapes(sizes), str(hf_directory))
+    rows = {row.megatron: row for row in tensor_table(sizes)}
+
+    def value_of(key: str) -> Tensor:
+        return rows[key].merge([source.read(name) for name in rows[key].hf])
+
+    tensors = {}
+    for key, row in rows.items():
+        kinds = {source.dtype(name) for name in row.hf}
+        if len(kinds) > 1:
+            raise ValueError(f"{hf_directory}: {', '.join(row.hf)} differ in dtype: store them in one")
+        tensors[key] = (row.megatron_shape, kinds.pop())
+    with whole_directory(output) as partial:
+        release = partial / "release"
+        release.mkdir()
+        write_torch_dist(release, tensors, value_of, _common_state(sizes))
+        (partial / TRACKER).write_text("release")
+
+
+def _common_state(sizes: NeoSizes) -> dict[str, Any]:
+    """What `megatron.training` compares with the run's own arguments, or takes over with `--use-checkpoint-args`."""
+    args = argparse.Namespace(
+        neo_sizes=dataclasses.asdict(sizes),
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        group_query_attention=True,
+        num_query_groups=sizes.num_query_groups,
+        kv_channels=sizes.head_dim,
+        max_position_embeddings=sizes.max_positions,
+        padded_vocab_size=sizes.vocab_size,
+        untie_embeddings_and_output_weights=not sizes.tie_word_embeddings,
+        add_position_embedding=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        normalization="RMSNorm",
+        norm_epsilon=sizes.norm_epsilon,
+        swiglu=True,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        skipped_train_samples=0,
+    )
+    return {"args": args, "checkpoint_version": 3.0, "iteration": 0}

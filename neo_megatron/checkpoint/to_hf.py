@@ -1,0 +1,140 @@
+"""A Megatron checkpoint, saved on any layout -> a complete Hugging Face directory that transformers loads and serves.
+
+It holds the weights, `config.json`, the tokenizer with NEO's tokens and the chat template, the generation and the
+picture settings, and the code of `neo_megatron/hf` for `trust_remote_code`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import neo_megatron
+from neo_megatron.checkpoint.hf_directory import StoredTensor, whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.names import TensorRow, check_shapes, tensor_table
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.model.config import NeoSizes
+
+SHARD_BYTES = 5 * 10**9
+MODEL_PREFIXES = ("embedding.", "patch_embedding.", "decoder.", "output_layer.")
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_neo.NEOChatConfig",
+    "AutoModel": "modeling_neo.NEOChatModel",
+    "AutoModelForCausalLM": "modeling_neo.NEOChatModel",
+    "AutoModelForImageTextToText": "modeling_neo.NEOChatModel",
+}
+PROCESSOR_MAP = {
+    "AutoProcessor": "processing_neo.NEOProcessor",
+    "AutoImageProcessor": "processing_neo.NEOImageProcessor",
+}
+CODE = ("configuration_neo.py", "modeling_neo.py", "processing_neo.py")
+
+
+def convert_megatron_to_hf(
+    megatron_directory: str | Path, output: str | Path, tokenizer: Any, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes ``output`` from the latest iteration (or the one given); values and types stay as they are.
+
+    Args:
+        megatron_directory: what `--save` filled, or one ``iter_XXXXXXX`` or ``release`` directory of it.
+        tokenizer: the transformers tokenizer of the training data, NEO's tokens in it.
+        shard_bytes: largest weight file.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's; ``output``
+            exists; the checkpoint is broken.
+    """
+    source = TorchDistDirectory(megatron_directory)
+    sizes = _sizes(source)
+    rows = tensor_table(sizes)
+    found = {key: shape for key, shape in source.shapes.items() if key.startswith(MODEL_PREFIXES)}
+    check_shapes(found, {row.megatron: row.megatron_shape for row in rows}, str(source.directory))
+    check_tokenizer(tokenizer, sizes)
+
+    stored = [StoredTensor(name, shape, source.dtype(row.megatron)) for row in rows for name, shape in row.hf.items()]
+    with whole_directory(output) as partial:
+        write_safetensors(partial, stored, _parts(source, rows), shard_bytes)
+        write_companions(partial, sizes, Counter(tensor.dtype for tensor in stored).most_common(1)[0][0], tokenizer)
+
+
+def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, tokenizer: Any | None) -> None:
+    """Everything beside the weights; without a tokenizer, what a model alone needs."""
+    config = {**sizes.to_hf(), "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
+    _write_code(directory)
+    if tokenizer is not None:
+        ids = {"eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "pad_token_id": tokenizer.pad_token_id}
+        config |= ids
+        write_json(directory / "generation_config.json", ids)
+        _write_processor(directory, sizes, tokenizer)
+    write_json(directory / "config.json", config)
+
+
+def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
+    """Refuses a tokenizer whose picture tokens are not the model's or whose ids the embedding does not hold."""
+    for token, expected in (("<img>", sizes.image_start_token_id), ("<IMG_CONTEXT>", sizes.image_context_token_id)):
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: {token} has the id {found}, the model was trained with {expected}: "
+                "give --tokenizer the directory that preprocessing used"
+            )
+    if len(tokenizer) > sizes.vocab_size:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: {len(tokenizer)} tokens, the model has {sizes.vocab_size}: "
+            "give --tokenizer the directory that preprocessing used"
+        )
+
+
+def _sizes(source: TorchDistDirectory) -> NeoSizes:
+    sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo")
+    return NeoSizes(**sizes)
+
+
+def _parts(source: TorchDistDirectory, rows: tuple[TensorRow, ...]) -> Iterator[Tensor]:
+    for row in rows:
+        yield from row.split(source.read(row.megatron))
+
+
+def _write_code(directory: Path) -> None:
+    package = Path(neo_megatron.__file__).parent
+    for name in CODE:
+        (directory / name).write_text((package / "hf" / name).read_text())
+    # Training and inference treat pictures by one text; only its import of a sibling changes with the place.
+    for name, exported in (("image.py", "pictures_neo.py"), ("errors.py", "errors_neo.py")):
+        text = (package / "data" / name).read_text()
+        (directory / exported).write_text(
+            text.replace("from neo_megatron.data.errors import", "from .errors_neo import")
+        )
+
+
+def _write_processor(directory: Path, sizes: NeoSizes, tokenizer: Any) -> None:
+    # The generic class reads tokenizer.json as it is in transformers 4.57 and in 5; Qwen's own differs between them.
+    (directory / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    processor = {"processor_class": "NEOProcessor", "auto_map": PROCESSOR_MAP}
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "pad_token": tokenizer.pad_token,
+            "padding_side": "left",
+            "model_max_length": sizes.max_positions,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "processor_class": "NEOProcessor",
+            "auto_map": {"AutoProcessor": PROCESSOR_MAP["AutoProcessor"]},
+        },
+    )
+    limits = {"min_pixels": sizes.min_pixels, "max_pixels": sizes.max_pixels}
+    write_json(
+        directory / "preprocessor_config.json", {**processor, **limits, "image_processor_type": "NEOImageProcessor"}
+    )
+    write_json(directory / "processor_config.json", {"processor_class": "NEOProcessor", "auto_map": PROCESSOR_MAP})
+    template = (Path(neo_megatron.__file__).parent / "hf" / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text(template)

@@ -1,0 +1,149 @@
+"""Conversations -> token ids, the spans that are trained on, and the places of the pictures.
+
+Every turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. An ``<image>`` tag becomes ``<img>``, one
+``<IMG_CONTEXT>`` for each merged cell of the picture, and ``</img>``. Control tokens are placed by their id, between
+pieces of text in which no special token is recognised: what a user types stays text.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.records import IMAGE_TAG, Turn
+
+# In the order of their ids; a Qwen3 tokenizer has <|im_start|> and <|im_end|> already.
+NEO_TOKENS = (
+    *("<IMG_CONTEXT>", "<img>", "</img>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+    *("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|plugin|>", "<|interpreter|>"),
+)
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the control tokens; all that a reader of tokenized samples needs of the tokenizer."""
+
+    image_context: int
+    image_start: int
+    image_end: int
+    turn_start: int
+    turn_end: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """``tokens`` int32 [n]; ``spans`` int32 [k, 2]: half-open ranges of trained tokens, ascending and apart."""
+
+    tokens: np.ndarray
+    spans: np.ndarray
+
+
+def add_neo_tokens(tokenizer: Any) -> int:
+    """Appends NEO's special tokens to a transformers tokenizer, but those it has; returns how many are new."""
+    return tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in NEO_TOKENS], True)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The transformers tokenizer of a local directory, with NEO's tokens.
+
+    Raises:
+        DataError: where there is none, it has no fast form, or it names no pad token.
+    """
+    # Imported here: transformers brings torch, and the workers of preprocessing import this module without either.
+    from transformers import AutoTokenizer
+
+    if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(f"{directory} holds no tokenizer; give a Hugging Face directory with a tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise DataError(f"the tokenizer of {directory} has no fast form; save it as tokenizer.json first")
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"the tokenizer of {directory} has no pad token; name one in its tokenizer_config.json")
+    add_neo_tokens(tokenizer)
+    return tokenizer
+
+
+def special_ids(tokenizer: Any) -> SpecialIds:
+    context, start, end, turn_start, turn_end = tokenizer.convert_tokens_to_ids(
+        ["<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>"]
+    )
+    return SpecialIds(context, start, end, turn_start, turn_end, tokenizer.pad_token_id)
+
+
+def tokenizer_fingerprint(tokenizer_json: str) -> str:
+    """SHA-256 over what decides the ids of a text: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
+
+    The rest of a ``tokenizer.json`` (decoder, padding, spelling of the merges) differs between library versions.
+    """
+    parts = json.loads(tokenizer_json)
+    model = parts["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    added = sorted((token["id"], token["content"], token["special"]) for token in parts["added_tokens"])
+    defining = [model["type"], model["vocab"], merges, added, parts["normalizer"], parts["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
+
+
+class ChatEncoder:
+    """Tokenizes conversations in batches.
+
+    Args:
+        tokenizer_json: the fast tokenizer as text (``tokenizer.backend_tokenizer.to_str()``), NEO's tokens included.
+        ids: its control tokens.
+    """
+
+    def __init__(self, tokenizer_json: str, ids: SpecialIds) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # "special tokens are encoded as the text they are"
+        self._ids = ids
+
+    def encode(self, samples: Sequence[tuple[Sequence[Turn], Sequence[int]]]) -> list[TokenizedSample]:
+        """Tokenizes samples, each given as its turns and the number of cells of each of its pictures, in order."""
+        layouts = [self._lay_out(turns, cells) for turns, cells in samples]
+        texts = list(dict.fromkeys(piece for layout in layouts for piece, _ in layout if isinstance(piece, str)))
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return [_join(layout, ids) for layout in layouts]
+
+    def _lay_out(self, turns: Sequence[Turn], cells: Sequence[int]) -> list[tuple[str | list[int], bool]]:
+        """(text or ids, trained) in order, cut where the published code cuts: BPE must not merge across."""
+        pictures = iter(cells)
+        layout: list[tuple[str | list[int], bool]] = []
+        for turn in turns:
+            layout.append(([self._ids.turn_start], False))
+            opening = f"{turn.role}\n"
+            if turn.role == "assistant":  # header and content are two strings there, one string for the other roles
+                layout.append((opening, False))
+                opening = ""
+            first, *others = (opening + turn.text).split(IMAGE_TAG)
+            layout.append((first, turn.trained))
+            for text in others:
+                layout.append((self._picture(next(pictures)), turn.trained))
+                layout.append((text, turn.trained))
+            layout.append(([self._ids.turn_end], turn.trained))
+            layout.append(("\n", turn.trained))
+        return layout
+
+    def _picture(self, cells: int) -> list[int]:
+        return [self._ids.image_start, *[self._ids.image_context] * cells, self._ids.image_end]
+
+
+def _join(layout: list[tuple[str | list[int], bool]], ids: dict[str, list[int]]) -> TokenizedSample:
+    tokens: list[int] = []
+    spans: list[list[int]] = []
+    for piece, trained in layout:
+        start = len(tokens)
+        tokens += ids[piece] if isinstance(piece, str) else piece
+        if trained and spans and spans[-1][1] == start:
+            spans[-1][1] = len(tokens)
+        elif trained:
+            spans.append([start, len(tokens)])
+    return TokenizedSample(np.array(tokens, np.int32), np.array(spans, np.int32).reshape(-1, 2))

@@ -1,0 +1,35 @@
+"""The two ways in which input can be wrong: for the person who runs the tool, and for one sample of the data."""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a sample was left out: the keys under which a manifest counts rejected samples."""
+
+    BROKEN_JSON = "broken JSON"
+    MALFORMED = "malformed record"
+    UNKNOWN_ROLE = "unknown role"
+    EMPTY_CONVERSATION = "empty conversation"
+    NOTHING_TRAINED = "nothing to train on"
+    PICTURE_COUNT = "pictures and tags differ"
+    VIDEO = "video"
+    REMOTE_PATH = "remote path"
+    OUTSIDE_ROOT = "path outside the root"
+    MISSING_PICTURE = "missing picture"
+    UNREADABLE_PICTURE = "unreadable picture"
+    DECOMPRESSION_BOMB = "decompression bomb"
+    ASPECT_RATIO = "aspect ratio"
+    OVER_LONG = "over-long sample"
+
+
+class DataError(Exception):
+    """A tool cannot go on; its text is one sentence for the person who started it."""
+
+
+class RejectedSample(Exception):
+    """One sample cannot be used; ``sentence`` says why, without naming the file and the record."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(reason, sentence)
+        self.reason = reason
+        self.sentence = sentence

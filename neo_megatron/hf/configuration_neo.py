@@ -1,0 +1,137 @@
+"""Configuration of a NEO checkpoint in transformers: the published `config.json` with `model_type: neo_chat`."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+def _scalar(value: Any) -> Any:
+    """Released configurations wrap some numbers in one-element lists."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], str) else value
+
+
+class NEOVisionConfig(PretrainedConfig):
+    """Sizes of the patch embedding; `hidden_size` is its own width, `llm_hidden_size` the decoder's."""
+
+    model_type = "neo_vision"
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        hidden_size: int = 1024,
+        llm_hidden_size: int = 2048,
+        downsample_ratio: float = 0.5,
+        rope_theta_vision: float = 10000.0,
+        max_position_embeddings_vision: int = 10000,
+        num_channels: int = 3,
+        min_pixels: int = 65536,
+        max_pixels: int = 4194304,
+        **kwargs: Any,
+    ) -> None:
+        self.patch_size = _scalar(patch_size)
+        self.hidden_size = _scalar(hidden_size)
+        self.llm_hidden_size = _scalar(llm_hidden_size)
+        self.downsample_ratio = _scalar(downsample_ratio)
+        self.rope_theta_vision = _scalar(rope_theta_vision)
+        self.max_position_embeddings_vision = _scalar(max_position_embeddings_vision)
+        self.num_channels = _scalar(num_channels)
+        self.min_pixels = _scalar(min_pixels)
+        self.max_pixels = _scalar(max_pixels)
+        super().__init__(**kwargs)
+
+
+class NEOLLMConfig(PretrainedConfig):
+    """Sizes of the decoder: Qwen3's keys, `rope_theta_hw` and the number of pre-buffer layers in front.
+
+    `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them.
+    """
+
+    model_type = "qwen3"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 2048,
+        intermediate_size: int = 6144,
+        num_hidden_layers: int = 40,
+        extra_num_layers: int = 12,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int = 8,
+        head_dim: int = 128,
+        hidden_act: str = "silu",
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1000000.0,
+        rope_theta_hw: float = 10000.0,
+        max_position_embeddings: int = 40960,
+        max_position_embeddings_hw: int = 10000,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if hidden_act != "silu":
+            raise ValueError(f"hidden_act {hidden_act!r} in llm_config: NEO is defined with 'silu'")
+        self.vocab_size = _scalar(vocab_size)
+        self.hidden_size = _scalar(hidden_size)
+        self.intermediate_size = _scalar(intermediate_size)
+        self.num_hidden_layers = _scalar(num_hidden_layers)
+        self.extra_num_layers = _scalar(extra_num_layers)
+        self.num_attention_heads = _scalar(num_attention_heads)
+        self.num_key_value_heads = _scalar(num_key_value_heads)
+        self.head_dim = _scalar(head_dim)
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = _scalar(rms_norm_eps)
+        self.rope_theta = float(_scalar(rope_theta))
+        self.rope_theta_hw = float(_scalar(rope_theta_hw))
+        self.max_position_embeddings = _scalar(max_position_embeddings)
+        self.max_position_embeddings_hw = _scalar(max_position_embeddings_hw)
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        kwargs.pop("layer_types", None)  # every layer attends in full; a list of that many words says no more
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class NEOChatConfig(PretrainedConfig):
+    """The whole model: `llm_config`, `vision_config` and the ids of the picture tokens."""
+
+    model_type = "neo_chat"
+    sub_configs = {"vision_config": NEOVisionConfig, "llm_config": NEOLLMConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | NEOVisionConfig | None = None,
+        llm_config: dict[str, Any] | NEOLLMConfig | None = None,
+        downsample_ratio: float = 0.5,
+        template: str = "neo1_0",
+        img_start_token_id: int = 151670,
+        img_context_token_id: int = 151669,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(vision_config, NEOVisionConfig):
+            vision_config = vision_config.to_dict()
+        if isinstance(llm_config, NEOLLMConfig):
+            llm_config = llm_config.to_dict()
+        self.vision_config = NEOVisionConfig(**(vision_config or {}))
+        # One fact with one place: transformers looks for it in either configuration, depending on its version.
+        self.llm_config = NEOLLMConfig(**{**(llm_config or {}), "tie_word_embeddings": tie_word_embeddings})
+        self.downsample_ratio = _scalar(downsample_ratio)
+        self.template = template
+        self.img_start_token_id = _scalar(img_start_token_id)
+        self.img_context_token_id = _scalar(img_context_token_id)
+        kwargs.pop("hidden_size", None)  # the decoder's, which llm_config holds
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.llm_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llm_config.vocab_size
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> NEOLLMConfig:
+        """What generation asks for the number of layers and heads."""
+        return self.llm_config

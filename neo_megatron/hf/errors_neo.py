@@ -1,0 +1,5 @@
+"""The errors of `pictures_neo`; an export has a copy of `neo_megatron/data/errors.py` in this one's place."""
+
+from neo_megatron.data.errors import RejectedSample
+
+__all__ = ["RejectedSample"]

@@ -1,0 +1,475 @@
+"""NEO for transformers (4.57 and 5): pictures and text in one decoder, with `generate()` over a growing cache.
+
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C merged cells,
+E patch-embedding width, H hidden, d head dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention, silu
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_neo import NEOChatConfig, NEOLLMConfig, NEOVisionConfig
+
+CosSin = tuple[Tensor, Tensor]
+
+
+def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
+    """Cos and sin `[..., width]` of a half-rotation, in float32 whatever the model's type.
+
+    The frequencies are made here and not kept as a buffer: `model.to(bfloat16)` would round a buffer.
+    """
+    exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
+    angle = position[..., None].float() * theta**-exponent
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
+    cos, sin = cos_sin
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def rotate_pairs(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotates the channel pairs (0, 1), (2, 3), ... of float32 `x [N, width]` by the position `[N]` of each row."""
+    width = x.shape[-1]
+    exponent = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
+    angle = position[:, None].float() * theta**-exponent
+    cos, sin = angle.cos(), angle.sin()
+    even, odd = x[:, 0::2], x[:, 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(1)
+
+
+def text_positions(
+    input_ids_BL: Tensor,
+    valid_BL: Tensor,
+    config: NEOChatConfig,
+    next_t_B: Tensor | int = 0,
+    behind_start_B: Any = False,
+) -> Tensor:
+    """The position t `[B, L]`: text advances it by one, all tokens of one picture share it; 0 on padding.
+
+    Args:
+        valid_BL: False on padding, which does not count.
+        next_t_B, behind_start_B: where the cached part stopped; whether its last token was `<img>`.
+    """
+    starts = torch.zeros_like(valid_BL)
+    starts[:, 1:] = input_ids_BL[:, :-1] == config.img_start_token_id
+    starts[:, 0] = behind_start_B
+    advance = (input_ids_BL != config.img_context_token_id).long() + starts.long()
+    t = (advance * valid_BL).cumsum(dim=-1) - 1
+    if isinstance(next_t_B, Tensor):
+        t = t + next_t_B[:, None]
+    return t.clamp_min(0) * valid_BL
+
+
+def image_numbers(input_ids_BL: Tensor, config: NEOChatConfig) -> Tensor:
+    """A number `[B, L]` that the tokens of one picture share and no other picture of the row has; -1 outside pictures.
+
+    It is the position of the picture's `<img>`. An `<IMG_CONTEXT>` that follows no `<img>`, as a model may generate it,
+    is no picture.
+    """
+    place = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
+    context = input_ids_BL == config.img_context_token_id
+    before = torch.where(context, -1, place).cummax(dim=-1).values
+    behind_img = input_ids_BL.gather(1, before.clamp_min(0)) == config.img_start_token_id
+    return torch.where(context & behind_img, before, -1)
+
+
+def cell_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
+    """Row and column `[C, 2]` of every cell of all pictures, checked against the places that the text has for them."""
+    grids = (grid_hw // merge).tolist()
+    rows = torch.arange(len(image_BL), device=image_BL.device)[:, None] * image_BL.shape[1]
+    places = torch.unique_consecutive((image_BL + rows)[image_BL >= 0], return_counts=True)[1].tolist()
+    if places != [h * w for h, w in grids]:
+        raise ValueError(
+            f"the pictures take {[h * w for h, w in grids]} tokens, input_ids have {places} <IMG_CONTEXT> for them: "
+            "pass input_ids, pixel_values and grid_hw of one call of the processor"
+        )
+    device = image_BL.device
+    return torch.cat(
+        [torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device)) for h, w in grids]
+    )
+
+
+def visible_keys(image_BL: Tensor, valid_BK: Tensor) -> Tensor:
+    """Who sees whom, `[B, 1, L, K]`: what came before, and all of one's own picture. Padding sees itself, or softmax
+    would divide by zero."""
+    L, K = image_BL.shape[1], valid_BK.shape[1]
+    key = torch.arange(K, device=image_BL.device)
+    query = key[K - L :, None]
+    image_BK = torch.nn.functional.pad(image_BL, (K - L, 0), value=-1)
+    same_image = (image_BL[:, :, None] == image_BK[:, None, :]) & (image_BL[:, :, None] >= 0)
+    return ((((key <= query) | same_image) & valid_BK[:, None, :]) | (key == query))[:, None]
+
+
+class NEORMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class NEOPatchEmbeddings(nn.Module):
+    """Patches -> one vector per 2x2 cell. The convolutions hold the published weights and run as matrix products."""
+
+    def __init__(self, config: NEOVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.merge = round(1 / config.downsample_ratio)
+        size, width = config.patch_size, config.hidden_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size)
+        self.dense_embedding = nn.Conv2d(width, config.llm_hidden_size, kernel_size=self.merge, stride=self.merge)
+
+    def forward(self, pixel_values: Tensor, grid_hw: Tensor) -> Tensor:
+        """`pixel_values [N, 768]`, row-major per picture; `grid_hw [pictures, 2]` in patches. Returns `[C, H]`."""
+        weight = self.patch_embedding.weight
+        patches_NE = linear(pixel_values.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        patches_NE = self.rotate(gelu(patches_NE), grid_hw)
+        return self.merge_cells(patches_NE, grid_hw)
+
+    def rotate(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
+        """First half of the channels by the patch's column, second half by its row, in float32."""
+        column = torch.cat([torch.arange(w, device=patches_NE.device).repeat(h) for h, w in grid_hw.tolist()])
+        row = torch.cat([torch.arange(h, device=patches_NE.device).repeat_interleave(w) for h, w in grid_hw.tolist()])
+        theta = self.config.rope_theta_vision
+        by_column, by_row = patches_NE.float().chunk(2, dim=-1)
+        rotated = torch.cat([rotate_pairs(by_column, column, theta), rotate_pairs(by_row, row, theta)], dim=-1)
+        return rotated.to(patches_NE.dtype)
+
+    def merge_cells(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
+        cells, start, m, E = [], 0, self.merge, patches_NE.shape[-1]
+        for h, w in grid_hw.tolist():
+            picture = patches_NE[start : start + h * w].view(h // m, m, w // m, m, E)
+            cells.append(picture.transpose(1, 2).reshape(-1, m * m * E))
+            start += h * w
+        weight = self.dense_embedding.weight.permute(0, 2, 3, 1).flatten(1)
+        return linear(torch.cat(cells), weight, self.dense_embedding.bias)
+
+
+class NEOVisionModel(nn.Module):
+    def __init__(self, config: NEOVisionConfig) -> None:
+        super().__init__()
+        self.embeddings = NEOPatchEmbeddings(config)
+
+    def forward(self, pixel_values: Tensor, grid_hw: Tensor) -> Tensor:
+        return self.embeddings(pixel_values, grid_hw)
+
+
+class NEOAttention(nn.Module):
+    """Qwen3's attention with two more parts in every query and key head, for the row and the column in a picture."""
+
+    def __init__(self, config: NEOLLMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        H, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        query_width, key_width = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = nn.Linear(H, query_width, bias=False)
+        self.k_proj = nn.Linear(H, key_width, bias=False)
+        self.v_proj = nn.Linear(H, key_width, bias=False)
+        self.q_proj_hw = nn.Linear(H, query_width, bias=False)
+        self.k_proj_hw = nn.Linear(H, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, H, bias=False)
+        self.q_norm, self.k_norm = NEORMSNorm(d, eps), NEORMSNorm(d, eps)
+        self.q_norm_h, self.q_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+        self.k_norm_h, self.k_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+
+    def forward(self, x_BLH: Tensor, mask: Tensor | None, rotary: tuple[CosSin, ...], cache: Cache | None) -> Tensor:
+        query = self._positioned(
+            self.q_proj(x_BLH), self.q_proj_hw(x_BLH), (self.q_norm, self.q_norm_h, self.q_norm_w), rotary
+        )
+        key = self._positioned(
+            self.k_proj(x_BLH), self.k_proj_hw(x_BLH), (self.k_norm, self.k_norm_h, self.k_norm_w), rotary
+        )
+        value = self._heads(self.v_proj(x_BLH))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        # 1/sqrt(d) although queries and keys are 2d wide: with h = w = 0 the layer is Qwen3's.
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=1 / math.sqrt(self.head_dim), enable_gqa=True
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BLX: Tensor) -> Tensor:
+        return x_BLX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _positioned(
+        self, for_t: Tensor, for_hw: Tensor, norms: tuple[nn.Module, ...], rotary: tuple[CosSin, ...]
+    ) -> Tensor:
+        """`[B, heads, L, 2d]`: the parts for t, h and w side by side, each normalised, then rotated by its position."""
+        parts = (self._heads(for_t), *self._heads(for_hw).chunk(2, dim=-1))
+        return torch.cat(
+            [rotate_halves(norm(part), cos_sin) for part, norm, cos_sin in zip(parts, norms, rotary, strict=True)],
+            dim=-1,
+        )
+
+
+class NEOMLP(nn.Module):
+    def __init__(self, config: NEOLLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NEODecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: NEOLLMConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = NEOAttention(config, layer)
+        self.mlp = NEOMLP(config)
+        self.input_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BLH: Tensor, mask: Tensor | None, rotary: tuple[CosSin, ...], cache: Cache | None) -> Tensor:
+        x_BLH = x_BLH + self.self_attn(self.input_layernorm(x_BLH), mask, rotary, cache)
+        return x_BLH + self.mlp(self.post_attention_layernorm(x_BLH))
+
+
+class NEODecoder(nn.Module):
+    """Embedding, pre-buffer and post-LLM layers (one stack), final norm."""
+
+    def __init__(self, config: NEOLLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(NEODecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BLH: Tensor, positions_thw: Tensor, mask: Tensor | None, cache: Cache | None) -> list[Tensor]:
+        """Input of every layer and, last, the normalised output, each `[B, L, H]`."""
+        t, h, w = positions_thw[:, None].unbind(dim=-1)  # [B, 1, L]: broadcast over heads
+        d, theta_hw = self.config.head_dim, self.config.rope_theta_hw
+        rotary = (
+            rotary_cos_sin(t, d, self.config.rope_theta),
+            rotary_cos_sin(h, d // 2, theta_hw),
+            rotary_cos_sin(w, d // 2, theta_hw),
+        )
+        states = [x_BLH]
+        for layer in self.layers:
+            states.append(layer(states[-1], mask, rotary, cache))
+        states[-1] = self.norm(states[-1])
+        return states
+
+
+class NEOLanguageModel(nn.Module):
+    def __init__(self, config: NEOLLMConfig) -> None:
+        super().__init__()
+        self.model = NEODecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class NEOChatModel(PreTrainedModel, GenerationMixin):
+    config_class = NEOChatConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _no_split_modules = ["NEODecoderLayer"]
+    # transformers 5 reads the pairs, 4.57 the keys.
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+
+    def __init__(self, config: NEOChatConfig) -> None:
+        super().__init__(config)
+        self.vision_model = NEOVisionModel(config.vision_config)
+        self.language_model = NEOLanguageModel(config.llm_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        grid_hw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        positions_thw: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: `[B, L]`, with `<IMG_CONTEXT>` in place of every merged cell of every picture.
+            pixel_values: `[N, 768]` normalised 16x16 patches of all pictures, row by row of the batch, each row-major.
+            grid_hw: `[pictures, 2]` rows and columns of patches.
+            attention_mask: `[B, K]`, 0 on padding, K counting the cache; or boolean `[B, 1, L, K]`, True where a query
+                sees a key, for packed sequences.
+            positions_thw: `[B, L, 3]`; by default they follow from the other arguments. Packed sequences need them.
+            labels: `[B, L]`, not shifted, -100 where nothing is predicted.
+            loss_weight: `[B, L]`, not shifted; the loss is then the weighted mean.
+            logits_to_keep: how many of the last positions get logits (0: all), or which.
+            num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
+
+        Raises:
+            ValueError: pictures and `<IMG_CONTEXT>` tokens that do not fit each other; a cache of unknown history.
+        """
+        use_cache = self.config.llm_config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache()
+        if getattr(past_key_values, "is_compileable", False):
+            raise ValueError("a static cache has no room for NEO's wide keys: leave cache_implementation unset")
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        image_BL = image_numbers(input_ids, self.config)
+        if positions_thw is None:
+            positions_thw = self._positions(input_ids, image_BL, attention_mask, past_key_values, grid_hw)
+        if attention_mask is None or attention_mask.dim() == 2:
+            attention_mask = self._mask(image_BL, attention_mask, cached)
+        if pixel_values is None and not cached and bool((image_BL >= 0).any()):
+            raise ValueError(
+                "input_ids have places for pictures: pass pixel_values and grid_hw of the processor as well"
+            )
+
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter((image_BL >= 0)[..., None], cells_CH)
+        states = self.language_model.model(embeddings, positions_thw, attention_mask, past_key_values)
+        if past_key_values is not None:
+            self._remember(past_key_values, input_ids, positions_thw)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.language_model.lm_head(states[-1][:, keep])
+        loss = None if labels is None else weighted_loss(logits, labels, loss_weight, num_items_in_batch)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(states) if wants_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        grid_hw: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What the next call of :meth:`forward` needs of a sequence of which the cache holds the beginning.
+
+        Positions come from all the tokens, so that they are right after a cache was cropped or its rows exchanged.
+        """
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        image_BL = image_numbers(input_ids, self.config)
+        positions = self._positions(input_ids, image_BL, attention_mask, None, None if cached else grid_hw)
+        inputs = {
+            "input_ids": input_ids[:, cached:],
+            "positions_thw": positions[:, cached:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache"),
+            "logits_to_keep": kwargs.get("logits_to_keep", 0),
+        }
+        return inputs if cached else {**inputs, "pixel_values": pixel_values, "grid_hw": grid_hw}
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams and several answers repeat every row, and with it its pictures, of which rows differ in number."""
+        pixel_values, grid_hw = kwargs.pop("pixel_values", None), kwargs.pop("grid_hw", None)
+        if pixel_values is not None and expand_size > 1:
+            image_BL = image_numbers(input_ids, self.config)
+            pictures_of_row = [len(row[row >= 0].unique()) for row in image_BL]
+            grids = grid_hw.split(pictures_of_row)
+            patches = pixel_values.split([int(grid.prod(dim=-1).sum()) for grid in grids])
+            pixel_values = torch.cat([row for row in patches for _ in range(expand_size)])
+            grid_hw = torch.cat([row for row in grids for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, "pixel_values": pixel_values, "grid_hw": grid_hw}
+
+    def _cells(self, pixel_values: Tensor, grid_hw: Tensor | None) -> Tensor:
+        if grid_hw is None or int(grid_hw.prod(dim=-1).sum()) != len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} patches do not fit grid_hw: pass both as the processor returns them")
+        return self.vision_model(pixel_values, grid_hw)
+
+    def _mask(self, image_BL: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor | None:
+        if attention_mask is None and image_BL.shape[1] == 1:
+            return None  # one token sees all the others
+        return visible_keys(image_BL, _valid(image_BL, attention_mask, cached))
+
+    def _positions(
+        self,
+        input_ids: Tensor,
+        image_BL: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        grid_hw: Tensor | None,
+    ) -> Tensor:
+        """`[B, L, 3]`; t goes on where the cache stopped, h and w are those of the pictures in `grid_hw`."""
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("a mask of four dimensions says nothing of positions: pass positions_thw with it")
+        cached = cache.get_seq_length() if cache is not None else 0
+        length, *history = getattr(cache, "neo_history", (0,))
+        if length != cached:
+            raise ValueError("the cache was changed since NEO filled it: pass positions_thw for the new tokens")
+        valid = _valid(input_ids, attention_mask, cached)[:, cached:]
+        positions = input_ids.new_zeros(*input_ids.shape, 3)
+        positions[..., 0] = text_positions(input_ids, valid, self.config, *history)
+        if grid_hw is not None:
+            positions[..., 1:][image_BL >= 0] = cell_positions(image_BL, grid_hw, self.vision_model.embeddings.merge)
+        return positions
+
+    def _remember(self, cache: Cache, input_ids: Tensor, positions_thw: Tensor) -> None:
+        """t is not the number of cached tokens once a picture was seen, so the cache carries it along."""
+        next_t = positions_thw[..., 0].amax(dim=-1) + 1
+        cache.neo_history = (cache.get_seq_length(), next_t, input_ids[:, -1] == self.config.img_start_token_id)
+
+
+def _valid(tokens_BL: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
+    """False on padding, `[B, K]`."""
+    shape = (len(tokens_BL), cached + tokens_BL.shape[1])
+    if attention_mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=tokens_BL.device)
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"an attention_mask of shape {list(attention_mask.shape)} for {list(shape)} tokens with the cached ones: "
+            "extend it by one column for every new token"
+        )
+    return attention_mask.bool()
+
+
+def weighted_loss(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross entropy of token i+1 from position i in float32: the weighted mean, or the sum over ``num_items``."""
+    targets = labels[:, 1:].reshape(-1).to(logits.device)
+    token_loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
+    weights = (targets != -100).float()
+    if weight is not None:
+        weights = weights * weight[:, 1:].reshape(-1).to(logits.device)
+    return (token_loss * weights).sum() / (weights.sum() if num_items is None else num_items)

@@ -1,0 +1,5 @@
+"""What `neo_megatron/data/image.py` does with a picture; an export has a copy of that file in this one's place."""
+
+from neo_megatron.data.image import normalise, patches_from_image, picture_grid, pixel_limit, upright_rgb
+
+__all__ = ["upright_rgb", "normalise", "patches_from_image", "picture_grid", "pixel_limit"]

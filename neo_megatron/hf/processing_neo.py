@@ -1,0 +1,175 @@
+"""Text with `<image>` tags and pictures -> what the model takes, by the code that made the training data.
+
+transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ImagesKwargs
+
+from .errors_neo import RejectedSample
+from .pictures_neo import normalise, patches_from_image, picture_grid, pixel_limit, upright_rgb
+
+IMAGE_TAG = "<image>"
+MERGE_SIZE = 2
+
+
+class NEOImagesKwargs(ImagesKwargs, total=False):
+    """What `from_pretrained` of transformers 5 takes over from its arguments."""
+
+    min_pixels: int
+    max_pixels: int
+
+
+class NEOImageProcessor(ImageProcessingMixin):
+    """Resizes to multiples of 32 pixels within the limits, normalises by ImageNet's statistics, cuts 16x16 patches.
+
+    Args:
+        min_pixels, max_pixels: limits of the area of a resized picture.
+    """
+
+    model_input_names = ["pixel_values", "grid_hw"]
+    valid_kwargs = NEOImagesKwargs
+
+    def __init__(self, min_pixels: int = 65536, max_pixels: int = 4194304, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        pictures_in_sample: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Patches of all pictures behind one another.
+
+        Args:
+            pictures_in_sample: number of pictures of every sample, in order; several share twice the limit of one.
+                By default all of ``images`` are one sample.
+
+        Returns:
+            ``pixel_values`` float32 `[patches, 768]`, row-major in each picture, and ``grid_hw`` `[pictures, 2]`.
+
+        Raises:
+            ValueError: a picture without colours, or more than 200 times as long as wide.
+        """
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        counts = [len(images)] if pictures_in_sample is None else pictures_in_sample
+        together = [count for count in counts for _ in range(count)]
+        pictures = [
+            self._patches(image, pixel_limit(self.min_pixels, self.max_pixels, count), f"number {number}")
+            for number, (image, count) in enumerate(zip(images, together, strict=True), start=1)
+        ]
+        patches, grids = zip(*pictures, strict=True)
+        return BatchFeature({"pixel_values": torch.from_numpy(np.concatenate(patches)), "grid_hw": torch.tensor(grids)})
+
+    preprocess = __call__
+
+    def _patches(self, image: Image.Image, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+        try:
+            image = upright_rgb(image)
+            grid = picture_grid(image, name, self.min_pixels, max_pixels)
+        except RejectedSample as rejected:
+            raise ValueError(rejected.sentence) from rejected
+        return _row_major(normalise(patches_from_image(image, grid)), *grid), grid
+
+
+def _row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
+    """`[cells, 4, 768]`, the patches of a cell together, -> `[grid_h * grid_w, 768]`, row by row of the picture."""
+    blocks = cells.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(grid_h * grid_w, -1)
+
+
+class NEOProcessor(ProcessorMixin):
+    """Tokenizer and image processor in one; `apply_chat_template` takes conversations with pictures."""
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "NEOProcessor":
+        """Loads both parts directly: the AutoImageProcessor of transformers 5 wants torchvision, NEO does not."""
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+    def apply_chat_template(self, conversation: list[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, for one conversation or several; contents are lists of parts or plain strings."""
+        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        chats = [[_in_parts(message) for message in chat] for chat in (conversation if several else [conversation])]
+        return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "grid_hw"]
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        padding: bool | str = True,
+        return_tensors: str | None = "pt",
+        return_mm_token_type_ids: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tensors for `forward` and `generate`, rows padded on the left.
+
+        Args:
+            images: pictures in the order of the tags of all texts; nested lists are flattened.
+            text: one or several prompts, every picture's place marked by `<image>`.
+            videos, audio, return_mm_token_type_ids: transformers passes them to every processor; not for NEO.
+
+        Raises:
+            ValueError: tags and pictures differ in number; a video or a sound; another kind of tensor is asked for.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("NEO takes pictures and text: give the frames of a video as pictures")
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors={return_tensors!r}: NEO's processor makes PyTorch tensors, say 'pt'")
+        texts = [text] if isinstance(text, str) else list(text or [])
+        pictures = list(_flat(images))
+        tags = [prompt.count(IMAGE_TAG) for prompt in texts]
+        if sum(tags) != len(pictures):
+            raise ValueError(
+                f"{len(pictures)} pictures for {sum(tags)} {IMAGE_TAG} tags: give one picture for each tag"
+            )
+        features: dict[str, Any] = {}
+        if pictures:
+            features = self.image_processor(pictures, pictures_in_sample=tags)
+            sizes = iter((features["grid_hw"] // MERGE_SIZE).prod(dim=-1).tolist())
+            texts = [_with_places(prompt, sizes) for prompt in texts]
+        kwargs.setdefault("add_special_tokens", False)
+        tokens = self.tokenizer(texts, padding=padding, padding_side="left", return_tensors="pt", **kwargs)
+        return BatchFeature({**tokens, **features})
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """transformers 4.57 looks for pictures in a plain string and fails."""
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _flat(images: Any) -> Iterator[Image.Image]:
+    if isinstance(images, (list, tuple)):
+        for item in images:
+            yield from _flat(item)
+    elif images is not None:
+        yield images
+
+
+def _with_places(prompt: str, sizes: Iterator[int]) -> str:
+    first, *others = prompt.split(IMAGE_TAG)
+    return first + "".join(f"<img>{'<IMG_CONTEXT>' * next(sizes)}</img>{other}" for other in others)

@@ -1,0 +1,235 @@
+"""Trains NEO: model, data and loss, handed to `megatron.training.pretrain`.
+
+    torchrun --nproc-per-node 8 -m neo_megatron.pretrain_neo --neo-model neo-2b --training-stage 1 \
+        --train-data-path PACKS ...
+
+Every flag of Megatron's `pretrain_gpt.py` works here; `arguments.py` has the few that NEO adds.
+"""
+
+import dataclasses
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from neo_megatron import cpu_platform
+
+cpu_platform.install_training()
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+from megatron.training.global_vars import set_global_variables
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from neo_megatron import presets
+from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
+from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
+from neo_megatron.data.dataset import PackDataset, collate
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.model.config import ConfigError
+from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
+from neo_megatron.model.loss import WeightedLoss
+from neo_megatron.model.micro_batch import model_inputs
+from neo_megatron.model.neo_model import NeoModel
+from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
+from neo_megatron.pipeline_layout import pre_buffer_layout
+
+# One per process: with virtual pipeline stages several model chunks share it.
+_loss = WeightedLoss()
+
+
+def main() -> None:
+    try:
+        args = parse_arguments()
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=model_provider,
+        )
+    except (ConfigError, DataError) as error:
+        sys.exit(f"pretrain_neo: {error}")
+
+
+def parse_arguments() -> Namespace:
+    """Megatron's and NEO's arguments; presets are defaults, so that a flag on the command line always wins."""
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--neo-model", default=NeoModelArguments.neo_model)
+    early.add_argument("--training-stage", type=int, default=NeoTrainingArguments.training_stage)
+    chosen, _ = early.parse_known_args()
+    preset = presets.sizes(chosen.neo_model)
+
+    def extra_arguments(parser: ArgumentParser) -> ArgumentParser:
+        add_neo_arguments(parser)
+        parser.set_defaults(
+            **megatron_arguments(preset),
+            **presets.STAGES.get(chosen.training_stage, {}),
+            **cpu_platform.argument_defaults(),
+            # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
+            dataloader_type="external",
+            exit_signal_handler=True,
+            # Megatron has no defaults for these, and fails without them.
+            save_interval=1000,
+            eval_interval=1000,
+        )
+        return parser
+
+    args = parse_args(extra_arguments)
+    sizes = sizes_from_arguments(args, preset)
+    args.neo_sizes = dataclasses.asdict(sizes)
+    if args.seq_length is None and args.train_data_path:
+        args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
+    if args.pre_buffer_pipeline_stages:
+        args.pipeline_model_parallel_layout = pre_buffer_layout(
+            sizes.pre_buffer_layers,
+            sizes.post_llm_layers,
+            args.pre_buffer_pipeline_stages,
+            args.pipeline_model_parallel_size,
+        )
+    validate_args(args)
+    check_checkpoint(args)
+    set_global_variables(args)
+    return args
+
+
+def check_checkpoint(args: Namespace) -> None:
+    """Compares the sizes in the checkpoint to start from with this run's; Megatron itself compares but a few of them.
+
+    Raises:
+        ConfigError: they differ in what shapes or computes the model.
+    """
+    candidates = (Path(path) for path in (args.load, args.pretrained_checkpoint) if path)
+    directory = next((path for path in candidates if (path / TRACKER).is_file()), None)
+    if directory is None:
+        return
+    saved = TorchDistDirectory(directory).common_state()["args"].neo_sizes
+    # The others are limits and labels, which a run may choose anew.
+    free = {"min_pixels", "max_pixels", "max_positions", "max_positions_hw"}
+    differences = [
+        f"{name} {saved[name]} there, {value} here"
+        for name, value in args.neo_sizes.items()
+        if name not in free and saved[name] != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"the checkpoint {directory} is of another model ({'; '.join(differences)}): "
+            "choose --neo-model and the size flags that it was made with"
+        )
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: NeoConfig | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> NeoModel:
+    """Builds this rank's part of the model, frozen as the training stage asks, and lists what trains."""
+    args = get_args()
+    config = config or core_transformer_config_from_args(args, NeoConfig)
+    config.finalize_model_grads_func = _loss.finalize_model_grads
+    model = NeoModel(
+        config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
+    )
+    freeze_for_stage(model, args.training_stage)
+    if parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
+    return model
+
+
+def datasets_provider(
+    num_samples: tuple[int, int, int], vp_stage: int | None = None
+) -> tuple[Iterator | None, Iterator | None, Iterator | None]:
+    """Iterators over micro-batches of packs, for training, validation and test.
+
+    Every rank reads for itself what it needs of a pack, so nothing is broadcast. Where training stands is one number,
+    Megatron's count of consumed samples.
+    """
+    args = get_args()
+    pictures = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    train, valid, test = num_samples
+    eval_size = getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size
+    return (
+        pack_iterator("train", train, args.consumed_train_samples, args.micro_batch_size, pictures),
+        pack_iterator("valid", valid, args.consumed_valid_samples, eval_size, pictures),
+        pack_iterator("test", test, 0, eval_size, pictures),
+    )
+
+
+datasets_provider.is_distributed = True
+
+
+def pack_iterator(
+    split: str, num_samples: int, consumed: int, micro_batch_size: int, pictures: bool
+) -> Iterator[dict[str, Tensor]] | None:
+    """Micro-batches of this data-parallel rank from pack number `consumed` on; `None` where the split has no packs."""
+    args = get_args()
+    flag, paths = f"--{split}-data-path", getattr(args, f"{split}_data_path")
+    if not paths or num_samples == 0:
+        return None
+    if len(paths) != 1:
+        raise ConfigError(f"{flag} takes one directory of packs, not {len(paths)}: preprocess data sets together")
+    dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, pictures)
+    if dataset.packs.sequence_length != args.seq_length:
+        raise ConfigError(
+            f"{flag} {paths[0]} holds packs of {dataset.packs.sequence_length} tokens, "
+            f"--seq-length is {args.seq_length}: pack again with tools/pack_data.py, which does not tokenize again"
+        )
+    tokens = dataset.packs.shards.manifest["tokenizer"]["size"]
+    if tokens > args.vocab_size:
+        raise ConfigError(
+            f"{flag} {paths[0]} was made with a tokenizer of {tokens} tokens, the model has {args.vocab_size}: "
+            "grow the model with convert_checkpoint.py qwen3-to-neo --tokenizer, or preprocess with its own tokenizer"
+        )
+    sampler = MegatronPretrainingSampler(
+        total_samples=num_samples,
+        consumed_samples=consumed,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=not cpu_platform.on_cpu(),
+        persistent_workers=args.num_workers > 0,
+    )
+    return iter(loader)
+
+
+def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, partial]:
+    """One micro-batch: the model's output, and the function that reduces it to a loss on the last pipeline stage."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    args = get_args()
+    packs = next(data_iterator)
+    vp_stage = getattr(model, "vp_stage", None)
+    inputs = model_inputs(
+        packs,
+        first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        sequence_rank=parallel_state.get_tensor_model_parallel_rank() if args.sequence_parallel else 0,
+        sequence_ranks=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+    )
+    device = torch.cuda.current_device()
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    weight = packs["target_weight"].to(device, non_blocking=True)
+    timers("batch-generator").stop()
+    return model(**inputs), partial(_loss, weight)
+
+
+if __name__ == "__main__":
+    main()

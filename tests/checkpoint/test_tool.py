@@ -1,0 +1,48 @@
+"""The command line: three commands in a row, and errors as one sentence."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """Runs the tool in this process: importing Megatron takes seconds."""
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+    return run
+
+
+def test_from_qwen3_to_megatron_and_back(convert, golden, tmp_path):
+    neo, megatron, back = (tmp_path / name for name in ("neo", "megatron", "back"))
+    tokenizer = ("--tokenizer", golden / "tokenizer")
+    convert("qwen3-to-neo", "--qwen3", golden / "qwen3_untied", "--output", neo, "--pre-buffer-layers", 1, *tokenizer)
+    convert("hf-to-megatron", "--hf", neo, "--output", megatron)
+    convert("megatron-to-hf", "--megatron", megatron, "--output", back, *tokenizer)
+    before, after = (load_file(path / "model.safetensors") for path in (neo, back))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json"):
+        assert json.loads((neo / name).read_text()) == json.loads((back / name).read_text()), name
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("hf-to-megatron", "--hf", "nowhere"), "convert_checkpoint: nowhere/config.json: no such file"),
+        (("megatron-to-hf", "--megatron", "nowhere", "--tokenizer", "here"), "convert_checkpoint: here"),
+    ],
+)
+def test_an_error_is_one_sentence(convert, tmp_path, arguments, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        convert(*arguments, "--output", tmp_path / "out")
+    assert str(stopped.value).startswith(sentence) and "\n" not in str(stopped.value)

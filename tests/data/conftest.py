@@ -1,0 +1,135 @@
+"""What the tests of the data path share: the golden tokenizer, annotation files, and the tools as functions."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neo_megatron.data.pack_index import write_packs
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.slice_worker import Settings
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture(scope="session")
+def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command line of ``tools/`` as a user does."""
+
+    def run(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer(golden: Path) -> Path:
+    """A small tokenizer with Qwen's added tokens."""
+    return golden / "tokenizer"
+
+
+def conversation(*texts: str) -> list[dict[str, str]]:
+    """Turns of human and gpt, alternating."""
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def sample(*texts: str, **keys: Any) -> dict[str, Any]:
+    """An annotation record."""
+    return {"conversations": conversation(*(texts or ("Hi", "Hello!"))), **keys}
+
+
+def png(height: int = 40, width: int = 60, seed: int = 0, mode: str = "RGB") -> bytes:
+    """A picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass
+class Workbench:
+    """One test's directory, with the steps of the data path as functions on it."""
+
+    path: Path
+    tokenizer: Path
+    settings: Settings = Settings(min_pixels=1024, max_pixels=65536)
+
+    def pictures(self, *names: str) -> None:
+        """Small pictures, different ones, under ``pictures/``."""
+        for seed, name in enumerate(names):
+            file = self.path / "pictures" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(40 + 32 * seed, 60, seed))
+
+    def annotations(self, records: list[Any], name: str = "train.json") -> Path:
+        """Writes records as a JSON array, or as lines where the name says so."""
+        path = self.path / name
+        lines = [json.dumps(record) for record in records]
+        path.write_text("\n".join(lines) + "\n" if name.endswith(".jsonl") else "[" + ",\n".join(lines) + "]")
+        return path
+
+    def preprocess(
+        self,
+        records: list[Any] | Path,
+        output: str = "shards",
+        settings: Settings | None = None,
+        on_error: str = "skip",
+        workers: int = 1,
+    ) -> ShardSet:
+        """Shards of records, or of an annotation file; pictures lie under ``pictures/``."""
+        (self.path / "pictures").mkdir(exist_ok=True)
+        file = records if isinstance(records, Path) else self.annotations(records)
+        source = Source("train", str(file), str(self.path / "pictures"))
+        preprocess([source], self.tokenizer, self.path / output, settings or self.settings, on_error, workers)
+        return ShardSet(self.path / output)
+
+    def rejects(self, output: str = "shards") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / output / "rejects.jsonl").read_text().splitlines()]
+
+    def pack(self, length: int, seed: int = 0, data: str = "shards", output: str = "packs") -> Path:
+        write_packs(self.path / data, self.path / output, length, seed)
+        return self.path / output
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tokenizer: Path) -> Workbench:
+    return Workbench(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def new_sample() -> Callable[..., dict[str, Any]]:
+    return sample
+
+
+@pytest.fixture
+def new_png() -> Callable[..., bytes]:
+    return png
+
+
+@pytest.fixture
+def directory_bytes() -> Callable[[Path], dict[str, bytes]]:
+    """Name and content of every file of a directory."""
+    return lambda directory: {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture
+def samples_of() -> Callable[[ShardSet], list[tuple[list[int], list[int]]]]:
+    """(tokens, flattened spans) of every sample of a data set."""
+
+    def read(shards: ShardSet) -> list[tuple[list[int], list[int]]]:
+        located = [shards.locate(number) for number in range(len(shards))]
+        return [(shard.tokens[local].tolist(), shard.spans[local].tolist()) for shard, local in located]
+
+    return read

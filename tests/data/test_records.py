@@ -1,0 +1,158 @@
+"""One record: roles, tags and pictures, and paths that stay inside their root."""
+
+import copy
+import os
+
+import pytest
+
+from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.records import Turn, check_sample, parse_record
+from neo_megatron.data.registry import Source
+
+
+@pytest.fixture
+def source(tmp_path, new_png):
+    """Annotations in ``notes/``, pictures in ``root/``, and a picture outside both."""
+    for path in ("root/a.png", "root/sub/b.png", "outside.png", "notes/beside.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(new_png())
+    (tmp_path / "notes" / "train.json").write_text("[]")
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "root" / "inner.png").symlink_to("sub/b.png")
+    return Source("train", str(tmp_path / "notes" / "train.json"), str(tmp_path / "root"))
+
+
+def reason(sample: object, source: Source) -> Reason:
+    with pytest.raises(RejectedSample) as raised:
+        check_sample(sample, source)
+    assert "\n" not in raised.value.sentence
+    return raised.value.reason
+
+
+def turns(*pairs: tuple[str, str], **keys) -> dict:
+    return {"conversations": [{"from": role, "value": text} for role, text in pairs], **keys}
+
+
+def test_roles_of_both_spellings(source):
+    pairs = [("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+    checked = check_sample(turns(*pairs), source)
+    assert [turn.role for turn in checked.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn.trained for turn in checked.turns] == [False, False, True, False, True]
+
+
+def test_input_turns_are_not_trained(source):
+    sample = turns(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
+    sample["conversations"][1]["is_input"] = True
+    assert [turn.trained for turn in check_sample(sample, source).turns] == [False, False, False, True]
+    sample["conversations"][3]["is_input"] = True
+    assert reason(sample, source) == Reason.NOTHING_TRAINED
+
+
+@pytest.mark.parametrize("image", ["a.png", ["a.png"]])
+def test_single_picture_without_a_tag_goes_to_the_first_human_turn(source, image):
+    sample = turns(
+        ("system", "s"), ("human", "What?"), ("gpt", "That."), ("human", "And?"), ("gpt", "This."), image=image
+    )
+    before = copy.deepcopy(sample)
+    for _ in range(2):  # a record can be read twice, because it is not changed
+        checked = check_sample(sample, source)
+        assert checked.turns[1] == Turn("user", "<image>\nWhat?", False)
+        assert checked.turns[3].text == "And?"
+    assert sample == before
+
+
+def test_tag_in_a_later_turn_stays_where_it_is(source):
+    sample = turns(("human", "Ready?"), ("gpt", "Yes."), ("human", "So <image> what?"), ("gpt", "That."), image="a.png")
+    checked = check_sample(sample, source)
+    assert [turn.text for turn in checked.turns] == ["Ready?", "Yes.", "So <image> what?", "That."]
+
+
+def test_several_pictures_keep_their_order(source, tmp_path):
+    checked = check_sample(turns(("human", "<image><image>"), ("gpt", "ok"), image=["sub/b.png", "a.png"]), source)
+    assert checked.pictures == (str(tmp_path / "root/sub/b.png"), str(tmp_path / "root/a.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "image"),
+    [
+        ("<image> <image>", "a.png"),
+        ("<image>", ["a.png", "a.png"]),
+        ("no tag", ["a.png", "a.png"]),
+        ("<image>", None),
+        ("<image>", []),
+    ],
+)
+def test_pictures_and_tags_must_agree(source, text, image):
+    assert reason(turns(("human", text), ("gpt", "ok"), image=image), source) == Reason.PICTURE_COUNT
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        (turns(("robot", "a"), ("gpt", "b")), Reason.UNKNOWN_ROLE),
+        (turns((None, "a"), ("gpt", "b")), Reason.UNKNOWN_ROLE),
+        (turns(([], "a"), ("gpt", "b")), Reason.UNKNOWN_ROLE),
+        (turns(), Reason.EMPTY_CONVERSATION),
+        ({}, Reason.EMPTY_CONVERSATION),
+        ({"conversations": None}, Reason.EMPTY_CONVERSATION),
+        (turns(("human", "a")), Reason.NOTHING_TRAINED),
+        (turns(("human", "a"), ("gpt", None)), Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "half \ud800 pair")), Reason.MALFORMED),
+        ({"conversations": "Hi"}, Reason.MALFORMED),
+        ({"conversations": ["Hi"]}, Reason.MALFORMED),
+        ({"conversations": [{"from": "gpt", "value": "a", "is_input": "no"}]}, Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "b"), video="clip.mp4"), Reason.VIDEO),
+        (turns(("human", "a"), ("gpt", "b"), image=7), Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "b"), image=["a.png", None]), Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "b"), image="a\0.png"), Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "b"), image="\ud800.png"), Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "b"), image="https://example.org/a.png"), Reason.REMOTE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="s3://bucket/a.png"), Reason.REMOTE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="data:image/png;base64,AAAA"), Reason.REMOTE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="../outside.png"), Reason.OUTSIDE_ROOT),
+        (turns(("human", "a"), ("gpt", "b"), image="sub/../../outside.png"), Reason.OUTSIDE_ROOT),
+        (turns(("human", "a"), ("gpt", "b"), image="/etc/passwd"), Reason.OUTSIDE_ROOT),
+        (turns(("human", "a"), ("gpt", "b"), image="link.png"), Reason.OUTSIDE_ROOT),
+        ("text", Reason.MALFORMED),
+        ([], Reason.MALFORMED),
+        (None, Reason.MALFORMED),
+    ],
+)
+def test_bad_samples_have_their_reason(source, sample, expected):
+    assert reason(sample, source) == expected
+
+
+def test_a_sibling_with_the_root_as_prefix_is_outside(source, tmp_path):
+    (tmp_path / "root2").mkdir()
+    assert reason(turns(("human", "a"), ("gpt", "b"), image="../root2/a.png"), source) == Reason.OUTSIDE_ROOT
+
+
+@pytest.mark.parametrize("path", ["inner.png", "sub/../sub/b.png", "{root}/sub/b.png"])
+def test_paths_that_stay_inside_are_followed(source, tmp_path, path):
+    path = path.format(root=tmp_path / "root")
+    checked = check_sample(turns(("human", "a"), ("gpt", "b"), image=path), source)
+    assert checked.pictures == (str(tmp_path / "root/sub/b.png"),)
+
+
+def test_without_a_root_paths_are_complete_or_beside_the_annotations(source, tmp_path):
+    source = Source("train", source.annotations)
+    for path, found in (("beside.png", "notes/beside.png"), (str(tmp_path / "outside.png"), "outside.png")):
+        checked = check_sample(turns(("human", "a"), ("gpt", "b"), image=path), source)
+        assert checked.pictures == (os.path.realpath(tmp_path / found),)
+    assert reason(turns(("human", "a"), ("gpt", "b"), image="../outside.png"), source) == Reason.OUTSIDE_ROOT
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"nested too deeply", b"[" * 100000, b"\xff\xfe", b'{"a": 1} {"b": 2}', None, b"9" * 5000]
+)
+def test_broken_lines_are_broken_json(line):
+    with pytest.raises(RejectedSample) as raised:
+        list(parse_record(line))
+    assert raised.value.reason == Reason.BROKEN_JSON
+
+
+def test_list_packed_records_have_elements():
+    assert list(parse_record(b'[{"a": 1}, {"b": 2}]')) == [(0, {"a": 1}), (1, {"b": 2})]
+    assert list(parse_record(b'{"a": 1}')) == [(None, {"a": 1})]
+    with pytest.raises(RejectedSample, match="empty"):
+        list(parse_record(b"[]"))

@@ -1,0 +1,132 @@
+"""Shards as files: Megatron opens them, and damage is found."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.shards import ShardSet
+
+
+@pytest.fixture
+def shards(bench, new_sample) -> ShardSet:
+    """Two shards: a plain, a list-packed and a two-picture record; then text alone."""
+    bench.pictures("a.png", "b.png")
+    records = [
+        new_sample("<image>", "one", image="a.png"),
+        [new_sample("two", "three"), new_sample("four", "five", image="b.png")],
+        new_sample("<image> and <image>", "six", image=["b.png", "a.png"]),
+        new_sample("seven", "eight", "nine", "ten"),
+    ]
+    settings = type(bench.settings)(min_pixels=1024, max_pixels=65536, records_per_shard=3)
+    return bench.preprocess(records, settings=settings)
+
+
+def test_megatron_opens_the_text(shards):
+    for number, documents in ((0, [0, 1, 3, 4]), (1, [0, 1])):
+        shard = shards.shard(number)
+        for kind, reader in (("tokens", shard.tokens), ("spans", shard.spans)):
+            megatron = IndexedDataset(str(shards.directory / f"{number:05d}.{kind}"))
+            assert megatron.document_indices.tolist() == documents
+            assert len(megatron) == len(reader.lengths) == documents[-1]
+            for sample in range(len(megatron)):
+                assert megatron[sample].dtype == np.int32
+                assert megatron[sample].tolist() == reader[sample].tolist()
+
+
+def test_megatron_opens_the_pictures(shards, bench):
+    megatron = IndexedDataset(str(shards.directory / "00000.pictures"))
+    files = {name: (bench.path / "pictures" / name).read_bytes() for name in ("a.png", "b.png")}
+    assert [megatron[number].tobytes() for number in range(4)] == [files[name + ".png"] for name in "abba"]
+    assert megatron.document_indices.tolist() == [0, 1, 1, 2, 4]  # pictures of each sample
+    assert shards.shard(0).grids.tolist() == [[2, 4], [4, 4], [4, 4], [2, 4]]
+
+
+def test_samples_name_where_they_come_from(shards):
+    first, second = shards.shard(0).samples, shards.shard(1).samples
+    assert first["record"].tolist() == [0, 1, 1, 2] and second["record"].tolist() == [3]
+    assert first["pictures"].tolist() == [1, 0, 1, 2]
+    assert [shards.describe(sample)[1] for sample in range(len(shards))] == [0, 1, 1, 2, 3]
+    for shard in (shards.shard(0), shards.shard(1)):
+        for sample, trained in enumerate(shard.samples["trained"]):
+            assert np.diff(shard.spans[sample].reshape(-1, 2)).sum() == trained
+
+
+def test_lengths_and_records_run_over_all_shards(shards):
+    lengths, records = shards.lengths_and_records()
+    assert lengths.tolist() == [len(shard.tokens[n]) for shard, n in map(shards.locate, range(5))]
+    assert records.tolist() == [0, 1, 1, 2, 3]
+
+
+def test_manifest_has_size_and_checksum_of_every_file(shards):
+    files = {name: file for entry in shards.manifest["shards"] for name, file in entry["files"].items()}
+    assert {path.name for path in shards.directory.iterdir()} == {*files, "manifest.json", "rejects.jsonl"}
+    for name, file in files.items():
+        content = (shards.directory / name).read_bytes()
+        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_manifest_says_how_it_was_made(shards):
+    assert shards.manifest["settings"]["max_pixels"] == 65536
+    assert shards.manifest["tokenizer"]["ids"]["image_context"] == 896
+    assert shards.manifest["counts"] == {
+        "records_read": 4,
+        "samples_read": 5,
+        "samples_kept": 5,
+        "samples_rejected": 0,
+        "rejected_by_reason": {},
+        "pictures": 4,
+    }
+
+
+@pytest.mark.parametrize("kind", ["tokens.bin", "tokens.idx", "pictures.bin", "samples.npy"])
+def test_a_cut_file_is_named(shards, kind):
+    path = shards.directory / f"00000.{kind}"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"00000.{kind}"):
+        ShardSet(shards.directory).shard(0)
+
+
+def test_an_index_that_lies_is_found(shards):
+    """Same size, other numbers: the lengths no longer fit the tokens."""
+    path = shards.directory / "00000.tokens.idx"
+    index = bytearray(path.read_bytes())
+    index[34 + 4 * 3] += 1
+    path.write_bytes(index)
+    with pytest.raises(DataError, match="does not fit"):
+        ShardSet(shards.directory).shard(0)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "neo-packs", "version": 1}', '{"format": "neo-shards"}'])
+def test_a_wrong_manifest_is_named(shards, text):
+    (shards.directory / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        ShardSet(shards.directory)
+
+
+def test_an_unfinished_directory_is_no_data_set(shards):
+    (shards.directory / "manifest.json").unlink()
+    with pytest.raises(DataError, match="no complete data set"):
+        ShardSet(shards.directory)
+
+
+def test_another_process_gets_names_and_no_maps(shards, samples_of):
+    before = samples_of(shards)
+    sent = pickle.dumps(shards)
+    assert len(sent) < 3 * len(json.dumps(shards.manifest))
+    assert samples_of(pickle.loads(sent)) == before
+
+
+def test_the_reader_of_the_format_page_works(shards, monkeypatch):
+    """``docs/shard_format.md`` ends with a reader; it reads what ours reads."""
+    page = (Path(__file__).parents[2] / "docs" / "shard_format.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0].replace("[7]", "[2]")
+    monkeypatch.chdir(shards.directory)
+    names: dict = {}
+    exec(code, names)
+    assert names["tokens"].tolist() == shards.shard(0).tokens[2].tolist()

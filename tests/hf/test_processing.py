@@ -1,0 +1,113 @@
+"""Pictures and text come out of the processor as the published code and the training data have them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from neo_megatron.data.chat import load_tokenizer
+from neo_megatron.hf.processing_neo import NEOImageProcessor, NEOProcessor
+
+
+@pytest.fixture(scope="module")
+def processor(exported) -> NEOProcessor:
+    return NEOProcessor.from_pretrained(exported)
+
+
+def picture(golden, letter):
+    return Image.open(golden / "images" / f"{letter}.png")
+
+
+@pytest.mark.parametrize("letter", "abcde")
+def test_patches_are_the_published_ones(golden, letter):
+    """Bit for bit, from the picture to the normalised patches."""
+    expected = load_file(golden / "preprocess.safetensors")
+    features = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(picture(golden, letter))
+    assert features["grid_hw"].tolist() == expected[f"{letter}.grid_hw"].reshape(1, 2).tolist()
+    assert torch.equal(features["pixel_values"], expected[f"{letter}.patches"])
+
+
+def test_several_pictures_share_the_limit(golden):
+    """Of n > 1 pictures in one sample each may have max(2 * max_pixels // n, min_pixels)."""
+    pictures = [picture(golden, "c")] * 4
+    shared = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(pictures)
+    alone = NEOImageProcessor(min_pixels=4096, max_pixels=32768)(pictures[0])
+    assert shared["grid_hw"].tolist() == alone["grid_hw"].tolist() * 4
+    apart = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(pictures, pictures_in_sample=[1, 3])
+    assert apart["grid_hw"][0].tolist() != apart["grid_hw"][1].tolist()
+
+
+def test_a_picture_is_seen_as_a_viewer_shows_it():
+    """Transparency over white, not over the black it hides."""
+    transparent = Image.fromarray(np.zeros((64, 64, 4), np.uint8), "RGBA")
+    white = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
+    process = NEOImageProcessor(min_pixels=4096, max_pixels=65536)
+    assert torch.equal(process(transparent)["pixel_values"], process(white)["pixel_values"])
+
+
+def test_a_strip_is_refused():
+    with pytest.raises(ValueError, match="aspect ratio"):
+        NEOImageProcessor()(Image.new("RGB", (3000, 10)))
+
+
+def test_prompts_are_tokenized_as_in_training(golden, processor):
+    """The golden document up to its last answer, as a conversation of two turns."""
+    record = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"][0]
+    first, answer, second, _ = (turn["value"] for turn in record["conversations"])
+    before, between, after = first.split("<image>")
+    images = [picture(golden, letter) for letter in "ab"]
+    parts = [
+        {"type": "text", "text": before},
+        {"type": "image", "image": images[0]},
+        {"type": "text", "text": between},
+        {"type": "image", "image": images[1]},
+        {"type": "text", "text": after},
+    ]
+    rest = [{"role": "assistant", "content": answer}, {"role": "user", "content": second}]
+    inputs = load_file(golden / "inputs_pack1.safetensors")
+    trained = inputs["labels"][: int(inputs["seq_boundaries"][1])] != -100
+    start_of_last_answer = int((trained[1:] & ~trained[:-1]).nonzero()[-1]) + 1
+    arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    features = processor.apply_chat_template([{"role": "user", "content": parts}, *rest], **arguments)
+    assert features["input_ids"].tolist() == inputs["input_ids"][:, :start_of_last_answer].tolist()
+    assert torch.equal(features["pixel_values"], inputs["pixel_values"])
+    assert features["grid_hw"].tolist() == inputs["grid_hw"].tolist()
+    by_tag = processor(text=processor.apply_chat_template([{"role": "user", "content": first}, *rest]), images=images)
+    (tokens,) = by_tag["input_ids"].tolist()  # without the header of the answer to come
+    assert tokens == features["input_ids"][0, : len(tokens)].tolist() and tokens[-2] == 872
+
+
+def test_the_template_adds_no_system_turn(processor):
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    assert processor.apply_chat_template([turn]) == "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n"
+    system = {"role": "system", "content": "Be terse."}
+    prompt = processor.apply_chat_template([system, turn], add_generation_prompt=True)
+    assert prompt.startswith("<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\n<image>\n")
+    assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_batches_are_padded_on_the_left(processor, golden):
+    texts = ["<image>Look", "A text that is quite a bit longer than the other one, by all means and then some"]
+    features = processor(images=[[picture(golden, "a")], []], text=texts)
+    short = min(features["attention_mask"].sum(dim=-1).tolist())
+    row = features["attention_mask"].sum(dim=-1).argmin()
+    assert features["attention_mask"][row].tolist() == [0] * (features["input_ids"].shape[1] - short) + [1] * short
+    assert (features["input_ids"] == 896).sum() == features["grid_hw"].prod() // 4
+
+
+def test_tags_and_pictures_must_agree(processor, golden):
+    with pytest.raises(ValueError, match="1 pictures for 2 <image> tags"):
+        processor(images=picture(golden, "a"), text="<image> or <image>?")
+    with pytest.raises(ValueError, match="frames of a video"):
+        processor(text="Hi", videos=[[]])
+
+
+def test_the_exported_tokenizer_is_the_one_of_the_data(exported, golden, processor):
+    text = "<|im_start|>user\n你好, what is 2 + 2?<|im_end|>\n<img><IMG_CONTEXT></img>\n<think>"
+    expected = load_tokenizer(golden / "tokenizer")
+    assert processor.tokenizer(text)["input_ids"] == expected(text)["input_ids"]
+    assert len(processor.tokenizer) == len(expected)
+    assert (processor.tokenizer.eos_token, processor.tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")

@@ -1,0 +1,76 @@
+"""Annotations and pictures -> indexed shards, once for every pack length. The format: docs/shard_format.md.
+
+python tools/preprocess_data.py --input train.json --image-root pictures --tokenizer HF_DIR --output shards
+python tools/preprocess_data.py --registry registry.yaml --datasets llava%50 docvqa --tokenizer HF_DIR --output shards
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.files import REJECTS
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source, data_list
+from neo_megatron.data.slice_worker import Settings
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
+    inputs.add_argument("--registry", help="YAML file of data sets by name")
+    parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%50")
+    parser.add_argument("--image-root", default="", help="directory of the pictures of --input, which none may leave")
+    parser.add_argument("--tokenizer", required=True, help="Hugging Face directory; NEO's tokens are added")
+    parser.add_argument("--output", required=True, help="new directory for the shards")
+    parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per picture (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=Settings.max_pixels, help="per picture (%(default)s)")
+    parser.add_argument("--image-store", choices=["encoded", "patches"], default=Settings.image_store)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="a bad sample is listed, or stops")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
+    parser.add_argument("--records-per-shard", type=int, default=Settings.records_per_shard, help="(%(default)s)")
+    arguments = parser.parse_args()
+    if bool(arguments.registry) != bool(arguments.datasets):
+        parser.error("--registry and --datasets go together")
+    if arguments.registry and arguments.image_root:
+        parser.error("--image-root goes with --input; a registry has data_path")
+    if arguments.workers < 1:
+        parser.error("--workers must be at least 1")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # One process is one worker; a tokenizer with threads of its own would take the cores of the others.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if arguments.registry:
+        sources = data_list(arguments.datasets, arguments.registry)
+    else:
+        sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
+    settings = Settings(
+        min_pixels=arguments.min_pixels,
+        max_pixels=arguments.max_pixels,
+        image_store=arguments.image_store,
+        seed=arguments.seed,
+        records_per_shard=arguments.records_per_shard,
+    )
+    print(f"reading the tokenizer of {arguments.tokenizer}", flush=True)  # importing transformers takes seconds
+    manifest = preprocess(
+        sources, arguments.tokenizer, arguments.output, settings, arguments.on_error, arguments.workers
+    )
+    counts = manifest["counts"]
+    print(f"read {counts['samples_read']} samples of {counts['records_read']} records, kept {counts['samples_kept']}")
+    for reason, count in counts["rejected_by_reason"].items():
+        print(f"rejected {count}: {reason}")
+    if counts["samples_rejected"]:
+        print(f"each rejected sample is listed in {Path(arguments.output) / REJECTS}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"preprocess_data: {error}")
