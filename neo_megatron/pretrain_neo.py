@@ -89,6 +89,8 @@ def parse_arguments() -> Namespace:
     args.neo_sizes = dataclasses.asdict(sizes)
     if args.seq_length is None and args.train_data_path:
         args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
+    if not args.valid_data_path:
+        args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
     if args.pre_buffer_pipeline_stages:
         args.pipeline_model_parallel_layout = pre_buffer_layout(
             sizes.pre_buffer_layers,

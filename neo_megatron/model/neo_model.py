@@ -131,7 +131,7 @@ class NeoModel(LanguageModule):
             rotary=NativeRotary.from_positions(
                 positions_thw, config.kv_channels, config.sizes.rope_theta, config.sizes.rope_theta_hw
             ),
-            mask=build_mask(AttentionRule(document, image)),
+            mask=build_mask(AttentionRule(document, image), config.params_dtype),
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:

@@ -87,7 +87,8 @@ def test_sdpa_path_equals_dense_float64():
     rule = random_packs(128, 3)
     query, key, value = random_heads(3, 128)
     expected = dense_attention(query, key, value, rule.dense(), scale=32**-0.5)
-    actual = attend(*(x.permute(2, 0, 1, 3) for x in (query, key, value)), build_mask(rule), scale=32**-0.5)
+    heads_last = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+    actual = attend(*heads_last, build_mask(rule, torch.float32), scale=32**-0.5)
     torch.testing.assert_close(actual, expected.permute(2, 0, 1, 3).flatten(2).float(), atol=2e-6, rtol=0)
 
 
