@@ -197,7 +197,7 @@ def test_inputs_that_do_not_fit_are_refused(model, document, change, sentence):
 @torch.no_grad()
 def test_a_changed_cache_is_refused(model, document):
     out = model(**document, use_cache=True)
-    out.past_key_values.crop(50)
+    out.past_key_values.crop(50 - document["input_ids"].shape[1])  # how many to drop, as a negative number
     with pytest.raises(ValueError, match="the cache was changed"):
         model(document["input_ids"][:, 50:51], past_key_values=out.past_key_values)
 
