@@ -49,10 +49,16 @@ def argument_defaults() -> dict[str, Any]:
     }
 
 
+# Functions that place a tensor, or tell where it is, without a keyword.
+_PLACING = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
+
+
 class CudaIsCpu(TorchFunctionMode):
     """Rewrites every cuda placement that goes through a torch function into a cpu placement."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not kwargs and func not in _PLACING:  # most calls by far
+            return func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:  # x.cuda() -> x
             return args[0]

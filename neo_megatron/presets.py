@@ -35,8 +35,8 @@ SIZES = {
     # Learns the quickstart on two CPU cores.
     "tiny": NeoSizes(
         hidden_size=128,
-        ffn_hidden_size=384,
-        num_attention_heads=4,
+        ffn_hidden_size=256,
+        num_attention_heads=2,
         num_query_groups=2,
         head_dim=32,
         pre_buffer_layers=2,

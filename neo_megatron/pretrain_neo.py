@@ -66,14 +66,20 @@ def parse_arguments() -> Namespace:
     early = ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--neo-model", default=NeoModelArguments.neo_model)
     early.add_argument("--training-stage", type=int, default=NeoTrainingArguments.training_stage)
+    early.add_argument("--lr-warmup-iters")
+    early.add_argument("--lr-warmup-samples")
     chosen, _ = early.parse_known_args()
     preset = presets.sizes(chosen.neo_model)
+
+    stage = dict(presets.STAGES.get(chosen.training_stage, {}))
+    if chosen.lr_warmup_iters or chosen.lr_warmup_samples:
+        del stage["lr_warmup_fraction"]  # Megatron takes one of the three
 
     def extra_arguments(parser: ArgumentParser) -> ArgumentParser:
         add_neo_arguments(parser)
         parser.set_defaults(
             **megatron_arguments(preset),
-            **presets.STAGES.get(chosen.training_stage, {}),
+            **stage,
             **cpu_platform.argument_defaults(),
             # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
             dataloader_type="external",

@@ -22,9 +22,9 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 def normalise(patches_C4V: Tensor) -> Tensor:
     """uint8 ``[C, 4, 768]`` (channel-first) -> float32 ``[C, 4, 768]``, scaled to [0, 1] and standardised."""
-    channels = patches_C4V.unflatten(-1, (3, -1)).float() / 255
     mean, std = (torch.tensor(x, device=patches_C4V.device)[:, None] for x in (IMAGE_MEAN, IMAGE_STD))
-    return ((channels - mean) / std).flatten(-2)
+    channels = patches_C4V.unflatten(-1, (3, -1)).float()
+    return (channels * (1 / (255 * std)) - mean / std).flatten(-2)
 
 
 def rotate_patches(x_C4E: Tensor, row_C: Tensor, column_C: Tensor, theta: float) -> Tensor:

@@ -1,0 +1,138 @@
+"""easy-VQA -> annotations in the published form, a registry of them, a tokenizer, and the model's config.json.
+
+    python examples/quickstart/prepare_data.py --output out --pixels 16384 --vocabulary 512 --questions-per-sample 1
+
+Writes `{shapes,questions,test}.json`, `registry.yaml`, `tokenizer/` and `model/config.json`. `shapes` are those
+of the training questions that ask for the shape. The tokenizer learns from training questions alone.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import batched
+from pathlib import Path
+
+import easy_vqa
+import yaml
+from questions import IMAGE_TAG, SHAPES, Question
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from neo_megatron.data.chat import NEO_TOKENS, add_neo_tokens
+from neo_megatron.presets import SIZES
+
+PAD = "<|endoftext|>"
+
+PICTURES = {
+    "shapes": easy_vqa.get_train_image_paths,
+    "questions": easy_vqa.get_train_image_paths,
+    "test": easy_vqa.get_test_image_paths,
+}
+
+
+def load_questions(split: str) -> list[Question]:
+    """The questions of a split, "train" or "test", in the order of the package."""
+    read = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]
+    return [Question(f"{image}.png", text, answer) for text, answer, image in zip(*read(), strict=True)]
+
+
+def conversation(image: str, turns: Sequence[tuple[str, str]]) -> dict:
+    """An annotation record: a picture, then questions and answers about it."""
+    values = [value for turn in turns for value in turn]
+    values[0] = IMAGE_TAG + values[0]
+    roles = ("human", "gpt")
+    return {
+        "image": image,
+        "conversations": [{"from": roles[number % 2], "value": value} for number, value in enumerate(values)],
+    }
+
+
+def question_records(questions: Sequence[Question], per_sample: int) -> Iterator[dict]:
+    """Records with up to ``per_sample`` questions about a picture each."""
+    by_image: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for question in questions:
+        by_image[question.image].append((question.text, question.answer))
+    for image, turns in by_image.items():
+        for part in batched(turns, per_sample):
+            yield conversation(image, part)
+
+
+def train_tokenizer(records: Sequence[dict], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``size`` tokens, NEO's control tokens among them.
+
+    Text is not cut into words first, so that phrases that come back in many questions become single tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(NEO_TOKENS),
+        special_tokens=[PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,  # takes a second
+    )
+    turns = (turn for record in records for turn in record["conversations"])
+    pieces = (piece for turn in turns for piece in _pieces(turn))
+    tokenizer.train_from_iterator(pieces, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=PAD)
+    add_neo_tokens(fast)
+    return fast
+
+
+def _pieces(turn: dict) -> tuple[str, ...]:
+    """The texts of a turn as the data path cuts them: at the picture, and behind the header of an answer."""
+    if turn["from"] == "human":
+        return tuple(f"user\n{turn['value']}".split(IMAGE_TAG.strip()))
+    return ("assistant\n", turn["value"])
+
+
+def write_model_config(output: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int, pixels: int) -> None:
+    """The preset `tiny` with this tokenizer's ids and this size of pictures, for `--neo-model` and the export."""
+    sizes = SIZES["tiny"].replace(
+        vocab_size=vocabulary,
+        image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
+        image_context_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        min_pixels=pixels,
+        max_pixels=pixels,
+    )
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps(sizes.to_hf(), indent=2))
+
+
+def write_annotations(path: Path, records: Sequence[dict]) -> None:
+    """A JSON array with one record a line."""
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+    print(f"{len(records)} records in {path}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory to write into")
+    parser.add_argument("--pixels", type=int, required=True, help="area to which every picture is resized")
+    parser.add_argument("--vocabulary", type=int, required=True, help="tokens of the tokenizer, rows of the embedding")
+    parser.add_argument("--questions-per-sample", type=int, required=True, help="about one picture, in training")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    training = load_questions("train")
+    data_sets = {
+        "shapes": list(question_records([question for question in training if question.answer in SHAPES], 1)),
+        "questions": list(question_records(training, arguments.questions_per_sample)),
+        "test": list(question_records(load_questions("test"), 1)),
+    }
+    registry = {}
+    for name, records in data_sets.items():
+        write_annotations(arguments.output / f"{name}.json", records)
+        pictures = Path(next(iter(PICTURES[name]().values()))).parent
+        registry[name] = {"annotation_path": f"{name}.json", "data_path": str(pictures)}
+    (arguments.output / "registry.yaml").write_text(yaml.safe_dump(registry))
+
+    tokenizer = train_tokenizer(data_sets["questions"], arguments.vocabulary)
+    tokenizer.save_pretrained(arguments.output / "tokenizer")
+    write_model_config(arguments.output / "model", tokenizer, arguments.vocabulary, arguments.pixels)
+    print(f"a tokenizer of {len(tokenizer)} tokens in {arguments.output / 'tokenizer'}")
+
+
+if __name__ == "__main__":
+    main()

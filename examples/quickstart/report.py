@@ -1,0 +1,180 @@
+"""The page of a quickstart: accuracy, loss, pictures with questions and answers. One file that needs no other.
+
+python examples/quickstart/report.py --data out
+"""
+
+import argparse
+import base64
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+
+import yaml
+from questions import Question, Score, scores
+from safetensors import safe_open
+from training_runs import TrainingRun, loss_curves
+
+SHOWN, SHOWN_WRONG = 60, 24
+RUNS = {"shapes": "train-shapes", "questions": "train-questions"}
+SETTINGS = {
+    "steps": "train_iters",
+    "packs a step": "global_batch_size",
+    "packs at once": "micro_batch_size",
+    "tokens of a pack": "seq_length",
+    "learning rate": "lr",
+    "layers": "num_layers",
+    "of which pre-buffer": "pre_buffer_num_layers",
+    "width": "hidden_size",
+    "width of the SwiGLU": "ffn_hidden_size",
+    "query heads": "num_attention_heads",
+    "key-value heads": "num_query_groups",
+    "channels of the patch embedding": "patch_embedding_size",
+    "vocabulary": "vocab_size",
+    "pipeline stages": "pipeline_model_parallel_size",
+    "tensor parallel": "tensor_model_parallel_size",
+    "data parallel": "data_parallel_size",
+    "processes": "world_size",
+    "bf16": "bf16",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A test question with the model's answer and the best one without the picture."""
+
+    question: Question
+    given: str
+    text_only: str
+
+    @property
+    def right(self) -> bool:
+        return self.given == self.question.answer
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """What `answer_questions.py` wrote."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Answer(Question(r["image"], r["text"], r["answer"]), r["given"], r["text_only"]) for r in records]
+
+
+def drawn(answers: Sequence[Answer], shown: int = SHOWN, wrong: int = SHOWN_WRONG) -> list[Answer]:
+    """Answers to show, one about a picture, up to ``wrong`` of them wrong; the same for the same answers."""
+    shuffled = random.Random(0).sample(answers, len(answers))
+    pictures: set[str] = set()
+    chosen: dict[bool, list[Answer]] = {True: [], False: []}
+    # Wrong ones first: they are few, and a right answer about the same picture would take their place.
+    for answer in sorted(shuffled, key=lambda answer: answer.right):
+        full = len(chosen[False]) + len(chosen[True]) == shown or (not answer.right and len(chosen[False]) == wrong)
+        if answer.question.image not in pictures and not full:
+            pictures.add(answer.question.image)
+            chosen[answer.right].append(answer)
+    return random.Random(1).sample(chosen[True] + chosen[False], sum(map(len, chosen.values())))
+
+
+def parameters(model: Path) -> int:
+    """Of an exported checkpoint, from the headers of its weight files."""
+    total = 0
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, framework="np") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def score_row(score: Score) -> str:
+    model, guess = score.right / score.total, score.text_only / score.total
+    return (
+        f"<tr{' class="all"' if score.kind == 'all questions' else ''}><td>{score.kind}</td>"
+        f'<td class="number">{score.total:,}</td><td class="number">{model:.1%}</td><td class="number">{guess:.1%}</td>'
+        f'<td class="bars"><div class="bar" style="width:{model:.1%}"></div>'
+        f'<div class="bar guess" style="width:{guess:.1%}"></div></td></tr>'
+    )
+
+
+def card(answer: Answer, pictures: Path) -> str:
+    data = base64.b64encode((pictures / answer.question.image).read_bytes()).decode()
+    given = escape(answer.given) or "(nothing)"
+    if answer.right:
+        verdict = f'<div class="answer right">✓ {given}</div>'
+    else:
+        verdict = f'<div class="answer wrong">✗ {given} <small>right: {escape(answer.question.answer)}</small></div>'
+    return (
+        f'<figure><img alt="test picture {escape(answer.question.image)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(answer.question.text)}</figcaption>{verdict}</figure>"
+    )
+
+
+def setting_rows(runs: Sequence[TrainingRun]) -> str:
+    rows = []
+    for label, name in SETTINGS.items():
+        cells = "".join(f'<td class="number">{escape(run.settings[name])}</td>' for run in runs)
+        rows.append(f"<tr><td>{label}</td>{cells}</tr>")
+    return "\n".join(rows)
+
+
+def page(
+    answers: Sequence[Answer],
+    pictures: Path,
+    runs: Sequence[TrainingRun],
+    seconds: Sequence[tuple[str, int]],
+    parameter_count: int,
+) -> str:
+    """The whole page.
+
+    Args:
+        pictures: directory of the test pictures.
+        seconds: title and wall seconds of every step of the quickstart so far.
+    """
+    everything, *kinds = scores(
+        [answer.question for answer in answers],
+        [answer.given for answer in answers],
+        [answer.text_only for answer in answers],
+    )
+    shown = drawn(answers)
+    training = sum(took for title, took in seconds if title.startswith("Training"))
+    processes = int(runs[-1].settings["world_size"])
+    curves = [
+        f"<figure>{svg}<figcaption>steps of the run on {escape(run.name)}</figcaption></figure>"
+        for run, svg in zip(runs, loss_curves(runs), strict=True)
+    ]
+    return Template((Path(__file__).parent / "page.html").read_text()).substitute(
+        accuracy=f"{everything.right / everything.total:.1%}",
+        total=f"{everything.total:,}",
+        pictures=f"{len({answer.question.image for answer in answers}):,}",
+        text_only=f"{everything.text_only / everything.total:.1%}",
+        parameters=f"{parameter_count:,}",
+        training_time=f"{training // 60} min {training % 60} s",
+        processes=f"{processes} process{'es' if processes > 1 else ''}",
+        score_rows="\n".join(map(score_row, (everything, *kinds))),
+        curves="\n".join(curves),
+        shown_right=sum(answer.right for answer in shown),
+        shown_wrong=sum(not answer.right for answer in shown),
+        cards="\n".join(card(answer, pictures) for answer in shown),
+        run_names="".join(f'<th class="number">{escape(run.name)}</th>' for run in runs),
+        setting_rows=setting_rows(runs),
+        seconds_rows="\n".join(
+            f'<tr><td>{escape(title)}</td><td class="number">{took}</td></tr>' for title, took in seconds
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="what the other steps of run.sh wrote")
+    data = parser.parse_args().data
+    registry = yaml.safe_load((data / "registry.yaml").read_text())
+    runs = [TrainingRun.read(name, data / directory / "tensorboard") for name, directory in RUNS.items()]
+    lines = (line.rsplit("\t", 1) for line in (data / "seconds.tsv").read_text().splitlines())
+    seconds = [(title, int(took)) for title, took in lines]
+    answers = read_answers(data / "answers.jsonl")
+    html = page(answers, Path(registry["test"]["data_path"]), runs, seconds, parameters(data / "neo"))
+    (data / "report.html").write_text(html, encoding="utf-8")
+    print(f"the page to look at: {(data / 'report.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()

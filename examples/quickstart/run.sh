@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# The whole line on real pictures, on two CPU cores or on GPUs: a small NEO learns to answer questions about pictures that
+# it has never seen, and answers them as a Hugging Face checkpoint.     usage: [LAYOUT=pp2|tp2|dp2] bash examples/quickstart/run.sh
+#
+# Everything lands in examples/quickstart/out, which every run starts afresh; the page to look at is out/report.html.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+# ---- what may be changed -------------------------------------------------------------------------------------------
+LAYOUT=${LAYOUT:-pp2}           # pp2: the pre-buffer on a pipeline stage of its own; tp2: tensor, dp2: data parallelism
+PIXELS=16384                    # of a picture: 128 x 128, 16 tokens
+VOCABULARY=512                  # tokens
+QUESTIONS_PER_SAMPLE=1          # more share the tokens of a picture
+SEQUENCE=256                    # tokens of a pack
+PACKS_PER_STEP=8                # --global-batch-size
+PACKS_AT_ONCE=2                 # --micro-batch-size
+INIT_STD=0.1                    # about 1/sqrt(hidden size): so small a model learns shapes many times faster than at 0.02
+# A first run on the questions that ask for the shape, a second on all of them, with the first's mixed in: colours are so
+# much easier that beside them, from a random start, shapes would hardly be learnt in minutes.
+SHAPES=(shapes)
+SHAPE_STEPS=${SHAPE_STEPS:-350}
+QUESTIONS=(questions shapes)
+QUESTION_STEPS=${QUESTION_STEPS:-1200}
+LEARNING_RATE=5e-4
+# --------------------------------------------------------------------------------------------------------------------
+
+here=examples/quickstart
+out=$here/out
+start=$SECONDS
+
+headline() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
+
+# step TITLE COMMAND...: a headline, the command, and its seconds for the table at the end
+step() {
+  local title=$1 began=$SECONDS
+  shift
+  headline "$title"
+  "$@"
+  printf '%s\t%s\n' "$title" $((SECONDS - began)) >>"$out/seconds.tsv"
+}
+
+# train NAME PACKS STEPS [flags]: Megatron prints much, the console shows where it stands, $out/NAME/log.txt has all
+train() {
+  local name=$1 packs=$2 steps=$3 log=$out/$1/log.txt
+  shift 3
+  mkdir -p "$out/$name"
+  echo "starting $processes process(es), which takes some seconds; everything they say is in $log"
+  torchrun --standalone --nproc-per-node "$processes" -m neo_megatron.pretrain_neo \
+    --neo-model "$out/model" ${layout[@]+"${layout[@]}"} ${device[@]+"${device[@]}"} \
+    --train-data-path "$packs" --valid-data-path "$out/packs/test" --seq-length "$SEQUENCE" \
+    --micro-batch-size "$PACKS_AT_ONCE" --global-batch-size "$PACKS_PER_STEP" --num-workers 0 \
+    --train-iters "$steps" --init-method-std "$INIT_STD" \
+    --lr "$LEARNING_RATE" --min-lr 5e-5 --lr-warmup-fraction 0.05 \
+    --log-interval 10 --eval-interval 400 --eval-iters 2 --save "$out/$name" --save-interval "$steps" \
+    --tensorboard-dir "$out/$name/tensorboard" "$@" 2>&1 | tee "$log" | sed -un \
+    -e '/^> \|^training stage\|^Evaluating iter\| of  *[0-9,]*  all$/p' \
+    -e 's/^ \[[^]]*\] iteration *\([0-9]*\/\) *\([0-9]*\) .*per iteration (ms): \([0-9.]*\) .*learning rate: \([^ ]*\) .*lm loss: \([^ ]*\).*/iteration \1\2 | \3 ms | lr \4 | loss \5/p' \
+    -e 's/^ validation loss at \(iteration [0-9]*\)\( on validation set\)\? | lm loss value: \([^ ]*\).*/\1 | held-out questions | loss \3/p' ||
+    { tail -n 40 "$log" >&2; echo "training stopped; all that it said is in $log" >&2; return 1; }
+}
+
+preprocess_and_pack() {
+  local name=$1
+  shift
+  python tools/preprocess_data.py --registry "$out/registry.yaml" --datasets "$@" --tokenizer "$out/tokenizer" \
+    --output "$out/shards/$name" --min-pixels "$PIXELS" --max-pixels "$PIXELS" --image-store encoded \
+    --records-per-shard 2048 --on-error fail
+  python tools/pack_data.py --data "$out/shards/$name" --output "$out/packs/$name" --seq-length "$SEQUENCE" --on-error fail
+}
+
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+processes=2 device=()
+if [ "$gpus" -gt 0 ]; then
+  # The fused kernels of apex and Transformer Engine are not installed by this script.
+  device=(--bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm
+    --no-masked-softmax-fusion --no-rope-fusion)
+fi
+case $LAYOUT in
+  pp2) layout=(--pipeline-model-parallel-size 2 --pre-buffer-pipeline-stages 1) ;;
+  tp2) layout=(--tensor-model-parallel-size 2 --sequence-parallel) ;;
+  dp2) layout=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather) ;;
+  *) echo "LAYOUT=$LAYOUT: must be pp2, tp2 or dp2" >&2 && exit 2 ;;
+esac
+[ "$gpus" -ne 1 ] || { processes=1 layout=() LAYOUT="one GPU"; }
+
+rm -rf "$out"
+mkdir -p "$out/shards" "$out/packs"
+export OMP_NUM_THREADS=1 HF_MODULES_CACHE="$out/modules"
+
+headline "Python environment"
+. tools/environment.sh quickstart
+echo "using $PYTHON"
+export PATH="${PYTHON%/*}:$PATH"
+printf '%s\t%s\n' "Python environment" $((SECONDS - start)) >"$out/seconds.tsv"
+
+step "Annotations and tokenizer" python $here/prepare_data.py --output "$out" --pixels "$PIXELS" \
+  --vocabulary "$VOCABULARY" --questions-per-sample "$QUESTIONS_PER_SAMPLE"
+step "Shards and packs of shapes" preprocess_and_pack shapes "${SHAPES[@]}"
+step "Shards and packs of questions" preprocess_and_pack questions "${QUESTIONS[@]}"
+step "Shards and packs of test questions" preprocess_and_pack test test
+step "Training on shapes ($LAYOUT)" train train-shapes "$out/packs/shapes" "$SHAPE_STEPS"
+step "Training on questions ($LAYOUT)" train train-questions "$out/packs/questions" "$QUESTION_STEPS" \
+  --pretrained-checkpoint "$out/train-shapes"
+step "Export to Hugging Face form" python tools/convert_checkpoint.py megatron-to-hf --megatron "$out/train-questions" \
+  --tokenizer "$out/tokenizer" --output "$out/neo"
+step "Answering the test questions with transformers" python $here/answer_questions.py --model "$out/neo" --data "$out"
+step "Report" python $here/report.py --data "$out"
+
+headline "Seconds"
+awk -F'\t' '{ printf "%6d  %s\n", $2, $1 }' "$out/seconds.tsv"
+printf '%6d  %s\n' $((SECONDS - start)) "in all"
