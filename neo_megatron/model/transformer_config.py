@@ -48,6 +48,8 @@ class NeoConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         cpu_platform.require()
+        self.sizes = NeoSizes(**self.neo_sizes)
+        self._check_layout()
         # Layers are separate tensors in a checkpoint: stage 1 has optimizer state for some layers' matrices only.
         self.hetereogenous_dist_checkpoint = True
         # Loss and gradient are normalised over the global batch, see loss.py.
@@ -55,8 +57,6 @@ class NeoConfig(TransformerConfig):
         super().__post_init__()
         # NEO draws all projections from one distribution; Megatron would narrow the output projections by depth.
         self.output_layer_init_method = self.init_method
-        self.sizes = NeoSizes(**self.neo_sizes)
-        self._check_layout()
 
     def _check_layout(self) -> None:
         tensor_parallel = self.tensor_model_parallel_size

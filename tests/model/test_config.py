@@ -53,7 +53,7 @@ def test_an_unknown_model_is_refused():
 @pytest.mark.parametrize(
     "settings, flag",
     [
-        ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4 does not divide the 2 key-value heads"),
+        ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4 does not divide the 2 query heads"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2"),
     ],
 )
