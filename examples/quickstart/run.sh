@@ -20,7 +20,7 @@ INIT_STD=0.1                    # about 1/sqrt(hidden size): so small a model le
 SHAPES=(shapes)
 SHAPE_STEPS=${SHAPE_STEPS:-350}
 QUESTIONS=(questions shapes)
-QUESTION_STEPS=${QUESTION_STEPS:-1200}
+QUESTION_STEPS=${QUESTION_STEPS:-1300}
 LEARNING_RATE=5e-4
 # --------------------------------------------------------------------------------------------------------------------
 

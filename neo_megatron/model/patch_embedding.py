@@ -12,12 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
 from neo_megatron.model.native_rope import inverse_frequencies
 from neo_megatron.model.transformer_config import NeoConfig
-
-# ImageNet statistics, per channel of an RGB picture in [0, 1].
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def normalise(patches_C4V: Tensor) -> Tensor:

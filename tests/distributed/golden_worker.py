@@ -21,11 +21,11 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import model_inputs
 from neo_megatron.model.neo_model import NeoModel
-from neo_megatron.model.patch_embedding import IMAGE_MEAN, IMAGE_STD
 from neo_megatron.model.transformer_config import NeoConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
