@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, run_python, torchrun
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -90,6 +91,32 @@ def test_every_layout_trains_the_same_model(room, one_process, layout):
         assert actual.keys() == expected.keys() and expected
         for step, value in expected.items():
             assert actual[step] == pytest.approx(value, rel=tolerance), (tag, step)
+
+
+@pytest.fixture(scope="module")
+def tied(room) -> Path:
+    """The golden model with its embedding as its head, in both forms; NEO-2B is such a model."""
+    directory = room / "tied"
+    directory.mkdir()
+    config = json.loads((GOLDEN / "ckpt_untied" / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(GOLDEN / "ckpt_untied" / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    convert_hf_to_megatron(directory, room / "tied-megatron")
+    return directory
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_tied_head_on_another_pipeline_stage(room, tied, stage):
+    """Embedding and head are two copies then, which must stay one parameter; in stage 1 both are frozen."""
+    shared = ["--neo-model", str(tied), "--pretrained-checkpoint", f"{room}/tied-megatron", "--training-stage", stage]
+    for name, processes, flags in (("tied-one", 1, ""), ("tied-pp2", *LAYOUTS["pp2-pre-buffer"])):
+        torchrun(processes, *command(room, f"{name}-{stage}", *shared, *flags.split()))
+    expected, actual = (scalars(room, f"{name}-{stage}", "lm loss") for name in ("tied-one", "tied-pp2"))
+    assert actual.keys() == expected.keys() and expected
+    for step, value in expected.items():
+        assert actual[step] == pytest.approx(value, rel=2e-6), step
 
 
 def test_bfloat16_stays_near(room, one_process):
