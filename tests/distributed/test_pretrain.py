@@ -119,13 +119,12 @@ def test_a_tied_head_on_another_pipeline_stage(room, tied, stage):
         assert actual[step] == pytest.approx(value, rel=2e-6), step
 
 
-def test_bfloat16_stays_near(room, one_process):
-    """bfloat16 keeps 8 bits of a number; the losses of this untrained model, about 15, stay within half a percent."""
-    torchrun(1, *command(room, "bf16", "--bf16"))
-    expected, actual = scalars(room, one_process, "lm loss"), scalars(room, "bf16", "lm loss")
-    assert actual.keys() == expected.keys()
-    for step, value in expected.items():
-        assert actual[step] == pytest.approx(value, rel=5e-3), step
+def test_bfloat16_starts_alike(room, one_process):
+    """Loss and gradient of the first step. Later ones part: no bfloat16 weight of 0.5 can take a step of 1e-4."""
+    torchrun(1, *command(room, "bf16", "--bf16", iterations=1))
+    for tag, tolerance in (("lm loss", 5e-3), ("grad-norm", 2e-2)):
+        expected, actual = scalars(room, one_process, tag)[1], scalars(room, "bf16", tag)[1]
+        assert actual == pytest.approx(expected, rel=tolerance), tag
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(room, one_process):
