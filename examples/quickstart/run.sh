@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 # ---- what may be changed -------------------------------------------------------------------------------------------
-LAYOUT=${LAYOUT:-pp2}           # pp2: the pre-buffer on a pipeline stage of its own; tp2: tensor, dp2: data parallelism
+# pp2: the pre-buffer on a pipeline stage of its own; dp2: data parallelism, the fastest here; tp2: tensor parallelism,
+# which talks so much that on a CPU it takes about twice as long.
+LAYOUT=${LAYOUT:-pp2}
 PIXELS=16384                    # of a picture: 128 x 128, 16 tokens
 VOCABULARY=512                  # tokens
 QUESTIONS_PER_SAMPLE=1          # more share the tokens of a picture
