@@ -8,12 +8,12 @@ of the training questions that ask for the shape. The tokenizer learns from trai
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import batched
 from pathlib import Path
 
-import easy_vqa
 import yaml
 from questions import IMAGE_TAG, SHAPES, Question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from neo_megatron.data.chat import NEO_TOKENS, add_neo_tokens
 from neo_megatron.presets import SIZES
+
+try:
+    import easy_vqa
+except ModuleNotFoundError:
+    sys.exit("prepare_data: the pictures are in the package easy-vqa: pip install 'neo-megatron[quickstart]'")
 
 PAD = "<|endoftext|>"
 

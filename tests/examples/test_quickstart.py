@@ -211,3 +211,10 @@ def test_page_shows_what_there_is(data, given):
     answers = [report.Answer(question, question.answer if given == "right" else "", "no") for question in questions]
     shown = report.drawn(answers)
     assert len(shown) == (60 if given == "right" else 24)
+
+
+def test_without_the_pictures_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "prepare_data")
+    with pytest.raises(SystemExit, match=r"pip install 'neo-megatron\[quickstart\]'"):
+        import prepare_data  # noqa: F401
