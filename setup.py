@@ -28,6 +28,10 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]==2.20.*"],
         "quickstart": ["easy-vqa==1.0"],
+        "ray": ["ray>=2.40"],
+        "s3": ["multi-storage-client[boto3]>=0.30"],
+        "video": ["av>=14"],
+        "benchmark": ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2"],
         "test": ["pytest>=8", "requests>=2", "dashscope==2.0.2", "ruff>=0.12", "easy-vqa==1.0"],
     },
     entry_points={"console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"]},

@@ -13,7 +13,7 @@ from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source, data_list
-from neo_megatron.data.slice_worker import Settings
+from neo_megatron.data.settings import Settings
 
 
 def parse_arguments() -> argparse.Namespace:

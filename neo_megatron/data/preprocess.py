@@ -17,8 +17,9 @@ from neo_megatron.data.chat import load_tokenizer, special_ids, tokenizer_finger
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS, WholeFile, finish_output, json_line, prepare_output
 from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
 from neo_megatron.data.shards import FORMAT, VERSION
-from neo_megatron.data.slice_worker import Outcome, Settings, SliceWorker, Task
+from neo_megatron.data.slice_worker import Outcome, SliceWorker, Task
 
 
 def preprocess(

@@ -1,9 +1,10 @@
 """One annotation record -> checked samples. A record is only read, never changed, so it can be read twice."""
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from neo_megatron.data.errors import Reason, RejectedSample
@@ -48,6 +49,18 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
         raise RejectedSample(Reason.MALFORMED, "the list of samples is empty")
     else:
         yield from enumerate(record)
+
+
+def split_key(samples: Sequence[object]) -> int:
+    """64 bits that decide on which side of a held-out split a record falls, all of its samples together.
+
+    Hashes the names of the pictures and videos as they are written, so that all conversations about one picture fall on
+    one side; the text where there are none. Growing, reordering or retokenizing a data set moves nothing.
+    """
+    media = [sample.get(key) for sample in samples if isinstance(sample, dict) for key in ("image", "video")]
+    content = [name for name in media if name] or samples
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def check_sample(sample: object, source: Source) -> Sample:

@@ -3,81 +3,45 @@
 The files are described in ``docs/shard_format.md``.
 """
 
-import io
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from neo_megatron.data.chat import SpecialIds, TokenizedSample
+from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import read_manifest, write_whole
+from neo_megatron.data.files import read_manifest
 from neo_megatron.data.image import PATCH_VALUES
-from neo_megatron.data.indexed import SequenceReader, SequenceWriter
+from neo_megatron.data.indexed import SequenceReader
+from neo_megatron.data.settings import ImageStore
 
-FORMAT, VERSION = "neo-shards", 1
-ImageStore = Literal["encoded", "patches"]
-SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4")])
+FORMAT, VERSION = "neo-shards", 2
+SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4"), ("key", "<u8")])
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample as its shard keeps it.
+
+    Args:
+        tokens: int32 [n].
+        spans: int32 [k, 2], half-open ranges of trained tokens.
+        grids: int32 [p, 2], in patches, one for each ``<img>`` in ``tokens``.
+        pictures: uint8 [bytes] each, as ``ShardSet.image_store`` says; empty where they were not asked for.
+    """
+
+    tokens: np.ndarray
+    spans: np.ndarray
+    grids: np.ndarray
+    pictures: list[np.ndarray]
 
 
 def shard_name(number: int) -> str:
     return f"{number:05d}"
-
-
-class ShardWriter:
-    """Writes one shard; its files appear when ``commit`` is called."""
-
-    def __init__(self, directory: Path, number: int) -> None:
-        self._prefix = directory / shard_name(number)
-        self._tokens = SequenceWriter(self._path("tokens"), np.int32)
-        self._spans = SequenceWriter(self._path("spans"), np.int32)
-        self._pictures = SequenceWriter(self._path("pictures"), np.uint8)
-        self._grids: list[tuple[int, int]] = []
-        self._samples: list[tuple[int, int, int, int]] = []
-
-    def add(
-        self,
-        sample: TokenizedSample,
-        pictures: list[np.ndarray],
-        grids: list[tuple[int, int]],
-        source: int,
-        record: int,
-    ) -> None:
-        """Appends a sample. ``pictures``: uint8 [n] each, encoded bytes or flattened patches; ``grids`` in patches."""
-        self._tokens.add(sample.tokens)
-        self._spans.add(sample.spans.reshape(-1))
-        for picture in pictures:
-            self._pictures.add(picture)
-        self._pictures.end_document()
-        self._grids += grids
-        trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
-        self._samples.append((source, record, trained, len(pictures)))
-
-    def end_record(self) -> None:
-        """The samples since the last call are one record: one document of the token file."""
-        self._tokens.end_document()
-        self._spans.end_document()
-
-    def discard(self) -> None:
-        """Leaves nothing behind."""
-        for writer in (self._tokens, self._spans, self._pictures):
-            writer.discard()
-
-    def commit(self) -> dict[str, Any]:
-        """Makes the shard appear; returns its entry in the manifest."""
-        files = self._tokens.commit() | self._spans.commit() | self._pictures.commit()
-        grids = np.array(self._grids, np.int32).reshape(-1, 2)
-        for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE))):
-            buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
-            path = self._path(kind + ".npy")
-            files[path.name] = write_whole(path, buffer.getvalue())
-        return {"name": self._prefix.name, "samples": len(self._samples), "pictures": len(grids), "files": files}
-
-    def _path(self, kind: str) -> Path:
-        return self._prefix.with_name(f"{self._prefix.name}.{kind}")
 
 
 class Shard:
@@ -145,6 +109,19 @@ class ShardSet:
         if number not in self._opened:
             self._opened[number] = Shard(self.directory, self._entries[number])
         return self._opened[number]
+
+    def fetch(self, samples: Sequence[int], pictures: bool = True) -> list[StoredSample]:
+        """The samples of the given numbers, in their order."""
+        return [self._stored(*self.locate(sample), pictures) for sample in samples]
+
+    def _stored(self, shard: Shard, local: int, pictures: bool) -> StoredSample:
+        numbers = shard.picture_range(local)
+        return StoredSample(
+            tokens=shard.tokens[local],
+            spans=shard.spans[local].reshape(-1, 2),
+            grids=shard.grids[numbers.start : numbers.stop],
+            pictures=[shard.picture(number) for number in numbers] if pictures else [],
+        )
 
     def lengths_and_records(self) -> tuple[np.ndarray, np.ndarray]:
         """Per sample its tokens, int32 [n], and a number that the samples of one record share, int64 [n], ascending."""

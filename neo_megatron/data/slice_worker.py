@@ -11,37 +11,14 @@ import numpy as np
 from neo_megatron.data.annotations import Slice, read_slice
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
-from neo_megatron.data.image import decode, patches_from_image, picture_grid, pixel_limit, read_picture
-from neo_megatron.data.records import Sample, check_sample, parse_record
+from neo_megatron.data.media import load_media
+from neo_megatron.data.records import Sample, check_sample, parse_record, split_key
 from neo_megatron.data.registry import Source
-from neo_megatron.data.shards import ImageStore, ShardWriter
+from neo_megatron.data.settings import Settings
+from neo_megatron.data.shard_writer import ShardWriter
 
 # Samples are tokenized together until their pictures hold this much memory.
 _BATCH_SAMPLES, _BATCH_BYTES = 256, 64 << 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of a data set, besides its sources and its tokenizer.
-
-    Args:
-        min_pixels, max_pixels: limits of the area of a resized picture.
-        image_store: "encoded" keeps the files' bytes, "patches" keeps pixels ready for the model.
-        seed: of the draw where a source is not used whole.
-        records_per_shard: records of an annotation file that make one shard.
-    """
-
-    min_pixels: int = 65536
-    max_pixels: int = 4194304
-    image_store: ImageStore = "encoded"
-    seed: int = 0
-    records_per_shard: int = 8192
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise DataError(f"--min-pixels {self.min_pixels} must be above 0, at most --max-pixels {self.max_pixels}")
-        if self.records_per_shard < 1:
-            raise DataError(f"--records-per-shard must be at least 1, not {self.records_per_shard}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +51,7 @@ class _Pending:
     pictures: list[np.ndarray]
     grids: list[tuple[int, int]]
     record: int
+    key: int
     ends_record: bool = False
 
 
@@ -133,39 +111,25 @@ class SliceWorker:
             outcome.samples += 1
             self._reject(rejected, record, None, source, outcome)
             return kept
+        key = split_key([written for _, written in elements])
         for element, written in elements:
             outcome.samples += 1
             try:
                 sample = check_sample(written, source)
-                pictures, grids = self._load_pictures(sample)
+                pictures, grids = load_media(sample, self._task.settings)
             except RejectedSample as rejected:
                 self._reject(rejected, record, element, source, outcome)
             else:
-                kept.append(_Pending(sample, pictures, grids, record))
+                kept.append(_Pending(sample, pictures, grids, record, key))
         if kept:
             kept[-1].ends_record = True
         return kept
-
-    def _load_pictures(self, sample: Sample) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-        settings = self._task.settings
-        limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.pictures))
-        pictures, grids = [], []
-        for path in sample.pictures:
-            data = read_picture(path)
-            image = decode(data, path)
-            grid = picture_grid(image, path, settings.min_pixels, limit)
-            stored = np.frombuffer(data, np.uint8)
-            if settings.image_store == "patches":
-                stored = patches_from_image(image, grid).reshape(-1)
-            pictures.append(stored)
-            grids.append(grid)
-        return pictures, grids
 
     def _write(self, batch: list[_Pending], writer: ShardWriter, source: int) -> None:
         cells = [[height * width // 4 for height, width in pending.grids] for pending in batch]
         tokenized = self._encoder.encode([(item.sample.turns, n) for item, n in zip(batch, cells, strict=True)])
         for pending, tokens in zip(batch, tokenized, strict=True):
-            writer.add(tokens, pending.pictures, pending.grids, source, pending.record)
+            writer.add(tokens, pending.pictures, pending.grids, source, pending.record, pending.key)
             if pending.ends_record:
                 writer.end_record()
         self._report(len(batch))

@@ -17,8 +17,8 @@ from PIL import Image
 from neo_megatron.data.pack_index import write_packs
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
 from neo_megatron.data.shards import ShardSet
-from neo_megatron.data.slice_worker import Settings
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

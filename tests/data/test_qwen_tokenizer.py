@@ -15,7 +15,7 @@ from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.pack_index import write_packs
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source
-from neo_megatron.data.slice_worker import Settings
+from neo_megatron.data.settings import Settings
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

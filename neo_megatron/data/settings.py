@@ -1,0 +1,36 @@
+"""What decides the bytes of a data set, besides its sources and its tokenizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neo_megatron.data.errors import DataError
+
+PictureCheck = Literal["decode", "header"]
+ImageStore = Literal["encoded", "patches"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a data set, besides its sources and its tokenizer.
+
+    Args:
+        min_pixels, max_pixels: limits of the area of a resized picture.
+        check: "decode" decodes every picture to its end; "header" trusts what its header says, where pixels are not
+            needed anyway.
+        image_store: "encoded" keeps the files' bytes, "patches" keeps pixels ready for the model.
+        seed: of the draw where a source is not used whole.
+        records_per_shard: records of an annotation file that make one shard.
+    """
+
+    min_pixels: int = 65536
+    max_pixels: int = 4194304
+    image_store: ImageStore = "encoded"
+    check: PictureCheck = "decode"
+    seed: int = 0
+    records_per_shard: int = 8192
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise DataError(f"--min-pixels {self.min_pixels} must be above 0, at most --max-pixels {self.max_pixels}")
+        if self.records_per_shard < 1:
+            raise DataError(f"--records-per-shard must be at least 1, not {self.records_per_shard}")

@@ -1,0 +1,45 @@
+"""Measures speed side by side with what it is compared to; prints a table.
+
+python tools/benchmark.py data [--only packing loader ...] [--scratch DIR]
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# CPU seconds of one thread: libraries read these when they are imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+
+from benchmarks.table import markdown
+
+SUITES = {"data": ["preprocess", "loader", "packing", "storage"]}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--only", nargs="+", help="parts of the suite: " + ", ".join(sum(SUITES.values(), [])))
+    parser.add_argument("--scratch", help="directory for inputs and outputs, kept for the next run; default: temporary")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only or []) - set(SUITES[arguments.suite]):
+        parser.error(f"{arguments.suite} has no part {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(arguments.scratch or temporary)
+        scratch.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for part in arguments.only or SUITES[arguments.suite]:
+            print(f"measuring {part}", file=sys.stderr, flush=True)
+            rows += importlib.import_module(f"benchmarks.{part}").measure(scratch)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A realistic mix of samples to pack: 35 % web photos, 20 % large photos, 20 % document pages, 10 % with 2 to 4
+pictures, 15 % text alone; lengths of texts are log-normal.
+"""
+
+import numpy as np
+
+MIN_PIXELS, MAX_PIXELS, SIDE = 65536, 4194304, 32
+# share, (width, height) and spread of the log-normal sizes, fewest and most pictures
+_KINDS = [
+    (0.35, (640, 480), 0.35, 1, 1),
+    (0.20, (1280, 960), 0.35, 1, 1),
+    (0.20, (1654, 2339), 0.25, 1, 1),
+    (0.10, (640, 480), 0.30, 2, 4),
+    (0.15, (0, 0), 0.0, 0, 0),
+]
+_CHUNK = 1 << 20
+
+
+def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, of which cells of pictures) of each sample, int32 [count] both."""
+    tokens, cells = np.empty(count, np.int32), np.empty(count, np.int32)
+    random = np.random.default_rng(seed)
+    for start in range(0, count, _CHUNK):
+        part = slice(start, min(start + _CHUNK, count))
+        tokens[part], cells[part] = _draw(part.stop - part.start, random)
+    return tokens, cells
+
+
+def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    kind = random.choice(len(_KINDS), count, p=[share for share, *_ in _KINDS])
+    text = np.clip(random.lognormal(4.3, 1.0, count), 12, 6000).astype(np.int64) + 20
+    alone = kind == len(_KINDS) - 1
+    text[alone] = np.clip(random.lognormal(5.5, 1.0, int(alone.sum())), 20, 8000).astype(np.int64)
+    cells, pictures = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for number, (_, (width, height), spread, fewest, most) in enumerate(_KINDS):
+        rows = np.flatnonzero(kind == number)
+        pictures[rows] = random.integers(fewest, most + 1, len(rows))
+        for turn in range(most):
+            of = rows[pictures[rows] > turn]
+            limit = np.where(
+                pictures[of] > 1, np.maximum(MAX_PIXELS * 2 // np.maximum(pictures[of], 1), MIN_PIXELS), MAX_PIXELS
+            )
+            sizes = np.exp(random.normal(0, spread, (2, len(of)))) * np.array([[height], [width]])
+            cells[of] += _cells(sizes.astype(np.int64), limit)
+    return text + cells + 2 * pictures, cells
+
+
+def _cells(sizes: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """`neo_megatron.data.image.smart_resize` for many (height, width), in cells."""
+    rounded = np.maximum(SIDE, np.round(sizes / SIDE).astype(np.int64) * SIDE)
+    area = rounded.prod(axis=0)
+    shrink = np.sqrt(sizes.prod(axis=0) / limit)
+    grow = np.sqrt(MIN_PIXELS / sizes.prod(axis=0))
+    smaller = np.maximum(SIDE, np.floor(sizes / shrink / SIDE).astype(np.int64) * SIDE)
+    larger = np.ceil(sizes * grow / SIDE).astype(np.int64) * SIDE
+    return np.where(area > limit, smaller, np.where(area < MIN_PIXELS, larger, rounded)).prod(axis=0) // SIDE**2
