@@ -2,6 +2,11 @@
 
 from setuptools import find_packages, setup
 
+VIDEO = ["av>=18"]  # earlier ones crash on some files
+S3 = ["multi-storage-client[boto3]>=1.3"]
+RAY = ["ray>=2.40"]
+BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5", *S3]
+
 setup(
     name="neo-megatron",
     version="0.1.0",
@@ -17,9 +22,8 @@ setup(
         "transformers>=4.57,<6",
         "safetensors>=0.5",
         "tokenizers>=0.22",
-        "pillow>=11",
+        "pillow>=13",  # earlier ones resize some pictures to other pixels than the published ones
         "numpy>=2",
-        "ijson>=3.3",
         "psutil>=5.9",  # Megatron saves checkpoints with it and does not ask for it
         "pyyaml>=6",
         "tqdm>=4.66",
@@ -28,11 +32,14 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]==2.20.*"],
         "quickstart": ["easy-vqa==1.0"],
-        "ray": ["ray>=2.40"],
-        "s3": ["multi-storage-client[boto3]>=0.30"],
-        "video": ["av>=14"],
-        "benchmark": ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2"],
-        "test": ["pytest>=8", "requests>=2", "dashscope==2.0.2", "ruff>=0.12", "easy-vqa==1.0"],
+        "video": VIDEO,
+        "s3": S3,
+        "ray": RAY,
+        "benchmark": BENCHMARK,
+        "test": [
+            *("pytest>=8", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2", "ruff>=0.12"),
+            *("easy-vqa==1.0", *VIDEO, *S3, *RAY),
+        ],
     },
     entry_points={"console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"]},
 )

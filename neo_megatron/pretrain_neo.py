@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from neo_megatron import cpu_platform
 
@@ -21,7 +22,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_args, get_timers, pretrain
+from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
@@ -32,7 +33,8 @@ from torch.utils.data import DataLoader
 from neo_megatron import presets
 from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
-from neo_megatron.data.dataset import PackDataset, collate
+from neo_megatron.data.broken import watch_broken_samples
+from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.pack_index import PackIndex
 from neo_megatron.model.config import ConfigError
@@ -59,6 +61,9 @@ def main() -> None:
         )
     except (ConfigError, DataError) as error:
         sys.exit(f"pretrain_neo: {error}")
+    finally:
+        if writer := get_tensorboard_writer():
+            writer.close()  # Megatron does not, and what was logged last would be lost
 
 
 def parse_arguments() -> Namespace:
@@ -165,11 +170,23 @@ def datasets_provider(
     Megatron's count of consumed samples.
     """
     args = get_args()
-    pictures = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    pictures: Pictures = "none"
+    if parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage):
+        pictures = "patches"
+    elif parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
+        pictures = "check"
     train, valid, test = num_samples
+    even = GlobalBatch(
+        args.global_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+        args.micro_batch_size,
+        start=args.consumed_train_samples,
+    )
+    if args.rampup_batch_size:
+        even = None  # steps have many sizes
     eval_size = getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size
     return (
-        pack_iterator("train", train, args.consumed_train_samples, args.micro_batch_size, pictures),
+        pack_iterator("train", train, args.consumed_train_samples, args.micro_batch_size, pictures, even),
         pack_iterator("valid", valid, args.consumed_valid_samples, eval_size, pictures),
         pack_iterator("test", test, 0, eval_size, pictures),
     )
@@ -179,22 +196,31 @@ datasets_provider.is_distributed = True
 
 
 def pack_iterator(
-    split: str, num_samples: int, consumed: int, micro_batch_size: int, pictures: bool
-) -> Iterator[dict[str, Tensor]] | None:
+    split: str,
+    num_samples: int,
+    consumed: int,
+    micro_batch_size: int,
+    pictures: Pictures,
+    global_batch: GlobalBatch | None = None,
+) -> Iterator[dict[str, Any]] | None:
     """Micro-batches of this data-parallel rank from pack number `consumed` on; `None` where the split has no packs."""
     args = get_args()
     flag, paths = f"--{split}-data-path", getattr(args, f"{split}_data_path")
     if not paths or num_samples == 0:
         return None
     if len(paths) != 1:
-        raise ConfigError(f"{flag} takes one directory of packs, not {len(paths)}: preprocess data sets together")
-    dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, pictures)
+        raise ConfigError(
+            f"{flag} takes one directory of packs, not {len(paths)}: "
+            "pack data sets together with tools/pack_data.py --data A B"
+        )
+    quality = args.min_jpeg_quality if split == "train" else 100
+    dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, pictures, global_batch, quality)
     if dataset.packs.sequence_length != args.seq_length:
         raise ConfigError(
             f"{flag} {paths[0]} holds packs of {dataset.packs.sequence_length} tokens, "
             f"--seq-length is {args.seq_length}: pack again with tools/pack_data.py, which does not tokenize again"
         )
-    tokens = dataset.packs.shards.manifest["tokenizer"]["size"]
+    tokens = dataset.packs.data.tokenizer["size"]
     if tokens > args.vocab_size:
         raise ConfigError(
             f"{flag} {paths[0]} was made with a tokenizer of {tokens} tokens, the model has {args.vocab_size}: "
@@ -215,7 +241,9 @@ def pack_iterator(
         pin_memory=not cpu_platform.on_cpu(),
         persistent_workers=args.num_workers > 0,
     )
-    return iter(loader)
+    # Stages of a pipeline and tensor-parallel ranks read the same packs; one of them names what is broken.
+    report = pictures == "patches" and parallel_state.get_tensor_model_parallel_rank() == 0
+    return watch_broken_samples(iter(loader), args.max_broken_samples, report)
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, partial]:

@@ -1,6 +1,7 @@
 """Shards -> packs of whole samples for one sequence length; only indices are written, nothing is tokenized again.
 
 python tools/pack_data.py --data shards --output packs --seq-length 16384
+python tools/pack_data.py --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
 """
 
 import argparse
@@ -9,28 +10,65 @@ from pathlib import Path
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS
-from neo_megatron.data.pack_index import write_packs
+from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.registry import split_share
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="directory written by preprocess_data.py")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="directories written by preprocess_data.py, each with an optional share: shards%%50 uses half of its "
+        "records in an epoch, shards%%200 each twice",
+    )
     parser.add_argument("--output", required=True, help="new directory for the packs")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens of a pack")
     parser.add_argument(
-        "--seed", type=int, default=0, help="which samples of equal length meet, and the order of packs"
+        "--held-out",
+        nargs=2,
+        metavar=("PERCENT", "OUTPUT"),
+        help="packs this share of the records apart, for --valid-data-path; chosen by a hash of the names of their "
+        "pictures (of the text where there are none), so that the same ones are held out of any mixture",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
     parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="over-long: listed, or stops")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    manifest = write_packs(arguments.data, arguments.output, arguments.seq_length, arguments.seed, arguments.on_error)
-    counts = manifest["counts"]
-    print(f"packed {counts['samples_packed']} samples into {counts['packs']} packs, fill {manifest['fill']:.2%}")
+    inputs = [PackInput(*split_share(text)) for text in arguments.data]
+    held_out = None
+    if arguments.held_out:
+        percent, directory = arguments.held_out
+        _, share = split_share(f"--held-out%{percent}")
+        if share >= 1:
+            raise DataError(f"--held-out {percent}: hold out less than 100 percent")
+        held_out = HeldOut(share, directory)
+    outputs = [arguments.output] + ([held_out.output] if held_out else [])
+    manifests = write_packs(
+        inputs, arguments.output, arguments.seq_length, arguments.seed, arguments.on_error, held_out
+    )
+    for output, manifest in zip(outputs, manifests, strict=True):
+        report(output, manifest)
+
+
+def report(output: str, manifest: dict) -> None:
+    """Prints what a directory of packs holds."""
+    counts, tokens = manifest["counts"], manifest["counts"]["tokens"]
+    padding = counts["packs"] * manifest["seq_length"] - tokens
+    print(f"{output}: packed {counts['samples_packed']} samples into {counts['packs']} packs")
+    print(f"  fill {manifest['fill']:.3%}, {padding} tokens of padding")
+    for entry in manifest["data"] if len(manifest["data"]) > 1 else []:
+        print(f"  {entry['tokens'] / tokens:.1%} of the tokens are of {entry['shards']} ({entry['samples']} samples)")
+    if even := manifest["imbalance"]:
+        print(f"  largest over mean work of {even['ranks']} ranks with {even['packs_per_rank']} packs each:")
+        for kind, drawn in even["drawn"].items():
+            print(f"    {kind} {drawn:.3f} as drawn, {even['balanced'][kind]:.3f} as dealt in training")
     if counts["samples_rejected"]:
-        print(f"rejected {counts['samples_rejected']} over-long samples, listed in {Path(arguments.output) / REJECTS}")
+        print(f"  rejected {counts['samples_rejected']} over-long samples, listed in {Path(output) / REJECTS}")
 
 
 if __name__ == "__main__":

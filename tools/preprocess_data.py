@@ -2,6 +2,11 @@
 
 python tools/preprocess_data.py --input train.json --image-root pictures --tokenizer HF_DIR --output shards
 python tools/preprocess_data.py --registry registry.yaml --datasets llava%50 docvqa --tokenizer HF_DIR --output shards
+
+The same command continues a run that was interrupted; the data set is the same to the byte.
+With --engine ray the tasks run on the cluster of RAY_ADDRESS, else on the one that this machine belongs to, else on
+this machine. Annotations, pictures and output must lie on a file system that all its machines see under the same
+paths, and neo-megatron must be installed on them.
 """
 
 import argparse
@@ -27,8 +32,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="new directory for the shards")
     parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per picture (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=Settings.max_pixels, help="per picture (%(default)s)")
-    parser.add_argument("--image-store", choices=["encoded", "patches"], default=Settings.image_store)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument(
+        "--image-store",
+        choices=["encoded", "patches"],
+        default=Settings.image_store,
+        help="keep the bytes of the files, or pixels that need no decoding in training and several times the space",
+    )
+    parser.add_argument(
+        "--check",
+        choices=["decode", "header"],
+        default=Settings.check,
+        help="decode every picture to its end, or trust its header; patches are always decoded (%(default)s)",
+    )
+    parser.add_argument("--video-fps", type=float, default=Settings.video_fps, help="frames a second (%(default)s)")
+    parser.add_argument("--max-frames", type=int, default=Settings.max_frames, help="of one video (%(default)s)")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes, or tasks in flight on Ray, of one CPU each (%(default)s)",
+    )
     parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="a bad sample is listed, or stops")
     parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
     parser.add_argument("--records-per-shard", type=int, default=Settings.records_per_shard, help="(%(default)s)")
@@ -54,12 +78,21 @@ def main() -> None:
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,
         image_store=arguments.image_store,
+        check=arguments.check,
         seed=arguments.seed,
         records_per_shard=arguments.records_per_shard,
+        video_fps=arguments.video_fps,
+        max_frames=arguments.max_frames,
     )
     print(f"reading the tokenizer of {arguments.tokenizer}", flush=True)  # importing transformers takes seconds
     manifest = preprocess(
-        sources, arguments.tokenizer, arguments.output, settings, arguments.on_error, arguments.workers
+        sources,
+        arguments.tokenizer,
+        arguments.output,
+        settings,
+        arguments.on_error,
+        arguments.workers,
+        arguments.engine,
     )
     counts = manifest["counts"]
     print(f"read {counts['samples_read']} samples of {counts['records_read']} records, kept {counts['samples_kept']}")
@@ -74,3 +107,5 @@ if __name__ == "__main__":
         main()
     except (DataError, OSError) as error:
         sys.exit(f"preprocess_data: {error}")
+    except KeyboardInterrupt:
+        sys.exit("preprocess_data: interrupted; the same command continues")

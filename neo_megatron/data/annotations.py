@@ -1,26 +1,40 @@
 """Annotation files -> slices of consecutive records, streamed; one worker reads a slice, and makes one shard of it.
 
-A JSONL slice is a place in the file. A JSON array has no such marks, so its records are parsed as a stream and handed
-on as lines. Memory holds a few slices at a time, whatever the size of the file.
+A slice is a place in its file: whoever holds one reads its records from the file itself. Memory holds a few slices at
+a time, whatever the size of the file.
 """
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
-from typing import BinaryIO
 
-import ijson
 import numpy as np
 
 from neo_megatron.data.draw import permutation
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.record_bounds import element_bounds, line_bounds
 from neo_megatron.data.registry import Source
 
-# A line, or an element of an array, longer than this is no annotation; it is refused before it fills the memory.
+# A record longer than this is no annotation; it is refused before it fills the memory.
 MAX_RECORD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slice begins.
+
+    Args:
+        number: of the slice, and of the shard that it becomes.
+        source: index of its file in the list of sources.
+        part: which slice of its own source it is, from 0.
+        first: number of its first record in the file; blank lines are not counted.
+        offset: in the file, where the record before it ends.
+    """
+
+    number: int = 0
+    source: int = 0
+    part: int = 0
+    first: int = 0
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,44 +42,50 @@ class Slice:
     """Consecutive records of one annotation file.
 
     Args:
-        number: of the shard that it becomes.
-        source: index of its file in the list of sources.
-        part: which slice of its own source it is, from 0.
-        first: number of its first record in the file; blank lines are not counted.
-        count: records in it.
-        start: offset of the first record in a JSONL file, in ``lines`` for a JSON array.
-        lines: the records as JSON lines where the file is an array.
+        place: where it begins.
+        bounds: int64 [records, 2], the bytes of each in the file.
         broken: why nothing can be read after the last record; empty where the file goes on or ends well.
     """
 
-    number: int
-    source: int
-    part: int
-    first: int
-    count: int
-    start: int
-    lines: bytes | None = None
+    place: Place
+    bounds: np.ndarray
     broken: str = ""
 
+    @property
+    def end(self) -> int:
+        """Offset behind its last record."""
+        return int(self.bounds[-1, 1]) if len(self.bounds) else self.place.offset
 
-def slices(sources: Sequence[Source], records_per_slice: int) -> Iterator[Slice]:
-    """All records of all sources in order. Cut at record counts, so that the cut does not depend on the workers."""
-    number = 0
-    for index, source in enumerate(sources):
-        cut = _jsonl_slices if source.annotations.endswith(".jsonl") else _json_slices
-        for part, fields in enumerate(cut(Path(source.annotations), records_per_slice)):
-            yield Slice(number=number, source=index, part=part, **fields)
-            number += 1
+    @property
+    def next(self) -> Place:
+        """Where the next slice begins; nothing is read behind a break."""
+        if self.broken:
+            return Place(self.place.number + 1, self.place.source + 1)
+        first = self.place.first + len(self.bounds)
+        return Place(self.place.number + 1, self.place.source, self.place.part + 1, first, self.end)
+
+
+def slices(sources: Sequence[Source], records_per_slice: int, place: Place = Place()) -> Iterator[Slice]:
+    """The slices from ``place`` on. Cut at record counts, so that the cut does not depend on the workers."""
+    for index in range(place.source, len(sources)):
+        if index != place.source:
+            place = Place(place.number, index)
+        for piece in _slices(sources[index], records_per_slice, place):
+            yield piece
+            place = piece.next
 
 
 def read_slice(piece: Slice, source: Source, seed: int) -> Iterator[tuple[int, bytes | None]]:
     """(record number, JSON text) of the records drawn from a slice, in order; ``None`` for one over the size limit."""
-    times = np.bincount(drawn_records(piece, source, seed), minlength=piece.count)
-    with io.BytesIO(piece.lines) if piece.lines is not None else open(source.annotations, "rb") as stream:
-        stream.seek(piece.start)
-        for offset, line in zip(range(piece.count), _records(stream), strict=False):
-            for _ in range(times[offset]):
-                yield piece.first + offset, line
+    with open(source.annotations, "rb", buffering=1 << 20) as file:
+        for drawn in drawn_records(piece, source, seed).tolist():
+            begin, end = piece.bounds[drawn].tolist()
+            if end - begin > MAX_RECORD_BYTES:
+                text = None
+            else:
+                file.seek(begin)
+                text = file.read(end - begin)
+            yield piece.place.first + drawn, text
 
 
 def drawn_records(piece: Slice, source: Source, seed: int) -> np.ndarray:
@@ -74,92 +94,35 @@ def drawn_records(piece: Slice, source: Source, seed: int) -> np.ndarray:
     The number is exact: rounding is that of the running total, so the slices of a file of N records hold
     ``round(N * share)``. Who is drawn depends on (seed, name of the data set, slice) alone.
     """
-    last = piece.first + piece.count
-    total = _round(last * source.share) - _round(piece.first * source.share)
-    whole, rest = divmod(total, max(piece.count, 1))
-    some = permutation(piece.count, seed, source.name, piece.part)[:rest]
-    return np.sort(np.concatenate([np.repeat(np.arange(piece.count), whole), some]))
+    count, first = len(piece.bounds), piece.place.first
+    total = _round((first + count) * source.share) - _round(first * source.share)
+    whole, rest = divmod(total, max(count, 1))
+    some = permutation(count, seed, source.name, piece.place.part)[:rest]
+    return np.sort(np.concatenate([np.repeat(np.arange(count), whole), some]))
 
 
 def _round(value: Fraction) -> int:
     return int(value + Fraction(1, 2))
 
 
-def _records(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Every line that is not blank; ``None`` stands for a line over the size limit."""
-    while line := stream.readline(MAX_RECORD_BYTES + 1):
-        too_long = len(line) > MAX_RECORD_BYTES
-        while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
-            line = stream.readline(MAX_RECORD_BYTES + 1)
-        if too_long or not line.isspace():
-            yield None if too_long else line
-
-
-def _jsonl_slices(path: Path, records_per_slice: int) -> Iterator[dict]:
-    first = count = start = 0
-    with path.open("rb") as stream:
-        for _ in _records(stream):
-            count += 1
-            if count == records_per_slice:
-                yield {"first": first, "count": count, "start": start}
-                first, count, start = first + count, 0, stream.tell()
-    if count:
-        yield {"first": first, "count": count, "start": start}
-
-
-def _json_slices(path: Path, records_per_slice: int) -> Iterator[dict]:
-    first, lines, broken = 0, [], ""
-    with path.open("rb") as file:
-        stream = _BoundedStream(file)
-        if not stream.begins_array():
-            raise DataError(f"{path} holds no JSON array; a file with one record a line must be named .jsonl")
-        records = ijson.items(stream, "item", use_float=True)
-        while True:
+def _slices(source: Source, records_per_slice: int, place: Place) -> Iterator[Slice]:
+    find = line_bounds if source.annotations.endswith(".jsonl") else element_bounds
+    with open(source.annotations, "rb") as file:
+        found = find(file, place.offset)
+        waiting: list[np.ndarray] = []
+        count, broken = 0, None
+        while broken is None:
             try:
-                lines.append(_line(next(records)))
-            except StopIteration:
-                break
-            except (ijson.JSONError, ValueError) as error:
-                broken = f"the JSON array breaks off here: {' '.join(str(error).split())[:200]}"
-                break
-            stream.since_record = 0
-            if len(lines) == records_per_slice:
-                yield _lines_slice(first, lines)
-                first, lines = first + len(lines), []
-    if lines or broken:
-        yield _lines_slice(first, lines) | {"broken": broken}
-
-
-def _lines_slice(first: int, lines: list[bytes]) -> dict:
-    return {"first": first, "count": len(lines), "start": 0, "lines": b"\n".join(lines)}
-
-
-def _line(record: object) -> bytes:
-    try:
-        return json.dumps(record).encode()
-    except RecursionError:
-        # Only this record is lost: the worker cannot parse the line and rejects it under its number.
-        return b"nested too deeply to be an annotation"
-
-
-class _BoundedStream:
-    """A file that refuses to be read on when one element of the array has used up the size limit."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.since_record = 0
-
-    def begins_array(self) -> bool:
-        """Whether the first character is ``[``; leaves the file at its start, past a byte order mark."""
-        start = 3 if self.file.read(3) == b"\xef\xbb\xbf" else 0
-        self.file.seek(start)
-        while (byte := self.file.read(1)).isspace():
-            pass
-        self.file.seek(start)
-        return byte == b"["
-
-    def read(self, size: int) -> bytes:
-        self.since_record += size
-        if self.since_record > MAX_RECORD_BYTES:
-            raise ValueError(f"one record is longer than {MAX_RECORD_BYTES >> 20} MiB")
-        return self.file.read(size)
+                bounds = next(found)
+            except StopIteration as end:
+                bounds, broken = np.empty((0, 2), np.int64), end.value
+            waiting.append(bounds)
+            count += len(bounds)
+            while count >= records_per_slice:
+                known = np.concatenate(waiting)
+                piece = Slice(place, known[:records_per_slice])
+                yield piece
+                place = piece.next
+                waiting, count = [known[records_per_slice:]], count - records_per_slice
+        if count or broken:
+            yield Slice(place, np.concatenate(waiting), broken)

@@ -1,6 +1,7 @@
-"""Packs -> tensors. The state of the data set is one integer: item ``i`` depends on (packs, seed, i) alone."""
+"""Packs -> tensors. The state of the data set is one integer: item ``i`` depends on (packs, seed, batch, i) alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,101 +9,183 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neo_megatron.data.balance import balanced_order
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.draw import permutation
-from neo_megatron.data.image import PATCH_VALUES, decode, patches_from_image
+from neo_megatron.data.draw import key_of
+from neo_megatron.data.errors import DataError, RejectedSample
+from neo_megatron.data.image import PATCH_VALUES, decode, patches_from_image, recompress
 from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.data.shards import ShardSet, patches_of
+from neo_megatron.data.shards import ShardSet, StoredSample, patches_of
 
 LossWeighting = Literal["square", "sample", "token"]
 _WEIGHT_POWER: dict[str, float] = {"square": -0.5, "sample": -1.0, "token": 0.0}
+# "patches" gives them; "check" only finds out which pictures are broken, "none" does not look at them.
+Pictures = Literal["patches", "check", "none"]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """How the packs of a step are dealt to data-parallel ranks; they are dealt so that ranks have even work.
+
+    Args:
+        size: packs of a step.
+        ranks: data-parallel ranks.
+        micro_batch_size: packs that a rank reads at once.
+        start: the first pack that is read, a number of packs consumed before.
+    """
+
+    size: int
+    ranks: int
+    micro_batch_size: int
+    start: int = 0
 
 
 class PackDataset(torch.utils.data.Dataset):
-    """Packs in a random order, a new one in every epoch.
+    """Packs in a random order; every epoch packs anew.
 
     Args:
-        pack_directory: written by ``tools/pack_data.py``.
+        location: written by ``tools/pack_data.py``: a directory or ``s3://bucket/prefix``.
         num_samples: number of items; more than there are packs means several epochs.
-        seed: of the order; epoch e has the permutation of (seed, e).
+        seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
-        pictures: whether items carry patches; a rank that embeds no picture need not read them.
+        pictures: "patches" gives them. A rank that embeds no picture need not read them; but one that weighs losses has
+            to "check" whether they can be decoded, to agree with the rank that does on which samples count.
+        global_batch: evens out the work of its ranks; without it items come in the order drawn.
+        min_jpeg_quality: below 100, every picture of an encoded store is compressed anew as JPEG, with a quality drawn
+            from here to 100 for each (seed, item, picture).
     """
 
     def __init__(
         self,
-        pack_directory: str | Path,
+        location: str | Path,
         num_samples: int,
         seed: int,
         loss_weighting: LossWeighting = "square",
-        pictures: bool = True,
+        pictures: Pictures = "patches",
+        global_batch: GlobalBatch | None = None,
+        min_jpeg_quality: int = 100,
     ) -> None:
-        self.packs = PackIndex.open(pack_directory)
+        self.packs = PackIndex.open(location)
         self._num_samples = num_samples
         self._seed = seed
         self._power = _WEIGHT_POWER[loss_weighting]
-        self._pictures = pictures
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._pictures: Pictures = pictures
+        self._batch = global_batch
+        self._min_jpeg_quality = min_jpeg_quality
+        if min_jpeg_quality < 100 and any(shards.image_store != "encoded" for shards in self.packs.data.sets):
+            raise DataError(
+                f"{location} keeps pictures as patches, which cannot be compressed as JPEG; "
+                "preprocess with --image-store encoded, or leave out --min-jpeg-quality"
+            )
+        self._window, self._window_packs = -1, []
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_window": -1, "_window_packs": []}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """One pack of T tokens with M targets and C cells of pictures, as CPU tensors.
 
         ``tokens`` int64 [T]; ``positions_thw`` int32 [T, 3]; ``document`` and ``image`` int32 [T], numbers within the
         pack, -1 for padding and outside pictures; ``target_index`` int64 [M], positions whose next token is trained;
-        ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M]; ``cell_index`` int64 [C], positions of
-        the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768].
+        ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M], 0 in samples with a broken picture;
+        ``cell_index`` int64 [C], positions of the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768], 0 for a
+        broken picture. Beside them ``samples``, how many there are, and ``broken``, a sentence for each that is.
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"item {index} of a data set of {self._num_samples}")
-        epoch, place = divmod(index, len(self.packs))
-        if epoch != self._epoch:  # kept because it is slow to draw; it is no state, any item can be asked for
-            self._epoch, self._order = epoch, permutation(len(self.packs), self._seed, "epoch", epoch)
-        samples = self.packs[int(self._order[place])].tolist()
-        return assemble(self.packs.shards, samples, self.packs.sequence_length, self._power, self._pictures)
+        samples = self._samples(index).tolist()
+        return self._assemble(samples, index)
 
+    def _samples(self, index: int) -> np.ndarray:
+        """The samples of an item. Whole global batches are looked up at once, because balance needs them together."""
+        size = self._batch.size if self._batch else 64
+        start = self._batch.start % size if self._batch else 0
+        window, place = divmod(index - start, size)
+        if window != self._window:  # kept because it takes a millisecond; it is no state, any item can be asked for
+            self._window, self._window_packs = window, self._draw(window * size + start, size)
+        return self._window_packs[place]
 
-def assemble(
-    shards: ShardSet, samples: Sequence[int], length: int, weight_power: float, pictures: bool
-) -> dict[str, Tensor]:
-    """The given samples behind one another, padded to ``length``. See ``PackDataset.__getitem__``."""
-    tokens = np.full(length, shards.ids.pad, np.int64)
-    document = np.full(length, -1, np.int32)
-    trained = np.zeros(length, bool)
-    weight = np.zeros(length, np.float32)
-    grids: list[np.ndarray] = [np.empty((0, 2), np.int32)]
-    patches: list[np.ndarray] = [np.empty((0, 4, PATCH_VALUES), np.uint8)]
-    end = 0
-    for number, sample in enumerate(samples):
-        shard, local = shards.locate(sample)
-        sequence = shard.tokens[local]
-        start, end = end, end + len(sequence)
-        tokens[start:end] = sequence
-        document[start:end] = number
-        spans = shard.spans[local].reshape(-1, 2)
-        for span_start, span_end in spans.tolist():
-            trained[start + span_start : start + span_end] = True
-        weight[start:end] = float((spans[:, 1] - spans[:, 0]).sum()) ** weight_power
-        for picture in shard.picture_range(local):
-            grids.append(shard.grids[picture : picture + 1])
-            if pictures:
-                patches.append(_patches(shards, shard.picture(picture), shard.grids[picture], sample))
-    positions, image = native_positions(tokens, document, np.concatenate(grids), shards.ids)
-    targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
-    cells = np.flatnonzero(image >= 0) if pictures else np.empty(0, np.int64)
-    return {
-        "tokens": torch.from_numpy(tokens),
-        "positions_thw": torch.from_numpy(positions),
-        "document": torch.from_numpy(document),
-        "image": torch.from_numpy(image),
-        "target_index": torch.from_numpy(targets - 1),
-        "targets": torch.from_numpy(tokens[targets]),
-        "target_weight": torch.from_numpy(weight[targets]),
-        "cell_index": torch.from_numpy(cells),
-        "patches": torch.from_numpy(np.concatenate(patches)),
-    }
+    def _draw(self, first: int, count: int) -> list[np.ndarray]:
+        """The samples of ``count`` consecutive items."""
+        numbers = np.arange(first, first + count)
+        epochs = numbers // len(self.packs)
+        packs, costs = [], []
+        for epoch in np.unique(epochs).tolist():
+            drawn = self.packs.table.draw(self._seed, epoch, numbers[epochs == epoch] % len(self.packs))
+            ends = drawn.offsets.tolist()
+            packs += [self.packs.table.samples(drawn.units[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+            costs.append(self.packs.table.costs(drawn))
+        if self._batch is None:
+            return packs
+        order = balanced_order(np.concatenate(costs), self._batch.ranks, self._batch.micro_batch_size)
+        return [packs[number] for number in order.tolist()]
+
+    def _assemble(self, samples: Sequence[int], item: int) -> dict[str, Any]:
+        """The given samples behind one another, padded. See ``__getitem__``."""
+        length, ids = self.packs.sequence_length, self.packs.data.ids
+        fetched = self.packs.data.fetch(samples, pictures=self._pictures != "none")
+        tokens = np.full(length, ids.pad, np.int64)
+        document = np.full(length, -1, np.int32)
+        trained = np.zeros(length, bool)
+        weight = np.zeros(length, np.float32)
+        grids = np.concatenate([stored.grids for stored, _ in fetched])
+        cells = int(grids.prod(axis=1).sum()) // 4 if self._pictures == "patches" else 0
+        patches = np.empty((cells, 4, PATCH_VALUES), np.uint8)
+        broken: list[str] = []
+        end = cell = 0
+        for number, (sample, (stored, shards)) in enumerate(zip(samples, fetched, strict=True)):
+            start, end = end, end + len(stored.tokens)
+            tokens[start:end] = stored.tokens
+            document[start:end] = number
+            for span_start, span_end in stored.spans.tolist():
+                trained[start + span_start : start + span_end] = True
+            count = int((stored.spans[:, 1] - stored.spans[:, 0]).sum())
+            first, cell = cell, cell + (int(stored.grids.prod(axis=1).sum()) // 4 if cells else 0)
+            try:
+                self._read_pictures(stored, shards, patches[first:cell], item, number)
+                weight[start:end] = float(count) ** self._power
+            except RejectedSample as rejected:
+                patches[first:cell] = 0
+                file, record = self.packs.data.describe(sample)
+                broken.append(f"{file}, record {record}: {rejected.sentence}")
+        positions, image = native_positions(tokens, document, grids, ids)
+        targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "positions_thw": torch.from_numpy(positions),
+            "document": torch.from_numpy(document),
+            "image": torch.from_numpy(image),
+            "target_index": torch.from_numpy(targets - 1),
+            "targets": torch.from_numpy(tokens[targets]),
+            "target_weight": torch.from_numpy(weight[targets]),
+            "cell_index": torch.from_numpy(np.flatnonzero(image >= 0) if cells else np.empty(0, np.int64)),
+            "patches": torch.from_numpy(patches),
+            "samples": len(samples),
+            "broken": broken,
+        }
+
+    def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, item: int, document: int) -> None:
+        """Writes the patches of a sample to ``out``, uint8 [cells, 4, 768]; or only sees that they can be had.
+
+        Raises:
+            RejectedSample: for a picture that cannot be decoded.
+        """
+        end = 0
+        for number, (picture, grid) in enumerate(zip(stored.pictures, stored.grids.tolist(), strict=False)):
+            start, end = end, end + grid[0] * grid[1] // 4
+            if shards.image_store == "patches":
+                if self._pictures == "patches":
+                    out[start:end] = patches_of(picture)
+                continue
+            image = decode(picture.tobytes(), f"number {number} of the sample")
+            if self._pictures == "patches":
+                if self._min_jpeg_quality < 100:
+                    drawn = key_of(self._seed, item, document, number) % (101 - self._min_jpeg_quality)
+                    image = recompress(image, self._min_jpeg_quality + drawn)
+                patches_from_image(image, (grid[0], grid[1]), out=out[start:end])
 
 
 def native_positions(
@@ -135,24 +218,24 @@ def native_positions(
     return positions, image
 
 
-def _patches(shards: ShardSet, stored: np.ndarray, grid: np.ndarray, sample: int) -> np.ndarray:
-    if shards.image_store == "patches":
-        return patches_of(stored)
-    name = f"of sample {sample} in {shards.directory}"
-    return patches_from_image(decode(stored.tobytes(), name), (int(grid[0]), int(grid[1])))
-
-
-def collate(packs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """B packs -> one micro-batch: per-token tensors stacked to [B, T, ...], the others joined end to end.
 
     ``target_index`` and ``cell_index`` count in the flattened [B * T]; numbers of documents and images stay per pack.
     """
     length = len(packs[0]["tokens"])
-    batch = {
-        key: torch.stack([pack[key] for pack in packs]) for key in ("tokens", "positions_thw", "document", "image")
+    batch: dict[str, Any] = {
+        key: _stack([pack[key] for pack in packs]) for key in ("tokens", "positions_thw", "document", "image")
     }
     for key in ("target_index", "cell_index"):
         batch[key] = torch.cat([pack[key] + row * length for row, pack in enumerate(packs)])
     for key in ("targets", "target_weight", "patches"):
-        batch[key] = torch.cat([pack[key] for pack in packs])
+        batch[key] = packs[0][key] if len(packs) == 1 else torch.cat([pack[key] for pack in packs])
+    batch["samples"] = sum(pack["samples"] for pack in packs)
+    batch["broken"] = [sentence for pack in packs for sentence in pack["broken"]]
     return batch
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """One pack is the usual micro-batch: its megabytes are not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

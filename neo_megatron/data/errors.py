@@ -12,13 +12,16 @@ class Reason(StrEnum):
     EMPTY_CONVERSATION = "empty conversation"
     NOTHING_TRAINED = "nothing to train on"
     PICTURE_COUNT = "pictures and tags differ"
-    VIDEO = "video"
+    VIDEO_COUNT = "videos and tags differ"
     REMOTE_PATH = "remote path"
+    ARCHIVE_PATH = "path into an archive"
     OUTSIDE_ROOT = "path outside the root"
     MISSING_PICTURE = "missing picture"
     UNREADABLE_PICTURE = "unreadable picture"
     DECOMPRESSION_BOMB = "decompression bomb"
     ASPECT_RATIO = "aspect ratio"
+    MISSING_VIDEO = "missing video"
+    UNREADABLE_VIDEO = "unreadable video"
     OVER_LONG = "over-long sample"
 
 

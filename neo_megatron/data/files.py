@@ -1,12 +1,16 @@
 """Output that is either whole or not there: written aside, flushed to the disk, then renamed."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 from neo_megatron.data.errors import DataError
+from neo_megatron.data.storage import Directory, join, open_directory
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -14,31 +18,55 @@ REJECTS = "rejects.jsonl"
 
 
 class WholeFile:
-    """A binary file that appears under its name when ``commit`` is called; counts and hashes what is written."""
+    """A binary file that appears under its name when ``commit`` is called; counts and hashes what is written.
+
+    Raises:
+        DataError: from any method, where the disk does not take the bytes; nothing of the file is left behind then.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
         self._hash = hashlib.sha256()
-        self._file = open(str(path) + PARTIAL, "wb")  # noqa: SIM115 - closed by commit
+        # A name of its own: a process that outlives a killed run neither writes into this file nor renames it.
+        self._partial = Path(f"{path}.{secrets.token_hex(4)}{PARTIAL}")
+        try:
+            self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by commit and discard
+        except OSError as error:
+            raise _refused(path, error) from error
 
     def write(self, data: Any) -> None:
         """Appends bytes, or anything whose memory is contiguous."""
         self._hash.update(data)
-        self.size += self._file.write(data)
+        try:
+            self.size += self._file.write(data)
+        except OSError as error:
+            self.discard()
+            raise _refused(self.path, error) from error
 
     def commit(self) -> dict[str, Any]:
         """Flushes, renames, and returns what a manifest says of the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(str(self.path) + PARTIAL, self.path)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            self.discard()
+            raise _refused(self.path, error) from error
         return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
-        self._file.close()
-        os.unlink(str(self.path) + PARTIAL)
+        """Leaves nothing behind; what was committed stays."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered, which nobody wants any more
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def _refused(path: Path, error: OSError) -> DataError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free space" if full else "remedy that"
+    return DataError(f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again")
 
 
 def write_whole(path: Path, data: Any) -> dict[str, Any]:
@@ -55,18 +83,34 @@ def json_line(entry: dict[str, Any], indent: int | None = None) -> bytes:
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Written last: a directory with a manifest is complete."""
     write_whole(directory / MANIFEST, json_line(manifest, indent=1))
+    sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Brings the renames so far to the disk."""
     folder = os.open(directory, os.O_RDONLY)
-    os.fsync(folder)  # the renames
+    os.fsync(folder)
     os.close(folder)
 
 
-def read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
+def read_manifest(directory: Directory | str | Path, kind: str, version: int) -> dict[str, Any]:
     """The manifest of a directory that holds a complete data set of the given kind and format version."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise DataError(f"{directory} holds no complete data set: it has no {MANIFEST}; write it again")
+    opened = open_directory(directory) if isinstance(directory, str | Path) else directory
+    return parse_manifest(manifest_bytes(opened), opened.location, kind, version)
+
+
+def manifest_bytes(directory: Directory) -> bytes:
+    """The manifest as it was written. Raises DataError where there is none."""
+    if directory.size(MANIFEST) is None:
+        raise DataError(f"{directory.location} holds no complete data set: it has no {MANIFEST}; write it again")
+    return directory.read(MANIFEST)
+
+
+def parse_manifest(text: bytes, location: str, kind: str, version: int) -> dict[str, Any]:
+    """What the manifest at a location says. Raises DataError where it is of another kind or version."""
+    path = join(location, MANIFEST)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); write the data set again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != kind or manifest.get("version") != version:

@@ -22,10 +22,11 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 MAX_FILE_BYTES = 256 << 20
-# 134 megapixels: any phone's camera passes, and decoding takes at most about a gigabyte.
+# 134 megapixels: any phone's camera passes, and decoding takes at most about 1.3 gigabytes.
 MAX_DECODED_PIXELS = 1 << 27
+MAX_JPEG2000_PIXELS = 1 << 26  # its decoder takes twice as much
 # Formats that Pillow decodes itself. Others are left out because they start programs (EPS) or nobody maintains them.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 # EXIF orientation -> how to turn the stored picture so that it stands upright.
 _UPRIGHT = {
@@ -37,7 +38,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG = 0x0102
+_STRIP_PIXELS = 1 << 20
 
 Image.init()  # registers the formats that Image.open would otherwise load by guessing
 
@@ -84,11 +88,36 @@ def read_picture(path: str) -> bytes:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The picture in the bytes of a file, as ``to_rgb`` gives it; its size is seen and checked before it is decoded.
+    """The picture in the bytes of a file, as `upright_rgb` shows it; its size is checked before it is decoded.
 
     Raises:
         RejectedSample: for what cannot be decoded to the end, or has too many pixels.
     """
+    image = _open(data, name)
+    try:
+        return upright_rgb(image)
+    # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this picture cannot be shown.
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def header_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) that `decode` would give, without decoding pixels.
+
+    Raises:
+        RejectedSample: for what is no picture by its header, or has too many pixels.
+    """
+    image = _open(data, name)
+    if image.format == "PNG" and _metadata_behind_pixels(data):
+        image = decode(data, name)
+        return image.height, image.width
+    # Pillow gives the size of a TIFF as it stands upright, that of all others as it is stored.
+    if image.format != "TIFF" and _orientation(image) in _SIDEWAYS:
+        return image.width, image.height
+    return image.height, image.width
+
+
+def _open(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -97,27 +126,15 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise RejectedSample(
             Reason.UNREADABLE_PICTURE, f"the picture {name} is in none of the formats {', '.join(FORMATS)}"
         ) from error
-    except Exception as error:  # as in to_rgb
+    except Exception as error:  # as in decode
         raise _unreadable(name, error) from error
-    return to_rgb(image, name)
-
-
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An opened picture as a viewer shows it: upright by its EXIF, transparency over white, 16 bits scaled to 8.
-
-    Raises:
-        RejectedSample: for what cannot be decoded to the end, or has too many pixels.
-    """
-    if image.width * image.height > MAX_DECODED_PIXELS:
+    most = MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_DECODED_PIXELS
+    if image.width * image.height > most:
         raise RejectedSample(
             Reason.DECOMPRESSION_BOMB,
-            f"the picture {name} has {image.width} x {image.height} pixels, more than {MAX_DECODED_PIXELS}",
+            f"the picture {name} has {image.width} x {image.height} pixels, more than {most}",
         )
-    try:
-        return upright_rgb(image)
-    # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this picture cannot be shown.
-    except Exception as error:
-        raise _unreadable(name, error) from error
+    return image
 
 
 def _unreadable(name: str, error: Exception) -> RejectedSample:
@@ -125,44 +142,115 @@ def _unreadable(name: str, error: Exception) -> RejectedSample:
     return RejectedSample(Reason.UNREADABLE_PICTURE, sentence)
 
 
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation that is known so far. Viewers show a picture whose EXIF is broken as it is stored."""
+    try:
+        return Image.Image.getexif(image).get(_ORIENTATION_TAG)  # a PNG's own getexif would decode it
+    except Exception:  # bytes of strangers, as in decode
+        return None
+
+
+def _metadata_behind_pixels(png: bytes) -> bool:
+    """Whether the orientation may stand where Pillow finds it only after decoding."""
+    pixels = png.find(b"IDAT")
+    return any(png.find(mark, pixels) >= 0 for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"))
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """As `to_rgb`, with Pillow's own errors."""
+    """An opened picture as a viewer shows it: upright by its EXIF, transparency over white, 16 bits scaled to 8.
+
+    Raises:
+        ValueError: for pixels that are no colours. Pillow raises many other types for a broken picture.
+    """
     image.load()
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    turn = _UPRIGHT.get(_orientation(image))
     if image.mode == "F":
         raise ValueError("pixels that are fractions have no colour")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGB", image.size, "white")
-        paper.paste(image, mask=image.getchannel("A"))
-        image = paper
-    if image.mode != "RGB":
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.has_transparency_data:
+        image = _over_white(image)
+    elif image.mode != "RGB":
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of up to 16 bits, a strip at a time: whole it would need ten times the memory of its file."""
+    bits = 12 if getattr(image, "tag_v2", {}).get(_BITS_TAG) == (12,) else 16
+    transparent = image.info.get("transparency")
+    grey = np.empty((image.height, image.width), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if strip.min() < 0 or strip.max() >= 1 << bits:
+            raise ValueError(f"pixels outside {bits} bits have no brightness")
+        scaled = strip >> (bits - 8)
+        grey[top : top + rows] = scaled if transparent is None else np.where(strip == transparent, 255, scaled)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(image, mask=image.getchannel("A"))
+    return paper
+
+
+def recompress(image: Image.Image, quality: int) -> Image.Image:
+    """The RGB picture after JPEG compression of a quality from 1 to 95, which is lossy: an augmentation."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file, formats=("JPEG",)).convert("RGB")
+
+
 def picture_grid(image: Image.Image, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(grid_h, grid_w) of a decoded picture in patches."""
+    return grid_of_size(image.height, image.width, name, min_pixels, max_pixels)
+
+
+def grid_of_size(height: int, width: int, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(grid_h, grid_w) in patches of a picture of ``height x width`` pixels.
+
+    Raises:
+        RejectedSample: for a picture that is too long or too wide.
+    """
     try:
-        height, width = smart_resize(image.height, image.width, CELL, min_pixels, max_pixels)
+        height, width = smart_resize(height, width, CELL, min_pixels, max_pixels)
     except ValueError as error:
         raise RejectedSample(Reason.ASPECT_RATIO, f"the picture {name}: {error}") from error
     return height // PATCH, width // PATCH
 
 
-def patches_from_image(image: Image.Image, grid: tuple[int, int]) -> np.ndarray:
-    """Resizes (bicubic) and cuts a decoded picture: uint8 [cells, 4, 768]."""
+def patches_from_image(image: Image.Image, grid: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Resizes (bicubic) and cuts a decoded picture: uint8 [cells, 4, 768].
+
+    Args:
+        image: RGB.
+        grid: (grid_h, grid_w) in patches, both even.
+        out: where to write the patches; a new array by default.
+    """
+    grid_h, grid_w = grid
+    if out is None:
+        out = np.empty((grid_h * grid_w // 4, 4, PATCH_VALUES), np.uint8)
+    resized = resize_to_grid(image, grid)
+    # A row of a patch, 16 bytes, is moved as one value: [row, column, dy, dx, channel, y] of the cells.
+    values = np.reshape(out.view("V16"), (grid_h // 2, grid_w // 2, 2, 2, 3, PATCH), copy=False)
+    for top in range(0, grid_h // 2, 2):  # two rows of cells at a time stay in the processor's cache
+        cells = values[top : top + 2]
+        strip = resized.crop((0, top * CELL, resized.width, (top + len(cells)) * CELL))
+        for channel, band in enumerate("RGB"):
+            # Pillow takes one colour out of its pixels four times as fast as NumPy does.
+            plane = np.frombuffer(strip.tobytes("raw", band), "V16").reshape(len(cells), 2, PATCH, grid_w // 2, 2)
+            cells[..., channel, :] = plane.transpose(0, 3, 1, 4, 2)
+    return out
+
+
+def resize_to_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    """The picture in the pixels of its grid, bicubic."""
     size = (grid[1] * PATCH, grid[0] * PATCH)
-    return cut_patches(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
-
-
-def cut_patches(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3], both sides multiples of 32 -> uint8 [cells, 4, 768]."""
-    rows, columns = pixels.shape[0] // CELL, pixels.shape[1] // CELL
-    blocks = pixels.reshape(rows, 2, PATCH, columns, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return blocks.reshape(rows * columns, 4, PATCH_VALUES)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def normalise(patches: np.ndarray) -> np.ndarray:

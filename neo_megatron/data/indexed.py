@@ -12,6 +12,7 @@ import numpy as np
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import WholeFile, write_whole
+from neo_megatron.data.storage import Content, Range
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -54,35 +55,45 @@ class SequenceWriter:
 
 
 class SequenceReader:
-    """Maps a pair of files; nothing is read before it is asked for.
+    """The sequences of a pair of files. The index is mapped; of the data, nothing is read before it is asked for.
 
     Attributes:
         lengths: int32 [sequences].
         documents: int64 [documents + 1], first sequence of each document, and the number of sequences.
+
+    Args:
+        name: of the pair, for messages.
+        index: uint8 [n], the ``.idx``.
+        data: the ``.bin``.
+        dtype: of the numbers.
+
+    Raises:
+        DataError: the index is none.
     """
 
-    def __init__(self, prefix: Path, dtype: type) -> None:
-        index_path = _file(prefix, "idx")
-        index = np.memmap(index_path, np.uint8, "r")
+    def __init__(self, name: str, index: np.ndarray, data: Content, dtype: type) -> None:
+        self._name, self._data, self._dtype = name, data, np.dtype(dtype)
         if len(index) < _HEADER.size:
-            raise DataError(f"{index_path} is damaged: it is shorter than its header; preprocess again")
-        magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
+            raise DataError(f"{self._name}.idx is damaged: it is shorter than its header; preprocess again")
+        magic, version, code, sequences, documents = _HEADER.unpack_from(index)
         size = _HEADER.size + 12 * sequences + 8 * documents
-        if (magic, version, code, size) != (_MAGIC, 1, _CODES[np.dtype(dtype)], len(index)):
-            raise DataError(f"{index_path} is damaged: its header does not fit the file; preprocess again")
+        if (magic, version, code, size) != (_MAGIC, 1, _CODES[self._dtype], len(index)):
+            raise DataError(f"{self._name}.idx is damaged: its header does not fit the file; preprocess again")
         self.lengths = np.frombuffer(index, np.int32, sequences, _HEADER.size)
         self._offsets = np.frombuffer(index, np.int64, sequences, _HEADER.size + 4 * sequences)
         self.documents = np.frombuffer(index, np.int64, documents, _HEADER.size + 12 * sequences)
-        data_path = _file(prefix, "bin")
-        # An empty file cannot be mapped; a shard without a picture has one.
-        self._data = np.memmap(data_path, dtype, "r") if data_path.stat().st_size else np.empty(0, dtype)
-        end = self._offsets[-1] // self._data.itemsize + self.lengths[-1] if sequences else 0
-        if end != len(self._data):
-            raise DataError(f"{data_path} is damaged: its size does not fit its index; preprocess again")
+
+    def range(self, sequence: int) -> Range:
+        """Where a sequence lies. Raises DataError where that is outside of the file."""
+        offset = self._offsets.item(sequence)
+        size = self.lengths.item(sequence) * self._dtype.itemsize
+        if not 0 <= offset <= offset + size <= len(self._data):
+            raise DataError(f"{self._name}.bin is damaged: its size does not fit its index; preprocess again")
+        return Range(self._data, offset, size)
 
     def __getitem__(self, sequence: int) -> np.ndarray:
-        start = self._offsets[sequence] // self._data.itemsize
-        return self._data[start : start + self.lengths[sequence]]
+        content, offset, size = self.range(sequence)
+        return content[offset : offset + size].view(self._dtype)
 
 
 def _file(prefix: Path, suffix: str) -> Path:

@@ -1,27 +1,99 @@
-"""The pictures of a checked sample, in the form in which a shard keeps them."""
+"""The pictures of a checked sample, and the frames of its videos, in the form in which a shard keeps them."""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
+from PIL import Image
 
-from neo_megatron.data.image import decode, patches_from_image, picture_grid, pixel_limit, read_picture
-from neo_megatron.data.records import Sample
+from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.image import (
+    decode,
+    grid_of_size,
+    header_size,
+    patches_from_image,
+    picture_grid,
+    pixel_limit,
+    read_picture,
+    resize_to_grid,
+)
+from neo_megatron.data.records import IMAGE_TAG, VIDEO_TAG, Sample, Turn
 from neo_megatron.data.settings import Settings
+from neo_megatron.data.video import Clip, plan_clip, read_frames
+
+# A sample waits in memory until it is written.
+MAX_SAMPLE_BYTES = 1 << 30
+
+_Stored = tuple[np.ndarray, tuple[int, int]]
 
 
-def load_media(sample: Sample, settings: Settings) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-    """Pictures as uint8 [n] each, encoded bytes or flattened patches, and their grids in patches.
+def load_media(sample: Sample, settings: Settings) -> tuple[tuple[Turn, ...], list[np.ndarray], list[tuple[int, int]]]:
+    """The turns with one ``<image>`` tag for each picture and frame; the pictures; their grids in patches.
+
+    A picture is uint8 [n], encoded bytes or flattened patches. A video of n frames takes the place of its tag as
+    ``Frame-1: <image>`` to ``Frame-n: <image>``, one a line. All pictures and frames share the limit of pixels.
 
     Raises:
         RejectedSample: for the first that is missing, broken or too large.
+        DataError: for a video where PyAV is not installed.
     """
-    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.pictures))
-    pictures, grids = [], []
-    for path in sample.pictures:
-        data = read_picture(path)
-        image = decode(data, path)
-        grid = picture_grid(image, path, settings.min_pixels, limit)
-        stored = np.frombuffer(data, np.uint8)
-        if settings.image_store == "patches":
-            stored = patches_from_image(image, grid).reshape(-1)
+    clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in sample.videos]
+    limit = pixel_limit(
+        settings.min_pixels, settings.max_pixels, len(sample.pictures) + sum(len(clip.times) for clip in clips)
+    )
+    pictures, grids, size = [], [], 0
+    for stored, grid in _in_order(sample, clips, settings, limit):
         pictures.append(stored)
         grids.append(grid)
-    return pictures, grids
+        size += stored.nbytes
+        if size > MAX_SAMPLE_BYTES:
+            raise RejectedSample(Reason.OVER_LONG, f"the pictures of the sample take over {MAX_SAMPLE_BYTES >> 20} MiB")
+    return _with_frames(sample.turns, clips), pictures, grids
+
+
+def _in_order(sample: Sample, clips: list[Clip], settings: Settings, limit: int) -> Iterator[_Stored]:
+    """Pictures and frames in the order of the tags."""
+    pictures, videos = iter(sample.pictures), iter(clips)
+    for turn in sample.turns:
+        for tag in re.findall(f"{IMAGE_TAG}|{VIDEO_TAG}", turn.text):
+            if tag == IMAGE_TAG:
+                yield _picture(next(pictures), settings, limit)
+            else:
+                clip = next(videos)
+                for frame in read_frames(clip):
+                    yield _frame(frame, clip.path, settings, limit)
+
+
+def _picture(path: str, settings: Settings, limit: int) -> _Stored:
+    data = read_picture(path)
+    if settings.image_store == "patches":
+        image = decode(data, path)
+        grid = picture_grid(image, path, settings.min_pixels, limit)
+        return patches_from_image(image, grid).reshape(-1), grid
+    if settings.check == "header":
+        size = header_size(data, path)
+    else:
+        image = decode(data, path)
+        size = image.height, image.width
+    return np.frombuffer(data, np.uint8), grid_of_size(*size, path, settings.min_pixels, limit)
+
+
+def _frame(image: Image.Image, path: str, settings: Settings, limit: int) -> _Stored:
+    grid = picture_grid(image, path, settings.min_pixels, limit)
+    if settings.image_store == "patches":
+        return patches_from_image(image, grid).reshape(-1), grid
+    # Without loss, and in the size of its grid: both stores give the model the same pixels.
+    file = io.BytesIO()
+    resize_to_grid(image, grid).save(file, "PNG", compress_level=1)
+    return np.frombuffer(file.getvalue(), np.uint8), grid
+
+
+def _with_frames(turns: tuple[Turn, ...], clips: list[Clip]) -> tuple[Turn, ...]:
+    videos = iter(clips)
+
+    def frames(_: re.Match[str]) -> str:
+        return "\n".join(f"Frame-{number}: {IMAGE_TAG}" for number in range(1, len(next(videos).times) + 1))
+
+    return tuple(replace(turn, text=re.sub(VIDEO_TAG, frames, turn.text)) for turn in turns) if clips else turns

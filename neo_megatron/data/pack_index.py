@@ -1,139 +1,168 @@
-"""The packs of a data set for one sequence length: indices into its shards, written once, read by the data set."""
+"""The packs of a data set for one sequence length, opened: which samples a pack holds, in any epoch, at random access.
 
-import hashlib
+On disk are patterns (which lengths share a pack) and the units (what is packed as a whole) sorted by length. An epoch
+shuffles the units of each length among the places for that length, and the packs among themselves. Both permutations
+can be evaluated at one place (`draw.shuffled`), so every epoch has new neighbours at the same fill, nothing is drawn in
+advance, and the state is the number of the pack alone.
+"""
+
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from neo_megatron.data.errors import DataError, Reason
-from neo_megatron.data.files import (
-    MANIFEST,
-    REJECTS,
-    WholeFile,
-    finish_output,
-    json_line,
-    prepare_output,
-    read_manifest,
-    write_whole,
-)
-from neo_megatron.data.packing import pack
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.draw import key_of, shuffled
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.files import read_manifest
+from neo_megatron.data.mixture import Mixture
+from neo_megatron.data.storage import join, open_directory
 
-FORMAT, VERSION = "neo-packs", 1
-SAMPLES, OFFSETS = "samples.npy", "offsets.npy"
+FORMAT, VERSION = "neo-packs", 2
+UNITS, PATTERNS, RUNS = "units.npy", "patterns.npy", "runs.npy"
+UNIT = np.dtype([("first", "<i8"), ("samples", "<i4"), ("cells", "<i4"), ("squares", "<i8")])
+PATTERN = np.dtype([("packs", "<i8"), ("runs", "<i8")])
+RUN = np.dtype([("length", "<i8"), ("count", "<i8")])
 
 
 @dataclass(frozen=True)
-class PackIndex:
-    """Which samples each pack holds.
+class Drawn:
+    """Packs of an epoch: ``units`` int64 [n], pack behind pack, and ``offsets`` int64 [packs + 1] where each begins."""
 
-    Args:
-        sequence_length: tokens of a pack, padding included.
-        shards: the data set that the sample numbers count in.
-        samples: int64 [n], global sample numbers, pack behind pack.
-        offsets: int64 [packs + 1], where each pack begins in ``samples``.
-    """
-
-    sequence_length: int
-    shards: ShardSet
-    samples: np.ndarray
+    units: np.ndarray
     offsets: np.ndarray
 
+
+class PackTable:
+    """Patterns and units as arrays, and the arithmetic from a place in an epoch to the units of a pack.
+
+    Args:
+        units: ``UNIT`` [U], by length ascending.
+        patterns: ``PATTERN`` [P]: how many packs are alike, and how many of the runs are theirs.
+        runs: ``RUN`` [R]: a length, and how many units of it are in each pack of the pattern.
+    """
+
+    def __init__(self, units: np.ndarray, patterns: np.ndarray, runs: np.ndarray) -> None:
+        self.units = units
+        self._first_pack = np.concatenate([[0], np.cumsum(patterns["packs"])])
+        self._first_run = np.concatenate([[0], np.cumsum(patterns["runs"])])
+        self._run_length, self._run_count = runs["length"], runs["count"]
+        self._width = np.diff(np.concatenate([[0], np.cumsum(runs["count"])])[self._first_run])
+        used = np.repeat(patterns["packs"], patterns["runs"]) * runs["count"]  # units that each run takes in all
+        by_length = np.argsort(runs["length"], kind="stable")
+        before = np.cumsum(used[by_length]) - used[by_length]
+        lengths, first, which = np.unique(runs["length"][by_length], return_index=True, return_inverse=True)
+        self._class_start = np.empty(len(runs), np.int64)  # of the run's length, among the units
+        self._class_start[by_length] = before[first][which]
+        self._rank = np.empty(len(runs), np.int64)  # of the run's first unit, within its length
+        self._rank[by_length] = before - before[first][which]
+        sizes = np.bincount(which, weights=used[by_length], minlength=len(lengths)).astype(np.int64)
+        self._class_size = np.empty(len(runs), np.int64)
+        self._class_size[by_length] = sizes[which]
+
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        """Packs of an epoch."""
+        return int(self._first_pack[-1])
+
+    def draw(self, seed: int, epoch: int, places: np.ndarray) -> Drawn:
+        """The packs at the given places of an epoch, int64 [packs]."""
+        pack = shuffled(places, len(self), key_of(seed, epoch, "packs"))
+        pattern = np.searchsorted(self._first_pack, pack, side="right") - 1
+        # One entry for each run of each pack, then one for each unit of the run.
+        of_pack, run = _expand(np.diff(self._first_run)[pattern], self._first_run[pattern])
+        count = self._run_count[run]
+        first = self._rank[run] + (pack - self._first_pack[pattern])[of_pack] * count
+        of_run, rank = _expand(count, first)
+        run = run[of_run]
+        keys = np.uint64(key_of(seed, epoch, "units")) + self._run_length[run].astype(np.uint64)
+        units = self._class_start[run] + shuffled(rank, self._class_size[run], keys)
+        return Drawn(units, np.concatenate([[0], np.cumsum(self._width[pattern])]))
+
+    def samples(self, units: np.ndarray) -> np.ndarray:
+        """The samples of units, int64 [n]."""
+        chosen = self.units[units]
+        return _expand(chosen["samples"].astype(np.int64), chosen["first"])[1]
+
+    def costs(self, drawn: Drawn) -> np.ndarray:
+        """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and cells of pictures."""
+        chosen = self.units[drawn.units]
+        work = np.stack([chosen["squares"], chosen["cells"].astype(np.int64)], axis=1)
+        return np.add.reduceat(work, drawn.offsets[:-1], axis=0)
+
+
+class PackIndex:
+    """A directory of packs with the data sets that it was made from.
+
+    Attributes:
+        sequence_length: tokens of a pack, padding included.
+        manifest: as written.
+        table: where samples go.
+        data: where samples are read.
+    """
+
+    def __init__(self, location: str, manifest: dict[str, Any], table: PackTable, data: Mixture) -> None:
+        self.location = location
+        self.sequence_length: int = manifest["seq_length"]
+        self.manifest = manifest
+        self.table = table
+        self.data = data
+
+    def __len__(self) -> int:
+        """Packs of an epoch."""
+        return len(self.table)
+
+    def samples(self, seed: int, epoch: int, place: int) -> np.ndarray:
+        """Global sample numbers of a pack, int64 [n]."""
+        return self.table.samples(self.table.draw(seed, epoch, np.array([place])).units)
 
     @classmethod
-    def open(cls, directory: str | Path) -> "PackIndex":
-        directory = Path(directory)
-        manifest = read_manifest(directory, FORMAT, VERSION)
-        shards = ShardSet(directory / manifest["shards"])
-        if _fingerprint(shards.directory) != manifest["shards_sha256"]:
-            raise DataError(f"{shards.directory} is not the data set that {directory} was packed from; pack it again")
-        samples = np.load(directory / SAMPLES, mmap_mode="r", allow_pickle=False)
-        offsets = np.load(directory / OFFSETS, mmap_mode="r", allow_pickle=False)
-        if offsets[-1] != len(samples) or len(offsets) - 1 != manifest["counts"]["packs"]:
-            raise DataError(f"{directory} is damaged: its files do not fit each other; pack it again")
-        return cls(manifest["seq_length"], shards, samples, offsets)
+    def open(cls, location: str | Path) -> "PackIndex":
+        """Opens a local directory or ``s3://bucket/prefix``.
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.samples[self.offsets[number] : self.offsets[number + 1]]
+        Raises:
+            DataError: it is damaged, or its data sets are not the ones that it was packed from.
+        """
+        manifest = read_manifest(location, FORMAT, VERSION)
+        data = Mixture([join(location, entry["shards"]) for entry in manifest["data"]])
+        for shards, entry in zip(data.sets, manifest["data"], strict=True):
+            if shards.fingerprint != entry["sha256"]:
+                raise DataError(f"{shards.location} is not the data set that {location} was packed from; pack it again")
+        table = open_table(location, manifest["files"])
+        if len(table) != manifest["counts"]["packs"]:
+            raise DataError(f"{location} is damaged: its files do not fit each other; copy it again, or pack again")
+        return cls(str(location), manifest, table, data)
+
+    def __reduce__(self) -> tuple:
+        """Another process opens it anew: to send mapped gigabytes would copy them."""
+        return PackIndex.open, (self.location,)
 
 
-def write_packs(
-    data: str | Path,
-    output: str | Path,
-    sequence_length: int,
-    seed: int = 0,
-    on_error: Literal["skip", "fail"] = "skip",
-) -> dict[str, Any]:
-    """Packs a directory of shards; returns the manifest.
-
-    Raises:
-        DataError: where nothing is left to pack; with ``on_error="fail"`` for the first over-long sample.
-    """
-    if sequence_length < 2:
-        raise DataError(f"--seq-length must be at least 2, not {sequence_length}")
-    output, shards = Path(output), ShardSet(data)
-    lengths, records = shards.lengths_and_records()
-    over_long = np.flatnonzero(lengths > sequence_length)
-    if len(over_long) and on_error == "fail":
-        file, record = shards.describe(int(over_long[0]))
-        sentence = _over_long(int(lengths[over_long[0]]), sequence_length)
-        raise DataError(
-            f"{file}, record {record}: {sentence}; raise --seq-length, or leave it out with --on-error skip"
+def open_table(location: str | Path, files: dict[str, dict[str, Any]]) -> PackTable:
+    """Maps the three arrays of an index; their sizes are held against those of the manifest."""
+    directory = open_directory(location)
+    return PackTable(
+        *(
+            _rows(directory.map(name, files[name]["bytes"]), dtype, join(location, name))
+            for name, dtype in ((UNITS, UNIT), (PATTERNS, PATTERN), (RUNS, RUN))
         )
-    kept = np.flatnonzero(lengths <= sequence_length)
-    if not len(kept):
-        raise DataError(f"{data} holds no sample of at most {sequence_length} tokens; nothing can be packed")
-    prepare_output(output, FORMAT)
-    rejects = WholeFile(output / REJECTS)
-    for sample in over_long.tolist():
-        file, record = shards.describe(sample)
-        reason = _over_long(int(lengths[sample]), sequence_length)
-        entry = {"file": file, "record": record, "kind": Reason.OVER_LONG.value, "reason": reason}
-        rejects.write(json_line(entry))
-    rejects.commit()
-    with tqdm(total=len(kept), unit=" samples", desc="pack", unit_scale=True) as bar:
-        order, offsets = pack(lengths[kept], records[kept], sequence_length, seed)
-        bar.update(len(kept))
-    packs, tokens = len(offsets) - 1, int(lengths[kept].sum(dtype=np.int64))
-    manifest = {
-        "version": VERSION,
-        "seq_length": sequence_length,
-        "seed": seed,
-        "shards": os.path.relpath(os.path.realpath(data), os.path.realpath(output)),
-        "shards_sha256": _fingerprint(shards.directory),
-        "counts": {
-            "samples_read": len(lengths),
-            "samples_packed": len(kept),
-            "samples_rejected": len(over_long),
-            "packs": packs,
-            "tokens": tokens,
-        },
-        "fill": tokens / (packs * sequence_length),
-        "files": {
-            SAMPLES: _write_array(output / SAMPLES, kept[order]),
-            OFFSETS: _write_array(output / OFFSETS, offsets),
-        },
-    }
-    finish_output(output, FORMAT, manifest)
-    return manifest
+    )
 
 
-def _over_long(length: int, sequence_length: int) -> str:
-    return f"the sample has {length} tokens, more than the {sequence_length} of a pack"
+def _rows(content: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+    """The array of a ``.npy`` file of which the bytes are mapped."""
+    file = io.BytesIO(content[:256].tobytes())
+    try:
+        np.lib.format.read_magic(file)
+        (count,), _, found = np.lib.format.read_array_header_1_0(file)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); copy it again, or pack again") from error
+    if found != dtype or len(content) != file.tell() + count * dtype.itemsize:
+        raise DataError(f"{path} is damaged: it holds other fields or rows; copy it again, or pack again")
+    return np.frombuffer(content, dtype, offset=file.tell())
 
 
-def _fingerprint(shards: Path) -> str:
-    return hashlib.sha256((shards / MANIFEST).read_bytes()).hexdigest()
-
-
-def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return write_whole(path, buffer.getbuffer())
+def _expand(sizes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``start, start + 1, ...`` of every range behind one another, and before them the number of the range."""
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    return of, np.arange(len(of)) + (starts - (np.cumsum(sizes) - sizes))[of]

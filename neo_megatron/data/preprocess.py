@@ -1,25 +1,26 @@
 """Annotations -> shards. Each slice of records is one task and one shard, so the bytes do not depend on the workers."""
 
 import contextlib
-from collections import Counter, deque
+import os
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from neo_megatron.data.annotations import Slice, slices
-from neo_megatron.data.chat import load_tokenizer, special_ids, tokenizer_fingerprint
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import REJECTS, WholeFile, finish_output, json_line, prepare_output
+from neo_megatron.data.annotations import Place, Slice, slices
+from neo_megatron.data.chat import tokenizer_fingerprint
+from neo_megatron.data.engines import EngineName, in_order, open_engine
+from neo_megatron.data.files import REJECTS, WholeFile, json_line, read_manifest, write_manifest
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.data.shards import FORMAT, VERSION
-from neo_megatron.data.slice_worker import Outcome, SliceWorker, Task
+from neo_megatron.data.slice_worker import Task
+from neo_megatron.data.tokenizer_parts import load_parts
+from neo_megatron.data.unfinished import Outcome, Run, load_outcome, without_details
 
 
 def preprocess(
@@ -29,102 +30,116 @@ def preprocess(
     settings: Settings,
     on_error: Literal["skip", "fail"] = "skip",
     workers: int = 1,
+    engine: EngineName = "local",
 ) -> dict[str, Any]:
     """Writes the shards of all sources, ``rejects.jsonl`` and, last, the manifest, which is returned.
+
+    A run that was interrupted is continued by the same call; the result has the same bytes. Several workers of the
+    engine "local" are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
 
     Raises:
         DataError: for input that stops the run; with ``on_error="fail"`` that is the first sample that is rejected.
     """
     output = Path(output)
-    tokenizer = load_tokenizer(tokenizer_directory)
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    task = Task(sources, tokenizer_json, special_ids(tokenizer), settings, on_error, output)
-    prepare_output(output, FORMAT)
+    with Run(output) as run:
+        tokenizer = load_parts(tokenizer_directory)
+        head = {
+            "version": VERSION,
+            "settings": asdict(settings),
+            "tokenizer": {
+                "sha256": tokenizer_fingerprint(tokenizer.json),
+                "size": tokenizer.size,
+                "ids": asdict(tokenizer.ids),
+            },
+            "sources": [asdict(source) | {"share": str(source.share)} for source in sources],
+        }
+        run.begin(_plan(head))
+        if not run.has_manifest:
+            task = Task(sources, tokenizer.json, tokenizer.ids, settings, on_error, output)
+            count = _do_slices(run, task, workers, engine)
+            _join_outcomes(output, count, head)
+        run.clear()
+    return read_manifest(output, FORMAT, VERSION)
+
+
+def _plan(head: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the bytes of the data set, but for the pictures."""
+    files = [os.stat(source["annotations"]) for source in head["sources"]]
+    states = [{"bytes": file.st_size, "modified_ns": file.st_mtime_ns} for file in files]
+    return head | {"sources": [source | state for source, state in zip(head["sources"], states, strict=True)]}
+
+
+def _do_slices(run: Run, task: Task, workers: int, engine_name: EngineName) -> int:
+    """Does the slices that have no outcome yet; returns how many there are in all."""
+    # A run that stops at the first reject has to meet again those that an earlier run has skipped.
+    done = {
+        outcome.number: without_details(outcome)
+        for outcome in run.outcomes()
+        if task.on_error == "skip" or not outcome.rejects
+    }
+    run.keep(done)
+    place = Place()
+    while place.number in done:
+        place = done[place.number].next
+    count = place.number
+
+    def missing() -> Iterator[Slice]:
+        nonlocal count
+        for piece in slices(task.sources, task.settings.records_per_shard, place):
+            count += 1
+            if piece.place.number not in done:
+                yield piece
+
+    with _Progress(task.sources, sum(outcome.bytes for outcome in done.values())) as progress:
+        engine = open_engine(engine_name, task, workers, progress.add)
+        with contextlib.closing(engine):
+            for _ in in_order(engine, missing()):
+                pass
+    return count
+
+
+def _join_outcomes(output: Path, count: int, head: dict[str, Any]) -> None:
+    """Makes the list of rejects and the manifest of the outcomes of all slices."""
     counts: Counter[str] = Counter(records_read=0, samples_read=0)
     reasons: Counter[str] = Counter()
     shards = []
     rejects = WholeFile(output / REJECTS)
-    with contextlib.closing(_run(task, workers)) as outcomes:
-        for outcome in outcomes:
-            counts.update(records_read=outcome.records, samples_read=outcome.samples)
-            reasons.update(reject["kind"] for reject in outcome.rejects)
-            for reject in outcome.rejects:
-                rejects.write(json_line(reject))
-            if outcome.shard:
-                shards.append(outcome.shard)
+    for number in range(count):
+        outcome: Outcome = load_outcome(output, number)
+        counts.update(records_read=outcome.records, samples_read=outcome.samples)
+        reasons.update(reject["kind"] for reject in outcome.rejects)
+        for reject in outcome.rejects:
+            rejects.write(json_line(reject))
+        if outcome.shard:
+            shards.append(outcome.shard)
     rejects.commit()
-    manifest = {
-        "version": VERSION,
-        "settings": asdict(settings),
-        "tokenizer": {
-            "sha256": tokenizer_fingerprint(tokenizer_json),
-            "size": len(tokenizer),
-            "ids": asdict(task.ids),
-        },
-        "sources": [asdict(source) | {"share": str(source.share)} for source in sources],
-        "counts": {
-            **counts,
-            "samples_kept": sum(shard["samples"] for shard in shards),
-            "samples_rejected": reasons.total(),
-            "rejected_by_reason": dict(sorted(reasons.items())),
-            "pictures": sum(shard["pictures"] for shard in shards),
-        },
-        "shards": shards,
+    totals = {
+        **counts,
+        "samples_kept": sum(shard["samples"] for shard in shards),
+        "samples_rejected": reasons.total(),
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "pictures": sum(shard["pictures"] for shard in shards),
     }
-    finish_output(output, FORMAT, manifest)
-    return manifest
+    write_manifest(output, {"format": FORMAT, **head, "counts": totals, "shards": shards})
 
 
-def _run(task: Task, workers: int) -> Iterator[Outcome]:
-    """The outcomes of all slices, in their order."""
-    pieces = slices(task.sources, task.settings.records_per_shard)
-    with tqdm(unit=" samples", desc="preprocess", mininterval=0.5) as bar:
-        if workers == 1:
-            yield from map(SliceWorker(task, bar.update).run, pieces)
-        else:
-            yield from _run_pool(task, workers, pieces, bar)
+class _Progress(tqdm):
+    """A bar over the bytes of the annotation files, with the samples per second of this run."""
 
+    def __init__(self, sources: Sequence[Source], done: int) -> None:
+        super().__init__(
+            desc="preprocess",
+            total=sum(os.path.getsize(source.annotations) for source in sources),
+            initial=done,
+            unit="B",
+            unit_scale=True,
+            mininterval=0.5,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} of annotations [{elapsed}<{remaining}{postfix}]",
+        )
+        self._samples, self._start = 0, time.monotonic()
 
-def _run_pool(task: Task, workers: int, pieces: Iterator[Slice], bar: tqdm) -> Iterator[Outcome]:
-    context = get_context("spawn")  # a fork of a process with threads may hang
-    done = context.Value("q", 0)
-    futures: deque[Future[Outcome]] = deque()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, done))
-    try:
-        for piece in pieces:
-            futures.append(pool.submit(_run_slice, piece))
-            if len(futures) >= 2 * workers:  # what is in flight bounds the memory
-                yield _await(futures.popleft(), bar, done)
-        while futures:
-            yield _await(futures.popleft(), bar, done)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker was killed, most likely for want of memory; run again with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _await(future: "Future[Outcome]", bar: tqdm, done: Any) -> Outcome:
-    while not future.done():
-        wait([future], timeout=0.5)
-        bar.update(done.value - bar.n)
-    bar.update(done.value - bar.n)
-    return future.result()
-
-
-_worker: SliceWorker  # of this process, where it is one of the pool
-
-
-def _start_worker(task: Task, done: Any) -> None:
-    global _worker
-
-    def report(count: int) -> None:
-        with done.get_lock():
-            done.value += count
-
-    _worker = SliceWorker(task, report)
-
-
-def _run_slice(piece: Slice) -> Outcome:
-    return _worker.run(piece)
+    def add(self, samples: int, size: int) -> None:
+        self._samples += samples
+        rate = self._samples / (time.monotonic() - self._start)
+        self.set_postfix_str(f"{rate:,.0f} samples/s", refresh=False)
+        self.update(size)

@@ -6,12 +6,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.registry import Source
 
-IMAGE_TAG = "<image>"
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation and the files of its pictures, one for each ``<image>`` tag, in order."""
+    """A conversation and its files: a picture for each ``<image>`` tag, a video for each ``<video>`` tag, in order."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[str, ...]
+    videos: tuple[str, ...] = ()
 
 
 def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
@@ -57,10 +63,22 @@ def split_key(samples: Sequence[object]) -> int:
     Hashes the names of the pictures and videos as they are written, so that all conversations about one picture fall on
     one side; the text where there are none. Growing, reordering or retokenizing a data set moves nothing.
     """
-    media = [sample.get(key) for sample in samples if isinstance(sample, dict) for key in ("image", "video")]
-    content = [name for name in media if name] or samples
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+    objects = [sample for sample in samples if isinstance(sample, dict)]
+    content = [name for sample in objects for key in ("image", "video") for name in _strings(sample.get(key))]
+    if not content:
+        turns = [turn for sample in objects for turn in _list(sample.get("conversations")) if isinstance(turn, dict)]
+        content = [text for turn in turns for text in _strings(turn.get("value"))]
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
     return int.from_bytes(digest[:8], "little")
+
+
+def _list(value: object) -> list:
+    """A value as written that may be a list, or stand alone."""
+    return value if isinstance(value, list) else [value]
+
+
+def _strings(value: object) -> list[str]:
+    return [item for item in _list(value) if isinstance(item, str)]
 
 
 def check_sample(sample: object, source: Source) -> Sample:
@@ -71,20 +89,18 @@ def check_sample(sample: object, source: Source) -> Sample:
     """
     if not isinstance(sample, dict):
         raise RejectedSample(Reason.MALFORMED, f"a sample must be an object, not {type(sample).__name__}")
-    if sample.get("video"):
-        raise RejectedSample(Reason.VIDEO, "videos are not supported; give frames as pictures, a list under 'image'")
     turns = _check_turns(sample.get("conversations"))
-    pictures = _check_pictures(sample.get("image"))
-    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-    if len(pictures) == 1 and tags == 0:
-        turns, tags = _put_tag_in_front(turns)
-    if tags != len(pictures):
-        raise RejectedSample(
-            Reason.PICTURE_COUNT, f"the sample has {len(pictures)} pictures but {tags} {IMAGE_TAG} tags"
-        )
+    videos = _check_paths("video", sample.get("video"))
+    pictures = _check_paths("image", sample.get("image"))
+    turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
+    turns = _match_tags(turns, pictures, IMAGE_TAG, Reason.PICTURE_COUNT)
     if not any(turn.trained for turn in turns):
         raise RejectedSample(Reason.NOTHING_TRAINED, "no assistant turn is trained on (all others are input)")
-    return Sample(turns, tuple(resolve_path(path, source) for path in pictures))
+    return Sample(
+        turns,
+        tuple(resolve_path(path, source) for path in pictures),
+        tuple(resolve_path(path, source) for path in videos),
+    )
 
 
 def _check_turns(conversation: object) -> tuple[Turn, ...]:
@@ -119,34 +135,50 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or re.search("[\ud800-\udfff]", text) is None
 
 
-def _check_pictures(image: object) -> tuple[str, ...]:
-    paths = image if isinstance(image, list) else [] if image is None else [image]
+def _check_paths(key: str, value: object) -> tuple[str, ...]:
+    paths = [] if value is None else _list(value)
     for path in paths:
         if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
-            raise RejectedSample(Reason.MALFORMED, "'image' must be a path or a list of paths")
+            raise RejectedSample(Reason.MALFORMED, f"'{key}' must be a path or a list of paths")
     return tuple(paths)
 
 
-def _put_tag_in_front(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:
-    """A single picture that no turn mentions belongs to the first human turn. A tag in a later turn is respected."""
-    for number, turn in enumerate(turns):
-        if turn.role == "user":
-            tagged = Turn(turn.role, f"{IMAGE_TAG}\n{turn.text}", turn.trained)
-            return (*turns[:number], tagged, *turns[number + 1 :]), 1
-    return turns, 0
+def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason: Reason) -> tuple[Turn, ...]:
+    """The turns with one tag for each path; a single file that no turn mentions belongs to the first human turn."""
+    tags = sum(turn.text.count(tag) for turn in turns)
+    human = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if len(paths) == 1 and tags == 0 and human is not None:
+        turn = turns[human]
+        return (*turns[:human], Turn(turn.role, f"{tag}\n{turn.text}", turn.trained), *turns[human + 1 :])
+    if tags != len(paths):
+        raise RejectedSample(reason, f"the sample has {len(paths)} {_KINDS[tag]} but {tags} {tag} tags")
+    return turns
 
 
 def resolve_path(path: str, source: Source) -> str:
-    """Where a picture lies, symbolic links followed.
+    """Where a picture or video lies, symbolic links followed.
 
     Under an image root nothing outside it is reachable, by ``..``, an absolute path or a link. Without one an absolute
     path is taken as it stands, and a relative one may not leave the directory of the annotations.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", path):
+    if _REMOTE.match(path):
         raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is no local file; download it first")
-    root = os.path.realpath(source.image_root or os.path.dirname(source.annotations))
-    found = os.path.realpath(os.path.join(root, path))
+    root = _real_directory(os.path.join(os.getcwd(), source.image_root or os.path.dirname(source.annotations)))
+    if any(not os.path.isdir(os.path.join(root, path[: match.end()])) for match in _ARCHIVE.finditer(path)):
+        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or lies in one; unpack it first")
+    found = os.path.join(root, path)
+    directory, name = os.path.split(found)
+    if name in ("", ".", "..") or os.path.islink(found):
+        found = os.path.realpath(found)
+    else:
+        found = os.path.join(_real_directory(directory), name)
     confined = bool(source.image_root) or not os.path.isabs(path)
-    if confined and os.path.commonpath([root, found]) != root:
+    if confined and not found.startswith(os.path.join(root, "")):
         raise RejectedSample(Reason.OUTSIDE_ROOT, f"{path!r:.200} lies outside {root}")
     return found
+
+
+@lru_cache(maxsize=1 << 14)
+def _real_directory(path: str) -> str:
+    """A directory with links followed; kept, because its pictures are many and each part of a path is a system call."""
+    return os.path.realpath(path)

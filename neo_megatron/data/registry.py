@@ -50,7 +50,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
     folder = Path(registry).parent
     sources = []
     for text in names:
-        name, percent, share = text.partition("%")
+        name, share = split_share(text)
         if name not in entries:
             raise DataError(f"data set {name} is not in {registry}, which holds: {', '.join(sorted(entries))}")
         entry = entries[name]
@@ -60,7 +60,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
                 name=name,
                 annotations=str(folder / entry["annotation_path"]),
                 image_root=str(folder / root) if root else "",
-                share=_share(text, share) if percent else Fraction(1),
+                share=share,
             )
         )
     return sources
@@ -86,11 +86,15 @@ def _read(registry: Path) -> dict[str, dict[str, str]]:
     return entries
 
 
-def _share(text: str, percent: str) -> Fraction:
+def split_share(text: str) -> tuple[str, Fraction]:
+    """``"name%12.5"`` -> ("name", 1/8): percent, any above 0; the share of a name alone is 1."""
+    name, percent, share = text.rpartition("%")
+    if not percent:
+        return text, Fraction(1)
     try:
-        share = Fraction(percent) / 100
+        fraction = Fraction(share) / 100
     except (ValueError, ZeroDivisionError):
-        share = Fraction(0)
-    if share <= 0:
+        fraction = Fraction(0)
+    if fraction <= 0:
         raise DataError(f"{text}: what follows % must be a percentage above 0, such as 50, 12.5 or 200")
-    return share
+    return name, fraction

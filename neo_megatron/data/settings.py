@@ -1,5 +1,6 @@
 """What decides the bytes of a data set, besides its sources and its tokenizer."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ class Settings:
         image_store: "encoded" keeps the files' bytes, "patches" keeps pixels ready for the model.
         seed: of the draw where a source is not used whole.
         records_per_shard: records of an annotation file that make one shard.
+        video_fps: frames taken from a second of a video.
+        max_frames: of one video; of a longer one as many are taken, evenly spaced over the whole.
     """
 
     min_pixels: int = 65536
@@ -28,9 +31,15 @@ class Settings:
     check: PictureCheck = "decode"
     seed: int = 0
     records_per_shard: int = 8192
+    video_fps: float = 1.0
+    max_frames: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
             raise DataError(f"--min-pixels {self.min_pixels} must be above 0, at most --max-pixels {self.max_pixels}")
         if self.records_per_shard < 1:
             raise DataError(f"--records-per-shard must be at least 1, not {self.records_per_shard}")
+        if not (math.isfinite(self.video_fps) and self.video_fps > 0):
+            raise DataError(f"--video-fps must be a number above 0, not {self.video_fps}")
+        if self.max_frames < 1:
+            raise DataError(f"--max-frames must be at least 1, not {self.max_frames}")

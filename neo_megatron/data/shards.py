@@ -3,10 +3,15 @@
 The files are described in ``docs/shard_format.md``.
 """
 
+import hashlib
+import math
+import resource
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +19,19 @@ import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import read_manifest
+from neo_megatron.data.files import manifest_bytes, parse_manifest
 from neo_megatron.data.image import PATCH_VALUES
 from neo_megatron.data.indexed import SequenceReader
 from neo_megatron.data.settings import ImageStore
+from neo_megatron.data.storage import Content, Directory, Range, open_directory
 
 FORMAT, VERSION = "neo-shards", 2
 SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4"), ("key", "<u8")])
+_MAPPED_FILES = ("tokens.idx", "spans.idx", "spans.bin", "pictures.idx", "grids.npy")  # needed for any sample
+_FILES_OF_A_SHARD = 8
+# A process may have 65,530 maps (Linux, vm.max_map_count), and each holds a file descriptor.
+_MOST_MAPS = 32768
+_NPY_PREFIX = 10  # bytes of an .npy file before its header text
 
 
 @dataclass(frozen=True)
@@ -45,60 +56,95 @@ def shard_name(number: int) -> str:
 
 
 class Shard:
-    """One shard, mapped. Sizes of files are held against the manifest, so a cut copy is found when it is opened."""
+    """One shard; its files are mapped. Sizes are held against the manifest, so a cut copy is found when it is read."""
 
-    def __init__(self, directory: Path, entry: dict[str, Any]) -> None:
-        for name, file in entry["files"].items():
-            path = directory / Path(name).name
-            if not path.is_file() or path.stat().st_size != file["bytes"]:
-                raise DataError(f"{path} is missing or not {file['bytes']} bytes long; copy or preprocess it again")
-        self._prefix = directory / shard_name(int(entry["name"]))
-        self.tokens = SequenceReader(self._path("tokens"), np.int32)
-        self.spans = SequenceReader(self._path("spans"), np.int32)
+    def __init__(self, directory: Directory, entry: dict[str, Any]) -> None:
+        self._directory = directory
+        self._name = shard_name(int(entry["name"]))
+        self._files, self._samples, self._pictures = entry["files"], entry["samples"], entry["pictures"]
+        self.tokens = self._sequences("tokens", np.int32, directory.open)
+        self.spans = self._sequences("spans", np.int32, directory.map)
+        self.pictures = self._sequences("pictures", np.uint8, directory.open)
 
     @cached_property
     def samples(self) -> np.ndarray:
         """``SAMPLE`` [samples]"""
-        return np.load(self._path("samples.npy"), allow_pickle=False)
+        return self._rows("samples.npy", SAMPLE, (self._samples,))
 
     @cached_property
     def grids(self) -> np.ndarray:
         """int32 [pictures, 2]"""
-        return np.load(self._path("grids.npy"), allow_pickle=False)
+        return self._rows("grids.npy", np.dtype("<i4"), (self._pictures, 2))
 
-    @cached_property
-    def _pictures(self) -> SequenceReader:
-        return SequenceReader(self._path("pictures"), np.uint8)
+    @property
+    def cells(self) -> np.ndarray:
+        """int64 [samples]: cells of the pictures of each sample, which are tokens of it."""
+        ends = np.cumsum(self.samples["pictures"], dtype=np.int64)
+        up_to = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1, dtype=np.int64) // 4)])
+        return np.diff(up_to[ends], prepend=0)
 
     def picture_range(self, sample: int) -> range:
         """Numbers of the pictures of a sample, within the shard."""
-        return range(*self._pictures.documents[sample : sample + 2].tolist())
+        return range(self.pictures.documents.item(sample), self.pictures.documents.item(sample + 1))
 
     def picture(self, number: int) -> np.ndarray:
         """uint8 [n]: the file's bytes or the flattened patches, as ``ShardSet.image_store`` says."""
-        return self._pictures[number]
+        return self.pictures[number]
 
-    def _path(self, kind: str) -> Path:
-        return self._prefix.with_name(f"{self._prefix.name}.{kind}")
+    def _sequences(self, kind: str, dtype: type, open_data: Callable[[str, int], Content]) -> SequenceReader:
+        index, data = f"{self._name}.{kind}.idx", f"{self._name}.{kind}.bin"
+        return SequenceReader(
+            f"{self._directory.location}/{self._name}.{kind}",
+            self._directory.map(index, self._files[index]["bytes"]),
+            open_data(data, self._files[data]["bytes"]),
+            dtype,
+        )
+
+    def _rows(self, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """A mapped array of the shape that the manifest says; ``numpy.load`` would take longer than the whole shard."""
+        name, size = f"{self._name}.{kind}", dtype.itemsize * math.prod(shape)
+        content = self._directory.map(name, self._files[name]["bytes"])
+        start = len(content) - size
+        described = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {shape}, }}"
+        if content[: max(start, 0)].tobytes()[_NPY_PREFIX:].rstrip().decode("latin1") != described:
+            raise DataError(
+                f"{self._directory.location}/{name} is damaged: it is no array of {shape}; preprocess again"
+            )
+        return content[start:].view(dtype).reshape(shape)
 
 
 class ShardSet:
-    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process anew."""
+    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process anew.
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.manifest = read_manifest(self.directory, FORMAT, VERSION)
+    Args:
+        location: a local directory, or what else ``storage.open_directory`` takes.
+
+    Attributes:
+        fingerprint: SHA-256 of the manifest, which has those of all files.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.storage = open_directory(location)
+        self.location = self.storage.location
+        text = manifest_bytes(self.storage)
+        self.fingerprint = hashlib.sha256(text).hexdigest()
+        self.manifest = parse_manifest(text, self.location, FORMAT, VERSION)
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
         self._entries = self.manifest["shards"]
         self._starts = np.cumsum([0] + [entry["samples"] for entry in self._entries]).tolist()
-        self._opened: dict[int, Shard] = {}
+        self._opened: OrderedDict[int, Shard] = OrderedDict()
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": {}}  # a mapped array would be copied to the other process
+        return self.__dict__ | {"_opened": OrderedDict()}  # a mapped array would be copied to the other process
+
+    @property
+    def directory(self) -> Path:
+        """Of a data set on the local disk."""
+        return Path(self.location)
 
     def locate(self, sample: int) -> tuple[Shard, int]:
         """The shard of a global sample number, and the sample's number in it."""
@@ -106,39 +152,59 @@ class ShardSet:
         return self.shard(number), sample - self._starts[number]
 
     def shard(self, number: int) -> Shard:
-        if number not in self._opened:
-            self._opened[number] = Shard(self.directory, self._entries[number])
-        return self._opened[number]
+        """A shard, opened. The least recently used ones are closed; what was read of them stays valid."""
+        shard = self._opened.get(number)
+        if shard is None:
+            self._prepare([number])
+            shard = self._opened[number] = Shard(self.storage, self._entries[number])
+            if len(self._opened) > _most_opened():
+                self._opened.popitem(last=False)
+        else:
+            self._opened.move_to_end(number)
+        return shard
 
     def fetch(self, samples: Sequence[int], pictures: bool = True) -> list[StoredSample]:
-        """The samples of the given numbers, in their order."""
-        return [self._stored(*self.locate(sample), pictures) for sample in samples]
+        """The samples of the given numbers, in their order; from object storage all are requested at the same time."""
+        self._prepare({bisect_right(self._starts, sample) - 1 for sample in samples})
+        located = [self.locate(sample) for sample in samples]
+        numbers = [shard.picture_range(local) for shard, local in located]
+        ranges: list[Range] = []
+        for (shard, local), wanted in zip(located, numbers, strict=True):
+            ranges += [shard.tokens.range(local), shard.spans.range(local)]
+            ranges += [shard.pictures.range(number) for number in wanted] if pictures else []
+        arrays = iter(self.storage.read_ranges(ranges))
+        return [
+            StoredSample(
+                tokens=next(arrays).view(np.int32),
+                spans=next(arrays).view(np.int32).reshape(-1, 2),
+                grids=shard.grids[wanted.start : wanted.stop],
+                pictures=list(islice(arrays, len(wanted))) if pictures else [],
+            )
+            for (shard, _), wanted in zip(located, numbers, strict=True)
+        ]
 
-    def _stored(self, shard: Shard, local: int, pictures: bool) -> StoredSample:
-        numbers = shard.picture_range(local)
-        return StoredSample(
-            tokens=shard.tokens[local],
-            spans=shard.spans[local].reshape(-1, 2),
-            grids=shard.grids[numbers.start : numbers.stop],
-            pictures=[shard.picture(number) for number in numbers] if pictures else [],
-        )
-
-    def lengths_and_records(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per sample its tokens, int32 [n], and a number that the samples of one record share, int64 [n], ascending."""
-        lengths, records, first = [np.empty(0, np.int32)], [np.empty(0, np.int64)], 0
-        for number in range(len(self._entries)):
-            tokens = self.shard(number).tokens
-            lengths.append(tokens.lengths)
-            sizes = np.diff(tokens.documents)
-            records.append(np.repeat(np.arange(first, first + len(sizes)), sizes))
-            first += len(sizes)
-        return np.concatenate(lengths), np.concatenate(records)
+    def _prepare(self, numbers: Iterable[int]) -> None:
+        """Has the files of shards that are about to be opened fetched at the same time."""
+        entries = (self._entries[number] for number in numbers if number not in self._opened)
+        files = ((f"{shard_name(int(entry['name']))}.{kind}", entry) for entry in entries for kind in _MAPPED_FILES)
+        self.storage.prepare((name, entry["files"][name]["bytes"]) for name, entry in files)
 
     def describe(self, sample: int) -> tuple[str, int]:
         """(annotation file, record number) that a sample came from."""
         shard, local = self.locate(sample)
         row = shard.samples[local]
         return self.manifest["sources"][row["source"]]["annotations"], int(row["record"])
+
+
+@cache
+def _most_opened() -> int:
+    """Shards that are open at once, at most; half of the descriptors that the process may have is left to others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2 * _MOST_MAPS if hard == resource.RLIM_INFINITY else min(2 * _MOST_MAPS, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        # The usual 1024 would leave 64 shards open; that limit protects programs that call select().
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most // 2 // _FILES_OF_A_SHARD)
 
 
 def patches_of(stored: np.ndarray) -> np.ndarray:

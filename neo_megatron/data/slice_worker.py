@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ from neo_megatron.data.annotations import Slice, read_slice
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.media import load_media
-from neo_megatron.data.records import Sample, check_sample, parse_record, split_key
+from neo_megatron.data.records import Turn, check_sample, parse_record, split_key
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.data.shard_writer import ShardWriter
+from neo_megatron.data.unfinished import Outcome, save_outcome, without_details
 
 # Samples are tokenized together until their pictures hold this much memory.
 _BATCH_SAMPLES, _BATCH_BYTES = 256, 64 << 20
@@ -34,20 +35,10 @@ class Task:
 
 
 @dataclass
-class Outcome:
-    """What a slice became: its manifest entry (``None`` when nothing was kept), its rejects, and how much was read."""
-
-    shard: dict[str, Any] | None = None
-    records: int = 0
-    samples: int = 0
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
 class _Pending:
     """A checked sample with its pictures, waiting to be tokenized with others."""
 
-    sample: Sample
+    turns: Sequence[Turn]
     pictures: list[np.ndarray]
     grids: list[tuple[int, int]]
     record: int
@@ -55,84 +46,126 @@ class _Pending:
     ends_record: bool = False
 
 
+class _Batch:
+    """Samples on their way into a shard, tokenized many at a time."""
+
+    def __init__(self, encoder: ChatEncoder, writer: ShardWriter, source: int) -> None:
+        self._encoder, self._writer, self._source = encoder, writer, source
+        self._samples: list[_Pending] = []
+        self._bytes = 0
+        self._in_record = False  # whether a sample has come since the last record ended
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._samples
+
+    def add(self, sample: _Pending) -> None:
+        self._in_record = True
+        self._samples.append(sample)
+        self._bytes += sum(picture.nbytes for picture in sample.pictures)
+        if len(self._samples) >= _BATCH_SAMPLES or self._bytes >= _BATCH_BYTES:
+            self.write()
+
+    def end_record(self) -> None:
+        if self._in_record and self._samples:
+            self._samples[-1].ends_record = True
+        elif self._in_record:
+            self._writer.end_record()
+        self._in_record = False
+
+    def write(self) -> None:
+        """Hands all samples to the writer."""
+        cells = [[height * width // 4 for height, width in sample.grids] for sample in self._samples]
+        tokenized = self._encoder.encode([(item.turns, n) for item, n in zip(self._samples, cells, strict=True)])
+        for sample, tokens in zip(self._samples, tokenized, strict=True):
+            self._writer.add(tokens, sample.pictures, sample.grids, self._source, sample.record, sample.key)
+            if sample.ends_record:
+                self._writer.end_record()
+        self._samples, self._bytes = [], 0
+
+
+class _Reported:
+    """What of a slice has been reported."""
+
+    def __init__(self, offset: int) -> None:
+        self._samples, self._offset = 0, offset
+
+    def since(self, samples: int, offset: int) -> tuple[int, int]:
+        """(samples, bytes) since the last call."""
+        new = samples - self._samples, offset - self._offset
+        self._samples, self._offset = samples, offset
+        return new
+
+
 class SliceWorker:
     """Turns slices into shards."""
 
-    def __init__(self, task: Task, report: Callable[[int], Any]) -> None:
+    def __init__(self, task: Task, report: Callable[[int, int], Any] = lambda samples, size: None) -> None:
+        """``report`` is called now and then with the samples and the bytes of annotations done since the last call."""
         self._task = task
         self._report = report
         self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
 
     def run(self, piece: Slice) -> Outcome:
-        """Writes the shard of a slice.
+        """Writes the shard of a slice and, behind it, its outcome, which is returned without its details.
 
         Raises:
-            DataError: for the first rejected sample, where the task says so.
+            DataError: for the first rejected sample, where the task says so; for a disk that is full.
         """
-        with warnings.catch_warnings():
-            # A picture is either rejected with a reason or used; what Pillow says beside that would hide the progress.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            return self._run(piece)
+        writer = ShardWriter(self._task.output, piece.place.number)
+        try:
+            with warnings.catch_warnings():
+                # A picture is either rejected with a reason or used; what Pillow says beside that would hide the bar.
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                outcome = self._run(piece, writer)
+        except BaseException:
+            writer.discard()
+            raise
+        save_outcome(self._task.output, outcome)
+        return without_details(outcome)
 
-    def _run(self, piece: Slice) -> Outcome:
-        source = self._task.sources[piece.source]
-        outcome = Outcome()
-        writer = ShardWriter(self._task.output, piece.number)
-        batch: list[_Pending] = []
-        size = 0
-        for record, line in read_slice(piece, source, self._task.settings.seed):
+    def _run(self, piece: Slice, writer: ShardWriter) -> Outcome:
+        source = self._task.sources[piece.place.source]
+        outcome = Outcome(piece.next, piece.end - piece.place.offset)
+        reported = _Reported(piece.place.offset)
+        batch = _Batch(self._encoder, writer, piece.place.source)
+        for record, text in read_slice(piece, source, self._task.settings.seed):
             outcome.records += 1
-            samples = self._read_record(line, record, source, outcome)
-            batch += samples
-            size += sum(picture.nbytes for pending in samples for picture in pending.pictures)
-            if len(batch) >= _BATCH_SAMPLES or size >= _BATCH_BYTES:
-                self._write(batch, writer, piece.source)
-                batch, size = [], 0
-        self._write(batch, writer, piece.source)
+            self._read_record(text, record, source, batch, outcome)
+            if batch.is_empty:
+                self._report(*reported.since(outcome.samples, int(piece.bounds[record - piece.place.first, 1])))
+        batch.write()
         if piece.broken:
             outcome.records += 1
             outcome.samples += 1
-            self._reject(
-                RejectedSample(Reason.BROKEN_JSON, piece.broken), piece.first + piece.count, None, source, outcome
-            )
+            broken = RejectedSample(Reason.BROKEN_JSON, piece.broken)
+            self._reject(broken, piece.place.first + len(piece.bounds), None, source, outcome)
         if outcome.samples > len(outcome.rejects):
             outcome.shard = writer.commit()
         else:
             writer.discard()
+        self._report(*reported.since(outcome.samples, piece.end))
         return outcome
 
-    def _read_record(self, line: bytes | None, record: int, source: Source, outcome: Outcome) -> list[_Pending]:
-        """The usable samples of a record; the others are noted in the outcome."""
-        kept: list[_Pending] = []
-        element: int | None = None
+    def _read_record(self, text: bytes | None, record: int, source: Source, batch: "_Batch", outcome: Outcome) -> None:
+        """Adds the usable samples of a record to the batch; the others are noted in the outcome."""
         try:
-            elements = list(parse_record(line))
+            elements = list(parse_record(text))
         except RejectedSample as rejected:
             outcome.samples += 1
             self._reject(rejected, record, None, source, outcome)
-            return kept
+            return
         key = split_key([written for _, written in elements])
         for element, written in elements:
             outcome.samples += 1
             try:
                 sample = check_sample(written, source)
-                pictures, grids = load_media(sample, self._task.settings)
+                turns, pictures, grids = load_media(sample, self._task.settings)
             except RejectedSample as rejected:
                 self._reject(rejected, record, element, source, outcome)
             else:
-                kept.append(_Pending(sample, pictures, grids, record, key))
-        if kept:
-            kept[-1].ends_record = True
-        return kept
-
-    def _write(self, batch: list[_Pending], writer: ShardWriter, source: int) -> None:
-        cells = [[height * width // 4 for height, width in pending.grids] for pending in batch]
-        tokenized = self._encoder.encode([(item.sample.turns, n) for item, n in zip(batch, cells, strict=True)])
-        for pending, tokens in zip(batch, tokenized, strict=True):
-            writer.add(tokens, pending.pictures, pending.grids, source, pending.record, pending.key)
-            if pending.ends_record:
-                writer.end_record()
-        self._report(len(batch))
+                batch.add(_Pending(turns, pictures, grids, record, key))
+        batch.end_record()
 
     def _reject(
         self, rejected: RejectedSample, record: int, element: int | None, source: Source, outcome: Outcome
@@ -151,4 +184,3 @@ class SliceWorker:
                 "reason": rejected.sentence,
             }
         )
-        self._report(1)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers  # noqa: F401 - or each call of preprocess would start a process to load it
 from PIL import Image
 
-from neo_megatron.data.pack_index import write_packs
+from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
@@ -99,7 +100,7 @@ class Workbench:
         return [json.loads(line) for line in (self.path / output / "rejects.jsonl").read_text().splitlines()]
 
     def pack(self, length: int, seed: int = 0, data: str = "shards", output: str = "packs") -> Path:
-        write_packs(self.path / data, self.path / output, length, seed)
+        write_packs([PackInput(str(self.path / data))], self.path / output, length, seed)
         return self.path / output
 
 

@@ -1,7 +1,9 @@
 """Annotation files: slices, shares, registry."""
 
 import json
+import os
 from fractions import Fraction
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -29,33 +31,62 @@ def test_array_and_lines_give_the_same_records(tmp_path, size):
     assert array == lines == list(enumerate(records))
 
 
-def test_array_is_streamed(tmp_path, monkeypatch):
-    """Slices come before the file has been read to its end."""
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_slices_can_be_read_from_any_place_on(tmp_path, name):
+    """Which is how a run is continued: nothing before the place is read again."""
+    texts = [json.dumps({"n": n}) for n in range(20)]
+    (tmp_path / name).write_text("\n".join(texts) if name == "a.jsonl" else "[" + ", ".join(texts) + "]")
+    (tmp_path / "broken.json").write_text("[" + texts[0] + ", " + texts[1] + ", {")
+    sources = [Source("a", str(tmp_path / name)), Source("b", str(tmp_path / "broken.json"))] * 2
+    for size in (1, 3, 20, 100):
+        whole = list(slices(sources, size))
+        for number, piece in enumerate(whole):
+            rest = list(slices(sources, size, piece.next))
+            assert [other.place for other in rest] == [other.place for other in whole[number + 1 :]]
+            assert [other.broken for other in rest] == [other.broken for other in whole[number + 1 :]]
+            for one, other in zip(rest, whole[number + 1 :], strict=True):
+                assert np.array_equal(one.bounds, other.bounds)
+
+
+def test_slices_come_before_the_file_is_read_to_its_end(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    path.write_text("[" + ",".join(json.dumps({"n": n, "x": "y" * 500}) for n in range(5000)) + "]")
-    taken = []
-    original = annotations._BoundedStream.read
-    monkeypatch.setattr(
-        annotations._BoundedStream, "read", lambda self, size: taken.append(size) or original(self, size)
-    )
+    path.write_text("[" + ",".join(json.dumps({"n": n, "x": "y" * 500}) for n in range(10000)) + "]")
+    taken, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: taken.append(size) or pread(file, size, offset))
     next(iter(slices([Source("a", str(path))], 10)))
-    assert sum(taken) < path.stat().st_size / 5
+    assert sum(taken) < path.stat().st_size / 2
 
 
 @pytest.mark.parametrize(
-    ("text", "whole", "reason"),
+    ("text", "usable", "damaged", "reason"),
     [
-        ('[{"n": 0}, {"n": 1}, {"n"', 2, "breaks off"),
-        ('[{"n": 0}, {"n": 1}', 2, "breaks off"),
-        ('[{"n": 0} {"n": 1}]', 1, "breaks off"),
-        ("[", 0, "breaks off"),
+        ('[{"n": 0}, {"n": 1}, {"n"', [0, 1], [], "in the middle of this record"),
+        ('[{"n": 0}, {"n": "1', [0], [], "in the middle of this record"),
+        ('[{"n": 0}, {"n": 1}', [0, 1], [], "no closing bracket"),
+        ('[{"n": 0}, {"n": 1},', [0, 1], [], "no closing bracket"),
+        ('[{"n": 0} {"n": 1}, {"n": 2}]', [1], [0], ""),
+        ('[{"n": 0}, {"n" 1}, {"n": 2}, ]', [0, 2], [1, 3], ""),
+        ('[{"n": 0}] [{"n": 1}]', [0], [], "the file goes on"),
+        ("[", [], [], "no closing bracket"),
+        ("[ ]", [], [], ""),
+        ("[,]", [], [0, 1], ""),
     ],
 )
-def test_broken_array_gives_what_is_whole(tmp_path, text, whole, reason):
+def test_a_broken_array_gives_what_is_whole(tmp_path, text, usable, damaged, reason):
+    """What is whole is kept; every other record is there to be reported, the last as the reason of the break."""
     (tmp_path / "a.json").write_text(text)
-    pieces = list(slices([Source("a", str(tmp_path / "a.json"))], 100))
-    assert sum(piece.count for piece in pieces) == whole
-    assert reason in pieces[-1].broken and "\n" not in pieces[-1].broken
+    source = Source("a", str(tmp_path / "a.json"))
+    pieces = list(slices([source], 100))
+    whole, other = [], []
+    for number, record in (pair for piece in pieces for pair in read_slice(piece, source, 0)):
+        try:
+            json.loads(record)
+            whole.append(number)
+        except ValueError:
+            other.append(number)
+    assert (whole, other) == (usable, damaged)
+    assert [piece.broken for piece in pieces if piece.broken or reason] == [ANY] * bool(reason)
+    assert all(reason in piece.broken for piece in pieces)
 
 
 @pytest.mark.parametrize("text", ["", '{"n": 0}', '{"n": 0}\n{"n": 1}\n'])
@@ -66,17 +97,13 @@ def test_what_is_no_array_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_a_record_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name):
+def test_a_record_that_is_too_long_is_left_out_unread(tmp_path, monkeypatch, name):
     monkeypatch.setattr(annotations, "MAX_RECORD_BYTES", 1 << 17)
     records = ['{"n": 0}', '{"x": "' + "y" * (1 << 20) + '"}', '{"n": 2}']
     (tmp_path / name).write_text("\n".join(records) if name == "a.jsonl" else "[" + ",".join(records) + "]")
     source = Source("a", str(tmp_path / name))
-    pieces = list(slices([source], 100))
-    lines = [line for piece in pieces for _, line in read_slice(piece, source, 0)]
-    if name == "a.jsonl":
-        assert lines == [b'{"n": 0}\n', None, b'{"n": 2}']
-    else:
-        assert lines == [b'{"n": 0}'] and "longer than" in pieces[0].broken
+    texts = [text for piece in slices([source], 100) for _, text in read_slice(piece, source, 0)]
+    assert [text and json.loads(text) for text in texts] == [{"n": 0}, None, {"n": 2}]
 
 
 @pytest.mark.parametrize("percent", ["50", "12.5", "100", "200", "250", "0.5", "33.3", "66.67"])
@@ -98,9 +125,9 @@ def test_draw_depends_on_seed_and_name_alone(tmp_path):
 
     def draw(sources, wanted, seed=0):
         return [
-            (piece.first + drawn_records(piece, sources[piece.source], seed)).tolist()
+            (piece.place.first + drawn_records(piece, sources[piece.place.source], seed)).tolist()
             for piece in slices(sources, 32)
-            if sources[piece.source] is wanted
+            if sources[piece.place.source] is wanted
         ]
 
     alone = draw(half[:1], half[0])

@@ -1,15 +1,20 @@
 """Items of the data set: their state is one integer, and their tensors mean what the contract says."""
 
+import dataclasses
 import json
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from neo_megatron.data.dataset import PackDataset, collate, native_positions
+from neo_megatron.data.balance import imbalance
+from neo_megatron.data.broken import watch_broken_samples
+from neo_megatron.data.dataset import GlobalBatch, PackDataset, collate, native_positions
 from neo_megatron.data.errors import DataError
+from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.shards import ShardSet
 
 
@@ -29,7 +34,9 @@ def packs(bench, new_sample):
 
 
 def equal(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[key], right[key]) if torch.is_tensor(left[key]) else left[key] == right[key] for key in left
+    )
 
 
 def test_any_item_alone_equals_reading_in_order(packs):
@@ -37,22 +44,57 @@ def test_any_item_alone_equals_reading_in_order(packs):
     in_order = [dataset[index] for index in range(100)]
     for index in (99, 0, 57, 3):
         assert equal(PackDataset(packs, 100, seed=5)[index], in_order[index])
-    assert equal(pickle.loads(pickle.dumps(dataset))[42], in_order[42])
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 1000 and equal(pickle.loads(sent)[42], in_order[42])
 
 
-def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(packs):
+def documents_of(item: dict) -> list[tuple[int, ...]]:
+    """The documents of an item as their tokens."""
+    return [tuple(item["tokens"][item["document"] == n].tolist()) for n in range(int(item["document"].max()) + 1)]
+
+
+def test_an_epoch_has_every_sample_once_in_packs_of_its_own(packs):
     dataset = PackDataset(packs, 1000, seed=0)
-    count, shards = len(dataset.packs), dataset.packs.shards
+    count, data = len(dataset.packs), dataset.packs.data
+    every = sorted(tuple(stored.tokens.tolist()) for stored, _ in data.fetch(range(len(data))))
     epochs = []
     for epoch in range(3):
-        items = [dataset[epoch * count + place]["tokens"] for place in range(count)]
-        documents = sum(int(dataset[epoch * count + place]["document"].max()) + 1 for place in range(count))
-        assert documents == len(shards)
-        epochs.append([tuple(item.tolist()) for item in items])
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert epochs[0] != epochs[1] != epochs[2]
+        items = [documents_of(dataset[epoch * count + place]) for place in range(count)]
+        assert sorted(sum(items, [])) == every
+        epochs.append(items)
     other = PackDataset(packs, count, seed=1)
-    assert [tuple(other[index]["tokens"].tolist()) for index in range(count)] != epochs[0]
+    epochs.append([documents_of(other[index]) for index in range(count)])
+    for number, items in enumerate(epochs):
+        assert all(items != others for others in epochs[:number])
+        assert number == 0 or {*map(tuple, items)} != {*map(tuple, epochs[0])}  # other neighbours, not only an order
+
+
+def test_balance_deals_the_same_packs_of_a_global_batch_out_anew(packs):
+    plain = PackDataset(packs, 48, seed=5)
+    even = PackDataset(packs, 48, seed=5, global_batch=GlobalBatch(size=12, ranks=3, micro_batch_size=2))
+    for start in range(0, 48, 12):
+        drawn, dealt = ([documents_of(dataset[start + n]) for n in range(12)] for dataset in (plain, even))
+        assert sorted(drawn) == sorted(dealt)
+        costs = [
+            np.array(
+                [[sum(len(document) ** 2 for document in items), (item["image"] >= 0).sum()] for items, item in side]
+            )
+            for side in (
+                [(documents_of(dataset[start + n]), dataset[start + n]) for n in range(12)] for dataset in (plain, even)
+            )
+        ]
+        assert imbalance(costs[1], 3, 2).max() < imbalance(costs[0], 3, 2).max()
+
+
+@pytest.mark.parametrize("size", [12, 6, 24])
+def test_a_run_resumed_with_another_global_batch_reads_the_packs_that_are_left(packs, size):
+    before = PackDataset(packs, 120, seed=5, global_batch=GlobalBatch(12, 3, 2))
+    after = PackDataset(packs, 120, seed=5, global_batch=GlobalBatch(size, 3, 2, start=36))
+    plain = PackDataset(packs, 120, seed=5)
+    items = [documents_of(before[n]) for n in range(36)] + [documents_of(after[n]) for n in range(36, 108)]
+    assert sorted(items) == sorted(documents_of(plain[n]) for n in range(108))
+    if size == 12:
+        assert [documents_of(before[n]) for n in range(36, 60)] == items[36:60]
 
 
 def test_items_end(packs):
@@ -90,7 +132,7 @@ def naive_positions(tokens, document, cells, ids):
 @pytest.mark.parametrize("weighting", ["square", "sample", "token"])
 def test_tensors_against_a_naive_reading_of_the_samples(packs, weighting):
     dataset = PackDataset(packs, 60, seed=2, loss_weighting=weighting)
-    shards = dataset.packs.shards
+    shards = dataset.packs.data.sets[0]
     by_tokens = {}
     for sample in range(len(shards)):
         shard, local = shards.locate(sample)
@@ -139,7 +181,7 @@ def test_patches_are_those_of_the_picture(bench, new_sample):
 
 
 def test_without_pictures_only_they_are_missing(packs):
-    full, bare = PackDataset(packs, 20, seed=0), PackDataset(packs, 20, seed=0, pictures=False)
+    full, bare = PackDataset(packs, 20, seed=0), PackDataset(packs, 20, seed=0, pictures="none")
     for with_pictures, without in zip(full, bare, strict=True):
         assert without["patches"].shape == (0, 4, 768) and without["cell_index"].shape == (0,)
         rest = set(with_pictures) - {"patches", "cell_index"}
@@ -153,10 +195,16 @@ def test_collate_counts_in_the_flattened_batch(packs):
     assert batch["tokens"].shape == (3, 96) and batch["positions_thw"].shape == (3, 96, 3)
     flat = batch["tokens"].reshape(-1)
     assert torch.equal(flat[batch["target_index"] + 1], batch["targets"])
-    assert (flat[batch["cell_index"]] == dataset.packs.shards.ids.image_context).all()
+    assert (flat[batch["cell_index"]] == dataset.packs.data.ids.image_context).all()
     assert len(batch["patches"]) == len(batch["cell_index"]) == sum(len(item["patches"]) for item in items)
     assert torch.equal(batch["patches"][: len(items[0]["patches"])], items[0]["patches"])
     assert torch.equal(batch["document"], torch.stack([item["document"] for item in items]))
+
+
+def samples_of(packs) -> list[int]:
+    """The samples of all packs, sorted."""
+    index = PackDataset(packs, 1, seed=0).packs
+    return sorted(sum((index.samples(0, 0, place).tolist() for place in range(len(index))), []))
 
 
 def test_over_long_samples_are_listed_and_the_rest_is_packed(bench, new_sample):
@@ -168,15 +216,14 @@ def test_over_long_samples_are_listed_and_the_rest_is_packed(bench, new_sample):
     ]
     counts = json.loads((packs / "manifest.json").read_text())["counts"]
     assert counts["samples_packed"] + counts["samples_rejected"] == counts["samples_read"] == 4
-    assert sorted(PackDataset(packs, 1, seed=0).packs.samples.tolist()) == [0, 2]
+    assert samples_of(packs) == [0, 2]
 
 
 def test_a_sample_as_long_as_a_pack_fits(bench, new_sample):
     shards = bench.preprocess([new_sample("a", "b"), new_sample("long " * 30, "c")])
-    lengths, _ = shards.lengths_and_records()
-    packs = PackDataset(bench.pack(int(lengths[1])), 2, seed=0).packs
-    assert sorted(packs.samples.tolist()) == [0, 1]
-    with pytest.raises(DataError, match="nothing can be packed"):
+    lengths = shards.shard(0).tokens.lengths
+    assert samples_of(bench.pack(int(lengths[1]))) == [0, 1]
+    with pytest.raises(DataError, match="is left to pack"):
         bench.pack(int(lengths[0]) - 1, output="short")
 
 
@@ -196,14 +243,13 @@ def test_list_packed_samples_share_a_pack(bench, new_sample):
     index = PackDataset(bench.pack(128), 1, seed=0).packs
     for record in range(30):
         members = set(np.flatnonzero(records == record).tolist())
-        assert sum(bool(members & set(index[number].tolist())) for number in range(len(index))) == 1
+        assert sum(bool(members & set(index.samples(3, 1, place).tolist())) for place in range(len(index))) == 1
 
 
 def test_same_packs_again(bench, new_sample, directory_bytes):
     bench.preprocess([new_sample("w " * n, "x") for n in range(50)])
     first = directory_bytes(bench.pack(100, output="first"))
     assert directory_bytes(bench.pack(100, output="again")) == first
-    assert directory_bytes(bench.pack(100, seed=1, output="other")) != first
 
 
 def test_packs_of_other_shards_are_refused(bench, new_sample):
@@ -233,3 +279,140 @@ def test_positions_restart_in_every_document(bench, new_sample):
     thirds = positions.reshape(3, -1, 3)
     assert (thirds[0] == thirds[1]).all() and (thirds[0] == thirds[2]).all() and thirds[0, 0, 0] == 0
     assert image.max() == 2
+
+
+def test_several_data_sets_with_shares(bench, new_sample):
+    """Half of one and the other twice, in every epoch; samples are named with their own files."""
+    first = bench.preprocess(bench.annotations([new_sample(f"a{n}", "b") for n in range(20)], "a.json"), "first")
+    second = bench.preprocess(bench.annotations([new_sample(f"c{n}", "d e") for n in range(5)], "c.json"), "second")
+    inputs = [PackInput(str(first.location), Fraction(1, 2)), PackInput(str(second.location), Fraction(2))]
+    (manifest,) = write_packs(inputs, bench.path / "packs", 64)
+    assert [entry["samples"] for entry in manifest["data"]] == [10, 10]
+    index = PackDataset(bench.path / "packs", 1, seed=0).packs
+    counts = np.bincount(samples_of(bench.path / "packs"), minlength=25)
+    assert counts[:20].sum() == 10 and counts[:20].max() == 1 and (counts[20:] == 2).all()
+    assert [index.data.describe(n) for n in (3, 22)] == [
+        (str(bench.path / "a.json"), 3),
+        (str(bench.path / "c.json"), 2),
+    ]
+    fetched = [stored.tokens.tolist() for stored, _ in index.data.fetch([22, 3, 24])]
+    assert fetched == [
+        second.fetch([2])[0].tokens.tolist(),
+        first.fetch([3])[0].tokens.tolist(),
+        second.fetch([4])[0].tokens.tolist(),
+    ]
+
+
+def test_data_sets_of_different_tokenizers_are_refused(bench, new_sample):
+    for name in ("first", "second"):
+        bench.preprocess([new_sample()], name)
+    manifest = bench.path / "second" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"size": ', '"size": 1'))
+    with pytest.raises(DataError, match="different tokenizers"):
+        write_packs([PackInput(str(bench.path / name)) for name in ("first", "second")], bench.path / "packs", 64)
+
+
+def test_a_held_out_part_is_stable_and_has_every_question_about_a_picture(bench, new_sample, run_tool):
+    """The same pictures are held out after the data set has grown and was reordered; the rest holds none of them."""
+    bench.pictures("a.png")
+    for number in range(60):
+        (bench.path / "pictures" / f"{number}.png").write_bytes((bench.path / "pictures" / "a.png").read_bytes())
+    records = [new_sample(f"<image> q{n}", "x", image=f"{n % 60}.png") for n in range(120)]
+    records += [new_sample(f"text {n}", "y") for n in range(60)]
+    held = []
+    for name, order in (("one", records[:100]), ("two", records[::-1])):
+        bench.preprocess(bench.annotations(order, f"{name}.json"), name)
+        done = run_tool(
+            *("pack_data.py", "--data", bench.path / name, "--output", bench.path / f"{name}-packs"),
+            *("--seq-length", 256, "--held-out", 25, bench.path / f"{name}-held"),
+        )
+        assert done.returncode == 0, done.stderr
+        sides = []
+        for part in ("packs", "held"):
+            index = PackDataset(bench.path / f"{name}-{part}", 1, seed=0).packs
+            numbers = [index.data.describe(n)[1] for n in samples_of(bench.path / f"{name}-{part}")]
+            sides.append([order[number] for number in numbers])
+        assert len(sides[0]) + len(sides[1]) == len(order)
+        named = [{sample["image"] for sample in side if "image" in sample} for side in sides]
+        assert not named[0] & named[1] and 4 <= len(named[1]) <= 30
+        held.append([json.dumps(sample) for sample in sides[1]])
+    assert {*held[0]} == {*held[1]} & {json.dumps(record) for record in records[:100]}
+
+
+def broken_picture(bench, new_sample) -> None:
+    """Two records, the picture of the second of which is damaged after a header check."""
+    bench.pictures("a.png", "b.png")
+    good = (bench.path / "pictures" / "b.png").read_bytes()
+    (bench.path / "pictures" / "b.png").write_bytes(good[:100] + b"damage" + good[106:])
+    records = [new_sample("<image> what", "fine", image="a.png"), new_sample("<image> how", "well", image="b.png")]
+    bench.preprocess(records, settings=dataclasses.replace(bench.settings, check="header"))
+
+
+def test_a_broken_picture_costs_its_sample_its_weight_and_nothing_else(bench, new_sample):
+    broken_picture(bench, new_sample)
+    item = PackDataset(bench.pack(128), 1, seed=0)[0]
+    (sentence,) = item["broken"]
+    assert "train.json, record 1: the picture" in sentence and item["samples"] == 2
+    weight = item["target_weight"]
+    damaged = torch.tensor([int(item["document"][place]) for place in item["target_index"]])
+    lost = set(damaged[weight == 0].tolist())
+    assert len(lost) == 1 and (weight[damaged != lost.pop()] > 0).all()
+    assert len(item["patches"]) == len(item["cell_index"]) and (item["patches"].flatten(1) == 0).all(1).any()
+    # A rank without pictures agrees, where it is asked to look.
+    checked = PackDataset(bench.path / "packs", 1, seed=0, pictures="check")[0]
+    assert torch.equal(checked["target_weight"], weight) and checked["broken"] == item["broken"]
+    assert checked["patches"].shape == (0, 4, 768)
+
+
+def test_broken_samples_are_named_and_too_many_stop(bench, new_sample, capsys):
+    broken_picture(bench, new_sample)
+    dataset = PackDataset(bench.pack(128), 3, seed=0)
+    loader = torch.utils.data.DataLoader(dataset, collate_fn=collate, num_workers=1)
+    assert len(list(watch_broken_samples(iter(loader), 0.003, report=True))) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "(3 of 6 read)" in lines[2] and "record 1: the picture" in lines[2]
+    with pytest.raises(
+        DataError, match=r"^2 of the 4 samples read .* --max-broken-samples 0.001 .* record 1: .*verify"
+    ):
+        list(watch_broken_samples(iter(loader), 0.001, report=False))
+
+
+def test_the_error_of_a_loaders_worker_is_one_sentence(bench, new_sample):
+    bench.preprocess([new_sample()])
+    packs = bench.pack(64)
+    (bench.path / "shards" / "00000.tokens.bin").write_bytes(b"cut")
+    loader = torch.utils.data.DataLoader(PackDataset(packs, 1, seed=0), collate_fn=collate, num_workers=1)
+    with pytest.raises(DataError) as caught:
+        list(watch_broken_samples(iter(loader), 0.001, report=False))
+    assert len(str(caught.value).splitlines()) == 1 and "00000.tokens.bin" in str(caught.value)
+
+
+def test_patches_are_read_without_a_picture_library(bench, new_sample, monkeypatch):
+    bench.pictures("a.png")
+    bench.preprocess(
+        [new_sample("<image>", "x", image="a.png")], settings=dataclasses.replace(bench.settings, image_store="patches")
+    )
+    packs = bench.pack(64)
+    monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(Image.Image, "resize", None)
+    assert len(PackDataset(packs, 1, seed=0)[0]["patches"]) == 2
+
+
+def test_jpeg_augmentation_is_drawn_for_each_item_and_off_by_default(bench, new_sample):
+    bench.pictures("a.png")
+    bench.preprocess([new_sample("<image>", "x", image="a.png")])
+    packs = bench.pack(64)
+    plain, augmented, again = (PackDataset(packs, 8, seed=0, min_jpeg_quality=quality) for quality in (100, 30, 30))
+    assert all(torch.equal(plain[n]["patches"], plain[0]["patches"]) for n in range(8))
+    assert all(torch.equal(augmented[n]["patches"], again[n]["patches"]) for n in range(8))
+    assert len({augmented[n]["patches"].numpy().tobytes() for n in range(8)}) > 4
+    difference = augmented[0]["patches"].float() - plain[0]["patches"].float()
+    assert 0 < difference.abs().mean() < 60
+    stored = bench.preprocess(
+        [new_sample("<image>", "x", image="a.png")],
+        "patches",
+        settings=dataclasses.replace(bench.settings, image_store="patches"),
+    )
+    write_packs([PackInput(stored.location)], bench.path / "packs2", 64)
+    with pytest.raises(DataError, match="--image-store encoded"):
+        PackDataset(bench.path / "packs2", 1, seed=0, min_jpeg_quality=30)

@@ -48,6 +48,21 @@ def test_pictures_equal_the_published_ones(golden, name):
         np.testing.assert_allclose(picture.normalise(mine), values, atol=1e-6, rtol=0)
 
 
+def test_patches_are_written_where_they_are_wanted(new_png):
+    image = picture.decode(new_png(80, 110), "x")
+    expected = picture.patches_from_image(image, (4, 6))
+    # The definition: cells, patches in a cell, channel, y, x.
+    pixels = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC))
+    blocks = pixels.reshape(2, 2, 16, 3, 2, 16, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    assert (expected == blocks.reshape(6, 4, 768)).all()
+    wanted = np.full((8, 4, 768), 7, np.uint8)
+    assert picture.patches_from_image(image, (4, 6), wanted[1:7]).base is wanted
+    assert (wanted[1:7] == expected).all() and (wanted[[0, 7]] == 7).all()
+    apart = np.zeros((6, 8, 768), np.uint8)
+    picture.patches_from_image(image, (4, 6), apart[:, ::2])
+    assert (apart[:, ::2] == expected).all() and (apart[:, 1::2] == 0).all()
+
+
 def test_several_pictures_share_twice_the_limit():
     assert picture.pixel_limit(65536, 4194304, 1) == 4194304
     assert picture.pixel_limit(65536, 4194304, 3) == 4194304 * 2 // 3
@@ -100,6 +115,86 @@ def test_sixteen_bits_are_scaled():
     assert (shown[..., 0] == ramp >> 8).all()
 
 
+def test_twelve_bits_are_scaled(tmp_path):
+    """A TIFF of two pixels, 4095 and 256, packed in three bytes."""
+    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf1\x00\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert np.asarray(picture.decode(data, "x"))[0, :, 0].tolist() == [255, 16]
+
+
+def test_sixteen_bits_may_be_transparent():
+    ramp = np.array([[0, 300, 65535]], np.uint16)
+    header = struct.pack(">IIBBBBB", 3, 1, 16, 0, 0, 0, 0)
+    data = png_of(
+        (b"IHDR", header), (b"tRNS", b"\1\x2c"), (b"IDAT", zlib.compress(b"\0" + ramp.astype(">u2").tobytes()))
+    )
+    assert np.asarray(picture.decode(data, "x"))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_pixels_without_a_brightness_are_refused():
+    for pixels in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70000, np.int32), np.full((8, 8), -1, np.int32)):
+        with pytest.raises(RejectedSample) as raised:
+            picture.decode(encoded(Image.fromarray(pixels), "TIFF"), "x")
+        assert raised.value.reason == Reason.UNREADABLE_PICTURE
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0no TIFF header", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_broken_exif_is_ignored(exif):
+    data = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
+    assert picture.decode(data, "x").size == (40, 20)
+    assert picture.header_size(data, "x") == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_header_gives_the_size_of_the_decoded_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.new("RGB", (96, 64)), kind, exif=exif)
+    image = picture.decode(data, "x")
+    assert image.size == ((96, 64) if orientation < 5 else (64, 96))
+    assert picture.header_size(data, "x") == (image.height, image.width)
+
+
+def test_orientation_behind_the_pixels_is_seen():
+    """PNG allows it; Pillow knows of it only after decoding."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    header = (b"IHDR", struct.pack(">IIBBBBB", 3, 2, 8, 2, 0, 0, 0))
+    pixels = (b"IDAT", zlib.compress(bytes(20)))
+    data = png_of(header, pixels, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    assert picture.decode(data, "x").size == (2, 3)
+    assert picture.header_size(data, "x") == (3, 2)
+
+
+def test_the_header_alone_refuses_what_it_shows():
+    with pytest.raises(RejectedSample, match="none of the formats"):
+        picture.header_size(b"no picture", "x")
+    with pytest.raises(RejectedSample, match="12000 x 12000"):
+        picture.header_size(bomb(12000, 12000), "x")
+    whole = encoded(Image.new("RGB", (96, 64)), "JPEG")
+    assert picture.header_size(whole[: len(whole) - 20], "x") == (64, 96)  # pixels are not looked at
+
+
+def test_multi_picture_jpegs_are_kept():
+    """What phones write; the first picture counts."""
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert np.asarray(picture.decode(data, "x"))[0, 0].tolist() == [254, 0, 0]
+
+
+def test_recompression_loses_by_its_quality(new_png):
+    image = picture.decode(new_png(64, 64), "x")
+    errors = [
+        np.abs(np.asarray(picture.recompress(image, quality)).astype(int) - np.asarray(image)).mean()
+        for quality in (95, 50, 5)
+    ]
+    assert errors == sorted(errors) and errors[0] > 0
+    assert picture.recompress(image, 50).tobytes() == picture.recompress(image, 50).tobytes()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK"])
 def test_other_modes_become_rgb(mode):
     image = Image.new(mode, (8, 8))
@@ -112,12 +207,19 @@ def test_first_frame_of_an_animation():
     assert np.asarray(picture.decode(data, "x"))[0, 0].tolist() == [255, 0, 0]
 
 
+def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of the chunks."""
+    written = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (*chunks, (b"IEND", b""))
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG whose header promises many pixels; nothing follows it."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    body = b"IDAT" + zlib.compress(b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return png_of((b"IHDR", header), (b"IDAT", zlib.compress(b"")))
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -127,6 +229,15 @@ def test_too_many_pixels_are_refused_by_the_header(size):
         picture.decode(bomb(*size), "bomb.png")
     assert raised.value.reason == Reason.DECOMPRESSION_BOMB
     assert "bomb.png" in raised.value.sentence
+
+
+def test_jpeg_2000_has_a_limit_of_its_own():
+    """Its decoder takes 18 bytes a pixel."""
+    data = bytearray(encoded(Image.new("RGB", (64, 64)), "JPEG2000", no_jp2=True))
+    start = data.index(b"\xff\x51") + 6
+    data[start : start + 8] = struct.pack(">II", 10000, 7000)
+    with pytest.raises(RejectedSample, match="10000 x 7000"):
+        picture.decode(bytes(data), "x")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])

@@ -1,26 +1,71 @@
-"""Packs: nothing lost, nothing over the length, groups together, the same for the same seed."""
+"""Packs: nothing lost, nothing over the length, records together, new neighbours in every epoch."""
 
 import numpy as np
 import pytest
 
-from neo_megatron.data.packing import best_fit, pack
+from neo_megatron.data.pack_index import PackTable, open_table
+from neo_megatron.data.pack_writer import write_table
+from neo_megatron.data.packing import best_fit
+from neo_megatron.data.units import Units, draw_share, units_of_shard
 
 
 def draw(seed: int, count: int, high: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, high + 1, count).astype(np.int32)
 
 
-def packs_of(samples: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
-    return [samples[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+@pytest.fixture
+def table_of(tmp_path):
+    """Packs samples of the given lengths, on disk and back."""
+
+    def make(lengths: np.ndarray, capacity: int = 64) -> PackTable:
+        files = write_table(tmp_path, Units.of_samples(lengths, lengths // 2), capacity)
+        return open_table(tmp_path, files)
+
+    return make
+
+
+def epoch_of(table: PackTable, seed: int, epoch: int) -> list[list[int]]:
+    """The samples of each pack of an epoch, whose units are single samples."""
+    drawn = table.draw(seed, epoch, np.arange(len(table)))
+    samples, ends = table.samples(drawn.units), drawn.offsets
+    return [samples[start:end].tolist() for start, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
 @pytest.mark.parametrize(("count", "high"), [(1, 64), (7, 64), (500, 64), (500, 20), (3000, 3), (2000, 40)])
-def test_every_sample_once_and_no_pack_over_its_length(count, high):
+def test_every_sample_once_in_every_epoch_and_no_pack_over_its_length(table_of, count, high):
     lengths = draw(0, count, high)
-    samples, offsets = pack(lengths, np.arange(count), 64, seed=3)
-    assert sorted(samples.tolist()) == list(range(count))
-    assert offsets[0] == 0 and offsets[-1] == count and (np.diff(offsets) > 0).all()
-    assert all(lengths[members].sum() <= 64 for members in packs_of(samples, offsets))
+    table = table_of(lengths)
+    for epoch in range(3):
+        packs = epoch_of(table, 3, epoch)
+        assert sorted(sum(packs, [])) == list(range(count))
+        assert all(0 < lengths[members].sum() <= 64 for members in packs)
+
+
+def test_the_same_seed_packs_the_same_and_every_epoch_has_new_neighbours(table_of):
+    table = table_of(draw(0, 20_000, 32))
+    first, again, next_epoch, other = (epoch_of(table, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    assert first == again and len(first) == len(next_epoch) == len(other)
+
+    def pairs(packs: list[list[int]]) -> set[tuple[int, int]]:
+        return {(a, b) for members in packs for a in members for b in members if a < b}
+
+    for others in (next_epoch, other):
+        assert len(pairs(first) & pairs(others)) < 0.02 * len(pairs(first))
+
+
+def test_any_one_pack_equals_the_whole_epoch(table_of):
+    table = table_of(draw(1, 700, 50))
+    whole = epoch_of(table, 7, 2)
+    for place in range(0, len(table), 13):
+        assert table.samples(table.draw(7, 2, np.array([place])).units).tolist() == whole[place]
+
+
+def test_costs_are_those_of_the_documents_of_a_pack(table_of):
+    lengths = draw(2, 300, 40)
+    table = table_of(lengths)
+    drawn = table.draw(0, 0, np.arange(len(table)))
+    for members, cost in zip(epoch_of(table, 0, 0), table.costs(drawn).tolist(), strict=True):
+        assert cost == [sum(int(lengths[m]) ** 2 for m in members), sum(int(lengths[m]) // 2 for m in members)]
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
@@ -42,33 +87,46 @@ def test_packs_are_as_few_as_with_the_textbook_algorithm(seed):
     assert sum(pattern.packs for pattern in patterns) == naive_best_fit_decreasing(lengths.tolist(), 128)
 
 
-def test_fill_on_a_mix_of_lengths():
+def test_fill_on_a_mix_of_lengths(table_of):
     lengths = np.clip(np.random.default_rng(0).lognormal(6.5, 1.0, 100_000), 20, 16384).astype(np.int32)
-    _, offsets = pack(lengths, np.arange(len(lengths)), 16384, seed=0)
-    assert lengths.sum() / ((len(offsets) - 1) * 16384) > 0.999
+    assert lengths.sum() / (len(table_of(lengths, 16384)) * 16384) > 0.999
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_groups_stay_together_where_they_fit(seed):
-    random = np.random.default_rng(seed)
-    sizes = random.integers(1, 6, 200)
-    groups = np.repeat(np.arange(200), sizes)
-    lengths = draw(seed, len(groups), 30)
-    samples, offsets = pack(lengths, groups, 64, seed)
-    assert sorted(samples.tolist()) == list(range(len(groups)))
-    pack_of = np.empty(len(groups), int)
-    pack_of[samples] = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    for group in range(200):
-        members = np.flatnonzero(groups == group)
-        total = lengths[members].sum()
-        spread = len(set(pack_of[members].tolist()))
-        assert spread == 1 if total <= 64 else spread <= -(-total // 32)
-    assert np.bincount(pack_of, lengths).max() <= 64
+def test_lengths_beyond_sixteen_bits(table_of):
+    lengths = np.array([70_000, 5, 70_000, 59_000], np.int32)
+    packs = epoch_of(table_of(lengths, 130_000), 0, 0)
+    assert sorted(sum(packs, [])) == [0, 1, 2, 3] and len(packs) == 2
 
 
-def test_same_seed_same_packs_and_another_seed_other_neighbours():
-    lengths, groups = draw(0, 1000, 32), np.arange(1000)
-    first, again, other = (packs_of(*pack(lengths, groups, 64, seed)) for seed in (0, 0, 1))
-    assert first == again
-    assert first != other and len(first) == len(other)
-    assert {tuple(members) for members in first} != {tuple(members) for members in other}
+def test_records_are_units_where_they_fit(bench, new_sample):
+    records = [[new_sample("q " * n, "a") for n in range(1 + number % 5)] for number in range(20)]
+    records.insert(3, [new_sample("a", "b"), new_sample("w " * 200, "c"), new_sample("c", "d"), new_sample("e", "f")])
+    shards = bench.preprocess(records, settings=type(bench.settings)(records_per_shard=6))
+    whole = [units_of_shard(shards.shard(number), 0, 100_000) for number in range(4)]
+    assert [len(units) for units in whole] == [6, 6, 6, 3]  # one for each record
+    lengths = np.concatenate([shards.shard(number).tokens.lengths for number in range(4)])
+    first = 0
+    seen: list[int] = []
+    for number in range(4):
+        units = units_of_shard(shards.shard(number), first, 40)
+        for start, samples, length, squares in zip(
+            units.first, units.samples, units.lengths, units.squares, strict=True
+        ):
+            members = lengths[start : start + samples].astype(int)
+            assert members.sum() == length <= 40 and (members**2).sum() == squares
+            seen += range(start, start + samples)
+        first += len(shards.shard(number).tokens.lengths)
+    assert sorted(seen) == np.flatnonzero(lengths <= 40).tolist()
+    assert first == len(shards)
+
+
+@pytest.mark.parametrize(("share", "expected"), [("1/2", 50), ("1/3", 33), ("2", 200), ("5/2", 250), ("1/1000", 0)])
+def test_a_share_takes_exactly_its_part(share, expected):
+    from fractions import Fraction
+
+    taken = draw_share(100, Fraction(share), key=5)
+    assert len(taken) == expected
+    counts = np.bincount(taken, minlength=100)
+    assert counts.max() - counts.min() <= 1
+    if 0 < expected < 100:
+        assert taken.tolist() != draw_share(100, Fraction(share), key=6).tolist()

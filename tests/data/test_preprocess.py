@@ -12,7 +12,7 @@ import pytest
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.errors import DataError, Reason
 from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import data_list
+from neo_megatron.data.registry import Source, data_list
 from neo_megatron.data.shards import ShardSet
 
 
@@ -30,11 +30,25 @@ def mixed_records(new_sample, count: int) -> list:
     return [forms[number % len(forms)] for number in range(count)]
 
 
-def test_workers_import_neither_torch_nor_transformers():
-    """They would cost each worker half a gigabyte and seconds."""
-    code = "import sys, neo_megatron.data.preprocess; print({'torch', 'transformers', 'megatron'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+RUN = """
+import sys
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+
+preprocess([Source("a", sys.argv[1])], sys.argv[2], sys.argv[3], Settings(min_pixels=1024, max_pixels=65536))
+print({"torch", "transformers", "megatron"} & {*sys.modules})
+"""
+
+
+def test_no_process_keeps_torch_or_transformers(bench, new_sample, directory_bytes):
+    """They would cost each worker half a gigabyte and seconds; a process of its own reads the tokenizer."""
+    file = bench.annotations([new_sample()])
+    command = [sys.executable, "-c", RUN, str(file), str(bench.tokenizer), str(bench.path / "alone")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+    preprocess([Source("a", str(file))], bench.tokenizer, bench.path / "here", bench.settings)
+    assert directory_bytes(bench.path / "alone") == directory_bytes(bench.path / "here")
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
@@ -68,7 +82,7 @@ def test_both_image_stores_give_the_same_items(bench, new_sample, new_png):
         packs.append(PackDataset(bench.pack(128, data=store, output=f"packs_{store}"), 20, seed=1))
     for encoded, patches in zip(*packs, strict=True):
         assert encoded.keys() == patches.keys()
-        assert all((encoded[key] == patches[key]).all() for key in encoded)
+        assert all(np.array_equal(encoded[key], patches[key]) for key in encoded)
         assert len(encoded["patches"]) == len(encoded["cell_index"])
 
 
@@ -153,20 +167,20 @@ def test_nothing_usable_leaves_no_shard(bench):
     shards = bench.preprocess([{}, {}])
     assert len(shards) == 0 and shards.manifest["shards"] == []
     assert sorted(path.name for path in shards.directory.iterdir()) == ["manifest.json", "rejects.jsonl"]
-    with pytest.raises(DataError, match="nothing can be packed"):
+    with pytest.raises(DataError, match="would hold nothing"):
         bench.pack(64)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_fail_stops_at_the_first_bad_record_in_order(bench, new_sample, workers):
-    records = [new_sample()] * 5 + [new_sample(image="missing.png")] + [{}] * 6
+    records = bench.annotations([new_sample()] * 5 + [new_sample(image="missing.png")] + [{}] * 6)
     settings = dataclasses.replace(bench.settings, records_per_shard=2)
     with pytest.raises(DataError, match=r"train\.json, record 5: the picture .*missing\.png") as raised:
         bench.preprocess(records, settings=settings, on_error="fail", workers=workers)
     assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match="no complete data set"):
         ShardSet(bench.path / "shards")
-    assert len(bench.preprocess(records, settings=settings)) == 5  # what was left behind is no obstacle
+    assert len(bench.preprocess(records, settings=settings)) == 5  # what was done is continued
 
 
 def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
@@ -187,6 +201,25 @@ def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"preprocess_data: {file}, record 1, sample 1: the sample has 0 pic")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--engine", "spark"], "invalid choice: 'spark'"),
+        (["--check", "no"], "invalid choice: 'no'"),
+        (["--min-pixels", "0"], "--min-pixels 0 must be above 0"),
+        (["--max-frames", "0"], "--max-frames must be at least 1"),
+        ([], "holds no tokenizer; give a Hugging Face directory"),
+    ],
+)
+def test_wrong_flags_end_in_a_sentence(bench, run_tool, flags, sentence):
+    file = bench.annotations([])
+    done = run_tool(
+        "preprocess_data.py", "--input", file, "--tokenizer", bench.path, "--output", bench.path / "s", *flags
+    )
+    assert done.returncode and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_finished_data_and_foreign_files_are_never_overwritten(bench, new_sample, directory_bytes):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from neo_megatron.data.errors import Reason, RejectedSample
-from neo_megatron.data.records import Turn, check_sample, parse_record
+from neo_megatron.data.records import Turn, check_sample, parse_record, split_key
 from neo_megatron.data.registry import Source
 
 
@@ -19,6 +19,8 @@ def source(tmp_path, new_png):
     (tmp_path / "notes" / "train.json").write_text("[]")
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "outside.png")
     (tmp_path / "root" / "inner.png").symlink_to("sub/b.png")
+    (tmp_path / "root" / "away").symlink_to(tmp_path)
+    (tmp_path / "root" / "sub" / "away").symlink_to(tmp_path / "notes")
     return Source("train", str(tmp_path / "notes" / "train.json"), str(tmp_path / "root"))
 
 
@@ -101,7 +103,12 @@ def test_pictures_and_tags_must_agree(source, text, image):
         ({"conversations": "Hi"}, Reason.MALFORMED),
         ({"conversations": ["Hi"]}, Reason.MALFORMED),
         ({"conversations": [{"from": "gpt", "value": "a", "is_input": "no"}]}, Reason.MALFORMED),
-        (turns(("human", "a"), ("gpt", "b"), video="clip.mp4"), Reason.VIDEO),
+        (turns(("human", "<video> <video>"), ("gpt", "b"), video="clip.mp4"), Reason.VIDEO_COUNT),
+        (turns(("human", "<video>"), ("gpt", "b")), Reason.VIDEO_COUNT),
+        (turns(("human", "a"), ("gpt", "b"), video=["a.mp4", "b.mp4"]), Reason.VIDEO_COUNT),
+        (turns(("human", "a"), ("gpt", "b"), video={"path": "a.mp4"}), Reason.MALFORMED),
+        (turns(("human", "a"), ("gpt", "b"), video="rtsp://example.org/a.mp4"), Reason.REMOTE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), video="../a.mp4"), Reason.OUTSIDE_ROOT),
         (turns(("human", "a"), ("gpt", "b"), image=7), Reason.MALFORMED),
         (turns(("human", "a"), ("gpt", "b"), image=["a.png", None]), Reason.MALFORMED),
         (turns(("human", "a"), ("gpt", "b"), image="a\0.png"), Reason.MALFORMED),
@@ -109,7 +116,14 @@ def test_pictures_and_tags_must_agree(source, text, image):
         (turns(("human", "a"), ("gpt", "b"), image="https://example.org/a.png"), Reason.REMOTE_PATH),
         (turns(("human", "a"), ("gpt", "b"), image="s3://bucket/a.png"), Reason.REMOTE_PATH),
         (turns(("human", "a"), ("gpt", "b"), image="data:image/png;base64,AAAA"), Reason.REMOTE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="part.tar/a.png"), Reason.ARCHIVE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="sub/part.tar.gz/x/a.png"), Reason.ARCHIVE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="a.ZIP"), Reason.ARCHIVE_PATH),
+        (turns(("human", "a"), ("gpt", "b"), image="x.zip/y.tgz/a.png"), Reason.ARCHIVE_PATH),
         (turns(("human", "a"), ("gpt", "b"), image="../outside.png"), Reason.OUTSIDE_ROOT),
+        (turns(("human", "a"), ("gpt", "b"), image=".."), Reason.OUTSIDE_ROOT),
+        (turns(("human", "a"), ("gpt", "b"), image="away/outside.png"), Reason.OUTSIDE_ROOT),
+        (turns(("human", "a"), ("gpt", "b"), image="sub/away/../a.png"), Reason.OUTSIDE_ROOT),
         (turns(("human", "a"), ("gpt", "b"), image="sub/../../outside.png"), Reason.OUTSIDE_ROOT),
         (turns(("human", "a"), ("gpt", "b"), image="/etc/passwd"), Reason.OUTSIDE_ROOT),
         (turns(("human", "a"), ("gpt", "b"), image="link.png"), Reason.OUTSIDE_ROOT),
@@ -132,6 +146,49 @@ def test_paths_that_stay_inside_are_followed(source, tmp_path, path):
     path = path.format(root=tmp_path / "root")
     checked = check_sample(turns(("human", "a"), ("gpt", "b"), image=path), source)
     assert checked.pictures == (str(tmp_path / "root/sub/b.png"),)
+
+
+def test_a_relative_root_is_that_of_the_directory_one_is_in(source, tmp_path, monkeypatch):
+    sample = turns(("human", "a"), ("gpt", "b"), image="a.png")
+    for directory in ("one", "two"):
+        (tmp_path / directory / "root").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / directory)
+        checked = check_sample(sample, Source("train", source.annotations, "root"))
+        assert checked.pictures == (str(tmp_path / directory / "root" / "a.png"),)
+
+
+def test_a_directory_named_as_an_archive_is_a_directory(source, tmp_path, new_png):
+    (tmp_path / "root" / "part.tar" / "x").mkdir(parents=True)
+    (tmp_path / "root" / "part.tar" / "x" / "a.png").write_bytes(new_png())
+    checked = check_sample(turns(("human", "a"), ("gpt", "b"), image="part.tar/x/a.png"), source)
+    assert checked.pictures == (str(tmp_path / "root/part.tar/x/a.png"),)
+
+
+def test_a_link_that_appears_later_is_seen(source, tmp_path):
+    """Directories are remembered, files are not: each is looked at when it is used."""
+    sample = turns(("human", "a"), ("gpt", "b"), image="a.png")
+    assert check_sample(sample, source).pictures == (str(tmp_path / "root/a.png"),)
+    (tmp_path / "root" / "a.png").unlink()
+    (tmp_path / "root" / "a.png").symlink_to(tmp_path / "outside.png")
+    assert reason(sample, source) == Reason.OUTSIDE_ROOT
+
+
+def test_single_video_without_a_tag_goes_to_the_first_human_turn(source, tmp_path):
+    sample = turns(("system", "s"), ("human", "What?"), ("gpt", "That."), video="clip.mp4", image="a.png")
+    checked = check_sample(sample, source)
+    assert checked.turns[1] == Turn("user", "<image>\n<video>\nWhat?", False)
+    assert (checked.pictures, checked.videos) == ((str(tmp_path / "root/a.png"),), (str(tmp_path / "root/clip.mp4"),))
+
+
+def test_split_key_follows_the_names_of_the_media():
+    """All conversations about one picture fall on one side; what else a record holds does not matter."""
+    first = turns(("human", "a"), ("gpt", "b"), image="a.png")
+    assert split_key([first]) == split_key([turns(("human", "c"), ("gpt", "d"), image=["a.png"], id=7)])
+    assert split_key([first]) != split_key([turns(("human", "a"), ("gpt", "b"), image="b.png")])
+    assert split_key([first]) != split_key([turns(("human", "a"), ("gpt", "b"), video="b.png")])
+    text = turns(("human", "a"), ("gpt", "b"))
+    assert split_key([text]) == split_key([{**text, "id": 7}])
+    assert split_key([text]) != split_key([turns(("human", "a"), ("gpt", "c"))])
 
 
 def test_without_a_root_paths_are_complete_or_beside_the_annotations(source, tmp_path):

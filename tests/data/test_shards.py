@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,10 @@ def test_samples_name_where_they_come_from(shards):
             assert np.diff(shard.spans[sample].reshape(-1, 2)).sum() == trained
 
 
-def test_lengths_and_records_run_over_all_shards(shards):
-    lengths, records = shards.lengths_and_records()
-    assert lengths.tolist() == [len(shard.tokens[n]) for shard, n in map(shards.locate, range(5))]
-    assert records.tolist() == [0, 1, 1, 2, 3]
+def test_cells_of_every_sample_are_its_picture_tokens(shards):
+    for shard in (shards.shard(0), shards.shard(1)):
+        context = [int((shard.tokens[n] == shards.ids.image_context).sum()) for n in range(len(shard.samples))]
+        assert shard.cells.tolist() == context
 
 
 def test_manifest_has_size_and_checksum_of_every_file(shards):
@@ -84,22 +85,76 @@ def test_manifest_says_how_it_was_made(shards):
     }
 
 
-@pytest.mark.parametrize("kind", ["tokens.bin", "tokens.idx", "pictures.bin", "samples.npy"])
-def test_a_cut_file_is_named(shards, kind):
+def read_all(location: Path) -> None:
+    """Reads what a training run and its messages read."""
+    shards = ShardSet(location)
+    shards.fetch(range(len(shards)))
+    for sample in range(len(shards)):
+        shards.describe(sample)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "pictures.bin", "pictures.idx", "grids.npy", "samples.npy"],
+)
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x", None])
+def test_a_file_of_another_size_is_named(shards, kind, damage):
     path = shards.directory / f"00000.{kind}"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"00000.{kind}"):
-        ShardSet(shards.directory).shard(0)
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    with pytest.raises(DataError, match=f"00000.{kind} (is missing|has .* bytes, not {len(content)})"):
+        read_all(shards.directory)
 
 
-def test_an_index_that_lies_is_found(shards):
-    """Same size, other numbers: the lengths no longer fit the tokens."""
-    path = shards.directory / "00000.tokens.idx"
+@pytest.mark.parametrize("kind", ["tokens", "spans", "pictures"])
+@pytest.mark.parametrize("sequence", [0, 3])
+@pytest.mark.parametrize("length", [-1, 1 << 30])
+def test_an_index_that_lies_is_found(shards, kind, sequence, length):
+    """Same size, other numbers: the sequence would lie outside of the data."""
+    path = shards.directory / f"00000.{kind}.idx"
     index = bytearray(path.read_bytes())
-    index[34 + 4 * 3] += 1
+    struct.pack_into("<i", index, 34 + 4 * sequence, length)
     path.write_bytes(index)
-    with pytest.raises(DataError, match="does not fit"):
-        ShardSet(shards.directory).shard(0)
+    with pytest.raises(DataError, match=f"00000.{kind}.bin is damaged: .* does not fit"):
+        read_all(shards.directory)
+
+
+def test_an_array_of_another_shape_is_found(shards):
+    path = shards.directory / "00000.grids.npy"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"'shape': (4, 2)", b"'shape': (8, 1)"))
+    with pytest.raises(DataError, match=r"00000.grids.npy is damaged: it is no array of \(4, 2\)"):
+        read_all(shards.directory)
+
+
+def test_few_shards_are_open_at_once(bench, new_sample, monkeypatch, samples_of):
+    """A process may map 65,530 files: old maps go, and what was read of them stays."""
+    settings = type(bench.settings)(records_per_shard=1)
+    shards = bench.preprocess([new_sample("w " * number, "x") for number in range(40)], settings=settings)
+    monkeypatch.setattr("neo_megatron.data.shards._most_opened", lambda: 4)
+    fetched = shards.fetch(range(40))
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(shards.directory) in line]
+    assert [sample.tokens.tolist() for sample in fetched] == [
+        tokens for tokens, _ in samples_of(ShardSet(shards.location))
+    ]
+    del fetched
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(shards.directory) in line]
+    assert 0 < len(maps) <= 4 * 8
+
+
+def test_fetch_gives_what_the_files_hold(shards):
+    order = [4, 0, 3, 3, 1]
+    for sample, stored in zip(order, shards.fetch(order), strict=True):
+        shard, local = shards.locate(sample)
+        assert stored.tokens.tolist() == shard.tokens[local].tolist()
+        assert stored.spans.reshape(-1).tolist() == shard.spans[local].tolist()
+        numbers = list(shard.picture_range(local))
+        assert stored.grids.tolist() == shard.grids[numbers].tolist()
+        assert [picture.tobytes() for picture in stored.pictures] == [shard.picture(n).tobytes() for n in numbers]
+        assert not stored.pictures or not stored.pictures[0].flags.owndata  # a view of the mapped file
+    assert [stored.pictures for stored in shards.fetch([0, 3], pictures=False)] == [[], []]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "neo-packs", "version": 1}', '{"format": "neo-shards"}'])

@@ -5,9 +5,11 @@ Every layout starts from the golden checkpoint and must go the same way as one p
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
 from neo_megatron.model.config import NeoSizes
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -59,10 +65,14 @@ def evaluation(room: Path) -> list[str]:
     return ["--valid-data-path", f"{room}/packs", "--eval-interval", "4", "--eval-iters", "1"]
 
 
-def scalars(room: Path, name: str, tag: str) -> dict[int, float]:
+def scalars(room: Path, name: str, tag: str) -> dict[int, list[float]]:
+    """What was logged at each step; after the last one Megatron evaluates twice, on different packs."""
     events = EventAccumulator(str(room / name / "events"))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    values = defaultdict(list)
+    for event in events.Scalars(tag):
+        values[event.step].append(event.value)
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +207,34 @@ def test_sigterm_saves_and_exits(room):
     assert "exiting program after receiving SIGTERM" in "".join(printed)
 
 
+@pytest.fixture(scope="module")
+def broken(room) -> Path:
+    """Packs of a data set of which only headers were checked; one of its pictures is broken."""
+    pictures = room / "broken-pictures"
+    shutil.copytree(GOLDEN / "images", pictures / "images")
+    damaged = pictures / "images" / "b.png"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    source = Source("broken", str(room / "annotations.json"), str(pictures))
+    settings = Settings(min_pixels=4096, max_pixels=65536, check="header")
+    preprocess([source], GOLDEN / "tokenizer", room / "broken-shards", settings)
+    write_packs([PackInput(str(room / "broken-shards"))], room / "broken-packs", 192)
+    return room / "broken-packs"
+
+
+def test_a_broken_picture_stops_no_run_and_counts_nowhere(room, broken):
+    """All pipeline stages agree on the weights, so that the losses do; and every broken sample is named once."""
+    losses, named = [], []
+    stages = ["--pipeline-model-parallel-size", "2", "--pre-buffer-pipeline-stages", "1"]
+    for name, processes, layout in (("broken-one", 1, []), ("broken-pp2", 2, stages)):
+        flags = [*("--train-data-path", str(broken)), *("--max-broken-samples", "0.5"), *layout]
+        output = torchrun(processes, *command(room, name, *flags, iterations=2))
+        losses.append(scalars(room, name, "lm loss"))
+        named.append([line for line in output.splitlines() if "broken sample" in line])
+    assert named[0] == named[1] and named[0] and "annotations.json, record" in named[0][0]
+    for step, value in losses[0].items():
+        assert losses[1][step] == pytest.approx(value, rel=2e-6)
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
@@ -204,9 +242,11 @@ def test_sigterm_saves_and_exits(room):
         (["--neo-model", "neo-3b"], "--neo-model neo-3b: neither a preset"),
         (["--pre-buffer-pipeline-stages", "1"], "--pre-buffer-pipeline-stages 1 with --pipeline-model-parallel-size 1"),
         (["--vocab-size", "1008"], "is of another model (vocab_size 1024 there, 1008 here)"),
+        (["--train-data-path", "{broken}", "--max-broken-samples", "0"], "more than --max-broken-samples 0.0 allows"),
     ],
 )
-def test_a_mistake_ends_in_a_sentence(room, flags, sentence):
+def test_a_mistake_ends_in_a_sentence(room, broken, flags, sentence):
+    flags = [flag.format(broken=broken) for flag in flags]
     done = run_python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"), *command(room, "mistake", *flags)
     )

@@ -51,4 +51,4 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.3g}"

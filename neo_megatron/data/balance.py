@@ -1,0 +1,67 @@
+"""The packs of one global batch -> data-parallel ranks, so that every rank has about the same work.
+
+Packs of one length cost different amounts: attention works on the sum over documents of tokens squared, the patch
+embedding on the cells of pictures. A step takes as long as the rank with the most, so packs are dealt out anew within
+each global batch. Which packs a batch holds, and with it the loss, stays as it is.
+"""
+
+import numpy as np
+
+_SWAPS = 64
+
+
+def balanced_order(costs: np.ndarray, ranks: int, micro_batch_size: int) -> np.ndarray:
+    """The order in which a global batch is read, for even ranks: int64 [packs].
+
+    Args:
+        costs: [packs, kinds] of work, of any units; each kind counts relative to its mean.
+        ranks: data-parallel ranks. Megatron's sampler gives each in turn ``micro_batch_size`` consecutive packs;
+            ``packs`` is a multiple of ``ranks * micro_batch_size``.
+    """
+    packs = len(costs)
+    if ranks == 1 or packs <= ranks:
+        return np.arange(packs)  # nothing to choose: the order within a rank costs the same
+    relative = costs / np.maximum(costs.mean(axis=0), 1)
+    members = _deal(relative, ranks)
+    _swap(relative, members)
+    turns = members.reshape(ranks, -1, micro_batch_size)
+    return turns.transpose(1, 0, 2).reshape(-1)
+
+
+def imbalance(costs: np.ndarray, ranks: int, micro_batch_size: int) -> np.ndarray:
+    """Largest over mean of the ranks' work, of each kind, for packs in the order in which they are read: [kinds]."""
+    kinds = costs.shape[1]
+    work = costs.reshape(-1, ranks, micro_batch_size, kinds).sum(axis=(0, 2), dtype=np.float64)
+    return work.max(axis=0) / np.maximum(work.mean(axis=0), 1e-300)
+
+
+def _deal(relative: np.ndarray, ranks: int) -> np.ndarray:
+    """Costly packs first, each to the rank whose larger kind of work stays least: int64 [ranks, packs / ranks]."""
+    each = len(relative) // ranks
+    load = np.zeros((ranks, relative.shape[1]))
+    taken = np.zeros(ranks, np.int64)
+    members = np.empty((ranks, each), np.int64)
+    for pack in np.argsort(-relative.sum(axis=1), kind="stable").tolist():
+        after = (load + relative[pack]).max(axis=1)
+        after[taken == each] = np.inf
+        rank = int(after.argmin())
+        members[rank, taken[rank]] = pack
+        taken[rank] += 1
+        load[rank] += relative[pack]
+    return members
+
+
+def _swap(relative: np.ndarray, members: np.ndarray) -> None:
+    """Exchanges packs between the rank with the most and the one with the least work while that evens them."""
+    load = relative[members].sum(axis=1)
+    for _ in range(_SWAPS):
+        most, least = int(load.max(axis=1).argmax()), int(load.sum(axis=1).argmin())
+        # [packs of least, packs of most, kinds]: what the exchange of two packs adds to `most`
+        change = relative[members[least]][:, None] - relative[members[most]][None]
+        larger = np.maximum((load[most] + change).max(axis=-1), (load[least] - change).max(axis=-1))
+        theirs, ours = np.unravel_index(int(larger.argmin()), larger.shape)
+        if most == least or larger[theirs, ours] >= load[most].max() - 1e-9:
+            return
+        load[most] += change[theirs, ours]
+        load[least] -= change[theirs, ours]
+        members[most, ours], members[least, theirs] = members[least, theirs], members[most, ours]

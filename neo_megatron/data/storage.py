@@ -1,0 +1,153 @@
+"""Where a data set lies: a directory of the local disk, or a prefix in object storage, behind one interface.
+
+Nothing of object storage is imported before such a location is opened; see ``object_storage.py``.
+"""
+
+import mmap
+import os
+import posixpath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from neo_megatron.data.errors import DataError
+
+_SCHEMES = ("s3://", "msc://")
+
+
+class Content(Protocol):
+    """The bytes of one file. A mapped file is an array, which is this too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+class Range(NamedTuple):
+    """``size`` bytes of a file from ``offset`` on."""
+
+    content: Content
+    offset: int
+    size: int
+
+
+class Directory(Protocol):
+    """A flat directory of files that are never changed once its manifest is there."""
+
+    location: str
+
+    def read(self, name: str) -> bytes:
+        """A whole small file. Raises DataError where it is not there."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or ``None`` where it is not there."""
+        ...
+
+    def local(self, name: str) -> Path:
+        """A whole file on the local disk."""
+        ...
+
+    def map(self, name: str, size: int | None = None) -> np.ndarray:
+        """A whole file as uint8 [n], mapped. Raises DataError where it is not ``size`` bytes long."""
+        ...
+
+    def open(self, name: str, size: int) -> Content:
+        """A file of which parts are wanted: mapped on the local disk, requested part by part elsewhere."""
+        ...
+
+    def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
+        """A part of a file, uint8 [size]."""
+        ...
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[np.ndarray]:
+        """Parts of files that ``open`` returned, uint8 [size] each; those that need requests all at the same time."""
+        ...
+
+    def prepare(self, files: Iterable[tuple[str, int]]) -> None:
+        """Brings files of the given names and sizes to the local disk, all at once, so that ``map`` need not wait."""
+        ...
+
+
+class LocalDirectory:
+    """A directory of the local disk, or of a mounted file system. All that is read are views of mapped files."""
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self.local(name).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{self.local(name)} is missing; copy the data set again") from error
+
+    def size(self, name: str) -> int | None:
+        path = self.local(name)
+        return path.stat().st_size if path.is_file() else None
+
+    def local(self, name: str) -> Path:
+        return Path(self.location, name)
+
+    def map(self, name: str, size: int | None = None) -> np.ndarray:
+        path = os.path.join(self.location, name)
+        try:
+            array = map_file(path)
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is missing; copy or preprocess it again") from error
+        if size is not None and len(array) != size:
+            raise DataError(f"{path} has {len(array)} bytes, not {size}; copy or preprocess it again")
+        return array
+
+    def open(self, name: str, size: int) -> np.ndarray:
+        return self.map(name, size)
+
+    def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
+        return self.map(name)[offset : offset + size]
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[np.ndarray]:
+        return [content[offset : offset + size] for content, offset, size in ranges]
+
+    def prepare(self, files: Iterable[tuple[str, int]]) -> None:
+        pass
+
+
+def open_directory(location: str | Path) -> Directory:
+    """The directory at a local path, at ``s3://bucket/prefix``, or at ``msc://profile/prefix``."""
+    if not is_remote(location):
+        return LocalDirectory(location)
+    from neo_megatron.data.object_storage import ObjectDirectory
+
+    return ObjectDirectory(str(location))
+
+
+def is_remote(location: str | Path) -> bool:
+    return isinstance(location, str) and location.startswith(_SCHEMES)
+
+
+def join(location: str | Path, relative: str) -> str:
+    """The place that ``relative`` names as seen from ``location``, both for local paths and for object storage.
+
+    Raises:
+        DataError: it leads out of the bucket.
+    """
+    if not is_remote(location) or is_remote(relative):
+        return relative if is_remote(relative) else os.path.join(location, relative)
+    scheme, path = str(location).split("://", 1)
+    joined = posixpath.normpath(posixpath.join(path, relative))
+    if joined.split("/")[0] != path.split("/")[0]:
+        raise DataError(f"{relative} leads out of the bucket of {location}; pack where the shards lie beside the packs")
+    return f"{scheme}://{joined}"
+
+
+def map_file(path: str | Path) -> np.ndarray:
+    """A file as uint8 [n]; the map lives as long as a view of it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # An empty file cannot be mapped; a shard without a picture has one.
+        if not os.fstat(descriptor).st_size:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""A tokenizer as the data path needs it, without the libraries that read it staying in memory.
+
+Run as a module, it prints the parts of the tokenizer of a directory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from neo_megatron.data.chat import SpecialIds, load_tokenizer, special_ids
+from neo_megatron.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """The fast tokenizer as text, NEO's tokens included, its control tokens, and the number of its tokens."""
+
+    json: str
+    ids: SpecialIds
+    size: int
+
+
+def load_parts(directory: str | Path) -> TokenizerParts:
+    """Reads the tokenizer of a Hugging Face directory.
+
+    transformers takes memory for the whole run, so a process that ends reads the directory; where it is loaded
+    already, this process does.
+
+    Raises:
+        DataError: as `load_tokenizer`.
+    """
+    if "transformers" in sys.modules:
+        return _load(directory)
+    done = subprocess.run([sys.executable, "-m", __name__, str(directory)], stdout=subprocess.PIPE)
+    if done.returncode:
+        raise DataError(f"the tokenizer of {directory} cannot be read; what its library says stands above")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise DataError(answer["error"])
+    return TokenizerParts(answer["json"], SpecialIds(**answer["ids"]), answer["size"])
+
+
+def _load(directory: str | Path) -> TokenizerParts:
+    tokenizer = load_tokenizer(directory)
+    return TokenizerParts(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer), len(tokenizer))
+
+
+def _main() -> None:
+    # A tokenizer needs no torch, whose import takes four seconds; transformers takes it for not installed, and would
+    # warn of what one cannot do without it.
+    sys.modules["torch"] = None
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        answer = asdict(_load(sys.argv[1]))
+    except DataError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,178 @@
+"""An output directory between the start of a run and its manifest: one run at a time, continued after a kill.
+
+``run.json`` holds the plan, which is all that decides the bytes. It is locked while a run works, and is the last file
+that a finished run removes. ``NNNNN.outcome.json`` says what became of a slice; it appears after the files of its
+shard, so the slices that have one need not be done again.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.data.annotations import Place
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.files import MANIFEST, PARTIAL, REJECTS, json_line, sync_directory, write_whole
+
+PLAN = "run.json"
+_OUTCOME = ".outcome.json"
+# What a run of ours may have left behind; a file of any other name is not ours to remove.
+_OURS = re.compile(rf"\d{{5,}}\.(tokens|spans|pictures|grids|samples)\..*|{REJECTS}|.*{re.escape(PARTIAL)}")
+
+
+@dataclass
+class Outcome:
+    """What became of a slice.
+
+    Args:
+        next: where the next one begins.
+        bytes: of the annotation file.
+        records, samples: read, in a list-packed record several samples.
+        rejects: of the samples that were left out, as in ``rejects.jsonl``.
+        shard: entry of the manifest, ``None`` where nothing was kept.
+    """
+
+    next: Place
+    bytes: int
+    records: int = 0
+    samples: int = 0
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    shard: dict[str, Any] | None = None
+
+    @property
+    def number(self) -> int:
+        return self.next.number - 1
+
+
+def save_outcome(directory: Path, outcome: Outcome) -> None:
+    """The last step of a slice: from now on it is done."""
+    sync_directory(directory)  # the shard is on the disk before anything says so
+    write_whole(_path(directory, outcome.number), json_line(asdict(outcome)))
+
+
+def load_outcome(directory: Path, number: int) -> Outcome:
+    fields = json.loads(_path(directory, number).read_bytes())
+    return Outcome(**fields | {"next": Place(**fields["next"])})
+
+
+class Run:
+    """A lock on an output directory, and what an earlier run has left there. Use it in a ``with`` statement.
+
+    Raises:
+        DataError: for a directory that holds something else, a finished data set, or a run that is still at work.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file = _lock(directory)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # gives the lock back
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether all that is left to do is to clear up."""
+        return (self.directory / MANIFEST).exists()
+
+    def begin(self, plan: dict[str, Any]) -> None:
+        """Notes the plan of a new run, or checks that it is that of the run to be continued.
+
+        Raises:
+            DataError: where it is not; says what differs.
+        """
+        written = self._file.read()
+        if written.endswith(b"\n"):
+            if difference := _difference(json.loads(written), json.loads(json_line(plan))):
+                raise DataError(
+                    f"{self.directory} holds an unfinished run {difference}; "
+                    "repeat its command to continue it, or remove the directory to start anew"
+                )
+            return
+        # Nothing is done before the plan is on the disk, so half a plan means that nothing is there.
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json_line(plan))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Of the slices whose shards are there, in no order."""
+        for path in self.directory.glob(f"*{_OUTCOME}"):
+            outcome = load_outcome(self.directory, int(path.name.removesuffix(_OUTCOME)))
+            files = outcome.shard["files"] if outcome.shard else {}
+            if all(_size(self.directory / name) == file["bytes"] for name, file in files.items()):
+                yield outcome
+
+    def keep(self, done: dict[int, Outcome]) -> None:
+        """Removes what belongs to slices that are not done."""
+        for path in list(self.directory.iterdir()):
+            number = path.name.partition(".")[0]
+            kept = number.isdigit() and int(number) in done and not path.name.endswith(PARTIAL)
+            if not kept and (_OURS.fullmatch(path.name) or path.name.endswith(_OUTCOME)):
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Leaves the data set alone; the plan goes last, so that a kill before that is put right by the next run."""
+        for path in list(self.directory.iterdir()):
+            if path.name.endswith((_OUTCOME, PARTIAL)):
+                path.unlink(missing_ok=True)
+        sync_directory(self.directory)
+        (self.directory / PLAN).unlink(missing_ok=True)
+
+
+def _lock(directory: Path) -> Any:
+    """The open file of the plan, locked."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / PLAN
+    if not path.exists():
+        if (directory / MANIFEST).exists():
+            raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
+        if any(directory.iterdir()) and not path.exists():
+            raise DataError(f"{directory} is not empty; choose another --output")
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - closed by Run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise DataError(
+            f"another run is writing to {directory}; wait for its end, or choose another --output"
+        ) from error
+    if os.fstat(file.fileno()).st_nlink == 0:  # the other run has just finished, and removed it
+        file.close()
+        return _lock(directory)
+    return file
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What of the plan of a run is not as it was; "" where all is."""
+    for key, value in new["settings"].items():
+        if (before := old["settings"].get(key)) != value:
+            return f"with --{key.replace('_', '-')} {before}, not {value}"
+    for before, now in zip(old["sources"], new["sources"], strict=False):
+        file = now["annotations"]
+        if before != now and before | {"bytes": now["bytes"], "modified_ns": now["modified_ns"]} == now:
+            return f"of the annotation file {file} as it was before it was changed"
+    for key, flags in (("sources", "--input, --image-root, --registry or --datasets"), ("tokenizer", "--tokenizer")):
+        if old[key] != new[key]:
+            return f"with another {flags}"
+    return "" if old == new else "of another version of this program"
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _path(directory: Path, number: int) -> Path:
+    return directory / f"{number:05d}{_OUTCOME}"
+
+
+def without_details(outcome: Outcome) -> Outcome:
+    """The outcome without what only its file has to keep."""
+    return replace(outcome, rejects=[], shard=None)

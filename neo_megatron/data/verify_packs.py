@@ -1,0 +1,194 @@
+"""Proves a directory of packs: its files, and that every sample is where it belongs, in no pack over its length.
+
+Only indices are read. The data sets that were packed are recognised by their manifests; each is proven by itself.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.files import MANIFEST, REJECTS
+from neo_megatron.data.mixture import Mixture
+from neo_megatron.data.pack_index import PATTERN, PATTERNS, RUN, RUNS, UNIT, UNITS
+from neo_megatron.data.shards import Shard
+from neo_megatron.data.storage import Directory, join
+from neo_megatron.data.verify_shard import Damage, check_file
+
+ARRAYS = {UNITS: UNIT, PATTERNS: PATTERN, RUNS: RUN}
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Units, to be found by their samples.
+
+    Args:
+        units: ``UNIT`` [U], by length ascending.
+        order: int64 [U], their numbers in the order of their first samples.
+        first: int64 [U], those first samples, ascending.
+        lengths: int64 [L], the lengths that units have in the patterns, ascending.
+        length_ends: int64 [L], how many units are at most that long.
+    """
+
+    units: np.ndarray
+    order: np.ndarray
+    first: np.ndarray
+    lengths: np.ndarray
+    length_ends: np.ndarray
+
+    def of_samples(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Units that begin at one of the samples, ``UNIT`` [u], and the tokens that the patterns count for each."""
+        places = self.order[slice(*np.searchsorted(self.first, [start, end]))]
+        return self.units[places], self.lengths[np.searchsorted(self.length_ends, places, side="right")]
+
+
+def check_packs(directory: Directory, manifest: dict[str, Any], report: Callable[[int], Any]) -> list[Damage]:
+    """All damage of a directory of packs; ``report`` hears of bytes as they are checked, those of the units twice."""
+    damage: list[Damage] = []
+    for name, file in manifest["files"].items():
+        damage += check_file(directory, name, file, report)
+    damaged = {entry.file for entry in damage}
+    counts = manifest["counts"]
+    if REJECTS not in damaged:
+        with open(directory.local(REJECTS), "rb") as lines:
+            listed = sum(1 for _ in lines)
+        if listed != counts["samples_rejected"]:
+            damage.append(_of_manifest(f"it counts {counts['samples_rejected']:,} rejected samples, not {listed:,}"))
+    for key, field in (("samples_packed", "samples"), ("tokens", "tokens")):
+        total = sum(entry[field] for entry in manifest["data"])
+        if counts[key] != total:
+            damage.append(_of_manifest(f"it counts {counts[key]:,} {key}, but the parts add up to {total:,}"))
+    try:
+        mixture = Mixture([join(directory.location, entry["shards"]) for entry in manifest["data"]])
+    except DataError as error:
+        return [*damage, Damage(MANIFEST, f"what was packed cannot be opened: {error}")]
+    others = [
+        _of_manifest(f"the data set at {shards.location} is not the one that was packed")
+        for shards, entry in zip(mixture.sets, manifest["data"], strict=True)
+        if shards.fingerprint != entry["sha256"]
+    ]
+    damage += others
+    if damaged & set(ARRAYS) or others:
+        return damage
+    try:
+        table = _read_table(directory, manifest)
+    except ValueError as error:
+        return [*damage, Damage(UNITS, str(error), "content")]
+    return damage + list(_check_samples(table, mixture, manifest, report))
+
+
+def _of_manifest(sentence: str) -> Damage:
+    return Damage(MANIFEST, sentence, "changed")
+
+
+def _read_table(directory: Directory, manifest: dict[str, Any]) -> _Table:
+    """The three arrays, which fit each other.
+
+    Raises:
+        ValueError: they do not.
+    """
+    units, patterns, runs = (np.load(directory.local(name), mmap_mode="r", allow_pickle=False) for name in ARRAYS)
+    if (units.dtype, patterns.dtype, runs.dtype) != (UNIT, PATTERN, RUN):
+        raise ValueError("the arrays hold other fields than those of an index of packs")
+    if patterns["runs"].sum() != len(runs) or patterns["packs"].sum() != manifest["counts"]["packs"]:
+        raise ValueError("the patterns do not fit the runs, or the number of packs")
+    filled = np.add.reduceat(runs["length"] * runs["count"], np.cumsum(patterns["runs"]) - patterns["runs"])
+    if filled.max() > manifest["seq_length"]:
+        raise ValueError(f"a pack has {filled.max()} tokens, more than the {manifest['seq_length']} of a pack")
+    used = np.bincount(runs["length"], np.repeat(patterns["packs"], patterns["runs"]) * runs["count"]).astype(np.int64)
+    if used.sum() != len(units):
+        raise ValueError(f"the packs have places for {used.sum()} units, not for the {len(units)} that there are")
+    order = np.argsort(units["first"], kind="stable")
+    lengths = np.flatnonzero(used)
+    return _Table(units, order, units["first"][order], lengths, np.cumsum(used[lengths]))
+
+
+def _check_samples(
+    table: _Table, mixture: Mixture, manifest: dict[str, Any], report: Callable[[int], Any]
+) -> Iterator[Damage]:
+    """Shard by shard: the units that begin in it, against the samples that it has."""
+    seen, below = 0, _held_out_side(table, mixture, manifest)
+    for shards, entry, start in zip(mixture.sets, manifest["data"], mixture.starts, strict=False):
+        packed = tokens = 0
+        for number, listed in enumerate(shards.manifest["shards"]):
+            units, claimed = table.of_samples(start, start + listed["samples"])
+            seen += len(units)
+            report(units.nbytes)
+            packed += int(units["samples"].sum(dtype=np.int64))
+            tokens += int(claimed.sum())
+            try:
+                shard = shards.shard(number)
+                expected = _expected_times(shard, manifest, Fraction(entry["share"]), below)
+                wrong = _check_shard(shard, units, claimed, start, *expected)
+            except DataError as error:
+                yield Damage(entry["shards"], str(error))
+            else:
+                for sample, sentence in wrong:
+                    file, record = mixture.describe(sample)
+                    yield Damage(UNITS, f"sample {sample} ({file}, record {record}): {sentence}", "content")
+            start += listed["samples"]
+        if (packed, tokens) != (entry["samples"], entry["tokens"]):
+            yield _of_manifest(
+                f"of {entry['shards']} it counts {entry['samples']:,} samples and {entry['tokens']:,} tokens, "
+                f"{packed:,} and {tokens:,} are packed"
+            )
+    if seen != len(table.units):
+        yield Damage(UNITS, f"{len(table.units) - seen} units are of samples that no data set has", "content")
+
+
+def _check_shard(
+    shard: Shard, units: np.ndarray, claimed: np.ndarray, start: int, least: np.ndarray, most: np.ndarray
+) -> list[tuple[int, str]]:
+    """(sample, what is wrong), at most one for each kind of mistake: one mistake may touch every sample of a shard."""
+    lengths = np.asarray(shard.tokens.lengths, np.int64)
+    first, last = units["first"] - start, units["first"] - start + units["samples"]
+    beyond = np.flatnonzero((units["samples"] < 1) | (last > len(lengths)))
+    if len(beyond):
+        return [(start + int(first[beyond[0]]), "its unit does not end in its shard")]
+    found = []
+    for values, said, what in (
+        (lengths, claimed, "tokens"),
+        (shard.cells, units["cells"], "cells of pictures"),
+        (lengths**2, units["squares"], "squared tokens"),
+    ):
+        ends = np.concatenate([[0], np.cumsum(values)])
+        actual = ends[last] - ends[first]
+        for wrong in np.flatnonzero(actual != said)[:1].tolist():
+            found.append((start + int(first[wrong]), f"its unit has {actual[wrong]} {what}, not {said[wrong]}"))
+    steps = np.zeros(len(lengths) + 1, np.int64)
+    np.add.at(steps, first, 1)
+    np.add.at(steps, last, -1)
+    times = np.cumsum(steps[:-1])
+    for sample in np.flatnonzero((times < least) | (times > most))[:1].tolist():
+        expected = f"{least[sample]}" if least[sample] == most[sample] else f"{least[sample]} or {most[sample]}"
+        found.append((start + sample, f"it is in {times[sample]} packs of an epoch, not in {expected}"))
+    return found
+
+
+def _held_out_side(table: _Table, mixture: Mixture, manifest: dict[str, Any]) -> bool | None:
+    """Whether the samples here are those below the limit of the split; a directory does not say it, its samples do."""
+    if not manifest["held_out"]:
+        return None
+    number = bisect_right(mixture.starts, int(table.first[0])) - 1
+    shard, local = mixture.sets[number].locate(int(table.first[0]) - mixture.starts[number])
+    return bool(_below(shard, manifest)[local])
+
+
+def _below(shard: Shard, manifest: dict[str, Any]) -> np.ndarray:
+    """bool [samples]: on which side of the held-out split each sample falls."""
+    return shard.samples["key"] < np.uint64(int(Fraction(manifest["held_out"]) * 2**64))
+
+
+def _expected_times(
+    shard: Shard, manifest: dict[str, Any], share: Fraction, below: bool | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each sample is in the packs of an epoch at least and at most: int64 [samples] each."""
+    belongs = (np.asarray(shard.tokens.lengths) <= manifest["seq_length"]).astype(np.int64)
+    if below is not None:
+        belongs *= _below(shard, manifest) == below
+    return belongs * math.floor(share), belongs * math.ceil(share)

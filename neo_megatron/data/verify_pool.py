@@ -1,0 +1,79 @@
+"""Runs the checks of a data set in this process or in a pool; the results come in the order of the tasks either way."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from tqdm import tqdm
+
+from neo_megatron.data.errors import DataError
+
+Check = Callable[..., list[Any]]
+_STEP = 1 << 20  # bytes after which a worker tells how far it is; asking for the lock each time would cost more
+
+
+def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar: tqdm) -> Iterator[list[Any]]:
+    """``check(*task, report)`` of each task, in order; ``report(bytes)`` moves the bar.
+
+    Raises:
+        DataError: a worker was killed.
+    """
+    if workers == 1:
+        yield from (check(*task, bar.update) for task in tasks)
+        return
+    context = get_context("spawn")  # a fork of a process with threads may hang
+    done = context.Value("q", 0)
+    waiting: deque[Future[list[Any]]] = deque()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_run, check, task))
+            if len(waiting) >= 2 * workers:
+                yield _await(waiting.popleft(), bar, done)
+        while waiting:
+            yield _await(waiting.popleft(), bar, done)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker was killed, most likely for want of memory; run again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _await(future: "Future[list[Any]]", bar: tqdm, done: Any) -> list[Any]:
+    while not future.done():
+        wait([future], timeout=0.5)
+        bar.update(done.value - bar.n)
+    bar.update(done.value - bar.n)
+    return future.result()
+
+
+_done: Any  # the counter of bytes, where this process is one of the pool
+
+
+def _start_worker(done: Any) -> None:
+    global _done
+    _done = done
+
+
+def _run(check: Check, task: tuple[Any, ...]) -> list[Any]:
+    pending = 0
+
+    def report(count: int) -> None:
+        nonlocal pending
+        pending += count
+        if pending >= _STEP:
+            flush()
+
+    def flush() -> None:
+        nonlocal pending
+        with _done.get_lock():
+            _done.value += pending
+        pending = 0
+
+    result = check(*task, report)
+    flush()
+    return result

@@ -1,0 +1,296 @@
+"""Proves one shard: its files, how they fit each other, and every sample in them. All damage is found, not the first.
+
+A file that differs from the manifest is not trusted for more: an index or an array is not read, and of a ``.bin`` the
+samples are still looked at, because that may tell which of them are hurt.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from neo_megatron.data.chat import SpecialIds
+from neo_megatron.data.errors import RejectedSample
+from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, picture_grid, pixel_limit
+from neo_megatron.data.settings import Settings
+from neo_megatron.data.shards import SAMPLE
+from neo_megatron.data.storage import Directory, open_directory
+
+SEQUENCES = {"tokens": np.dtype("<i4"), "spans": np.dtype("<i4"), "pictures": np.dtype("u1")}
+_HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
+_CODES = {"tokens": 4, "spans": 4, "pictures": 1}
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong.
+
+    Args:
+        file: its name in the directory.
+        sentence: what is wrong, with the sample where it is known.
+        kind: "lost" for a file that cannot be had whole, "changed" for one that has other bytes than the manifest says,
+            "content" where the file is the one that was written and what it says is wrong.
+    """
+
+    file: str
+    sentence: str
+    kind: Literal["changed", "lost", "content"] = "lost"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the shards of a data set have in common."""
+
+    location: str
+    ids: SpecialIds
+    vocabulary: int
+    settings: Settings
+    annotations: tuple[str, ...]
+
+
+class _Sequences:
+    """An ``.idx`` that is consistent, and its ``.bin``; see ``indexed.py``."""
+
+    def __init__(self, lengths: np.ndarray, documents: np.ndarray, data: np.ndarray) -> None:
+        self.lengths, self.documents, self._data = lengths, documents, data
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        return self._data[self._starts[sequence] : self._starts[sequence + 1]]
+
+
+def expected_files(shard: str) -> set[str]:
+    """Names of the files of a shard."""
+    pairs = {f"{shard}.{kind}.{suffix}" for kind in SEQUENCES for suffix in ("bin", "idx")}
+    return pairs | {f"{shard}.grids.npy", f"{shard}.samples.npy"}
+
+
+def check_file(
+    directory: Directory, name: str, entry: dict[str, Any], report: Callable[[int], Any]
+) -> Iterator[Damage]:
+    """Size and SHA-256 of a file against its entry in the manifest; ``report`` hears of bytes as they are read."""
+    size = directory.size(name)
+    if size != entry["bytes"]:
+        yield Damage(name, "it is missing" if size is None else f"it has {size:,} bytes, not {entry['bytes']:,}")
+        return
+    digest = hashlib.sha256()
+    try:
+        # Read, not mapped: a bad sector of a mapped file would end the process.
+        with open(directory.local(name), "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                report(len(chunk))
+    except OSError as error:
+        yield Damage(name, f"it cannot be read ({error.strerror})", "lost")
+        return
+    if digest.hexdigest() != entry["sha256"]:
+        yield Damage(name, "its bytes are not those that were written (SHA-256 differs)", "changed")
+
+
+def check_shard(data: DataSet, entry: dict[str, Any], first: int, report: Callable[[int], Any]) -> list[Damage]:
+    """All damage of a shard.
+
+    Args:
+        entry: of the shard in the manifest.
+        first: global number of its first sample.
+        report: hears of bytes as they are checked; those of encoded pictures when they are decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that decodes is fine, whatever Pillow minds
+        return _ShardCheck(data, entry, first, report).run()
+
+
+class _ShardCheck:
+    """See `check_shard`."""
+
+    def __init__(self, data: DataSet, entry: dict[str, Any], first: int, report: Callable[[int], Any]) -> None:
+        self._data, self._entry, self._first, self._report = data, entry, first, report
+        self._directory = open_directory(data.location)
+        self._damage: list[Damage] = []
+        self._state: dict[str, str] = {}  # file -> "sound", or the kind of its damage
+        self._rows: np.ndarray | None = None  # samples.npy, where it is sound
+
+    def run(self) -> list[Damage]:
+        for name, file in self._entry["files"].items():
+            silent = self._data.settings.image_store == "encoded" and name == self._name("pictures.bin")
+            found = list(check_file(self._directory, name, file, (lambda _: None) if silent else self._report))
+            self._damage += found
+            self._state[name] = found[0].kind if found else "sound"
+        self._rows, grids = self._samples(), self._grids()
+        tokens, spans, pictures = (self._sequences(kind) for kind in SEQUENCES)
+        if pictures is not None and grids is not None:
+            self._check_pictures(pictures, grids)
+        if tokens is not None:
+            self._check_tokens(tokens, pictures, grids)
+        if tokens is not None and spans is not None:
+            self._check_spans(tokens, spans)
+        return self._damage
+
+    def _name(self, kind: str) -> str:
+        return f"{self._entry['name']}.{kind}"
+
+    def _add(self, kind: str, sentence: str) -> None:
+        """Damage inside a file; where the file is the one that was written, it was written wrong."""
+        name = self._name(kind)
+        self._damage.append(Damage(name, sentence, "content" if self._state[name] == "sound" else "changed"))
+
+    def _array(self, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | None:
+        if self._state[self._name(kind)] != "sound":
+            return None
+        try:
+            array = np.load(self._directory.local(self._name(kind)), mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            self._add(kind, f"it is no NumPy array ({error})")
+            return None
+        if array.dtype != dtype or array.shape != shape:
+            self._add(kind, f"it holds {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}")
+            return None
+        return array
+
+    def _samples(self) -> np.ndarray | None:
+        samples = self._array("samples.npy", SAMPLE, (self._entry["samples"],))
+        if samples is None:
+            return None
+        known = (samples["source"] >= 0) & (samples["source"] < len(self._data.annotations))
+        if not known.all():
+            self._add("samples.npy", "a sample comes from a source that the manifest does not have")
+            return None
+        return samples
+
+    def _grids(self) -> np.ndarray | None:
+        grids = self._array("grids.npy", np.dtype("<i4"), (self._entry["pictures"], 2))
+        if grids is not None and ((grids <= 0) | (grids % 2 != 0)).any():
+            self._add("grids.npy", "a grid is not even and positive")
+            return None
+        return grids
+
+    def _sequences(self, kind: str) -> _Sequences | None:
+        """A pair of files, where the index is consistent and the data are as long as it says."""
+        index_name, data_name = self._name(f"{kind}.idx"), self._name(f"{kind}.bin")
+        if self._state[index_name] != "sound" or self._state[data_name] == "lost":
+            return None
+        index = np.fromfile(self._directory.local(index_name), np.uint8)
+        sentence, found = _read_index(index, SEQUENCES[kind], _CODES[kind])
+        if found is None:
+            self._add(f"{kind}.idx", sentence)
+            return None
+        lengths, documents = found
+        sequences, owners = self._entry["pictures" if kind == "pictures" else "samples"], len(documents) - 1
+        if len(lengths) != sequences or (kind == "pictures" and owners != self._entry["samples"]):
+            self._add(f"{kind}.idx", f"it has {len(lengths)} sequences in {owners} documents, not {sequences}")
+            return None
+        size = int(lengths.sum(dtype=np.int64)) * SEQUENCES[kind].itemsize
+        data = self._directory.map(data_name)
+        if len(data) != size:
+            self._add(f"{kind}.bin", f"it has {len(data):,} bytes, not the {size:,} of its index")
+            return None
+        return _Sequences(lengths, documents, data.view(SEQUENCES[kind]))
+
+    def _add_sample(self, kind: str, sample: int, sentence: str) -> None:
+        where = f"sample {self._first + sample}"
+        if self._rows is not None:
+            row = self._rows[sample]
+            where += f" ({self._data.annotations[row['source']]}, record {row['record']})"
+        self._add(kind, f"{where}: {sentence}")
+
+    def _check_pictures(self, pictures: _Sequences, grids: np.ndarray) -> None:
+        if self._rows is not None and (np.diff(pictures.documents) != self._rows["pictures"]).any():
+            self._add("samples.npy", "its numbers of pictures are not those of the picture index")
+        cells = grids.prod(axis=1, dtype=np.int64) // 4
+        for sample, (start, end) in enumerate(zip(pictures.documents[:-1], pictures.documents[1:], strict=True)):
+            for picture in range(start, end):
+                name = f"{picture - start + 1} of {end - start}"
+                if self._data.settings.image_store == "encoded":
+                    sentence = _check_encoded(pictures[picture], grids[picture], end - start, name, self._data.settings)
+                    self._report(int(pictures.lengths[picture]))
+                else:
+                    fits = pictures.lengths[picture] == cells[picture] * 4 * PATCH_VALUES
+                    sentence = "" if fits else f"the patches of the picture {name} do not fit its grid"
+                if sentence:
+                    self._add_sample("pictures.bin", sample, sentence)
+
+    def _check_tokens(self, tokens: _Sequences, pictures: _Sequences | None, grids: np.ndarray | None) -> None:
+        for sample in range(len(tokens.lengths)):
+            owned = None
+            if pictures is not None and grids is not None:
+                owned = grids[pictures.documents[sample] : pictures.documents[sample + 1]]
+            if sentence := _check_tokens(tokens[sample], owned, self._data.ids, self._data.vocabulary):
+                self._add_sample("tokens.bin", sample, sentence)
+
+    def _check_spans(self, tokens: _Sequences, spans: _Sequences) -> None:
+        if not np.array_equal(tokens.documents, spans.documents):
+            self._add("spans.idx", "its records are not those of the token index")
+        for sample, length in enumerate(tokens.lengths.tolist()):
+            trained = None if self._rows is None else int(self._rows["trained"][sample])
+            if sentence := _check_spans(spans[sample], length, trained):
+                self._add_sample("spans.bin", sample, sentence)
+
+
+def _read_index(index: np.ndarray, dtype: np.dtype, code: int) -> tuple[str, tuple[np.ndarray, np.ndarray] | None]:
+    """(what is wrong, None) or ("", (lengths, documents)) of the bytes of an ``.idx``."""
+    if len(index) < _HEADER.itemsize:
+        return "it is shorter than its header", None
+    header = index[: _HEADER.itemsize].view(_HEADER)[0]
+    count, documents = int(header["sequences"]), int(header["documents"])
+    known = (header["magic"], int(header["version"]), int(header["code"])) == (b"MMIDIDX", 1, code)
+    if not known or len(index) != _HEADER.itemsize + 12 * count + 8 * documents or documents < 1:
+        return "its header does not fit the file", None
+    body = index[_HEADER.itemsize :]
+    lengths = body[: 4 * count].view("<i4")
+    offsets = body[4 * count : 12 * count].view("<i8")
+    starts = body[12 * count :].view("<i8")
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    if (lengths <= 0).any() or (offsets != ends - lengths * np.int64(dtype.itemsize)).any():
+        return "its lengths and offsets contradict each other", None
+    if starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] != count:
+        return "its documents are not in order", None
+    return "", (lengths, starts)
+
+
+def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: Settings) -> str:
+    """What is wrong with the bytes of a picture's file, one of the ``count`` of a sample."""
+    try:
+        image = decode(stored.tobytes(), name)
+        limit = pixel_limit(settings.min_pixels, settings.max_pixels, count)
+        expected = picture_grid(image, name, settings.min_pixels, limit)
+    except RejectedSample as rejected:
+        return rejected.sentence
+    height, width = (PATCH * grid).tolist()
+    # A frame of a video is stored in the size of its grid.
+    if expected != tuple(grid.tolist()) and (image.height, image.width) != (height, width):
+        return f"the picture {name} makes a grid of {expected}, not of {tuple(grid.tolist())}"
+    return ""
+
+
+def _check_tokens(tokens: np.ndarray, grids: np.ndarray | None, ids: SpecialIds, vocabulary: int) -> str:
+    """What is wrong with the tokens of a sample; ``grids`` int32 [p, 2] of its pictures, ``None`` where unknown."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        return f"it has the token {low if low < 0 else high}, outside the {vocabulary:,} of the tokenizer"
+    if grids is None:
+        return ""
+    starts = np.flatnonzero(tokens == ids.image_start)
+    if len(starts) != len(grids):
+        return f"it has {len(starts)} <img> tokens for {len(grids)} pictures"
+    cells = grids.prod(axis=1, dtype=np.int64) // 4
+    if cells.sum() > len(tokens):
+        return "its pictures have more cells than it has tokens"
+    expected = np.arange(cells.sum()) + np.repeat(starts + 1 - (np.cumsum(cells) - cells), cells)
+    context = np.flatnonzero(tokens == ids.image_context)
+    ends = np.flatnonzero(tokens == ids.image_end)
+    if not np.array_equal(context, expected) or not np.array_equal(ends, starts + 1 + cells):
+        return "its <IMG_CONTEXT> tokens are not those of its pictures"
+    return ""
+
+
+def _check_spans(spans: np.ndarray, length: int, trained: int | None) -> str:
+    """What is wrong with the trained ranges of a sample of ``length`` tokens, ``trained`` of them by samples.npy."""
+    if len(spans) % 2 or spans[0] < 1 or spans[-1] > length or (np.diff(spans) <= 0).any():
+        return "its trained ranges do not lie within the sample in ascending order"
+    if trained is not None and int((spans[1::2] - spans[::2]).sum()) != trained:
+        return f"its trained ranges are not of the {trained} tokens that samples.npy says"
+    return ""

@@ -1,0 +1,197 @@
+"""Video files -> the frames shown at given times, with PyAV (extra ``video``), imported when the first video is met.
+
+A video is read twice: without decoding, to know from its packets how long it is and not from what its header claims;
+then decoded as far as the last frame that is wanted.
+"""
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from PIL import Image
+
+from neo_megatron.data.errors import DataError, Reason, RejectedSample
+from neo_megatron.data.image import upright_rgb
+
+MAX_FILE_BYTES = 8 << 30
+# 8192 x 4096: a decoder may hold 17 frames at a time.
+MAX_FRAME_PIXELS = 1 << 25
+# 36 minutes at 30 frames a second, of 1920 x 1080 pixels.
+MAX_FRAMES, MAX_VIDEO_PIXELS = 1 << 16, 1 << 37
+
+# Bytes near the start of a file (at which offset) -> FFmpeg's reader for it. None of these opens other files or
+# addresses, as readers of playlists do; FFmpeg is not left to choose.
+_READERS = (
+    *((4, mark, "mov") for mark in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")),
+    (0, b"\x1aE\xdf\xa3", "matroska"),
+    (8, b"AVI ", "avi"),
+    (0, b"\0\0\1\xba", "mpeg"),
+    (0, b"GIF8", "gif"),
+    (188, b"G", "mpegts"),
+)
+FORMATS = ("MP4", "MOV", "MKV", "WebM", "AVI", "MPEG", "GIF")
+# No other file or address is opened, and sizes are checked before memory is taken.
+OPTIONS = {"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS)}
+# Seconds by which the times in an unbroken file may differ: headers are rounded, and some packets show no frame.
+_TOLERANCE = Fraction(1, 2)
+
+_UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file and the times at which it is looked at, ascending, in seconds since its first frame.
+
+    ``last`` is the time of its last packet.
+    """
+
+    path: str
+    times: tuple[Fraction, ...]
+    last: Fraction
+
+
+def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
+    """Chooses the times: 0, 1/fps, 2/fps, ... to the end of the video; where that is more than ``max_frames``, as many
+    evenly spaced from the first frame to the last.
+
+    Raises:
+        RejectedSample: for a video that is missing, broken or too large.
+        DataError: where PyAV is not installed.
+    """
+    with _open(path) as (container, stream):
+        last, end = _extent(container, stream, path)
+    rate = Fraction(str(fps))
+    count = max(1, math.ceil(end * rate))
+    if count <= max_frames:
+        return Clip(path, tuple(number / rate for number in range(count)), last)
+    return Clip(path, tuple(last * number / max(1, max_frames - 1) for number in range(max_frames)), last)
+
+
+def read_frames(clip: Clip) -> Iterator[Image.Image]:
+    """For each time of a clip the frame shown then: RGB, upright, with square pixels, transparency over white.
+
+    Raises:
+        RejectedSample: where the video cannot be decoded as far as its last time.
+    """
+    times = list(reversed(clip.times))
+    with _open(clip.path) as (container, stream):
+        first, shown, shown_at = None, None, Fraction(0)
+        for number, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt or number >= 2 * MAX_FRAMES:
+                raise _unreadable(clip.path, f"decoding fails at frame {number}")
+            _check_size(frame.width, frame.height, clip.path)
+            at = _seconds(frame, stream, clip.path)
+            first = at if first is None else first
+            while shown is not None and times and times[-1] < at - first:
+                times.pop()
+                yield _picture(shown, stream, clip.path)
+            if not times:
+                return
+            shown, shown_at = frame, at - first
+        if shown is None or clip.last - shown_at > _TOLERANCE:
+            raise _unreadable(clip.path, f"its frames end at {float(shown_at):.1f} of {float(clip.last):.1f} seconds")
+        for _ in times:
+            yield _picture(shown, stream, clip.path)
+
+
+def _extent(container: Any, stream: Any, path: str) -> tuple[Fraction, Fraction]:
+    """(time of the last packet, end of the video) in seconds since the first packet; checks what will be decoded."""
+    _check_size(stream.codec_context.width, stream.codec_context.height, path)
+    frames = 0
+    spans: dict[int, list[Fraction]] = {}  # of each stream: its first and last time, and its end
+    for packet in container.demux():
+        if packet.size == 0 or packet.is_discard or (packet.pts is None and packet.dts is None):
+            continue
+        if packet.is_corrupt:
+            raise _unreadable(path, "it is cut off")
+        start = _seconds(packet, packet.stream, path)
+        end = start + (packet.duration or 0) * packet.stream.time_base
+        first, last, latest = spans.get(packet.stream_index, (start, start, end))
+        spans[packet.stream_index] = [min(first, start), max(last, start), max(latest, end)]
+        frames += packet.stream_index == stream.index
+        if frames > min(MAX_FRAMES, MAX_VIDEO_PIXELS // (stream.codec_context.width * stream.codec_context.height)):
+            raise _unreadable(path, "it is too long; cut it into clips")
+    if stream.index not in spans:
+        raise _unreadable(path, "it has no frames")
+    stated = Fraction(container.duration or 0, 1_000_000)
+    found = max(end for _, _, end in spans.values()) - min(first for first, _, _ in spans.values())
+    if stated - found > max(_TOLERANCE, stated / 20):
+        raise _unreadable(path, f"it ends after {float(found):.1f} of {float(stated):.1f} seconds")
+    first, last, end = spans[stream.index]
+    return last - first, end - first
+
+
+def _seconds(timed: Any, stream: Any, path: str) -> Fraction:
+    stamp = timed.dts if timed.pts is None else timed.pts
+    if stamp is None:
+        raise _unreadable(path, "a frame has no time")
+    return stamp * stream.time_base
+
+
+def _check_size(width: int, height: int, path: str) -> None:
+    if not 0 < width * height <= MAX_FRAME_PIXELS:
+        raise _unreadable(path, f"its frames have {width} x {height} pixels, not 1 to {MAX_FRAME_PIXELS}")
+
+
+def _picture(frame: Any, stream: Any, path: str) -> Image.Image:
+    transparent = any(component.is_alpha for component in frame.format.components)
+    image = upright_rgb(Image.fromarray(frame.to_ndarray(format="rgba" if transparent else "rgb24")))
+    shape = stream.sample_aspect_ratio or 1
+    if shape != 1:
+        width = round(image.width * shape)
+        _check_size(width, image.height, path)
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    turn = _UPRIGHT.get(round(frame.rotation / 90) * 90 % 360)
+    return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _open(path: str) -> Iterator[tuple[Any, Any]]:
+    """(container, its video stream) of a local file that FFmpeg may read, and nothing besides it."""
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(f"the video {path} needs PyAV: pip install 'neo-megatron[video]'") from error
+    try:
+        with _regular_file(path) as file:
+            reader = _reader(file.read(256), path)
+            file.seek(0)
+            with av.open(file, format=reader, options=OPTIONS) as container:
+                stream = container.streams.best("video")
+                if stream is None or stream.codec_context is None:
+                    raise _unreadable(path, "it has no pictures that FFmpeg decodes")
+                stream.codec_context.thread_count = 1  # one process is one worker
+                yield container, stream
+    except (RejectedSample, DataError):
+        raise
+    # Bytes of strangers make FFmpeg and PyAV raise many types; each means that this video cannot be shown.
+    except Exception as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or type(error).__name__) from error
+
+
+def _regular_file(path: str) -> Any:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is no regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise _unreadable(path, f"it has over {MAX_FILE_BYTES >> 30} GiB; cut it into clips")
+        return open(path, "rb")
+    except OSError as error:
+        raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path}: {error.strerror}") from error
+
+
+def _reader(head: bytes, path: str) -> str:
+    for offset, mark, reader in _READERS:
+        if head[offset:].startswith(mark):
+            return reader
+    raise _unreadable(path, f"it is in none of the formats {', '.join(FORMATS)}")
+
+
+def _unreadable(path: str, why: str) -> RejectedSample:
+    return RejectedSample(Reason.UNREADABLE_VIDEO, f"the video {path} cannot be used: {why}")

@@ -1,0 +1,301 @@
+"""A run that is killed, wherever it is, is continued by the same command, and leaves the same bytes."""
+
+import dataclasses
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from neo_megatron.data import engines, files
+from neo_megatron.data.chat import load_tokenizer
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.unfinished import PLAN, Run
+
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+STEPS = ("replace", "unlink")
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture
+def small(bench, new_sample, monkeypatch):
+    """Two data sets, an array and lines: 12 records in slices of 3, some rejected, one slice of nothing but rejects."""
+    bench.pictures("a.png", "b.png")
+    good = new_sample("<image>\nWhat?", "A picture.", image="a.png")
+    records = [good, new_sample(), {}, *[{}] * 3, [good, {}, new_sample("a", "b")], new_sample("c", "d")]
+    array = bench.annotations(records, "array.json")
+    lines = bench.annotations([new_sample("<image>", "two", image="b.png"), {}, good, new_sample()], "lines.jsonl")
+    bench.sources = [Source(path.stem, str(path), str(bench.path / "pictures")) for path in (array, lines)]
+    bench.settings = dataclasses.replace(bench.settings, records_per_shard=3)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # a fork has none of its threads
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # a kill loses nothing that is written; only slow here
+    return bench
+
+
+def run(bench, output: str, **changes) -> None:
+    settings = dataclasses.replace(bench.settings, **changes.pop("settings", {}))
+    preprocess(bench.sources, bench.tokenizer, bench.path / output, settings, **changes)
+
+
+def in_child(action) -> int:
+    """Runs in a fork, so that a test can be killed; the status as of `os.waitpid`."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            action()
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_at_step(step: int, before: bool) -> None:
+    """Kills this process at the n-th rename or removal from now on."""
+    left = step
+    originals = {name: getattr(os, name) for name in STEPS}
+
+    def counted(name):
+        def call(*arguments, **keywords):
+            nonlocal left
+            left -= 1
+            if left == 0 and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            originals[name](*arguments, **keywords)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(name))
+
+
+def test_killed_at_any_step_and_continued(small, directory_bytes):
+    """Every rename and every removal of a run, those at its end included."""
+    del small.sources[0]
+    run(small, "whole")
+    whole = directory_bytes(small.path / "whole")
+    assert len([name for name in whole if name.endswith("tokens.bin")]) == 2
+
+    def until_killed(step: int) -> None:
+        kill_at_step(step, before=bool(step % 2))
+        run(small, "killed")
+
+    step, killed = 0, True
+    while killed:
+        step += 1
+        killed = os.WIFSIGNALED(in_child(lambda: until_killed(step)))  # noqa: B023 - called at once
+        if killed and not (small.path / "killed" / "manifest.json").exists() or (small.path / "killed" / PLAN).exists():
+            run(small, "killed")
+        assert directory_bytes(small.path / "killed") == whole, step
+        shutil.rmtree(small.path / "killed")
+    assert step > 20
+
+
+def test_killed_again_and_again(small, directory_bytes):
+    """No run is given time for more than two slices; what is done is not done again."""
+    run(small, "whole")
+    runs = 0
+    while True:
+        runs += 1
+
+        def some_steps() -> None:
+            kill_at_step(22, before=False)
+            run(small, "killed")
+
+        if not os.WIFSIGNALED(in_child(some_steps)):
+            break
+        assert runs < 10
+    assert runs > 2
+    assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "whole")
+
+
+def command(bench, output: str, workers: int, *more: str) -> list[str]:
+    arguments = ["--tokenizer", bench.tokenizer, "--output", bench.path / output, "--workers", workers]
+    arguments += ["--input", bench.file, "--image-root", bench.path / "pictures", "--records-per-shard", 50]
+    return [sys.executable, str(TOOL), *map(str, arguments), "--min-pixels", "1024", *more]
+
+
+@pytest.fixture
+def large(bench, new_sample, new_png):
+    """600 records of half a millisecond each: time enough to be killed in the middle."""
+    bench.pictures("a.png")
+    (bench.path / "pictures" / "a.png").write_bytes(new_png(300, 300))
+    good = new_sample("<image>\nWhat?", "A picture.", image="a.png")
+    bench.file = bench.annotations([good, new_sample(), [good, {}]] * 200, "large.json")
+    return bench
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_with_all_its_processes_and_continued(large, directory_bytes, workers):
+    source = Source("large", str(large.file), str(large.path / "pictures"))
+    settings = dataclasses.replace(large.settings, records_per_shard=50, max_pixels=4194304)
+    preprocess([source], large.tokenizer, large.path / "whole", settings)
+    started = subprocess.Popen(command(large, "killed", workers), stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (large.path / "killed" / "00003.tokens.bin").exists():
+        assert started.poll() is None
+        time.sleep(0.001)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    left = {path.name for path in (large.path / "killed").iterdir()}
+    assert PLAN in left and "manifest.json" not in left
+    preprocess([source], large.tokenizer, large.path / "killed", settings, workers=workers)
+    assert directory_bytes(large.path / "killed") == directory_bytes(large.path / "whole")
+
+
+def unfinished(bench, output: str = "killed") -> None:
+    """A run that was killed when it had done two slices."""
+
+    def stop() -> None:
+        original = engines.SliceWorker.run
+
+        def once(worker, piece):
+            if piece.place.number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(worker, piece)
+
+        engines.SliceWorker.run = once
+        run(bench, output)
+
+    assert os.WIFSIGNALED(in_child(stop))
+    assert (bench.path / output / "00001.outcome.json").exists()
+
+
+def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
+    run(small, "whole")
+    unfinished(small)
+    done = []
+    original = engines.SliceWorker.run
+    monkeypatch.setattr(
+        engines.SliceWorker, "run", lambda self, piece: done.append(piece.place.number) or original(self, piece)
+    )
+    (small.path / "killed" / "00000.spans.idx").unlink()  # somebody has tidied up
+    (small.path / "killed" / "00001.grids.npy.1234.partial").touch()
+    (small.path / "killed" / "00005.grids.npy").touch()  # of a slice whose pictures were there at that time
+    run(small, "killed")
+    assert done == [0, 2, 3, 4]
+    assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda bench: {"settings": {"min_pixels": 2048}}, "with --min-pixels 1024, not 2048"),
+        (lambda bench: {"settings": {"check": "header"}}, "with --check decode, not header"),
+        (lambda bench: bench.sources.reverse() or {}, "with another --input"),
+        (lambda bench: bench.sources.pop() and {}, "with another --input"),
+        (lambda bench: more_tokens(bench), "with another --tokenizer"),
+        (lambda bench: Path(bench.sources[1].annotations).write_text("{}") and {}, r"lines\.jsonl as it was before"),
+        (lambda bench: os.utime(bench.sources[0].annotations) or {}, r"array\.json as it was before"),
+    ],
+)
+def test_another_command_is_refused(small, directory_bytes, change, sentence):
+    unfinished(small)
+    before = directory_bytes(small.path / "killed")
+    with pytest.raises(DataError, match=f"unfinished run .*{sentence}.*; repeat its command .*, or remove the direc"):
+        run(small, "killed", **change(small))
+    assert directory_bytes(small.path / "killed") == before
+
+
+def more_tokens(bench) -> dict:
+    tokenizer = load_tokenizer(bench.tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(bench.path / "tokenizer")
+    bench.tokenizer = bench.path / "tokenizer"
+    return {}
+
+
+def test_a_run_that_failed_goes_on_without_the_bad_records(small, directory_bytes):
+    run(small, "whole")
+    with pytest.raises(DataError, match="record 2"):
+        run(small, "failed", on_error="fail")
+    run(small, "failed")
+    assert directory_bytes(small.path / "failed") == directory_bytes(small.path / "whole")
+
+
+def test_a_run_that_skipped_and_now_may_not_stops_at_what_it_skipped(small):
+    unfinished(small)
+    with pytest.raises(DataError, match=r"array\.json, record 2:"):
+        run(small, "killed", on_error="fail")
+
+
+def test_foreign_files_stay(small, directory_bytes):
+    unfinished(small)
+    (small.path / "killed" / "notes.txt").write_text("mine")
+    (small.path / "killed" / "00001.tokens.bin.1234.partial").write_text("left behind")
+    run(small, "killed")
+    assert (small.path / "killed" / "notes.txt").read_text() == "mine"
+    assert not list((small.path / "killed").glob("*.partial"))
+
+
+def test_two_runs_into_one_directory_are_refused(small):
+    with Run(small.path / "shared"), pytest.raises(DataError, match="another run is writing to .*shared"):
+        run(small, "shared")
+    run(small, "shared")
+
+
+def limited(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def without_space(bench, output: str, workers: int) -> None:
+    limited(1 << 20)
+    with pytest.raises(DataError, match="free space, then run the same command again"):
+        run(bench, output, workers=workers)
+
+
+def late_pictures(bench, new_sample) -> None:
+    """100 records without a picture, and behind them more pictures than a file may hold."""
+    bench.file = bench.annotations([new_sample()] * 100 + [new_sample(image="a.png")] * 5, "late.json")
+    bench.sources = [Source("late", str(bench.file), str(bench.path / "pictures"))]
+    bench.settings = dataclasses.replace(bench.settings, records_per_shard=50, max_pixels=4194304)
+
+
+def test_a_disk_without_space_ends_in_a_sentence_and_can_be_continued(large, new_sample, directory_bytes):
+    """The limit on the size of a file takes the way of a full disk: writing fails in the middle."""
+    late_pictures(large, new_sample)
+    run(large, "whole")
+    full = large.path / "full"
+    done = subprocess.run(
+        command(large, "full", 2), capture_output=True, text=True, preexec_fn=lambda: limited(1 << 20)
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"preprocess_data: {full}/00002.pictures.bin cannot be written (File too large); "
+        "free space, then run the same command again"
+    )
+    left = {path.name for path in full.iterdir()}
+    assert {"00000.outcome.json", "00001.outcome.json"} <= left and not [name for name in left if "partial" in name]
+    assert in_child(lambda: without_space(large, "full", workers=1)) == 0
+    run(large, "full")
+    assert directory_bytes(full) == directory_bytes(large.path / "whole")
+
+
+@pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
+def test_a_full_disk_is_named_at_any_step(tmp_path, monkeypatch, step):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = files.WholeFile(tmp_path / "a.bin") if step != "open" else None
+    if step == "open":
+        monkeypatch.setattr("builtins.open", full)
+    elif step == "write":
+        file._file.close()
+        file._file = type("Full", (), {"write": full, "close": lambda self: None})()
+    else:
+        monkeypatch.setattr(os, step, full)
+    with pytest.raises(DataError, match=r"a\.bin cannot be written \(No space left on device\); free space, then run"):
+        file = file or files.WholeFile(tmp_path / "a.bin")
+        file.write(b"x")
+        file.commit()
+    assert list(tmp_path.iterdir()) == []

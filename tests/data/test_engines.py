@@ -1,0 +1,120 @@
+"""Who does the slices: the same bytes from any engine, and a sentence when a worker dies."""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing import active_children
+
+import numpy as np
+import pytest
+
+from neo_megatron.data.annotations import Place, Slice, slices
+from neo_megatron.data.engines import LocalEngine, in_order
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.slice_worker import Task
+from neo_megatron.data.tokenizer_parts import load_parts
+from neo_megatron.data.unfinished import Outcome
+
+
+class Shuffled:
+    """An engine that finishes the newest slice first, and notes how many it held at a time."""
+
+    def __init__(self, hands: int, failing: set[int]) -> None:
+        self.hands, self.failing = hands, failing
+        self.held: list[int] = []
+        self.most = self.last = 0
+
+    def start(self, piece: Slice) -> None:
+        self.held.append(piece.place.number)
+        self.last = piece.place.number
+        self.most = max(self.most, len(self.held))
+        assert len(self.held) <= self.hands
+
+    def wait(self) -> tuple[int, Outcome | DataError]:
+        number = self.held.pop()
+        return number, DataError(str(number)) if number in self.failing else Outcome(Place(number + 1), 0)
+
+    def close(self) -> None:
+        pass
+
+
+def pieces(count: int) -> Iterator[Slice]:
+    return (Slice(Place(number), np.empty((0, 2), np.int64)) for number in range(count))
+
+
+@pytest.mark.parametrize("hands", [1, 2, 5])
+def test_outcomes_come_in_order_with_bounded_work(hands):
+    engine = Shuffled(hands, set())
+    for number, outcome in enumerate(in_order(engine, pieces(40))):
+        assert outcome.number == number
+        assert engine.last - number < 4 * hands  # a slow slice does not let the others run away
+    assert number == 39
+    assert engine.most == hands
+
+
+def test_the_first_error_in_order_is_raised():
+    got = []
+    with pytest.raises(DataError, match="^6$"):
+        for outcome in in_order(Shuffled(3, {6, 7, 8}), pieces(40)):
+            got.append(outcome.number)
+    assert got == list(range(6))
+
+
+def test_a_worker_that_dies_ends_in_a_sentence(bench, new_sample, tmp_path):
+    file = bench.annotations([new_sample()] * 10, "train.jsonl")
+    source = Source("train", str(file))
+    piece = next(slices([source], 4))
+    file.unlink()
+    os.mkfifo(file)  # a worker that opens it waits for ever
+    parts = load_parts(bench.tokenizer)
+    task = Task([source], parts.json, parts.ids, bench.settings, "skip", tmp_path)
+    engine = LocalEngine(task, 1, lambda *_: None)
+    try:
+        engine.start(piece)
+        os.kill(active_children()[0].pid, signal.SIGSEGV)
+        with pytest.raises(DataError) as raised:
+            engine.wait()
+    finally:
+        engine.close()
+    assert str(raised.value).startswith("a worker died (by SIGSEGV) while it worked on ")
+    assert "train.jsonl, records 0 to 3; run the same command again to continue" in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Two machines of one worker each, as far as Ray can tell."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def mixed(bench, new_sample) -> tuple[Source, dict]:
+    bench.pictures("a.png")
+    records = [new_sample("<image>\nWhat?", "That.", image="a.png"), {}, [new_sample(), new_sample("a", "b")]] * 6
+    source = Source("train", str(bench.annotations(records)), str(bench.path / "pictures"))
+    return source, dataclasses.replace(bench.settings, records_per_shard=4)
+
+
+def test_a_ray_cluster_makes_the_same_bytes(bench, new_sample, directory_bytes, ray_cluster, monkeypatch):
+    source, settings = mixed(bench, new_sample)
+    preprocess([source], bench.tokenizer, bench.path / "local", settings)
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    preprocess([source], bench.tokenizer, bench.path / "ray", settings, workers=2, engine="ray")
+    assert directory_bytes(bench.path / "ray") == directory_bytes(bench.path / "local")
+    with pytest.raises(DataError, match=r"train\.json, record 1:"):
+        preprocess([source], bench.tokenizer, bench.path / "fail", settings, "fail", workers=2, engine="ray")
+
+
+def test_without_ray_a_sentence_says_how_to_install_it(bench, new_sample, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    source, settings = mixed(bench, new_sample)
+    with pytest.raises(DataError, match=r"--engine ray needs Ray: pip install 'neo-megatron\[ray\]'"):
+        preprocess([source], bench.tokenizer, bench.path / "ray", settings, engine="ray")

@@ -1,0 +1,90 @@
+"""One HTML page to look at: a pack as the model sees it, and what the data set holds. It needs no network.
+
+python tools/inspect_data.py --packs packs --tokenizer HF_DIR --output page.html
+python tools/inspect_data.py --data shards --output page.html        # a data set that is not packed
+"""
+
+import argparse
+import sys
+from bisect import bisect_right
+from pathlib import Path
+
+from inspection.pack_view import Origin, Pack, pack_parts
+from inspection.page import pack_part, page
+from inspection.statistics import count, count_packs
+from inspection.token_text import Decode
+
+from neo_megatron.data.chat import load_tokenizer, tokenizer_fingerprint
+from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.mixture import Mixture
+from neo_megatron.data.storage import open_directory
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--packs", help="directory written by pack_data.py")
+    inputs.add_argument("--data", help="directory written by preprocess_data.py, to see it without a pack")
+    parser.add_argument("--pack", type=int, default=0, help="which pack of the epoch, in the order drawn (%(default)s)")
+    parser.add_argument("--epoch", type=int, default=0, help="which epoch (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="--seed of the training (%(default)s)")
+    parser.add_argument("--tokenizer", help="Hugging Face directory, to show text; without it ids are shown")
+    parser.add_argument("--output", type=Path, required=True, help="the HTML file to write")
+    arguments = parser.parse_args()
+    if arguments.pack < 0 or arguments.epoch < 0:
+        parser.error("--pack and --epoch count from 0")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.packs:
+        html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
+    else:
+        html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
+    arguments.output.write_text(html, encoding="utf-8")
+    print(f"the page to look at: {arguments.output.resolve()}")
+
+
+def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str | None) -> str:
+    """The page of a directory of packs, with one of them.
+
+    Raises:
+        DataError: there is no such pack, or the tokenizer is another one.
+    """
+    data_set = PackDataset(location, sys.maxsize, seed)
+    index = data_set.packs
+    if number >= len(index):
+        raise DataError(f"{location} has {len(index)} packs; give a --pack below that")
+    decode = open_tokenizer(tokenizer, location, index.data.tokenizer["sha256"]) if tokenizer else None
+    pack = Pack.of_item(data_set[epoch * len(index) + number])
+    origins = [origin(index.data, sample) for sample in index.samples(seed, epoch, number).tolist()]
+    parts = pack_parts(pack, origins, decode)
+    shown = pack_part(pack, parts, number, len(index), epoch, seed)
+    statistics = count_packs(index, open_directory(location))
+    return page(f"Pack {number} of {location}", shown, statistics, index.manifest, parts["token_facts"])
+
+
+def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:
+    """ids -> text, special tokens included."""
+    tokenizer = load_tokenizer(directory)
+    if tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str()) != fingerprint:
+        raise DataError(f"{directory} is not the tokenizer that {location} was made with; give that one")
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def origin(data: Mixture, sample: int) -> Origin:
+    """The data set, file and record that a sample comes from."""
+    number = bisect_right(data.starts, sample) - 1
+    shard, local = data.sets[number].locate(sample - data.starts[number])
+    row = shard.samples[local]
+    source = data.sets[number].manifest["sources"][row["source"]]
+    return Origin(source["name"], source["annotations"], int(row["record"]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"inspect_data: {error}")
