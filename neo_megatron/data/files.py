@@ -15,6 +15,7 @@ from neo_megatron.data.storage import Directory, join, open_directory
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
+_CHECKSUM = b',\n "sha256": "'
 
 
 class WholeFile:
@@ -81,9 +82,16 @@ def json_line(entry: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Written last: a directory with a manifest is complete."""
-    write_whole(directory / MANIFEST, json_line(manifest, indent=1))
+    """Written last: a directory with a manifest is complete. Its last entry is the checksum of all before it."""
+    text = json_line(manifest, indent=1).removesuffix(b"\n}\n")
+    write_whole(directory / MANIFEST, text + _CHECKSUM + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n')
     sync_directory(directory)
+
+
+def is_as_written(manifest: bytes) -> bool:
+    """Whether a manifest fits its checksum. One that was edited with care still opens; `verify` says so."""
+    text, _, checksum = manifest.rpartition(_CHECKSUM)
+    return checksum == hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
 
 
 def sync_directory(directory: Path) -> None:

@@ -112,7 +112,7 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any]) -> None:
             rejects.write(json_line(reject))
         if outcome.shard:
             shards.append(outcome.shard)
-    rejects.commit()
+    files = {REJECTS: rejects.commit()}
     totals = {
         **counts,
         "samples_kept": sum(shard["samples"] for shard in shards),
@@ -120,7 +120,7 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any]) -> None:
         "rejected_by_reason": dict(sorted(reasons.items())),
         "pictures": sum(shard["pictures"] for shard in shards),
     }
-    write_manifest(output, {"format": FORMAT, **head, "counts": totals, "shards": shards})
+    write_manifest(output, {"format": FORMAT, **head, "counts": totals, "shards": shards, "files": files})
 
 
 class _Progress(tqdm):

@@ -20,19 +20,21 @@ _SAMPLES_PER_SHARD = 8192
 
 # Each runs in a process of its own, so that its peak of memory is its own.
 _PACK = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import numpy as np
 from neo_megatron.data.pack_index import open_table
 from neo_megatron.data.pack_writer import reported_imbalance, write_table
 from neo_megatron.data.units import Units
+def memory(kind):
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) * 1024
+before = memory("VmRSS")
 lengths, cells = (np.load(f"{sys.argv[1]}.{name}.npy") for name in ("lengths", "cells"))
 output = Path(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - (lengths.nbytes + cells.nbytes) // 1024
 start = time.process_time()
 files = write_table(output, Units.of_samples(lengths, cells), int(sys.argv[3]))
 seconds = time.process_time() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+peak = memory("VmHWM") - before
 table = open_table(output, files)
 seen = np.zeros(len(lengths), np.uint8)
 for first in range(0, len(table), 65536):
@@ -40,7 +42,7 @@ for first in range(0, len(table), 65536):
 once = (seen == 1).all()
 fill = float(lengths.sum(dtype=np.int64) / (len(table) * int(sys.argv[3])))
 print(json.dumps({
-    "seconds": seconds, "bytes": peak * 1024 / len(lengths), "packs": len(table), "once": bool(once),
+    "seconds": seconds, "bytes": peak / len(lengths), "packs": len(table), "once": bool(once),
     "fill": fill, "imbalance": reported_imbalance(table),
 }))
 """

@@ -18,7 +18,7 @@ from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.pack_index import PATTERN, PATTERNS, RUN, RUNS, UNIT, UNITS
 from neo_megatron.data.shards import Shard
 from neo_megatron.data.storage import Directory, join
-from neo_megatron.data.verify_shard import Damage, check_file
+from neo_megatron.data.verify.shard import Damage, check_file
 
 ARRAYS = {UNITS: UNIT, PATTERNS: PATTERN, RUNS: RUN}
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.file_cache import FileCache
+from neo_megatron.data.storage.file_cache import FileCache
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a repetition
 _REMEDY = "once the server answers again, start the run anew: it continues from its checkpoint"

@@ -117,7 +117,7 @@ def open_directory(location: str | Path) -> Directory:
     """The directory at a local path, at ``s3://bucket/prefix``, or at ``msc://profile/prefix``."""
     if not is_remote(location):
         return LocalDirectory(location)
-    from neo_megatron.data.object_storage import ObjectDirectory
+    from neo_megatron.data.storage.object_storage import ObjectDirectory
 
     return ObjectDirectory(str(location))
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST
-from neo_megatron.data.object_requests import MissingObject, connection
 from neo_megatron.data.storage import Range, map_file
+from neo_megatron.data.storage.object_requests import MissingObject, connection
 
 _CHUNK = 8 << 20  # bytes of a request, where a file is fetched whole
 _GAP = 1 << 16  # bytes between two ranges up to which one request for both costs less than two

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from neo_megatron.data import pack_index, shards
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import MANIFEST, REJECTS, manifest_bytes, read_manifest
+from neo_megatron.data.files import MANIFEST, REJECTS, is_as_written, manifest_bytes, parse_manifest
 from neo_megatron.data.settings import ImageStore, Settings
 from neo_megatron.data.storage import Directory, is_remote, join, open_directory
-from neo_megatron.data.verify_packs import ARRAYS, check_packs
-from neo_megatron.data.verify_pool import run_checks
-from neo_megatron.data.verify_shard import Damage, DataSet, check_shard, expected_files
+from neo_megatron.data.verify.packs import ARRAYS, check_packs
+from neo_megatron.data.verify.pool import run_checks
+from neo_megatron.data.verify.shard import Damage, DataSet, check_file, check_shard, expected_files
 
 
 @dataclass
@@ -62,13 +62,21 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
         DataError: there is no complete data set, its manifest cannot be understood, or a worker was killed.
     """
     directory = open_directory(location)
+    text = manifest_bytes(directory)
     try:
-        packed = json.loads(manifest_bytes(directory)).get("format") == pack_index.FORMAT
+        packed = json.loads(text).get("format") == pack_index.FORMAT
     except (ValueError, AttributeError):
         packed = False  # what is wrong is said below
     if packed:
-        return _verify_packs(directory, read_manifest(directory, pack_index.FORMAT, pack_index.VERSION))
-    return _verify_shards(directory, read_manifest(directory, shards.FORMAT, shards.VERSION), workers)
+        manifest = parse_manifest(text, directory.location, pack_index.FORMAT, pack_index.VERSION)
+        result = _verify_packs(directory, manifest)
+    else:
+        result = _verify_shards(
+            directory, parse_manifest(text, directory.location, shards.FORMAT, shards.VERSION), workers
+        )
+    if not is_as_written(text):
+        result.damage.insert(0, Damage(MANIFEST, "it does not fit its own checksum", "changed"))
+    return result
 
 
 def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int) -> Verification:
@@ -82,7 +90,9 @@ def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int)
         pictures=sum(entry["pictures"] for entry in entries),
         proven="sizes, checksums and counts fit, every sample is well formed, and every picture can be decoded",
     )
-    result.damage += _check_rejects(directory, counts["rejected_by_reason"])
+    rejects = manifest["files"][REJECTS]
+    damage = list(check_file(directory, REJECTS, rejects, lambda _: None))
+    result.damage += damage or _check_rejects(directory, counts["rejected_by_reason"])
     result.notes += _strays(directory, {REJECTS}.union(*(entry["files"] for entry in entries)))
     starts = accumulate((entry["samples"] for entry in entries), initial=0)
     tasks = ((data, entry, start) for entry, start in zip(entries, starts, strict=False))
@@ -139,6 +149,7 @@ def _data_set(directory: Directory, manifest: dict[str, Any]) -> DataSet:
         _natural(counts[key])
     for count in counts["rejected_by_reason"].values():
         _natural(count)
+    _check_files(manifest["files"], {REJECTS})
     for entry in manifest["shards"]:
         _natural(entry["samples"])
         _natural(entry["pictures"])
@@ -193,9 +204,6 @@ def _wrong_sums(counts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> li
 
 def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Damage]:
     """The list of rejected samples against the manifest's counts of each reason."""
-    if directory.size(REJECTS) is None:
-        yield Damage(REJECTS, "it is missing")
-        return
     listed: Counter[str] = Counter()
     with open(directory.local(REJECTS), "rb") as lines:
         for number, line in enumerate(lines, start=1):
