@@ -15,7 +15,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 
 from benchmarks.table import markdown
 
-SUITES = {"data": ["preprocess", "loader", "packing", "storage"]}
+SUITES = {"data": ["preprocess", "memory", "loader", "packing", "storage"]}
 
 
 def parse_arguments() -> argparse.Namespace:

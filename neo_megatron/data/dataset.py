@@ -52,7 +52,7 @@ class PackDataset(torch.utils.data.Dataset):
             to "check" whether they can be decoded, to agree with the rank that does on which samples count.
         global_batch: evens out the work of its ranks; without it items come in the order drawn.
         min_jpeg_quality: below 100, every picture of an encoded store is compressed anew as JPEG, with a quality drawn
-            from here to 100 for each (seed, item, picture).
+            from here to 100 for each (seed, epoch, sample, picture).
     """
 
     def __init__(
@@ -72,11 +72,18 @@ class PackDataset(torch.utils.data.Dataset):
         self._pictures: Pictures = pictures
         self._batch = global_batch
         self._min_jpeg_quality = min_jpeg_quality
-        if min_jpeg_quality < 100 and any(shards.image_store != "encoded" for shards in self.packs.data.sets):
+        if not 1 <= min_jpeg_quality <= 100:
+            raise DataError(
+                f"--min-jpeg-quality must be from 1 to 100, not {min_jpeg_quality}; 100 leaves pictures alone"
+            )
+        stores = {shards.image_store for shards in self.packs.data.sets}
+        if min_jpeg_quality < 100 and stores != {"encoded"}:
             raise DataError(
                 f"{location} keeps pictures as patches, which cannot be compressed as JPEG; "
                 "preprocess with --image-store encoded, or leave out --min-jpeg-quality"
             )
+        # To check patches there is nothing to read: any bytes are pixels.
+        self._fetch_pictures = pictures == "patches" or (pictures == "check" and "encoded" in stores)
         self._window, self._window_packs = -1, []
 
     def __len__(self) -> int:
@@ -96,11 +103,11 @@ class PackDataset(torch.utils.data.Dataset):
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"item {index} of a data set of {self._num_samples}")
-        samples = self._samples(index).tolist()
-        return self._assemble(samples, index)
+        epoch, samples = self._pack(index)
+        return self._assemble(samples.tolist(), epoch)
 
-    def _samples(self, index: int) -> np.ndarray:
-        """The samples of an item. Whole global batches are looked up at once, because balance needs them together."""
+    def _pack(self, index: int) -> tuple[int, np.ndarray]:
+        """The epoch and the samples of an item. Global batches are looked up whole, because balance needs them so."""
         size = self._batch.size if self._batch else 64
         start = self._batch.start % size if self._batch else 0
         window, place = divmod(index - start, size)
@@ -108,25 +115,26 @@ class PackDataset(torch.utils.data.Dataset):
             self._window, self._window_packs = window, self._draw(window * size + start, size)
         return self._window_packs[place]
 
-    def _draw(self, first: int, count: int) -> list[np.ndarray]:
-        """The samples of ``count`` consecutive items."""
+    def _draw(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
+        """The epoch and the samples of ``count`` consecutive items."""
         numbers = np.arange(first, first + count)
         epochs = numbers // len(self.packs)
         packs, costs = [], []
         for epoch in np.unique(epochs).tolist():
             drawn = self.packs.table.draw(self._seed, epoch, numbers[epochs == epoch] % len(self.packs))
+            self.packs.table.read_ahead(drawn)
             ends = drawn.offsets.tolist()
-            packs += [self.packs.table.samples(drawn.units[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+            packs += [(epoch, self.packs.table.samples(drawn.units[a:b])) for a, b in zip(ends, ends[1:], strict=False)]
             costs.append(self.packs.table.costs(drawn))
         if self._batch is None:
             return packs
         order = balanced_order(np.concatenate(costs), self._batch.ranks, self._batch.micro_batch_size)
         return [packs[number] for number in order.tolist()]
 
-    def _assemble(self, samples: Sequence[int], item: int) -> dict[str, Any]:
+    def _assemble(self, samples: Sequence[int], epoch: int) -> dict[str, Any]:
         """The given samples behind one another, padded. See ``__getitem__``."""
         length, ids = self.packs.sequence_length, self.packs.data.ids
-        fetched = self.packs.data.fetch(samples, pictures=self._pictures != "none")
+        fetched = self.packs.data.fetch(samples, pictures=self._fetch_pictures)
         tokens = np.full(length, ids.pad, np.int64)
         document = np.full(length, -1, np.int32)
         trained = np.zeros(length, bool)
@@ -145,7 +153,7 @@ class PackDataset(torch.utils.data.Dataset):
             count = int((stored.spans[:, 1] - stored.spans[:, 0]).sum())
             first, cell = cell, cell + (int(stored.grids.prod(axis=1).sum()) // 4 if cells else 0)
             try:
-                self._read_pictures(stored, shards, patches[first:cell], item, number)
+                self._read_pictures(stored, shards, patches[first:cell], key_of(self._seed, epoch, sample))
                 weight[start:end] = float(count) ** self._power
             except RejectedSample as rejected:
                 patches[first:cell] = 0
@@ -167,8 +175,10 @@ class PackDataset(torch.utils.data.Dataset):
             "broken": broken,
         }
 
-    def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, item: int, document: int) -> None:
+    def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
         """Writes the patches of a sample to ``out``, uint8 [cells, 4, 768]; or only sees that they can be had.
+
+        ``key`` decides the augmentation.
 
         Raises:
             RejectedSample: for a picture that cannot be decoded.
@@ -183,7 +193,7 @@ class PackDataset(torch.utils.data.Dataset):
             image = decode(picture.tobytes(), f"number {number} of the sample")
             if self._pictures == "patches":
                 if self._min_jpeg_quality < 100:
-                    drawn = key_of(self._seed, item, document, number) % (101 - self._min_jpeg_quality)
+                    drawn = key_of(key, number) % (101 - self._min_jpeg_quality)
                     image = recompress(image, self._min_jpeg_quality + drawn)
                 patches_from_image(image, (grid[0], grid[1]), out=out[start:end])
 

@@ -17,7 +17,7 @@ from neo_megatron.data.draw import key_of, shuffled
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import read_manifest
 from neo_megatron.data.mixture import Mixture
-from neo_megatron.data.storage import join, open_directory
+from neo_megatron.data.storage import join, open_directory, read_ahead
 
 FORMAT, VERSION = "neo-packs", 2
 UNITS, PATTERNS, RUNS = "units.npy", "patterns.npy", "runs.npy"
@@ -78,6 +78,10 @@ class PackTable:
         keys = np.uint64(key_of(seed, epoch, "units")) + self._run_length[run].astype(np.uint64)
         units = self._class_start[run] + shuffled(rank, self._class_size[run], keys)
         return Drawn(units, np.concatenate([[0], np.cumsum(self._width[pattern])]))
+
+    def read_ahead(self, drawn: Drawn) -> None:
+        """Gets what `samples` and `costs` will want of a disk that has not been read yet."""
+        read_ahead(self.units, drawn.units)
 
     def samples(self, units: np.ndarray) -> np.ndarray:
         """The samples of units, int64 [n]."""

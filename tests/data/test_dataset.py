@@ -281,6 +281,13 @@ def test_positions_restart_in_every_document(bench, new_sample):
     assert image.max() == 2
 
 
+def test_jpeg_augmentation_does_not_depend_on_how_packs_are_dealt(packs):
+    plain = PackDataset(packs, 24, seed=5, min_jpeg_quality=20)
+    dealt = PackDataset(packs, 24, seed=5, min_jpeg_quality=20, global_batch=GlobalBatch(12, 3, 2))
+    pictures = [sorted(dataset[n]["patches"].numpy().tobytes() for n in range(24)) for dataset in (plain, dealt)]
+    assert pictures[0] == pictures[1]
+
+
 def test_several_data_sets_with_shares(bench, new_sample):
     """Half of one and the other twice, in every epoch; samples are named with their own files."""
     first = bench.preprocess(bench.annotations([new_sample(f"a{n}", "b") for n in range(20)], "a.json"), "first")
@@ -416,3 +423,5 @@ def test_jpeg_augmentation_is_drawn_for_each_item_and_off_by_default(bench, new_
     write_packs([PackInput(stored.location)], bench.path / "packs2", 64)
     with pytest.raises(DataError, match="--image-store encoded"):
         PackDataset(bench.path / "packs2", 1, seed=0, min_jpeg_quality=30)
+    with pytest.raises(DataError, match="from 1 to 100"):
+        PackDataset(packs, 1, seed=0, min_jpeg_quality=0)

@@ -61,8 +61,9 @@ print(time.perf_counter() - start)
 
 def measure(scratch: Path) -> list[Row]:
     rows: list[Row] = []
-    for millions, seconds in ((10, 10), (100, 120)):
-        result = _pack(scratch, millions * _MILLION)
+    for millions, seconds, repeats in ((10, 10, 3), (100, 120, 1)):
+        results = [_pack(scratch, millions * _MILLION) for _ in range(repeats)]
+        result = sorted(results, key=lambda result: result["seconds"])[repeats // 2]
         name = f"packing {millions} million lengths at {LENGTH}, to the index on disk"
         if not result["once"]:
             raise AssertionError(f"{name}: a sample was lost")
@@ -110,15 +111,10 @@ def _hundred_million(scratch: Path) -> Path:
     shutil.rmtree(shards, ignore_errors=True)
     photos = write_photos(scratch / "photos")
     lines = photos.read_text().splitlines(keepends=True)
-    # Text alone: what a resume costs does not depend on the size of the files.
-    texts = [json.loads(line)["conversations"] for line in lines]
-    for turns in texts:
-        turns[0]["value"] = turns[0]["value"].replace("<image>\n", "")
-    repeats = -(-_SAMPLES_PER_SHARD // len(texts))
-    annotations = scratch / "texts.jsonl"
-    rows = [json.dumps({"conversations": turns}) + "\n" for turns in texts * repeats][:_SAMPLES_PER_SHARD]
-    annotations.write_text("".join(rows))
-    preprocess([Source("texts", str(annotations))], write_tokenizer(scratch / "tokenizer"), shards, Settings())
+    annotations = photos.parent / "shard.jsonl"
+    annotations.write_text("".join((lines * (_SAMPLES_PER_SHARD // len(lines) + 1))[:_SAMPLES_PER_SHARD]))
+    source = Source("photos", str(annotations), str(photos.parent))
+    preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, Settings(check="header"))
     manifest = json.loads((shards / MANIFEST).read_text())
     (entry,) = manifest["shards"]
     for number in range(1, 100 * _MILLION // _SAMPLES_PER_SHARD + 1):

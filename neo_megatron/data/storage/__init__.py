@@ -151,3 +151,21 @@ def map_file(path: str | Path) -> np.ndarray:
         return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
     finally:
         os.close(descriptor)
+
+
+def read_ahead(mapped: np.ndarray, rows: np.ndarray) -> None:
+    """Asks for the pages of some rows of a mapped array all at once, in place of waiting for the disk at each of them.
+
+    Args:
+        mapped: an array that views a file of `map_file`.
+        rows: int [n], numbers of rows.
+    """
+    source: object = mapped
+    while isinstance(source, np.ndarray | memoryview):
+        source = source.base if isinstance(source, np.ndarray) else source.obj
+    if not isinstance(source, mmap.mmap):
+        return
+    first = mapped.ctypes.data - np.frombuffer(source, np.uint8).ctypes.data
+    source.madvise(mmap.MADV_RANDOM)  # what lies around a row is of no use
+    for page in np.unique((first + rows * mapped.itemsize) // mmap.PAGESIZE).tolist():
+        source.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
