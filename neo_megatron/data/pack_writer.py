@@ -185,11 +185,11 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
     """Finds the patterns and writes the three arrays of an index; returns what a manifest says of the files."""
     patterns = best_fit(np.bincount(units.lengths, minlength=capacity + 1))
     runs = [run for pattern in patterns for run in pattern.runs]
-    # NumPy sorts 16-bit numbers by their digits, in linear time.
-    order = np.argsort(units.lengths.astype(np.uint16) if capacity < 1 << 16 else units.lengths, kind="stable")
     file = WholeFile(directory / UNITS)
     file.write(_header(UNIT, len(units)))
-    with tqdm(total=len(units), unit=" units", desc="write packs", unit_scale=True) as bar:
+    with tqdm(total=len(units), unit=" units", desc="sort and write packs", unit_scale=True) as bar:
+        # NumPy sorts 16-bit numbers by their digits, in linear time.
+        order = np.argsort(units.lengths.astype(np.uint16) if capacity < 1 << 16 else units.lengths, kind="stable")
         for start in range(0, len(units), _CHUNK):
             chosen = units.take(order[start : start + _CHUNK])
             rows = np.empty(len(chosen), UNIT)

@@ -12,9 +12,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 from conftest import GOLDEN, run_python, torchrun
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -233,6 +235,33 @@ def test_a_broken_picture_stops_no_run_and_counts_nowhere(room, broken):
     assert named[0] == named[1] and named[0] and "annotations.json, record" in named[0][0]
     for step, value in losses[0].items():
         assert losses[1][step] == pytest.approx(value, rel=2e-6)
+
+
+def test_packs_in_object_storage_train_as_those_on_disk(room, one_process):
+    """Two workers of the loader read through the cache and by range."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        **{"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"},
+        **{"AWS_DEFAULT_REGION": "us-east-1", "NEO_CACHE_DIR": f"{room}/cache"},
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="data")
+    for path in [*(room / "shards").iterdir(), *(room / "packs").iterdir()]:
+        client.upload_file(str(path), "data", str(path.relative_to(room)))
+    flags = ["--train-data-path", "s3://data/packs", "--num-workers", "2"]
+    torchrun(1, *command(room, "s3", *flags, iterations=2), environment=environment)
+    server.stop()
+    expected, actual = scalars(room, one_process, "lm loss"), scalars(room, "s3", "lm loss")
+    assert set(actual) == {1, 2}
+    assert actual == {step: expected[step] for step in actual}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST
@@ -16,6 +17,7 @@ from neo_megatron.data.storage.object_requests import MissingObject, connection
 
 _CHUNK = 8 << 20  # bytes of a request, where a file is fetched whole
 _GAP = 1 << 16  # bytes between two ranges up to which one request for both costs less than two
+_LARGE = 256 << 20  # bytes from which on fetching whole files shows its progress
 _MOST_FILES = 256  # that are fetched at the same time: each is an open file
 
 
@@ -107,11 +109,15 @@ class ObjectDirectory:
                 file = stack.enter_context(connection().cache.adding(key, size))
                 starts = range(0, size, _CHUNK) if file is not None else ()
                 chunks += [_Chunk(file, name, start, min(_CHUNK, size - start), size) for start in starts]
-            connection().map(self._fetch_chunk, chunks)
+            total = sum(chunk.size for chunk in chunks)
+            bar = tqdm(total=total, desc=f"fetch {self.location}", unit="B", unit_scale=True, disable=total < _LARGE)
+            with bar:
+                connection().map(lambda chunk: bar.update(self._fetch_chunk(chunk)), chunks)
 
-    def _fetch_chunk(self, chunk: "_Chunk") -> None:
+    def _fetch_chunk(self, chunk: "_Chunk") -> int:
         ends = chunk.offset + chunk.size == chunk.file_size
         os.pwrite(chunk.file.fileno(), self._request(chunk.name, chunk.offset, chunk.size, ends), chunk.offset)
+        return chunk.size
 
     def _request(self, name: str, offset: int, size: int, ends: bool = False) -> np.ndarray:
         """Part of an object; where it ``ends`` there, a longer object is an error too."""
