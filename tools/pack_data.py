@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs=2,
         metavar=("PERCENT", "OUTPUT"),
         help="packs this share of the records apart, for --valid-data-path; chosen by a hash of the names of their "
-        "pictures (of the text where there are none), so that the same ones are held out of any mixture",
+        "pictures (of the text where there are none), so that the same ones, each once, are held out of any mixture",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
     parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="over-long: listed, or stops")

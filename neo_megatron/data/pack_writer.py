@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,7 @@ class PackInput:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A part that is packed apart: about ``share`` of all records, always the same ones, into ``output``."""
+    """A part that is packed apart: about ``share`` of all records, always the same ones, each once, into ``output``."""
 
     share: Fraction
     output: str
@@ -76,6 +76,8 @@ def write_packs(
     """
     if sequence_length < 2:
         raise DataError(f"--seq-length must be at least 2, not {sequence_length}")
+    if held_out and os.path.realpath(held_out.output) == os.path.realpath(output):
+        raise DataError(f"--held-out and --output both name {output}; give the held-out packs a directory of their own")
     data = Mixture([entry.shards for entry in inputs])
     sides = [_Side(Path(output))] + ([_Side(Path(held_out.output))] if held_out else [])
     limit = int(held_out.share * 2**64) if held_out else 0
@@ -90,14 +92,16 @@ def write_packs(
                 parts[0].append(units.take(~held) if limit else units)
                 parts[1].append(units.take(held))
                 bar.update(int(units.samples.sum()) + len(too_long))
-            for side, found in zip(sides, parts, strict=False):
-                side.add(entry, data.sets[number], number, found, seed)
+            sides[0].add(entry, data.sets[number], parts[0], seed)
+            for side in sides[1:]:
+                side.add(replace(entry, share=Fraction(1)), data.sets[number], parts[1], seed)
     for side in sides:
         if not any(len(part) for part in side.parts):
             raise DataError(
                 f"{side.directory} would hold nothing: no sample of at most {sequence_length} tokens is left to pack; "
                 "raise --seq-length or the share"
             )
+    for side in sides:
         prepare_output(side.directory, FORMAT)
     common = {
         "version": VERSION,
@@ -117,10 +121,13 @@ class _Side:
         self.parts: list[Units] = []
         self.data: list[dict[str, Any]] = []
 
-    def add(self, entry: PackInput, shards: ShardSet, number: int, parts: list[Units], seed: int) -> None:
+    def add(self, entry: PackInput, shards: ShardSet, parts: list[Units], seed: int) -> None:
         if entry.share != 1:
             together = Units.join(parts)
-            parts = [together.take(draw_share(len(together), entry.share, key_of(seed, number, shards.fingerprint)))]
+            # The same draw whatever a data set is mixed with; one that is named twice is drawn from twice.
+            turn = sum(earlier["sha256"] == shards.fingerprint for earlier in self.data)
+            key = key_of(seed, shards.fingerprint, turn)
+            parts = [together.take(draw_share(len(together), entry.share, key))]
         self.parts += parts
         self.data.append(
             {

@@ -60,8 +60,9 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
 def split_key(samples: Sequence[object]) -> int:
     """64 bits that decide on which side of a held-out split a record falls, all of its samples together.
 
-    Hashes the names of the pictures and videos as they are written, so that all conversations about one picture fall on
-    one side; the text where there are none. Growing, reordering or retokenizing a data set moves nothing.
+    Hashes the names of the pictures and videos as they are written, so that all conversations about the same pictures
+    fall on one side; the text where there are none. A picture alone and the same one beside others are not the same
+    pictures. Growing, reordering or retokenizing a data set moves nothing.
     """
     objects = [sample for sample in samples if isinstance(sample, dict)]
     content = [name for sample in objects for key in ("image", "video") for name in _strings(sample.get(key))]

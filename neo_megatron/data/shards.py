@@ -141,11 +141,6 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": OrderedDict()}  # a mapped array would be copied to the other process
 
-    @property
-    def directory(self) -> Path:
-        """Of a data set on the local disk."""
-        return Path(self.location)
-
     def locate(self, sample: int) -> tuple[Shard, int]:
         """The shard of a global sample number, and the sample's number in it."""
         number = bisect_right(self._starts, sample) - 1

@@ -14,8 +14,9 @@ from neo_megatron.data.balance import imbalance
 from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, collate, native_positions
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.verify import verify
 
 
 @pytest.fixture
@@ -308,6 +309,31 @@ def test_several_data_sets_with_shares(bench, new_sample):
         first.fetch([3])[0].tokens.tolist(),
         second.fetch([4])[0].tokens.tolist(),
     ]
+
+
+def test_a_share_is_drawn_the_same_whatever_it_is_mixed_with(bench, new_sample):
+    first = bench.preprocess(bench.annotations([new_sample(f"a{n}", "b") for n in range(40)], "a.json"), "first")
+    second = bench.preprocess(bench.annotations([new_sample(f"c{n}", "d") for n in range(7)], "c.json"), "second")
+    half = PackInput(str(first.location), Fraction(1, 2))
+    write_packs([half], bench.path / "alone", 64)
+    write_packs([PackInput(str(second.location)), half], bench.path / "mixed", 64)
+    drawn = [n - 7 for n in samples_of(bench.path / "mixed") if n >= 7]
+    assert drawn == samples_of(bench.path / "alone") and len(drawn) == 20
+
+
+def test_what_is_held_out_is_packed_once_whatever_the_share(bench, new_sample):
+    shards = bench.preprocess([new_sample(f"a{n}", "b") for n in range(60)])
+    packed = {}
+    for percent in (50, 100, 200):
+        held = HeldOut(Fraction(1, 4), str(bench.path / f"held{percent}"))
+        share = [PackInput(str(shards.location), Fraction(percent, 100))]
+        write_packs(share, bench.path / f"rest{percent}", 64, held_out=held)
+        packed[percent] = samples_of(bench.path / f"held{percent}")
+        assert not set(packed[percent]) & set(samples_of(bench.path / f"rest{percent}"))
+        assert verify(bench.path / f"held{percent}").damage == verify(bench.path / f"rest{percent}").damage == []
+    assert packed[50] == packed[100] == packed[200] and len(set(packed[100])) == len(packed[100])
+    with pytest.raises(DataError, match="both name"):
+        write_packs(share, bench.path / "same", 64, held_out=HeldOut(Fraction(1, 4), str(bench.path / "same")))
 
 
 def test_data_sets_of_different_tokenizers_are_refused(bench, new_sample):

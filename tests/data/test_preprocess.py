@@ -166,7 +166,7 @@ def test_broken_json_costs_the_broken_record_alone(bench, new_sample):
 def test_nothing_usable_leaves_no_shard(bench):
     shards = bench.preprocess([{}, {}])
     assert len(shards) == 0 and shards.manifest["shards"] == []
-    assert sorted(path.name for path in shards.directory.iterdir()) == ["manifest.json", "rejects.jsonl"]
+    assert sorted(path.name for path in (bench.path / "shards").iterdir()) == ["manifest.json", "rejects.jsonl"]
     with pytest.raises(DataError, match="would hold nothing"):
         bench.pack(64)
 

@@ -32,7 +32,7 @@ def test_megatron_opens_the_text(shards):
     for number, documents in ((0, [0, 1, 3, 4]), (1, [0, 1])):
         shard = shards.shard(number)
         for kind, reader in (("tokens", shard.tokens), ("spans", shard.spans)):
-            megatron = IndexedDataset(str(shards.directory / f"{number:05d}.{kind}"))
+            megatron = IndexedDataset(str(Path(shards.location) / f"{number:05d}.{kind}"))
             assert megatron.document_indices.tolist() == documents
             assert len(megatron) == len(reader.lengths) == documents[-1]
             for sample in range(len(megatron)):
@@ -41,7 +41,7 @@ def test_megatron_opens_the_text(shards):
 
 
 def test_megatron_opens_the_pictures(shards, bench):
-    megatron = IndexedDataset(str(shards.directory / "00000.pictures"))
+    megatron = IndexedDataset(str(Path(shards.location) / "00000.pictures"))
     files = {name: (bench.path / "pictures" / name).read_bytes() for name in ("a.png", "b.png")}
     assert [megatron[number].tobytes() for number in range(4)] == [files[name + ".png"] for name in "abba"]
     assert megatron.document_indices.tolist() == [0, 1, 1, 2, 4]  # pictures of each sample
@@ -66,9 +66,9 @@ def test_cells_of_every_sample_are_its_picture_tokens(shards):
 
 def test_manifest_has_size_and_checksum_of_every_file(shards):
     files = {name: file for entry in shards.manifest["shards"] for name, file in entry["files"].items()}
-    assert {path.name for path in shards.directory.iterdir()} == {*files, "manifest.json", "rejects.jsonl"}
+    assert {path.name for path in Path(shards.location).iterdir()} == {*files, "manifest.json", "rejects.jsonl"}
     for name, file in files.items():
-        content = (shards.directory / name).read_bytes()
+        content = (Path(shards.location) / name).read_bytes()
         assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -99,13 +99,13 @@ def read_all(location: Path) -> None:
 )
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x", None])
 def test_a_file_of_another_size_is_named(shards, kind, damage):
-    path = shards.directory / f"00000.{kind}"
+    path = Path(shards.location) / f"00000.{kind}"
     content = path.read_bytes()
     path.unlink()
     if damage:
         path.write_bytes(damage(content))
     with pytest.raises(DataError, match=f"00000.{kind} (is missing|has .* bytes, not {len(content)})"):
-        read_all(shards.directory)
+        read_all(Path(shards.location))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "spans", "pictures"])
@@ -113,20 +113,20 @@ def test_a_file_of_another_size_is_named(shards, kind, damage):
 @pytest.mark.parametrize("length", [-1, 1 << 30])
 def test_an_index_that_lies_is_found(shards, kind, sequence, length):
     """Same size, other numbers: the sequence would lie outside of the data."""
-    path = shards.directory / f"00000.{kind}.idx"
+    path = Path(shards.location) / f"00000.{kind}.idx"
     index = bytearray(path.read_bytes())
     struct.pack_into("<i", index, 34 + 4 * sequence, length)
     path.write_bytes(index)
     with pytest.raises(DataError, match=f"00000.{kind}.bin is damaged: .* does not fit"):
-        read_all(shards.directory)
+        read_all(Path(shards.location))
 
 
 def test_an_array_of_another_shape_is_found(shards):
-    path = shards.directory / "00000.grids.npy"
+    path = Path(shards.location) / "00000.grids.npy"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"'shape': (4, 2)", b"'shape': (8, 1)"))
     with pytest.raises(DataError, match=r"00000.grids.npy is damaged: it is no array of \(4, 2\)"):
-        read_all(shards.directory)
+        read_all(Path(shards.location))
 
 
 def test_few_shards_are_open_at_once(bench, new_sample, monkeypatch, samples_of):
@@ -135,12 +135,12 @@ def test_few_shards_are_open_at_once(bench, new_sample, monkeypatch, samples_of)
     shards = bench.preprocess([new_sample("w " * number, "x") for number in range(40)], settings=settings)
     monkeypatch.setattr("neo_megatron.data.shards._most_opened", lambda: 4)
     fetched = shards.fetch(range(40))
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(shards.directory) in line]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(Path(shards.location)) in line]
     assert [sample.tokens.tolist() for sample in fetched] == [
         tokens for tokens, _ in samples_of(ShardSet(shards.location))
     ]
     del fetched
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(shards.directory) in line]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(Path(shards.location)) in line]
     assert 0 < len(maps) <= 4 * 8
 
 
@@ -159,15 +159,15 @@ def test_fetch_gives_what_the_files_hold(shards):
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "neo-packs", "version": 1}', '{"format": "neo-shards"}'])
 def test_a_wrong_manifest_is_named(shards, text):
-    (shards.directory / "manifest.json").write_text(text)
+    (Path(shards.location) / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json"):
-        ShardSet(shards.directory)
+        ShardSet(Path(shards.location))
 
 
 def test_an_unfinished_directory_is_no_data_set(shards):
-    (shards.directory / "manifest.json").unlink()
+    (Path(shards.location) / "manifest.json").unlink()
     with pytest.raises(DataError, match="no complete data set"):
-        ShardSet(shards.directory)
+        ShardSet(Path(shards.location))
 
 
 def test_another_process_gets_names_and_no_maps(shards, samples_of):
@@ -181,7 +181,7 @@ def test_the_reader_of_the_format_page_works(shards, monkeypatch):
     """``docs/shard_format.md`` ends with a reader; it reads what ours reads."""
     page = (Path(__file__).parents[2] / "docs" / "shard_format.md").read_text()
     code = page.split("```python\n")[1].split("```")[0].replace("[7]", "[2]")
-    monkeypatch.chdir(shards.directory)
+    monkeypatch.chdir(Path(shards.location))
     names: dict = {}
     exec(code, names)
     assert names["tokens"].tolist() == shards.shard(0).tokens[2].tolist()

@@ -225,8 +225,14 @@ def test_ranges_are_requested_at_the_same_time(local, remote, proxy, settings):
     assert values(shards.fetch([1, 5, 9])) == values(local.fetch([1, 5, 9]))
 
 
+def cached_bytes(shards: ShardSet) -> int:
+    """Of the files that are kept on the local disk."""
+    files = Path(shards.location).iterdir()
+    return sum(path.stat().st_size for path in files if path.suffix in (".idx", ".npy", ".json"))
+
+
 def test_the_cache_keeps_its_bound(local, remote, settings, tmp_path):
-    size = sum(path.stat().st_size for path in local.directory.glob("*") if path.suffix in (".idx", ".npy", ".json"))
+    size = cached_bytes(local)
     settings(NEO_CACHE_GB=size * 0.7 / 1e9)
     shards = ShardSet(remote)
     expected = values(local.fetch(range(12)))
@@ -248,7 +254,7 @@ def fetch_all(shards: ShardSet, results) -> None:
 
 def test_processes_share_a_cache_that_is_too_small(local, remote, settings):
     """What one of them maps another may remove; none sees half a file."""
-    size = sum(path.stat().st_size for path in local.directory.glob("*") if path.suffix in (".idx", ".npy", ".json"))
+    size = cached_bytes(local)
     settings(NEO_CACHE_GB=size * 0.7 / 1e9)
     shards, context = ShardSet(remote), multiprocessing.get_context("fork")
     shards.fetch([0])  # the parent has threads and sockets, which a fork must not use
@@ -267,7 +273,7 @@ def test_another_data_set_at_the_same_place_is_not_confused(bench, remote, proxy
     other = bench.preprocess([new_sample("something", "else")], output="other/shards")
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*proxy.server))
     bucket = remote.split("/")[2]
-    for path in other.directory.iterdir():
+    for path in Path(other.location).iterdir():
         client.put_object(Bucket=bucket, Key=f"shards/{path.name}", Body=path.read_bytes())
     assert values(ShardSet(remote).fetch([0])) == values(other.fetch([0]))
 
@@ -313,7 +319,7 @@ def test_a_server_that_is_not_there(settings):
 @pytest.mark.parametrize("kind", ["tokens.bin", "tokens.idx", "spans.bin", "pictures.bin", "grids.npy"])
 def test_an_object_of_another_size_is_named(local, remote, proxy, kind, change):
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*proxy.server))
-    content = (local.directory / f"00000.{kind}").read_bytes()
+    content = (Path(local.location) / f"00000.{kind}").read_bytes()
     content = content[:change] if change < 0 else content + b"x"
     client.put_object(Bucket=remote.split("/")[2], Key=f"shards/00000.{kind}", Body=content)
     if kind in ("tokens.bin", "pictures.bin") and change > 0:
