@@ -1,0 +1,143 @@
+"""Runs `neo_megatron.pretrain_neo.main()` many times in one set of torchrun processes, once for every job of a file.
+
+    torchrun --nproc-per-node N pretrain_worker.py JOBS.json
+
+The file is written by `pretrain_jobs.run_jobs`: a list of {"argv", "directory", "gradients"}. Importing Megatron
+costs more than most jobs do. Nothing is mocked: between two jobs everything global is put back as it is on import, but
+for the default process group, which Megatron takes over as it finds it.
+
+In its directory every rank of a job leaves `rank<N>.log`, all that it printed, and rank 0 `result.json` with `exit`,
+what the job ended with: null, or the code or sentence given to `sys.exit`. Where gradients are asked for, those of the
+last step are saved to `gradients` as a distributed checkpoint of the model: by name, whole, before they are clipped.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from neo_megatron import cpu_platform
+
+cpu_platform.install_training()
+
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.utils import unwrap_model
+from megatron.training import async_utils, checkpointing, global_vars, training
+
+from neo_megatron import pretrain_neo
+from neo_megatron.model.loss import WeightedLoss
+
+
+class GradientRecorder:
+    """Keeps the gradients of the last step: reduced over all ranks and normalised, not yet clipped."""
+
+    def __init__(self) -> None:
+        self.model: list[DistributedDataParallel] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        original = WeightedLoss.finalize_model_grads
+
+        def finalize_model_grads(loss: WeightedLoss, model: list[torch.nn.Module], num_tokens, **groups) -> None:
+            original(loss, model, num_tokens, **groups)
+            self.model, self.gradients = model, [whole_gradients(chunk) for chunk in model]
+
+        WeightedLoss.finalize_model_grads = finalize_model_grads
+        self.uninstall = lambda: setattr(WeightedLoss, "finalize_model_grads", original)
+
+    def save(self, directory: Path) -> None:
+        """Through the model's own distributed checkpoint, which knows how every name is split; the model is spent."""
+        state = {}
+        for number, (chunk, gradients) in enumerate(zip(self.model, self.gradients, strict=True)):
+            module = unwrap_model(chunk)
+            for name, parameter in module.named_parameters():
+                parameter.data = gradients.get(name, torch.zeros_like(parameter))
+            state |= {f"{number}.{name}": value for name, value in module.sharded_state_dict().items()}
+        if torch.distributed.get_rank() == 0:
+            directory.mkdir(parents=True)
+        torch.distributed.barrier()
+        dist_checkpointing.save(state, str(directory))
+
+
+def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
+    """By name; under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered."""
+    if chunk.ddp_config.use_distributed_optimizer:
+        for buffer in chunk.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    named = unwrap_model(chunk).named_parameters()
+    return {name: p.main_grad.detach().float().clone() for name, p in named if p.requires_grad}
+
+
+def run(job: dict) -> None:
+    directory = Path(job["directory"])
+    recorder = GradientRecorder() if job["gradients"] else None
+    sys.argv = ["pretrain_neo", *job["argv"]]
+    code = None
+    with printing_to(directory / f"rank{os.environ['RANK']}.log"):
+        try:
+            pretrain_neo.main()
+            if recorder:
+                recorder.save(directory / "gradients")
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            if recorder:
+                recorder.uninstall()
+            reset()
+    if os.environ["RANK"] == "0":
+        (directory / "result.json").write_text(json.dumps({"exit": code}))
+
+
+def reset() -> None:
+    """Megatron's and our globals as they are on import."""
+    if global_vars._GLOBAL_SIGNAL_HANDLER:
+        global_vars._GLOBAL_SIGNAL_HANDLER.release()
+    training.destroy_global_state()
+    initialize_rng_tracker(force_reset=True)
+    checkpointing._CHECKPOINT_VERSION = checkpointing._LOADED_ITERATION = None
+    async_utils._async_calls_queue = None
+    pretrain_neo._loss = WeightedLoss()
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none tears down what another still uses
+        world = torch.distributed.group.WORLD
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not world:
+                torch.distributed.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def printing_to(path: Path) -> Iterator[None]:
+    """Sends stdout and stderr of this process, libraries in C++ included, to a file; on an error its end is shown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = [os.dup(1), os.dup(2)]
+    with path.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        if failed:
+            print(f"{path} ends with:\n{path.read_text()[-4000:]}", flush=True)
+
+
+if __name__ == "__main__":
+    for next_job in json.loads(Path(sys.argv[1]).read_text()):
+        run(next_job)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

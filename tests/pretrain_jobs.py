@@ -1,0 +1,73 @@
+"""Runs of `pretrain_neo` for tests: many in one launch, each with flags of its own, and what they logged."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import torchrun
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.model.config import NeoSizes
+
+WORKER = Path(__file__).parent / "distributed" / "pretrain_worker.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        directory: where it logs; made by the run.
+        flags: the command line of `pretrain_neo`; a TensorBoard directory is added.
+        gradients: whether to keep the gradients of the last step.
+    """
+
+    directory: Path
+    flags: Sequence[str]
+    gradients: bool = False
+
+    def printed(self, rank: int = 0) -> str:
+        return (self.directory / f"rank{rank}.log").read_text()
+
+    def exit(self) -> str | int | None:
+        """What it gave to `sys.exit`: a sentence for a mistake; `None` where it ended by itself."""
+        return json.loads((self.directory / "result.json").read_text())["exit"]
+
+    def scalars(self, tag: str) -> dict[int, list[float]]:
+        """What was logged at each step; after the last one Megatron evaluates twice, on different packs."""
+        events = EventAccumulator(str(self.directory / "events"))
+        events.Reload()
+        values = defaultdict(list)
+        for event in events.Scalars(tag):
+            values[event.step].append(event.value)
+        return dict(values)
+
+    def read_gradients(self, sizes: NeoSizes) -> dict[str, Tensor]:
+        """Whole tensors under the names of a distributed checkpoint."""
+        saved = TorchDistDirectory(self.directory / "gradients")
+        return {row.megatron: saved.read(row.megatron) for row in tensor_table(sizes)}
+
+
+def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | None = None) -> str:
+    """Runs the jobs one after another in one set of processes.
+
+    Raises:
+        AssertionError: one of them failed with anything but a call of `sys.exit`.
+    """
+    written = [
+        {
+            "argv": [*map(str, job.flags), "--tensorboard-dir", f"{job.directory}/events"],
+            "directory": str(job.directory),
+            "gradients": job.gradients,
+        }
+        for job in jobs
+    ]
+    file = jobs[0].directory.with_suffix(f".jobs{processes}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(written))
+    return torchrun(processes, WORKER, file, environment=environment)
