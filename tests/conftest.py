@@ -17,6 +17,25 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(scope="session")
+def megatron():
+    """A process group of one without a GPU, with Megatron's groups and random states."""
+    from neo_megatron import cpu_platform
+
+    cpu_platform.install()
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
 def torchrun(processes: int, *command: str | Path, environment: dict[str, str] | None = None) -> str:
     """Runs `python command` on several gloo processes, one thread each; returns their output.
 

@@ -1,28 +1,10 @@
-"""One Megatron process without a GPU, for tests that build models in place."""
-
-import os
+"""Models of one Megatron process without a GPU, built in place."""
 
 import pytest
 
 from neo_megatron import cpu_platform
 
 cpu_platform.install()
-
-
-@pytest.fixture(scope="session")
-def megatron():
-    """A process group of one, with Megatron's groups and random states."""
-    import torch
-    from megatron.core import parallel_state, tensor_parallel
-
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

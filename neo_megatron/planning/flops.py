@@ -1,0 +1,118 @@
+"""Floating-point operations of NEO's parts, forward and backward, as the training stage freezes them.
+
+Counted are matrix products, two operations for a multiply-add; norms, rotary, softmax and the optimizer are not. A
+product with a weight costs as much again for the gradient of its input and for the gradient of the weight. A frozen
+weight has no gradient, and where nothing before it trains, its input needs none.
+
+Shapes: H hidden size, F FFN width, N query heads, G key-value heads, D head dimension, E channels of the patch
+embedding, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a part: `forward`, `backward`, and what the attention kernel computes again in its backward."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    recomputed: float = 0.0
+
+    @property
+    def model(self) -> float:
+        """What the training step needs, however it is computed: MFU is counted from this."""
+        return self.forward + self.backward
+
+    @property
+    def training(self) -> float:
+        """What a step really computes, without activation recomputation: that adds `forward` once more."""
+        return self.model + self.recomputed
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.forward * times, self.backward * times, self.recomputed * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Operations of each part for one token of the mean pack; a layer's are those of one layer."""
+
+    patch_embedding: Flops
+    pre_buffer_layer: Flops
+    post_llm_layer: Flops
+    head: Flops
+
+    def total(self, sizes: NeoSizes) -> Flops:
+        layers = sizes.pre_buffer_layers * self.pre_buffer_layer + sizes.post_llm_layers * self.post_llm_layer
+        return self.patch_embedding + layers + self.head
+
+
+def model_flops(sizes: NeoSizes, training_stage: int, workload: Workload) -> ModelFlops:
+    """The operations of every part for one token of the mean pack: pictures and trained positions by their shares."""
+    return ModelFlops(
+        patch_embedding=workload.picture_share * patch_embedding_flops(sizes),
+        pre_buffer_layer=layer_flops(sizes, workload.mean_keys, frozen=False),
+        post_llm_layer=layer_flops(sizes, workload.mean_keys, frozen=trains_new_parts_only(training_stage)),
+        head=workload.trained_share * head_flops(sizes, frozen=trains_new_parts_only(training_stage)),
+    )
+
+
+def trains_new_parts_only(training_stage: int) -> bool:
+    """Whether the post-LLM (but for its h/w parts), the word embeddings and the head are frozen, see `freeze.py`."""
+    if training_stage not in (1, 2, 3):
+        raise ConfigError(f"--training-stage {training_stage}: stages are 1, 2 and 3")
+    return training_stage == 1
+
+
+def layer_flops(sizes: NeoSizes, mean_keys: float, frozen: bool = False) -> Flops:
+    """A decoder layer for one token; `frozen` leaves only its h/w projections and norms to train, as stage 1 does.
+
+    The input of a layer always needs a gradient: the patch embedding in front of it trains in every stage.
+    """
+    return layer_products(sizes, frozen) + attention_core_flops(sizes, mean_keys)
+
+
+def layer_products(sizes: NeoSizes, frozen: bool = False) -> Flops:
+    """The layer's products with weights: q, k, v, the h/w parts of q and k, output projection and SwiGLU."""
+    h, d = sizes.hidden_size, sizes.head_dim
+    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
+    qkv, output = h * (heads + 2 * groups) * d, heads * d * h
+    qk_hw = h * (heads + groups) * d
+    mlp = 3 * h * sizes.ffn_hidden_size
+    return _product(qkv + output + mlp, trained=not frozen) + _product(qk_hw)
+
+
+def attention_core_flops(sizes: NeoSizes, mean_keys: float) -> Flops:
+    """Softmax attention of one query: scores over channels of 2D, values of D, over the keys that it may see.
+
+    It has no weights; both products have two inputs that need gradients. A fused kernel keeps no score matrix and
+    computes the scores once more in its backward.
+    """
+    scores = 2 * sizes.num_attention_heads * 2 * sizes.head_dim * mean_keys
+    values = 2 * sizes.num_attention_heads * sizes.head_dim * mean_keys
+    return Flops(forward=scores + values, backward=2 * (scores + values), recomputed=scores)
+
+
+def patch_embedding_flops(sizes: NeoSizes) -> Flops:
+    """Both projections for one cell of a picture; pixels need no gradient."""
+    patches, width = sizes.merge_size**2, sizes.patch_embedding_size
+    pixels = patches * 3 * sizes.patch_size**2 * width
+    return _product(pixels, input_gradient=False) + _product(patches * width * sizes.hidden_size)
+
+
+def head_flops(sizes: NeoSizes, frozen: bool = False) -> Flops:
+    """The head for one trained position."""
+    return _product(sizes.hidden_size * sizes.vocab_size, trained=not frozen)
+
+
+def _product(weights: int, trained: bool = True, input_gradient: bool = True) -> Flops:
+    """One row times a matrix of so many weights."""
+    return Flops(forward=2 * weights, backward=2 * weights * (trained + input_gradient))

@@ -1,0 +1,61 @@
+"""What packs look like, as far as work and memory depend on it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The mean pack of a run.
+
+    Args:
+        sequence_length: tokens of a pack, padding included.
+        mean_keys: keys that a query may see, over all queries: only these pairs are attention work.
+        picture_share: share of the tokens that are cells of pictures.
+        trained_share: share of the positions whose next token is trained; the head runs on these only.
+        documents: documents of a pack.
+        source: where the numbers come from, for people.
+    """
+
+    sequence_length: int
+    mean_keys: float
+    picture_share: float
+    trained_share: float
+    documents: float = 1.0
+    source: str = "given"
+
+    @classmethod
+    def of_alike_documents(
+        cls,
+        sequence_length: int,
+        document_length: int = 2500,
+        picture_share: float = 0.85,
+        trained_share: float = 0.1,
+    ) -> "Workload":
+        """A pack of documents of one length, each with one picture that takes a share of it.
+
+        The defaults stand for photographs, pages and some text: in the mix of `tools/benchmarks/lengths.py` a query may
+        see as many keys, and pictures take as many tokens.
+        """
+        length = min(document_length, sequence_length)
+        keys = mean_keys([length], [round(picture_share * length)])
+        source = (
+            f"assumed: documents of {length:,} tokens, {picture_share:.0%} of them one picture, "
+            f"{trained_share:.0%} trained"
+        )
+        return cls(sequence_length, keys, picture_share, trained_share, sequence_length / length, source)
+
+
+def mean_keys(document_lengths: Iterable[int], image_cells: Iterable[int]) -> float:
+    """Keys that a query may see, over the tokens of the given documents and of the pictures in them.
+
+    Causal: token i of a document sees i + 1 keys. Bidirectional: a cell of a picture of m sees the m - 1 others too, of
+    which half stand before it.
+    """
+    tokens = pairs = 0
+    for length in document_lengths:
+        tokens += length
+        pairs += length * (length + 1) // 2
+    for cells in image_cells:
+        pairs += cells * (cells - 1) // 2
+    return pairs / tokens
