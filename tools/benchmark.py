@@ -1,6 +1,6 @@
 """Measures speed side by side with what it is compared to; prints a table.
 
-python tools/benchmark.py data [--only packing loader ...] [--scratch DIR]
+python tools/benchmark.py data|train [--only packing loader ...] [--scratch DIR]
 """
 
 import argparse
@@ -15,7 +15,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 
 from benchmarks.table import markdown
 
-SUITES = {"data": ["preprocess", "memory", "loader", "packing", "storage"]}
+SUITES = {"data": ["preprocess", "memory", "loader", "packing", "storage"], "train": ["train"]}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,0 +1,111 @@
+"""Our side of the training benchmark: `megatron.training.pretrain` as pretrain_neo runs it, one step at a time.
+
+Nothing of Megatron is replaced. The data iterator, the model and the functions that `pretrain` is given tell where in a
+step it is; a step lasts from one call of the iterator to the next, with all that Megatron does in between.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_step import SEED, Clock, Step, StopTraining, grown, settings
+
+
+def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) -> None:
+    """Trains step by step as ``connection`` asks, and answers each with a `Step`."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    # It prepares torch and Megatron when it is imported, and so comes before them.
+    from neo_megatron import pretrain_neo
+
+    sys.argv = ["pretrain_neo", *arguments(inputs, vocabulary, recompute)]
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    clock, losses = Clock(), []
+    base = grown()
+
+    def datasets_provider(*given, **named):
+        train, *others = pretrain_neo.datasets_provider(*given, **named)
+        return iterate(train), *others
+
+    def iterate(packs: Iterator) -> Iterator:
+        for number in range(sys.maxsize):
+            clock.mark("Megatron's loop")
+            if number:
+                connection.send(Step(losses[-1], clock.parts, grown() - base))
+            if not connection.recv():
+                raise StopTraining
+            clock.restart()
+            pack = next(packs)
+            clock.mark("data")
+            yield pack
+
+    def model_provider(*given, **named):
+        model = pretrain_neo.model_provider(*given, **named)
+        model.register_forward_pre_hook(lambda *_: clock.mark("data"))
+        finalize = model.config.finalize_model_grads_func
+
+        def finalize_model_grads(*given, **named):
+            clock.mark("backward")
+            finalize(*given, **named)
+            clock.mark("Megatron's loop")
+
+        model.config.finalize_model_grads_func = finalize_model_grads
+        return model
+
+    def forward_step(*given):
+        output, loss_function = pretrain_neo.forward_step(*given)
+
+        def reduce(*given):
+            loss, count, report = loss_function(*given)
+            total, weight = report["lm loss"].tolist()
+            losses.append(total / weight)
+            clock.mark("forward")
+            return loss, count, report
+
+        return output, reduce
+
+    datasets_provider.is_distributed = True
+    register_optimizer_step_post_hook(lambda *_: clock.mark("optimizer"))
+    try:
+        args = pretrain_neo.parse_arguments()
+        pretrain_neo.pretrain(
+            pretrain_neo.pretrain_cfg_container_from_args(args),
+            datasets_provider,
+            pretrain_neo.ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=model_provider,
+        )
+    except StopTraining:
+        pass
+
+
+def arguments(inputs: Path, vocabulary: int, recompute: bool) -> list[str]:
+    """The command line of pretrain_neo."""
+    chosen: dict[str, Any] = {
+        "--neo-model": inputs / f"hf-{vocabulary}",
+        "--pretrained-checkpoint": inputs / f"megatron-{vocabulary}",
+        "--train-data-path": inputs / "packs",
+        "--seed": SEED,
+        "--micro-batch-size": 1,
+        "--global-batch-size": 1,
+        "--train-iters": 1000,
+        "--num-workers": 0,
+        "--lr": settings["lr"],
+        "--lr-decay-style": "constant",
+        "--lr-warmup-iters": 0,
+        "--weight-decay": settings["weight_decay"],
+        "--adam-beta1": settings["betas"][0],
+        "--adam-beta2": settings["betas"][1],
+        "--adam-eps": settings["eps"],
+        "--clip-grad": settings["clip"],
+    }
+    if recompute:
+        chosen |= {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1}
+    return [str(part) for flag in chosen.items() for part in flag]

@@ -1,0 +1,54 @@
+"""What the two sides of the training benchmark agree on."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SEED = 1
+settings = {"lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "clip": 1.0}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step.
+
+    Args:
+        loss: of the pack, before the update.
+        parts: CPU seconds by name; their sum is the step.
+        memory: bytes that the process has grown by at most, since before it built the model.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+class Clock:
+    """CPU seconds between the marks of a step, added up by name."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = time.process_time()
+
+    def mark(self, part: str) -> None:
+        """What passed since the last mark belongs to ``part``."""
+        now = time.process_time()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+class StopTraining(Exception):
+    """The benchmark has seen enough steps."""
+
+
+def grown() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
