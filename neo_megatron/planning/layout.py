@@ -1,0 +1,118 @@
+"""How a run is spread over GPUs, under Megatron's names; which layers each pipeline stage holds."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from neo_megatron.model.config import ConfigError, NeoSizes
+
+Precision = Literal["bf16", "fp8", "fp32"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive layers on one pipeline rank: one virtual stage, or all of a rank where there are none."""
+
+    first_layer: int
+    layers: int
+    embedding: bool
+    head: bool
+
+    def pre_buffer_layers(self, sizes: NeoSizes) -> int:
+        return min(max(sizes.pre_buffer_layers - self.first_layer, 0), self.layers)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes and switches of Megatron that decide what a rank holds, computes and sends."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_layout: str | None = None
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int = 1
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    precision: Precision = "bf16"
+    transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
+
+    @property
+    def world_size(self) -> int:
+        return self.model_ranks * self.data_parallel_size
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold one copy of the model and work on one micro-batch."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def state_ranks(self) -> int:
+        """Ranks that hold the same parameters: gradients are reduced, and optimizer state divided, over them."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that the parts of a layer outside the tensor-parallel products are divided over."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    def recomputes(self, module: str) -> bool:
+        """Whether a module of every layer is recomputed on its own."""
+        return self.recompute_granularity == "selective" and module in self.recompute_modules
+
+    def chunks(self, sizes: NeoSizes) -> list[list[Chunk]]:
+        """The chunks of every pipeline rank, ``[pipeline][virtual]``.
+
+        Raises:
+            ConfigError: the layers cannot be divided so.
+        """
+        ranks, virtual = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        if self.pipeline_model_parallel_layout is not None:
+            stages = layout_stages(self.pipeline_model_parallel_layout)
+        else:
+            count, rest = divmod(sizes.num_layers, ranks * virtual)
+            if rest:
+                raise ConfigError(
+                    f"--pipeline-model-parallel-size {ranks} with {virtual} virtual stages does not divide the "
+                    f"{sizes.num_layers} layers: choose sizes that do, --pre-buffer-pipeline-stages or "
+                    "--pipeline-model-parallel-layout"
+                )
+            stages = ["t" * count] * (ranks * virtual)
+            stages[0] = "E" + stages[0]
+            stages[-1] += "L"
+        if len(stages) != ranks * virtual or "".join(stages) != "E" + "t" * sizes.num_layers + "L":
+            raise ConfigError(
+                f"--pipeline-model-parallel-layout {self.pipeline_model_parallel_layout}: needs {ranks * virtual} "
+                f"stages with the embeddings E, {sizes.num_layers} layers t and the head L, in this order"
+            )
+        first, chunks = 0, []
+        for stage in stages:
+            chunks.append(Chunk(first, stage.count("t"), "E" in stage, "L" in stage))
+            first += stage.count("t")
+        return [chunks[rank::ranks] for rank in range(ranks)]
+
+
+def layout_stages(layout: str) -> list[str]:
+    """The stages of Megatron's layout string, products written out: ``Et*2|(tt|)*2L`` -> Ett, tt, tt, L."""
+    layout = layout.replace(",", "")
+    for product in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        layout = re.sub(product, lambda match: match.group(1) * int(match.group(2)), layout)
+    return layout.split("|")

@@ -1,0 +1,90 @@
+"""The planner's bytes of state equal, to the byte, those of real ranks of large layouts, and its chunks Megatron's."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from neo_megatron.model.config import ConfigError
+from neo_megatron.planning.layout import Layout, layout_stages
+from neo_megatron.planning.state import rank_state
+from neo_megatron.presets import SIZES
+
+OVERLAPPED = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+# TP8 PP4 CP2 DP16: 1,024 ranks, of which 256 hold a stage and 32 the same parameters.
+LARGE = Layout(
+    tensor_model_parallel_size=8,
+    sequence_parallel=True,
+    pipeline_model_parallel_size=4,
+    pipeline_model_parallel_layout="Et*9|t*11|t*11|t*11L",
+    context_parallel_size=1,
+    data_parallel_size=32,
+    **OVERLAPPED,
+)
+INTERLEAVED = Layout(
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=4,
+    virtual_pipeline_model_parallel_size=2,
+    data_parallel_size=5,
+    **OVERLAPPED,
+)
+TWO_STAGES = Layout(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t*3L", data_parallel_size=3)
+# name of the model, stage, layout, and (rank of the world, of the pipeline, among those with the same parameters)
+CASES = [
+    ("neo-9b", 2, LARGE, [(0, 0, 0), (256, 1, 0), (512, 2, 0), (768, 3, 0), (1023, 3, 31)]),
+    ("neo-9b", 1, LARGE, [(0, 0, 0), (255, 0, 31), (768, 3, 0)]),
+    # Tied: a copy of the embedding on the first and the last stage, in a bucket of its own.
+    ("neo-2b", 3, INTERLEAVED, [(0, 0, 0), (39, 3, 4)]),
+    ("neo-2b", 1, Layout(pipeline_model_parallel_size=2), [(0, 0, 0), (1, 1, 0)]),
+    ("neo-2b", 2, Layout(precision="fp32"), [(0, 0, 0)]),
+    # Small and odd, so that there is padding everywhere.
+    ("tiny", 1, TWO_STAGES, [(0, 0, 0), (5, 1, 2)]),
+    ("tiny", 2, Layout(precision="fp32", data_parallel_size=7, use_distributed_optimizer=True), [(0, 0, 0), (6, 0, 6)]),
+]
+
+
+def flags(model: str, stage: int, layout: Layout) -> list[str]:
+    """The layout as a user would write it."""
+    flags = ["--neo-model", model, "--training-stage", stage, "--seq-length", 4096, "--train-iters", 1]
+    flags += ["--micro-batch-size", 1, "--global-batch-size", layout.data_parallel_size * 4]
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        flags += [f"--{name.replace('_', '-')}", getattr(layout, name)]
+    for name in ("sequence_parallel", *OVERLAPPED):
+        flags += [f"--{name.replace('_', '-')}"] * getattr(layout, name)
+    if layout.pipeline_model_parallel_layout:
+        flags += ["--pipeline-model-parallel-layout", layout.pipeline_model_parallel_layout]
+    elif layout.virtual_pipeline_model_parallel_size > 1:
+        flags += ["--num-virtual-stages-per-pipeline-rank", layout.virtual_pipeline_model_parallel_size]
+    return [str(flag) for flag in flags + ["--bf16"] * (layout.precision == "bf16")]
+
+
+def test_state_equals_a_real_rank_to_the_byte():
+    cases = [
+        {"argv": flags(*case), "world_size": layout.world_size, "ranks": [rank for rank, *_ in ranks]}
+        for *case, ranks in CASES
+        for layout in [case[2]]
+    ]
+    done = run_python(Path(__file__).parent / "state_worker.py", json.dumps(cases))
+    assert done.returncode == 0, done.stdout[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (model, stage, layout, ranks), rows in zip(CASES, found, strict=True):
+        for (rank, pipeline_rank, state_rank), row in zip(ranks, rows, strict=True):
+            planned = rank_state(SIZES[model], layout, stage, pipeline_rank, state_rank)
+            expected = (planned.parameters, planned.gradients, planned.optimizer)
+            assert tuple(row) == expected, f"{model}, stage {stage}, rank {rank}"
+
+
+@pytest.mark.parametrize("layout", ["Et*2|(tt|)*2L", "E|t,t|t*3|L", "Ettt|(t|)*4tL"])
+def test_a_layout_reads_as_megatron_reads_it(layout):
+    letter = {"embedding": "E", "decoder": "t", "loss": "L"}
+    megatron = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    assert layout_stages(layout) == ["".join(letter[kind.name] for kind in stage) for stage in megatron]
+
+
+def test_layers_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="--pipeline-model-parallel-size 4 .* 42 layers: choose"):
+        Layout(pipeline_model_parallel_size=4).chunks(SIZES["neo-9b"])
+    with pytest.raises(ConfigError, match=r"--pipeline-model-parallel-layout Et\|tL: needs 2 stages"):
+        Layout(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|tL").chunks(SIZES["neo-9b"])
