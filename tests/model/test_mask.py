@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import flex_attention
 
+from neo_megatron.model import tiled_attention
 from neo_megatron.model.core_attention import attend, build_mask
 from neo_megatron.model.mask import AttentionRule
+from neo_megatron.model.tiled_attention import TiledMask
 
 
 def random_pack(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,13 +85,48 @@ def random_heads(packs: int, length: int):
     return query, key, value
 
 
-def test_sdpa_path_equals_dense_float64():
-    rule = random_packs(128, 3)
+# All rows; a part of them; a part that is out of order, as context parallelism may deal them out.
+ROWS = [None, torch.arange(64, 128), torch.cat((torch.arange(96, 128), torch.arange(16, 48)))]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("tile_rows", [16, 128])
+def test_tiles_equal_dense_float64(rows, tile_rows, monkeypatch):
+    """Values and gradients, in float32 and for more than one tile to a document."""
+    monkeypatch.setattr(tiled_attention, "TILE_ROWS", tile_rows)
+    packs = random_packs(128, 3)
+    rule = AttentionRule(packs.document_BT, packs.image_BT, rows)
     query, key, value = random_heads(3, 128)
-    expected = dense_attention(query, key, value, rule.dense(), scale=32**-0.5)
-    heads_last = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+    query = query if rows is None else query[:, :, rows]
+    heads = [x.requires_grad_() for x in (query.clone(), key, value)]
+    expected = dense_attention(*heads, rule.dense(), scale=32**-0.5)
+    towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(expected, heads, towards.double())
+    heads_last = (x.permute(2, 0, 1, 3) for x in heads)
     actual = attend(*heads_last, build_mask(rule, torch.float32), scale=32**-0.5)
     torch.testing.assert_close(actual, expected.permute(2, 0, 1, 3).flatten(2).float(), atol=2e-6, rtol=0)
+    gradients = torch.autograd.grad(actual, heads, towards.permute(2, 0, 1, 3).flatten(2))
+    for actual, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(actual, expected, atol=5e-6, rtol=0)
+
+
+def test_tiles_in_bfloat16_are_rounded_once():
+    """Scores, weights and sums are float32 inside: the result is that of the rounded inputs, rounded."""
+    rule = random_packs(64, 1)
+    rounded = [x.bfloat16() for x in random_heads(1, 64)]
+    expected = dense_attention(*rounded, rule.dense(), scale=32**-0.5)
+    actual = attend(*(x.permute(2, 0, 1, 3) for x in rounded), build_mask(rule, torch.bfloat16), scale=32**-0.5)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected.permute(2, 0, 1, 3).flatten(2).bfloat16(), atol=1e-6, rtol=2**-7)
+
+
+def test_tiles_leave_out_what_is_hidden():
+    """Three documents of 100 tokens, the second with an image, and padding: the work is theirs alone."""
+    document = torch.tensor([0] * 100 + [1] * 100 + [2] * 100 + [-1] * 100)[None]
+    image = torch.full((1, 400), -1)
+    image[0, 110:190] = 0
+    tiles = TiledMask.from_rule(AttentionRule(document, image), torch.float32).tiles
+    assert [(tile.rows, tile.keys) for tile in tiles] == [(slice(a, a + 100), slice(a, a + 100)) for a in (0, 100, 200)]
 
 
 @pytest.mark.parametrize("rows", [None, torch.arange(64, 128)])
