@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from typing import get_args
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
+from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.errors import DataError
@@ -23,6 +24,13 @@ def parse_arguments() -> argparse.Namespace:
         "--vocab-size", type=int, help="rows of the embedding (default: Qwen3's, more if the tokenizer needs)"
     )
     init.add_argument("--seed", type=int, default=0, help="of the pre-buffer and the patch embedding")
+    init.add_argument(
+        "--key-hw-init",
+        choices=get_args(KeyHwInit),
+        default="published",
+        help="what makes the new keys zero: their projection (published; its gradients are 1,000 times too large at "
+        "first) or the weights of their norms; see docs/key_hw_init.md",
+    )
 
     to_megatron = commands.add_parser("hf-to-megatron", help="for --load or --pretrained-checkpoint, on any layout")
     to_megatron.add_argument("--hf", required=True, metavar="NEO_HF_DIR")
@@ -48,6 +56,7 @@ def main() -> None:
                 tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
                 vocab_size=args.vocab_size,
                 seed=args.seed,
+                key_hw_init=args.key_hw_init,
             )
         elif args.command == "hf-to-megatron":
             convert_hf_to_megatron(args.hf, args.output)

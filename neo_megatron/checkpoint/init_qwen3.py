@@ -1,13 +1,18 @@
 """A Qwen3 Hugging Face directory -> a NEO Hugging Face directory to start stage 1 from (spec: the initialisation).
 
 Qwen3's layer i becomes layer ``pre_buffer_layers + i``, unchanged, and computes on text what it computed before: its
-new key projection for rows and columns is zero. The pre-buffer and the patch embedding are drawn from a seed.
+new keys for rows and columns are zero. The pre-buffer and the patch embedding are drawn from a seed.
+
+Zero keys can be made in two ways (`KeyHwInit`):
+    published  the projection W_k_hw is zero. RMSNorm of zero is zero, but its derivative there is 1/sqrt(eps) = 1,000.
+    zero-norm  the weights of the norms behind W_k_hw are zero; W_k_hw itself is made from W_k as W_q_hw is from W_q.
+               The gradient then reaches the norms at ordinary size. docs/key_hw_init.md compares both.
 """
 
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +31,8 @@ from neo_megatron.model.config import NeoSizes
 INIT_STD = 0.02
 VOCABULARY_MULTIPLE = 128
 
+KeyHwInit = Literal["published", "zero-norm"]
+
 
 def init_from_qwen3(
     qwen3_directory: str | Path,
@@ -35,6 +42,7 @@ def init_from_qwen3(
     tokenizer: Any | None = None,
     vocab_size: int | None = None,
     seed: int = 0,
+    key_hw_init: KeyHwInit = "published",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes ``output`` in Qwen3's own type.
@@ -44,6 +52,7 @@ def init_from_qwen3(
             taken to have the ids they have on Qwen3.
         vocab_size: rows of the embedding and the head; by default Qwen3's, and more only if the tokenizer needs them.
             Further rows are zero, surplus rows are cut.
+        key_hw_init: what makes the post-LLM's keys for rows and columns zero, see above.
 
     Raises:
         ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``.
@@ -64,7 +73,7 @@ def init_from_qwen3(
     shapes = hf_shapes(sizes)
     stored = [StoredTensor(name, shape, dtype) for name, shape in shapes.items()]
     draw = torch.Generator().manual_seed(seed)
-    values = (_value(name, shape, source, sizes, draw).to(dtype) for name, shape in shapes.items())
+    values = (_value(name, shape, source, sizes, draw, key_hw_init).to(dtype) for name, shape in shapes.items())
     with whole_directory(output) as partial:
         write_safetensors(partial, stored, values, shard_bytes)
         write_companions(partial, sizes, dtype, tokenizer)
@@ -139,7 +148,12 @@ def _check_tensors(source: SafetensorsDirectory, sizes: NeoSizes, qwen3_rows: in
 
 
 def _value(
-    name: str, shape: tuple[int, ...], source: SafetensorsDirectory, sizes: NeoSizes, draw: torch.Generator
+    name: str,
+    shape: tuple[int, ...],
+    source: SafetensorsDirectory,
+    sizes: NeoSizes,
+    draw: torch.Generator,
+    key_hw_init: KeyHwInit,
 ) -> Tensor:
     """One tensor of the new NEO."""
     if name.startswith(PATCH_EMBEDDING):
@@ -155,18 +169,20 @@ def _value(
         return source.read(_qwen3_name(name))
     number, _, rest = name.removeprefix(DECODER + "layers.").partition(".")
     qwen3_layer = int(number) - sizes.pre_buffer_layers
+    if qwen3_layer >= 0 and key_hw_init == "zero-norm" and rest.startswith("self_attn.k_norm_"):
+        return torch.zeros(shape)
     if "norm" in rest and (qwen3_layer < 0 or "_norm_" in rest):
         return torch.ones(shape)
     if qwen3_layer < 0:
         return torch.empty(shape).normal_(0, INIT_STD, generator=draw)
-    if rest == "self_attn.k_proj_hw.weight":
+    if rest == "self_attn.k_proj_hw.weight" and key_hw_init == "published":
         return torch.zeros(shape)
-    if rest == "self_attn.q_proj_hw.weight":
-        return _query_hw(source.read(f"model.layers.{qwen3_layer}.self_attn.q_proj.weight"), sizes.head_dim)
+    if rest.endswith("_proj_hw.weight"):
+        return _rows_and_columns(source.read(f"model.layers.{qwen3_layer}.{rest.replace('_hw', '')}"), sizes.head_dim)
     return source.read(f"model.layers.{qwen3_layer}.{rest}")
 
 
-def _query_hw(query: Tensor, head_dim: int) -> Tensor:
+def _rows_and_columns(projection: Tensor, head_dim: int) -> Tensor:
     """First and third quarter of every head's rows, twice: for h and for w."""
-    quarters = query.unflatten(0, (-1, 4, head_dim // 4))
+    quarters = projection.unflatten(0, (-1, 4, head_dim // 4))
     return quarters[:, [0, 2, 0, 2]].flatten(0, 2)
