@@ -22,8 +22,9 @@ class NeoModelArguments:
     """Channels of the patch embedding. Default: as in --neo-model."""
 
     pre_buffer_pipeline_stages: int = 0
-    """Puts the embeddings and the pre-buffer on this many pipeline stages of their own. Default: Megatron's flags
-    decide where stages begin."""
+    """Puts the embeddings and the pre-buffer on this many pipeline stages of their own (virtual ones count); both parts
+    are cut by what their layers cost. Default: Megatron's even split, or one by costs where layers do not divide.
+    --pipeline-model-parallel-layout overrides both."""
 
 
 @dataclass

@@ -43,7 +43,7 @@ from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import model_inputs
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
-from neo_megatron.pipeline_layout import pre_buffer_layout
+from neo_megatron.pipeline_layout import choose_layout
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
@@ -102,13 +102,11 @@ def parse_arguments() -> Namespace:
         args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
     if not args.valid_data_path:
         args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
-    if args.pre_buffer_pipeline_stages:
-        args.pipeline_model_parallel_layout = pre_buffer_layout(
-            sizes.pre_buffer_layers,
-            sizes.post_llm_layers,
-            args.pre_buffer_pipeline_stages,
-            args.pipeline_model_parallel_size,
-        )
+    args.pipeline_model_parallel_layout, stages = choose_layout(args, sizes)
+    if args.pipeline_model_parallel_layout:
+        args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two
+    if stages and args.rank == 0:
+        print(stages, flush=True)
     validate_args(args)
     check_checkpoint(args)
     set_global_variables(args)

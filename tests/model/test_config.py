@@ -7,7 +7,6 @@ import pytest
 from neo_megatron import presets
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.transformer_config import NeoConfig
-from neo_megatron.pipeline_layout import pre_buffer_layout
 
 
 def test_reads_the_published_config(golden):
@@ -60,14 +59,3 @@ def test_an_unknown_model_is_refused():
 def test_a_layout_that_cannot_work_is_refused(sizes, settings, flag):
     with pytest.raises(ValueError, match=flag):
         NeoConfig.from_sizes(sizes, **settings)
-
-
-def test_pre_buffer_stages():
-    assert pre_buffer_layout(2, 2, pre_buffer_stages=1, stages=2) == "Ett|ttL"
-    assert pre_buffer_layout(12, 28, pre_buffer_stages=1, stages=4).split("|") == [
-        "E" + 12 * "t", 10 * "t", 9 * "t", 9 * "t" + "L"
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="--pre-buffer-pipeline-stages 2 with --pipeline-model-parallel-size 2"):
-        pre_buffer_layout(2, 2, pre_buffer_stages=2, stages=2)
-    with pytest.raises(ValueError, match="fewer than their stages"):
-        pre_buffer_layout(1, 4, pre_buffer_stages=2, stages=4)
