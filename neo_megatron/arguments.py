@@ -47,8 +47,18 @@ class NeoTrainingArguments:
     data preprocessed with --image-store encoded."""
 
 
+@dataclass
+class NeoCheckpointArguments:
+    """The checkpoints of a run."""
+
+    save_total_limit: int = 0
+    """Keeps this many checkpoints in --save, the newest, and deletes older ones once a newer one is proved whole.
+    Default: all are kept."""
+
+
 def add_neo_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds a group of flags for each dataclass above."""
     ArgumentGroupFactory(NeoModelArguments).build_group(parser, "NEO model")
     ArgumentGroupFactory(NeoTrainingArguments).build_group(parser, "NEO training")
+    ArgumentGroupFactory(NeoCheckpointArguments).build_group(parser, "NEO checkpoints")
     return parser

@@ -44,8 +44,6 @@ def argument_defaults() -> dict[str, Any]:
         "apply_rope_fusion": False,
         "no_persist_layer_norm": True,
         "masked_softmax_fusion": False,
-        # The optimizer's state can then be resharded on load; Megatron's default layout needs its fused Adam.
-        "dist_ckpt_optim_fully_reshardable": True,
     }
 
 

@@ -11,7 +11,6 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from neo_megatron import cpu_platform
@@ -32,7 +31,6 @@ from torch.utils.data import DataLoader
 
 from neo_megatron import presets
 from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
-from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
 from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.data.errors import DataError
@@ -44,6 +42,7 @@ from neo_megatron.model.micro_batch import model_inputs
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.pipeline_layout import choose_layout
+from neo_megatron.run_checkpoints import RunCheckpoints, check_save_flags
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
@@ -52,13 +51,14 @@ _loss = WeightedLoss()
 def main() -> None:
     try:
         args = parse_arguments()
-        pretrain(
-            pretrain_cfg_container_from_args(args),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            model_provider=model_provider,
-        )
+        with RunCheckpoints(args) as run_checkpoints:
+            pretrain(
+                pretrain_cfg_container_from_args(args),
+                datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                model_provider=partial(model_provider, run_checkpoints=run_checkpoints),
+            )
     except (ConfigError, DataError) as error:
         sys.exit(f"pretrain_neo: {error}")
     finally:
@@ -89,6 +89,8 @@ def parse_arguments() -> Namespace:
             # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
             dataloader_type="external",
             exit_signal_handler=True,
+            # Another layout can then take over the optimizer's state.
+            dist_ckpt_optim_fully_reshardable=True,
             # Megatron has no defaults for these, and fails without them.
             save_interval=1000,
             eval_interval=1000,
@@ -108,34 +110,9 @@ def parse_arguments() -> Namespace:
     if stages and args.rank == 0:
         print(stages, flush=True)
     validate_args(args)
-    check_checkpoint(args)
+    check_save_flags(args)
     set_global_variables(args)
     return args
-
-
-def check_checkpoint(args: Namespace) -> None:
-    """Compares the sizes in the checkpoint to start from with this run's; Megatron itself compares but a few of them.
-
-    Raises:
-        ConfigError: they differ in what shapes or computes the model.
-    """
-    candidates = (Path(path) for path in (args.load, args.pretrained_checkpoint) if path)
-    directory = next((path for path in candidates if (path / TRACKER).is_file()), None)
-    if directory is None:
-        return
-    saved = TorchDistDirectory(directory).common_state()["args"].neo_sizes
-    # The others are limits and labels, which a run may choose anew.
-    free = {"min_pixels", "max_pixels", "max_positions", "max_positions_hw"}
-    differences = [
-        f"{name} {saved[name]} there, {value} here"
-        for name, value in args.neo_sizes.items()
-        if name not in free and saved[name] != value
-    ]
-    if differences:
-        raise ConfigError(
-            f"the checkpoint {directory} is of another model ({'; '.join(differences)}): "
-            "choose --neo-model and the size flags that it was made with"
-        )
 
 
 def model_provider(
@@ -144,11 +121,14 @@ def model_provider(
     vp_stage: int | None = None,
     config: NeoConfig | None = None,
     pg_collection: ProcessGroupCollection | None = None,
+    *,
+    run_checkpoints: RunCheckpoints,
 ) -> NeoModel:
     """Builds this rank's part of the model, frozen as the training stage asks, and lists what trains."""
+    run_checkpoints.start()  # here all ranks can talk to each other, and Megatron has not loaded yet
     args = get_args()
     config = config or core_transformer_config_from_args(args, NeoConfig)
-    config.finalize_model_grads_func = _loss.finalize_model_grads
+    config.finalize_model_grads_func = partial(finalize_step, run_checkpoints)
     model = NeoModel(
         config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
     )
@@ -157,6 +137,12 @@ def model_provider(
         stage = parallel_state.get_pipeline_model_parallel_rank()
         print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
     return model
+
+
+def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
+    """What Megatron calls once in every step on all ranks: normalises the gradients, and sees to finished saves."""
+    run_checkpoints.look()
+    _loss.finalize_model_grads(model, num_tokens, **groups)
 
 
 def datasets_provider(

@@ -150,16 +150,26 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
-            path = Path(self.path) / ".metadata"
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file: the save was interrupted, use an earlier iteration")
-            try:
-                with path.open("rb") as stream:
-                    self._metadata = _MetadataUnpickler(stream).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
-                raise ValueError(f"{path}: not the metadata of a checkpoint ({error}): copy it again") from error
-            _check_file_names(path, (place.relative_path for place in self._metadata.storage_data.values()))
+            self._metadata = read_metadata(Path(self.path))
         return self._metadata
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """What `.metadata` says: which file of the directory holds which piece of which tensor.
+
+    Raises:
+        ValueError: it is missing, broken, holds more than DCP's records, or names a file that is not there.
+    """
+    path = directory / ".metadata"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file: the save was interrupted, use an earlier iteration")
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        names = {place.relative_path for place in metadata.storage_data.values()}
+    except Exception as error:  # damaged bytes can make a pickle raise anything
+        raise ValueError(f"{path}: not the metadata of a checkpoint ({error}): copy it again") from error
+    _check_file_names(path, names)
+    return metadata
 
 
 def _check_file_names(path: Path, names: Iterable[str]) -> None:

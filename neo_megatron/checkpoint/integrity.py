@@ -1,0 +1,161 @@
+"""Whether a torch_dist checkpoint is as it was written: every file there, whole, and with its bytes.
+
+Tensors need no checksums of ours. Each piece is an archive of `torch.save`, a zip whose records carry a CRC-32 that
+torch writes and never compares when it reads. `.metadata` says where each piece begins and ends, so that ranks can
+share the reading. What `.metadata` itself says is covered by `checksums.json`, written once a save is final.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checkpoint.torch_dist import read_metadata
+
+CHECKSUMS = "checksums.json"
+_COVERED = (".metadata", "metadata.json")
+_TORCH_ZIP_FLAGS = 0x808  # sizes behind the data, names in UTF-8
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint is not as it was written; the text is one sentence that names the file."""
+
+
+class Piece(NamedTuple):
+    """Where one stored piece of a tensor, or one object, lies."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+def write_checksums(directory: Path) -> None:
+    """Notes the checksums of the files that say what a checkpoint holds; call it when the save is final."""
+    sums = {name: _sha256(directory / name) for name in _COVERED}
+    partial = directory / (CHECKSUMS + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"sha256": sums}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(directory / CHECKSUMS)
+
+
+def stored_pieces(directory: Path) -> list[Piece]:
+    """All pieces of a checkpoint, in the order in which they lie, after the checks that read no tensor.
+
+    A checkpoint without `checksums.json` passes, as every one does that was saved by other programs or whose run was
+    killed between Megatron's last file and ours.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, or longer or shorter than its pieces, or says something else than when
+            it was written.
+    """
+    if not directory.is_dir():
+        raise DamagedCheckpoint(f"{directory} is missing")
+    try:
+        if (directory / CHECKSUMS).exists():
+            _compare_checksums(directory)
+        if read_json(directory / "metadata.json").get("sharded_backend") != "torch_dist":
+            raise DamagedCheckpoint(f"{directory / 'metadata.json'} does not name the format torch_dist")
+        places = read_metadata(directory).storage_data.values()
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    pieces = sorted({Piece(directory / place.relative_path, place.offset, place.length) for place in places})
+    ends = dict.fromkeys((piece.path for piece in pieces), 0)
+    for piece in pieces:
+        if piece.offset != ends[piece.path] or piece.length <= 0:
+            raise DamagedCheckpoint(f"{directory / '.metadata'} leaves gaps in {piece.path.name}")
+        ends[piece.path] += piece.length
+    for path, end in ends.items():
+        if path.stat().st_size != end:
+            raise DamagedCheckpoint(f"{path} has {path.stat().st_size} bytes instead of {end}")
+    return pieces
+
+
+def share_of(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
+    """The pieces that one of several ranks verifies: neighbours, and about as many bytes for each rank."""
+    total = sum(piece.length for piece in pieces)
+    mine, before = [], 0
+    for piece in pieces:
+        middle = before + piece.length / 2
+        if int(middle / total * ranks) == rank:
+            mine.append(piece)
+        before += piece.length
+    return mine
+
+
+def verify_pieces(pieces: Sequence[Piece]) -> None:
+    """Reads pieces and compares every record with its checksum.
+
+    Raises:
+        DamagedCheckpoint: one of them holds other bytes than were written.
+    """
+    for path in dict.fromkeys(piece.path for piece in pieces):
+        with path.open("rb") as file:
+            for piece in pieces:
+                if piece.path == path and (what := _damage(_Window(file, piece.offset, piece.length))):
+                    end = piece.offset + piece.length
+                    raise DamagedCheckpoint(f"{path} is damaged between bytes {piece.offset} and {end} ({what})")
+
+
+def _damage(archive: "_Window") -> str | None:
+    """What is wrong with an archive of `torch.save`; `None` where every record is as it was written."""
+    try:
+        torch._C.PyTorchFileReader(archive)  # compares the parts of the table of contents; zipfile leaves some unread
+        with zipfile.ZipFile(archive) as records:
+            for record in records.infolist():
+                plain = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
+                if not plain or record.flag_bits != _TORCH_ZIP_FLAGS or record.volume or record.comment:
+                    return f"{record.filename} is not as torch.save writes it"
+            wrong = records.testzip()
+    except Exception as error:  # damaged bytes can make the readers raise anything
+        return str(error).split("\n")[0].split(". ")[0]
+    return wrong and f"the checksum of {wrong} differs"
+
+
+class _Window:
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._place = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        if self._place < 0:
+            raise ValueError("a place before its beginning")
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._place, 0)
+        self._file.seek(self._offset + self._place)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._place += len(data)
+        return data
+
+
+def _compare_checksums(directory: Path) -> None:
+    sums = read_json(directory / CHECKSUMS).get("sha256")
+    if not isinstance(sums, dict) or set(sums) != set(_COVERED):
+        raise DamagedCheckpoint(f"{directory / CHECKSUMS} is not as it was written")
+    for name in _COVERED:
+        if not (directory / name).is_file():
+            raise DamagedCheckpoint(f"{directory / name} is missing")
+        if _sha256(directory / name) != sums[name]:
+            raise DamagedCheckpoint(f"{directory / name} has another checksum than {CHECKSUMS} says")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""The checkpoints of a run, around Megatron's saving and loading and without changing them.
+
+Megatron has no hook at the end of a save, which may come steps later when it is asynchronous. So every step looks
+whether the tracker file, which Megatron writes last, has changed: one `stat` on rank 0.
+"""
+
+import threading
+from argparse import Namespace
+
+from neo_megatron.checkpoint.integrity import (
+    CHECKSUMS,
+    DamagedCheckpoint,
+    stored_pieces,
+    verify_pieces,
+    write_checksums,
+)
+from neo_megatron.checkpoint.run_directory import RunDirectory
+from neo_megatron.model.config import ConfigError
+from neo_megatron.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
+
+
+def check_save_flags(args: Namespace) -> None:
+    """Refuses flags about checkpoints that contradict each other.
+
+    Raises:
+        ConfigError: with the flags and a remedy.
+    """
+    if args.ckpt_format != "torch_dist":
+        raise ConfigError(
+            f"--ckpt-format {args.ckpt_format}: only torch_dist can be verified and loaded on any layout: leave it out"
+        )
+    if args.save_total_limit < 0:
+        raise ConfigError(f"--save-total-limit {args.save_total_limit}: give 1 or more, or leave it out to keep all")
+    if args.save_total_limit and args.save_retain_interval:
+        raise ConfigError(
+            "--save-total-limit and --save-retain-interval both say which checkpoints are deleted: give one of them"
+        )
+
+
+class RunCheckpoints:
+    """Sees to a run's checkpoints: where it starts, checksums of what it saves, and which are kept.
+
+    A context around training: on leaving, the last save is seen to.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._directory = RunDirectory(args.save) if args.save else None
+        self._limit = args.save_total_limit
+        self._started = False
+        self._seen: tuple[int, int] | None = None
+        self._deleting: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Makes Megatron load a whole checkpoint. To be called on all ranks before it does; later calls do nothing.
+
+        Raises:
+            ConfigError: no checkpoint is whole, or it is not of this run.
+        """
+        if self._started:
+            return
+        self._started = True
+        checkpoint = choose_checkpoint(self._args)
+        if checkpoint is not None:
+            check_model_and_schedule(self._args, checkpoint)
+        make_way(self._args, checkpoint)
+        self._seen = self._stamp()
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.look()
+        # At the end there is time; a run that was told to stop may have little, and the next start deletes as well.
+        if kind is None and self._deleting:
+            self._deleting.join()
+            self._delete_surplus()
+
+    def look(self) -> None:
+        """Sees to a checkpoint that was finished since the last look."""
+        if self._directory is None or not self._started or rank_and_ranks()[0] != 0:
+            return
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        newest = self._directory.named()
+        if not isinstance(newest, int):
+            return
+        try:
+            write_checksums(self._directory.path_of(newest))
+        except OSError as error:
+            print(f"{self._directory.path_of(newest)} has no {CHECKSUMS}: {error}", flush=True)
+        if self._limit and not (self._deleting and self._deleting.is_alive()):
+            # A thread, because a large directory on a shared file system takes minutes.
+            self._deleting = threading.Thread(target=self._delete_surplus, daemon=True)
+            self._deleting.start()
+
+    def _delete_surplus(self) -> None:
+        """Deletes only when the newest checkpoint, read back, is whole: otherwise an older one may be the last good."""
+        surplus = self._directory.surplus(self._limit)
+        if not surplus:
+            return
+        newest = self._directory.path_of(self._directory.named())
+        try:
+            verify_pieces(stored_pieces(newest))
+            for iteration in surplus:
+                self._directory.delete(iteration)
+        except (DamagedCheckpoint, OSError) as error:
+            print(f"{error}: no older checkpoint is deleted until a later one is whole", flush=True)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Changes with every writing of the tracker."""
+        if self._directory is None or not self._directory.tracker.exists():
+            return None
+        status = self._directory.tracker.stat()
+        return status.st_mtime_ns, status.st_ino

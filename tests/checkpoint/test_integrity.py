@@ -1,0 +1,121 @@
+"""A checkpoint that is not as it was written is noticed, whatever byte of whatever file differs."""
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from neo_megatron.checkpoint.integrity import (
+    CHECKSUMS,
+    DamagedCheckpoint,
+    share_of,
+    stored_pieces,
+    verify_pieces,
+    write_checksums,
+)
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
+
+SHAPES = {"weight": (40, 30), "bias": (3,), "embedding": (100, 8), "scalar": ()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("integrity") / "iter_0000002"
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    kinds = {name: (shape, torch.float32) for name, shape in SHAPES.items()}
+    write_torch_dist(directory, kinds, tensors.__getitem__, {"args": None, "iteration": 2})
+    write_checksums(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def verify(directory):
+    verify_pieces(stored_pieces(directory))
+
+
+def contents(directory):
+    checkpoint = TorchDistDirectory(directory)
+    return {name: checkpoint.read(name) for name in SHAPES} | checkpoint.common_state()
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in SHAPES) and one["iteration"] == other["iteration"]
+
+
+def test_a_whole_checkpoint_passes(whole):
+    verify(whole)
+
+
+def test_every_flipped_bit_is_noticed_or_changes_nothing(whole, copy):
+    """Padding between records is neither covered nor read; everything else is."""
+    expected, choose = contents(whole), random.Random(1)
+    noticed = 0
+    for path in sorted(copy.iterdir()):
+        original = path.read_bytes()
+        for place in choose.sample(range(len(original)), min(len(original), 150)):
+            data = bytearray(original)
+            data[place] ^= 1 << choose.randrange(8)
+            path.write_bytes(data)
+            try:
+                verify(copy)
+            except DamagedCheckpoint as error:
+                assert str(copy) in str(error) and "\n" not in str(error)
+                noticed += 1
+            else:
+                assert path.suffix == ".distcp"
+                assert same(contents(copy), expected), (path.name, place)
+        path.write_bytes(original)
+    assert noticed > 300
+
+
+def test_every_missing_and_every_cut_file_is_noticed(copy):
+    for path in sorted(copy.iterdir()):
+        original = path.read_bytes()
+        path.unlink()
+        if path.name != CHECKSUMS:  # written by other programs, a checkpoint has none
+            with pytest.raises(DamagedCheckpoint, match=path.name):
+                verify(copy)
+        for length in (0, 1, len(original) // 2, len(original) - 1):
+            path.write_bytes(original[:length])
+            with pytest.raises(DamagedCheckpoint, match=str(copy)):
+                verify(copy)
+        path.write_bytes(original)
+    verify(copy)
+
+
+def test_without_checksums_of_ours_the_tensors_are_still_verified(copy):
+    (copy / CHECKSUMS).unlink()
+    verify(copy)
+    data = next(copy.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[content.index(b"archive/data/0") + 200] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=r"distcp is damaged between bytes \d+ and \d+"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
+def test_ranks_share_all_pieces(whole, ranks):
+    pieces = stored_pieces(whole)
+    shares = [share_of(pieces, rank, ranks) for rank in range(ranks)]
+    assert sum(shares, []) == pieces
+    most = max(piece.length for piece in pieces)
+    mean = sum(piece.length for piece in pieces) / ranks
+    assert all(sum(piece.length for piece in share) <= mean + most for share in shares)
+
+
+def test_a_piece_outside_its_file_is_no_read_outside_the_directory(whole, copy):
+    """`.metadata` names files; it may only name those beside it."""
+    (copy / CHECKSUMS).unlink()
+    data = next(copy.glob("*.distcp"))
+    metadata = copy / ".metadata"
+    metadata.write_bytes(metadata.read_bytes().replace(data.name.encode(), b"../" + data.name.encode()[3:]))
+    with pytest.raises(DamagedCheckpoint, match="no file of this directory"):
+        verify(copy)
