@@ -35,6 +35,10 @@ class NeoTrainingArguments:
     """1 pre-training (the patch embedding, the pre-buffer and the h/w parts of the post-LLM train), 2 mid-training,
     3 SFT (all trains). Sets learning rate, schedule and AdamW as published; Megatron's flags change single ones."""
 
+    pretrained_optimizer: bool = False
+    """Takes over the optimizer's state of --pretrained-checkpoint for all parameters that were trained there, as from
+    stage 1 to stage 2; others start with moments of zero. Schedule and count of samples start anew."""
+
     loss_weighting: Literal["square", "sample", "token"] = "square"
     """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1."""
 

@@ -1,7 +1,7 @@
 """Runs Megatron on a machine without a GPU: "cuda" comes to mean "cpu". The only place that patches anything.
 
 A program calls `install()` before it imports `megatron.core`, or `install_training()` before it imports
-`megatron.training` as well. With a GPU both leave everything alone, but for the one patch marked so.
+`megatron.training` as well. With a GPU both leave everything alone, but for the patches marked so.
 
 Every patched name is looked up first, and the versions are checked: another version of torch or Megatron-Core ends in
 one sentence instead of training wrongly. That the patched stack trains rightly is held by `tests/distributed`.
@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -176,6 +177,24 @@ def install_training() -> None:
     _patch(arguments, "get_device_arch_version", lambda: 10)
     # Asserts a GPU unless told not to.
     _patch(training, "initialize_megatron", partial(training.initialize_megatron, allow_no_cuda=True))
+
+
+@cache
+def call_after_loading(hook: Callable[[Any, Any], None]) -> None:
+    """Has Megatron call ``hook(model, optimizer)`` whenever it has loaded a checkpoint, on a GPU too.
+
+    It has no place of its own for what follows the loading and needs the optimizer.
+    """
+    from megatron.training import training
+
+    load = training.load_checkpoint
+
+    def load_checkpoint(model, optimizer, *arguments, **keywords):
+        loaded = load(model, optimizer, *arguments, **keywords)
+        hook(model, optimizer)
+        return loaded
+
+    _patch(training, "load_checkpoint", load_checkpoint)
 
 
 def _is_cuda(device: Any) -> bool:

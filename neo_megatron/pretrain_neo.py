@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from neo_megatron import cpu_platform
@@ -20,12 +21,15 @@ cpu_platform.install_training()
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.global_vars import set_global_variables
+from megatron.training.utils import print_rank_0
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -42,10 +46,24 @@ from neo_megatron.model.micro_batch import model_inputs
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.pipeline_layout import choose_layout
+from neo_megatron.pretrained_optimizer import check_flags as check_optimizer_flags
+from neo_megatron.pretrained_optimizer import take_over_state
 from neo_megatron.run_checkpoints import RunCheckpoints, check_save_flags
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
+
+
+def after_loading(model: list[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
+    """Takes over the optimizer's state of another run, where that is asked for and this is not a run that goes on."""
+    args = get_args()
+    if not args.pretrained_optimizer or optimizer is None or checkpoint_exists(args.load):
+        return
+    step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
+    print_rank_0(take_over_state(optimizer, model, Path(args.pretrained_checkpoint) / step))
+
+
+cpu_platform.call_after_loading(after_loading)
 
 
 def main() -> None:
@@ -111,6 +129,7 @@ def parse_arguments() -> Namespace:
         print(stages, flush=True)
     validate_args(args)
     check_save_flags(args)
+    check_optimizer_flags(args)
     set_global_variables(args)
     return args
 

@@ -1,0 +1,102 @@
+"""The checkpoint of stage 1 starts stage 2 with the optimizer's state of what was trained, on any layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN
+from pretrain_jobs import Job, run_jobs
+
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+# Stage 1 twice, each way of keeping the optimizer's state once; stage 2 from both, on the same layout and on others.
+FIRST = {"plain": "", "distributed-bf16": f"{DISTRIBUTED} --bf16"}
+SECOND = {
+    "plain": ("plain", ""),
+    "pp2": ("plain", "--pipeline-model-parallel-size 2"),  # five layers: Megatron alone would refuse
+    "distributed-bf16": ("distributed-bf16", f"{DISTRIBUTED} --bf16"),
+    "tp2-bf16": ("distributed-bf16", "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+}
+
+
+def command(room: Path, *flags: str) -> list[str]:
+    return [
+        *("--neo-model", f"{GOLDEN}/ckpt_untied", "--train-data-path", f"{room}/packs"),
+        *("--micro-batch-size", "1", "--global-batch-size", "4", "--lr-warmup-iters", "0"),
+        *("--num-workers", "0", "--log-interval", "1"),
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Two steps of stage 1, then one of stage 2 that hardly moves what it starts from."""
+    room = tmp_path_factory.mktemp("stages")
+    (room / "annotations.json").write_text(
+        json.dumps(json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"] * 8)
+    )
+    source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
+    still = "--lr 1e-12 --min-lr 1e-12 --weight-decay 0 --adam-beta1 0.999999 --adam-beta2 0.999999 --clip-grad 1e-3"
+    jobs = []
+    for name, flags in FIRST.items():
+        start = ["--pretrained-checkpoint", f"{room}/golden", "--training-stage", "1", "--train-iters", "2"]
+        save = ["--save", f"{room}/first/{name}/saved"]
+        jobs.append(Job(room / "first" / name, command(room, *start, *save, *flags.split(), "--lr", "1e-3")))
+    for name, (first, flags) in SECOND.items():
+        start = ["--pretrained-checkpoint", f"{room}/first/{first}/saved", "--pretrained-optimizer"]
+        stage = ["--training-stage", "2", "--train-iters", "1", "--save", f"{room}/second/{name}/saved", *still.split()]
+        jobs.append(Job(room / "second" / name, command(room, *start, *stage, *flags.split())))
+    run_jobs(2, jobs)
+    return room
+
+
+def master(saved: TorchDistDirectory, parameter: str) -> torch.Tensor:
+    """The float32 copy of a bf16 parameter; the distributed optimizer has a name of its own for it."""
+    names = (f"optimizer.state.{kind}.{parameter}" for kind in ("fp32_param", "param"))
+    return saved.read(next(name for name in names if name in saved.shapes))
+
+
+def step(saved: TorchDistDirectory) -> int:
+    state = saved.common_state()["optimizer"]
+    return state.get("optimizer", state)["param_groups"][0]["step"]
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_moments_and_masters_arrive(room, name):
+    first = TorchDistDirectory(room / "first" / SECOND[name][0] / "saved")
+    second = TorchDistDirectory(room / "second" / name / "saved")
+    trained = {key.removeprefix("optimizer.state.exp_avg.") for key in first.shapes if ".exp_avg." in key}
+    every = {key.removeprefix("optimizer.state.exp_avg.") for key in second.shapes if ".exp_avg." in key}
+    assert "patch_embedding.merge_projection.weight" in trained and "output_layer.weight" in every - trained
+    for parameter in sorted(every):
+        for kind, added in (("exp_avg", 1e-9), ("exp_avg_sq", 1e-12)):  # by a gradient of at most 1e-3
+            key = f"optimizer.state.{kind}.{parameter}"
+            after = second.read(key)
+            if parameter in trained:
+                before = first.read(key)
+                assert 0 < (after - before).norm() <= 2e-5 * before.norm(), key
+            else:
+                assert after.norm() <= 1.01 * added, key
+        if parameter in trained and "bf16" in name:
+            torch.testing.assert_close(master(second, parameter), master(first, parameter), atol=1e-9, rtol=0)
+    assert step(first) == 2 and step(second) == 3
+    run = second.common_state()
+    assert run["iteration"] == 1 and run["args"].consumed_train_samples == 4
+    printed = Job(room / "second" / name, []).printed()
+    if "pp2" not in name:  # whose ranks have a part of the model each
+        assert f"taken over for {len(trained)} parameters, zero for {len(every - trained)} that" in printed
+
+
+def test_the_schedule_is_that_of_the_new_stage(room):
+    rates = Job(room / "second" / "plain", []).scalars("learning-rate")
+    assert rates[1] == [pytest.approx(1e-12)]
