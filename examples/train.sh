@@ -4,10 +4,11 @@
 #   PACKS=packs/stage1 CHECKPOINT=checkpoints/qwen3-1.7b-neo OUTPUT=runs/2b-stage1 bash examples/train.sh neo-2b 1 [flags]
 #
 # Every flag of pretrain_neo may follow and wins over what is set here. VALID_PACKS adds evaluation on held-out packs.
+# The same command again goes on from the newest whole checkpoint in OUTPUT.
 # Multi-node: the variables of torchrun, set by the scheduler: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 set -euo pipefail
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 size=$1 stage=$2
 shift 2
@@ -21,11 +22,15 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 precision=()
 [ "$gpus" -eq 0 ] || precision=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 
-exec torchrun \
-  --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
-  --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-6000}" \
-  --nproc-per-node "${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}" \
-  -m neo_megatron.pretrain_neo \
+start=(
+  torchrun
+  --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
+  --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-6000}"
+  --nproc-per-node "${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+)
+[ -z "${RANK:-}" ] || start=(python)  # the scheduler starts every rank itself, as in slurm.sbatch
+
+exec "${start[@]}" -m neo_megatron.pretrain_neo \
   --neo-model "$size" --training-stage "$stage" \
   --train-data-path "$PACKS" ${VALID_PACKS:+--valid-data-path "$VALID_PACKS"} \
   --micro-batch-size 1 --global-batch-size "${GLOBAL_BATCH:-128}" --train-iters "${ITERATIONS:-10000}" \

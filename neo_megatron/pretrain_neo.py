@@ -39,6 +39,7 @@ from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.loader_signals import heed_only_parent
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 from neo_megatron.model.loss import WeightedLoss
@@ -243,6 +244,7 @@ def pack_iterator(
         num_workers=args.num_workers,
         pin_memory=not cpu_platform.on_cpu(),
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=partial(heed_only_parent, args.exit_signal),
     )
     # Stages of a pipeline and tensor-parallel ranks read the same packs; one of them names what is broken.
     report = pictures == "patches" and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json, whole_directory
+from neo_megatron.checkpoint.integrity import write_checksums
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes, tensor_table
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 from neo_megatron.model.config import NeoSizes
@@ -41,6 +42,7 @@ def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path) -> None
         release = partial / "release"
         release.mkdir()
         write_torch_dist(release, tensors, value_of, _common_state(sizes))
+        write_checksums(release)
         (partial / TRACKER).write_text("release")
 
 

@@ -26,13 +26,14 @@ import traceback
 import zlib
 from pathlib import Path
 
-from neo_megatron import cpu_platform
+if __name__ == "__main__":  # an asynchronous save starts a process that imports this file, and needs none of it
+    from neo_megatron import cpu_platform
 
-cpu_platform.install_training()
+    cpu_platform.install_training()
 
-from megatron.training import training
+    from megatron.training import training
 
-from neo_megatron import pretrain_neo
+    from neo_megatron import pretrain_neo
 
 
 class Moments:
