@@ -4,6 +4,9 @@ import re
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 
@@ -64,3 +67,41 @@ def test_frozen_parameters_get_no_gradient(build, text_inputs):
     for name, parameter in model.named_parameters():
         # A batch without pictures still gives the patch embedding gradients, of zero: Megatron's buckets wait for them.
         assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_frozen_parameters_have_no_main_gradient_and_no_optimizer_state(build, distributed):
+    model = build()
+    freeze_for_stage(model, 1)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, use_distributed_optimizer=distributed), [wrapped])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if hasattr(p, "main_grad")} == trained.keys()
+    numbers = sum(p.numel() for p in trained.values())
+    padding = 64 * len(trained) + 1024 if distributed else 0  # shards and buckets begin at round addresses
+    assert numbers <= sum(buffer.grad_data.numel() for buffer in wrapped.buffers) <= numbers + padding
+    wrapped.zero_grad_buffer()
+    optimizer.step()
+    moments = [state for one in optimizer.chained_optimizers for state in one.optimizer.state.values()]
+    assert sum(state["exp_avg"].numel() for state in moments) == numbers
+    assert sum(state["exp_avg_sq"].numel() for state in moments) == numbers
+
+
+def test_frozen_weights_have_no_product_in_the_backward(build, text_inputs):
+    """What stage 1 does not compute: a row times a matrix, two operations a weight, for each frozen matrix."""
+    tokens, trained = 8, 7
+    targets = {"target_index": torch.arange(trained), "targets": torch.ones(trained, dtype=torch.int64)}
+    counted = {}
+    for stage in (1, 2):
+        model = build()
+        freeze_for_stage(model, stage)
+        loss = model(**text_inputs(list(range(tokens))), **targets).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        counted[stage] = counter.get_total_flops()
+        if stage == 1:
+            frozen = {n: p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not p.requires_grad}
+    head = frozen.pop("output_layer.weight")
+    frozen.pop("embedding.word_embeddings.weight")  # looked up, not multiplied
+    assert counted[2] - counted[1] == 2 * tokens * sum(frozen.values()) + 2 * trained * head
