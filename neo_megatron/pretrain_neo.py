@@ -23,6 +23,7 @@ from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -43,9 +44,10 @@ from neo_megatron.loader_signals import heed_only_parent
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 from neo_megatron.model.loss import WeightedLoss
-from neo_megatron.model.micro_batch import model_inputs
+from neo_megatron.model.micro_batch import context_share, model_inputs
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
+from neo_megatron.parallel_layout import check_layout, context_parallel_way
 from neo_megatron.pipeline_layout import choose_layout
 from neo_megatron.pretrained_optimizer import check_flags as check_optimizer_flags
 from neo_megatron.pretrained_optimizer import take_over_state
@@ -110,6 +112,8 @@ def parse_arguments() -> Namespace:
             exit_signal_handler=True,
             # Another layout can then take over the optimizer's state.
             dist_ckpt_optim_fully_reshardable=True,
+            # Chosen by `context_parallel_way`; Megatron's own default is none that NEO's mask has.
+            cp_comm_type=None,
             # Megatron has no defaults for these, and fails without them.
             save_interval=1000,
             eval_interval=1000,
@@ -128,6 +132,8 @@ def parse_arguments() -> Namespace:
         args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two
     if stages and args.rank == 0:
         print(stages, flush=True)
+    check_layout(args)
+    args.cp_comm_type = [context_parallel_way(args)]
     validate_args(args)
     check_save_flags(args)
     check_optimizer_flags(args)
@@ -153,10 +159,15 @@ def model_provider(
         config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
     )
     freeze_for_stage(model, args.training_stage)
-    if parallel_state.get_data_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+    if _first_of_its_stage():
         stage = parallel_state.get_pipeline_model_parallel_rank()
         print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
     return model
+
+
+def _first_of_its_stage() -> bool:
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return data_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
@@ -246,8 +257,9 @@ def pack_iterator(
         persistent_workers=args.num_workers > 0,
         worker_init_fn=partial(heed_only_parent, args.exit_signal),
     )
-    # Stages of a pipeline and tensor-parallel ranks read the same packs; one of them names what is broken.
-    report = pictures == "patches" and parallel_state.get_tensor_model_parallel_rank() == 0
+    # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
+    ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+    report = pictures == "patches" and ranks_alike == (0, 0)
     return watch_broken_samples(iter(loader), args.max_broken_samples, report)
 
 
@@ -257,17 +269,25 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     timers("batch-generator", log_level=2).start()
     args = get_args()
     packs = next(data_iterator)
-    vp_stage = getattr(model, "vp_stage", None)
+    if args.context_parallel_size > 1:
+        packs = context_share(
+            packs,
+            parallel_state.get_context_parallel_rank(),
+            args.context_parallel_size,
+            gather_keys=args.cp_comm_type == ["allgather"],
+        )
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     inputs = model_inputs(
         packs,
         first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        last_stage=last_stage,
         sequence_rank=parallel_state.get_tensor_model_parallel_rank() if args.sequence_parallel else 0,
         sequence_ranks=args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
     device = torch.cuda.current_device()
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    weight = packs["target_weight"].to(device, non_blocking=True)
+    weight = packs["target_weight"].to(device, non_blocking=True) if last_stage else None
     timers("batch-generator").stop()
     return model(**inputs), partial(_loss, weight)
 

@@ -16,6 +16,9 @@ from neo_megatron.model.config import NeoSizes
 
 WORKER = Path(__file__).parent / "distributed" / "pretrain_worker.py"
 
+# Where one rank waits for another that has failed otherwise, the test fails soon.
+PATIENCE = ("--distributed-timeout-minutes", "2")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -61,7 +64,7 @@ def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | 
     """
     written = [
         {
-            "argv": [*map(str, job.flags), "--tensorboard-dir", f"{job.directory}/events"],
+            "argv": [*map(str, job.flags), "--tensorboard-dir", f"{job.directory}/events", *PATIENCE],
             "directory": str(job.directory),
             "gradients": job.gradients,
         }

@@ -31,8 +31,9 @@ class WeightedLoss:
         loss, weight = (weight_M * nll_M).sum(), weight_M.sum()
         if torch.is_grad_enabled():
             self._weight_sum = weight if self._weight_sum is None else self._weight_sum + weight
-        # The schedule scales `loss` in place, hence the copy for the log.
-        report = torch.stack((loss.detach(), weight))
+        # Summed in float64, so that what is logged does not depend on how the batch was spread. (No part of `loss`,
+        # which the schedule scales in place.)
+        report = torch.stack(((weight_M.double() * nll_M.detach().double()).sum(), weight_M.double().sum()))
         return loss, torch.tensor(nll_M.numel(), dtype=torch.int, device=nll_M.device), {"lm loss": report}
 
     def finalize_model_grads(self, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:

@@ -2,10 +2,40 @@
 
 Runs on the CPU, before anything is copied to the device, so that picking a rank's share never waits for the device.
 
-Shape suffixes: B packs of a micro-batch, T tokens of a pack, C image tokens, M trained positions.
+Shape suffixes: B packs of a micro-batch, T tokens of a pack, S of them held by this context-parallel rank, C image
+tokens, M trained positions.
 """
 
-from torch import Tensor
+from torch import Tensor, arange, full
+
+from neo_megatron.model.sequence_split import contiguous_rows, even_rows
+
+
+def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: bool) -> dict[str, Tensor]:
+    """This context-parallel rank's tokens of every pack, in the form of collated packs of S tokens.
+
+    ``document`` and ``image`` stay those of whole packs: the keys' side of the mask.
+
+    Args:
+        packs: what `neo_megatron.data.dataset.collate` gives.
+        gather_keys: rows are dealt by work, and ``query_rows`` int64 [S] (the rank's rows) and ``key_order`` int64 [T]
+            (where each token stands among the gathered ones) are added; otherwise the rank's tokens are contiguous.
+    """
+    length = packs["tokens"].shape[1]
+    document, image = packs["document"], packs["image"]
+    all_rows = even_rows(document, image, ranks) if gather_keys else contiguous_rows(length, ranks)
+    rows = all_rows[rank]
+    place = full((length,), -1)
+    place[rows] = arange(len(rows))
+    share = {**packs, "tokens": packs["tokens"][:, rows], "positions_thw": packs["positions_thw"][:, rows]}
+    for index, belonging in (("cell_index", ("patches",)), ("target_index", ("targets", "target_weight"))):
+        local = place[packs[index] % length]
+        here = local >= 0
+        share[index] = (packs[index] // length * len(rows) + local)[here]
+        share |= {name: packs[name][here] for name in belonging}
+    if gather_keys:
+        share |= {"query_rows": rows, "key_order": all_rows.flatten().argsort()}
+    return share
 
 
 def model_inputs(
@@ -17,14 +47,16 @@ def model_inputs(
     same token is row ``token * B + pack`` there.
 
     Args:
-        packs: what `neo_megatron.data.dataset.collate` gives.
-        first_stage, last_stage: pictures go to the first pipeline stage only, targets to the last only.
+        packs: what `neo_megatron.data.dataset.collate` or `context_share` gives.
+        first_stage, last_stage: words and pictures go to the first pipeline stage only, targets to the last only.
         sequence_rank, sequence_ranks: under sequence parallelism, which part of every pack this rank embeds; it gets
             the pictures' cells of that part only.
     """
     count, length = packs["tokens"].shape
-    inputs = {name: packs[name] for name in ("tokens", "positions_thw", "document", "image")}
+    inputs = {name: packs[name] for name in ("positions_thw", "document", "image")}
+    inputs |= {name: packs[name] for name in ("query_rows", "key_order") if name in packs}
     if first_stage:
+        inputs["tokens"] = packs["tokens"]
         pack, token = packs["cell_index"] // length, packs["cell_index"] % length
         part = length // sequence_ranks
         here = token // part == sequence_rank

@@ -9,6 +9,7 @@ Shape suffixes: S sequence, B packs, G key-value heads of this rank, R query hea
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 from megatron.core import tensor_parallel
@@ -18,6 +19,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import divide
 from torch import Tensor, cat
 
+from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.transformer_config import NeoConfig
@@ -33,6 +35,8 @@ class PackContext:
 
     rotary: NativeRotary
     mask: AttentionMask
+    key_order: Tensor | None = None
+    """See `context_parallel_attention`."""
 
 
 @dataclass
@@ -60,9 +64,12 @@ class NativeSelfAttention(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
+        cp_comm_type: str | None = None,
     ) -> None:
+        """Takes `cp_comm_type` because Megatron's layer gives it; the inputs decide, which were split for one way."""
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.context_parallel_group = pg_collection.cp
         self.head_dim = config.kv_channels
         self.groups_per_rank = divide(config.num_query_groups, pg_collection.tp.size())
         self.heads_per_group = divide(config.num_attention_heads, config.num_query_groups)
@@ -111,16 +118,14 @@ class NativeSelfAttention(MegatronModule):
         self.q_layernorm_w, self.k_layernorm_w = norm(self.head_dim // 2), norm(self.head_dim // 2)
 
     def forward(self, hidden_SBH: Tensor, *, packed_seq_params: PackContext, **_unused) -> tuple[Tensor, None]:
-        """``[S, B, H]`` -> ``[S, B, H]`` and no bias; under sequence parallelism S is this rank's part, in and out."""
-        query, key, value = self.query_key_value(hidden_SBH, packed_seq_params.rotary)
-
-        def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(query, key, value, packed_seq_params.mask, scale=1 / sqrt(self.head_dim))
-
+        """``[S, B, H]`` -> ``[S, B, H]`` and no bias; where the sequence is split S is this rank's part, in and out."""
+        packs = packed_seq_params
+        core = partial(attend, mask=packs.mask, scale=1 / sqrt(self.head_dim))
         if self.recompute_core_attention and self.training:
-            context = tensor_parallel.checkpoint(core, False, query, key, value)
-        else:
-            context = core(query, key, value)
+            core = partial(tensor_parallel.checkpoint, core, False)
+        context = context_parallel_attention(
+            core, *self.query_key_value(hidden_SBH, packs.rotary), self.context_parallel_group, packs.key_order
+        )
         return self.linear_proj(context)
 
     def query_key_value(self, hidden_SBH: Tensor, rotary: NativeRotary) -> tuple[Tensor, Tensor, Tensor]:

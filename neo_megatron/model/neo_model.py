@@ -1,7 +1,7 @@
 """NEO: word and patch embeddings -> one decoder -> head, aware of its pipeline stage.
 
-Shape suffixes: B packs of a micro-batch, T tokens of a pack, S tokens of a pack held by this rank under sequence
-parallelism (T otherwise), C image tokens, M trained positions, H hidden size, V vocabulary.
+Shape suffixes: B packs of a micro-batch, T tokens of a pack, R of them held by this context-parallel rank, S of those
+by this rank under sequence parallelism (R otherwise), C image tokens, M trained positions, H hidden size, V vocabulary.
 """
 
 from megatron.core import tensor_parallel
@@ -99,10 +99,12 @@ class NeoModel(LanguageModule):
     def forward(
         self,
         *,
-        tokens: Tensor,
         positions_thw: Tensor,
         document: Tensor,
         image: Tensor,
+        query_rows: Tensor | None = None,
+        key_order: Tensor | None = None,
+        tokens: Tensor | None = None,
         patches: Tensor | None = None,
         cell_index: Tensor | None = None,
         cell_position: Tensor | None = None,
@@ -112,17 +114,19 @@ class NeoModel(LanguageModule):
         """One micro-batch through this pipeline stage.
 
         Args:
-            tokens: int64 ``[B, T]``.
-            positions_thw: integers ``[B, T, 3]``.
+            positions_thw: integers ``[B, R, 3]``.
             document, image: int32 ``[B, T]``, see `mask.py`.
-            patches: uint8 ``[C, 4, 768]`` in 2x2-block order; read on the first stage only.
+            query_rows: int64 ``[R]``, which tokens of the packs these are; ``None`` where attention sees all T rows.
+            key_order: int64 ``[T]``, see `context_parallel_attention`.
+            tokens: int64 ``[B, R]``; read on the first stage only, as are the next three.
+            patches: uint8 ``[C, 4, 768]`` in 2x2-block order.
             cell_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states that the cells are written to.
             cell_position: integers ``[C, 2]``, row and column of each cell in the merged grid of its picture.
-            target_index: int64 ``[M]``, rows of the flattened ``[T * B]`` hidden states whose next token is trained.
+            target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
 
         Returns:
-            Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[T * B, V / tp]``.
+            Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.
             Other stages: hidden states ``[S, B, H]``.
         """
         hidden = self._embed(tokens, patches, cell_index, cell_position) if self.pre_process else None
@@ -131,7 +135,8 @@ class NeoModel(LanguageModule):
             rotary=NativeRotary.from_positions(
                 positions_thw, config.kv_channels, config.sizes.rope_theta, config.sizes.rope_theta_hw
             ),
-            mask=build_mask(AttentionRule(document, image), config.params_dtype),
+            mask=build_mask(AttentionRule(document, image, query_rows), config.params_dtype),
+            key_order=key_order,
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
@@ -158,7 +163,7 @@ class NeoModel(LanguageModule):
         return flat.view_as(hidden)
 
     def _head_input(self, hidden_SBH: Tensor) -> Tensor:
-        """``[S, B, H]`` -> ``[T * B, H]`` on every tensor-parallel rank, gradients summed on the way back."""
+        """``[S, B, H]`` -> ``[R * B, H]`` on every tensor-parallel rank, gradients summed on the way back."""
         if self.config.sequence_parallel:
             whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
         else:

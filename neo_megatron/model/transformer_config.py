@@ -1,7 +1,7 @@
 """NEO's `TransformerConfig`: Megatron's, with the sizes that only NEO has and the settings that make a layer NEO's."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ class NeoConfig(TransformerConfig):
     """Built from Megatron's arguments by `core_transformer_config_from_args(args, NeoConfig)`.
 
     Raises:
-        ConfigError: the tensor-parallel size does not divide heads or vocabulary, or context parallelism is asked for.
+        ConfigError: the tensor-parallel size does not divide heads or vocabulary.
     """
 
     neo_sizes: dict[str, Any] = field(default_factory=dict)
@@ -59,21 +59,22 @@ class NeoConfig(TransformerConfig):
         self.output_layer_init_method = self.init_method
 
     def _check_layout(self) -> None:
-        tensor_parallel = self.tensor_model_parallel_size
-        for what, count in (
-            ("query heads", self.sizes.num_attention_heads),
-            ("key-value heads", self.sizes.num_query_groups),
-            ("vocabulary rows", self.sizes.vocab_size),
-        ):
-            if count % tensor_parallel:
-                raise ConfigError(
-                    f"--tensor-model-parallel-size {tensor_parallel} does not divide the {count} {what} of this model: "
-                    "choose a size that does"
-                )
-        if self.context_parallel_size > 1:
-            raise ConfigError(
-                f"--context-parallel-size {self.context_parallel_size}: context parallelism is not supported yet; "
-                "use --sequence-parallel with tensor parallelism to shorten each rank's part of the sequence"
+        counts = {
+            "query heads": self.sizes.num_attention_heads,
+            "key-value heads": self.sizes.num_query_groups,
+            "vocabulary rows": self.sizes.vocab_size,
+        }
+        for sentence in tensor_parallel_refusals(self.tensor_model_parallel_size, counts):
+            raise ConfigError(sentence)
+
+
+def tensor_parallel_refusals(size: int, counts: dict[str, int]) -> Iterator[str]:
+    """A sentence for everything that tensor parallelism shares out and `size` does not divide."""
+    for what, count in counts.items():
+        if count % size:
+            yield (
+                f"--tensor-model-parallel-size {size} does not divide the {count} {what} of this model: "
+                "choose a size that does"
             )
 
 

@@ -86,12 +86,11 @@ def run(job: dict) -> None:
             pretrain_neo.main()
             if recorder:
                 recorder.save(directory / "gradients")
-        except SystemExit as stop:
+        except SystemExit as stop:  # anything else ends all processes: another rank may be waiting for this one
             code = stop.code
-        finally:
-            if recorder:
-                recorder.uninstall()
-            reset()
+        if recorder:
+            recorder.uninstall()
+        reset()
     if os.environ["RANK"] == "0":
         (directory / "result.json").write_text(json.dumps({"exit": code}))
 

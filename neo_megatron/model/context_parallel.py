@@ -1,0 +1,136 @@
+"""Context parallelism under NEO's mask: a rank holds S of the T tokens of each pack, attention sees all of them.
+
+No kernel library has this mask (bidirectional inside an image, packed documents). Two ways, neither of which asks
+anything of the kernel but a mask:
+
+    a2a        tokens are exchanged for heads and back: in between a rank sees whole packs, for its share of the heads;
+    allgather  keys and values are gathered: a rank sees whole packs, for the queries of its own rows only.
+
+Which rows a rank holds is decided in `sequence_split.py`, which way is taken, and what it costs, in
+`context_traffic.py`.
+
+Shape suffixes: S tokens of a pack held by this rank, T of the whole pack, B packs, N query heads and G key-value heads
+of this tensor-parallel rank, D head dimension.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import ProcessGroup
+
+CoreAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def context_parallel_attention(
+    core: CoreAttention,
+    query_SBN2D: Tensor,
+    key_SBG2D: Tensor,
+    value_SBGD: Tensor,
+    group: ProcessGroup,
+    key_order_T: Tensor | None = None,
+) -> Tensor:
+    """Attention of this rank's tokens to whole packs -> ``[S, B, N * D]``.
+
+    Args:
+        core: attention on one rank; its mask is for all rows (a2a) or for this rank's rows (allgather), for all keys.
+        group: the context-parallel ranks; with one of them this is `core`.
+        key_order_T: int64 ``[T]``, where each token of a pack stands among the gathered ones; ``None`` for a2a, which
+            wants rank r to hold the tokens ``r * S`` to ``(r + 1) * S`` and N and G to be multiples of the ranks.
+    """
+    if group.size() == 1:
+        return core(query_SBN2D, key_SBG2D, value_SBGD)
+    if key_order_T is None:
+        return _with_exchanged_heads(core, query_SBN2D, key_SBG2D, value_SBGD, group)
+    return _with_gathered_keys(core, query_SBN2D, key_SBG2D, value_SBGD, group, key_order_T)
+
+
+def _with_exchanged_heads(
+    core: CoreAttention, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup
+) -> Tensor:
+    """Neighbouring key-value heads go to one rank, together with the query heads that belong to them."""
+    ranks = group.size()
+    # [S, B, heads, width] -> [ranks, S, B, heads / ranks * width]; one exchange carries all three.
+    parts = [x.unflatten(2, (ranks, -1)).flatten(3).permute(2, 0, 1, 3) for x in (query, key, value)]
+    exchanged = all_to_all(group, torch.cat(parts, dim=-1)).flatten(0, 1)
+    widths = [part.shape[-1] for part in parts]
+    whole = [
+        x.unflatten(-1, (-1, before.shape[-1]))
+        for x, before in zip(exchanged.split(widths, dim=-1), (query, key, value), strict=True)
+    ]
+    back = all_to_all(group, core(*whole).unflatten(0, (ranks, -1)))
+    return back.permute(1, 2, 0, 3).flatten(2)
+
+
+def _with_gathered_keys(
+    core: CoreAttention, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup, key_order: Tensor
+) -> Tensor:
+    """The gathered keys and values do not outlive the forward: what the kernel saves of them is gathered again.
+
+    Kept, they would be `ranks` times a rank's own, in every layer: at 131,072 tokens of NEO-9B 0.8 GB a layer.
+    """
+    packs = WholePacks(group, key_order)
+    key_value = _Gather.apply(torch.cat((key, value), dim=-1), packs)
+    key, value = key_value.split((key.shape[-1], value.shape[-1]), dim=-1)
+    with saved_tensors_hooks(packs.forget, packs.recall):
+        return core(query, key, value)
+
+
+class WholePacks:
+    """Keys and values of whole packs from the parts of all ranks, at hand in the forward and again in the backward."""
+
+    def __init__(self, group: ProcessGroup, key_order: Tensor) -> None:
+        self.group = group
+        self.key_order = key_order
+        self.part: Tensor | None = None
+        self.whole: Tensor | None = None
+        self._storage = 0
+
+    def gather(self, part_SBGW: Tensor) -> Tensor:
+        """``[S, B, G, W]`` -> ``[T, B, G, W]`` in the order of the packs."""
+        ranks = self.group.size()
+        gathered = part_SBGW.new_empty((ranks * part_SBGW.shape[0], *part_SBGW.shape[1:]))
+        torch.distributed.all_gather_into_tensor(gathered, part_SBGW, group=self.group)
+        return gathered.index_select(0, self.key_order)
+
+    def start(self, part: Tensor) -> Tensor:
+        self.part = part
+        whole = self.gather(part)
+        self._storage = whole.untyped_storage().data_ptr()
+        return whole
+
+    def forget(self, saved: Tensor) -> Any:
+        """A view of the gathered tensor is remembered by its place in it, everything else as it is."""
+        if saved.untyped_storage().data_ptr() != self._storage:
+            return saved
+        return saved.size(), saved.stride(), saved.storage_offset()
+
+    def recall(self, remembered: Any) -> Tensor:
+        if isinstance(remembered, Tensor):
+            return remembered
+        if self.whole is None:
+            self.whole = self.gather(self.part)
+        return self.whole.as_strided(*remembered)
+
+    def scatter(self, gradient_TBGW: Tensor) -> Tensor:
+        """The sum over all ranks, this rank's part of it; the kernel is done with the gathered tensors then."""
+        self.whole = None
+        gathered = torch.empty_like(gradient_TBGW, memory_format=torch.contiguous_format)
+        gathered.index_copy_(0, self.key_order, gradient_TBGW)
+        part = torch.empty_like(self.part)
+        torch.distributed.reduce_scatter_tensor(part, gathered, group=self.group)
+        return part
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, packs: WholePacks) -> Tensor:
+        ctx.packs = packs
+        return packs.start(part)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.packs.scatter(gradient), None
