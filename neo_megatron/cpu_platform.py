@@ -180,8 +180,8 @@ def install_training() -> None:
 
 
 @cache
-def call_after_loading(hook: Callable[[Any, Any], None]) -> None:
-    """Has Megatron call ``hook(model, optimizer)`` whenever it has loaded a checkpoint, on a GPU too.
+def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
+    """Has Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
 
     It has no place of its own for what follows the loading and needs the optimizer.
     """
@@ -189,9 +189,9 @@ def call_after_loading(hook: Callable[[Any, Any], None]) -> None:
 
     load = training.load_checkpoint
 
-    def load_checkpoint(model, optimizer, *arguments, **keywords):
-        loaded = load(model, optimizer, *arguments, **keywords)
-        hook(model, optimizer)
+    def load_checkpoint(model, optimizer, scheduler, *arguments, **keywords):
+        loaded = load(model, optimizer, scheduler, *arguments, **keywords)
+        hook(model, optimizer, scheduler)
         return loaded
 
     _patch(training, "load_checkpoint", load_checkpoint)

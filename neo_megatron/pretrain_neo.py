@@ -22,6 +22,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
@@ -36,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from neo_megatron import presets
 from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.data.errors import DataError
@@ -57,13 +59,20 @@ from neo_megatron.run_checkpoints import RunCheckpoints, check_save_flags
 _loss = WeightedLoss()
 
 
-def after_loading(model: list[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
-    """Takes over the optimizer's state of another run, where that is asked for and this is not a run that goes on."""
+def after_loading(
+    model: list[torch.nn.Module], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None
+) -> None:
+    """Takes over an optimizer's state that Megatron does not load: of another kind of optimizer, or of another run."""
     args = get_args()
-    if not args.pretrained_optimizer or optimizer is None or checkpoint_exists(args.load):
+    if optimizer is None:
         return
-    step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
-    print_rank_0(take_over_state(optimizer, model, Path(args.pretrained_checkpoint) / step))
+    if args.take_optimizer_from:
+        print_rank_0(take_over_state(optimizer, model, args.take_optimizer_from))
+        scheduler.load_state_dict(TorchDistDirectory(args.take_optimizer_from).common_state()["opt_param_scheduler"])
+        args.no_load_optim = False  # was set to keep Megatron from trying
+    elif args.pretrained_optimizer and not checkpoint_exists(args.load):
+        step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
+        print_rank_0(take_over_state(optimizer, model, Path(args.pretrained_checkpoint) / step))
 
 
 cpu_platform.call_after_loading(after_loading)

@@ -108,16 +108,19 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
             f"the checkpoint {checkpoint} is of another model ({differences}): "
             "choose --neo-model and the size flags that it was made with"
         )
-    schedule_is_free = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    goes_on = _loaded_iteration(args, checkpoint) is not None and not args.finetune
-    if not goes_on or args.no_load_optim or schedule_is_free:
+    if not _loads_optimizer(args, checkpoint) or args.override_opt_param_scheduler:
         return
-    if differences := _differences(common_state.get("opt_param_scheduler", {}), _schedule(args)):
+    schedule = common_state.get("opt_param_scheduler", {})
+    if not args.use_checkpoint_opt_param_scheduler and (differences := _differences(schedule, _schedule(args))):
         raise ConfigError(
             f"the checkpoint {checkpoint} follows another schedule (in packs: {differences}), as after a change of "
             "--train-iters or --lr: add --override-opt-param-scheduler to follow the new one from here on, or "
             "--use-checkpoint-opt-param-scheduler to keep the old one"
         )
+
+
+def _loads_optimizer(args: Namespace, checkpoint: Path) -> bool:
+    return _loaded_iteration(args, checkpoint) is not None and not args.finetune and not args.no_load_optim
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -159,10 +162,20 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
         )
     if loaded is not None and not same:
         _point_megatron_to(args, loaded)
+    args.take_optimizer_from = None
+    if checkpoint is not None and _loads_optimizer(args, checkpoint) and _other_kind_of_optimizer(args, checkpoint):
+        args.take_optimizer_from, args.no_load_optim = str(checkpoint), True
     if args.save:
         start = 0 if loaded is None or args.finetune else loaded
         for sentence in _on_rank_0(lambda: _clear(RunDirectory(args.save), start, same)):
             print_rank_0(sentence)
+
+
+def _other_kind_of_optimizer(args: Namespace, checkpoint: Path) -> bool:
+    """Whether the state is stored by the other of the plain and the distributed optimizer; Megatron loads its own."""
+    state = TorchDistDirectory(checkpoint).common_state()
+    saved = state["args"].use_distributed_optimizer
+    return "optimizer" in state and saved != args.use_distributed_optimizer
 
 
 def _point_megatron_to(args: Namespace, iteration: int) -> None:
