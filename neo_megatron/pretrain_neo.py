@@ -136,8 +136,9 @@ def parse_arguments() -> Namespace:
         args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
     if not args.valid_data_path:
         args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
-    args.pipeline_model_parallel_layout, stages = choose_layout(args, sizes)
-    if args.pipeline_model_parallel_layout:
+    layout, stages = choose_layout(args, sizes)
+    if layout != args.pipeline_model_parallel_layout:
+        args.pipeline_model_parallel_layout = layout
         args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two
     if stages and args.rank == 0:
         print(stages, flush=True)
