@@ -1,11 +1,13 @@
 """How a run is spread over GPUs, under Megatron's names; which layers each pipeline stage holds."""
 
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from argparse import Namespace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Literal
 
 from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.model.context_traffic import Way
 
 Precision = Literal["bf16", "fp8", "fp32"]
 
@@ -33,6 +35,7 @@ class Layout:
     virtual_pipeline_model_parallel_size: int = 1
     pipeline_model_parallel_layout: str | None = None
     context_parallel_size: int = 1
+    cp_comm_type: Way | None = None
     data_parallel_size: int = 1
     micro_batch_size: int = 1
     global_batch_size: int = 1
@@ -45,6 +48,46 @@ class Layout:
     recompute_modules: tuple[str, ...] = ("core_attn",)
     precision: Precision = "bf16"
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
+
+    @classmethod
+    def from_arguments(cls, args: Namespace, precision: Precision) -> "Layout":
+        """From Megatron's arguments, of which `world_size` is the number of GPUs.
+
+        Raises:
+            ConfigError: so many GPUs, or such a global batch, cannot be shared out.
+        """
+        taken = {
+            field.name: getattr(args, field.name)
+            for field in fields(cls)
+            if getattr(args, field.name, None) is not None and field.name != "recompute_modules"
+        }
+        if isinstance(args.cp_comm_type, list):  # Megatron allows one for each layer
+            taken["cp_comm_type"] = args.cp_comm_type[0]
+        if args.recompute_modules:
+            taken["recompute_modules"] = tuple(args.recompute_modules)
+        layout = cls(**taken | {"precision": precision, "data_parallel_size": 1})
+        virtual = layout.virtual_pipeline_model_parallel_size
+        if layout.pipeline_model_parallel_layout is not None:
+            stages = len(layout_stages(layout.pipeline_model_parallel_layout))
+            virtual = stages // layout.pipeline_model_parallel_size
+        elif args.num_virtual_stages_per_pipeline_rank:
+            virtual = args.num_virtual_stages_per_pipeline_rank
+        elif args.num_layers_per_virtual_pipeline_stage:
+            layers = args.num_layers // layout.pipeline_model_parallel_size
+            virtual = layers // args.num_layers_per_virtual_pipeline_stage
+        data, rest = divmod(args.world_size, layout.model_ranks)
+        if rest or not data:
+            raise ConfigError(
+                f"TP {layout.tensor_model_parallel_size} x PP {layout.pipeline_model_parallel_size} x "
+                f"CP {layout.context_parallel_size} is {layout.model_ranks} GPUs, of which {args.world_size} is no "
+                "multiple: choose other sizes"
+            )
+        if layout.global_batch_size % (layout.micro_batch_size * data):
+            raise ConfigError(
+                f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size "
+                f"{layout.micro_batch_size} times the {data} data-parallel ranks: choose one that is"
+            )
+        return replace(layout, data_parallel_size=data, virtual_pipeline_model_parallel_size=virtual)
 
     @property
     def world_size(self) -> int:
@@ -70,7 +113,7 @@ class Layout:
         """Ranks that the parts of a layer outside the tensor-parallel products are divided over."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
-    @cached_property
+    @property
     def parameter_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
@@ -78,36 +121,57 @@ class Layout:
         """Whether a module of every layer is recomputed on its own."""
         return self.recompute_granularity == "selective" and module in self.recompute_modules
 
+    def recomputes_layer(self, number: int) -> bool:
+        """Whether a layer, numbered within its chunk, is recomputed as a whole."""
+        if self.recompute_granularity != "full":
+            return False
+        return self.recompute_method == "uniform" or number < self.recompute_num_layers
+
+    def checkpoints(self, layers: int) -> int:
+        """Hidden states that full recomputation of a chunk of so many layers keeps."""
+        if self.recompute_method == "uniform":
+            return -(-layers // self.recompute_num_layers)
+        return min(self.recompute_num_layers, layers)
+
     def chunks(self, sizes: NeoSizes) -> list[list[Chunk]]:
         """The chunks of every pipeline rank, ``[pipeline][virtual]``.
 
         Raises:
             ConfigError: the layers cannot be divided so.
         """
-        ranks, virtual = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
-        if self.pipeline_model_parallel_layout is not None:
-            stages = layout_stages(self.pipeline_model_parallel_layout)
-        else:
-            count, rest = divmod(sizes.num_layers, ranks * virtual)
-            if rest:
-                raise ConfigError(
-                    f"--pipeline-model-parallel-size {ranks} with {virtual} virtual stages does not divide the "
-                    f"{sizes.num_layers} layers: choose sizes that do, --pre-buffer-pipeline-stages or "
-                    "--pipeline-model-parallel-layout"
-                )
-            stages = ["t" * count] * (ranks * virtual)
-            stages[0] = "E" + stages[0]
-            stages[-1] += "L"
-        if len(stages) != ranks * virtual or "".join(stages) != "E" + "t" * sizes.num_layers + "L":
+        return _chunks(
+            sizes.num_layers,
+            self.pipeline_model_parallel_size,
+            self.virtual_pipeline_model_parallel_size,
+            self.pipeline_model_parallel_layout,
+        )
+
+
+@cache
+def _chunks(num_layers: int, ranks: int, virtual: int, layout: str | None) -> list[list[Chunk]]:
+    if layout is not None:
+        stages = layout_stages(layout)
+    else:
+        count, rest = divmod(num_layers, ranks * virtual)
+        if rest:
             raise ConfigError(
-                f"--pipeline-model-parallel-layout {self.pipeline_model_parallel_layout}: needs {ranks * virtual} "
-                f"stages with the embeddings E, {sizes.num_layers} layers t and the head L, in this order"
+                f"--pipeline-model-parallel-size {ranks} with {virtual} virtual stages does not divide the "
+                f"{num_layers} layers: choose sizes that do, --pre-buffer-pipeline-stages or "
+                "--pipeline-model-parallel-layout"
             )
-        first, chunks = 0, []
-        for stage in stages:
-            chunks.append(Chunk(first, stage.count("t"), "E" in stage, "L" in stage))
-            first += stage.count("t")
-        return [chunks[rank::ranks] for rank in range(ranks)]
+        stages = ["t" * count] * (ranks * virtual)
+        stages[0] = "E" + stages[0]
+        stages[-1] += "L"
+    if len(stages) != ranks * virtual or "".join(stages) != "E" + "t" * num_layers + "L":
+        raise ConfigError(
+            f"--pipeline-model-parallel-layout {layout}: needs {ranks * virtual} "
+            f"stages with the embeddings E, {num_layers} layers t and the head L, in this order"
+        )
+    first, chunks = 0, []
+    for stage in stages:
+        chunks.append(Chunk(first, stage.count("t"), "E" in stage, "L" in stage))
+        first += stage.count("t")
+    return [chunks[rank::ranks] for rank in range(ranks)]
 
 
 def layout_stages(layout: str) -> list[str]:

@@ -5,6 +5,7 @@ It must follow `NeoModel`; `tests/planning/test_state.py` holds both against eac
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import trains_new_parts_only
@@ -22,17 +23,21 @@ class Parameter:
     """A matrix of a decoder layer: what FP8 keeps a second form of."""
 
 
-def chunk_parameters(sizes: NeoSizes, layout: Layout, chunk: Chunk, training_stage: int) -> list[Parameter]:
+def chunk_parameters(sizes: NeoSizes, layout: Layout, chunk: Chunk, training_stage: int) -> tuple[Parameter, ...]:
     """The parameters of one chunk on one tensor-parallel rank."""
+    pipelined = layout.pipeline_model_parallel_size > 1
+    return parameters_of(sizes, chunk, training_stage, layout.tensor_model_parallel_size, pipelined)
+
+
+@cache
+def parameters_of(
+    sizes: NeoSizes, chunk: Chunk, training_stage: int, tensor: int, pipelined: bool
+) -> tuple[Parameter, ...]:
+    """The same, from what of the layout decides it: a search asks for few of these many times."""
     frozen = trains_new_parts_only(training_stage)
-    tensor, hidden, width = layout.tensor_model_parallel_size, sizes.hidden_size, sizes.patch_embedding_size
-    tied = sizes.tie_word_embeddings
-    vocabulary = Parameter(
-        sizes.vocab_size // tensor * hidden,
-        trained=not frozen,
-        shared_embedding=tied and layout.pipeline_model_parallel_size > 1,
-    )
-    parameters = []
+    hidden, width, tied = sizes.hidden_size, sizes.patch_embedding_size, sizes.tie_word_embeddings
+    vocabulary = Parameter(sizes.vocab_size // tensor * hidden, trained=not frozen, shared_embedding=tied and pipelined)
+    parameters: list[Parameter] = []
     if chunk.embedding:
         patch = (3 * sizes.patch_size**2 * width, width, sizes.merge_size**2 * width * hidden, hidden)
         parameters += [vocabulary, *(Parameter(elements, trained=True) for elements in patch)]
@@ -43,7 +48,7 @@ def chunk_parameters(sizes: NeoSizes, layout: Layout, chunk: Chunk, training_sta
         # In one chunk a tied head is the embedding itself; on two it is a copy.
         if not (tied and chunk.embedding):
             parameters.append(vocabulary)
-    return parameters
+    return tuple(parameters)
 
 
 def _layer(sizes: NeoSizes, tensor: int, frozen: bool) -> Iterator[Parameter]:

@@ -8,11 +8,12 @@ for. Frozen parameters are in none of these.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import lcm
 
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.planning.layout import Layout
-from neo_megatron.planning.parameters import Parameter, chunk_parameters
+from neo_megatron.planning.layout import Chunk, Layout
+from neo_megatron.planning.parameters import Parameter, parameters_of
 
 # Adam's two moments, and the float32 parameters that a 16-bit model is trained by.
 MOMENTS, MAIN_PARAMETER, MAIN_GRADIENT = 2 * 4, 4, 4
@@ -57,38 +58,78 @@ def rank_state(sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_ra
         state_rank: number among the `layout.state_ranks` that hold the same parameters. All have the same but for
             padding, of which the first has least.
     """
-    total = State()
-    element = layout.parameter_bytes
-    master = MOMENTS + (MAIN_PARAMETER if layout.precision != "fp32" else 0)
-    for number, chunk in enumerate(layout.chunks(sizes)[pipeline_rank]):
-        parameters = chunk_parameters(sizes, layout, chunk, training_stage)
-        trained = [parameter for parameter in parameters if parameter.trained]
-        frozen = sum(parameter.elements for parameter in parameters if not parameter.trained)
-        if layout.use_distributed_optimizer:
-            buckets = gradient_buckets(trained, layout, bucketed=pipeline_rank == 0 and number == 0)
-            buffer = sum(bucket.size for bucket in buckets)
-            owned = sum(bucket.owned(state_rank, layout.state_ranks) for bucket in buckets)
-        else:
-            buffer = owned = sum(parameter.elements for parameter in trained)
-        total += State(element * (frozen + buffer), MAIN_GRADIENT * buffer, master * owned)
-    return total
+    chunks = layout.chunks(sizes)[pipeline_rank]
+    return sum(
+        (
+            _chunk_state(
+                sizes,
+                chunk,
+                training_stage,
+                layout.tensor_model_parallel_size,
+                layout.pipeline_model_parallel_size > 1,
+                layout.parameter_bytes,
+                layout.use_distributed_optimizer,
+                layout.state_ranks,
+                _bucket_limit(layout, pipeline_rank, number),
+                state_rank,
+            )
+            for number, chunk in enumerate(chunks)
+        ),
+        State(),
+    )
 
 
-def gradient_buckets(trained: Sequence[Parameter], layout: Layout, bucketed: bool) -> list[Bucket]:
+def buffer_elements(sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int) -> int:
+    """Elements of the gradient buffers of one rank, which are reduced over all ranks with the same parameters."""
+    return rank_state(sizes, layout, training_stage, pipeline_rank).gradients // MAIN_GRADIENT
+
+
+@cache
+def _chunk_state(
+    sizes: NeoSizes,
+    chunk: Chunk,
+    training_stage: int,
+    tensor: int,
+    pipelined: bool,
+    element: int,
+    distributed: bool,
+    ranks: int,
+    bucket_limit: int | None,
+    state_rank: int,
+) -> State:
+    parameters = parameters_of(sizes, chunk, training_stage, tensor, pipelined)
+    trained = [parameter for parameter in parameters if parameter.trained]
+    frozen = sum(parameter.elements for parameter in parameters if not parameter.trained)
+    if distributed:
+        buckets = gradient_buckets(trained, ranks, bucket_limit)
+        buffer = sum(bucket.size for bucket in buckets)
+        owned = sum(bucket.owned(state_rank, ranks) for bucket in buckets)
+    else:
+        buffer = owned = sum(parameter.elements for parameter in trained)
+    master = MOMENTS + (MAIN_PARAMETER if element < 4 else 0)
+    return State(element * (frozen + buffer), MAIN_GRADIENT * buffer, master * owned)
+
+
+def _bucket_limit(layout: Layout, pipeline_rank: int, chunk: int) -> int | None:
+    """Elements after which a bucket ends: Megatron cuts the buffer of the first chunk only, and with overlap only."""
+    if layout.overlap_grad_reduce and pipeline_rank == 0 and chunk == 0:
+        return max(40_000_000, 1_000_000 * layout.state_ranks)
+    return None
+
+
+def gradient_buckets(trained: Sequence[Parameter], ranks: int, limit: int | None) -> list[Bucket]:
     """The buckets of a chunk under the distributed optimizer.
 
     Args:
         trained: in the order of the modules.
-        bucketed: whether the buffer is cut: Megatron cuts that of the first chunk only, and with overlap only.
+        ranks: that each bucket is divided over.
+        limit: elements after which a bucket ends; without it only a shared embedding is apart.
     """
-    limit = None
-    if bucketed and layout.overlap_grad_reduce:
-        limit = max(40_000_000, 1_000_000 * layout.state_ranks)
     buckets: list[Bucket] = []
     ranges: list[tuple[int, int]] = []
 
     def close(end: int) -> None:
-        buckets.append(Bucket(_round_up(end, lcm(layout.state_ranks, 128)), tuple(ranges)))
+        buckets.append(Bucket(_round_up(end, lcm(ranks, 128)), tuple(ranges)))
         ranges.clear()
 
     for parameter in reversed(trained):

@@ -13,7 +13,6 @@ class Workload:
         mean_keys: keys that a query may see, over all queries: only these pairs are attention work.
         picture_share: share of the tokens that are cells of pictures.
         trained_share: share of the positions whose next token is trained; the head runs on these only.
-        documents: documents of a pack.
         source: where the numbers come from, for people.
     """
 
@@ -21,7 +20,6 @@ class Workload:
     mean_keys: float
     picture_share: float
     trained_share: float
-    documents: float = 1.0
     source: str = "given"
 
     @classmethod
@@ -43,7 +41,7 @@ class Workload:
             f"assumed: documents of {length:,} tokens, {picture_share:.0%} of them one picture, "
             f"{trained_share:.0%} trained"
         )
-        return cls(sequence_length, keys, picture_share, trained_share, sequence_length / length, source)
+        return cls(sequence_length, keys, picture_share, trained_share, source)
 
 
 def mean_keys(document_lengths: Iterable[int], image_cells: Iterable[int]) -> float:

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 from argparse import Namespace
+from functools import partial
+from types import SimpleNamespace
 
 from neo_megatron import cpu_platform
 
@@ -45,7 +47,8 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
         create_gloo_process_groups=False,
     )
     with torch.device("meta"):
-        chunks = training.get_model(pretrain_neo.model_provider)
+        no_checkpoints = SimpleNamespace(start=lambda: None)
+        chunks = training.get_model(partial(pretrain_neo.model_provider, run_checkpoints=no_checkpoints))
         config, _ = training.get_megatron_optimizer_config(args)
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
         parts = getattr(optimizer, "chained_optimizers", [optimizer])

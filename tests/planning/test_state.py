@@ -19,8 +19,8 @@ LARGE = Layout(
     sequence_parallel=True,
     pipeline_model_parallel_size=4,
     pipeline_model_parallel_layout="Et*9|t*11|t*11|t*11L",
-    context_parallel_size=1,
-    data_parallel_size=32,
+    context_parallel_size=2,
+    data_parallel_size=16,
     **OVERLAPPED,
 )
 INTERLEAVED = Layout(

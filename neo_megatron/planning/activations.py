@@ -1,0 +1,156 @@
+"""Bytes that the forward pass keeps for the backward pass, on one rank.
+
+| kept by a layer                    | local (CPU)                          | Transformer Engine, FlexAttention (GPU)  |
+|------------------------------------|--------------------------------------|------------------------------------------|
+| norms                              | input and input / rms in float32,    | input, 1/rms                             |
+|                                    | 1/rms                                |                                          |
+| core attention                     | q twice, k, v, output, logsumexp; in | q twice, k, output, logsumexp; v as part |
+|                                    | 16 bits once each, in float32        | of its projection                        |
+| inputs of trained projections      | in the dtype of the model            | the same; a byte an element under FP8    |
+| SwiGLU                             | its input                            | its input                                |
+| mask, once for each micro-batch    | one of tiles                         | blocks of 128 x 128: 16 bytes each       |
+
+Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. What is in this
+table was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
+of Transformer Engine and of FlexAttention.
+
+Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes of an element.
+"""
+
+from dataclasses import dataclass
+
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.planning.flops import trains_new_parts_only
+from neo_megatron.planning.layout import Chunk, Layout
+from neo_megatron.planning.workload import Workload
+
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one layer, apart by what recomputation can do without."""
+
+    hidden: float
+    """Input of the layer: all that full recomputation keeps."""
+    norm_outputs: float
+    core_attention: float
+    """What the kernel keeps beside its inputs and what else is kept anyway."""
+    mlp: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.hidden + self.norm_outputs + self.core_attention + self.mlp + self.rest
+
+    def kept(self, layout: Layout) -> float:
+        """What is kept of a layer that is not recomputed as a whole."""
+        dropped = self.norm_outputs * layout.recomputes("layernorm")
+        dropped += self.core_attention * layout.recomputes("core_attn")
+        dropped += self.mlp * layout.recomputes("mlp")
+        return self.total - dropped
+
+
+def rank_tokens(layout: Layout, workload: Workload) -> tuple[float, float]:
+    """Tokens of a micro-batch on a rank: inside the tensor-parallel products, and outside them."""
+    tokens = layout.micro_batch_size * workload.sequence_length / layout.context_parallel_size
+    return tokens, tokens / layout.sequence_ranks
+
+
+def layer_activations(sizes: NeoSizes, layout: Layout, workload: Workload, frozen: bool) -> LayerActivations:
+    """What one layer keeps of one micro-batch; `frozen` as in `flops.layer_flops`."""
+    kernels = _local_layer if layout.transformer_impl == "local" else _gpu_layer
+    return kernels(sizes, layout, *rank_tokens(layout, workload), frozen=frozen)
+
+
+def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
+    e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
+    hidden, d = sizes.hidden_size, sizes.head_dim
+    n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
+    sixteen_bit = e < 4
+    residual = y * hidden * e
+    norms = 2 * y * (hidden * 4 * (1 + trained) + 4) + y * hidden * e * (1 + trained)
+    projections = x * (2 * n + 3 * g) * d * e
+    head_norms = x * (n + g) * (2 * d * 4 if sixteen_bit else 0) + (0 if sixteen_bit else projections)
+    head_norms += x * (n + g) * (d * (1 + trained) * 4 + 3 * 4)
+    # The rotated queries and keys are one tensor; the queries, taken out of it head behind head, a second.
+    inputs = x * (2 * n + g) * 2 * d * e + (x * (n + 2 * g) * d * e if sixteen_bit else 0)
+    kept_by_kernel = x * (n * 2 * d + g * 3 * d + n * d) * 4 if sixteen_bit else inputs + x * n * d * 4 * frozen
+    context = x * n * d * e * trained
+    ffn = x * sizes.ffn_hidden_size / tensor * e
+    return LayerActivations(
+        hidden=residual,
+        norm_outputs=norms - 2 * residual,
+        core_attention=kept_by_kernel + x * n * 4 - inputs,
+        mlp=ffn * (2 + trained),
+        rest=residual + head_norms + inputs + context,
+    )
+
+
+def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
+    e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
+    product_input = 1 if layout.precision == "fp8" else e
+    hidden, d = sizes.hidden_size, sizes.head_dim
+    n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
+    residual = y * hidden * e
+    projections = x * (2 * n + 3 * g) * d * e
+    query_key = x * (2 * n + g) * 2 * d * e
+    ffn = x * sizes.ffn_hidden_size / tensor
+    return LayerActivations(
+        hidden=residual,
+        norm_outputs=y * hidden * product_input * (1 + trained) + 2 * y * 4,
+        core_attention=x * n * 4,
+        mlp=ffn * (2 * e + trained * product_input),
+        rest=residual + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e,
+    )
+
+
+def layers_by_kind(sizes: NeoSizes, chunk: Chunk, training_stage: int) -> list[tuple[bool, range]]:
+    """The layers of a chunk, numbered in it, that train and those that stage 1 has frozen: (frozen, numbers)."""
+    first = chunk.pre_buffer_layers(sizes) if trains_new_parts_only(training_stage) else chunk.layers
+    return [(False, range(first)), (True, range(first, chunk.layers))]
+
+
+def patch_embedding_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
+    """Pixels and the GELU's input, the rotated channels, float32 cosines and sines, and the cells themselves."""
+    cells = rank_tokens(layout, workload)[1] * workload.picture_share
+    e, patches, width = layout.parameter_bytes, sizes.merge_size**2, sizes.patch_embedding_size
+    tables = patches * width * 4
+    return cells * (patches * (3 * sizes.patch_size**2 + 2 * width) * e + tables + sizes.hidden_size * e)
+
+
+def head_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int) -> float:
+    """The final norm on all tokens; head and cross entropy on trained positions, its probabilities in float32."""
+    x, y = rank_tokens(layout, workload)
+    trained = x * workload.trained_share
+    e, frozen = layout.parameter_bytes, trains_new_parts_only(training_stage)
+    width = 4 * (2 - frozen) if layout.transformer_impl == "local" else e
+    norm = y * (sizes.hidden_size * width + 4)
+    rows = 0 if frozen else trained * sizes.hidden_size * e
+    return norm + rows + trained * sizes.vocab_size / layout.tensor_model_parallel_size * 4
+
+
+def context_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
+    """What all layers of a micro-batch share: float32 rotary tables, and the mask."""
+    x, _ = rank_tokens(layout, workload)
+    tables = x * 2 * sizes.head_dim * 4
+    if layout.transformer_impl == "local":
+        return tables
+    return tables + x / FLEX_BLOCK * workload.sequence_length / FLEX_BLOCK * 16
+
+
+def chunk_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chunk, training_stage: int) -> float:
+    """What one chunk keeps of one micro-batch between its forward and its backward."""
+    e = layout.parameter_bytes
+    total = context_bytes(sizes, layout, workload)
+    for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
+        layer = layer_activations(sizes, layout, workload, frozen)
+        recomputed = sum(layout.recomputes_layer(number) for number in numbers)
+        total += (len(numbers) - recomputed) * layer.kept(layout)
+    if layout.recompute_granularity == "full":
+        total += layout.checkpoints(chunk.layers) * rank_tokens(layout, workload)[1] * sizes.hidden_size * e
+    if chunk.embedding:
+        total += patch_embedding_bytes(sizes, layout, workload)
+    if chunk.head:
+        total += head_bytes(sizes, layout, workload, training_stage)
+    return total

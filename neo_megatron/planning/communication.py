@@ -1,0 +1,123 @@
+"""Bytes that one rank sends in a step, by kind.
+
+A ring all-reduce of b bytes over r ranks sends 2 b (r - 1) / r from each, an all-gather or a reduce-scatter half as
+much. Megatron's own traffic is counted; what is a few numbers a token (cross entropy, gradient norms) is not.
+"""
+
+from dataclasses import dataclass
+
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.context_traffic import default_way, sent_bytes
+from neo_megatron.planning.activations import layers_by_kind, rank_tokens
+from neo_megatron.planning.flops import trains_new_parts_only
+from neo_megatron.planning.layout import Chunk, Layout
+from neo_megatron.planning.parameters import chunk_parameters
+from neo_megatron.planning.state import buffer_elements
+from neo_megatron.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent by one rank in one step.
+
+    Attributes:
+        tensor: all-reduces of a layer's outputs and input gradients, or all-gathers and reduce-scatters under
+            sequence parallelism.
+        context: all-to-alls, or gathers of keys and values.
+        pipeline: hidden states to the next stage, their gradients to the one before.
+        gradients: reduce-scatter or all-reduce over the ranks with the same parameters.
+        parameters: all-gather after the step of the distributed optimizer.
+        embedding: all-reduce between the two copies of a tied embedding.
+    """
+
+    tensor: float
+    context: float
+    pipeline: float
+    gradients: float
+    parameters: float
+    embedding: float
+
+    @property
+    def total(self) -> float:
+        return self.tensor + self.context + self.pipeline + self.gradients + self.parameters + self.embedding
+
+
+def rank_traffic(
+    sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int, pipeline_rank: int
+) -> Traffic:
+    """What a rank of one pipeline stage sends in a step."""
+    chunks = layout.chunks(sizes)[pipeline_rank]
+    per_micro_batch = [
+        (
+            _tensor_parallel(sizes, layout, workload, chunk, training_stage),
+            _context_parallel(sizes, layout, workload, chunk),
+            _pipeline(sizes, layout, workload, chunk),
+        )
+        for chunk in chunks
+    ]
+    tensor, context, pipeline = (layout.micro_batches * sum(kind) for kind in zip(*per_micro_batch, strict=True))
+    ranks = layout.state_ranks
+    part = (ranks - 1) / ranks
+    elements = buffer_elements(sizes, layout, training_stage, pipeline_rank)
+    gradients = part * elements * 4
+    if layout.use_distributed_optimizer:
+        parameters = part * elements * layout.parameter_bytes
+    else:
+        gradients, parameters = 2 * gradients, 0.0
+    embedding = 4.0 * sum(
+        parameter.elements
+        for chunk in chunks
+        for parameter in chunk_parameters(sizes, layout, chunk, training_stage)
+        if parameter.shared_embedding and parameter.trained
+    )
+    return Traffic(tensor, context, pipeline, gradients, parameters, embedding)
+
+
+def layer_collectives(layout: Layout, frozen: bool, recomputed: bool) -> int:
+    """All-gathers and reduce-scatters of one layer's hidden states in forward and backward; an all-reduce is two.
+
+    Forward: the inputs of `linear_qkv`, `linear_qk_hw` and `linear_fc1`, the outputs of `linear_proj` and `linear_fc2`.
+    Backward: the same five the other way; under sequence parallelism a trained weight's input is gathered once more.
+    """
+    if layout.sequence_parallel:
+        forward, mlp, backward = 5, 2, 5 + (1 if frozen else 3)
+    else:
+        forward, mlp, backward = 2 * 2, 2, 3 * 2
+    again = forward if recomputed else mlp * layout.recomputes("mlp")
+    return forward + backward + again
+
+
+def _tensor_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chunk, training_stage: int) -> float:
+    ranks = layout.tensor_model_parallel_size
+    x, _ = rank_tokens(layout, workload)
+    hidden_states = x * sizes.hidden_size * layout.parameter_bytes * (ranks - 1) / ranks
+    count = 0
+    for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
+        count += sum(layer_collectives(layout, frozen, layout.recomputes_layer(number)) for number in numbers)
+    if chunk.embedding:
+        # An all-reduce of the output; or a reduce-scatter, and a gather of the gradient unless it is frozen.
+        count += 1 if layout.sequence_parallel and trains_new_parts_only(training_stage) else 2
+    if chunk.head:
+        count += 2
+    return count * hidden_states
+
+
+def _context_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chunk) -> float:
+    if layout.context_parallel_size == 1:
+        return 0.0
+    x, _ = rank_tokens(layout, workload)
+    tensor = layout.tensor_model_parallel_size
+    heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
+    ranks = layout.context_parallel_size
+    way = layout.cp_comm_type or default_way(heads, groups, ranks)
+    forward, backward = sent_bytes(way, int(x), heads, groups, sizes.head_dim, ranks, layout.parameter_bytes)
+    again = sum(layout.recomputes("core_attn") or layout.recomputes_layer(number) for number in range(chunk.layers))
+    return chunk.layers * (forward + backward) + again * forward
+
+
+def _pipeline(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chunk) -> float:
+    """Every chunk but the last sends hidden states on, every one but the first a gradient back."""
+    _, y = rank_tokens(layout, workload)
+    if layout.pipeline_model_parallel_size == 1:
+        return 0.0
+    return ((not chunk.head) + (not chunk.embedding)) * y * sizes.hidden_size * layout.parameter_bytes

@@ -1,0 +1,67 @@
+"""GPUs by name: the makers' peak rates, and how much of them is assumed to be reached."""
+
+from dataclasses import dataclass, replace
+
+from neo_megatron.model.config import ConfigError
+from neo_megatron.planning.layout import Precision
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates per GPU: operations per second (dense), bytes, bytes per second in one direction."""
+
+    name: str
+    bf16: float
+    fp8: float
+    fp32: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+    """Between GPUs of one machine."""
+    network_rate: float
+    """To other machines."""
+    gpus_per_machine: int = 8
+
+    def with_memory(self, memory: float) -> "Gpu":
+        return replace(self, memory=memory)
+
+    def peak(self, precision: Precision) -> float:
+        """Operations per second.
+
+        Raises:
+            ConfigError: this GPU does not have the precision.
+        """
+        rate = {"bf16": self.bf16, "fp8": self.fp8, "fp32": self.fp32}[precision]
+        if not rate:
+            raise ConfigError(f"--gpu {self.name} has no {precision}: choose --bf16, or another GPU")
+        return rate
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 312e12, 0, 19.5e12, 80e9, 2.04e12, 300e9, 25e9),
+        Gpu("h100", 989e12, 1979e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+        Gpu("h200", 989e12, 1979e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+        Gpu("b200", 2250e12, 4500e12, 75e12, 180e9, 8e12, 900e9, 50e9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peak rates that are assumed to be reached; nothing of this has been measured on a GPU."""
+
+    products: float = 0.65
+    attention: float = 0.4
+    memory: float = 0.7
+    links: float = 0.7
+    reserved_bytes: float = 5e9
+    """Kept free for CUDA, NCCL and fragmentation."""
+
+    def describe(self) -> str:
+        return (
+            f"assumed: {self.products:.0%} of the peak in matrix products, {self.attention:.0%} in attention, "
+            f"{self.memory:.0%} of the memory's rate, {self.links:.0%} of the links'; "
+            f"{self.reserved_bytes / 1e9:.0f} GB kept free for CUDA, NCCL and fragmentation"
+        )

@@ -1,0 +1,106 @@
+"""The memory of every pipeline rank: state, activations of the micro-batches in flight, and what comes and goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.context_traffic import buffer_bytes, default_way
+from neo_megatron.planning.activations import chunk_bytes, layer_activations, rank_tokens
+from neo_megatron.planning.layout import Layout
+from neo_megatron.planning.parameters import chunk_parameters
+from neo_megatron.planning.state import State, rank_state
+from neo_megatron.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one pipeline rank.
+
+    Attributes:
+        fp8_weights: under FP8, the 8-bit forms of the layers' matrices, as they are and transposed.
+        activations: kept for the backward by all micro-batches in flight, at the worst moment.
+        working: beside them, of the layer or head at work: gradients, gathered inputs, what is recomputed.
+    """
+
+    state: State
+    fp8_weights: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return self.state.total + self.fp8_weights + self.activations + self.working
+
+
+def pipeline_memory(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int) -> list[RankMemory]:
+    """The memory of each pipeline rank; ranks that differ in anything else hold the same."""
+    memory = []
+    for rank, chunks in enumerate(layout.chunks(sizes)):
+        kept = [chunk_bytes(sizes, layout, workload, chunk, training_stage) for chunk in chunks]
+        fp8_weights = 0.0
+        if layout.precision == "fp8":
+            parameters = [p for chunk in chunks for p in chunk_parameters(sizes, layout, chunk, training_stage)]
+            fp8_weights = 2 * sum(p.elements for p in parameters if p.matrix_of_layer)
+        memory.append(
+            RankMemory(
+                state=rank_state(sizes, layout, training_stage, rank),
+                fp8_weights=fp8_weights,
+                activations=peak_in_flight(kept, rank, layout),
+                working=working_bytes(sizes, layout, workload, head=any(chunk.head for chunk in chunks)),
+            )
+        )
+    return memory
+
+
+def peak_in_flight(chunk_bytes: Sequence[float], pipeline_rank: int, layout: Layout) -> float:
+    """Most bytes kept at once under Megatron's schedules, 1F1B and interleaved 1F1B.
+
+    A rank first runs some forwards, then a forward and a backward in turn. Interleaved, it takes as many micro-batches
+    as there are ranks through one chunk, then through the next; backwards the chunks come in reverse.
+
+    Args:
+        chunk_bytes: what each chunk of the rank keeps of one micro-batch.
+    """
+    ranks, chunks = layout.pipeline_model_parallel_size, len(chunk_bytes)
+    # Later rounds repeat the first.
+    micro_batches = min(layout.micro_batches, 4 * ranks)
+    forward = [
+        chunk
+        for first in range(0, micro_batches, ranks)
+        for chunk in range(chunks)
+        for _ in range(first, min(first + ranks, micro_batches))
+    ]
+    backward = [chunks - 1 - chunk for chunk in forward]
+    ahead = ranks - 1 - pipeline_rank
+    if chunks > 1:
+        ahead = 2 * ahead + (chunks - 1) * ranks
+    kept = peak = 0.0
+    for number, chunk in enumerate(forward):
+        kept += chunk_bytes[chunk]
+        peak = max(peak, kept)
+        if number >= ahead:
+            kept -= chunk_bytes[backward[number - ahead]]
+    return peak
+
+
+def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: bool) -> float:
+    """The most that one layer, or the head, needs while it computes, beside what is kept."""
+    x, _ = rank_tokens(layout, workload)
+    e, tensor = layout.parameter_bytes, layout.tensor_model_parallel_size
+    layer = layer_activations(sizes, layout, workload, frozen=False)
+    exchanged = 0
+    if layout.context_parallel_size > 1:
+        heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
+        ranks = layout.context_parallel_size
+        way = layout.cp_comm_type or default_way(heads, groups, ranks)
+        exchanged = max(buffer_bytes(way, int(x), heads, groups, sizes.head_dim, ranks, e))
+    # Gradients of the SwiGLU's input and output; its input gathered over tensor-parallel ranks, and the gradient of it.
+    gradients = x * e * (3 * sizes.ffn_hidden_size / tensor + 2 * sizes.hidden_size)
+    if layout.recompute_granularity == "full":
+        layers = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
+        again = layers * layer.total
+    else:
+        again = layer.total - layer.kept(layout)
+    # Beside the float32 probabilities: logits, or later their gradient, in 16 bits.
+    logits = x * workload.trained_share * sizes.vocab_size / tensor * (e if e < 4 else 0) if head else 0
+    return max(gradients + again, exchanged + again, logits + x * sizes.hidden_size * e)

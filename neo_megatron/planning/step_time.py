@@ -1,0 +1,171 @@
+"""An estimate of step time and MFU from stated peak rates: to compare layouts with, not to promise."""
+
+from dataclasses import dataclass
+
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.planning.activations import layer_activations, layers_by_kind, rank_tokens
+from neo_megatron.planning.communication import Traffic, rank_traffic
+from neo_megatron.planning.flops import ModelFlops, attention_core_flops, layer_products, model_flops
+from neo_megatron.planning.hardware import Efficiency, Gpu
+from neo_megatron.planning.layout import Chunk, Layout, Precision
+from neo_megatron.planning.state import MOMENTS, rank_state
+from neo_megatron.planning.workload import Workload
+
+# What a layer keeps is written and read once on the way forward, and twice, with its gradient, on the way back; run
+# again, it is written and read once more.
+MEMORY_PASSES = 6
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step and what follows from them.
+
+    Attributes:
+        stages: seconds of one micro-batch, forward and backward, on each pipeline rank.
+        bubble: share of the step that the slowest rank waits for the pipeline to fill and drain.
+        exposed: seconds in which gradients and parameters travel and nothing is computed.
+        mfu: operations that the step needs, over those that the GPUs could do meanwhile.
+        tokens_per_second: per GPU.
+    """
+
+    seconds: float
+    stages: list[float]
+    bubble: float
+    exposed: float
+    mfu: float
+    tokens_per_second: float
+    traffic: list[Traffic]
+
+
+def step_time(
+    sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int, gpu: Gpu, efficiency: Efficiency
+) -> StepTime:
+    """The slowest rank works through all micro-batches; before and after, the others' first and last pass by.
+
+    Seconds = m * t_max + (sum(t) - t_max) / chunks of a rank + what of the gradients' traffic nothing hides.
+    """
+    flops = model_flops(sizes, training_stage, workload)
+    chunks = layout.chunks(sizes)
+    traffic = [rank_traffic(sizes, layout, workload, training_stage, rank) for rank in range(len(chunks))]
+    stages = [
+        sum(_chunk_seconds(sizes, layout, workload, training_stage, chunk, flops, gpu, efficiency) for chunk in rank)
+        + _link_seconds(layout, sent, gpu, efficiency) / layout.micro_batches
+        for rank, sent in zip(chunks, traffic, strict=True)
+    ]
+    slowest = max(stages)
+    filling = (sum(stages) - slowest) / layout.virtual_pipeline_model_parallel_size
+    exposed = max(
+        _exposed_seconds(sizes, layout, training_stage, rank, sent, stages[rank], gpu, efficiency)
+        for rank, sent in enumerate(traffic)
+    )
+    seconds = layout.micro_batches * slowest + filling + exposed
+    tokens = layout.global_batch_size * workload.sequence_length
+    needed = flops.total(sizes).model * tokens
+    return StepTime(
+        seconds=seconds,
+        stages=stages,
+        bubble=filling / seconds,
+        exposed=exposed,
+        mfu=needed / (seconds * layout.world_size * gpu.peak(layout.precision)),
+        tokens_per_second=tokens / seconds / layout.world_size,
+        traffic=traffic,
+    )
+
+
+def layer_seconds(
+    sizes: NeoSizes,
+    layout: Layout,
+    workload: Workload,
+    frozen: bool,
+    recomputed: bool,
+    gpu: Gpu,
+    efficiency: Efficiency,
+) -> float:
+    """One micro-batch through one layer, forward and backward, without communication.
+
+    Args:
+        recomputed: the layer as a whole; single modules of it as the layout says.
+    """
+    products, core = layer_products(sizes, frozen), attention_core_flops(sizes, workload.mean_keys)
+    mlp = 2 * 3 * sizes.hidden_size * sizes.ffn_hidden_size
+    product_count = products.training + (products.forward if recomputed else mlp * layout.recomputes("mlp"))
+    core_count = core.training + (core.forward if recomputed or layout.recomputes("core_attn") else 0)
+    x, _ = rank_tokens(layout, workload)
+    share = x / layout.tensor_model_parallel_size
+    # Under FP8 only the products of the layers are in 8 bits.
+    seconds = share * product_count / (gpu.peak(layout.precision) * efficiency.products)
+    seconds += share * core_count / (gpu.peak(_without_fp8(layout)) * efficiency.attention)
+    passes = MEMORY_PASSES + 2 * recomputed
+    through_memory = passes * layer_activations(sizes, layout, workload, frozen).total
+    return seconds + through_memory / (gpu.memory_rate * efficiency.memory)
+
+
+def _chunk_seconds(
+    sizes: NeoSizes,
+    layout: Layout,
+    workload: Workload,
+    training_stage: int,
+    chunk: Chunk,
+    flops: ModelFlops,
+    gpu: Gpu,
+    efficiency: Efficiency,
+) -> float:
+    """One micro-batch through one chunk, forward and backward, without communication."""
+    seconds = 0.0
+    for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
+        again = sum(layout.recomputes_layer(number) for number in numbers)
+        for recomputed, count in ((True, again), (False, len(numbers) - again)):
+            if count:
+                seconds += count * layer_seconds(sizes, layout, workload, frozen, recomputed, gpu, efficiency)
+    x, y = rank_tokens(layout, workload)
+    rate = gpu.peak(_without_fp8(layout)) * efficiency.products
+    if chunk.embedding:  # the patch embedding is on every tensor-parallel rank, for its own part of the sequence
+        seconds += y * flops.patch_embedding.training / rate
+    if chunk.head:
+        seconds += x * flops.head.training / layout.tensor_model_parallel_size / rate
+    return seconds
+
+
+def _without_fp8(layout: Layout) -> Precision:
+    return "bf16" if layout.precision == "fp8" else layout.precision
+
+
+def _link_seconds(layout: Layout, sent: Traffic, gpu: Gpu, efficiency: Efficiency) -> float:
+    """Communication of all micro-batches, none of it hidden; ranks are ordered tensor, context, data, pipeline."""
+    tensor = layout.tensor_model_parallel_size
+    context = tensor * layout.context_parallel_size
+    data = context * layout.data_parallel_size
+
+    def rate(reach: int) -> float:
+        return (gpu.link_rate if reach <= gpu.gpus_per_machine else gpu.network_rate) * efficiency.links
+
+    # Interleaved stages send while they compute.
+    exposed_pipeline = sent.pipeline if layout.virtual_pipeline_model_parallel_size == 1 else 0.0
+    pipeline_reach = data * layout.pipeline_model_parallel_size
+    return sent.tensor / rate(tensor) + sent.context / rate(context) + exposed_pipeline / rate(pipeline_reach)
+
+
+def _exposed_seconds(
+    sizes: NeoSizes,
+    layout: Layout,
+    training_stage: int,
+    pipeline_rank: int,
+    sent: Traffic,
+    micro_batch_seconds: float,
+    gpu: Gpu,
+    efficiency: Efficiency,
+) -> float:
+    """Gradients, parameters and the optimizer; overlapped traffic hides behind one micro-batch."""
+    reach = layout.tensor_model_parallel_size * layout.state_ranks
+    rate = (gpu.link_rate if reach <= gpu.gpus_per_machine else gpu.network_rate) * efficiency.links
+    # About a third of a micro-batch is forward.
+    hidden_backward = micro_batch_seconds * 2 / 3 if layout.overlap_grad_reduce else 0.0
+    hidden_forward = micro_batch_seconds / 3 if layout.overlap_param_gather else 0.0
+    state = rank_state(sizes, layout, training_stage, pipeline_rank)
+    optimizer = 2 * state.optimizer + state.optimizer / MOMENTS * 4
+    return (
+        max(0.0, sent.gradients / rate - hidden_backward)
+        + max(0.0, sent.parameters / rate - hidden_forward)
+        + sent.embedding / rate
+        + optimizer / (gpu.memory_rate * efficiency.memory)
+    )

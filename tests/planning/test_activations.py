@@ -1,0 +1,57 @@
+"""Planned bytes of activations against those that a real model keeps, counted by hooks on saved tensors."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+from neo_megatron.planning.activations import chunk_bytes
+from neo_megatron.planning.layout import Layout
+from neo_megatron.planning.workload import Workload
+from neo_megatron.presets import SIZES
+
+LENGTH, CELLS, TRAINED = 256, 128, 64
+WORKLOAD = Workload(LENGTH, mean_keys=LENGTH, picture_share=CELLS / LENGTH, trained_share=TRAINED / LENGTH)
+MODEL = SIZES["tiny"].replace(
+    num_attention_heads=4, head_dim=32, ffn_hidden_size=384, vocab_size=1024, pre_buffer_layers=2, post_llm_layers=3
+)
+SELECTIVE = dict(recompute_granularity="selective")
+FULL = dict(recompute_granularity="full", recompute_num_layers=2)
+CASES = {
+    f"stage {stage}, {name}": (stage, layout)
+    for stage in (1, 2)
+    for name, layout in {
+        "all kept": dict(),
+        "core_attn": dict(**SELECTIVE, recompute_modules=("core_attn",)),
+        "mlp": dict(**SELECTIVE, recompute_modules=("mlp",)),
+        "layernorm and core_attn": dict(**SELECTIVE, recompute_modules=("layernorm", "core_attn")),
+        "full, uniform": dict(**FULL, recompute_method="uniform"),
+        "full, block": dict(**FULL, recompute_method="block"),
+        "TP2": dict(tensor_model_parallel_size=2),
+        "TP2 with SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+        "bf16": dict(precision="bf16"),
+    }.items()
+}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, int]:
+    cases = []
+    for stage, settings in CASES.values():
+        settings = dict(settings)
+        tensor, bf16 = settings.pop("tensor_model_parallel_size", 1), settings.pop("precision", "fp32") == "bf16"
+        case = {"sizes": asdict(MODEL), "stage": stage, "tensor": tensor, "batch": (LENGTH, CELLS, TRAINED)}
+        cases.append(case | {"settings": settings | {"bf16": bf16}})
+    done = run_python(Path(__file__).parent / "activation_worker.py", json.dumps(cases))
+    assert done.returncode == 0, done.stdout[-6000:]
+    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_within_a_tenth_of_what_is_kept(case, measured):
+    stage, settings = CASES[case]
+    layout = Layout(**{"precision": "fp32", "transformer_impl": "local"} | settings)
+    [[chunk]] = layout.chunks(MODEL)
+    assert chunk_bytes(MODEL, layout, WORKLOAD, chunk, stage) == pytest.approx(measured[case], rel=0.1)
