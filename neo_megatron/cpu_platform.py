@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 # Megatron decorates small functions with torch.compile; on a CPU each costs a minute of C++ building. Read on import.
@@ -22,7 +22,7 @@ if not os.path.exists("/dev/nvidiactl"):
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 MEGATRON_VERSION = "0.19.2"
 TORCH_VERSION = "2.11"
@@ -48,29 +48,58 @@ def argument_defaults() -> dict[str, Any]:
     }
 
 
-# Functions that place a tensor, or tell where it is, without a keyword.
-_PLACING = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
+# Functions of torch that make a tensor on a device.
+_FACTORIES = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
+    *("linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"),
+    *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like"),
+)
 
 
-class CudaIsCpu(TorchFunctionMode):
-    """Rewrites every cuda placement that goes through a torch function into a cpu placement."""
+def _cuda_means_cpu() -> None:
+    """Every placement on cuda becomes one on the CPU.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not kwargs and func not in _PLACING:  # most calls by far
-            return func(*args)
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:  # x.cuda() -> x
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor".
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if _is_cuda(kwargs.get("device")):  # torch.zeros(..., device="cuda")
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        elif func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):  # x.to("cuda")
-            args = (args[0], torch.device("cpu"), *args[2:])
-        if kwargs.get("pin_memory"):  # pinned memory is a matter between host and GPU
-            kwargs = {**kwargs, "pin_memory": False}
-        return func(*args, **kwargs)
+    Only what places a tensor is wrapped: a `TorchFunctionMode` would see every call of torch, and cost a small model a
+    fifth of its time.
+    """
+    # The meta device's context knows factories by identity, from a list that it makes on first use.
+    _device_constructors()
+    for name in _FACTORIES:
+        _patch(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    @wraps(tensor_to)
+    def to(self, *args, **kwargs):
+        if args and _is_cuda(args[0]):
+            args = (torch.device("cpu"), *args[1:])
+        return tensor_to(self, *args, **_cpu_keywords(kwargs))
+
+    @wraps(tensor_type)
+    def type_(self, *args, **kwargs):
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        # Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor".
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    _patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _patch(torch.Tensor, "to", to)
+    _patch(torch.Tensor, "type", type_)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(factory)
+    def on_cpu(*args, **kwargs):
+        return factory(*args, **_cpu_keywords(kwargs))
+
+    return on_cpu
+
+
+def _cpu_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if _is_cuda(kwargs.get("device")):
+        kwargs["device"] = torch.device("cpu")
+    if kwargs.get("pin_memory"):  # pinned memory is a matter between host and GPU
+        kwargs["pin_memory"] = False
+    return kwargs
 
 
 class Adam(torch.optim.Optimizer):
@@ -106,8 +135,27 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                fused=True,
             )
             group["step"] = group.get("step", 0) + 1
+
+
+def _multi_tensor_scale(_chunk_size, _overflow, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    """Megatron scales gradients in place: both lists are the same."""
+    sources, destinations = tensor_lists
+    for source, destination in zip(sources, destinations, strict=True):
+        torch.mul(source, scale, out=destination)
+
+
+def _swiglu_back(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``silu(gate) * up`` with respect to ``x = [gate | up]``."""
+    gate, up = x.chunk(2, dim=-1)
+    d_x = torch.empty_like(x)
+    d_gate, d_up = d_x.chunk(2, dim=-1)
+    torch.mul(torch.nn.functional.silu(gate), d_out, out=d_up)
+    torch.mul(d_out, up, out=d_gate)
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    return d_x
 
 
 @cache
@@ -120,7 +168,7 @@ def install() -> None:
     if not on_cpu():
         return
     _check_versions()
-    CudaIsCpu().__enter__()
+    _cuda_means_cpu()
     # torch.cpu is torch's own stand-in: current_device() is "cpu", streams do nothing. Wrapped, because torch refuses
     # one function object under two names.
     for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
@@ -140,6 +188,7 @@ def install() -> None:
     # It would also warn, at every random initialisation, that the two generators which are one here changed together.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
+    import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
     import megatron.core.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
 
@@ -153,6 +202,9 @@ def install() -> None:
     _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
     _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
     _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    # Stand-ins for kernels that are fused on a GPU; Megatron's own make several passes over new tensors.
+    _patch(optimizer.clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)
+    _patch(fused_bias_swiglu, "swiglu_back", _swiglu_back)
 
 
 def require() -> None:

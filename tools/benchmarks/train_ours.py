@@ -1,13 +1,14 @@
-"""Our side of the training benchmark: `megatron.training.pretrain` as pretrain_neo runs it, one step at a time.
+"""Our side of the training benchmark: `pretrain_neo.main()`, one step at a time.
 
-Nothing of Megatron is replaced. The data iterator, the model and the functions that `pretrain` is given tell where in a
-step it is; a step lasts from one call of the iterator to the next, with all that Megatron does in between.
+Nothing of Megatron is replaced. The data iterator, the model and the functions that pretrain_neo hands to it tell where
+in a step it is; a step lasts from one call of the iterator to the next, with all that Megatron does in between.
 """
 
 import os
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
     base = grown()
 
     def datasets_provider(*given, **named):
-        train, *others = pretrain_neo.datasets_provider(*given, **named)
+        train, *others = original["datasets_provider"](*given, **named)
         return iterate(train), *others
 
     def iterate(packs: Iterator) -> Iterator:
@@ -47,7 +48,7 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
             yield pack
 
     def model_provider(*given, **named):
-        model = pretrain_neo.model_provider(*given, **named)
+        model = original["model_provider"](*given, **named)
         model.register_forward_pre_hook(lambda *_: clock.mark("data"))
         finalize = model.config.finalize_model_grads_func
 
@@ -60,7 +61,7 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
         return model
 
     def forward_step(*given):
-        output, loss_function = pretrain_neo.forward_step(*given)
+        output, loss_function = original["forward_step"](*given)
 
         def reduce(*given):
             loss, count, report = loss_function(*given)
@@ -72,18 +73,13 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
         return output, reduce
 
     datasets_provider.is_distributed = True
+    original = dict(vars(pretrain_neo))
+    vars(pretrain_neo).update(
+        datasets_provider=datasets_provider, model_provider=model_provider, forward_step=forward_step
+    )
     register_optimizer_step_post_hook(lambda *_: clock.mark("optimizer"))
-    try:
-        args = pretrain_neo.parse_arguments()
-        pretrain_neo.pretrain(
-            pretrain_neo.pretrain_cfg_container_from_args(args),
-            datasets_provider,
-            pretrain_neo.ModelType.encoder_or_decoder,
-            forward_step,
-            model_provider=model_provider,
-        )
-    except StopTraining:
-        pass
+    with suppress(StopTraining):
+        pretrain_neo.main()
 
 
 def arguments(inputs: Path, vocabulary: int, recompute: bool) -> list[str]:
