@@ -5,7 +5,6 @@ Both specs give the same parameter shapes and, in a distributed checkpoint, the 
 
 from functools import partial
 
-import torch
 from megatron.core.extensions.transformer_engine import (
     HAVE_TE,
     TEColumnParallelLinear,
@@ -22,16 +21,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from neo_megatron.model.native_attention import NativeSelfAttention, NativeSelfAttentionSubmodules
+from neo_megatron.model.rms_norm import RMSNorm
 from neo_megatron.model.transformer_config import NeoConfig
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's RMSNorm where Megatron expects a norm; unlike `WrappedTorchNorm` it runs under sequence parallelism."""
-
-    def __init__(self, config: NeoConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Each rank normalises its part of the sequence: Megatron sums the gradients over the tensor-parallel group.
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def decoder_spec(

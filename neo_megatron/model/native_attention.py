@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import divide
-from torch import Tensor, cat
+from torch import Tensor
 
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
@@ -137,14 +137,6 @@ class NativeSelfAttention(MegatronModule):
         qk_hw = qk_hw.unflatten(-1, (self.groups_per_rank, heads + 1, self.head_dim))
         q_t, k_t, value = qkv.split((heads, 1, 1), dim=-2)
         (q_h, q_w), (k_h, k_w) = (x.chunk(2, dim=-1) for x in qk_hw.split((heads, 1), dim=-2))
-        # The query heads and the key of a group are rotated together: they stand at the same positions.
-        qk = cat(
-            (
-                rotary.t.rotate(cat((self.q_layernorm(q_t), self.k_layernorm(k_t)), dim=-2)),
-                rotary.h.rotate(cat((self.q_layernorm_h(q_h), self.k_layernorm_h(k_h)), dim=-2)),
-                rotary.w.rotate(cat((self.q_layernorm_w(q_w), self.k_layernorm_w(k_w)), dim=-2)),
-            ),
-            dim=-1,
-        )
-        query, key = qk.split((heads, 1), dim=-2)
-        return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+        query = rotary.rotate(self.q_layernorm(q_t), self.q_layernorm_h(q_h), self.q_layernorm_w(q_w))
+        key = rotary.rotate(self.k_layernorm(k_t), self.k_layernorm_h(k_h), self.k_layernorm_w(k_w))
+        return query, key, value.flatten(2, 3)

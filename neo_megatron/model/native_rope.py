@@ -3,10 +3,12 @@
 Everything here is float32 whatever the dtype of the model: at position 16384 a bfloat16 frequency is off by radians.
 The frequencies are never buffers, so that no `.bfloat16()` of the model can reach them.
 
-Shape suffixes: S sequence, B packs, D channels of the rotated part, F = D/2 frequencies.
+Shape suffixes: S sequence, B packs, G key-value heads, R query heads per key-value head, D channels of the rotated
+part, F = D/2 frequencies.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,19 @@ class RotaryTable:
     cos: Tensor
     sin: Tensor
 
-    def rotate(self, x_SBGRD: Tensor) -> Tensor:
-        """Half-rotation as in Qwen3: channel i and channel i + D/2 form a pair. Returns the dtype of the input."""
-        first, second = x_SBGRD.chunk(2, dim=-1)
-        rotated = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
-        return rotated.to(x_SBGRD.dtype)
+    def rotate(self, x_SBGRD: Tensor, out_SBGRD: Tensor, back: bool = False) -> None:
+        """Half-rotation as in Qwen3, written to ``out``: channel i and channel i + D/2 form a pair.
+
+        Args:
+            x_SBGRD: of any dtype.
+            out_SBGRD: float32, or float64 to test it.
+            back: turn the other way, which undoes the rotation and is its gradient.
+        """
+        sign = -1 if back else 1
+        first, second = x_SBGRD.to(out_SBGRD.dtype).chunk(2, dim=-1)
+        out_first, out_second = out_SBGRD.chunk(2, dim=-1)
+        torch.mul(first, self.cos, out=out_first).addcmul_(second, self.sin, value=-sign)
+        torch.mul(second, self.cos, out=out_second).addcmul_(first, self.sin, value=sign)
 
 
 @dataclass(frozen=True)
@@ -52,3 +62,35 @@ class NativeRotary:
         return cls(
             t=table(0, head_dim, theta_t), h=table(1, head_dim // 2, theta_hw), w=table(2, head_dim // 2, theta_hw)
         )
+
+    @property
+    def tables(self) -> tuple[RotaryTable, RotaryTable, RotaryTable]:
+        return self.t, self.h, self.w
+
+    def rotate(self, t_SBGRD: Tensor, h_SBGRD: Tensor, w_SBGRD: Tensor) -> Tensor:
+        """Heads ``[S, B, G * R, 2D]`` from their parts: ``head_dim`` channels for t and half as many for h and w."""
+        return _RotatedParts.apply(self, t_SBGRD, h_SBGRD, w_SBGRD)
+
+
+class _RotatedParts(torch.autograd.Function):
+    """Writes every part to its place in the head, so that nothing is joined afterwards; the graph keeps the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, rotary: NativeRotary, *parts: Tensor) -> Tensor:
+        ctx.rotary, ctx.shapes = rotary, [part.shape for part in parts]
+        widths = [part.shape[-1] for part in parts]
+        exact = torch.promote_types(parts[0].dtype, torch.float32)
+        heads = parts[0].new_empty(*parts[0].shape[:-1], sum(widths), dtype=exact)
+        for table, part, place in zip(rotary.tables, parts, heads.split(widths, dim=-1), strict=True):
+            table.rotate(part, place)
+        return heads.to(parts[0].dtype).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, d_heads: Tensor) -> tuple[Tensor | None, ...]:
+        widths = [shape[-1] for shape in ctx.shapes]
+        places = d_heads.unflatten(2, ctx.shapes[0][2:4]).split(widths, dim=-1)
+        exact = torch.promote_types(d_heads.dtype, torch.float32)
+        d_parts = [d_heads.new_empty(shape, dtype=exact) for shape in ctx.shapes]
+        for table, d_part, place in zip(ctx.rotary.tables, d_parts, places, strict=True):
+            table.rotate(place, d_part, back=True)
+        return None, *(d_part.to(d_heads.dtype) for d_part in d_parts)
