@@ -52,6 +52,15 @@ class NeoTrainingArguments:
 
 
 @dataclass
+class NeoDryRunArguments:
+    """Looking before leaping."""
+
+    dry_run: bool = False
+    """Checks flags, layout, checkpoint and the packs of the first global batch, prints the plan of the run and exits
+    before anything is built. One process will do: WORLD_SIZE=1024 python -m neo_megatron.pretrain_neo ... --dry-run"""
+
+
+@dataclass
 class NeoCheckpointArguments:
     """The checkpoints of a run."""
 
@@ -65,4 +74,5 @@ def add_neo_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(NeoModelArguments).build_group(parser, "NEO model")
     ArgumentGroupFactory(NeoTrainingArguments).build_group(parser, "NEO training")
     ArgumentGroupFactory(NeoCheckpointArguments).build_group(parser, "NEO checkpoints")
+    ArgumentGroupFactory(NeoDryRunArguments).build_group(parser, "NEO dry run")
     return parser

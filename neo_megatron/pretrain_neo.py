@@ -42,6 +42,7 @@ from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.dry_run import dry_run
 from neo_megatron.loader_signals import heed_only_parent
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
@@ -81,6 +82,9 @@ cpu_platform.call_after_loading(after_loading)
 def main() -> None:
     try:
         args = parse_arguments()
+        if args.dry_run:
+            dry_run(args, open_packs)
+            return
         with RunCheckpoints(args) as run_checkpoints:
             pretrain(
                 pretrain_cfg_container_from_args(args),
@@ -147,6 +151,8 @@ def parse_arguments() -> Namespace:
     validate_args(args)
     check_save_flags(args)
     check_optimizer_flags(args)
+    if args.dry_run:
+        args.tensorboard_dir = args.wandb_project = None  # it leaves no file behind
     set_global_variables(args)
     return args
 
@@ -230,6 +236,39 @@ def pack_iterator(
 ) -> Iterator[dict[str, Any]] | None:
     """Micro-batches of this data-parallel rank from pack number `consumed` on; `None` where the split has no packs."""
     args = get_args()
+    dataset = open_packs(args, split, num_samples, pictures, global_batch)
+    if dataset is None:
+        return None
+    sampler = MegatronPretrainingSampler(
+        total_samples=num_samples,
+        consumed_samples=consumed,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=not cpu_platform.on_cpu(),
+        persistent_workers=args.num_workers > 0,
+        worker_init_fn=partial(heed_only_parent, args.exit_signal),
+    )
+    # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
+    ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+    report = pictures == "patches" and ranks_alike == (0, 0)
+    return watch_broken_samples(iter(loader), args.max_broken_samples, report)
+
+
+def open_packs(
+    args: Namespace, split: str, num_samples: int, pictures: Pictures, global_batch: GlobalBatch | None = None
+) -> PackDataset | None:
+    """The packs of a split; `None` where it has none.
+
+    Raises:
+        ConfigError: they do not fit the model or the sequence length.
+    """
     flag, paths = f"--{split}-data-path", getattr(args, f"{split}_data_path")
     if not paths or num_samples == 0:
         return None
@@ -251,26 +290,7 @@ def pack_iterator(
             f"{flag} {paths[0]} was made with a tokenizer of {tokens} tokens, the model has {args.vocab_size}: "
             "grow the model with convert_checkpoint.py qwen3-to-neo --tokenizer, or preprocess with its own tokenizer"
         )
-    sampler = MegatronPretrainingSampler(
-        total_samples=num_samples,
-        consumed_samples=consumed,
-        micro_batch_size=micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=not cpu_platform.on_cpu(),
-        persistent_workers=args.num_workers > 0,
-        worker_init_fn=partial(heed_only_parent, args.exit_signal),
-    )
-    # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
-    ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
-    report = pictures == "patches" and ranks_alike == (0, 0)
-    return watch_broken_samples(iter(loader), args.max_broken_samples, report)
+    return dataset
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, partial]:

@@ -27,10 +27,11 @@ from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.model.config import ConfigError
 
 
-def choose_checkpoint(args: Namespace) -> Path | None:
+def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
     """The directory of the checkpoint that this run starts from, verified; `None` where it starts from nothing.
 
     A call on all ranks, which share the reading; without a process group this process reads alone. Changes no file.
+    Without `read_tensors` files and their sizes are compared, and no more.
 
     Raises:
         ConfigError: there are checkpoints but none is whole, or the one asked for is not.
@@ -39,7 +40,7 @@ def choose_checkpoint(args: Namespace) -> Path | None:
         paths = _on_rank_0(lambda: _candidates(args))
         damages = []
         for path in paths:
-            damage = _verify_together(path)
+            damage = _verify_together(path, read_tensors)
             if damage is None:
                 for earlier in damages:
                     print_rank_0(f"{earlier}: going on from {path.name}")
@@ -58,7 +59,7 @@ def choose_checkpoint(args: Namespace) -> Path | None:
                 f"--pretrained-checkpoint {directory.root}: {directory.tracker.name} in it names no checkpoint: give "
                 "a directory that tools/convert_checkpoint.py has written or --save has filled"
             )
-        if damage := _verify_together(path):
+        if damage := _verify_together(path, read_tensors):
             raise ConfigError(f"--pretrained-checkpoint {directory.root}: {damage}: copy or convert it again")
         return path
     return None
@@ -77,12 +78,14 @@ def _candidates(args: Namespace) -> list[Path]:
     return paths
 
 
-def _verify_together(path: Path) -> str | None:
+def _verify_together(path: Path, read_tensors: bool) -> str | None:
     """What is wrong with a checkpoint, as a sentence; every rank reads its part of the tensors."""
     rank, ranks = rank_and_ranks()
     damage = None
     try:
-        verify_pieces(share_of(stored_pieces(path), rank, ranks))
+        pieces = share_of(stored_pieces(path), rank, ranks)
+        if read_tensors:
+            verify_pieces(pieces)
     except (DamagedCheckpoint, OSError) as error:
         damage = str(error)
     if ranks == 1:

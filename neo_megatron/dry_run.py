@@ -1,0 +1,106 @@
+"""`--dry-run`: finds out on one process what can be known of a run before its first step, and prints its plan.
+
+Flags and layout are checked where every run checks them. Here follow the packs of the first global batch, read as a run
+reads them, the checkpoint to start from, and what every pipeline rank will hold. No model is built.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from neo_megatron import cpu_platform
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.broken import watch_broken_samples
+from neo_megatron.data.dataset import GlobalBatch, PackDataset
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.planning.hardware import GPUS, Gpu
+from neo_megatron.planning.layout import Layout, Precision
+from neo_megatron.planning.packs import measure_items
+from neo_megatron.planning.report import Plan, describe
+from neo_megatron.planning.workload import Workload
+from neo_megatron.resume import check_model_and_schedule, choose_checkpoint
+
+OpenPacks = Callable[..., PackDataset | None]
+
+# Layouts that only Megatron's own split knows.
+_UNPLANNED = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+_UNPLANNED += ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+
+
+def dry_run(args: Namespace, open_packs: OpenPacks) -> None:
+    """Prints what it finds.
+
+    Args:
+        args: checked already; `world_size` is the number of processes that the run is to have.
+        open_packs: as in `pretrain_neo`.
+
+    Raises:
+        ConfigError, DataError: what would stop the run too, in the same words.
+    """
+    if args.rank != 0:
+        return
+    consumed = _check_checkpoint(args)
+    workload = _check_packs(args, open_packs, consumed)
+    if any(getattr(args, flag) for flag in _UNPLANNED):
+        print("no plan: Megatron alone knows this split; write it as --pipeline-model-parallel-layout to see one")
+    else:
+        print(describe(plan_of(args, workload)))
+    print("dry run: nothing was found that would stop this run before its first step", flush=True)
+
+
+def plan_of(args: Namespace, workload: Workload) -> Plan:
+    """The plan of a run, for the GPU of this machine or, without one, an H100."""
+    precision: Precision = "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
+    layout = Layout.from_arguments(args, precision)
+    return Plan.make(NeoSizes(**args.neo_sizes), layout, workload, args.training_stage, _gpu())
+
+
+def _gpu() -> Gpu:
+    if cpu_platform.on_cpu():
+        print("no GPU here: planned for h100")
+        return GPUS["h100"]
+    device = torch.cuda.get_device_properties(0)
+    gpu = next((gpu for name, gpu in GPUS.items() if name in device.name.lower()), None)
+    if gpu is None:
+        print(f"{device.name} has no stated rates: time is planned for h100")
+        gpu = GPUS["h100"]
+    return gpu.with_memory(device.total_memory)
+
+
+def _check_checkpoint(args: Namespace) -> int:
+    """Packs consumed where the run starts."""
+    path = choose_checkpoint(args, read_tensors=False)
+    if path is None:
+        print("checkpoint   none: the run starts from random numbers")
+        return 0
+    check_model_and_schedule(args, path)
+    print(f"checkpoint   {path}: of this model, its files whole (their bytes are compared when the run starts)")
+    goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune
+    return TorchDistDirectory(path).common_state()["args"].consumed_train_samples if goes_on else 0
+
+
+def _check_packs(args: Namespace, open_packs: OpenPacks, consumed: int) -> Workload:
+    """Reads the first global batch, of other splits the first pack; pictures are decoded."""
+    size = args.global_batch_size
+    train = args.train_samples or args.train_iters * size
+    batch = GlobalBatch(size, args.data_parallel_size, args.micro_batch_size, start=consumed)
+    workload = None
+    for split, first, count, global_batch in (
+        ("train", consumed, train, None if args.rampup_batch_size else batch),
+        ("valid", 0, 1, None),
+        ("test", 0, 1, None),
+    ):
+        dataset = open_packs(args, split, count, "check", global_batch)
+        if dataset is None:
+            continue
+        last = min(first + (size if split == "train" else 1), count)
+        items = list(
+            watch_broken_samples((dataset[n] for n in range(first, last)), args.max_broken_samples, report=True)
+        )
+        samples = sum(item["samples"] for item in items)
+        print(f"{split:<12} {dataset.packs.location}: {len(items):,} packs read, {samples:,} samples")
+        if split == "train" and items:
+            workload = measure_items(items)
+    return workload or Workload.of_alike_documents(args.seq_length)

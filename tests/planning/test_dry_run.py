@@ -1,0 +1,81 @@
+"""`pretrain_neo --dry-run` on one process: what it finds, for a run of any size, and that it leaves nothing behind."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, run_python
+
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
+    """What each run printed and ended with, and the directory that all share."""
+    room = tmp_path_factory.mktemp("dry_run")
+    documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
+    (room / "annotations.json").write_text(json.dumps(documents * 8))
+    source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
+    shutil.copytree(room / "golden", room / "cut")
+    piece = next((room / "cut").glob("*/*.distcp"))
+    piece.write_bytes(piece.read_bytes()[:-1])
+
+    common = f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --micro-batch-size 1 --train-iters 3 "
+    common += f"--tensorboard-dir {room}/events --save {room}/saved --dry-run "
+    whole = f"--pretrained-checkpoint {room}/golden "
+    large = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+    large += "--use-distributed-optimizer --global-batch-size 256"
+    jobs = {
+        "one process": (1, common + whole + "--global-batch-size 4"),
+        "1,024 processes": (1024, common + whole + large),
+        "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
+        "another model": (1, common + whole + "--global-batch-size 4 --ffn-hidden-size 128"),
+        "another length": (1, common + whole + "--global-batch-size 4 --seq-length 128"),
+        "no such layout": (6, common + whole + "--global-batch-size 4 --tensor-model-parallel-size 4"),
+    }
+    argv = [{"argv": flags.split(), "world_size": world_size} for world_size, flags in jobs.values()]
+    done = run_python(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
+    assert done.returncode == 0, done.stdout[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: (*result, room) for name, result in zip(jobs, found, strict=True)}
+
+
+@pytest.mark.parametrize("case", ["one process", "1,024 processes"])
+def test_a_run_that_can_start_is_planned(case, ends):
+    printed, end, room = ends[case]
+    assert end is None, end
+    packs = {"one process": 4, "1,024 processes": 256}[case]
+    assert re.search(rf"train .*packs: {packs} packs read, \d+ samples", printed)
+    assert f"{room}/golden/release: of this model" in printed
+    assert f"measured on {packs} packs" in printed and re.search(r"^fits: rank \d needs", printed, re.M)
+    assert "nothing was found that would stop this run" in printed
+    assert not (room / "events").exists() and not (room / "saved").exists()
+
+
+def test_a_large_layout_is_planned_in_full(ends):
+    printed, _, _ = ends["1,024 processes"]
+    assert "1,024 GPUs: TP 2 with SP, PP 2, CP 1, DP 256; 1 micro-batches" in printed
+    assert printed.count("pipeline rank 0") == printed.count("pipeline rank 1") == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("damaged checkpoint", r"--pretrained-checkpoint .*/cut: .* bytes instead of \d+: copy or convert it again"),
+        ("another model", r"the checkpoint .* is of another model \(ffn_hidden_size \d+ there, 128 here\)"),
+        ("another length", r"--train-data-path .* holds packs of 192 tokens, --seq-length is 128"),
+        ("no such layout", r"--tensor-model-parallel-size 4 .* needs a multiple of 4 processes, not 6"),
+    ],
+)
+def test_what_would_stop_the_run_stops_the_dry_run(case, sentence, ends):
+    _, end, _ = ends[case]
+    assert re.match(f"pretrain_neo: {sentence}", str(end)), end
