@@ -15,7 +15,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 
 from benchmarks.table import markdown
 
-SUITES = {"data": ["preprocess", "memory", "loader", "packing", "storage"], "train": ["train"]}
+SUITES = {"data": ["preprocess", "memory", "loader", "packing", "storage"], "train": ["train", "stage_one"]}
 
 
 def parse_arguments() -> argparse.Namespace:

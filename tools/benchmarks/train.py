@@ -40,20 +40,20 @@ def take_turns(inputs: Path, vocabulary: int, recompute: bool) -> tuple[list[Ste
     """
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(_worker(side.run, inputs, vocabulary, recompute)) for side in (train_ours, train_plain)
+            stack.enter_context(worker(side.run, inputs, vocabulary, recompute)) for side in (train_ours, train_plain)
         ]
         steps: list[list[Step]] = [[], []]
         for number in range(WARM_UP + STEPS):
             for side, done in zip(sides, steps, strict=True):
                 side.send(True)
-                done.append(_answer(side, inputs))
+                done.append(answer(side, inputs))
             ours, plain = (done[-1].loss for done in steps)
             if abs(ours - plain) > TOLERANCE * plain:
                 raise RuntimeError(f"step {number + 1}: our loss is {ours}, the plain loop's {plain}")
     return steps[0][WARM_UP:], steps[1][WARM_UP:]
 
 
-def _answer(side: Connection, inputs: Path) -> Step:
+def answer(side: Connection, inputs: Path) -> Step:
     try:
         return side.recv()
     except (EOFError, ConnectionResetError) as error:
@@ -79,7 +79,7 @@ def _rows(what: str, ours: Sequence[Step], plain: Sequence[Step], target: str) -
 
 
 @contextmanager
-def _worker(run: Callable[..., None], *arguments: object) -> Iterator[Connection]:
+def worker(run: Callable[..., None], *arguments: object) -> Iterator[Connection]:
     """A fresh process; what it prints goes to `LOG` beside its inputs."""
     context = get_context("spawn")
     here, there = context.Pipe()
