@@ -54,12 +54,15 @@ class Costs:
         return costs
 
 
-def choose_layout(args: Namespace, sizes: NeoSizes) -> tuple[str | None, str]:
+def choose_layout(args: Namespace, sizes: NeoSizes, workload: Workload | None = None) -> tuple[str | None, str]:
     """Where the stages of a run begin, before Megatron's `validate_args`.
 
     `--pipeline-model-parallel-layout` wins. Else `--pre-buffer-pipeline-stages` cuts between pre-buffer and post-LLM,
     and each part by its costs. Else Megatron splits evenly; layers that it cannot split evenly are cut by their costs.
     With virtual stages it is these that are counted and cut, in the order of the layers.
+
+    Args:
+        workload: of the packs to train on; without them, of packs assumed.
 
     Returns:
         The layout, ``None`` to leave it to Megatron, and a table of it for people, empty without a pipeline.
@@ -74,18 +77,22 @@ def choose_layout(args: Namespace, sizes: NeoSizes) -> tuple[str | None, str]:
         return None, ""
     if args.seq_length is None:
         raise ConfigError("the pipeline is cut by what its layers cost: give --train-data-path or --seq-length")
-    workload = Workload.of_alike_documents(args.seq_length)
+    workload = workload or Workload.of_alike_documents(args.seq_length)
     costs = Costs.of(sizes, args.training_stage, workload, recompute_layers=args.recompute_granularity == "full")
+    advice = ""
     if layout:
-        return layout, describe(layer_counts(layout, sizes.num_layers, ranks), costs, ranks)
-    if pre_buffer_stages:
+        counts = layer_counts(layout, sizes.num_layers, ranks)
+    elif pre_buffer_stages:
         counts = split_pre_buffer(costs, sizes.pre_buffer_layers, pre_buffer_stages, ranks, virtual)
-        return layout_string(counts), describe(counts, costs, ranks)
-    best = balanced_split(costs.layers, ranks * virtual, costs.patch_embedding, costs.head)
-    if sizes.num_layers % len(best):
-        return layout_string(best), describe(best, costs, ranks)
-    even = [sizes.num_layers // len(best)] * len(best)
-    return None, describe(even, costs, ranks) + _advice(even, best, costs, ranks)
+        layout = layout_string(counts)
+    else:
+        counts = balanced_split(costs.layers, ranks * virtual, costs.patch_embedding, costs.head)
+        if sizes.num_layers % len(counts):
+            layout = layout_string(counts)
+        else:
+            even = [sizes.num_layers // len(counts)] * len(counts)
+            advice, counts = _advice(even, counts, costs, ranks), even
+    return layout, f"{describe(counts, costs, ranks)} (packs: {workload.source}){advice}"
 
 
 def split_pre_buffer(

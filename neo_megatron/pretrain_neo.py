@@ -52,6 +52,7 @@ from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.parallel_layout import check_layout, context_parallel_way
 from neo_megatron.pipeline_layout import choose_layout
+from neo_megatron.planning.packs import measure_packs
 from neo_megatron.pretrained_optimizer import check_flags as check_optimizer_flags
 from neo_megatron.pretrained_optimizer import take_over_state
 from neo_megatron.run_checkpoints import RunCheckpoints, check_save_flags
@@ -140,7 +141,10 @@ def parse_arguments() -> Namespace:
         args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
     if not args.valid_data_path:
         args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
-    layout, stages = choose_layout(args, sizes)
+    packs = None
+    if args.train_data_path and args.pipeline_model_parallel_size > 1:
+        packs = measure_packs(PackIndex.open(args.train_data_path[0]))
+    layout, stages = choose_layout(args, sizes, packs)
     if layout != args.pipeline_model_parallel_layout:
         args.pipeline_model_parallel_layout = layout
         args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two

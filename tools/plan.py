@@ -87,7 +87,7 @@ def main() -> None:
             show_search(args, sizes, workload, gpu, efficiency)
             return
         args.seq_length = workload.sequence_length
-        plan = Plan.make(sizes, layout_of(args, sizes), workload, args.training_stage, gpu, efficiency)
+        plan = Plan.make(sizes, layout_of(args, sizes, workload), workload, args.training_stage, gpu, efficiency)
     except (ConfigError, DataError) as error:
         sys.exit(f"plan: {error}")
     print(json.dumps(plan.as_json(), indent=2) if args.json else describe(plan))
@@ -129,10 +129,10 @@ def gpu_of(args: argparse.Namespace) -> Gpu:
     return gpu if args.gpu_memory is None else gpu.with_memory(args.gpu_memory * 1e9)
 
 
-def layout_of(args: argparse.Namespace, sizes: NeoSizes) -> Layout:
+def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> Layout:
     """The layout of the flags, cut into pipeline stages as `pretrain_neo` cuts it."""
     args.world_size, args.num_layers = args.gpus, sizes.num_layers
-    args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes)
+    args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
     return Layout.from_arguments(args, args.precision)
 
 

@@ -45,16 +45,18 @@ def test_no_other_split_has_a_cheaper_costliest_stage(layers, stages, before, af
     assert costs_of(cuts) == min(costs_of(c) for c in combinations(range(1, len(layers)), stages - 1))
 
 
+DEFAULTS = {
+    "pipeline_model_parallel_layout": None,
+    "pre_buffer_pipeline_stages": 0,
+    "seq_length": 16384,
+    "recompute_granularity": None,
+    **dict.fromkeys(UNEVEN_SPLIT_FLAGS),
+}
+
+
 def run(model: str, ranks: int, stage: int = 2, virtual: int | None = None, **flags) -> tuple[str | None, str]:
-    defaults = {
-        "pipeline_model_parallel_layout": None,
-        "pre_buffer_pipeline_stages": 0,
-        "seq_length": 16384,
-        "recompute_granularity": None,
-        **dict.fromkeys(UNEVEN_SPLIT_FLAGS),
-    }
     settings = {"pipeline_model_parallel_size": ranks, "num_virtual_stages_per_pipeline_rank": virtual}
-    return choose_layout(Namespace(**{**defaults, **settings, "training_stage": stage, **flags}), SIZES[model])
+    return choose_layout(Namespace(**{**DEFAULTS, **settings, "training_stage": stage, **flags}), SIZES[model])
 
 
 def test_the_pre_buffer_gets_stages_of_its_own():
@@ -85,12 +87,26 @@ def test_megatron_splits_what_it_can_split_evenly():
     layout, table = run("neo-2b", 4, stage=1)
     assert layout is None and "10-19" in table
     # In stage 1 the first ten layers all train; the better split is named, to be pasted.
-    better = table.splitlines()[-1].split("'")[1]
+    better = table.split("'")[1]
     assert layer_counts(better, 40, 4)[0] < 10
     assert run("neo-2b", 1) == (None, "")
     assert run("neo-9b", 4, decoder_first_pipeline_num_layers=9) == (None, "")
     layout, _ = run("neo-9b", 4)
     assert sum(layer_counts(layout, 42, 4)) == 42
+
+
+def test_the_work_of_the_packs_decides():
+    """Where every position is trained, the head costs layers."""
+    flags = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": None, "training_stage": 2}
+    counts = {}
+    for share in (0.1, 1.0):
+        workload = Workload(16384, mean_keys=1000, picture_share=0.5, trained_share=share, source="given here")
+        layout, table = choose_layout(
+            Namespace(**DEFAULTS, **flags), SIZES["neo-2b"].replace(post_llm_layers=27), workload
+        )
+        counts[share] = layer_counts(layout, 39, 2)
+        assert "(packs: given here)" in table
+    assert counts[1.0][1] < counts[0.1][1]
 
 
 def test_a_layout_given_by_hand_wins():

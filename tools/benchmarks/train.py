@@ -54,6 +54,7 @@ def take_turns(inputs: Path, vocabulary: int, recompute: bool) -> tuple[list[Ste
 
 
 def answer(side: Connection, inputs: Path) -> Step:
+    """The step that a side has been asked for."""
     try:
         return side.recv()
     except (EOFError, ConnectionResetError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.train_step import SEED, Clock, Step, StopTraining, grown, settings
 
 
-def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) -> None:
+def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, training_stage: int = 2) -> None:
     """Trains step by step as ``connection`` asks, and answers each with a `Step`."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     with socket.socket() as free:
@@ -25,7 +25,7 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
     # It prepares torch and Megatron when it is imported, and so comes before them.
     from neo_megatron import pretrain_neo
 
-    sys.argv = ["pretrain_neo", *arguments(inputs, vocabulary, recompute)]
+    sys.argv = ["pretrain_neo", *arguments(inputs, vocabulary, recompute, training_stage)]
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     clock, losses = Clock(), []
@@ -82,12 +82,13 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
         pretrain_neo.main()
 
 
-def arguments(inputs: Path, vocabulary: int, recompute: bool) -> list[str]:
+def arguments(inputs: Path, vocabulary: int, recompute: bool, training_stage: int) -> list[str]:
     """The command line of pretrain_neo."""
     chosen: dict[str, Any] = {
         "--neo-model": inputs / f"hf-{vocabulary}",
         "--pretrained-checkpoint": inputs / f"megatron-{vocabulary}",
         "--train-data-path": inputs / "packs",
+        "--training-stage": training_stage,
         "--seed": SEED,
         "--micro-batch-size": 1,
         "--global-batch-size": 1,
