@@ -18,6 +18,9 @@ shift 2
 layout=()
 [ "$size" != neo-9b ] || layout=(--tensor-model-parallel-size 4 --sequence-parallel)
 
+# Megatron asks for it where tensor or context parallelism runs on GPUs before Blackwell; CUDA reads it once, at start.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 precision=()
 [ "$gpus" -eq 0 ] || precision=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)

@@ -68,6 +68,7 @@ def _tensor_parallel(args: Namespace) -> Iterator[str]:
 def _sequence(args: Namespace) -> Iterator[str]:
     length = args.seq_length
     if length is None:
+        yield "--train-data-path is missing: a directory of packs, written by tools/pack_data.py"
         return
     if length > args.max_position_embeddings:
         yield (
@@ -191,11 +192,8 @@ def _batch(args: Namespace) -> Iterator[str]:
     ranks = _data_parallel(args)
     if args.step_batch_size_schedule is None:
         yield from _divides("", _global_batch(args), args.micro_batch_size, ranks)
-    if args.valid_data_path or args.test_data_path:
-        eval_micro = args.eval_micro_batch_size or args.micro_batch_size
-        yield from _divides(
-            "eval-", args.eval_global_batch_size or _global_batch(args), eval_micro, _data_parallel(args)
-        )
+    eval_micro_batch = args.eval_micro_batch_size or args.micro_batch_size
+    yield from _divides("eval-", args.eval_global_batch_size or _global_batch(args), eval_micro_batch, ranks)
 
 
 def _divides(prefix: str, global_batch: int, micro_batch: int, ranks: int) -> Iterator[str]:

@@ -37,6 +37,10 @@ class Job:
     def printed(self, rank: int = 0) -> str:
         return (self.directory / f"rank{rank}.log").read_text()
 
+    def inputs(self, rank: int) -> list[dict[str, int]]:
+        """First dimension of every tensor that each call of the model was given, by name."""
+        return json.loads((self.directory / f"rank{rank}.inputs.json").read_text())
+
     def exit(self) -> str | int | None:
         """What it gave to `sys.exit`: a sentence for a mistake; `None` where it ended by itself."""
         return json.loads((self.directory / "result.json").read_text())["exit"]

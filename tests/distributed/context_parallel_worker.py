@@ -1,4 +1,4 @@
-"""Both ways of context parallelism on 2 and 4 gloo ranks: outputs and gradients, and the bytes that are kept.
+"""Both ways of context parallelism on 2 and 4 gloo ranks: outputs, gradients, bytes kept and sent.
 
     torchrun --nproc-per-node 4 context_parallel_worker.py DIRECTORY
 
@@ -83,8 +83,35 @@ class Held(TorchDispatchMode):
         return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
-def kept_bytes(way: str, group, tokens: int, query_heads: int, key_value_heads: int, head_dim: int) -> int:
-    """What stays for the backward of one layer, its output aside, which is the next module's to keep."""
+class Sent:
+    """Counts the bytes that this rank sends to others; a part of a collective that stays here is none."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._count("all_to_all_single", lambda output, sent, ranks: sent.nbytes * (ranks - 1) // ranks)
+        self._count("all_gather_into_tensor", lambda output, sent, ranks: sent.nbytes * (ranks - 1))
+        self._count("reduce_scatter_tensor", lambda output, sent, ranks: output.nbytes * (ranks - 1))
+
+    def _count(self, name: str, size) -> None:
+        collective = getattr(torch.distributed, name)
+
+        def counted(output, sent, *args, group, **kwargs):
+            self.bytes += size(output, sent, group.size())
+            return collective(output, sent, *args, group=group, **kwargs)
+
+        setattr(torch.distributed, name, counted)
+
+    def since(self) -> int:
+        """Since it was last asked."""
+        count, self.bytes = self.bytes, 0
+        return count
+
+
+def traffic(way: str, group, tokens: int, query_heads: int, key_value_heads: int, head_dim: int) -> torch.Tensor:
+    """What stays for the backward of one layer, and what the rank sends in the forward and in the backward.
+
+    The output is not counted: it is the next module's to keep.
+    """
     shapes = ((query_heads, 2 * head_dim), (key_value_heads, 2 * head_dim), (key_value_heads, head_dim))
     order = torch.arange(tokens) if way == "allgather" else None
     inputs = [torch.zeros(tokens // group.size(), 1, *shape, requires_grad=True) for shape in shapes]
@@ -96,11 +123,12 @@ def kept_bytes(way: str, group, tokens: int, query_heads: int, key_value_heads: 
 
     with Held() as held:
         output = layer()
+    forward = sent.since()
     torch.distributed.barrier(group)  # gloo's threads let go of what was sent a moment later
     gc.collect()
     kept = held.now() - output.nbytes
     output.sum().backward()
-    return kept
+    return torch.tensor([kept, forward, sent.since()])
 
 
 if __name__ == "__main__":
@@ -114,13 +142,14 @@ if __name__ == "__main__":
             groups[2] = group_of_two
     # For checkpointed cores, which restore the random state.
     tensor_parallel.random.initialize_rng_tracker()
-    results = {}
+    results, sent = {}, Sent()
     for size, process_group in groups.items():
         for chosen in ("a2a", "allgather"):
             for again in (False, True):
                 # Anew for every case: gradients are kept in the tensors.
                 computed = attention(load_file(directory / "inputs.safetensors"), chosen, process_group, again)
                 results |= {f"{chosen}-{size}-{again}.{name}": value for name, value in computed.items()}
-            results[f"{chosen}-{size}.kept"] = torch.tensor(kept_bytes(chosen, process_group, 256, 8, 4, 16))
+            sent.since()
+            results[f"{chosen}-{size}.traffic"] = traffic(chosen, process_group, 256, 8, 4, 16)
     save_file({name: value.contiguous() for name, value in results.items()}, directory / f"rank{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -9,6 +9,7 @@ for the default process group, which Megatron takes over as it finds it.
 In its directory every rank of a job leaves `rank<N>.log`, all that it printed, and rank 0 `result.json` with `exit`,
 what the job ended with: null, or the code or sentence given to `sys.exit`. Where gradients are asked for, those of the
 last step are saved to `gradients` as a distributed checkpoint of the model: by name, whole, before they are clipped.
+`rank<N>.inputs.json` lists what each call of the model was given: the name of every tensor and its first dimension.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from megatron.training import async_utils, checkpointing, global_vars, training
 
 from neo_megatron import pretrain_neo
 from neo_megatron.model.loss import WeightedLoss
+from neo_megatron.model.neo_model import NeoModel
 
 
 class GradientRecorder:
@@ -64,6 +66,21 @@ class GradientRecorder:
         dist_checkpointing.save(state, str(directory))
 
 
+class InputRecorder:
+    """Notes what the model is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, int]] = []
+        original = NeoModel.forward
+
+        def forward(model: NeoModel, **inputs: torch.Tensor) -> torch.Tensor:
+            self.calls.append({name: len(tensor) for name, tensor in inputs.items()})
+            return original(model, **inputs)
+
+        NeoModel.forward = forward
+        self.uninstall = lambda: setattr(NeoModel, "forward", original)
+
+
 def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
     """By name; under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered."""
     if chunk.ddp_config.use_distributed_optimizer:
@@ -78,7 +95,7 @@ def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
 
 def run(job: dict) -> None:
     directory = Path(job["directory"])
-    recorder = GradientRecorder() if job["gradients"] else None
+    recorder, inputs = GradientRecorder() if job["gradients"] else None, InputRecorder()
     sys.argv = ["pretrain_neo", *job["argv"]]
     code = None
     with printing_to(directory / f"rank{os.environ['RANK']}.log"):
@@ -90,7 +107,9 @@ def run(job: dict) -> None:
             code = stop.code
         if recorder:
             recorder.uninstall()
+        inputs.uninstall()
         reset()
+    (directory / f"rank{os.environ['RANK']}.inputs.json").write_text(json.dumps(inputs.calls))
     if os.environ["RANK"] == "0":
         (directory / "result.json").write_text(json.dumps({"exit": code}))
 

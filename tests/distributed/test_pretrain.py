@@ -1,6 +1,6 @@
 """`pretrain_neo` as a user runs it: real annotations through the tools, then training, saving, resuming, stopping.
 
-Every layout starts from the golden checkpoint and must go the same way as one process.
+All start from the golden checkpoint. That every layout trains the same model is held by `test_layouts.py`.
 """
 
 import json
@@ -9,16 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import boto3
 import pytest
 import torch
-from conftest import GOLDEN, run_python, torchrun
+from conftest import GOLDEN
 from moto.server import ThreadedMotoServer
+from pretrain_jobs import Job, run_jobs
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
@@ -29,80 +28,16 @@ from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.model.config import NeoSizes
 
-TOOLS = Path(__file__).parents[2] / "tools"
 
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    """Packs of the golden documents, and the golden checkpoint in Megatron's form."""
-    room = tmp_path_factory.mktemp("pretrain")
-    golden = json.loads((GOLDEN / "meta.json").read_text())
-    documents = golden["untied_pack1"]["docs"] + golden["untied_textonly"]["docs"]
-    (room / "annotations.json").write_text(json.dumps(documents * 8))
-    for command in (
-        f"preprocess_data.py --input {room}/annotations.json --image-root {GOLDEN} --tokenizer {GOLDEN}/tokenizer "
-        f"--output {room}/shards --min-pixels 4096 --max-pixels 65536 --workers 1",
-        f"pack_data.py --data {room}/shards --output {room}/packs --seq-length 192",
-    ):
-        tool, *arguments = command.split()
-        done = run_python(TOOLS / tool, *arguments)
-        assert done.returncode == 0, done.stdout
-    convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
-    return room
-
-
-def command(room: Path, name: str, *flags: str, iterations: int = 4) -> list[str]:
+def command(room: Path, *flags: str, iterations: int = 4) -> list[str]:
     return [
-        *("-m", "neo_megatron.pretrain_neo", "--neo-model", f"{GOLDEN}/ckpt_untied"),
-        *("--train-data-path", f"{room}/packs"),
+        *("--neo-model", f"{GOLDEN}/ckpt_untied", "--train-data-path", f"{room}/packs"),
         *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", str(iterations)),
         *("--lr", "1e-4", "--min-lr", "1e-5", "--lr-warmup-iters", "0"),
         *("--num-workers", "0", "--log-interval", "1"),
-        *("--pretrained-checkpoint", f"{room}/golden", "--tensorboard-dir", f"{room}/{name}/events"),
+        *("--pretrained-checkpoint", f"{room}/golden"),
         *flags,
     ]
-
-
-def evaluation(room: Path) -> list[str]:
-    return ["--valid-data-path", f"{room}/packs", "--eval-interval", "4", "--eval-iters", "1"]
-
-
-def scalars(room: Path, name: str, tag: str) -> dict[int, list[float]]:
-    """What was logged at each step; after the last one Megatron evaluates twice, on different packs."""
-    events = EventAccumulator(str(room / name / "events"))
-    events.Reload()
-    values = defaultdict(list)
-    for event in events.Scalars(tag):
-        values[event.step].append(event.value)
-    return values
-
-
-@pytest.fixture(scope="module")
-def one_process(room) -> str:
-    """The run that the others are compared with. It saves in the middle and at the end."""
-    torchrun(1, *command(room, "one", *evaluation(room), "--save", f"{room}/one/checkpoints", "--save-interval", "2"))
-    return "one"
-
-
-LAYOUTS = {
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
-    "pp2-pre-buffer": (2, "--pipeline-model-parallel-size 2 --pre-buffer-pipeline-stages 1"),
-    "dp2": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
-    "large-micro-batch": (1, "--micro-batch-size 2"),
-    "recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_the_same_model(room, one_process, layout):
-    """The loss is normalised over the global batch, so it does not matter how samples are spread."""
-    processes, flags = LAYOUTS[layout]
-    torchrun(processes, *command(room, layout, *evaluation(room), *flags.split()))
-    for tag, tolerance in (("lm loss", 2e-6), ("grad-norm", 5e-5), ("lm loss validation", 2e-6)):
-        expected, actual = scalars(room, one_process, tag), scalars(room, layout, tag)
-        assert actual.keys() == expected.keys() and expected
-        for step, value in expected.items():
-            assert actual[step] == pytest.approx(value, rel=tolerance), (tag, step)
 
 
 @pytest.fixture(scope="module")
@@ -119,56 +54,101 @@ def tied(room) -> Path:
     return directory
 
 
+PP2 = ["--pipeline-model-parallel-size", "2", "--pre-buffer-pipeline-stages", "1"]
+MISTAKES = {
+    "length": (["--seq-length", "256"], "holds packs of 192 tokens, --seq-length is 256"),
+    "model": (["--neo-model", "neo-3b"], "--neo-model neo-3b: neither a preset"),
+    "stages": (
+        ["--pre-buffer-pipeline-stages", "1"],
+        "--pre-buffer-pipeline-stages 1 with --pipeline-model-parallel-size 1",
+    ),
+    "vocabulary": (["--vocab-size", "1008"], "is of another model (vocab_size 1024 there, 1008 here)"),
+    "pictures": (
+        ["--train-data-path", "{broken}", "--max-broken-samples", "0"],
+        "more than --max-broken-samples 0.0 allows",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(room, tied, broken) -> dict[str, Job]:
+    """Runs that need nothing but a start, in one launch for each number of processes."""
+
+    def job(name: str, *flags: str, iterations: int = 4) -> Job:
+        return Job(room / name, command(room, *flags, iterations=iterations))
+
+    def tied_head(stage: str) -> list[str]:
+        return ["--neo-model", str(tied), "--pretrained-checkpoint", f"{room}/tied-megatron", "--training-stage", stage]
+
+    few = ["--train-data-path", str(broken), "--max-broken-samples", "0.5"]
+    one = [
+        job("one", "--save", f"{room}/one/checkpoints", "--save-interval", "2"),
+        job("bf16", "--bf16", iterations=1),
+        job("stage1", "--training-stage", "1", "--save", f"{room}/stage1/checkpoints", iterations=2),
+        job("tied-1-one", *tied_head("1")),
+        job("tied-2-one", *tied_head("2")),
+        job("broken-one", *few, iterations=2),
+        *(
+            job(f"mistake-{name}", *(flag.format(broken=broken) for flag in flags))
+            for name, (flags, _) in MISTAKES.items()
+        ),
+    ]
+    two = [
+        job("tied-1-pp2", *tied_head("1"), *PP2),
+        job("tied-2-pp2", *tied_head("2"), *PP2),
+        job("broken-pp2", *few, *PP2, iterations=2),
+    ]
+    run_jobs(1, one)
+    run_jobs(2, two)
+    return {run.directory.name: run for run in (*one, *two)}
+
+
 @pytest.mark.parametrize("stage", ["1", "2"])
-def test_a_tied_head_on_another_pipeline_stage(room, tied, stage):
+def test_a_tied_head_on_another_pipeline_stage(runs, stage):
     """Embedding and head are two copies then, which must stay one parameter; in stage 1 both are frozen."""
-    shared = ["--neo-model", str(tied), "--pretrained-checkpoint", f"{room}/tied-megatron", "--training-stage", stage]
-    for name, processes, flags in (("tied-one", 1, ""), ("tied-pp2", *LAYOUTS["pp2-pre-buffer"])):
-        torchrun(processes, *command(room, f"{name}-{stage}", *shared, *flags.split()))
-    expected, actual = (scalars(room, f"{name}-{stage}", "lm loss") for name in ("tied-one", "tied-pp2"))
+    expected, actual = (runs[f"tied-{stage}-{layout}"].scalars("lm loss") for layout in ("one", "pp2"))
     assert actual.keys() == expected.keys() and expected
     for step, value in expected.items():
         assert actual[step] == pytest.approx(value, rel=2e-6), step
 
 
-def test_bfloat16_starts_alike(room, one_process):
+def test_bfloat16_starts_alike(runs):
     """Loss and gradient of the first step. Later ones part: no bfloat16 weight of 0.5 can take a step of 1e-4."""
-    torchrun(1, *command(room, "bf16", "--bf16", iterations=1))
     for tag, tolerance in (("lm loss", 5e-3), ("grad-norm", 2e-2)):
-        expected, actual = scalars(room, one_process, tag)[1], scalars(room, "bf16", tag)[1]
+        expected, actual = (runs[name].scalars(tag)[1] for name in ("one", "bf16"))
         assert actual == pytest.approx(expected, rel=tolerance), tag
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(room, one_process):
-    checkpoints = room / one_process / "checkpoints"
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(room, runs):
+    checkpoints = room / "one" / "checkpoints"
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
     try:
-        torchrun(1, *command(room, "resumed", "--load", str(checkpoints)))
+        resumed = Job(room / "resumed", command(room, "--load", str(checkpoints)))
+        run_jobs(1, [resumed])
     finally:
         (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
-    expected, actual = scalars(room, one_process, "lm loss"), scalars(room, "resumed", "lm loss")
+    expected, actual = runs["one"].scalars("lm loss"), resumed.scalars("lm loss")
     assert set(actual) == {3, 4}
     assert actual == {step: expected[step] for step in actual}
 
 
-def test_another_layout_takes_over(room, one_process):
+def test_another_layout_takes_over(room, runs):
     """Saved by one process; resumed, optimizer state included, with the pre-buffer on a pipeline stage of its own."""
-    checkpoints = room / one_process / "checkpoints"
+    checkpoints = room / "one" / "checkpoints"
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
     try:
-        torchrun(2, *command(room, "taken-over", "--load", str(checkpoints), *LAYOUTS["pp2-pre-buffer"][1].split()))
+        taken_over = Job(room / "taken-over", command(room, "--load", str(checkpoints), *PP2))
+        run_jobs(2, [taken_over])
     finally:
         (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
-    expected, actual = scalars(room, one_process, "lm loss"), scalars(room, "taken-over", "lm loss")
+    expected, actual = runs["one"].scalars("lm loss"), taken_over.scalars("lm loss")
     assert set(actual) == {3, 4}
     for step, value in actual.items():
         assert value == pytest.approx(expected[step], rel=2e-6)
 
 
-def test_stage_1_changes_nothing_but_what_it_trains(room):
-    output = torchrun(
-        1, *command(room, "stage1", "--training-stage", "1", "--save", f"{room}/stage1/checkpoints", iterations=2)
-    )
+def test_stage_1_changes_nothing_but_what_it_trains(room, runs):
+    output = runs["stage1"].printed()
     assert "training stage 1" in output and "0 of" in output  # the list at start
     before, after = TorchDistDirectory(room / "golden"), TorchDistDirectory(room / "stage1" / "checkpoints")
     changed = {
@@ -187,7 +167,7 @@ def test_stage_1_changes_nothing_but_what_it_trains(room):
 
 def test_sigterm_saves_and_exits(room):
     checkpoints = room / "stopped" / "checkpoints"
-    arguments = command(room, "stopped", "--save", str(checkpoints), iterations=100000)
+    arguments = ["-m", "neo_megatron.pretrain_neo", *command(room, "--save", str(checkpoints), iterations=100000)]
     environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29777", "RANK": "0"}
     process = subprocess.Popen(
         [sys.executable, "-u", *arguments],
@@ -223,21 +203,20 @@ def broken(room) -> Path:
     return room / "broken-packs"
 
 
-def test_a_broken_picture_stops_no_run_and_counts_nowhere(room, broken):
+def test_a_broken_picture_stops_no_run_and_counts_nowhere(runs):
     """All pipeline stages agree on the weights, so that the losses do; and every broken sample is named once."""
-    losses, named = [], []
-    stages = ["--pipeline-model-parallel-size", "2", "--pre-buffer-pipeline-stages", "1"]
-    for name, processes, layout in (("broken-one", 1, []), ("broken-pp2", 2, stages)):
-        flags = [*("--train-data-path", str(broken)), *("--max-broken-samples", "0.5"), *layout]
-        output = torchrun(processes, *command(room, name, *flags, iterations=2))
-        losses.append(scalars(room, name, "lm loss"))
-        named.append([line for line in output.splitlines() if "broken sample" in line])
+    one, pp2 = runs["broken-one"], runs["broken-pp2"]
+    named = [
+        [line for rank in range(ranks) for line in job.printed(rank).splitlines() if "broken sample" in line]
+        for job, ranks in ((one, 1), (pp2, 2))
+    ]
     assert named[0] == named[1] and named[0] and "annotations.json, record" in named[0][0]
-    for step, value in losses[0].items():
-        assert losses[1][step] == pytest.approx(value, rel=2e-6)
+    actual = pp2.scalars("lm loss")
+    for step, value in one.scalars("lm loss").items():
+        assert actual[step] == pytest.approx(value, rel=2e-6)
 
 
-def test_packs_in_object_storage_train_as_those_on_disk(room, one_process):
+def test_packs_in_object_storage_train_as_those_on_disk(room, runs):
     """Two workers of the loader read through the cache and by range."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -257,28 +236,15 @@ def test_packs_in_object_storage_train_as_those_on_disk(room, one_process):
     for path in [*(room / "shards").iterdir(), *(room / "packs").iterdir()]:
         client.upload_file(str(path), "data", str(path.relative_to(room)))
     flags = ["--train-data-path", "s3://data/packs", "--num-workers", "2"]
-    torchrun(1, *command(room, "s3", *flags, iterations=2), environment=environment)
+    stored = Job(room / "s3", command(room, *flags, iterations=2))
+    run_jobs(1, [stored], environment=environment)
     server.stop()
-    expected, actual = scalars(room, one_process, "lm loss"), scalars(room, "s3", "lm loss")
+    expected, actual = runs["one"].scalars("lm loss"), stored.scalars("lm loss")
     assert set(actual) == {1, 2}
     assert actual == {step: expected[step] for step in actual}
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (["--seq-length", "256"], "holds packs of 192 tokens, --seq-length is 256"),
-        (["--neo-model", "neo-3b"], "--neo-model neo-3b: neither a preset"),
-        (["--pre-buffer-pipeline-stages", "1"], "--pre-buffer-pipeline-stages 1 with --pipeline-model-parallel-size 1"),
-        (["--vocab-size", "1008"], "is of another model (vocab_size 1024 there, 1008 here)"),
-        (["--train-data-path", "{broken}", "--max-broken-samples", "0"], "more than --max-broken-samples 0.0 allows"),
-    ],
-)
-def test_a_mistake_ends_in_a_sentence(room, broken, flags, sentence):
-    flags = [flag.format(broken=broken) for flag in flags]
-    done = run_python(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"), *command(room, "mistake", *flags)
-    )
-    assert done.returncode != 0
-    assert sentence in done.stdout, done.stdout[-3000:]
-    assert "pretrain_neo.py" not in done.stdout, "a traceback"
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_a_sentence(runs, name):
+    ended, sentence = runs[f"mistake-{name}"].exit(), MISTAKES[name][1]
+    assert isinstance(ended, str) and ended.startswith("pretrain_neo: ") and sentence in ended

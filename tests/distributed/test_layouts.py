@@ -1,0 +1,199 @@
+"""Every layout trains the same model: from one checkpoint, on real packs with pictures, five steps, in float32.
+
+Losses within 2e-6 and the last gradients, whole and by name, within 1e-5 relative of the run on one process.
+In bfloat16 every product is rounded to 8 bits (2e-3 relative), wherever a layout cuts it: losses are averages over
+tokens and stay within 2e-3; single gradients, sums of rounded terms of both signs, within 5e-2.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN
+from pretrain_jobs import Job, run_jobs
+from safetensors.torch import save_file
+
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.names import hf_shapes
+from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+from neo_megatron.presets import SIZES
+
+# Heads for TP2 x CP2 and CP4 by all-to-all, layers for PP4; the special tokens of the golden tokenizer.
+MODEL = SIZES["tiny"].replace(
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=16,
+    vocab_size=1024,
+    patch_embedding_size=32,
+    image_start_token_id=897,
+    image_context_token_id=896,
+)
+
+TP2, PP2, CP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context"))
+SP, ALLGATHER, A2A = "--sequence-parallel", "--cp-comm-type allgather", "--cp-comm-type a2a"
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+EVALUATION = "--valid-data-path {packs} --eval-interval 5 --eval-iters 1"
+
+# Processes, then flags; every step has four packs.
+LAYOUTS = {
+    "one": (1, EVALUATION),
+    "one-micro-batch": (1, "--micro-batch-size 4"),
+    "tp2": (2, TP2),
+    "tp2-sp": (2, f"{TP2} {SP}"),
+    "pp2": (2, f"{PP2} --pre-buffer-pipeline-stages 1"),
+    "pp2-vp2": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2"),
+    "cp2-a2a": (2, f"{CP2} {A2A}"),
+    "cp2-allgather": (2, f"{CP2} {ALLGATHER} --micro-batch-size 2"),
+    "dp2": (2, ""),
+    "dp2-distributed": (2, f"{DISTRIBUTED} {EVALUATION}"),
+    "pp4": (4, "--pipeline-model-parallel-size 4"),
+    "cp4-a2a": (4, f"--context-parallel-size 4 {A2A}"),
+    "cp4-allgather": (4, f"--context-parallel-size 4 {ALLGATHER}"),
+    "tp2-pp2-sp": (4, f"{TP2} {PP2} {SP}"),
+    "tp2-cp2-sp": (4, f"{TP2} {CP2} {SP} {A2A} --micro-batch-size 2 {EVALUATION}"),
+    "pp2-cp2": (4, f"{PP2} {CP2} {ALLGATHER}"),
+    "pp2-dp2-distributed": (4, f"{PP2} {DISTRIBUTED}"),
+    "tp2-pp2-full": (4, f"{TP2} {PP2} {FULL}"),
+    "tp2-pp2-selective": (4, f"{TP2} {PP2} --recompute-granularity selective"),
+    "tp2-cp2-selective": (4, f"{TP2} {CP2} {ALLGATHER} --recompute-granularity selective"),
+}
+EVALUATED = [name for name, (_, flags) in LAYOUTS.items() if EVALUATION in flags]
+BFLOAT16 = ("one", "tp2-sp", "cp2-a2a", "dp2-distributed", "pp2-cp2")
+# Few packs of which some train next to nothing: how many processes and micro-batches share them must not matter.
+LOPSIDED = {
+    "one": (1, ""),
+    "one-micro-batch": (1, "--micro-batch-size 4"),
+    "cp2": (2, f"{CP2} {A2A}"),
+    "dp4": (4, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random model in both forms; weights wide enough that every gradient counts."""
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(MODEL.to_hf()))
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=draw) * 0.05 + ("norm" in name) for name, shape in hf_shapes(MODEL).items()
+    }
+    save_file(tensors, directory / "model.safetensors")
+    convert_hf_to_megatron(directory, directory / "megatron")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def lopsided(tmp_path_factory) -> Path:
+    """Four packs of one document each, whose answers, short and long, stand in the second half of the pack.
+
+    One of them has a picture that cannot be decoded, so that none of its tokens counts.
+    """
+    room = tmp_path_factory.mktemp("lopsided")
+    (room / "images").mkdir()
+    whole = (GOLDEN / "images" / "b.png").read_bytes()
+    (room / "images" / "whole.png").write_bytes(whole)
+    (room / "images" / "broken.png").write_bytes(whole[:-200])
+    question, answer = "The question is long and says nothing that would help. " * 5, "It is so. " * 6
+    annotations = [
+        {
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
+            **({"image": [f"images/{image}.png"]} if image else {}),
+        }
+        for text, image in (("Yes.", None), (answer, None), ("No.", "whole"), (answer, "broken"))
+    ]
+    (room / "annotations.json").write_text(json.dumps(annotations))
+    source = Source("lopsided", str(room / "annotations.json"), str(room))
+    settings = Settings(min_pixels=4096, max_pixels=4096, check="header")
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", settings)
+    write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    packs = [PackDataset(room / "packs", 4, seed=1234)[number] for number in range(4)]
+    assert min(int(pack["target_index"].min()) for pack in packs) >= 96
+    weights = sorted(float(pack["target_weight"].sum()) for pack in packs)
+    assert weights[0] == 0 < 2 * weights[1] < weights[3]
+    return room / "packs"
+
+
+@pytest.fixture(scope="module")
+def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
+    """All runs, in one launch for each number of processes."""
+    directory = tmp_path_factory.mktemp("layouts")
+
+    def job(kind: str, name: str, packs: Path, flags: str, iterations: int = 5) -> Job:
+        command = [
+            *("--neo-model", model, "--pretrained-checkpoint", model / "megatron", "--train-data-path", packs),
+            *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", str(iterations)),
+            *("--lr", "1e-4", "--min-lr", "1e-5", "--lr-warmup-iters", "0", "--num-workers", "0"),
+            *("--log-interval", "1", "--max-broken-samples", "0.5", *flags.format(packs=packs).split()),
+        ]
+        return Job(directory / f"{kind}-{name}", command, gradients=True)
+
+    by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
+    for name, (processes, flags) in LAYOUTS.items():
+        by_processes[processes].append(job("float32", name, room / "packs", flags))
+        if name in BFLOAT16:
+            by_processes[processes].append(job("bfloat16", name, room / "packs", f"{flags} --bf16"))
+    for name, (processes, flags) in LOPSIDED.items():
+        by_processes[processes].append(job("lopsided", name, lopsided, flags, iterations=2))
+    for processes, jobs in by_processes.items():
+        run_jobs(processes, jobs)
+    return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
+
+
+def assert_same(actual: Job, expected: Job, loss: float, gradient: float) -> None:
+    losses, wanted = actual.scalars("lm loss"), expected.scalars("lm loss")
+    assert losses.keys() == wanted.keys() and wanted
+    for step, values in wanted.items():
+        assert losses[step] == pytest.approx(values, abs=loss, rel=0), step
+    gradients = actual.read_gradients(MODEL)
+    for name, value in expected.read_gradients(MODEL).items():
+        assert value.norm() > 0, name
+        error = (gradients[name] - value).norm() / value.norm()
+        assert error < gradient, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_losses_and_gradients_of_five_steps(runs, layout):
+    assert_same(runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("layout", [name for name in EVALUATED if name != "one"])
+def test_evaluation(runs, layout):
+    """After the last step Megatron evaluates twice, on different packs."""
+    expected, actual = (runs[f"float32-{name}"].scalars("lm loss validation") for name in ("one", layout))
+    assert len(expected[5]) == 2
+    assert actual[5] == pytest.approx(expected[5], abs=2e-6, rel=0)
+
+
+@pytest.mark.parametrize("layout", [name for name in BFLOAT16 if name != "one"])
+def test_bfloat16(runs, layout):
+    assert_same(runs[f"bfloat16-{layout}"], runs["bfloat16-one"], loss=2e-3, gradient=5e-2)
+
+
+@pytest.mark.parametrize("spread", [name for name in LOPSIDED if name != "one"])
+def test_ranks_with_few_trained_tokens_or_none(runs, spread):
+    """CP2: the first rank has no trained token; DP4: the ranks have a few, many, and one pack that does not count."""
+    assert_same(runs[f"lopsided-{spread}"], runs["lopsided-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["pp2-cp2", "tp2-pp2-sp"])
+def test_pictures_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layout):
+    """Two ranks a stage. Parts of a sequence embed their own pictures; tensor-parallel ranks share the loss out."""
+    whole = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
+    first, last = ([runs[f"float32-{layout}"].inputs(rank) for rank in stage] for stage in ((0, 1), (2, 3)))
+    to_embed, labels = {"tokens", "patches", "cell_index", "cell_position"}, {"targets", "target_index"}
+    assert any(call["patches"] for call in whole)
+    for call, *of_ranks in zip(whole, *first, *last, strict=True):
+        first_stage, last_stage = of_ranks[:2], of_ranks[2:]
+        assert all(to_embed <= given.keys() and not labels & given.keys() for given in first_stage)
+        assert all(labels <= given.keys() and not to_embed & given.keys() for given in last_stage)
+        assert sum(given["patches"] for given in first_stage) == call["patches"]
+        trained = [given["targets"] for given in last_stage]
+        assert sum(trained) == call["targets"] if "cp" in layout else trained == [call["targets"]] * 2

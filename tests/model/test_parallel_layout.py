@@ -1,0 +1,123 @@
+"""A layout that cannot work ends at start in one sentence; one that can passes, and Megatron's own checks after it."""
+
+import sys
+from argparse import Namespace
+
+import pytest
+
+from neo_megatron import pretrain_neo
+from neo_megatron.model.config import ConfigError
+
+# Megatron builds flags in a way that argparse is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
+
+# NEO-2B: 16 query heads, 8 key-value heads, 12 + 28 layers, 151936 words.
+RUN = "--neo-model neo-2b --seq-length 4096 --micro-batch-size 1 --global-batch-size 64 --train-iters 1"
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+CHUNKS, LAYERS_OF_CHUNK = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
+FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
+
+REFUSED = [
+    # Ranks.
+    (6, f"{TP} 2 {PP} 2", "needs a multiple of 4 processes, not 6: start as many"),
+    (8, f"{CP} 0", "--context-parallel-size 0: a parallel size is at least 1"),
+    # Tensor and sequence parallelism.
+    (3, f"{TP} 3", "--tensor-model-parallel-size 3 does not divide the 16 query heads"),
+    (16, f"{TP} 16", "--tensor-model-parallel-size 16 does not divide the 8 key-value heads"),
+    (8, f"{TP} 8 --vocab-size 151937", "does not divide the 151937 vocabulary rows"),
+    (8, f"{TP} 8 --ffn-hidden-size 6148", "does not divide the 6148 channels of --ffn-hidden-size"),
+    (1, "--sequence-parallel", "add --tensor-model-parallel-size 2"),
+    (2, f"{TP} 2 --tp-comm-overlap", "add --sequence-parallel"),
+    # The sequence.
+    (1, "--seq-length 65536", "--seq-length 65536 is more than --max-position-embeddings 40960"),
+    (4, f"{CP} 4 --seq-length 4100", "needs a --seq-length that is a multiple of 8, not 4100"),
+    (4, f"{TP} 4 --sequence-parallel --seq-length 4098", "needs a --seq-length that is a multiple of 4, not 4098"),
+    (8, f"{TP} 4 {CP} 2 --sequence-parallel --seq-length 4100", "a --seq-length that is a multiple of 8, not 4100"),
+    # Context parallelism.
+    (2, f"{CP} 2 --cp-comm-type p2p", "--cp-comm-type p2p: NEO's mask has one way for all layers, a2a or allgather"),
+    (2, f"{CP} 2 --cp-comm-type a2a allgather", "one way for all layers"),
+    (16, f"{TP} 4 {CP} 4 --cp-comm-type a2a", "rank's 2 key-value heads cannot be shared out evenly; choose --cp-comm"),
+    (2, f"{CP} 2 --hierarchical-context-parallel-sizes 1 2", "--hierarchical-context-parallel-sizes is not for NEO's"),
+    # The pipeline.
+    (64, f"{PP} 64", "40 layers are too few for 64 pipeline stages"),
+    (
+        3,
+        f"{PP} 3 --account-for-loss-in-pipeline-split",
+        "--pipeline-model-parallel-size 3 does not divide the 41 layers",
+    ),
+    (4, f"{PP} 4 {LAYERS_OF_CHUNK} 4", "--num-layers-per-virtual-pipeline-stage 4 does not divide the 10 layers"),
+    (4, f"{PP} 4 {LAYERS_OF_CHUNK} 5 {CHUNKS} 2", "say the same thing in two ways: give one"),
+    (4, f"{PP} 4 {FIRST} 8 {LAST} 7", "leave 25 layers to the 2 pipeline stages between them"),
+    (4, f"{PP} 4 {FIRST} 10 {LAYERS_OF_CHUNK} 5", "wants alike stages"),
+    (4, f"{PP} 4 {FIRST} 7 {CHUNKS} 3", "--num-virtual-stages-per-pipeline-rank 3 does not divide the 7 layers"),
+    (2, f"{PP} 2 --pipeline-model-parallel-layout Ettt|tttL", "it has 6 layers, the model has 40"),
+    (4, f"{PP} 4 --pre-buffer-pipeline-stages 4", "both the pre-buffer and the post-LLM need at least one stage"),
+    (4, f"{PP} 4 {CHUNKS} 2 --no-overlap-p2p-communication", "train wrongly: leave that flag out"),
+    (2, f"{CHUNKS} 2", "virtual pipeline stages need a pipeline"),
+    (
+        4,
+        f"{PP} 4 {CHUNKS} 2 --global-batch-size 6",
+        "--global-batch-size 6 makes 6: choose one that makes a multiple of 4",
+    ),
+    (4, f"{PP} 4 {CHUNKS} 2 --global-batch-size 2", "--global-batch-size 2 makes 2: choose one"),
+    # The batch.
+    (
+        4,
+        "--global-batch-size 6",
+        "--global-batch-size 6 is no multiple of --micro-batch-size 1 times the 4",
+    ),
+    (4, "--micro-batch-size 3", "choose a multiple of 12"),
+    (4, "--eval-global-batch-size 2", "--eval-global-batch-size 2 is no multiple of"),
+    # What goes with a layout.
+    (2, "--overlap-param-gather", "needs --use-distributed-optimizer and --overlap-grad-reduce"),
+    (1, "--recompute-granularity full", "add --recompute-method uniform --recompute-num-layers 1"),
+    (1, "--recompute-activations --recompute-num-layers 1", "leave out --recompute-method and --recompute-num-layers"),
+    (1, "--distribute-saved-activations", "needs --tensor-model-parallel-size of 2 or more"),
+]
+
+ACCEPTED = [
+    (1, "", None),
+    (1024, f"{TP} 8 {PP} 4 {CP} 2 --sequence-parallel --use-distributed-optimizer", "allgather"),
+    (8, f"{CP} 8", "a2a"),
+    (16, f"{TP} 4 {CP} 4", "allgather"),
+    (3, f"{PP} 3 --global-batch-size 3", None),
+    (4, f"{PP} 4 {CHUNKS} 2", None),
+    (4, f"{PP} 4 {LAYERS_OF_CHUNK} 5", None),
+    (4, f"{PP} 4 {FIRST} 6 {LAST} 6 {CHUNKS} 2", None),
+    (4, f"{PP} 4 --pre-buffer-pipeline-stages 1", None),
+    (2, f"{TP} 2 --distribute-saved-activations --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1", None),
+    (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", None),
+]  # fmt: skip
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """What `pretrain_neo` makes of a command line, with the environment of rank 0 of so many processes."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training import global_vars
+
+    def parse_arguments(processes: int, flags: str) -> Namespace:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setattr(sys, "argv", ["pretrain_neo", *RUN.split(), *flags.split()])
+        return pretrain_neo.parse_arguments()
+
+    yield parse_arguments
+    if global_vars._GLOBAL_SIGNAL_HANDLER:
+        global_vars._GLOBAL_SIGNAL_HANDLER.release()
+    global_vars.destroy_global_vars()
+    unset_num_microbatches_calculator()
+
+
+@pytest.mark.parametrize("processes, flags, sentence", REFUSED)
+def test_it_ends_in_a_sentence(parse, processes, flags, sentence):
+    with pytest.raises(ConfigError) as refused:
+        parse(processes, flags)
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize("processes, flags, way", ACCEPTED)
+def test_what_can_work_passes(parse, processes, flags, way):
+    args = parse(processes, flags)
+    assert way is None or args.cp_comm_type == [way]
