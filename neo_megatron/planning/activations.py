@@ -2,10 +2,10 @@
 
 | kept by a layer                    | local (CPU)                          | Transformer Engine, FlexAttention (GPU)  |
 |------------------------------------|--------------------------------------|------------------------------------------|
-| norms                              | input and input / rms in float32,    | input, 1/rms                             |
-|                                    | 1/rms                                |                                          |
-| core attention                     | q twice, k, v, output, logsumexp; in | q twice, k, output, logsumexp; v as part |
-|                                    | 16 bits once each, in float32        | of its projection                        |
+| norms                              | input, 1/rms                         | input, 1/rms                             |
+| core attention                     | q, k, output, logsumexp; v as part   | q, k, output, logsumexp; v as part of    |
+|                                    | of its projection; in 16 bits copies | its projection                           |
+|                                    | of all these in float32 instead      |                                          |
 | inputs of trained projections      | in the dtype of the model            | the same; a byte an element under FP8    |
 | SwiGLU                             | its input                            | its input                                |
 | mask, once for each micro-batch    | one of tiles                         | blocks of 128 x 128: 16 bytes each       |
@@ -67,23 +67,19 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
     hidden, d = sizes.hidden_size, sizes.head_dim
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
-    sixteen_bit = e < 4
     residual = y * hidden * e
-    norms = 2 * y * (hidden * 4 * (1 + trained) + 4) + y * hidden * e * (1 + trained)
     projections = x * (2 * n + 3 * g) * d * e
-    head_norms = x * (n + g) * (2 * d * 4 if sixteen_bit else 0) + (0 if sixteen_bit else projections)
-    head_norms += x * (n + g) * (d * (1 + trained) * 4 + 3 * 4)
-    # The rotated queries and keys are one tensor; the queries, taken out of it head behind head, a second.
-    inputs = x * (2 * n + g) * 2 * d * e + (x * (n + 2 * g) * d * e if sixteen_bit else 0)
-    kept_by_kernel = x * (n * 2 * d + g * 3 * d + n * d) * 4 if sixteen_bit else inputs + x * n * d * 4 * frozen
-    context = x * n * d * e * trained
+    query_key = x * (n + g) * 2 * d * e
+    beside_inputs = x * n * d * 4 * frozen  # the output, which a trained projection keeps anyway
+    if e < 4:
+        beside_inputs = x * ((n + g) * 2 * d + g * d + n * d) * 4 - query_key
     ffn = x * sizes.ffn_hidden_size / tensor * e
     return LayerActivations(
         hidden=residual,
-        norm_outputs=norms - 2 * residual,
-        core_attention=kept_by_kernel + x * n * 4 - inputs,
+        norm_outputs=residual * (1 + trained) + 2 * y * 4,
+        core_attention=beside_inputs + x * n * 4,
         mlp=ffn * (2 + trained),
-        rest=residual + head_norms + inputs + context,
+        rest=residual + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e * trained,
     )
 
 
@@ -94,7 +90,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
     projections = x * (2 * n + 3 * g) * d * e
-    query_key = x * (2 * n + g) * 2 * d * e
+    query_key = x * (n + g) * 2 * d * e
     ffn = x * sizes.ffn_hidden_size / tensor
     return LayerActivations(
         hidden=residual,
@@ -124,8 +120,7 @@ def head_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_sta
     x, y = rank_tokens(layout, workload)
     trained = x * workload.trained_share
     e, frozen = layout.parameter_bytes, trains_new_parts_only(training_stage)
-    width = 4 * (2 - frozen) if layout.transformer_impl == "local" else e
-    norm = y * (sizes.hidden_size * width + 4)
+    norm = y * (sizes.hidden_size * e + 4)
     rows = 0 if frozen else trained * sizes.hidden_size * e
     return norm + rows + trained * sizes.vocab_size / layout.tensor_model_parallel_size * 4
 

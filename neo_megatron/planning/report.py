@@ -47,10 +47,11 @@ class Plan:
         training_stage: int,
         gpu: Gpu,
         efficiency: Efficiency | None = None,
+        memory: list[RankMemory] | None = None,
     ) -> "Plan":
         """Raises ConfigError where the layers cannot be divided so, or the GPU lacks the precision."""
         efficiency = efficiency or Efficiency()
-        memory = pipeline_memory(sizes, layout, workload, training_stage)
+        memory = memory or pipeline_memory(sizes, layout, workload, training_stage)
         time = step_time(sizes, layout, workload, training_stage, gpu, efficiency)
         return cls(sizes, layout, workload, training_stage, gpu, efficiency, memory, time)
 

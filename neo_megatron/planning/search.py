@@ -38,7 +38,7 @@ def search(
         memory = pipeline_memory(sizes, layout, workload, training_stage)
         reserved = (efficiency or Efficiency()).reserved_bytes
         if max(rank.total for rank in memory) + reserved <= gpu.memory:
-            plans.append(Plan.make(sizes, layout, workload, training_stage, gpu, efficiency))
+            plans.append(Plan.make(sizes, layout, workload, training_stage, gpu, efficiency, memory))
     return sorted(plans, key=lambda plan: -plan.time.tokens_per_second), count
 
 

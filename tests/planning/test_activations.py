@@ -1,4 +1,4 @@
-"""Planned bytes of activations against those that a real model keeps, counted by hooks on saved tensors."""
+"""Planned bytes of activations and of traffic against those that a real model keeps and sends on a CPU."""
 
 import json
 from dataclasses import asdict
@@ -8,6 +8,7 @@ import pytest
 from conftest import run_python
 
 from neo_megatron.planning.activations import chunk_bytes
+from neo_megatron.planning.communication import rank_traffic
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
@@ -31,19 +32,28 @@ CASES = {
         "full, block": dict(**FULL, recompute_method="block"),
         "TP2": dict(tensor_model_parallel_size=2),
         "TP2 with SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+        "TP2 with SP, full": dict(
+            tensor_model_parallel_size=2, sequence_parallel=True, **FULL, recompute_method="block"
+        ),
+        "CP2, heads exchanged": dict(context_parallel_size=2, cp_comm_type="a2a"),
+        "CP2, keys gathered": dict(context_parallel_size=2, cp_comm_type="allgather"),
         "bf16": dict(precision="bf16"),
     }.items()
 }
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, int]:
+def measured() -> dict[str, tuple[int, float]]:
     cases = []
     for stage, settings in CASES.values():
         settings = dict(settings)
-        tensor, bf16 = settings.pop("tensor_model_parallel_size", 1), settings.pop("precision", "fp32") == "bf16"
-        case = {"sizes": asdict(MODEL), "stage": stage, "tensor": tensor, "batch": (LENGTH, CELLS, TRAINED)}
-        cases.append(case | {"settings": settings | {"bf16": bf16}})
+        settings["bf16"] = settings.pop("precision", "fp32") == "bf16"
+        ranks = {
+            "tensor": settings.pop("tensor_model_parallel_size", 1),
+            "context": settings.pop("context_parallel_size", 1),
+        }
+        case = {"sizes": asdict(MODEL), "stage": stage, "batch": (LENGTH, CELLS, TRAINED), "settings": settings}
+        cases.append(case | ranks)
     done = run_python(Path(__file__).parent / "activation_worker.py", json.dumps(cases))
     assert done.returncode == 0, done.stdout[-6000:]
     return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
@@ -51,7 +61,19 @@ def measured() -> dict[str, int]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_within_a_tenth_of_what_is_kept(case, measured):
-    stage, settings = CASES[case]
-    layout = Layout(**{"precision": "fp32", "transformer_impl": "local"} | settings)
+    stage, layout = CASES[case][0], layout_of(case)
     [[chunk]] = layout.chunks(MODEL)
-    assert chunk_bytes(MODEL, layout, WORKLOAD, chunk, stage) == pytest.approx(measured[case], rel=0.1)
+    assert chunk_bytes(MODEL, layout, WORKLOAD, chunk, stage) == pytest.approx(measured[case][0], rel=0.1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_is_what_is_sent(case, measured):
+    """But for a few numbers a token: of the cross entropy, and of positions under context parallelism."""
+    traffic = rank_traffic(MODEL, layout_of(case), WORKLOAD, CASES[case][0], pipeline_rank=0)
+    assert traffic.tensor + traffic.context == pytest.approx(measured[case][1], rel=0.01)
+    if not measured[case][1]:
+        assert traffic.total == 0
+
+
+def layout_of(case: str) -> Layout:
+    return Layout(**{"precision": "fp32", "transformer_impl": "local"} | CASES[case][1])
