@@ -14,9 +14,14 @@ size=$1 stage=$2
 shift 2
 : "${PACKS:?directory written by tools/pack_data.py}" "${OUTPUT:?directory for checkpoints and TensorBoard}"
 
-# For 80 GB GPUs. Pixels and pack length were fixed when the data was prepared.
+# For machines with 8 GPUs of 80 GB and the pack lengths of the README, from tools/plan.py --search --gpus 8.
 layout=()
-[ "$size" != neo-9b ] || layout=(--tensor-model-parallel-size 4 --sequence-parallel)
+case $size:$stage in
+  neo-2b:1) layout=(--recompute-granularity selective --recompute-modules layernorm) ;;
+  neo-2b:*) layout=(--context-parallel-size 4) ;;
+  neo-9b:1) layout=(--context-parallel-size 4) ;;
+  neo-9b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4) ;;
+esac
 
 # Megatron asks for it where tensor or context parallelism runs on GPUs before Blackwell; CUDA reads it once, at start.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -133,7 +133,10 @@ def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> 
     """The layout of the flags, cut into pipeline stages as `pretrain_neo` cuts it."""
     args.world_size, args.num_layers = args.gpus, sizes.num_layers
     args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
-    return Layout.from_arguments(args, args.precision)
+    layout = Layout.from_arguments(args, args.precision)
+    if refusal := layout.refusal(sizes, workload.sequence_length):
+        raise ConfigError(refusal)
+    return layout
 
 
 if __name__ == "__main__":

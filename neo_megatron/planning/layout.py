@@ -117,6 +117,40 @@ class Layout:
     def parameter_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
+    def refusal(self, sizes: NeoSizes, sequence_length: int) -> str | None:
+        """Why this layout cannot work, without Megatron; `parallel_layout` knows more reasons, which need its flags."""
+        tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
+        for what, count in (
+            ("query heads", sizes.num_attention_heads),
+            ("key-value heads", sizes.num_query_groups),
+            ("vocabulary rows", sizes.vocab_size),
+            ("channels of --ffn-hidden-size", sizes.ffn_hidden_size),
+        ):
+            if count % tensor:
+                return (
+                    f"--tensor-model-parallel-size {tensor} does not divide the {count} {what} of this model: "
+                    "choose a size that does"
+                )
+        if self.sequence_parallel and tensor == 1:
+            return "--sequence-parallel shares sequences out to tensor-parallel ranks: add --tensor-model-parallel-size"
+        if sequence_length % (2 * context if context > 1 else 1) or sequence_length % (context * self.sequence_ranks):
+            return (
+                f"--seq-length {sequence_length} cannot be shared out to --context-parallel-size {context} and "
+                f"{self.sequence_ranks} sequence-parallel ranks: pack again, or choose other sizes"
+            )
+        if self.cp_comm_type == "a2a" and sizes.num_query_groups // tensor % context:
+            return (
+                f"--cp-comm-type a2a with --context-parallel-size {context}: a tensor-parallel rank's "
+                f"{sizes.num_query_groups // tensor} key-value heads cannot be shared out evenly; choose allgather"
+            )
+        virtual, pipeline = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
+        if virtual > 1 and (pipeline == 1 or self.micro_batches % pipeline):
+            return (
+                f"{virtual} virtual stages need a pipeline, and micro-batches in multiples of its {pipeline} ranks, "
+                f"not {self.micro_batches}: choose another --global-batch-size"
+            )
+        return None
+
     def recomputes(self, module: str) -> bool:
         """Whether a module of every layer is recomputed on its own."""
         return self.recompute_granularity == "selective" and module in self.recompute_modules

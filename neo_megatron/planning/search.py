@@ -60,32 +60,20 @@ def candidates(
         costs = Costs.of(sizes, training_stage, workload, recompute_layers=full)
         return layout_string(balanced_split(costs.layers, stages, costs.patch_embedding, costs.head))
 
-    tensor_sizes = [
-        size
-        for size in _divisors(gpus)
-        if size <= gpus_per_machine
-        and not any(
-            count % size
-            for count in (sizes.num_attention_heads, sizes.num_query_groups, sizes.vocab_size, sizes.ffn_hidden_size)
-        )
-    ]
+    tensor_sizes = [size for size in _divisors(gpus) if size <= gpus_per_machine]
     for tensor, context in product(tensor_sizes, _divisors(gpus)):
-        parts = tensor * context * (2 if context > 1 else 1)
-        if gpus % (tensor * context) or workload.sequence_length % parts:
+        if gpus % (tensor * context):
             continue
         for pipeline, virtual in product(_divisors(gpus // (tensor * context)), VIRTUAL_SIZES):
             data = gpus // (tensor * context * pipeline)
-            if pipeline * virtual > sizes.num_layers or (virtual > 1 and pipeline == 1):
+            if pipeline * virtual > sizes.num_layers:
                 continue
             for micro_batch, recomputation, sequence_parallel in product(
                 MICRO_BATCH_SIZES, RECOMPUTATION.values(), (True, False)
             ):
-                rest = global_batch_size % (micro_batch * data)
-                if rest or (sequence_parallel and tensor == 1):
+                if global_batch_size % (micro_batch * data):
                     continue
-                if virtual > 1 and global_batch_size // (micro_batch * data) % pipeline:
-                    continue
-                yield Layout(
+                layout = Layout(
                     tensor_model_parallel_size=tensor,
                     sequence_parallel=sequence_parallel,
                     pipeline_model_parallel_size=pipeline,
@@ -103,6 +91,8 @@ def candidates(
                     precision=precision,
                     **recomputation,
                 )
+                if layout.refusal(sizes, workload.sequence_length) is None:
+                    yield layout
 
 
 def describe_search(plans: list[Plan], count: int, top: int) -> str:

@@ -1,0 +1,99 @@
+"""The planner as a user meets it; and its schedule of micro-batches in flight against one worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+from neo_megatron.planning.hardware import GPUS
+from neo_megatron.planning.layout import Layout
+from neo_megatron.planning.memory import peak_in_flight, pipeline_memory
+from neo_megatron.planning.report import Plan
+from neo_megatron.planning.search import candidates, search
+from neo_megatron.planning.workload import Workload
+from neo_megatron.presets import SIZES
+
+TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
+WORKLOAD = Workload.of_alike_documents(16384)
+
+
+def test_the_tool_prints_a_plan_without_torch():
+    flags = (
+        "--neo-model neo-9b --gpus 64 --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer"
+    )
+    program = "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run_python("-c", f"{program}; assert 'torch' not in sys.modules", TOOL, *flags.split())
+    assert done.returncode == 0, done.stdout
+    assert "64 GPUs: TP 4 with SP, PP 1, CP 1, DP 16" in done.stdout and "fits: rank 0 needs" in done.stdout
+    done = run_python(TOOL, *flags.split(), "--json")
+    plan = json.loads(done.stdout)
+    memory = plan["memory"][0]
+    parts = [*memory["state"].values(), memory["fp8_weights"], memory["activations"], memory["working"]]
+    assert memory["total"] == sum(parts) and plan["fits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            "--tensor-model-parallel-size 16 --gpus 16",
+            "--tensor-model-parallel-size 16 does not divide the 8 key-value",
+        ),
+        ("--context-parallel-size 3 --gpus 24 --global-batch-size 24", "--seq-length 16384 cannot be shared out to"),
+        ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, of which 4 is no multiple"),
+        ("--gpu a100 --precision fp8", "--gpu a100 has no fp8"),
+        ("--gpu-memory 1 --search --gpus 1 --global-batch-size 4", "none of the"),
+    ],
+)
+def test_what_cannot_be_planned_ends_in_a_sentence(flags, sentence):
+    done = run_python(TOOL, "--neo-model", "neo-9b", *flags.split())
+    assert done.returncode == 1 and done.stdout.startswith("plan: ") and sentence in done.stdout, done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_micro_batches_in_flight():
+    """1F1B: rank r of P runs P - r forwards before its first backward. Interleaved: by hand, after Megatron's table."""
+    four = Layout(pipeline_model_parallel_size=4, global_batch_size=16)
+    assert [peak_in_flight([1.0], rank, four) for rank in range(4)] == [4, 3, 2, 1]
+    few = Layout(pipeline_model_parallel_size=4, global_batch_size=2)
+    assert [peak_in_flight([1.0], rank, few) for rank in range(4)] == [2, 2, 2, 1]
+    # Two ranks of two chunks. Rank 0 runs forwards of 0, 0, 1, 1 ahead, then forwards of 0, 0 in turn with backwards of
+    # 1, 1: before the second of these it keeps 0 four times. Rank 1 runs 0, 0 ahead, 1, 1 in turn with 1, 1, then 0.
+    two = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, global_batch_size=8)
+    assert peak_in_flight([10.0, 1.0], 0, two) == 4 * 10 + 1
+    assert peak_in_flight([10.0, 1.0], 1, two) == 3 * 10
+
+
+def test_what_is_known_to_save_memory_saves_it():
+    sizes = SIZES["neo-2b"]
+    base = dict(tensor_model_parallel_size=2, data_parallel_size=4, global_batch_size=8)
+
+    def total(**changes) -> float:
+        return pipeline_memory(sizes, Layout(**base | changes), WORKLOAD, 2)[0].total
+
+    assert total(sequence_parallel=True) < total()
+    assert total(use_distributed_optimizer=True) < total()
+    full = dict(recompute_granularity="full", recompute_method="uniform")
+    mlp = dict(recompute_granularity="selective", recompute_modules=("mlp",))
+    assert total(**full) < total(**mlp) < total()
+    assert total(context_parallel_size=2) < total()
+    frozen, trained = (pipeline_memory(sizes, Layout(**base), WORKLOAD, stage)[0].state for stage in (1, 2))
+    assert frozen.parameters == trained.parameters
+    assert frozen.gradients < trained.gradients / 2 and frozen.optimizer < trained.optimizer / 2
+
+
+def test_a_search_ranks_what_fits():
+    sizes, gpu = SIZES["neo-2b"], GPUS["h100"]
+    plans, count = search(sizes, 4, WORKLOAD, 2, gpu, global_batch_size=8)
+    assert 0 < len(plans) < count
+    assert all(plan.needed <= gpu.memory and plan.layout.world_size == 4 for plan in plans)
+    speeds = [plan.time.tokens_per_second for plan in plans]
+    assert speeds == sorted(speeds, reverse=True) and 0 < plans[0].time.mfu < 1
+    # Nothing that fits was passed over.
+    fitting = [
+        layout
+        for layout in candidates(sizes, 4, WORKLOAD, 2, 8, "bf16", gpu.gpus_per_machine)
+        if Plan.make(sizes, layout, WORKLOAD, 2, gpu).fits
+    ]
+    assert len(fitting) == len(plans)
