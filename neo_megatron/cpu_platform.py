@@ -78,8 +78,10 @@ def _cuda_means_cpu() -> None:
     def type_(self, *args, **kwargs):
         if args or kwargs:
             return tensor_type(self, *args, **kwargs)
-        # Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor".
-        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        # Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor". Under a mode, such as that of
+        # `torch.device("meta")`, this function is called again from inside.
+        name = tensor_type(self)
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
     _patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _patch(torch.Tensor, "to", to)
