@@ -4,6 +4,8 @@ Megatron starts from another run's checkpoint either with its model alone or, to
 state of exactly the parameters that train now, the schedule and the count of samples. A stage that trains more than the
 one before it wants something between. Parameters that both train keep their moments (and their float32 copies, where
 the model is in bf16), those that begin to train start with moments of zero, and all else starts as in a new run.
+Adam's count of steps comes along too. It is one for all parameters, so that the new ones have no correction of their
+young moments: with betas of 0.9 and 0.95 their first step is 2.2 times shorter than it would be.
 
 State is found by the names of the parameters, so that any layout, and any of Megatron's Adam optimizers with or without
 `--use-distributed-optimizer`, takes over from any other.

@@ -26,10 +26,12 @@ def convert(monkeypatch):
 def test_from_qwen3_to_megatron_and_back(convert, golden, tmp_path):
     neo, megatron, back = (tmp_path / name for name in ("neo", "megatron", "back"))
     tokenizer = ("--tokenizer", golden / "tokenizer")
-    convert("qwen3-to-neo", "--qwen3", golden / "qwen3_untied", "--output", neo, "--pre-buffer-layers", 1, *tokenizer)
+    start = ("--pre-buffer-layers", 1, "--key-hw-init", "zero-norm")
+    convert("qwen3-to-neo", "--qwen3", golden / "qwen3_untied", "--output", neo, *start, *tokenizer)
     convert("hf-to-megatron", "--hf", neo, "--output", megatron)
     convert("megatron-to-hf", "--megatron", megatron, "--output", back, *tokenizer)
     before, after = (load_file(path / "model.safetensors") for path in (neo, back))
+    assert not before["language_model.model.layers.1.self_attn.k_norm_h.weight"].any()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     for name in ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json"):
         assert json.loads((neo / name).read_text()) == json.loads((back / name).read_text()), name
