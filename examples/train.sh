@@ -5,10 +5,11 @@
 #
 # Every flag of pretrain_neo may follow and wins over what is set here. VALID_PACKS adds evaluation on held-out packs.
 # The same command again goes on from the newest whole checkpoint in OUTPUT.
+# With --dry-run it checks all that can be checked on one process and prints what the run will hold and take.
 # Multi-node: the variables of torchrun, set by the scheduler: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 set -euo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 size=$1 stage=$2
 shift 2
@@ -27,6 +28,11 @@ esac
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+if [[ " $* " == *" --dry-run "* ]]; then  # one process looks for all, on a machine without GPUs too
+  [ "$gpus" -gt 0 ] || set -- "$@" --transformer-impl transformer_engine
+  gpus=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 8))}
+  export RANK=0 WORLD_SIZE=$((${NNODES:-1} * gpus))
+fi
 precision=()
 [ "$gpus" -eq 0 ] || precision=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 
