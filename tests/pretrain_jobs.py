@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from conftest import torchrun
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-
-from neo_megatron.checkpoint.names import tensor_table
-from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.model.config import NeoSizes
 
 WORKER = Path(__file__).parent / "distributed" / "pretrain_worker.py"
 
@@ -54,10 +52,18 @@ class Job:
             values[event.step].append(event.value)
         return dict(values)
 
-    def read_gradients(self, sizes: NeoSizes) -> dict[str, Tensor]:
-        """Whole tensors under the names of a distributed checkpoint."""
-        saved = TorchDistDirectory(self.directory / "gradients")
-        return {row.megatron: saved.read(row.megatron) for row in tensor_table(sizes)}
+    def read_gradients(self) -> dict[str, Tensor]:
+        """Whole tensors under the names of a distributed checkpoint, put together from the parts of all ranks."""
+        whole: dict[str, Tensor] = {}
+        for file in sorted(self.directory.glob("rank*.gradients.safetensors")):
+            with safe_open(file, "pt") as parts:
+                for part, place in parts.metadata().items():
+                    name, shape, offset = json.loads(place)
+                    tensor = parts.get_tensor(part)
+                    here = tuple(slice(a, a + n) for a, n in zip(offset, tensor.shape, strict=True))
+                    # What no rank has stays not a number.
+                    whole.setdefault(name, torch.full(shape, torch.nan))[here] = tensor
+        return whole
 
 
 def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | None = None) -> str:

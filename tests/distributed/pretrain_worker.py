@@ -8,7 +8,7 @@ for the default process group, which Megatron takes over as it finds it.
 
 In its directory every rank of a job leaves `rank<N>.log`, all that it printed, and rank 0 `result.json` with `exit`,
 what the job ended with: null, or the code or sentence given to `sys.exit`. Where gradients are asked for, those of the
-last step are saved to `gradients` as a distributed checkpoint of the model: by name, whole, before they are clipped.
+last step, before they are clipped, are in `rank<N>.gradients.safetensors`, each part under the name of the whole.
 `rank<N>.inputs.json` lists what each call of the model was given: the name of every tensor and its first dimension.
 """
 
@@ -21,16 +21,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from neo_megatron import cpu_platform
 
 cpu_platform.install_training()
 
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import async_utils, checkpointing, global_vars, training
+from megatron.training.argument_utils import ArgumentGroupFactory
 
 from neo_megatron import pretrain_neo
 from neo_megatron.model.loss import WeightedLoss
@@ -52,18 +55,22 @@ class GradientRecorder:
         WeightedLoss.finalize_model_grads = finalize_model_grads
         self.uninstall = lambda: setattr(WeightedLoss, "finalize_model_grads", original)
 
-    def save(self, directory: Path) -> None:
-        """Through the model's own distributed checkpoint, which knows how every name is split; the model is spent."""
-        state = {}
-        for number, (chunk, gradients) in enumerate(zip(self.model, self.gradients, strict=True)):
+    def save(self, file: Path) -> None:
+        """This rank's parts; the model's own checkpoint description says of what, and where. The model is spent."""
+        parts, places = {}, {}
+        for chunk, gradients in zip(self.model, self.gradients, strict=True):
             module = unwrap_model(chunk)
             for name, parameter in module.named_parameters():
                 parameter.data = gradients.get(name, torch.zeros_like(parameter))
-            state |= {f"{number}.{name}": value for name, value in module.sharded_state_dict().items()}
-        if torch.distributed.get_rank() == 0:
-            directory.mkdir(parents=True)
-        torch.distributed.barrier()
-        dist_checkpointing.save(state, str(directory))
+            state = module.sharded_state_dict()
+            apply_factories(state)
+            for tensor in nested_values(state):
+                if is_main_replica(tensor.replica_id):
+                    name = f"part{len(parts)}"
+                    parts[name] = tensor.data.detach().contiguous()
+                    places[name] = json.dumps([tensor.key, tensor.global_shape, tensor.global_offset])
+        if parts:  # else other ranks hold the same
+            save_file(parts, file, metadata=places)
 
 
 class InputRecorder:
@@ -102,7 +109,7 @@ def run(job: dict) -> None:
         try:
             pretrain_neo.main()
             if recorder:
-                recorder.save(directory / "gradients")
+                recorder.save(directory / f"rank{os.environ['RANK']}.gradients.safetensors")
         except SystemExit as stop:  # anything else ends all processes: another rank may be waiting for this one
             code = stop.code
         if recorder:
@@ -154,7 +161,21 @@ def printing_to(path: Path) -> Iterator[None]:
             print(f"{path} ends with:\n{path.read_text()[-4000:]}", flush=True)
 
 
+def remember_help_texts() -> None:
+    """Megatron parses its own source for the help text of every flag, twice a job: most of a short job's time."""
+    original, known = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def get_field_docstrings(factory: ArgumentGroupFactory, dataclass: type) -> dict[str, str]:
+        if dataclass not in known:
+            known[dataclass] = original(factory, dataclass)
+        return known[dataclass]
+
+    ArgumentGroupFactory._get_field_docstrings = get_field_docstrings
+
+
 if __name__ == "__main__":
+    remember_help_texts()
+    gc.freeze()  # what was imported is no garbage between jobs
     for next_job in json.loads(Path(sys.argv[1]).read_text()):
         run(next_job)
     if torch.distributed.is_initialized():

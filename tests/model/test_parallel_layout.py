@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections import defaultdict
 
 import pytest
 
@@ -96,6 +97,10 @@ def parse(monkeypatch):
     """What `pretrain_neo` makes of a command line, with the environment of rank 0 of so many processes."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training import global_vars
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    # Megatron parses its own source for the texts of --help, which takes a second.
+    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
 
     def parse_arguments(processes: int, flags: str) -> Namespace:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
