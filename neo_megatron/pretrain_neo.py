@@ -211,6 +211,9 @@ def datasets_provider(
     elif parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
         pictures = "check"
     train, valid, test = num_samples
+    if 0 < train <= args.consumed_train_samples:
+        print_rank_0(f"training has ended before: all of its {train} packs were read; a longer one needs more steps")
+        sys.exit()
     even = GlobalBatch(
         args.global_batch_size,
         parallel_state.get_data_parallel_world_size(),
