@@ -1,14 +1,11 @@
-"""`pretrain_neo` as a user runs it: real annotations through the tools, then training, saving, resuming, stopping.
+"""`pretrain_neo` as a user runs it: real annotations through the tools, then training.
 
-All start from the golden checkpoint. That every layout trains the same model is held by `test_layouts.py`.
+All start from the golden checkpoint. That every layout trains the same model is held by `test_layouts.py`, that a run
+goes on after any end by `test_run_checkpoints.py`.
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import boto3
@@ -82,7 +79,7 @@ def runs(room, tied, broken) -> dict[str, Job]:
 
     few = ["--train-data-path", str(broken), "--max-broken-samples", "0.5"]
     one = [
-        job("one", "--save", f"{room}/one/checkpoints", "--save-interval", "2"),
+        job("one"),
         job("bf16", "--bf16", iterations=1),
         job("stage1", "--training-stage", "1", "--save", f"{room}/stage1/checkpoints", iterations=2),
         job("tied-1-one", *tied_head("1")),
@@ -119,34 +116,6 @@ def test_bfloat16_starts_alike(runs):
         assert actual == pytest.approx(expected, rel=tolerance), tag
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(room, runs):
-    checkpoints = room / "one" / "checkpoints"
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    try:
-        resumed = Job(room / "resumed", command(room, "--load", str(checkpoints)))
-        run_jobs(1, [resumed])
-    finally:
-        (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
-    expected, actual = runs["one"].scalars("lm loss"), resumed.scalars("lm loss")
-    assert set(actual) == {3, 4}
-    assert actual == {step: expected[step] for step in actual}
-
-
-def test_another_layout_takes_over(room, runs):
-    """Saved by one process; resumed, optimizer state included, with the pre-buffer on a pipeline stage of its own."""
-    checkpoints = room / "one" / "checkpoints"
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    try:
-        taken_over = Job(room / "taken-over", command(room, "--load", str(checkpoints), *PP2))
-        run_jobs(2, [taken_over])
-    finally:
-        (checkpoints / "latest_checkpointed_iteration.txt").write_text("4")
-    expected, actual = runs["one"].scalars("lm loss"), taken_over.scalars("lm loss")
-    assert set(actual) == {3, 4}
-    for step, value in actual.items():
-        assert value == pytest.approx(expected[step], rel=2e-6)
-
-
 def test_stage_1_changes_nothing_but_what_it_trains(room, runs):
     output = runs["stage1"].printed()
     assert "training stage 1" in output and "0 of" in output  # the list at start
@@ -163,30 +132,6 @@ def test_stage_1_changes_nothing_but_what_it_trains(room, runs):
     }
     assert changed == front | post_llm
     assert len(front) == 4 + 2 * 13
-
-
-def test_sigterm_saves_and_exits(room):
-    checkpoints = room / "stopped" / "checkpoints"
-    arguments = ["-m", "neo_megatron.pretrain_neo", *command(room, "--save", str(checkpoints), iterations=100000)]
-    environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29777", "RANK": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-u", *arguments],
-        env={**os.environ, **environment, "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if " iteration        3/" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    printed.append(process.stdout.read())
-    assert process.wait(timeout=120) == 0, "".join(printed)[-3000:]
-    saved = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
-    assert saved >= 3
-    assert "exiting program after receiving SIGTERM" in "".join(printed)
 
 
 @pytest.fixture(scope="module")
