@@ -333,7 +333,7 @@ def test_a_killed_job_of_two_ranks_goes_on(room, first):
     module = ["-m", "neo_megatron.pretrain_neo"]
     process = subprocess.Popen(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), *module, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -418,7 +418,7 @@ class TestKeeping:
 
     def test_the_last_good_checkpoint_is_kept_while_the_newest_is_damaged(self, run, tmp_path, capsys):
         old, new = self.save(tmp_path, 10), self.save(tmp_path, 20)
-        flip(next(new.glob("*.distcp")))
+        cut(next(new.glob("*.distcp")))
         (tmp_path / TRACKER).write_text("20")
         self.wait(run)
         assert old.is_dir() and new.is_dir()
