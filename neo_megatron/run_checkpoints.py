@@ -59,12 +59,12 @@ class RunCheckpoints:
         """
         if self._started:
             return
-        self._started = True
         checkpoint = choose_checkpoint(self._args)
         if checkpoint is not None:
             check_model_and_schedule(self._args, checkpoint)
         make_way(self._args, checkpoint)
         self._seen = self._stamp()
+        self._started = True  # not before: what is in the directory of a run that is refused is left as it is
 
     def __enter__(self) -> "RunCheckpoints":
         return self
