@@ -96,10 +96,11 @@ def _verify_together(path: Path, read_tensors: bool) -> str | None:
 
 
 def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
-    """Compares sizes and learning-rate schedule with the run's; Megatron asserts some of them and ignores others.
+    """Compares sizes, stage and learning-rate schedule with the run's; Megatron asserts some and ignores others.
 
     Raises:
-        ConfigError: the checkpoint is of another model, or a run that goes on would change its schedule.
+        ConfigError: the checkpoint is of another model, or a run that goes on would change what it trains or its
+            schedule.
     """
     common_state = TorchDistDirectory(checkpoint).common_state()
     saved = common_state["args"].neo_sizes
@@ -111,7 +112,16 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
             f"the checkpoint {checkpoint} is of another model ({differences}): "
             "choose --neo-model and the size flags that it was made with"
         )
-    if not _loads_optimizer(args, checkpoint) or args.override_opt_param_scheduler:
+    if not _loads_optimizer(args, checkpoint):
+        return
+    stage = common_state["args"].training_stage
+    if (stage == 1) != (args.training_stage == 1):  # of the others each trains everything
+        raise ConfigError(
+            f"the checkpoint {checkpoint} is of --training-stage {stage} and this run, which goes on from it, of "
+            f"{args.training_stage}: to begin a stage, give it as --pretrained-checkpoint, with --pretrained-optimizer "
+            "to keep the optimizer's state, and another --load and --save"
+        )
+    if args.override_opt_param_scheduler:
         return
     schedule = common_state.get("opt_param_scheduler", {})
     if not args.use_checkpoint_opt_param_scheduler and (differences := _differences(schedule, _schedule(args))):

@@ -56,6 +56,8 @@ def room(tmp_path_factory) -> Path:
         start = ["--pretrained-checkpoint", f"{room}/first/{first}/saved", "--pretrained-optimizer"]
         stage = ["--training-stage", "2", "--train-iters", "1", "--save", f"{room}/second/{name}/saved", *still.split()]
         jobs.append(Job(room / "second" / name, command(room, *start, *stage, *flags.split())))
+    resume = ["--load", f"{room}/first/plain/saved", "--training-stage", "2", "--train-iters", "4"]
+    jobs.append(Job(room / "resumed", command(room, *resume)))
     run_jobs(2, jobs)
     return room
 
@@ -102,3 +104,10 @@ def test_moments_and_masters_arrive(room, name):
 def test_the_schedule_is_that_of_the_new_stage(room):
     rates = Job(room / "second" / "plain", []).scalars("learning-rate")
     assert rates[1] == [pytest.approx(1e-12)]
+
+
+def test_a_run_cannot_go_on_in_another_stage(room):
+    sentence = Job(room / "resumed", []).exit()
+    assert (
+        "is of --training-stage 1 and this run, which goes on from it, of 2: to begin a stage, give it as" in sentence
+    )
