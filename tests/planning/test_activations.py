@@ -20,26 +20,23 @@ MODEL = SIZES["tiny"].replace(
 )
 SELECTIVE = dict(recompute_granularity="selective")
 FULL = dict(recompute_granularity="full", recompute_num_layers=2)
-CASES = {
-    f"stage {stage}, {name}": (stage, layout)
-    for stage in (1, 2)
-    for name, layout in {
-        "all kept": dict(),
-        "core_attn": dict(**SELECTIVE, recompute_modules=("core_attn",)),
-        "mlp": dict(**SELECTIVE, recompute_modules=("mlp",)),
-        "layernorm and core_attn": dict(**SELECTIVE, recompute_modules=("layernorm", "core_attn")),
-        "full, uniform": dict(**FULL, recompute_method="uniform"),
-        "full, block": dict(**FULL, recompute_method="block"),
-        "TP2": dict(tensor_model_parallel_size=2),
-        "TP2 with SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-        "TP2 with SP, full": dict(
-            tensor_model_parallel_size=2, sequence_parallel=True, **FULL, recompute_method="block"
-        ),
-        "CP2, heads exchanged": dict(context_parallel_size=2, cp_comm_type="a2a"),
-        "CP2, keys gathered": dict(context_parallel_size=2, cp_comm_type="allgather"),
-        "bf16": dict(precision="bf16"),
-    }.items()
+SHARED = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+STAGE_2: dict[str, dict] = {
+    "all kept": dict(),
+    "core_attn": dict(**SELECTIVE, recompute_modules=("core_attn",)),
+    "mlp": dict(**SELECTIVE, recompute_modules=("mlp",)),
+    "layernorm and core_attn": dict(**SELECTIVE, recompute_modules=("layernorm", "core_attn")),
+    "full, uniform": dict(**FULL, recompute_method="uniform"),
+    "TP2": dict(tensor_model_parallel_size=2),
+    "TP2 with SP": SHARED,
+    "TP2 with SP, full, block": dict(**SHARED, **FULL, recompute_method="block"),
+    "CP2, heads exchanged": dict(context_parallel_size=2, cp_comm_type="a2a"),
+    "CP2, keys gathered": dict(context_parallel_size=2, cp_comm_type="allgather"),
+    "bf16": dict(precision="bf16"),
 }
+STAGE_1 = ("all kept", "core_attn", "TP2 with SP", "TP2 with SP, full, block", "CP2, keys gathered", "bf16")
+CASES = {f"stage 2, {name}": (2, settings) for name, settings in STAGE_2.items()}
+CASES |= {f"stage 1, {name}": (1, STAGE_2[name]) for name in STAGE_1}
 
 
 @pytest.fixture(scope="module")

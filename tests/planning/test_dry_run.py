@@ -8,11 +8,20 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, run_python
 
+from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
+from neo_megatron.planning.report import layout_text, recomputation_text
+from neo_megatron.planning.search import candidates, flags
+from neo_megatron.planning.workload import Workload
+
+# Some of the layouts that the search looks at, from all over its list.
+SIZES = presets.sizes(str(GOLDEN / "ckpt_untied"))
+ALL = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "bf16", gpus_per_machine=8))
+FOUND = ALL[len(ALL) // 8 :: len(ALL) // 4]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,10 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
         "another length": (1, common + whole + "--global-batch-size 4 --seq-length 128"),
         "no such layout": (6, common + whole + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
-    argv = [{"argv": flags.split(), "world_size": world_size} for world_size, flags in jobs.values()]
+    for number, layout in enumerate(FOUND):
+        batch = ["--train-iters", "1", "--global-batch-size", "32"]
+        jobs[f"found {number}"] = (16, " ".join([common + whole, *batch, *flags(layout)]))
+    argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
     done = run_python(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -65,6 +77,14 @@ def test_a_large_layout_is_planned_in_full(ends):
     printed, _, _ = ends["1,024 processes"]
     assert "1,024 GPUs: TP 2 with SP, PP 2, CP 1, DP 256; 1 micro-batches" in printed
     assert printed.count("pipeline rank 0") == printed.count("pipeline rank 1") == 1
+
+
+@pytest.mark.parametrize("number", range(len(FOUND)))
+def test_what_the_search_looks_at_can_start(number, ends):
+    printed, end, _ = ends[f"found {number}"]
+    assert end is None, end
+    assert f"16 GPUs: {layout_text(FOUND[number])}; {FOUND[number].micro_batches} micro-batches" in printed
+    assert f"recomputation {recomputation_text(FOUND[number])}" in printed
 
 
 @pytest.mark.parametrize(
