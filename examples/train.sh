@@ -18,7 +18,7 @@ shift 2
 # For machines with 8 GPUs of 80 GB and the pack lengths of the README, from tools/plan.py --search --gpus 8.
 layout=()
 case $size:$stage in
-  neo-2b:1) layout=(--recompute-granularity selective --recompute-modules layernorm) ;;
+  neo-2b:1) ;;
   neo-2b:*) layout=(--context-parallel-size 4) ;;
   neo-9b:1) layout=(--context-parallel-size 4) ;;
   neo-9b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4) ;;

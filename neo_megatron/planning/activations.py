@@ -94,9 +94,10 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     ffn = x * sizes.ffn_hidden_size / tensor
     return LayerActivations(
         hidden=residual,
-        norm_outputs=y * hidden * product_input * (1 + trained) + 2 * y * 4,
+        # The second norm is part of `linear_fc1`: recomputing norms does not reach it, recomputing the MLP does.
+        norm_outputs=y * (hidden * product_input + 4),
         core_attention=x * n * 4,
-        mlp=ffn * (2 * e + trained * product_input),
+        mlp=ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4),
         rest=residual + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e,
     )
 

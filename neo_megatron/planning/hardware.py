@@ -22,6 +22,13 @@ class Gpu:
     """To other machines."""
     gpus_per_machine: int = 8
 
+    def describe(self, precision: Precision) -> str:
+        return (
+            f"{self.peak(precision) / 1e12:,.0f} T operations/s in {precision}, "
+            f"memory {self.memory_rate / 1e12:.2f} TB/s, within a machine {self.link_rate / 1e9:,.0f} GB/s, "
+            f"between machines {self.network_rate / 1e9:,.0f} GB/s"
+        )
+
     def with_memory(self, memory: float) -> "Gpu":
         return replace(self, memory=memory)
 

@@ -205,6 +205,7 @@ def _time(plan: Plan) -> str:
     return (
         f"step         {time.seconds:.2f} s on {plan.gpu.name}: {time.tokens_per_second:,.0f} tokens per second and "
         f"GPU, MFU {time.mfu:.1%}, pipeline bubble {time.bubble:.1%}\n"
+        f"             peak rates: {plan.gpu.describe(plan.layout.precision)}\n"
         f"             {plan.efficiency.describe()}"
     )
 
