@@ -7,6 +7,7 @@ Every patched name is looked up first, and the versions are checked: another ver
 one sentence instead of training wrongly. That the patched stack trains rightly is held by `tests/distributed`.
 """
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -142,6 +143,18 @@ class Adam(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
 
 
+def _keep_freed_memory() -> None:
+    """Keeps what a step frees for the next one, as the allocator of a GPU does.
+
+    glibc would give it back to the system, and every page of it would be faulted in again: 5 % of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)  # the largest that it takes
+
+
 def _multi_tensor_scale(_chunk_size, _overflow, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
     """Megatron scales gradients in place: both lists are the same."""
     sources, destinations = tensor_lists
@@ -171,6 +184,7 @@ def install() -> None:
         return
     _check_versions()
     _cuda_means_cpu()
+    _keep_freed_memory()
     # torch.cpu is torch's own stand-in: current_device() is "cpu", streams do nothing. Wrapped, because torch refuses
     # one function object under two names.
     for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
