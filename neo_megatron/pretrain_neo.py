@@ -31,7 +31,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.global_vars import set_global_variables
-from megatron.training.utils import print_rank_0
+from megatron.training.utils import has_nvrx_checkpointing_async_support, print_rank_0
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -124,6 +124,8 @@ def parse_arguments() -> Namespace:
             # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
             dataloader_type="external",
             exit_signal_handler=True,
+            # The other one is a package of its own.
+            async_strategy="nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
             # Another layout can then take over the optimizer's state.
             dist_ckpt_optim_fully_reshardable=True,
             # Chosen by `context_parallel_way`; Megatron's own default is none that NEO's mask has.
@@ -150,6 +152,8 @@ def parse_arguments() -> Namespace:
         args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two
     if stages and args.rank == 0:
         print(stages, flush=True)
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True  # without it Megatron warns, and saves while training waits
     check_layout(args)
     args.cp_comm_type = [context_parallel_way(args)]
     validate_args(args)

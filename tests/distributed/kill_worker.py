@@ -8,8 +8,9 @@ operation under it to kill, once for each start; afterwards the run is started o
 and the file is still empty. Labels are as in "rename .metadata.tmp"; numbers of iterations are left out of them.
 
 Megatron is imported once and every start is a fork. The whole process group of a start is killed, the writer of an
-asynchronous save included, which counts with it. Each start appends to `log`: a line for every operation, for every
-micro-batch that was read (a checksum of its tokens and pictures), and for every step (its loss, all bits).
+asynchronous save included, whose own operations are not counted. Each start appends to `log`: a line for every
+operation, for every micro-batch that was read (a checksum of its tokens and pictures), and for every step (its loss,
+all bits).
 """
 
 import builtins
@@ -26,9 +27,11 @@ import traceback
 import zlib
 from pathlib import Path
 
-if __name__ == "__main__":  # an asynchronous save starts a process that imports this file, and needs none of it
-    from neo_megatron import cpu_platform
+from neo_megatron import cpu_platform
 
+cpu_platform.install()
+
+if __name__ == "__main__":  # the writer of an asynchronous save imports this file as well, and needs no more
     cpu_platform.install_training()
 
     from megatron.training import training
