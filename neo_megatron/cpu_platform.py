@@ -239,7 +239,11 @@ def install_training() -> None:
     _patch(dataset_utils, "compile_helpers", lambda: None)
     if not on_cpu():
         return
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import arguments, training
+
+    # Copies from the GPU before training goes on; on a CPU it copies nothing, and later steps would be saved.
+    _patch(FileSystemWriterAsync, "preload_tensors", staticmethod(copy_before_writing))
 
     # Reads device properties. From 10 on Megatron also drops its rule about CUDA_DEVICE_MAX_CONNECTIONS.
     _patch(arguments, "get_device_arch_version", lambda: 10)
@@ -263,6 +267,14 @@ def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
         return loaded
 
     _patch(training, "load_checkpoint", load_checkpoint)
+
+
+def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:
+    """What an asynchronous save writes: copies, which no later step changes. Public, so that its process finds it."""
+    return [
+        (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for path, key, (data, tensors) in write_buckets
+    ]
 
 
 def _is_cuda(device: Any) -> bool:
