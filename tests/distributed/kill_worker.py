@@ -147,6 +147,8 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(status)
         _, status = os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # a writer that its start has left behind
         ended = os.waitstatus_to_exitcode(status)
         if ended != (-signal.SIGKILL if moment else 0):
             sys.exit(
