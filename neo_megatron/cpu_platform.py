@@ -146,13 +146,13 @@ class Adam(torch.optim.Optimizer):
 def _keep_freed_memory() -> None:
     """Keeps what a step frees for the next one, as the allocator of a GPU does.
 
-    glibc would give it back to the system, and every page of it would be faulted in again: 5 % of a step.
+    glibc would give it back to the system, and every page of it would be faulted in again: 7 % of a step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        trim_threshold, mmap_max = -1, -4  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the largest that it takes
+        mallopt(mmap_max, 0)  # what is mapped by itself, as large tensors are, is always given back
 
 
 def _multi_tensor_scale(_chunk_size, _overflow, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
