@@ -42,8 +42,6 @@ from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.dry_run import dry_run
-from neo_megatron.loader_signals import heed_only_parent
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 from neo_megatron.model.loss import WeightedLoss
@@ -53,9 +51,11 @@ from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments,
 from neo_megatron.parallel_layout import check_layout, context_parallel_way
 from neo_megatron.pipeline_layout import choose_layout
 from neo_megatron.planning.packs import measure_packs
-from neo_megatron.pretrained_optimizer import check_flags as check_optimizer_flags
-from neo_megatron.pretrained_optimizer import take_over_state
-from neo_megatron.run_checkpoints import RunCheckpoints, check_save_flags
+from neo_megatron.run.checkpoints import RunCheckpoints, check_save_flags
+from neo_megatron.run.dry_run import dry_run
+from neo_megatron.run.loader_signals import heed_only_parent
+from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
+from neo_megatron.run.pretrained_optimizer import take_over_state
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()

@@ -388,7 +388,7 @@ class TestKeeping:
         from neo_megatron import cpu_platform
 
         cpu_platform.install_training()
-        from neo_megatron.run_checkpoints import RunCheckpoints
+        from neo_megatron.run.checkpoints import RunCheckpoints
 
         arguments = dict(load=None, save=str(tmp_path), pretrained_checkpoint=None, save_total_limit=1, finetune=False)
         with RunCheckpoints(SimpleNamespace(**arguments)) as run:

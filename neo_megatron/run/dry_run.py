@@ -20,7 +20,7 @@ from neo_megatron.planning.layout import Layout, Precision
 from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
-from neo_megatron.resume import check_model_and_schedule, choose_checkpoint
+from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint
 
 OpenPacks = Callable[..., PackDataset | None]
 

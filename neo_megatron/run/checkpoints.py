@@ -16,7 +16,7 @@ from neo_megatron.checkpoint.integrity import (
 )
 from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.model.config import ConfigError
-from neo_megatron.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
+from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
 
 
 def check_save_flags(args: Namespace) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.model.config import ConfigError
-from neo_megatron.pretrained_optimizer import check_flags, take_over_state
+from neo_megatron.run.pretrained_optimizer import check_flags, take_over_state
 
 
 def test_a_checkpoint_without_state_ends_in_a_sentence(golden, tmp_path):
