@@ -1,67 +1,113 @@
 """Converts checkpoints: Qwen3 -> NEO, NEO in Hugging Face form -> Megatron, Megatron -> Hugging Face form."""
 
 import argparse
+import re
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
-from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
+from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.errors import DataError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf):
+        add(commands)
+    return parser.parse_args()
 
-    init = commands.add_parser("qwen3-to-neo", help="put a pre-buffer and a patch embedding in front of a Qwen3")
-    init.add_argument("--qwen3", required=True, metavar="HF_DIR")
-    init.add_argument("--pre-buffer-layers", required=True, type=int, help="12 for NEO-2B, 6 for NEO-9B")
-    init.add_argument("--patch-embedding-size", type=int, default=1024)
-    init.add_argument("--tokenizer", metavar="HF_DIR", help="gets NEO's tokens and is saved with the model")
-    init.add_argument(
+
+def add_qwen3_to_neo(commands: Any) -> None:
+    command = commands.add_parser("qwen3-to-neo", help="put a pre-buffer and a patch embedding in front of a Qwen3")
+    command.add_argument("--qwen3", required=True, metavar="HF_DIR")
+    command.add_argument("--pre-buffer-layers", required=True, type=int, help="12 for NEO-2B, 6 for NEO-9B")
+    command.add_argument("--patch-embedding-size", type=int, default=1024)
+    command.add_argument("--tokenizer", metavar="HF_DIR", help="gets NEO's tokens and is saved with the model")
+    command.add_argument(
         "--vocab-size", type=int, help="rows of the embedding (default: Qwen3's, more if the tokenizer needs)"
     )
-    init.add_argument("--seed", type=int, default=0, help="of the pre-buffer and the patch embedding")
-    init.add_argument(
+    command.add_argument("--seed", type=int, default=0, help="of the pre-buffer and the patch embedding")
+    command.add_argument(
         "--key-hw-init",
         choices=get_args(KeyHwInit),
         default="published",
         help="what makes the new keys zero: their projection (published; its gradients are 1,000 times too large at "
         "first) or the weights of their norms; see docs/key_hw_init.md",
     )
+    add_output(command)
+    add_shards(command)
+    command.set_defaults(run=qwen3_to_neo)
 
-    to_megatron = commands.add_parser("hf-to-megatron", help="for --load or --pretrained-checkpoint, on any layout")
-    to_megatron.add_argument("--hf", required=True, metavar="NEO_HF_DIR")
 
-    to_hf = commands.add_parser("megatron-to-hf", help="for transformers with trust_remote_code")
-    to_hf.add_argument("--megatron", required=True, metavar="DIR", help="what --save filled, or one iteration of it")
-    to_hf.add_argument("--tokenizer", required=True, metavar="HF_DIR", help="the one of preprocess_data.py")
+def qwen3_to_neo(args: argparse.Namespace) -> None:
+    init_from_qwen3(
+        args.qwen3,
+        args.output,
+        pre_buffer_layers=args.pre_buffer_layers,
+        patch_embedding_size=args.patch_embedding_size,
+        tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
+        vocab_size=args.vocab_size,
+        seed=args.seed,
+        key_hw_init=args.key_hw_init,
+        shard_bytes=args.max_shard_size,
+    )
 
-    for command in (init, to_megatron, to_hf):
-        command.add_argument("--output", required=True, metavar="DIR", help="must not exist yet")
-    return parser.parse_args()
+
+def add_hf_to_megatron(commands: Any) -> None:
+    command = commands.add_parser("hf-to-megatron", help="for --load or --pretrained-checkpoint, on any layout")
+    command.add_argument("--hf", required=True, metavar="NEO_HF_DIR")
+    add_output(command)
+    command.set_defaults(run=hf_to_megatron)
+
+
+def hf_to_megatron(args: argparse.Namespace) -> None:
+    convert_hf_to_megatron(args.hf, args.output)
+
+
+def add_megatron_to_hf(commands: Any) -> None:
+    command = commands.add_parser("megatron-to-hf", help="for transformers with trust_remote_code")
+    command.add_argument("--megatron", required=True, metavar="DIR", help="what --save filled, or one iteration of it")
+    command.add_argument("--tokenizer", required=True, metavar="HF_DIR", help="the one of preprocess_data.py")
+    add_output(command)
+    add_shards(command)
+    command.set_defaults(run=megatron_to_hf)
+
+
+def megatron_to_hf(args: argparse.Namespace) -> None:
+    convert_megatron_to_hf(args.megatron, args.output, load_tokenizer(args.tokenizer), args.max_shard_size)
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", required=True, metavar="DIR", help="must not exist yet")
+
+
+def add_shards(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-shard-size",
+        type=byte_size,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="largest weight file, as Hugging Face spells sizes: 5GB (default), 500MB",
+    )
+
+
+def byte_size(text: str) -> int:
+    """A size as Hugging Face spells it: decimal units, so 5GB is 5,000,000,000 bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip(), re.IGNORECASE)
+    if not match or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 5GB or 500MB")
+    return size
 
 
 def main() -> None:
     args = parse_arguments()
     try:
-        if args.command == "qwen3-to-neo":
-            init_from_qwen3(
-                args.qwen3,
-                args.output,
-                pre_buffer_layers=args.pre_buffer_layers,
-                patch_embedding_size=args.patch_embedding_size,
-                tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
-                vocab_size=args.vocab_size,
-                seed=args.seed,
-                key_hw_init=args.key_hw_init,
-            )
-        elif args.command == "hf-to-megatron":
-            convert_hf_to_megatron(args.hf, args.output)
-        else:
-            convert_megatron_to_hf(args.megatron, args.output, load_tokenizer(args.tokenizer))
+        args.run(args)
     except (ValueError, DataError) as error:
         sys.exit(f"convert_checkpoint: {error}")
     print(f"written to {args.output}")

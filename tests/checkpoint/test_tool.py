@@ -29,8 +29,11 @@ def test_from_qwen3_to_megatron_and_back(convert, golden, tmp_path):
     start = ("--pre-buffer-layers", 1, "--key-hw-init", "zero-norm")
     convert("qwen3-to-neo", "--qwen3", golden / "qwen3_untied", "--output", neo, *start, *tokenizer)
     convert("hf-to-megatron", "--hf", neo, "--output", megatron)
-    convert("megatron-to-hf", "--megatron", megatron, "--output", back, *tokenizer)
-    before, after = (load_file(path / "model.safetensors") for path in (neo, back))
+    convert("megatron-to-hf", "--megatron", megatron, "--output", back, "--max-shard-size", "4MB", *tokenizer)
+    shards = sorted(back.glob("*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 4_010_000 for shard in shards)
+    before = load_file(neo / "model.safetensors")
+    after = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert not before["language_model.model.layers.1.self_attn.k_norm_h.weight"].any()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     for name in ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json"):
@@ -48,3 +51,10 @@ def test_an_error_is_one_sentence(convert, tmp_path, arguments, sentence):
     with pytest.raises(SystemExit) as stopped:
         convert(*arguments, "--output", tmp_path / "out")
     assert str(stopped.value).startswith(sentence) and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0MB", "5GBs"])
+def test_a_size_that_is_none_is_refused(convert, capsys, size):
+    with pytest.raises(SystemExit):
+        convert("megatron-to-hf", "--megatron", "m", "--tokenizer", "t", "--output", "o", "--max-shard-size", size)
+    assert f"'{size}' is no size: write it as 5GB or 500MB" in capsys.readouterr().err
