@@ -78,10 +78,10 @@ class NEOImageProcessor(ImageProcessingMixin):
             grid = picture_grid(image, name, self.min_pixels, max_pixels)
         except RejectedSample as rejected:
             raise ValueError(rejected.sentence) from rejected
-        return _row_major(normalise(patches_from_image(image, grid)), *grid), grid
+        return row_major(normalise(patches_from_image(image, grid)), *grid), grid
 
 
-def _row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
+def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
     """`[cells, 4, 768]`, the patches of a cell together, -> `[grid_h * grid_w, 768]`, row by row of the picture."""
     blocks = cells.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(grid_h * grid_w, -1)

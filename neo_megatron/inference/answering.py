@@ -1,0 +1,239 @@
+"""A NEO checkpoint in Hugging Face form that answers: batches of prompts, or one answer as a stream.
+
+No code of the checkpoint's directory runs and no pickle is opened: the modelling code is this package's own. Text is
+tokenized as training data is, so what a user types is text even where it reads `<|im_end|>`.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json
+from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
+from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.image import normalise
+from neo_megatron.data.records import Turn
+from neo_megatron.data.settings import Settings
+from neo_megatron.hf.configuration_neo import NEOChatConfig
+from neo_megatron.hf.modeling_neo import NEOChatModel
+from neo_megatron.hf.processing_neo import row_major
+from neo_megatron.inference.prompts import Picture, Prompt, new_prompt
+from neo_megatron.model.config import NeoSizes
+
+MAX_NEW_TOKENS = 512
+_LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens share one character
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said: its text and its tokens; ``finished`` is False where it was cut at the limit of tokens."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer: a token, or the tokens that make one character together."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class Answerer:
+    """A checkpoint and its tokenizer, ready to answer.
+
+    ``model``, ``tokenizer`` and ``config`` are transformers' own; ``settings`` holds the limits of pixels.
+
+    Args:
+        directory: a NEO checkpoint in Hugging Face form, its tokenizer in it.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" spreads the layers over all GPUs, which needs accelerate. By
+            default the first GPU where there is one.
+        dtype: "auto" for that of the weight files, or a name such as "bfloat16".
+        attention: which of transformers' attention implementations runs.
+        min_pixels, max_pixels: limits of a resized picture where they are not to be the checkpoint's.
+
+    Raises:
+        ValueError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
+        DataError: its tokenizer is missing, or is not the model's.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        directory = Path(directory)
+        sizes = NeoSizes.from_hf(read_json(directory / "config.json"))
+        # transformers would make up what is missing and only warn of it.
+        found = SafetensorsDirectory(directory).shapes_with_tied_head(
+            LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings
+        )
+        check_shapes(found, hf_shapes(sizes), str(directory))
+        self.tokenizer = load_tokenizer(directory)
+        self._ids = special_ids(self.tokenizer)
+        if (self._ids.image_start, self._ids.image_context) != (
+            sizes.image_start_token_id,
+            sizes.image_context_token_id,
+        ):
+            raise DataError(
+                f"{directory}: the tokenizer has other ids for <img> and <IMG_CONTEXT> than config.json; "
+                "put the tokenizer there that the model was trained with"
+            )
+        self._encoder = ChatEncoder(self.tokenizer.backend_tokenizer.to_str(), self._ids)
+        self.settings = Settings(
+            min_pixels=min_pixels or sizes.min_pixels, max_pixels=max_pixels or sizes.max_pixels, image_store="patches"
+        )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = NEOChatModel.from_pretrained(
+            directory,
+            config=NEOChatConfig(**sizes.to_hf()),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            device_map="auto" if device == "auto" else None,
+        )
+        if device != "auto":
+            self.model.to(device)
+        self.model.eval()
+        self.config = self.model.config
+        stops = self.model.generation_config.eos_token_id
+        stops = [self._ids.turn_end] if stops is None else stops
+        self._stops = [stops] if isinstance(stops, int) else list(stops)
+
+    def prompt(self, question: str | Sequence[Turn], pictures: Sequence[Picture] = ()) -> Prompt:
+        """A question and its pictures within this model's limits of pixels; arguments and errors as `new_prompt`."""
+        return new_prompt(question, pictures, self.settings)
+
+    def tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Token ids int32 [n] of each prompt, up to the header of the turn that is to be said."""
+        samples = [
+            ((*prompt.turns, Turn("assistant", "", True)), [h * w // 4 for h, w in prompt.grids]) for prompt in prompts
+        ]
+        # The last span that training would train on begins where the answer does.
+        return [encoded.tokens[: encoded.spans[-1, 0]] for encoded in self._encoder.encode(samples)]
+
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Arguments of ``model.forward`` and ``model.generate`` on the model's device, rows padded on the left."""
+        rows = self.tokens(prompts)
+        length = max(map(len, rows))
+        input_ids = torch.full((len(rows), length), self._ids.pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for number, row in enumerate(rows):
+            input_ids[number, length - len(row) :] = torch.from_numpy(row)
+            attention_mask[number, length - len(row) :] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        pictures = [
+            row_major(normalise(patches), *grid)
+            for prompt in prompts
+            for patches, grid in zip(prompt.pictures, prompt.grids, strict=True)
+        ]
+        if pictures:
+            inputs["pixel_values"] = torch.from_numpy(np.concatenate(pictures))
+            inputs["grid_hw"] = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = MAX_NEW_TOKENS, **generation: Any
+    ) -> list[Answer]:
+        """The answers to a batch of prompts, greedy unless told otherwise.
+
+        Args:
+            generation: arguments of transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
+        """
+        inputs = self.inputs(prompts)
+        rows = self._generate(inputs, max_new_tokens, **generation)[:, inputs["input_ids"].shape[1] :]
+        return [self._answer(row) for row in rows.tolist()]
+
+    def stream(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **generation: Any) -> Iterator[Piece]:
+        """The answer to a prompt, piece by piece as it is made; closing the iterator stops the model.
+
+        The texts of the pieces joined are the text that :meth:`answer` gives. Arguments as there, without beams.
+        """
+        waiting = _TokenQueue()
+
+        def generate() -> None:
+            try:
+                self._generate(self.inputs([prompt]), max_new_tokens, streamer=waiting, **generation)
+            except _Closed:
+                pass
+            except BaseException as error:  # it is raised where the answer is read
+                waiting.tokens.put(error)
+            finally:
+                waiting.tokens.put(None)
+
+        worker = threading.Thread(target=generate, name="neo-answer", daemon=True)
+        worker.start()
+        try:
+            yield from self._pieces(waiting.tokens)
+        finally:
+            waiting.closed = True
+            worker.join()
+
+    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int, **generation: Any) -> Tensor:
+        settings = {"do_sample": False, "eos_token_id": self._stops, "pad_token_id": self._ids.pad, **generation}
+        with torch.inference_mode():
+            return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+
+    def _answer(self, row: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(row) if token in self._stops), None)
+        tokens = tuple(row[:end])
+        return Answer(self._text(tokens), tokens, finished=end is not None)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _pieces(self, arriving: "SimpleQueue[int | BaseException | None]") -> Iterator[Piece]:
+        tokens: tuple[int, ...] = ()
+        while (token := arriving.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            if token in self._stops:
+                continue
+            tokens += (token,)
+            text = self._text(tokens)
+            if not text.endswith("\ufffd") or len(tokens) == _LONGEST_CHARACTER:
+                yield Piece(text, tokens)
+                tokens = ()
+        if tokens:
+            yield Piece(self._text(tokens), tokens)
+
+
+class _Closed(Exception):
+    """Nobody reads the stream any more."""
+
+
+class _TokenQueue(BaseStreamer):
+    """Takes the tokens of one row out of ``generate`` as they come."""
+
+    def __init__(self) -> None:
+        self.tokens: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self.closed = False
+        self._in_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self.closed:
+            raise _Closed
+        if not self._in_prompt:
+            for token in value.flatten().tolist():
+                self.tokens.put(token)
+        self._in_prompt = False  # the prompt comes first, as a whole
+
+    def end(self) -> None:
+        """The queue's end is put there by the thread, also after an error."""

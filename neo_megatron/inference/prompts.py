@@ -1,0 +1,102 @@
+"""What a NEO is asked: turns up to the one that it is to say, and pictures as the data path makes them.
+
+A picture that `tools/preprocess_data.py` rejects is rejected here, for the same reason and with the same sentence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.image import (
+    PATCH_VALUES,
+    decode,
+    patches_from_image,
+    picture_grid,
+    pixel_limit,
+    read_picture,
+    upright_rgb,
+)
+from neo_megatron.data.media import load_media
+from neo_megatron.data.records import IMAGE_TAG, Sample, Turn
+from neo_megatron.data.settings import Settings
+
+Picture = Image.Image | bytes | str | Path
+"""A picture: opened, the bytes of its file, or where the file lies."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to the turn that the model is to say.
+
+    Args:
+        turns: with an ``<image>`` tag for each picture, in order.
+        pictures: uint8 [cells, 4, 768] each, patches as `neo_megatron.data.image` cuts them.
+        grids: (grid_h, grid_w) of each in patches.
+
+    Raises:
+        RejectedSample: pictures and tags differ in number.
+    """
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[np.ndarray, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        tags = sum(turn.text.count(IMAGE_TAG) for turn in self.turns)
+        if tags != len(self.pictures):
+            raise RejectedSample(
+                Reason.PICTURE_COUNT, f"the prompt has {len(self.pictures)} pictures but {tags} {IMAGE_TAG} tags"
+            )
+
+
+def new_prompt(question: str | Sequence[Turn], pictures: Sequence[Picture], settings: Settings) -> Prompt:
+    """A prompt of one question, or of several turns, and its pictures.
+
+    Args:
+        question: with a tag for each picture; where it has none, the pictures stand in front of it.
+        settings: the limits of pixels; several pictures share twice the limit of one.
+
+    Raises:
+        RejectedSample: for a picture that preprocessing would reject; pictures and tags differ in number.
+    """
+    turns = (Turn("user", question, False),) if isinstance(question, str) else tuple(question)
+    if isinstance(question, str) and IMAGE_TAG not in question:
+        turns = (Turn("user", f"{IMAGE_TAG}\n" * len(pictures) + question, False),)
+    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(pictures))
+    patches, grids = [], []
+    for number, picture in enumerate(pictures, start=1):
+        image, name = _opened(picture, number)
+        grids.append(picture_grid(image, name, settings.min_pixels, limit))
+        patches.append(patches_from_image(image, grids[-1]))
+    return Prompt(turns, tuple(patches), tuple(grids))
+
+
+def prompt_of_sample(sample: Sample, turn: int, settings: Settings) -> Prompt:
+    """The prompt in front of a turn of a checked sample; its pictures have the pixels that they have in training.
+
+    Raises:
+        RejectedSample, DataError: as `load_media`.
+    """
+    turns, pictures, grids = load_media(sample, settings)
+    before = turns[:turn]
+    count = sum(one.text.count(IMAGE_TAG) for one in before)
+    patches = tuple(picture.reshape(-1, 4, PATCH_VALUES) for picture in pictures[:count])
+    return Prompt(before, patches, tuple(grids[:count]))
+
+
+def _opened(picture: Picture, number: int) -> tuple[Image.Image, str]:
+    """The decoded picture, and what to call it."""
+    if isinstance(picture, (str, Path)):
+        return decode(read_picture(str(picture)), str(picture)), str(picture)
+    name = f"number {number}"
+    if isinstance(picture, bytes):
+        return decode(picture, name), name
+    try:
+        return upright_rgb(picture), name
+    except Exception as error:  # of a file opened but not read yet, as in `decode`
+        sentence = f"the picture {name} cannot be decoded ({type(error).__name__}: {error})"
+        raise RejectedSample(Reason.UNREADABLE_PICTURE, sentence) from error
