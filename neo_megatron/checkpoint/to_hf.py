@@ -31,7 +31,9 @@ PROCESSOR_MAP = {
     "AutoProcessor": "processing_neo.NEOProcessor",
     "AutoImageProcessor": "processing_neo.NEOImageProcessor",
 }
-CODE = ("configuration_neo.py", "modeling_neo.py", "processing_neo.py")
+CODE = ("attention_neo.py", "configuration_neo.py", "modeling_neo.py", "processing_neo.py")
+# Training and inference do these things by one text; only the import of a sibling changes with the place.
+SHARED_CODE = {"data/image.py": "pictures_neo.py", "data/errors.py": "errors_neo.py", "model/mask.py": "mask_neo.py"}
 
 
 def convert_megatron_to_hf(
@@ -105,9 +107,8 @@ def _write_code(directory: Path) -> None:
     package = Path(neo_megatron.__file__).parent
     for name in CODE:
         (directory / name).write_text((package / "hf" / name).read_text())
-    # Training and inference treat pictures by one text; only its import of a sibling changes with the place.
-    for name, exported in (("image.py", "pictures_neo.py"), ("errors.py", "errors_neo.py")):
-        text = (package / "data" / name).read_text()
+    for name, exported in SHARED_CODE.items():
+        text = (package / name).read_text()
         (directory / exported).write_text(
             text.replace("from neo_megatron.data.errors import", "from .errors_neo import")
         )

@@ -4,37 +4,19 @@ Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache
 E patch-embedding width, H hidden, d head dim.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import cross_entropy, gelu, linear, silu
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .attention_neo import AttentionMask, CosSin, NEOAttention, NEORMSNorm, kernel_mask, rotary_cos_sin
 from .configuration_neo import NEOChatConfig, NEOLLMConfig, NEOVisionConfig
-
-CosSin = tuple[Tensor, Tensor]
-
-
-def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
-    """Cos and sin `[..., width]` of a half-rotation, in float32 whatever the model's type.
-
-    The frequencies are made here and not kept as a buffer: `model.to(bfloat16)` would round a buffer.
-    """
-    exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
-    angle = position[..., None].float() * theta**-exponent
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
-    cos, sin = cos_sin
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+from .mask_neo import AttentionRule
 
 
 def rotate_pairs(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -99,28 +81,6 @@ def cell_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
     )
 
 
-def visible_keys(image_BL: Tensor, valid_BK: Tensor) -> Tensor:
-    """Who sees whom, `[B, 1, L, K]`: what came before, and all of one's own picture. Padding sees itself, or softmax
-    would divide by zero."""
-    L, K = image_BL.shape[1], valid_BK.shape[1]
-    key = torch.arange(K, device=image_BL.device)
-    query = key[K - L :, None]
-    image_BK = torch.nn.functional.pad(image_BL, (K - L, 0), value=-1)
-    same_image = (image_BL[:, :, None] == image_BK[:, None, :]) & (image_BL[:, :, None] >= 0)
-    return ((((key <= query) | same_image) & valid_BK[:, None, :]) | (key == query))[:, None]
-
-
-class NEORMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
 class NEOPatchEmbeddings(nn.Module):
     """Patches -> one vector per 2x2 cell. The convolutions hold the published weights and run as matrix products."""
 
@@ -167,54 +127,6 @@ class NEOVisionModel(nn.Module):
         return self.embeddings(pixel_values, grid_hw)
 
 
-class NEOAttention(nn.Module):
-    """Qwen3's attention with two more parts in every query and key head, for the row and the column in a picture."""
-
-    def __init__(self, config: NEOLLMConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        H, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        query_width, key_width = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.q_proj = nn.Linear(H, query_width, bias=False)
-        self.k_proj = nn.Linear(H, key_width, bias=False)
-        self.v_proj = nn.Linear(H, key_width, bias=False)
-        self.q_proj_hw = nn.Linear(H, query_width, bias=False)
-        self.k_proj_hw = nn.Linear(H, key_width, bias=False)
-        self.o_proj = nn.Linear(query_width, H, bias=False)
-        self.q_norm, self.k_norm = NEORMSNorm(d, eps), NEORMSNorm(d, eps)
-        self.q_norm_h, self.q_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
-        self.k_norm_h, self.k_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
-
-    def forward(self, x_BLH: Tensor, mask: Tensor | None, rotary: tuple[CosSin, ...], cache: Cache | None) -> Tensor:
-        query = self._positioned(
-            self.q_proj(x_BLH), self.q_proj_hw(x_BLH), (self.q_norm, self.q_norm_h, self.q_norm_w), rotary
-        )
-        key = self._positioned(
-            self.k_proj(x_BLH), self.k_proj_hw(x_BLH), (self.k_norm, self.k_norm_h, self.k_norm_w), rotary
-        )
-        value = self._heads(self.v_proj(x_BLH))
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer)
-        # 1/sqrt(d) although queries and keys are 2d wide: with h = w = 0 the layer is Qwen3's.
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=1 / math.sqrt(self.head_dim), enable_gqa=True
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x_BLX: Tensor) -> Tensor:
-        return x_BLX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _positioned(
-        self, for_t: Tensor, for_hw: Tensor, norms: tuple[nn.Module, ...], rotary: tuple[CosSin, ...]
-    ) -> Tensor:
-        """`[B, heads, L, 2d]`: the parts for t, h and w side by side, each normalised, then rotated by its position."""
-        parts = (self._heads(for_t), *self._heads(for_hw).chunk(2, dim=-1))
-        return torch.cat(
-            [rotate_halves(norm(part), cos_sin) for part, norm, cos_sin in zip(parts, norms, rotary, strict=True)],
-            dim=-1,
-        )
-
-
 class NEOMLP(nn.Module):
     def __init__(self, config: NEOLLMConfig) -> None:
         super().__init__()
@@ -234,9 +146,12 @@ class NEODecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BLH: Tensor, mask: Tensor | None, rotary: tuple[CosSin, ...], cache: Cache | None) -> Tensor:
-        x_BLH = x_BLH + self.self_attn(self.input_layernorm(x_BLH), mask, rotary, cache)
-        return x_BLH + self.mlp(self.post_attention_layernorm(x_BLH))
+    def forward(
+        self, x_BLH: Tensor, mask: AttentionMask, rotary: tuple[CosSin, ...], cache: Cache | None, implementation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(x_BLH), mask, rotary, cache, implementation)
+        x_BLH = x_BLH + attended
+        return x_BLH + self.mlp(self.post_attention_layernorm(x_BLH)), weights
 
 
 class NEODecoder(nn.Module):
@@ -249,8 +164,16 @@ class NEODecoder(nn.Module):
         self.layers = nn.ModuleList(NEODecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BLH: Tensor, positions_thw: Tensor, mask: Tensor | None, cache: Cache | None) -> list[Tensor]:
-        """Input of every layer and, last, the normalised output, each `[B, L, H]`."""
+    def forward(
+        self,
+        x_BLH: Tensor,
+        positions_thw: Tensor,
+        mask: AttentionMask,
+        cache: Cache | None,
+        implementation: str,
+        keep_weights: bool,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Input of every layer and, last, the normalised output, each `[B, L, H]`; every layer's attention weights."""
         t, h, w = positions_thw[:, None].unbind(dim=-1)  # [B, 1, L]: broadcast over heads
         d, theta_hw = self.config.head_dim, self.config.rope_theta_hw
         rotary = (
@@ -258,11 +181,14 @@ class NEODecoder(nn.Module):
             rotary_cos_sin(h, d // 2, theta_hw),
             rotary_cos_sin(w, d // 2, theta_hw),
         )
-        states = [x_BLH]
+        states, attentions = [x_BLH], []
         for layer in self.layers:
-            states.append(layer(states[-1], mask, rotary, cache))
+            state, weights = layer(states[-1], mask, rotary, cache, implementation)
+            states.append(state)
+            if keep_weights:
+                attentions.append(weights)
         states[-1] = self.norm(states[-1])
-        return states
+        return states, attentions
 
 
 class NEOLanguageModel(nn.Module):
@@ -280,6 +206,7 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _no_split_modules = ["NEODecoderLayer"]
     # transformers 5 reads the pairs, 4.57 the keys.
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
@@ -302,6 +229,12 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.lm_head = value
 
+    def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which would warn of the parts, for they are modules without a choice of their own."""
+        for part in (self.config.vision_config, self.config.llm_config):
+            part._attn_implementation = attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -315,6 +248,7 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -332,21 +266,29 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             loss_weight: `[B, L]`, not shifted; the loss is then the weighted mean.
             logits_to_keep: how many of the last positions get logits (0: all), or which.
             num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
+            output_attentions: also the weights of every layer, `[B, heads, L, K]`.
 
         Raises:
-            ValueError: pictures and `<IMG_CONTEXT>` tokens that do not fit each other; a cache of unknown history.
+            ValueError: pictures and `<IMG_CONTEXT>` tokens that do not fit each other; a cache of unknown history;
+                attention weights of another kernel than the eager one.
         """
         use_cache = self.config.llm_config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache()
         if getattr(past_key_values, "is_compileable", False):
             raise ValueError("a static cache has no room for NEO's wide keys: leave cache_implementation unset")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        implementation = self.config._attn_implementation
+        if output_attentions and implementation != "eager":
+            raise ValueError(
+                f"{implementation} makes no attention weights: call model.set_attn_implementation('eager') for them"
+            )
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_BL = image_numbers(input_ids, self.config)
         if positions_thw is None:
             positions_thw = self._positions(input_ids, image_BL, attention_mask, past_key_values, grid_hw)
-        if attention_mask is None or attention_mask.dim() == 2:
-            attention_mask = self._mask(image_BL, attention_mask, cached)
+        mask = self._mask(image_BL, attention_mask, cached)
         if pixel_values is None and not cached and bool((image_BL >= 0).any()):
             raise ValueError(
                 "input_ids have places for pictures: pass pixel_values and grid_hw of the processor as well"
@@ -356,7 +298,9 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter((image_BL >= 0)[..., None], cells_CH)
-        states = self.language_model.model(embeddings, positions_thw, attention_mask, past_key_values)
+        states, attentions = self.language_model.model(
+            embeddings, positions_thw, mask, past_key_values, implementation, bool(output_attentions)
+        )
         if past_key_values is not None:
             self._remember(past_key_values, input_ids, positions_thw)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -368,6 +312,7 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(states) if wants_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -394,6 +339,8 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache"),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
+            "output_attentions": kwargs.get("output_attentions"),
+            "output_hidden_states": kwargs.get("output_hidden_states"),
         }
         return inputs if cached else {**inputs, "pixel_values": pixel_values, "grid_hw": grid_hw}
 
@@ -417,10 +364,16 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{len(pixel_values)} patches do not fit grid_hw: pass both as the processor returns them")
         return self.vision_model(pixel_values, grid_hw)
 
-    def _mask(self, image_BL: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor | None:
-        if attention_mask is None and image_BL.shape[1] == 1:
-            return None  # one token sees all the others
-        return visible_keys(image_BL, _valid(image_BL, attention_mask, cached))
+    def _mask(self, image_BL: Tensor, attention_mask: Tensor | None, cached: int) -> AttentionMask:
+        queries, rule = image_BL.shape[1], attention_mask
+        if attention_mask is None and queries == 1:
+            rule = None  # one token sees all the others
+        elif attention_mask is None or attention_mask.dim() == 2:
+            document_BK = _valid(image_BL, attention_mask, cached).int() - 1
+            image_BK = nn.functional.pad(image_BL, (cached, 0), value=-1)
+            rows = torch.arange(cached, cached + queries, device=image_BL.device)
+            rule = AttentionRule(document_BK, image_BK, rows)
+        return kernel_mask(rule, self.config._attn_implementation, queries)
 
     def _positions(
         self,

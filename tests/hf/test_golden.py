@@ -4,28 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_packs import load, packed
 
-from neo_megatron.hf import modeling_neo
+from neo_megatron.hf import attention_neo, modeling_neo
 
 # Losses have tests of their own; the published merge convolution runs over canvases padded to the largest picture.
 NOT_HERE = ("token_nll", "loss", "vis_dense_conv_padded")
 ACTIVATION, LOGIT, LOSS, GRADIENT = 3e-5, 1e-4, 1e-5, 2e-4
-
-
-def load(golden, kind, name):
-    return load_file(golden / f"{kind}_{name}.safetensors")
-
-
-def packed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A pack as arguments of `forward`: several documents need a mask and positions of their own."""
-    arguments = {
-        "input_ids": inputs["input_ids"],
-        "positions_thw": inputs["positions_thw"][None],
-        "attention_mask": inputs["attention_mask_dense"][None, None],
-        "labels": inputs["labels"][None],
-    }
-    return arguments | {key: inputs[key] for key in ("pixel_values", "grid_hw") if key in inputs}
 
 
 class Recorder:
@@ -44,13 +29,13 @@ class Recorder:
         self.hooks.append(
             decoder.layers[0].register_forward_pre_hook(lambda _, inputs: self.seen.update(inputs_embeds=inputs[0]))
         )
-        attention, activation, rotation = modeling_neo.scaled_dot_product_attention, modeling_neo.gelu, stem.rotate
+        attention, activation, rotation = attention_neo.kernel_function, modeling_neo.gelu, stem.rotate
 
-        def recorded_attention(query, key, value, **arguments):
-            number = sum(name.startswith("q_layer") for name in self.seen)
+        def recorded_attention(layer, query, key, value, mask, scaling):
+            number = layer.layer
             self.seen |= {f"q_layer_{number}": query, f"k_layer_{number}": key, f"v_layer_{number}": value}
-            self.seen["softmax_scale"] = torch.tensor([arguments["scale"]], dtype=torch.float64)
-            return attention(query, key, value, **arguments)
+            self.seen["softmax_scale"] = torch.tensor([scaling], dtype=torch.float64)
+            return attention("sdpa", query.shape[2])(layer, query, key, value, mask, scaling=scaling)
 
         def recorded_activation(x):
             self.seen |= {"vis_patch_conv": x, "vis_patch_gelu": activation(x)}
@@ -60,12 +45,17 @@ class Recorder:
             self.seen["vis_patch_rope"] = rotation(*inputs)
             return self.seen["vis_patch_rope"]
 
-        monkeypatch.setattr(modeling_neo, "scaled_dot_product_attention", recorded_attention)
+        monkeypatch.setattr(attention_neo, "kernel_function", lambda implementation, queries: recorded_attention)
         monkeypatch.setattr(modeling_neo, "gelu", recorded_activation)
         monkeypatch.setattr(stem, "rotate", recorded_rotation)
 
     def keep_output(self, module, name):
-        self.hooks.append(module.register_forward_hook(lambda _, inputs, output: self.seen.update({name: output})))
+        """The module's output, or the first of several."""
+        self.hooks.append(
+            module.register_forward_hook(
+                lambda _, inputs, output: self.seen.update({name: output[0] if isinstance(output, tuple) else output})
+            )
+        )
 
 
 @pytest.fixture

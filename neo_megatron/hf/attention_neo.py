@@ -1,0 +1,163 @@
+"""NEO's native attention for transformers, and the kernels that `attn_implementation` chooses from.
+
+    sdpa             PyTorch's scaled_dot_product_attention (the default)
+    flex_attention   blocks that nobody sees are left out: for long packs; compiled, so slow at the first call
+    eager            plain matrix products; the only one that gives attention weights
+
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden, d head dim.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_neo import NEOLLMConfig
+from .mask_neo import AttentionRule
+
+CosSin = tuple[Tensor, Tensor]
+AttentionMask = Tensor | BlockMask | None
+
+# Query and key rows of one block of FlexAttention.
+FLEX_BLOCK = (128, 128)
+
+
+def kernel_mask(rule: AttentionRule | Tensor | None, implementation: str, queries: int) -> AttentionMask:
+    """Who sees whom, in the form that the kernel takes: made once per call, for all layers.
+
+    Args:
+        rule: the rule, or a boolean `[B, 1, L, K]`; ``None`` where every query sees all keys.
+        implementation: `config._attn_implementation`.
+        queries: L.
+
+    Returns:
+        boolean `[B, 1, L, K]`, True where a query sees a key; blocks for FlexAttention.
+
+    Raises:
+        ValueError: a dense mask for FlexAttention, which is there to avoid it.
+    """
+    in_blocks = _kernel(implementation, queries) == "flex_attention"
+    if in_blocks and isinstance(rule, Tensor):
+        raise ValueError("flex_attention takes no mask of four dimensions: use sdpa for it")
+    if not isinstance(rule, AttentionRule):
+        return rule
+    return rule.blocks(FLEX_BLOCK) if in_blocks else rule.dense()[:, None]
+
+
+def kernel_function(implementation: str, queries: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What `attn_implementation` names; takes the arguments of :func:`eager_attention_forward`."""
+    name = _kernel(implementation, queries)
+    return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _kernel(implementation: str, queries: int) -> str:
+    """FlexAttention would compile anew for every length of a growing cache, and one query leaves no block out."""
+    return "sdpa" if implementation == "flex_attention" and queries == 1 else implementation
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention as it is defined -> context `[B, L, heads, d]` and weights `[B, heads, L, K]`.
+
+    Args:
+        query: `[B, heads, L, 2d]`; key `[B, groups, K, 2d]`; value `[B, groups, K, d]`.
+        attention_mask: boolean `[B, 1, L, K]`.
+        scaling: of the scores.
+    """
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class NEORMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
+    """Cos and sin `[..., width]` of a half-rotation, in float32 whatever the model's type.
+
+    The frequencies are made here and not kept as a buffer: `model.to(bfloat16)` would round a buffer.
+    """
+    exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
+    angle = position[..., None].float() * theta**-exponent
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
+    cos, sin = cos_sin
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class NEOAttention(nn.Module):
+    """Qwen3's attention with two more parts in every query and key head, for the row and the column in a picture."""
+
+    def __init__(self, config: NEOLLMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # transformers' name
+        # 1/sqrt(d) although queries and keys are 2d wide: with h = w = 0 the layer is Qwen3's.
+        self.scaling = 1 / math.sqrt(config.head_dim)
+        H, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        query_width, key_width = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = nn.Linear(H, query_width, bias=False)
+        self.k_proj = nn.Linear(H, key_width, bias=False)
+        self.v_proj = nn.Linear(H, key_width, bias=False)
+        self.q_proj_hw = nn.Linear(H, query_width, bias=False)
+        self.k_proj_hw = nn.Linear(H, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, H, bias=False)
+        self.q_norm, self.k_norm = NEORMSNorm(d, eps), NEORMSNorm(d, eps)
+        self.q_norm_h, self.q_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+        self.k_norm_h, self.k_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+
+    def forward(
+        self, x_BLH: Tensor, mask: AttentionMask, rotary: tuple[CosSin, ...], cache: Cache | None, implementation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output `[B, L, H]` and, where the kernel is `eager`, its weights `[B, heads, L, K]`."""
+        query = self._positioned(
+            self.q_proj(x_BLH), self.q_proj_hw(x_BLH), (self.q_norm, self.q_norm_h, self.q_norm_w), rotary
+        )
+        key = self._positioned(
+            self.k_proj(x_BLH), self.k_proj_hw(x_BLH), (self.k_norm, self.k_norm_h, self.k_norm_w), rotary
+        )
+        value = self._heads(self.v_proj(x_BLH))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        kernel = kernel_function(implementation, queries=query.shape[2])
+        context, weights = kernel(self, query, key, value, mask, scaling=self.scaling)
+        return self.o_proj(context.flatten(2)), weights
+
+    def _heads(self, x_BLX: Tensor) -> Tensor:
+        return x_BLX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _positioned(
+        self, for_t: Tensor, for_hw: Tensor, norms: tuple[nn.Module, ...], rotary: tuple[CosSin, ...]
+    ) -> Tensor:
+        """`[B, heads, L, 2d]`: the parts for t, h and w side by side, each normalised, then rotated by its position."""
+        parts = (self._heads(for_t), *self._heads(for_hw).chunk(2, dim=-1))
+        return torch.cat(
+            [rotate_halves(norm(part), cos_sin) for part, norm, cos_sin in zip(parts, norms, rotary, strict=True)],
+            dim=-1,
+        )
