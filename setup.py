@@ -37,8 +37,8 @@ setup(
         "ray": RAY,
         "benchmark": BENCHMARK,
         "test": [
-            *("pytest>=8", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2", "ruff>=0.12"),
-            *("easy-vqa==1.0", *VIDEO, *S3, *RAY),
+            *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2"),
+            *("ruff>=0.12", "easy-vqa==1.0", *VIDEO, *S3, *RAY),
         ],
     },
     entry_points={"console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"]},

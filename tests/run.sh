@@ -13,4 +13,5 @@ if [ ! -d "$NEO_TEST_TRANSFORMERS_457" ]; then
   mv "$NEO_TEST_TRANSFORMERS_457.partial" "$NEO_TEST_TRANSFORMERS_457"
 fi
 
-OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "$@"
+# Tests of a file share what is costly to make, so a file stays with one worker.
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

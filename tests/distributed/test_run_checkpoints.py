@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import defaultdict
@@ -357,7 +358,10 @@ def test_sigterm_to_all_processes_of_a_rank_saves_and_exits(room):
     """The worker of the data loader gets it too, as from a scheduler; the rank still has its data."""
     saved = room / "stopped-saved"
     argv = [*command(room, saved, "--num-workers 1 --save-interval 100000", steps=100000)]
-    environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29777", "RANK": "0"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": "0"}
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "neo_megatron.pretrain_neo", *argv],
         env={**os.environ, **environment, "WORLD_SIZE": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""},
