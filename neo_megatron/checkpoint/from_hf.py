@@ -2,14 +2,16 @@
 
 import argparse
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json, whole_directory
+from neo_megatron.checkpoint.hf_directory import whole_directory
 from neo_megatron.checkpoint.integrity import write_checksums
-from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes, tensor_table
+from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 from neo_megatron.model.config import NeoSizes
 
@@ -22,11 +24,10 @@ def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path) -> None
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
     """
-    hf_directory = Path(hf_directory)
-    sizes = NeoSizes.from_hf(read_json(hf_directory / "config.json"))
-    source = SafetensorsDirectory(hf_directory)
-    found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
-    check_shapes(found, hf_shapes(sizes), str(hf_directory))
+    neo = open_neo(hf_directory)
+    for sentence in neo.said:
+        warnings.warn(f"{hf_directory}/config.json: {sentence}", stacklevel=2)
+    sizes, source = neo.sizes, neo.source
     rows = {row.megatron: row for row in tensor_table(sizes)}
 
     def value_of(key: str) -> Tensor:

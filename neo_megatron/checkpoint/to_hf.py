@@ -51,7 +51,7 @@ def convert_megatron_to_hf(
             exists; the checkpoint is broken.
     """
     source = TorchDistDirectory(megatron_directory)
-    sizes = _sizes(source)
+    sizes = saved_sizes(source)
     rows = tensor_table(sizes)
     found = {key: shape for key, shape in source.shapes.items() if key.startswith(MODEL_PREFIXES)}
     check_shapes(found, {row.megatron: row.megatron_shape for row in rows}, str(source.directory))
@@ -91,7 +91,8 @@ def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
         )
 
 
-def _sizes(source: TorchDistDirectory) -> NeoSizes:
+def saved_sizes(source: TorchDistDirectory) -> NeoSizes:
+    """The sizes that a run or a conversion wrote into a Megatron checkpoint."""
     sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
     if not isinstance(sizes, dict):
         raise ValueError(f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo")

@@ -77,13 +77,18 @@ class NeoSizes:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "NeoSizes":
-        """Reads the published `config.json` (``model_type: neo_chat``), its values plain or in one-element lists."""
+        """Reads the published `config.json`, its values plain or in one-element lists.
+
+        What lacks some of it is completed first, by `checkpoint/published_config.py`.
+        """
         try:
             llm, vision = config["llm_config"], config["vision_config"]
-            value = {key: _scalar(item) for key, item in {**llm, **vision}.items()}
-            downsample = float(_scalar(vision["downsample_ratio"]))
+            value = {key: scalar(item) for key, item in {**llm, **vision}.items()}
+            # transformers 5 writes the base of a rotation into a dictionary
+            rotation = value if "rope_theta" in value else value["rope_parameters"]
+            downsample = float(scalar(vision["downsample_ratio"]))
             return cls(
-                hidden_size=_scalar(llm["hidden_size"]),
+                hidden_size=scalar(llm["hidden_size"]),
                 ffn_hidden_size=value["intermediate_size"],
                 num_attention_heads=value["num_attention_heads"],
                 num_query_groups=value["num_key_value_heads"],
@@ -92,12 +97,12 @@ class NeoSizes:
                 post_llm_layers=value["num_hidden_layers"] - value["extra_num_layers"],
                 vocab_size=value["vocab_size"],
                 tie_word_embeddings=bool(
-                    _scalar(config.get("tie_word_embeddings", value.get("tie_word_embeddings", False)))
+                    scalar(config.get("tie_word_embeddings", value.get("tie_word_embeddings", False)))
                 ),
-                patch_embedding_size=_scalar(vision["hidden_size"]),
+                patch_embedding_size=scalar(vision["hidden_size"]),
                 patch_size=value["patch_size"],
                 merge_size=round(1 / downsample),
-                rope_theta=float(value["rope_theta"]),
+                rope_theta=float(rotation["rope_theta"]),
                 rope_theta_hw=float(value["rope_theta_hw"]),
                 rope_theta_patch=float(value.get("rope_theta_vision", 1e4)),
                 norm_epsilon=value["rms_norm_eps"],
@@ -105,8 +110,8 @@ class NeoSizes:
                 max_positions_hw=value.get("max_position_embeddings_hw", 10000),
                 min_pixels=value.get("min_pixels", 65536),
                 max_pixels=value.get("max_pixels", 4194304),
-                image_start_token_id=_scalar(config.get("img_start_token_id", 151670)),
-                image_context_token_id=_scalar(config.get("img_context_token_id", 151669)),
+                image_start_token_id=scalar(config.get("img_start_token_id", 151670)),
+                image_context_token_id=scalar(config.get("img_context_token_id", 151669)),
             )
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
@@ -167,6 +172,6 @@ class NeoSizes:
         return dataclasses.replace(self, **changes)
 
 
-def _scalar(value: Any) -> Any:
-    """A released config wraps some numbers in one-element lists."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+def scalar(value: Any) -> Any:
+    """A released config wraps some numbers in one-element lists; lists of words stay lists."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], str) else value

@@ -1,0 +1,44 @@
+"""A NEO in Hugging Face form, opened and known to be whole: its sizes, its tensors, and what had to be put right."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json
+from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
+from neo_megatron.checkpoint.published_config import complete_config
+from neo_megatron.model.config import NeoSizes
+
+
+@dataclass(frozen=True)
+class NeoDirectory:
+    """What `open_neo` gives.
+
+    Args:
+        source: the tensors, every one of the table there and none besides; a tied head that repeats the embedding may
+            be.
+        config: `config.json`, completed.
+        sizes: the same as `NeoSizes`.
+        said: a sentence for everything that was put right.
+    """
+
+    source: SafetensorsDirectory
+    config: dict[str, Any]
+    sizes: NeoSizes
+    said: list[str]
+
+
+def open_neo(directory: str | Path) -> NeoDirectory:
+    """Reads headers and JSON only.
+
+    Raises:
+        ValueError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    source = SafetensorsDirectory(directory)
+    config, said = complete_config(config, source.shapes, directory)
+    sizes = NeoSizes.from_hf(config)
+    found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
+    check_shapes(found, hf_shapes(sizes), str(directory))
+    return NeoDirectory(source, config, sizes, said)

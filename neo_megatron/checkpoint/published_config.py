@@ -1,0 +1,177 @@
+"""A NEO's `config.json` as it was published, in whatever form, completed from the tensors and the tokenizer beside it.
+
+Published configurations differ: some lack what later code reads, and a stage-1 checkpoint calls itself an InternVL
+whose code is not there. The tensors decide what a checkpoint is. What no tensor tells, such as a rotary base, is taken
+from the published models. Everything that was added or put right is said.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from neo_megatron import presets
+from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
+from neo_megatron.model.config import NeoSizes, scalar
+
+MODEL_TYPE = "neo_chat"
+_FIRST_LAYER = DECODER + "layers.0."
+# No other model has all of these; sizes are read from some. Name -> number of dimensions.
+_MARKS = {
+    PATCH_EMBEDDING + "patch_embedding.weight": 4,
+    PATCH_EMBEDDING + "dense_embedding.weight": 4,
+    WORD_EMBEDDING: 2,
+    _FIRST_LAYER + "self_attn.q_proj_hw.weight": 2,
+    _FIRST_LAYER + "self_attn.q_proj.weight": 2,
+    _FIRST_LAYER + "self_attn.k_proj.weight": 2,
+    _FIRST_LAYER + "self_attn.q_norm.weight": 1,
+    _FIRST_LAYER + "mlp.gate_proj.weight": 2,
+}
+# What no tensor tells: key -> value of the published models.
+_PUBLISHED = {
+    "rope_theta": NeoSizes.rope_theta,
+    "rope_theta_hw": NeoSizes.rope_theta_hw,
+    "rms_norm_eps": NeoSizes.norm_epsilon,
+    "max_position_embeddings": NeoSizes.max_positions,
+}
+
+
+def complete_config(
+    config: dict[str, Any], shapes: dict[str, Shape], directory: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with all that `NeoSizes.from_hf` reads, and a sentence for everything that was put right.
+
+    Args:
+        config: `config.json` as it is; not changed.
+        shapes: of the tensors in ``directory``.
+        directory: whose tokenizer, if it has one, knows the ids of the picture tokens.
+
+    Raises:
+        ValueError: no NEO by its tensors; nothing tells the ids of the picture tokens.
+    """
+    if missing := [name for name, dimensions in _MARKS.items() if len(shapes.get(name, ())) != dimensions]:
+        raise ValueError(
+            f"{directory}: no whole NEO (model_type {config.get('model_type')!r}; it lacks {missing[0]}): "
+            "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
+        )
+    said: list[str] = []
+    llm, vision = (
+        {key: scalar(value) for key, value in (config.get(name) or {}).items()}
+        for name in ("llm_config", "vision_config")
+    )
+    top = {key: scalar(value) for key, value in config.items()} | {"llm_config": llm, "vision_config": vision}
+    if top.get("model_type") != MODEL_TYPE:
+        said.append(f"model_type is {top.get('model_type')!r}, but the tensors are a NEO's: read as {MODEL_TYPE!r}")
+        top |= {"model_type": MODEL_TYPE, "architectures": ["NEOChatModel"]}
+    if absent := _absent_code(config.get("auto_map"), directory):
+        said.append(f"auto_map names {', '.join(absent)}, not there: ignored, an export carries the right code")
+    _complete_layers(llm, shapes, said)
+    _fill(llm, _llm_sizes(shapes), "in the tensors", said)
+    if "rope_parameters" in llm:  # how transformers 5 writes the base of a rotation
+        llm.setdefault("rope_theta", (llm["rope_parameters"] or {}).get("rope_theta", NeoSizes.rope_theta))
+    _fill(llm, _PUBLISHED, "in the published models", said)
+    _fill(vision, _vision_sizes(shapes), "in the tensors", said)
+    _fill(vision, {"rope_theta_vision": NeoSizes.rope_theta_patch}, "in the published models", said)
+    if "tie_word_embeddings" not in top and "tie_word_embeddings" not in llm:
+        _fill(top, {"tie_word_embeddings": LM_HEAD not in shapes}, "in the tensors", said)
+    _complete_token_ids(top, llm["vocab_size"], directory, said)
+    return top, said
+
+
+def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list[str]) -> None:
+    for key, value in values.items():
+        if config.get(key) is None:
+            config[key] = value
+            said.append(f"{key} is missing: {value}, as {where}")
+
+
+def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[str]) -> None:
+    """`num_hidden_layers` counts all layers, `extra_num_layers` those of the pre-buffer; the tensors have the total."""
+    prefix = DECODER + "layers."
+    total = len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
+    named, pre_buffer = llm.get("num_hidden_layers"), llm.get("extra_num_layers")
+    llm["num_hidden_layers"] = total
+    if pre_buffer is not None:
+        if named is None:
+            said.append(f"num_hidden_layers is missing: {total}, as in the tensors")
+        elif named + pre_buffer == total and pre_buffer:
+            said.append(f"num_hidden_layers is {named}, without the pre-buffer: {total}, as in the tensors")
+        else:
+            llm["num_hidden_layers"] = named  # if it is wrong, the check of the tensors says so
+        return
+    by_shape = {(size.hidden_size, size.num_layers): size.pre_buffer_layers for size in presets.SIZES.values()}
+    if named is not None and named < total:
+        llm["extra_num_layers"] = total - named
+        said.append(f"extra_num_layers is missing: {total - named}, as num_hidden_layers is {named} of {total} layers")
+    elif (known := by_shape.get((shapes[WORD_EMBEDDING][1], total))) is not None:
+        llm["extra_num_layers"] = known
+        said.append(f"extra_num_layers is missing: {known}, as in the published model of these sizes")
+    else:
+        llm["extra_num_layers"] = 0
+        said.append("extra_num_layers is missing: 0, so all layers count as post-LLM; stage 1 needs the right number")
+
+
+def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
+    head_dim = max(1, shapes[_FIRST_LAYER + "self_attn.q_norm.weight"][0])
+    return {
+        "vocab_size": shapes[WORD_EMBEDDING][0],
+        "hidden_size": shapes[WORD_EMBEDDING][1],
+        "intermediate_size": shapes[_FIRST_LAYER + "mlp.gate_proj.weight"][0],
+        "num_attention_heads": shapes[_FIRST_LAYER + "self_attn.q_proj.weight"][0] // head_dim,
+        "num_key_value_heads": shapes[_FIRST_LAYER + "self_attn.k_proj.weight"][0] // head_dim,
+        "head_dim": head_dim,
+    }
+
+
+def _vision_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
+    width, _, patch_size, _ = shapes[PATCH_EMBEDDING + "patch_embedding.weight"]
+    hidden, _, merge_size, _ = shapes[PATCH_EMBEDDING + "dense_embedding.weight"]
+    return {
+        "hidden_size": width,
+        "llm_hidden_size": hidden,
+        "patch_size": patch_size,
+        "downsample_ratio": 1 / max(1, merge_size),
+    }
+
+
+def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path, said: list[str]) -> None:
+    keys = {
+        "img_start_token_id": ("<img>", NeoSizes.image_start_token_id),
+        "img_context_token_id": ("<IMG_CONTEXT>", NeoSizes.image_context_token_id),
+    }
+    if all(config.get(key) is not None for key in keys):
+        return
+    ids = added_token_ids(directory)
+    for key, (token, qwen3_id) in keys.items():
+        if token in ids:
+            _fill(config, {key: ids[token]}, "in the tokenizer", said)
+        elif qwen3_id < vocab_size:
+            _fill(config, {key: qwen3_id}, "on Qwen3's tokenizer", said)
+        elif config.get(key) is None:
+            raise ValueError(
+                f"{directory}/config.json lacks {key}, and no tokenizer there knows {token}: "
+                "write the id into config.json, or put the model's tokenizer.json beside it"
+            )
+
+
+def added_token_ids(directory: Path) -> dict[str, int]:
+    """The ids of the tokens that were added to a directory's tokenizer; empty where there is none."""
+    readers: dict[str, Callable[[dict[str, Any]], dict[str, int]]] = {
+        "tokenizer.json": lambda it: {token["content"]: token["id"] for token in it.get("added_tokens", [])},
+        "added_tokens.json": lambda it: it,
+        "tokenizer_config.json": lambda it: {
+            token["content"]: int(number) for number, token in it.get("added_tokens_decoder", {}).items()
+        },
+    }
+    ids: dict[str, int] = {}
+    for name, read in readers.items():
+        if (directory / name).is_file():
+            ids = {**read(read_json(directory / name)), **ids}
+    return ids
+
+
+def _absent_code(auto_map: Any, directory: Path) -> list[str]:
+    """Files that `auto_map` wants from this directory and that are not there; other repositories are not looked at."""
+    targets = auto_map.values() if isinstance(auto_map, dict) else ()
+    modules = {str(target).split(".")[0] + ".py" for target in targets if "--" not in str(target)}
+    return sorted(name for name in modules if not (directory / name).is_file())

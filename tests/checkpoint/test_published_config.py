@@ -1,0 +1,170 @@
+"""Every published form of `config.json` loads; what is absent or wrong is put right from the tensors, and said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from neo_megatron import presets
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.names import hf_shapes
+from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.checkpoint.published_config import complete_config
+from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
+from neo_megatron.model.config import NeoSizes
+
+
+@pytest.fixture
+def checkpoint(golden, tmp_path):
+    """The golden checkpoint with another configuration: ``edit`` changes it in place, the tensors stay."""
+
+    def make(edit) -> Path:
+        directory = tmp_path / "checkpoint"
+        shutil.copytree(golden / "ckpt_untied", directory)
+        config = json.loads((directory / "config.json").read_text())
+        edit(config)
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def expected(golden) -> NeoSizes:
+    return NeoSizes.from_hf_directory(golden / "ckpt_untied")
+
+
+def wrap_numbers(config):
+    for part in (config["vision_config"], config["llm_config"]):
+        part.update({key: [value] for key, value in part.items() if isinstance(value, int | float)})
+    config.update({key: [config[key]] for key in ("img_start_token_id", "img_context_token_id")})
+
+
+def without_layer_types(config):
+    del config["llm_config"]["layer_types"]
+
+
+def as_transformers_5_writes_it(config):
+    llm = config["llm_config"]
+    llm["rope_parameters"] = {"rope_type": "default", "rope_theta": llm.pop("rope_theta")}
+
+
+@pytest.mark.parametrize("edit", [wrap_numbers, without_layer_types, as_transformers_5_writes_it])
+def test_every_form_is_the_same_model(checkpoint, expected, edit):
+    neo = open_neo(checkpoint(edit))
+    assert neo.sizes == expected and not neo.said
+
+
+def test_a_mislabelled_checkpoint_is_known_by_its_tensors(checkpoint, expected, tokenizer, tmp_path):
+    """As users report of a released stage-1 checkpoint: an InternVL by name, with code that is not there."""
+
+    def edit(config):
+        config["model_type"] = "internvl_chat"
+        config["architectures"] = ["InternVLChatModel"]
+        config["auto_map"] = {
+            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+            "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+            "AutoTokenizer": "somebody/else--tokenization_else.Tokenizer",
+        }
+
+    directory = checkpoint(edit)
+    with pytest.warns(UserWarning) as said:
+        convert_hf_to_megatron(directory, tmp_path / "megatron")
+    sentences = " ".join(str(warning.message) for warning in said)
+    assert "model_type is 'internvl_chat', but the tensors are a NEO's" in sentences
+    assert "auto_map names configuration_internvl_chat.py, modeling_internvl_chat.py, not there" in sentences
+    assert "tokenization_else" not in sentences
+    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", tokenizer)
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert exported["model_type"] == "neo_chat" and NeoSizes.from_hf(exported) == expected
+    tensors = [load_file(path / "model.safetensors") for path in (directory, tmp_path / "hf")]
+    assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
+
+
+def test_what_the_tensors_tell_need_not_be_written(checkpoint, expected):
+    def edit(config):
+        for part, kept in (("llm_config", ("extra_num_layers",)), ("vision_config", ("min_pixels", "max_pixels"))):
+            config[part] = {key: config[part][key] for key in kept}
+        del config["tie_word_embeddings"]
+
+    neo = open_neo(checkpoint(edit))
+    assert neo.sizes == expected
+    assert "head_dim is missing: 32, as in the tensors" in neo.said
+    assert "num_hidden_layers is missing: 5, as in the tensors" in neo.said
+    assert "downsample_ratio is missing: 0.5, as in the tensors" in neo.said
+    assert "rope_theta_hw is missing: 10000.0, as in the published models" in neo.said
+    assert "tie_word_embeddings is missing: False, as in the tensors" in neo.said
+
+
+@pytest.mark.parametrize(
+    "named, extra, layers, sentence",
+    [
+        (3, None, (2, 3), "extra_num_layers is missing: 2, as num_hidden_layers is 3 of 5 layers"),
+        (3, 2, (2, 3), "num_hidden_layers is 3, without the pre-buffer: 5, as in the tensors"),
+        (5, None, (0, 5), "extra_num_layers is missing: 0, so all layers count as post-LLM"),
+    ],
+)
+def test_layers_are_counted_in_the_tensors(checkpoint, named, extra, layers, sentence):
+    def edit(config):
+        config["llm_config"] |= {"num_hidden_layers": named, "extra_num_layers": extra}
+
+    neo = open_neo(checkpoint(edit))
+    assert (neo.sizes.pre_buffer_layers, neo.sizes.post_llm_layers) == layers
+    assert len(neo.said) == 1 and neo.said[0].startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["neo-2b", "neo-9b"])
+def test_the_published_models_need_no_count_of_the_pre_buffer(name, tmp_path):
+    sizes = presets.sizes(name)
+    config = sizes.to_hf()
+    del config["llm_config"]["extra_num_layers"]
+    completed, said = complete_config(config, hf_shapes(sizes), tmp_path)
+    assert NeoSizes.from_hf(completed) == sizes
+    assert [sentence for sentence in said if "as in the published model of these sizes" in sentence]
+
+
+def without_ids(config):
+    del config["img_start_token_id"], config["img_context_token_id"]
+
+
+@pytest.mark.parametrize("kept", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_ids_of_picture_tokens_come_from_the_tokenizer(checkpoint, tokenizer, expected, kept):
+    """Any of the files in which tokenizers of transformers 4 and 5 say what was added to them."""
+    directory = checkpoint(without_ids)
+    added = {token: number for number, token in tokenizer.added_tokens_decoder.items()}
+    tokenizer.save_pretrained(directory)
+    (directory / "added_tokens.json").write_text(json.dumps({str(token): number for token, number in added.items()}))
+    decoder = {str(number): {"content": str(token)} for token, number in added.items()}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    for path in directory.glob("*token*"):
+        if path.name != kept:
+            path.unlink()
+    neo = open_neo(directory)
+    assert neo.sizes == expected
+    assert "img_start_token_id is missing: 897, as in the tokenizer" in neo.said
+
+
+def test_without_a_tokenizer_they_are_qwen3s_or_nothing(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="config.json lacks img_start_token_id, and no tokenizer there knows <img>"):
+        open_neo(checkpoint(without_ids))  # 1,024 rows do not hold Qwen3's ids
+    sizes = presets.sizes("neo-2b")
+    config = sizes.to_hf()
+    without_ids(config)
+    completed, said = complete_config(config, hf_shapes(sizes), tmp_path)
+    assert (completed["img_start_token_id"], completed["img_context_token_id"]) == (151670, 151669)
+    assert "img_start_token_id is missing: 151670, as on Qwen3's tokenizer" in said
+
+
+def test_another_model_is_refused(golden):
+    with pytest.raises(ValueError, match="no whole NEO .model_type 'qwen3'; it lacks .*qwen3-to-neo"):
+        open_neo(golden / "qwen3_untied")
+
+
+def test_a_wrong_size_is_no_label_and_stays_an_error(checkpoint):
+    def edit(config):
+        config["llm_config"]["intermediate_size"] = 128
+
+    with pytest.raises(ValueError, match=r"gate_proj.weight of shape \[96, 64\] instead of \[128, 64\]"):
+        open_neo(checkpoint(edit))
