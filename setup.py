@@ -37,6 +37,7 @@ setup(
         "ray": RAY,
         "benchmark": BENCHMARK,
         "test": [
+            "accelerate>=1.1",  # the Trainer of transformers and device_map ask for it
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2"),
             *("ruff>=0.12", "easy-vqa==1.0", *VIDEO, *S3, *RAY),
         ],

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,3 +20,11 @@ def packed(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         "labels": inputs["labels"][None],
     }
     return arguments | {key: inputs[key] for key in ("pixel_values", "grid_hw") if key in inputs}
+
+
+def flattened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A pack as `DataCollatorWithFlattening` of transformers has it: all else follows from where documents begin."""
+    lengths = inputs["seq_boundaries"].diff().tolist()
+    arguments = packed(inputs)
+    del arguments["positions_thw"], arguments["attention_mask"]
+    return arguments | {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}

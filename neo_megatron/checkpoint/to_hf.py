@@ -31,7 +31,10 @@ PROCESSOR_MAP = {
     "AutoProcessor": "processing_neo.NEOProcessor",
     "AutoImageProcessor": "processing_neo.NEOImageProcessor",
 }
-CODE = ("attention_neo.py", "configuration_neo.py", "modeling_neo.py", "processing_neo.py")
+CODE = (
+    *("attention_neo.py", "chat_neo.py", "configuration_neo.py"),
+    *("modeling_neo.py", "positions_neo.py", "processing_neo.py"),
+)
 # Training and inference do these things by one text; only the import of a sibling changes with the place.
 SHARED_CODE = {"data/image.py": "pictures_neo.py", "data/errors.py": "errors_neo.py", "model/mask.py": "mask_neo.py"}
 

@@ -26,11 +26,11 @@ AttentionMask = Tensor | BlockMask | None
 FLEX_BLOCK = (128, 128)
 
 
-def kernel_mask(rule: AttentionRule | Tensor | None, implementation: str, queries: int) -> AttentionMask:
+def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int) -> AttentionMask:
     """Who sees whom, in the form that the kernel takes: made once per call, for all layers.
 
     Args:
-        rule: the rule, or a boolean `[B, 1, L, K]`; ``None`` where every query sees all keys.
+        rule: the rule, or a boolean `[B, 1, L, K]`.
         implementation: `config._attn_implementation`.
         queries: L.
 
@@ -42,7 +42,7 @@ def kernel_mask(rule: AttentionRule | Tensor | None, implementation: str, querie
     """
     in_blocks = _kernel(implementation, queries) == "flex_attention"
     if in_blocks and isinstance(rule, Tensor):
-        raise ValueError("flex_attention takes no mask of four dimensions: use sdpa for it")
+        raise ValueError("flex_attention takes no mask of four dimensions: pass position_ids, 0 at every document")
     if not isinstance(rule, AttentionRule):
         return rule
     return rule.blocks(FLEX_BLOCK) if in_blocks else rule.dense()[:, None]

@@ -1,7 +1,9 @@
 """NEO for transformers (4.57 and 5): pictures and text in one decoder, with `generate()` over a growing cache.
 
 Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C merged cells,
-E patch-embedding width, H hidden, d head dim.
+E patch-embedding width, H hidden, X values of a patch or a cell.
+
+transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
 
 from typing import Any
@@ -15,8 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention_neo import AttentionMask, CosSin, NEOAttention, NEORMSNorm, kernel_mask, rotary_cos_sin
+from .chat_neo import NEOChatMixin
 from .configuration_neo import NEOChatConfig, NEOLLMConfig, NEOVisionConfig
 from .mask_neo import AttentionRule
+from .positions_neo import cell_positions, document_numbers, image_numbers, text_positions, valid_tokens
 
 
 def rotate_pairs(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -29,74 +33,27 @@ def rotate_pairs(x: Tensor, position: Tensor, theta: float) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(1)
 
 
-def text_positions(
-    input_ids_BL: Tensor,
-    valid_BL: Tensor,
-    config: NEOChatConfig,
-    next_t_B: Tensor | int = 0,
-    behind_start_B: Any = False,
-) -> Tensor:
-    """The position t `[B, L]`: text advances it by one, all tokens of one picture share it; 0 on padding.
+class NEOPatchConvolution(nn.Conv2d):
+    """A convolution whose stride is its size, as the matrix product that it is: `[..., X]`, X channel-first."""
 
-    Args:
-        valid_BL: False on padding, which does not count.
-        next_t_B, behind_start_B: where the cached part stopped; whether its last token was `<img>`.
-    """
-    starts = torch.zeros_like(valid_BL)
-    starts[:, 1:] = input_ids_BL[:, :-1] == config.img_start_token_id
-    starts[:, 0] = behind_start_B
-    advance = (input_ids_BL != config.img_context_token_id).long() + starts.long()
-    t = (advance * valid_BL).cumsum(dim=-1) - 1
-    if isinstance(next_t_B, Tensor):
-        t = t + next_t_B[:, None]
-    return t.clamp_min(0) * valid_BL
-
-
-def image_numbers(input_ids_BL: Tensor, config: NEOChatConfig) -> Tensor:
-    """A number `[B, L]` that the tokens of one picture share and no other picture of the row has; -1 outside pictures.
-
-    It is the position of the picture's `<img>`. An `<IMG_CONTEXT>` that follows no `<img>`, as a model may generate it,
-    is no picture.
-    """
-    place = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
-    context = input_ids_BL == config.img_context_token_id
-    before = torch.where(context, -1, place).cummax(dim=-1).values
-    behind_img = input_ids_BL.gather(1, before.clamp_min(0)) == config.img_start_token_id
-    return torch.where(context & behind_img, before, -1)
-
-
-def cell_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
-    """Row and column `[C, 2]` of every cell of all pictures, checked against the places that the text has for them."""
-    grids = (grid_hw // merge).tolist()
-    rows = torch.arange(len(image_BL), device=image_BL.device)[:, None] * image_BL.shape[1]
-    places = torch.unique_consecutive((image_BL + rows)[image_BL >= 0], return_counts=True)[1].tolist()
-    if places != [h * w for h, w in grids]:
-        raise ValueError(
-            f"the pictures take {[h * w for h, w in grids]} tokens, input_ids have {places} <IMG_CONTEXT> for them: "
-            "pass input_ids, pixel_values and grid_hw of one call of the processor"
-        )
-    device = image_BL.device
-    return torch.cat(
-        [torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device)) for h, w in grids]
-    )
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class NEOPatchEmbeddings(nn.Module):
-    """Patches -> one vector per 2x2 cell. The convolutions hold the published weights and run as matrix products."""
+    """Patches -> one vector per 2x2 cell."""
 
     def __init__(self, config: NEOVisionConfig) -> None:
         super().__init__()
         self.config = config
         self.merge = round(1 / config.downsample_ratio)
         size, width = config.patch_size, config.hidden_size
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=size, stride=size)
-        self.dense_embedding = nn.Conv2d(width, config.llm_hidden_size, kernel_size=self.merge, stride=self.merge)
+        self.patch_embedding = NEOPatchConvolution(config.num_channels, width, kernel_size=size, stride=size)
+        self.dense_embedding = NEOPatchConvolution(width, config.llm_hidden_size, self.merge, self.merge)
 
     def forward(self, pixel_values: Tensor, grid_hw: Tensor) -> Tensor:
         """`pixel_values [N, 768]`, row-major per picture; `grid_hw [pictures, 2]` in patches. Returns `[C, H]`."""
-        weight = self.patch_embedding.weight
-        patches_NE = linear(pixel_values.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        patches_NE = self.rotate(gelu(patches_NE), grid_hw)
+        patches_NE = self.rotate(gelu(self.patch_embedding(pixel_values)), grid_hw)
         return self.merge_cells(patches_NE, grid_hw)
 
     def rotate(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
@@ -112,10 +69,9 @@ class NEOPatchEmbeddings(nn.Module):
         cells, start, m, E = [], 0, self.merge, patches_NE.shape[-1]
         for h, w in grid_hw.tolist():
             picture = patches_NE[start : start + h * w].view(h // m, m, w // m, m, E)
-            cells.append(picture.transpose(1, 2).reshape(-1, m * m * E))
+            cells.append(picture.permute(0, 2, 4, 1, 3).reshape(-1, E * m * m))
             start += h * w
-        weight = self.dense_embedding.weight.permute(0, 2, 3, 1).flatten(1)
-        return linear(torch.cat(cells), weight, self.dense_embedding.bias)
+        return self.dense_embedding(torch.cat(cells))
 
 
 class NEOVisionModel(nn.Module):
@@ -198,7 +154,7 @@ class NEOLanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
-class NEOChatModel(PreTrainedModel, GenerationMixin):
+class NEOChatModel(NEOChatMixin, PreTrainedModel, GenerationMixin):
     config_class = NEOChatConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -208,6 +164,7 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _no_split_modules = ["NEODecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     # transformers 5 reads the pairs, 4.57 the keys.
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 
@@ -241,6 +198,7 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         grid_hw: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         positions_thw: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
@@ -260,9 +218,11 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             pixel_values: `[N, 768]` normalised 16x16 patches of all pictures, row by row of the batch, each row-major.
             grid_hw: `[pictures, 2]` rows and columns of patches.
             attention_mask: `[B, K]`, 0 on padding, K counting the cache; or boolean `[B, 1, L, K]`, True where a query
-                sees a key, for packed sequences.
-            positions_thw: `[B, L, 3]`; by default they follow from the other arguments. Packed sequences need them.
-            labels: `[B, L]`, not shifted, -100 where nothing is predicted.
+                sees a key, which needs positions_thw.
+            position_ids: `[B, L]`, for packed sequences: 0 at the first token of every document, as
+                `DataCollatorWithFlattening` counts them. Nothing else of them is looked at.
+            positions_thw: `[B, L, 3]`; by default they follow from the other arguments.
+            labels: `[B, L]`, not shifted, -100 where nothing is predicted, so at the first token of every document.
             loss_weight: `[B, L]`, not shifted; the loss is then the weighted mean.
             logits_to_keep: how many of the last positions get logits (0: all), or which.
             num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
@@ -286,9 +246,16 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             )
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_BL = image_numbers(input_ids, self.config)
-        if positions_thw is None:
-            positions_thw = self._positions(input_ids, image_BL, attention_mask, past_key_values, grid_hw)
-        mask = self._mask(image_BL, attention_mask, cached)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            rule = attention_mask
+            if positions_thw is None:
+                raise ValueError("a mask of four dimensions says nothing of positions: pass positions_thw with it")
+        else:
+            document_BK = document_numbers(valid_tokens(input_ids, attention_mask, cached), position_ids, cached)
+            rule = self._rule(image_BL, document_BK, cached)
+            if positions_thw is None:
+                positions_thw = self._positions(input_ids, image_BL, document_BK, past_key_values, grid_hw)
+        mask = kernel_mask(rule, implementation, queries=input_ids.shape[1])
         if pixel_values is None and not cached and bool((image_BL >= 0).any()):
             raise ValueError(
                 "input_ids have places for pictures: pass pixel_values and grid_hw of the processor as well"
@@ -296,8 +263,8 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
 
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter((image_BL >= 0)[..., None], cells_CH)
+            cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)
+            embeddings = embeddings.masked_scatter((image_BL >= 0)[..., None].to(embeddings.device), cells_CH)
         states, attentions = self.language_model.model(
             embeddings, positions_thw, mask, past_key_values, implementation, bool(output_attentions)
         )
@@ -331,7 +298,8 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
         """
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_BL = image_numbers(input_ids, self.config)
-        positions = self._positions(input_ids, image_BL, attention_mask, None, None if cached else grid_hw)
+        document_BL = document_numbers(valid_tokens(input_ids, attention_mask, 0), None, 0)
+        positions = self._positions(input_ids, image_BL, document_BL, None, None if cached else grid_hw)
         inputs = {
             "input_ids": input_ids[:, cached:],
             "positions_thw": positions[:, cached:],
@@ -364,35 +332,23 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{len(pixel_values)} patches do not fit grid_hw: pass both as the processor returns them")
         return self.vision_model(pixel_values, grid_hw)
 
-    def _mask(self, image_BL: Tensor, attention_mask: Tensor | None, cached: int) -> AttentionMask:
-        queries, rule = image_BL.shape[1], attention_mask
-        if attention_mask is None and queries == 1:
-            rule = None  # one token sees all the others
-        elif attention_mask is None or attention_mask.dim() == 2:
-            document_BK = _valid(image_BL, attention_mask, cached).int() - 1
-            image_BK = nn.functional.pad(image_BL, (cached, 0), value=-1)
-            rows = torch.arange(cached, cached + queries, device=image_BL.device)
-            rule = AttentionRule(document_BK, image_BK, rows)
-        return kernel_mask(rule, self.config._attn_implementation, queries)
+    def _rule(self, image_BL: Tensor, document_BK: Tensor, cached: int) -> AttentionRule:
+        """Who sees whom; cached pictures are seen whole, as text before is."""
+        image_BK = nn.functional.pad(image_BL, (cached, 0), value=-1)
+        return AttentionRule(
+            document_BK, image_BK, rows=torch.arange(cached, image_BK.shape[1], device=image_BK.device)
+        )
 
     def _positions(
-        self,
-        input_ids: Tensor,
-        image_BL: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        grid_hw: Tensor | None,
+        self, input_ids: Tensor, image_BL: Tensor, document_BK: Tensor, cache: Cache | None, grid_hw: Tensor | None
     ) -> Tensor:
         """`[B, L, 3]`; t goes on where the cache stopped, h and w are those of the pictures in `grid_hw`."""
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("a mask of four dimensions says nothing of positions: pass positions_thw with it")
         cached = cache.get_seq_length() if cache is not None else 0
         length, *history = getattr(cache, "neo_history", (0,))
         if length != cached:
             raise ValueError("the cache was changed since NEO filled it: pass positions_thw for the new tokens")
-        valid = _valid(input_ids, attention_mask, cached)[:, cached:]
         positions = input_ids.new_zeros(*input_ids.shape, 3)
-        positions[..., 0] = text_positions(input_ids, valid, self.config, *history)
+        positions[..., 0] = text_positions(input_ids, document_BK[:, cached:], self.config, *history)
         if grid_hw is not None:
             positions[..., 1:][image_BL >= 0] = cell_positions(image_BL, grid_hw, self.vision_model.embeddings.merge)
         return positions
@@ -401,19 +357,6 @@ class NEOChatModel(PreTrainedModel, GenerationMixin):
         """t is not the number of cached tokens once a picture was seen, so the cache carries it along."""
         next_t = positions_thw[..., 0].amax(dim=-1) + 1
         cache.neo_history = (cache.get_seq_length(), next_t, input_ids[:, -1] == self.config.img_start_token_id)
-
-
-def _valid(tokens_BL: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
-    """False on padding, `[B, K]`."""
-    shape = (len(tokens_BL), cached + tokens_BL.shape[1])
-    if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=tokens_BL.device)
-    if attention_mask.shape != shape:
-        raise ValueError(
-            f"an attention_mask of shape {list(attention_mask.shape)} for {list(shape)} tokens with the cached ones: "
-            "extend it by one column for every new token"
-        )
-    return attention_mask.bool()
 
 
 def weighted_loss(

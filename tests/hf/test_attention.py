@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from golden_packs import load, packed
+from golden_packs import flattened, load, packed
 
 from neo_megatron.hf.modeling_neo import NEOChatModel
 
@@ -38,6 +38,17 @@ def test_kernels_agree(model, document, implementation):
         cache = first.past_key_values
         rest.append(other(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
     torch.testing.assert_close(torch.cat(rest, dim=1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("name", ["pack1", "textonly"])
+@torch.no_grad()
+def test_packed_documents(model, golden, implementation, name):
+    """Positions, documents and pictures of a whole pack follow from its tokens: the published logits."""
+    arguments = flattened(load(golden, "inputs", name))
+    logits = with_kernel(model, implementation)(**arguments).logits
+    expected = load(golden, "outputs_untied", name)["logits"][:, : logits.shape[1]]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -75,5 +86,5 @@ def test_the_fused_kernels_have_no_weights(model, document):
 
 
 def test_flex_attention_takes_no_dense_mask(model, golden):
-    with pytest.raises(ValueError, match="use sdpa for it"):
+    with pytest.raises(ValueError, match="pass position_ids"):
         with_kernel(model, "flex_attention")(**packed(load(golden, "inputs", "textonly")))
