@@ -21,6 +21,7 @@ setup(
         "megatron-core==0.19.2",
         "transformers>=4.57,<6",
         "safetensors>=0.5",
+        "huggingface_hub>=0.34",
         "tokenizers>=0.22",
         "pillow>=13",  # earlier ones resize some pictures to other pixels than the published ones
         "numpy>=2",

@@ -3,9 +3,11 @@
 import argparse
 import re
 import sys
+import warnings
 from typing import Any, get_args
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.hub import model_directory, tokenizer_directory
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
@@ -24,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def add_qwen3_to_neo(commands: Any) -> None:
     command = commands.add_parser("qwen3-to-neo", help="put a pre-buffer and a patch embedding in front of a Qwen3")
-    command.add_argument("--qwen3", required=True, metavar="HF_DIR")
+    add_hf(command, "--qwen3", metavar="QWEN3_HF_DIR")
     command.add_argument("--pre-buffer-layers", required=True, type=int, help="12 for NEO-2B, 6 for NEO-9B")
     command.add_argument("--patch-embedding-size", type=int, default=1024)
     command.add_argument("--tokenizer", metavar="HF_DIR", help="gets NEO's tokens and is saved with the model")
@@ -46,27 +48,28 @@ def add_qwen3_to_neo(commands: Any) -> None:
 
 def qwen3_to_neo(args: argparse.Namespace) -> None:
     init_from_qwen3(
-        args.qwen3,
+        model_directory(args.qwen3, args.allow_pickle),
         args.output,
         pre_buffer_layers=args.pre_buffer_layers,
         patch_embedding_size=args.patch_embedding_size,
-        tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
+        tokenizer=tokenizer_of(args),
         vocab_size=args.vocab_size,
         seed=args.seed,
         key_hw_init=args.key_hw_init,
         shard_bytes=args.max_shard_size,
+        allow_pickle=args.allow_pickle,
     )
 
 
 def add_hf_to_megatron(commands: Any) -> None:
     command = commands.add_parser("hf-to-megatron", help="for --load or --pretrained-checkpoint, on any layout")
-    command.add_argument("--hf", required=True, metavar="NEO_HF_DIR")
+    add_hf(command, "--hf", metavar="NEO_HF_DIR")
     add_output(command)
     command.set_defaults(run=hf_to_megatron)
 
 
 def hf_to_megatron(args: argparse.Namespace) -> None:
-    convert_hf_to_megatron(args.hf, args.output)
+    convert_hf_to_megatron(model_directory(args.hf, args.allow_pickle), args.output, args.allow_pickle)
 
 
 def add_megatron_to_hf(commands: Any) -> None:
@@ -79,7 +82,20 @@ def add_megatron_to_hf(commands: Any) -> None:
 
 
 def megatron_to_hf(args: argparse.Namespace) -> None:
-    convert_megatron_to_hf(args.megatron, args.output, load_tokenizer(args.tokenizer), args.max_shard_size)
+    convert_megatron_to_hf(args.megatron, args.output, tokenizer_of(args), args.max_shard_size)
+
+
+def add_hf(command: argparse.ArgumentParser, flag: str, metavar: str) -> None:
+    command.add_argument(flag, required=True, metavar=metavar, help="or the id of a hub: org/name@revision")
+    command.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="take pickled weights where there are no safetensors; nothing but tensors is loaded from them",
+    )
+
+
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    return load_tokenizer(tokenizer_directory(args.tokenizer)) if args.tokenizer else None
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
@@ -106,6 +122,7 @@ def byte_size(text: str) -> int:
 
 def main() -> None:
     args = parse_arguments()
+    warnings.showwarning = lambda message, *_: print(f"convert_checkpoint: {message}", file=sys.stderr)
     try:
         args.run(args)
     except (ValueError, DataError) as error:

@@ -14,6 +14,7 @@ from inspection.page import pack_part, page
 from inspection.statistics import count, count_packs
 from inspection.token_text import Decode
 
+from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
 from neo_megatron.data.chat import load_tokenizer, tokenizer_fingerprint
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.errors import DataError
@@ -29,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pack", type=int, default=0, help="which pack of the epoch, in the order drawn (%(default)s)")
     parser.add_argument("--epoch", type=int, default=0, help="which epoch (%(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="--seed of the training (%(default)s)")
-    parser.add_argument("--tokenizer", help="Hugging Face directory, to show text; without it ids are shown")
+    parser.add_argument("--tokenizer", help="Hugging Face directory or hub id, to show text; without it ids are shown")
     parser.add_argument("--output", type=Path, required=True, help="the HTML file to write")
     arguments = parser.parse_args()
     if arguments.pack < 0 or arguments.epoch < 0:
@@ -68,7 +69,7 @@ def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str
 
 def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:
     """ids -> text, special tokens included."""
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(tokenizer_directory(directory))
     if tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str()) != fingerprint:
         raise DataError(f"{directory} is not the tokenizer that {location} was made with; give that one")
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -86,5 +87,5 @@ def origin(data: Mixture, sample: int) -> Origin:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (DataError, HubError, OSError) as error:
         sys.exit(f"inspect_data: {error}")

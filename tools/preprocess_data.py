@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.preprocess import preprocess
@@ -28,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--registry", help="YAML file of data sets by name")
     parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%50")
     parser.add_argument("--image-root", default="", help="directory of the pictures of --input, which none may leave")
-    parser.add_argument("--tokenizer", required=True, help="Hugging Face directory; NEO's tokens are added")
+    parser.add_argument("--tokenizer", required=True, help="Hugging Face directory or hub id; NEO's tokens are added")
     parser.add_argument("--output", required=True, help="new directory for the shards")
     parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per picture (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=Settings.max_pixels, help="per picture (%(default)s)")
@@ -87,7 +88,7 @@ def main() -> None:
     print(f"reading the tokenizer of {arguments.tokenizer}", flush=True)  # importing transformers takes seconds
     manifest = preprocess(
         sources,
-        arguments.tokenizer,
+        tokenizer_directory(arguments.tokenizer),
         arguments.output,
         settings,
         arguments.on_error,
@@ -105,7 +106,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (DataError, HubError, OSError) as error:
         sys.exit(f"preprocess_data: {error}")
     except KeyboardInterrupt:
         sys.exit("preprocess_data: interrupted; the same command continues")

@@ -20,14 +20,18 @@ from verification.comparison import TOLERANCE, compare, describe
 from verification.models import check_tensors, run_megatron, run_transformers
 from verification.pack import made_pack
 
+from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hf", metavar="NEO_HF_DIR")
+    parser.add_argument("hf", metavar="NEO_HF_DIR", help="or the id of a model on the hub: org/name@revision")
     parser.add_argument("megatron", metavar="MEGATRON_DIR", help="what --save filled, or one iteration of it")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the words and the pixels")
     return parser.parse_args()
 
@@ -42,7 +46,8 @@ def main() -> None:
 
 
 def verify(args: argparse.Namespace) -> bool:
-    neo, megatron = open_neo(args.hf), TorchDistDirectory(args.megatron)
+    directory = model_directory(args.hf, args.allow_pickle)
+    neo, megatron = open_neo(directory, args.allow_pickle), TorchDistDirectory(args.megatron)
     sizes = check_tensors(neo, megatron)
     for sentence in neo.said:
         print(f"{args.hf}/config.json: {sentence}")

@@ -16,7 +16,7 @@ from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 from neo_megatron.model.config import NeoSizes
 
 
-def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path) -> None:
+def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path, allow_pickle: bool = False) -> None:
     """Writes ``output/release`` and the tracker file that names it; values and types stay as they are.
 
     Holds the parts of one Megatron tensor in memory at a time.
@@ -24,7 +24,7 @@ def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path) -> None
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
     """
-    neo = open_neo(hf_directory)
+    neo = open_neo(hf_directory, allow_pickle)
     for sentence in neo.said:
         warnings.warn(f"{hf_directory}/config.json: {sentence}", stacklevel=2)
     sizes, source = neo.sizes, neo.source

@@ -25,6 +25,7 @@ from neo_megatron.checkpoint.hf_directory import (
     write_safetensors,
 )
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, check_shapes, hf_shapes
+from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
 from neo_megatron.model.config import NeoSizes
 
@@ -44,6 +45,7 @@ def init_from_qwen3(
     seed: int = 0,
     key_hw_init: KeyHwInit = "published",
     shard_bytes: int = SHARD_BYTES,
+    allow_pickle: bool = False,
 ) -> None:
     """Writes ``output`` in Qwen3's own type.
 
@@ -53,12 +55,13 @@ def init_from_qwen3(
         vocab_size: rows of the embedding and the head; by default Qwen3's, and more only if the tokenizer needs them.
             Further rows are zero, surplus rows are cut.
         key_hw_init: what makes the post-LLM's keys for rows and columns zero, see above.
+        allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
 
     Raises:
         ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``.
     """
     config = read_json(Path(qwen3_directory) / "config.json")
-    source = SafetensorsDirectory(qwen3_directory)
+    source = open_weights(qwen3_directory, allow_pickle)
     sizes = _neo_sizes(config, qwen3_directory, pre_buffer_layers, patch_embedding_size, tokenizer, vocab_size)
     if tokenizer is None:
         warnings.warn(

@@ -6,6 +6,7 @@ from typing import Any
 
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
+from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import complete_config
 from neo_megatron.model.config import NeoSizes
 
@@ -28,15 +29,18 @@ class NeoDirectory:
     said: list[str]
 
 
-def open_neo(directory: str | Path) -> NeoDirectory:
+def open_neo(directory: str | Path, allow_pickle: bool = False) -> NeoDirectory:
     """Reads headers and JSON only.
+
+    Args:
+        allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
 
     Raises:
         ValueError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    source = SafetensorsDirectory(directory)
+    source = open_weights(directory, allow_pickle)
     config, said = complete_config(config, source.shapes, directory)
     sizes = NeoSizes.from_hf(config)
     found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)

@@ -63,7 +63,7 @@ def complete_config(
     if top.get("model_type") != MODEL_TYPE:
         said.append(f"model_type is {top.get('model_type')!r}, but the tensors are a NEO's: read as {MODEL_TYPE!r}")
         top |= {"model_type": MODEL_TYPE, "architectures": ["NEOChatModel"]}
-    if absent := _absent_code(config.get("auto_map"), directory):
+    if absent := [name for name in code_files(config.get("auto_map")) if not (directory / name).is_file()]:
         said.append(f"auto_map names {', '.join(absent)}, not there: ignored, an export carries the right code")
     _complete_layers(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
@@ -170,8 +170,7 @@ def added_token_ids(directory: Path) -> dict[str, int]:
     return ids
 
 
-def _absent_code(auto_map: Any, directory: Path) -> list[str]:
-    """Files that `auto_map` wants from this directory and that are not there; other repositories are not looked at."""
-    targets = auto_map.values() if isinstance(auto_map, dict) else ()
-    modules = {str(target).split(".")[0] + ".py" for target in targets if "--" not in str(target)}
-    return sorted(name for name in modules if not (directory / name).is_file())
+def code_files(auto_map: Any) -> list[str]:
+    """The files of its own directory that an `auto_map` names; those of other repositories are left out."""
+    targets = [target for target in auto_map.values() if isinstance(target, str)] if isinstance(auto_map, dict) else []
+    return sorted({target.split(".")[0] + ".py" for target in targets if "--" not in target})

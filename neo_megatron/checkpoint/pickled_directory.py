@@ -1,0 +1,84 @@
+"""Weights in `pytorch_model.bin` or shards of it, for those who ask: a pickle can run anything, unless it may build
+nothing but tensors, which is what `weights_only` means."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory, read_json
+
+PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class PickledDirectory(SafetensorsDirectory):
+    """The same for pickled weights; their values stay on the disk until one is read.
+
+    Raises:
+        ValueError: no weights; a file that is broken, holds anything else than tensors, or is of the form of before
+            PyTorch 1.6; an index that points outside the directory.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._tensors: dict[str, Tensor] = {}
+        for path in self._files():
+            for name, tensor in _load(path).items():
+                if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                    raise ValueError(f"{path}: {name!r} is no tensor: give a file that holds a state_dict alone")
+                if name in self._tensors:
+                    raise ValueError(f"{path}: tensor {name} is also in another file of the directory: delete one")
+                self._tensors[name] = tensor
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].contiguous()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def _files(self) -> list[Path]:
+        index = self.directory / PICKLED_INDEX
+        names = [PICKLED_WEIGHTS]
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index}: no weight_map in it: download the index again")
+            names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or not (self.directory / name).is_file():
+                raise ValueError(f"{self.directory}: {name!r} is no file of it: download the model again")
+        return [self.directory / name for name in names]
+
+
+def open_weights(directory: str | Path, allow_pickle: bool = False) -> SafetensorsDirectory:
+    """The safetensors of a directory; where there are none, and only if allowed, its pickled weights.
+
+    Raises:
+        ValueError: as either class; pickled weights alone that are not allowed.
+    """
+    directory = Path(directory)
+    safe = any((directory / name).exists() for name in (WEIGHTS, INDEX))
+    pickled = any((directory / name).exists() for name in (PICKLED_WEIGHTS, PICKLED_INDEX))
+    if safe or not pickled:
+        return SafetensorsDirectory(directory)
+    if not allow_pickle:
+        raise ValueError(
+            f"{directory}: its weights are pickled, and a pickle can run anything: give a directory with safetensors, "
+            "or --allow-pickle to load nothing but tensors from it"
+        )
+    return PickledDirectory(directory)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path}: no plain state_dict of PyTorch 1.6 or later ({reason}): save it as safetensors where you trust it"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: holds a {type(tensors).__name__}: give a file that holds a state_dict alone")
+    return tensors
