@@ -1,5 +1,13 @@
 """What `neo_megatron/data/image.py` does with a picture; an export has a copy of that file in this one's place."""
 
-from neo_megatron.data.image import normalise, patches_from_image, picture_grid, pixel_limit, upright_rgb
+from neo_megatron.data.image import (
+    decode,
+    normalise,
+    patches_from_image,
+    picture_grid,
+    pixel_limit,
+    read_picture,
+    upright_rgb,
+)
 
-__all__ = ["upright_rgb", "normalise", "patches_from_image", "picture_grid", "pixel_limit"]
+__all__ = ["decode", "normalise", "patches_from_image", "picture_grid", "pixel_limit", "read_picture", "upright_rgb"]

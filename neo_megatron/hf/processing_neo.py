@@ -3,8 +3,12 @@
 transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
 
+import base64
+import binascii
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -14,10 +18,23 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ImagesKwargs
 
 from .errors_neo import RejectedSample
-from .pictures_neo import normalise, patches_from_image, picture_grid, pixel_limit, upright_rgb
+from .pictures_neo import (
+    decode,
+    normalise,
+    patches_from_image,
+    picture_grid,
+    pixel_limit,
+    read_picture,
+    upright_rgb,
+)
 
 IMAGE_TAG = "<image>"
 MERGE_SIZE = 2
+
+# What a picture may be given as: Pillow's, 8-bit RGB `[height, width, 3]`, a path, `file://` or `data:` with base64.
+Picture = Image.Image | np.ndarray | str | os.PathLike
+# Keys under which a part of a message may have its picture, as in Qwen-VL's and OpenAI's conversations.
+PICTURE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
 class NEOImagesKwargs(ImagesKwargs, total=False):
@@ -44,13 +61,16 @@ class NEOImageProcessor(ImageProcessingMixin):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Image.Image],
+        images: Picture | Sequence[Picture],
         pictures_in_sample: Sequence[int] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Patches of all pictures behind one another.
 
         Args:
+            min_pixels, max_pixels: in place of the processor's own.
             pictures_in_sample: number of pictures of every sample, in order; several share twice the limit of one.
                 By default all of ``images`` are one sample.
 
@@ -58,13 +78,14 @@ class NEOImageProcessor(ImageProcessingMixin):
             ``pixel_values`` float32 `[patches, 768]`, row-major in each picture, and ``grid_hw`` `[pictures, 2]`.
 
         Raises:
-            ValueError: a picture without colours, or more than 200 times as long as wide.
+            ValueError: a picture that cannot be read, without colours, or more than 200 times as long as wide.
         """
-        images = [images] if isinstance(images, Image.Image) else list(images)
+        images = [images] if isinstance(images, Picture) else list(images)
+        low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
         counts = [len(images)] if pictures_in_sample is None else pictures_in_sample
         together = [count for count in counts for _ in range(count)]
         pictures = [
-            self._patches(image, pixel_limit(self.min_pixels, self.max_pixels, count), f"number {number}")
+            _patches(image, low, pixel_limit(low, high, count), f"number {number}")
             for number, (image, count) in enumerate(zip(images, together, strict=True), start=1)
         ]
         patches, grids = zip(*pictures, strict=True)
@@ -72,13 +93,39 @@ class NEOImageProcessor(ImageProcessingMixin):
 
     preprocess = __call__
 
-    def _patches(self, image: Image.Image, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+
+def _patches(picture: Picture, min_pixels: int, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+    try:
+        image = _upright(picture, name)
+        grid = picture_grid(image, name, min_pixels, max_pixels)
+    except RejectedSample as rejected:
+        raise ValueError(rejected.sentence) from rejected
+    return row_major(normalise(patches_from_image(image, grid)), *grid), grid
+
+
+def _upright(picture: Picture, name: str) -> Image.Image:
+    """The RGB picture, as the training data would have it."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(
+                f"the picture {name} is a {picture.dtype} array {list(picture.shape)}: give uint8 [height, width, 3]"
+            )
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return upright_rgb(picture)
+    if not isinstance(picture, (str, os.PathLike)):
+        raise ValueError(f"the picture {name} is a {type(picture).__name__}: give a Pillow image or the path of a file")
+    place = os.fspath(picture)
+    if place.startswith("data:"):
         try:
-            image = upright_rgb(image)
-            grid = picture_grid(image, name, self.min_pixels, max_pixels)
-        except RejectedSample as rejected:
-            raise ValueError(rejected.sentence) from rejected
-        return row_major(normalise(patches_from_image(image, grid)), *grid), grid
+            return decode(base64.b64decode("".join(place.partition(",")[2].split()), validate=True), name)
+        except binascii.Error as error:
+            raise ValueError(f"the picture {name} is no base64 ({error})") from error
+    if place.startswith(("http://", "https://")):
+        raise ValueError(f"the picture {place} is far away, and the processor opens no addresses: download it first")
+    if place.startswith("file://"):
+        place = unquote(urlsplit(place).path)
+    return decode(read_picture(place), place)
 
 
 def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
@@ -99,13 +146,25 @@ class NEOProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "NEOProcessor":
-        """Loads both parts directly: the AutoImageProcessor of transformers 5 wants torchvision, NEO does not."""
+        """Loads both parts directly: the AutoImageProcessor of transformers 5 wants torchvision, NEO does not.
+
+        Args:
+            min_pixels, max_pixels: limits of a resized picture in place of the checkpoint's.
+        """
+        limits = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs, **limits)
         return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
     def apply_chat_template(self, conversation: list[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in transformers, for one conversation or several; contents are lists of parts or plain strings."""
+        """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
+
+        A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``, its picture given in any
+        form of `Picture`, or under the key "url", "path" or "base64", or as OpenAI's "image_url".
+
+        Raises:
+            ValueError: a part of another type.
+        """
         several = bool(conversation) and isinstance(conversation[0], (list, tuple))
         chats = [[_in_parts(message) for message in chat] for chat in (conversation if several else [conversation])]
         return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
@@ -116,20 +175,25 @@ class NEOProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Any] | None = None,
+        images: Picture | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         videos: None = None,
         audio: None = None,
         padding: bool | str = True,
+        padding_side: str = "left",
         return_tensors: str | None = "pt",
         return_mm_token_type_ids: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Tensors for `forward` and `generate`, rows padded on the left.
+        """Tensors for `forward` and `generate`.
 
         Args:
             images: pictures in the order of the tags of all texts; nested lists are flattened.
             text: one or several prompts, every picture's place marked by `<image>`.
+            min_pixels, max_pixels: limits of a resized picture in place of the image processor's.
+            kwargs: of the tokenizer.
             videos, audio, return_mm_token_type_ids: transformers passes them to every processor; not for NEO.
 
         Raises:
@@ -148,21 +212,35 @@ class NEOProcessor(ProcessorMixin):
             )
         features: dict[str, Any] = {}
         if pictures:
-            features = self.image_processor(pictures, pictures_in_sample=tags)
+            features = self.image_processor(pictures, tags, min_pixels, max_pixels)
             sizes = iter((features["grid_hw"] // MERGE_SIZE).prod(dim=-1).tolist())
             texts = [_with_places(prompt, sizes) for prompt in texts]
         kwargs.setdefault("add_special_tokens", False)
-        tokens = self.tokenizer(texts, padding=padding, padding_side="left", return_tensors="pt", **kwargs)
+        tokens = self.tokenizer(texts, padding=padding, padding_side=padding_side, return_tensors="pt", **kwargs)
         return BatchFeature({**tokens, **features})
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """transformers 4.57 looks for pictures in a plain string and fails."""
+    """A message in the one form that the template and both versions of transformers know."""
     content = message["content"]
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    if isinstance(content, str):  # transformers 4.57 looks for pictures in a plain string and fails
+        content = [{"type": "text", "text": content}]
+    return {**message, "content": [_part(part) for part in content]}
 
 
-def _flat(images: Any) -> Iterator[Image.Image]:
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return part
+    if part["type"] not in ("image", "image_url"):
+        raise ValueError(f"a part of type {part['type']!r} in a conversation: NEO takes text and pictures")
+    for key in PICTURE_KEYS:
+        if key in part:
+            picture = part[key]["url"] if isinstance(part[key], dict) else part[key]
+            return {"type": "image", "image": f"data:image;base64,{picture}" if key == "base64" else picture}
+    return {"type": "image"}
+
+
+def _flat(images: Any) -> Iterator[Picture]:
     if isinstance(images, (list, tuple)):
         for item in images:
             yield from _flat(item)

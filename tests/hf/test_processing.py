@@ -1,5 +1,6 @@
 """Pictures and text come out of the processor as the published code and the training data have them."""
 
+import base64
 import json
 
 import numpy as np
@@ -28,6 +29,61 @@ def test_patches_are_the_published_ones(golden, letter):
     features = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(picture(golden, letter))
     assert features["grid_hw"].tolist() == expected[f"{letter}.grid_hw"].reshape(1, 2).tolist()
     assert torch.equal(features["pixel_values"], expected[f"{letter}.patches"])
+
+
+def spellings(golden):
+    """One picture as users of Qwen-VL and of OpenAI's interface give it."""
+    path = golden / "images" / "a.png"
+    encoded = base64.encodebytes(path.read_bytes()).decode()  # lines of 76 characters
+    return {
+        "opened": {"type": "image", "image": Image.open(path)},
+        "pixels": {"type": "image", "image": np.asarray(Image.open(path).convert("RGB"))},
+        "path": {"type": "image", "path": str(path)},
+        "Path": {"type": "image", "image": path},
+        "file": {"type": "image", "url": path.as_uri()},
+        "base64": {"type": "image", "base64": encoded},
+        "data": {"type": "image", "image": f"data:image/png;base64,{encoded}"},
+        "openai": {"type": "image_url", "image_url": {"url": f"data:image;base64,{encoded}"}},
+    }
+
+
+@pytest.mark.parametrize("spelling", ["pixels", "path", "Path", "file", "base64", "data", "openai"])
+def test_every_way_to_give_a_picture(processor, golden, spelling):
+    """The same tokens and patches as for an opened picture."""
+    arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    question = {"type": "text", "text": "What is it?"}
+    expected, actual = (
+        processor.apply_chat_template([{"role": "user", "content": [part, question]}], **arguments)
+        for part in (spellings(golden)["opened"], spellings(golden)[spelling])
+    )
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "part, sentence",
+    [
+        ({"type": "image", "image": "https://example.org/cat.png"}, "opens no addresses: download it first"),
+        ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png: No such file"),
+        ({"type": "image", "image": "data:image/png;base64,!!"}, "is no base64"),
+        ({"type": "image", "base64": "aGVsbG8="}, "in none of the formats"),
+        ({"type": "image", "image": np.zeros((3, 64, 64), np.float32)}, r"a float32 array \[3, 64, 64\]"),
+        ({"type": "image", "image": 7}, "is a int: give a Pillow image"),
+        ({"type": "video", "video": "film.mp4"}, "a part of type 'video'"),
+    ],
+)
+def test_what_is_no_picture_is_refused(processor, part, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True, return_dict=True)
+
+
+def test_limits_of_pixels(exported, golden):
+    """When loading, as Qwen-VL's users give them, and in a call; the tokenizer has nothing of them."""
+    small = NEOProcessor.from_pretrained(exported, max_pixels=8192)
+    assert "max_pixels" not in small.tokenizer.init_kwargs
+    picture_c = picture(golden, "c")
+    grid = small(images=picture_c, text="<image>")["grid_hw"]
+    assert grid.prod() * 256 <= 8192 < small(images=picture_c, text="<image>", max_pixels=65536)["grid_hw"].prod() * 256
 
 
 def test_several_pictures_share_the_limit(golden):
@@ -96,6 +152,8 @@ def test_batches_are_padded_on_the_left(processor, golden):
     row = features["attention_mask"].sum(dim=-1).argmin()
     assert features["attention_mask"][row].tolist() == [0] * (features["input_ids"].shape[1] - short) + [1] * short
     assert (features["input_ids"] == 896).sum() == features["grid_hw"].prod() // 4
+    right = processor(text=texts[1:] + ["Hi"], padding_side="right")["attention_mask"]
+    assert right[1].tolist() == sorted(right[1].tolist(), reverse=True)
 
 
 def test_tags_and_pictures_must_agree(processor, golden):
