@@ -1,7 +1,7 @@
 """NEO's native attention for transformers, and the kernels that `attn_implementation` chooses from.
 
     sdpa             PyTorch's scaled_dot_product_attention (the default)
-    flex_attention   blocks that nobody sees are left out: for long packs; compiled, so slow at the first call
+    flex_attention   blocks that nobody sees are left out: for long packs, on one device; the first call compiles it
     eager            plain matrix products; the only one that gives attention weights
 
 Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden, d head dim.

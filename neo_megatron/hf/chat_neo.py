@@ -15,7 +15,7 @@ MERGE_SIZE = 2
 
 
 class NEOChatMixin:
-    """For a model with `generate()`, `device` and NEO's configuration."""
+    """For a model with `generate()`."""
 
     @torch.no_grad()
     def chat(
@@ -55,10 +55,12 @@ class NEOChatMixin:
                 f"{len(grids)} pictures in grid_hw for {tags} {IMAGE_TAG} tags: give pixel_values and grid_hw of one "
                 "picture for each tag, those of the history first"
             )
-        ids = torch.tensor([list(_tokens(tokenizer, turns, grids))], device=self.device)
+        # Weights that wait on disk or in main memory for their turn are on no device.
+        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
+        ids = torch.tensor([list(_tokens(tokenizer, turns, grids))], device=device)
         pictures = {}
         if pixel_values is not None:
-            pictures = {"pixel_values": pixel_values.to(self.device), "grid_hw": torch.tensor(grids).to(self.device)}
+            pictures = {"pixel_values": pixel_values.to(device), "grid_hw": torch.tensor(grids, device=device)}
         settings = {"eos_token_id": _id(tokenizer, "<|im_end|>"), "pad_token_id": tokenizer.pad_token_id}
         settings |= generation_config
         generated = self.generate(ids, attention_mask=torch.ones_like(ids), **pictures, **settings)

@@ -3,6 +3,9 @@
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def _scalar(value: Any) -> Any:
@@ -43,7 +46,8 @@ class NEOVisionConfig(PretrainedConfig):
 class NEOLLMConfig(PretrainedConfig):
     """Sizes of the decoder: Qwen3's keys, `rope_theta_hw` and the number of pre-buffer layers in front.
 
-    `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them.
+    `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them; ``None`` where the
+    checkpoint does not say how many those are, which matters to training alone.
     """
 
     model_type = "qwen3"
@@ -55,13 +59,13 @@ class NEOLLMConfig(PretrainedConfig):
         hidden_size: int = 2048,
         intermediate_size: int = 6144,
         num_hidden_layers: int = 40,
-        extra_num_layers: int = 12,
+        extra_num_layers: int | None = None,
         num_attention_heads: int = 16,
         num_key_value_heads: int = 8,
         head_dim: int = 128,
         hidden_act: str = "silu",
         rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1000000.0,
+        rope_theta: float | None = None,
         rope_theta_hw: float = 10000.0,
         max_position_embeddings: int = 40960,
         max_position_embeddings_hw: int = 10000,
@@ -82,7 +86,9 @@ class NEOLLMConfig(PretrainedConfig):
         self.head_dim = _scalar(head_dim)
         self.hidden_act = hidden_act
         self.rms_norm_eps = _scalar(rms_norm_eps)
-        self.rope_theta = float(_scalar(rope_theta))
+        # transformers 5 writes Qwen3's base of a rotation into a dictionary.
+        in_dictionary = (kwargs.pop("rope_parameters", None) or {}).get("rope_theta", 1e6)
+        self.rope_theta = float(_scalar(in_dictionary if rope_theta is None else rope_theta))
         self.rope_theta_hw = float(_scalar(rope_theta_hw))
         self.max_position_embeddings = _scalar(max_position_embeddings)
         self.max_position_embeddings_hw = _scalar(max_position_embeddings_hw)
@@ -93,7 +99,13 @@ class NEOLLMConfig(PretrainedConfig):
 
 
 class NEOChatConfig(PretrainedConfig):
-    """The whole model: `llm_config`, `vision_config` and the ids of the picture tokens."""
+    """The whole model: `llm_config`, `vision_config` and the ids of the picture tokens.
+
+    A NEO that calls itself by another name, as a published checkpoint does, is read as what it is, and that is said.
+
+    Raises:
+        ValueError: a configuration of another model; an activation that NEO does not have.
+    """
 
     model_type = "neo_chat"
     sub_configs = {"vision_config": NEOVisionConfig, "llm_config": NEOLLMConfig}
@@ -107,13 +119,18 @@ class NEOChatConfig(PretrainedConfig):
         template: str = "neo1_0",
         img_start_token_id: int = 151670,
         img_context_token_id: int = 151669,
-        tie_word_embeddings: bool = False,
+        tie_word_embeddings: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(vision_config, NEOVisionConfig):
             vision_config = vision_config.to_dict()
         if isinstance(llm_config, NEOLLMConfig):
             llm_config = llm_config.to_dict()
+        name = kwargs.pop("model_type", self.model_type)
+        if name != self.model_type:
+            self._rename(name, vision_config or {}, kwargs)
+        if tie_word_embeddings is None:
+            tie_word_embeddings = _scalar((llm_config or {}).get("tie_word_embeddings", False))
         self.vision_config = NEOVisionConfig(**(vision_config or {}))
         # One fact with one place: transformers looks for it in either configuration, depending on its version.
         self.llm_config = NEOLLMConfig(**{**(llm_config or {}), "tie_word_embeddings": tie_word_embeddings})
@@ -135,3 +152,11 @@ class NEOChatConfig(PretrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> NEOLLMConfig:
         """What generation asks for the number of layers and heads."""
         return self.llm_config
+
+    @classmethod
+    def _rename(cls, name: str, vision_config: dict[str, Any], others: dict[str, Any]) -> None:
+        if "llm_hidden_size" not in vision_config:
+            raise ValueError(f"a config.json of the model_type {name!r} without llm_hidden_size: give that of a NEO")
+        others.pop("auto_map", None)  # it names the other model's code
+        others["architectures"] = ["NEOChatModel"]
+        logger.warning(f"config.json calls this NEO {name!r}: read as {cls.model_type!r}, its auto_map is not used")

@@ -1,4 +1,4 @@
-"""Uses an exported directory as a stranger does: python remote_code_worker.py EXPORTED GOLDEN"""
+"""Uses an exported directory as a stranger does: python remote_code_worker.py EXPORTED GOLDEN SAVED"""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-exported, golden = map(Path, sys.argv[1:])
+exported, golden, saved = map(Path, sys.argv[1:])
 assert transformers.__version__.startswith(os.environ["EXPECTED_VERSION"]), transformers.__version__
 trust = {"trust_remote_code": True}
 
@@ -52,4 +52,17 @@ assert len(processor.batch_decode(answers, skip_special_tokens=True)) == 3
 torch.manual_seed(0)
 for settings in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
     assert model.generate(**batch, max_new_tokens=4, **settings).shape[1] <= batch["input_ids"].shape[1] + 4
+answer, history = model.chat(tokenizer, None, "Hi", greedy, return_history=True)
+assert history == [("Hi", answer)]
+assert answer == processor.decode(answers[2], skip_special_tokens=True).strip(), (answer, history)
+
+# What it saves is complete again, in a process that knows nothing of the first directory.
+model.save_pretrained(saved)
+processor.save_pretrained(saved)
+again = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", attn_implementation="eager", **trust).eval()
+batch_again = AutoProcessor.from_pretrained(saved, **trust).apply_chat_template(chats, **template)
+assert all(torch.equal(batch_again[key], batch[key]) for key in batch)
+seen = again(**batch_again, output_attentions=True)
+torch.testing.assert_close(seen.logits, model(**batch).logits, atol=1e-4, rtol=0)
+assert len(seen.attentions) == 5
 print("all is well")

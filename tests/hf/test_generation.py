@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
-from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
 
 IMG, CONTEXT, PAD = 897, 896, 870
@@ -214,17 +213,6 @@ def test_a_tied_model_keeps_one_parameter(golden, tmp_path):
     assert torch.equal(model.get_output_embeddings().weight, tensors["language_model.model.embed_tokens.weight"])
     model.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
-
-
-def test_both_forms_of_the_published_configuration(golden):
-    """Plain scalars, and numbers wrapped in one-element lists."""
-    config = json.loads((golden / "ckpt_untied" / "config.json").read_text())
-    plain = NEOChatConfig(**config)
-    config["vision_config"] |= {"llm_hidden_size": [64], "downsample_ratio": [0.5]}
-    config["llm_config"] |= {"rope_theta_hw": [10000.0], "num_hidden_layers": [5]}
-    wrapped = NEOChatConfig(**config)
-    assert wrapped.vision_config.to_dict() == plain.vision_config.to_dict()
-    assert wrapped.llm_config.to_dict() == plain.llm_config.to_dict()
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 
+from neo_megatron.model.config import NeoSizes
+
 OLD_TRANSFORMERS = os.environ.get("NEO_TEST_TRANSFORMERS_457")
 
 
@@ -21,11 +23,12 @@ def environment(request, tmp_path) -> dict[str, str]:
     return {**cache, "EXPECTED_VERSION": "4.57.", "PYTHONPATH": OLD_TRANSFORMERS}
 
 
-def test_loads_and_answers(exported, golden, environment):
+def test_loads_and_answers(exported, golden, environment, tmp_path):
     worker = Path(__file__).parent / "remote_code_worker.py"
-    done = run_python(worker, exported, golden, environment=environment)
+    done = run_python(worker, exported, golden, tmp_path / "saved", environment=environment)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "all is well" in done.stdout
+    assert NeoSizes.from_hf_directory(tmp_path / "saved") == NeoSizes.from_hf_directory(exported)
 
 
 def test_the_directory_is_complete(exported):
