@@ -33,6 +33,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]==2.20.*"],
         "quickstart": ["easy-vqa==1.0"],
+        "lmms-eval": ["lmms-eval==0.7.3"],  # wants an av below 16: not together with "video"
         "video": VIDEO,
         "s3": S3,
         "ray": RAY,
@@ -43,5 +44,8 @@ setup(
             *("ruff>=0.12", "easy-vqa==1.0", *VIDEO, *S3, *RAY),
         ],
     },
-    entry_points={"console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"]},
+    entry_points={
+        "console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"],
+        "lmms_eval.models": ["neo = neo_megatron.lmms_eval_plugin:manifest"],
+    },
 )

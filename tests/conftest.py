@@ -1,6 +1,7 @@
 """What all tests share: where the reference numbers lie, and how torchrun is started."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,16 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden() -> Path:
     """Directory of the numbers that the published code computed on a tiny random model."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model as a stranger publishes it: weights, config and tokenizer, nothing else."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "neo"
+    shutil.copytree(golden / "ckpt_untied", directory)
+    for path in (golden / "tokenizer").iterdir():
+        shutil.copy(path, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

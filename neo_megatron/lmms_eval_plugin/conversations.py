@@ -1,0 +1,67 @@
+"""A question as lmms-eval's tasks put it -> turns and pictures as NEO is trained on them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from neo_megatron.data.records import IMAGE_TAG, Turn
+from neo_megatron.inference.prompts import Picture
+
+Message = dict[str, Any]
+"""`{"role": ..., "content": [{"type": "text", "text": ...}, {"type": "image", "url": ...}, ...]}`"""
+
+
+def messages_of(text: str, visuals: Sequence[Any] | None) -> list[Message]:
+    """One user's message of the kind of task that gives its pictures and its text apart: pictures first."""
+    pictures = [{"type": "image", "url": visual} for visual in visuals or ()]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def turns_and_pictures(messages: Sequence[Message], system_prompt: str = "") -> tuple[list[Turn], list[Picture], int]:
+    """The turns, with a tag for each picture, the pictures in order, and how many stray tags were taken out.
+
+    A task's text may hold `<image>` where its pictures belong. As many tags as the message has pictures are their
+    places; any other number is left over from another model's format, and the pictures stay where the message has them.
+
+    Args:
+        system_prompt: stands in place of the task's own, if there is any.
+
+    Raises:
+        ValueError: the message holds a video or a sound.
+    """
+    turns, pictures, stray = [], [], 0
+    if system_prompt:
+        turns.append(Turn("system", system_prompt, False))
+    for message in messages:
+        if system_prompt and message["role"] == "system":
+            continue
+        text, of_message, taken_out = _in_line(message["content"])
+        turns.append(Turn(message["role"], text, False))
+        pictures += of_message
+        stray += taken_out
+    return turns, pictures, stray
+
+
+def _in_line(content: str | Sequence[dict[str, Any]]) -> tuple[str, list[Picture], int]:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    pictures = [_picture(part) for part in parts if part["type"] != "text"]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    tags = text.count(IMAGE_TAG)
+    if tags == len(pictures):
+        return text, pictures, 0
+    in_line = ""
+    for part in parts:
+        if part["type"] == "text":
+            in_line += part["text"].replace(IMAGE_TAG, "")
+        else:  # those in front of all text stand on lines of their own, as in training
+            in_line += IMAGE_TAG if in_line.replace(f"{IMAGE_TAG}\n", "") else f"{IMAGE_TAG}\n"
+    return in_line, pictures, tags
+
+
+def _picture(part: dict[str, Any]) -> Picture:
+    """lmms-eval takes a path that does not end like a picture's for a video; sounds and clips come as dictionaries."""
+    if part["type"] != "image" or isinstance(part["url"], dict):
+        kind = part["type"] if part["type"] != "image" else "video or sound"
+        raise ValueError(
+            f"a task of lmms-eval gives a {kind}: the neo plug-in answers questions about pictures and text"
+        )
+    return part["url"]

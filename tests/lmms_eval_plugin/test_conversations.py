@@ -1,0 +1,70 @@
+"""How a task's texts and pictures become turns with tags."""
+
+import pytest
+
+from neo_megatron.data.records import Turn
+from neo_megatron.lmms_eval_plugin.conversations import messages_of, turns_and_pictures
+
+FIRST, SECOND = "first.png", "second.png"
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def picture(path: str) -> dict[str, str]:
+    return {"type": "image", "url": path}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "pictures"),
+    [
+        ("Hi", "Hi", []),
+        ([text("Hi")], "Hi", []),
+        ([picture(FIRST), text("What?")], "<image>\nWhat?", [FIRST]),
+        ([picture(FIRST), picture(SECOND), text("Same?")], "<image>\n<image>\nSame?", [FIRST, SECOND]),
+        (
+            [text("Is "), picture(FIRST), text(" like "), picture(SECOND), text("?")],
+            "Is <image> like <image>?",
+            [FIRST, SECOND],
+        ),
+        ([picture(FIRST), text("and "), picture(SECOND)], "<image>\nand <image>", [FIRST, SECOND]),
+    ],
+)
+def test_a_picture_stands_where_the_message_has_it(content, expected, pictures):
+    assert turns_and_pictures([{"role": "user", "content": content}]) == ([Turn("user", expected, False)], pictures, 0)
+
+
+def test_as_many_tags_as_pictures_are_their_places():
+    """In front, or among the pieces: the text says where its pictures belong."""
+    turns, pictures, stray = turns_and_pictures(messages_of("Is <image> like <image>?", [FIRST, SECOND]))
+    assert (turns[0].text, pictures, stray) == ("Is <image> like <image>?", [FIRST, SECOND], 0)
+
+
+@pytest.mark.parametrize(("visuals", "expected"), [(None, "A or B?"), ([FIRST, SECOND], "<image>\n<image>\nA or B?")])
+def test_another_number_of_tags_is_left_over_from_elsewhere(visuals, expected):
+    turns, pictures, stray = turns_and_pictures(messages_of("<image>A or B?", visuals))
+    assert (turns[0].text, pictures, stray) == (expected, visuals or [], 1)
+
+
+def test_turns_keep_their_order_and_the_system_prompt_of_the_command_line_wins():
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [picture(FIRST), text("What?")]},
+        {"role": "assistant", "content": [text("A dog.")]},
+        {"role": "user", "content": [text("And "), picture(SECOND)]},
+    ]
+    roles = ["system", "user", "assistant", "user"]
+    turns, pictures, _ = turns_and_pictures(conversation)
+    assert [turn.role for turn in turns] == roles and turns[0].text == "Be brief." and pictures == [FIRST, SECOND]
+    turns, _, _ = turns_and_pictures(conversation, "Think.")
+    assert [turn.role for turn in turns] == roles and turns[0].text == "Think."
+    assert turns_and_pictures(conversation[1:2], "Think.")[0][0] == Turn("system", "Think.", False)
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "video", "url": "clip.mp4"}, {"type": "audio", "url": "a.wav"}, picture({"array": [0.0]})]
+)
+def test_only_pictures_and_text(part):
+    with pytest.raises(ValueError, match="answers questions about pictures and text"):
+        turns_and_pictures([{"role": "user", "content": [part, text("What?")]}])
