@@ -63,9 +63,7 @@ def new_prompt(question: str | Sequence[Turn], pictures: Sequence[Picture], sett
     Raises:
         RejectedSample: for a picture that preprocessing would reject; pictures and tags differ in number.
     """
-    turns = (Turn("user", question, False),) if isinstance(question, str) else tuple(question)
-    if isinstance(question, str) and IMAGE_TAG not in question:
-        turns = (Turn("user", f"{IMAGE_TAG}\n" * len(pictures) + question, False),)
+    turns = (user_turn(question, len(pictures)),) if isinstance(question, str) else tuple(question)
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(pictures))
     patches, grids = [], []
     for number, picture in enumerate(pictures, start=1):
@@ -73,6 +71,12 @@ def new_prompt(question: str | Sequence[Turn], pictures: Sequence[Picture], sett
         grids.append(picture_grid(image, name, settings.min_pixels, limit))
         patches.append(patches_from_image(image, grids[-1]))
     return Prompt(turns, tuple(patches), tuple(grids))
+
+
+def user_turn(question: str, pictures: int) -> Turn:
+    """A turn of the user; where the question says nothing of where its pictures belong, they stand in front of it."""
+    tags = "" if IMAGE_TAG in question else f"{IMAGE_TAG}\n" * pictures
+    return Turn("user", tags + question, False)
 
 
 def prompt_of_sample(sample: Sample, turn: int, settings: Settings) -> Prompt:

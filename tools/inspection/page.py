@@ -1,5 +1,6 @@
 """The page: one HTML file that needs no other, and no network."""
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +14,7 @@ from inspection.pack_view import PADDING, PICTURE, TRAINED, Pack
 from inspection.statistics import SourceCounts, Statistics
 
 _FOLDER = Path(__file__).parent
+STYLE = _FOLDER / "style.css"
 
 
 def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any] | None, token_facts: str) -> str:
@@ -31,7 +33,8 @@ def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any]
             f'<script type="application/json" id="token-facts">{token_facts}</script>\n'
             f"<script>\n{(_FOLDER / 'page.js').read_text()}</script>"
         )
-    return _template("page.html").substitute(
+    return template(_FOLDER / "page.html").substitute(
+        style=STYLE.read_text(encoding="utf-8"),
         title=escape(title),
         pack=pack,
         data_title="An epoch of these packs" if manifest else "The data set",
@@ -40,7 +43,7 @@ def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any]
         length_text=_length_text(statistics.lengths),
         histogram=histogram(statistics.lengths, manifest["seq_length"] if manifest else None),
         source_rows="\n".join(_source_row(source, statistics.sources) for source in statistics.sources),
-        rejects=_rejects(statistics),
+        rejects=rejects_table(statistics.rejected, statistics.examples),
         script=script,
     )
 
@@ -54,7 +57,7 @@ def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch:
     if block > 1:
         mask_text = f"A point stands for {block} × {block} tokens: dark where all of them see, light where some do."
     trained, seen = pack.count(TRAINED), pack.count(PICTURE)
-    return _template("pack.html").substitute(
+    return template(_FOLDER / "pack.html").substitute(
         parts,
         used=f"{used:,}",
         length=f"{length:,}",
@@ -71,8 +74,8 @@ def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch:
     )
 
 
-def _template(name: str) -> Template:
-    return Template((_FOLDER / name).read_text(encoding="utf-8"))
+def template(path: Path) -> Template:
+    return Template(path.read_text(encoding="utf-8"))
 
 
 def _data_text(manifest: dict[str, Any] | None) -> str:
@@ -81,7 +84,8 @@ def _data_text(manifest: dict[str, Any] | None) -> str:
     return "Every sample as often as an epoch has it; another epoch has the same samples with other neighbours."
 
 
-def _figure(value: str, label: str) -> str:
+def figure(value: str, label: str) -> str:
+    """A number of the page with what it counts; both are HTML."""
     return f"<div><strong>{value}</strong>{label}</div>"
 
 
@@ -89,23 +93,23 @@ def _figures(statistics: Statistics, manifest: dict[str, Any] | None) -> list[st
     sources = statistics.sources
     tokens = sum(source.tokens for source in sources)
     totals = [
-        _figure(f"{sum(source.samples for source in sources):,}", "samples"),
-        _figure(f"{sum(source.pictures for source in sources):,}", "pictures"),
-        _figure(f"{tokens:,}", "tokens"),
-        _figure(_percent(sum(source.picture_tokens for source in sources), tokens), "of them pictures"),
-        _figure(_percent(sum(source.trained_tokens for source in sources), tokens), "of them trained on"),
+        figure(f"{sum(source.samples for source in sources):,}", "samples"),
+        figure(f"{sum(source.pictures for source in sources):,}", "pictures"),
+        figure(f"{tokens:,}", "tokens"),
+        figure(_percent(sum(source.picture_tokens for source in sources), tokens), "of them pictures"),
+        figure(_percent(sum(source.trained_tokens for source in sources), tokens), "of them trained on"),
     ]
     if manifest:
         counts = manifest["counts"]
         room = counts["packs"] * manifest["seq_length"]
-        totals.append(_figure(f"{counts['packs']:,}", f"packs of {manifest['seq_length']:,} tokens"))
-        totals.append(_figure(f"{manifest['fill']:.2%}", f"filled; {room - counts['tokens']:,} tokens are padding"))
+        totals.append(figure(f"{counts['packs']:,}", f"packs of {manifest['seq_length']:,} tokens"))
+        totals.append(figure(f"{manifest['fill']:.2%}", f"filled; {room - counts['tokens']:,} tokens are padding"))
         if even := manifest["imbalance"]:
             for kind, drawn in even["drawn"].items():
                 if not drawn:  # nothing of this kind to share out
                     continue
                 text = f"largest over mean work of {even['ranks']} ranks, {escape(kind)}; {drawn:.3f} as drawn"
-                totals.append(_figure(f"{even['balanced'][kind]:.3f}", text))
+                totals.append(figure(f"{even['balanced'][kind]:.3f}", text))
     return totals
 
 
@@ -135,15 +139,15 @@ def _source_row(source: SourceCounts, sources: Sequence[SourceCounts]) -> str:
     )
 
 
-def _rejects(statistics: Statistics) -> str:
-    if not statistics.rejected:
+def rejects_table(rejected: Counter[str], examples: dict[str, list[dict[str, Any]]]) -> str:
+    """Rejected samples by reason, with examples of each as in ``rejects.jsonl``."""
+    if not rejected:
         return '<p class="soft">No sample was rejected.</p>'
     rows = []
-    for reason, count in statistics.rejected.most_common():
-        entries = statistics.examples.get(reason, [])
+    for reason, count in rejected.most_common():
         listed = "".join(
             f"<li>{escape(str(entry['file']))}, record {entry['record']}: {escape(str(entry['reason']))}</li>"
-            for entry in entries
+            for entry in examples.get(reason, [])
         )
         rows.append(f'<tr><td class="number">{count:,}</td><td>{escape(reason)}<ul>{listed}</ul></td></tr>')
     return (

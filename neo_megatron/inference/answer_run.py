@@ -1,0 +1,100 @@
+"""The output directory of a run that asks many questions: continued after a kill, whole or not there.
+
+``answers.partial.jsonl`` grows while the run works: in its first line what decides the answers, then what became of
+each question. ``answers.jsonl`` is written last, so a directory that has only this one is complete.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.files import json_line, sync_directory, write_whole
+
+ANSWERS, PROGRESS = "answers.jsonl", "answers.partial.jsonl"
+
+Place = tuple[str, int, int | None, int]
+"""As `Question.place`."""
+
+
+class AnswerRun:
+    """A locked output directory and what became of the questions so far. Use it in a ``with`` statement.
+
+    Args:
+        directory: new, or that of a run that was interrupted.
+        plan: what decides the answers, by the words in which a difference is told to the person.
+
+    Raises:
+        DataError: the directory holds something else, a finished run, one of another plan, or one that is at work.
+    """
+
+    def __init__(self, directory: Path, plan: dict[str, Any]) -> None:
+        self.directory = directory
+        self.done: dict[Place, dict[str, Any]] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / PROGRESS
+        if (directory / ANSWERS).exists() and not path.exists():
+            raise DataError(f"{directory} already holds answers; remove it, or choose another --output")
+        if any(directory.iterdir()) and not path.exists():
+            raise DataError(f"{directory} is not empty; choose another --output")
+        self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - closed by __exit__
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._begin(json.loads(json_line(plan)))
+        except BlockingIOError as error:
+            self._file.close()
+            raise DataError(
+                f"another run writes to {directory}; wait for its end, or choose another --output"
+            ) from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "AnswerRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # gives the lock back
+
+    def add(self, results: Iterable[tuple[Place, dict[str, Any]]]) -> None:
+        """Notes what became of questions. All of them are written at once, so a kill keeps all or none."""
+        results = list(results)
+        self.done.update(results)
+        self._file.write(b"".join(json_line({"place": place, "result": result}) for place, result in results))
+        self._file.flush()
+
+    def finish(self, files: dict[str, bytes]) -> None:
+        """Writes the files of the whole run, ``answers.jsonl`` last, and removes what served to continue it."""
+        for name in sorted(files, key=lambda name: name == ANSWERS):
+            write_whole(self.directory / name, files[name])
+        sync_directory(self.directory)
+        (self.directory / PROGRESS).unlink()
+
+    def _begin(self, plan: dict[str, Any]) -> None:
+        """Reads what is there, up to a line that a kill has torn, and goes on behind it."""
+        end = 0
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                break
+            entry = json.loads(line)
+            if number == 0:
+                self._compare(entry, plan)
+            else:
+                self.done[tuple(entry["place"])] = entry["result"]
+            end += len(line)
+        self._file.seek(end)
+        self._file.truncate()
+        if end == 0:
+            self._file.write(json_line(plan))
+            self._file.flush()
+
+    def _compare(self, before: dict[str, Any], plan: dict[str, Any]) -> None:
+        for key in plan | before:
+            if plan.get(key) != before.get(key):
+                raise DataError(
+                    f"{self.directory} holds an unfinished run with another {key}; "
+                    "repeat its command to continue it, or remove the directory to start anew"
+                )

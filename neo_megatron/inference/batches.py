@@ -1,0 +1,217 @@
+"""Many questions -> answers, batch by batch, on one process or on several with a model each.
+
+Batches are made of all questions, longest first: they do not depend on who does them or on what is done already, and a
+memory that is too small shows at once. A sampled answer depends on the seed and its batch, not on the worker.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import logging
+
+from neo_megatron.data.errors import DataError, RejectedSample
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+from neo_megatron.inference.answer_run import AnswerRun
+from neo_megatron.inference.answering import Answer, Answerer
+from neo_megatron.inference.prompts import Prompt, prompt_of_sample
+from neo_megatron.inference.questions import Ask, Question, reject_entry
+
+Result = dict[str, Any]
+"""``prediction`` and ``finished`` of an answer, or ``rejected``, a line of ``rejects.jsonl``."""
+Batch = tuple[Sequence[Question], int]
+"""Questions that are answered together, and the seed of what is drawn for them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs besides its questions.
+
+    Args:
+        model: directory of the checkpoint.
+        dtype: as of `Answerer`.
+        settings: limits of pixels and frames, and the seed of what is drawn.
+        max_new_tokens: where an answer is cut.
+        generation: further arguments of ``generate``.
+        threads: of one worker.
+    """
+
+    model: Path
+    dtype: str
+    settings: Settings
+    max_new_tokens: int
+    generation: dict[str, Any] = field(default_factory=dict)
+    threads: int = 1
+
+
+def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
+    """All that decides the answers, but for the pictures, by the words in which a difference is told."""
+    model = [task.model / "config.json", task.model / "tokenizer.json", *sorted(task.model.glob("*.safetensors"))]
+    settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(task.settings).items()}
+    return {
+        "kind of questions": ask,
+        "--model": {path.name: _state(path) for path in model},
+        "--dtype": task.dtype,
+        "--max-new-tokens": task.max_new_tokens,
+        "way of choosing tokens": task.generation,
+        **settings,
+        "list of data sets": [source.name for source in sources],
+        **{
+            f"annotation file, root or share of {source.name}": [
+                os.path.abspath(source.annotations),
+                _state(Path(source.annotations)),
+                source.image_root,
+                str(source.share),
+            ]
+            for source in sources
+        },
+    }
+
+
+def _state(path: Path) -> list[int]:
+    """Size and time of change."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def make_batches(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Numbers of the questions of each batch: of nearly equal length, so that little is padding."""
+    order = sorted(range(len(questions)), key=lambda number: (-questions[number].length, number))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def default_workers(model: Path) -> int:
+    """A GPU each; without one a core each, as far as that many models fit into the memory that is free."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    fitting = psutil.virtual_memory().available // max(2 * size, 1 << 30)
+    return int(max(1, min(len(os.sched_getaffinity(0)), fitting)))
+
+
+class Worker:
+    """One model that answers batches."""
+
+    def __init__(self, task: Task, device: str | None) -> None:
+        torch.set_num_threads(task.threads)
+        self._task = task
+        self._answerer = Answerer(task.model, device=device, dtype=task.dtype)
+
+    def __call__(self, questions: Sequence[Question], seed: int) -> list[Result]:
+        """What became of each question.
+
+        Raises:
+            DataError: memory of the GPU is full.
+        """
+        with ThreadPoolExecutor(self._task.threads) as threads, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            prompts = list(threads.map(self._prompt, questions))
+        asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        torch.manual_seed(seed)
+        try:
+            said = iter(
+                self._answerer.answer(asked, self._task.max_new_tokens, **self._task.generation) if asked else []
+            )
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                f"a batch of {len(asked)} questions does not fit into the GPU's memory; run the same command again "
+                "with a smaller --batch-size to continue"
+            ) from error
+        return [self._result(next(said)) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+
+    def _prompt(self, question: Question) -> Prompt | Result:
+        try:
+            return prompt_of_sample(question.sample, question.turn, self._task.settings)
+        except RejectedSample as rejected:
+            return {"rejected": reject_entry(rejected, question.source, question.record, question.element)}
+
+    @staticmethod
+    def _result(answer: Answer) -> Result:
+        return {"prediction": answer.text.strip(), "finished": answer.finished}
+
+
+def answer_all(questions: Sequence[Question], task: Task, run: AnswerRun, batch_size: int, workers: int) -> None:
+    """Answers the questions that ``run`` does not know yet, and notes what became of each there.
+
+    Several workers are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
+
+    Raises:
+        ValueError, DataError: the model cannot be loaded or does not fit; a worker died.
+    """
+    batches = []
+    for batch in make_batches(questions, batch_size):
+        missing = [questions[number] for number in batch if questions[number].place not in run.done]
+        if missing:
+            batches.append((missing, task.settings.seed + batch[0]))
+    workers = max(1, min(workers, len(batches)))
+    answers = _inline(task, batches) if workers == 1 else _on_processes(task, batches, workers)
+    with (
+        contextlib.closing(answers),
+        tqdm(desc="answering", total=len(questions), initial=len(run.done), unit=" questions") as progress,
+    ):
+        for asked, results in answers:
+            run.add(zip((question.place for question in asked), results, strict=True))
+            progress.update(len(asked))
+
+
+def _inline(task: Task, batches: Sequence[Batch]) -> Iterator[tuple[Sequence[Question], list[Result]]]:
+    worker = Worker(task, None) if batches else None
+    for asked, seed in batches:
+        yield asked, worker(asked, seed)
+
+
+def _on_processes(
+    task: Task, batches: Sequence[Batch], workers: int
+) -> Iterator[tuple[Sequence[Question], list[Result]]]:
+    """Batches as they come to their end."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    devices = context.SimpleQueue()
+    for number in range(workers):
+        devices.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None)
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(workers, context, _start, (task, devices))
+    try:
+        waiting = {executor.submit(_answer, *batch): batch[0] for batch in batches}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker died; run the same command again to continue, with fewer --workers where memory ran out"
+        ) from error
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # whatever it is at: an answer that nobody waits for
+
+
+_task: Task
+_device: str | None
+_worker: Worker | None = None
+
+
+def _start(task: Task, devices: Any) -> None:
+    """A process of the pool. Its model is loaded with its first batch, where an error finds its way back."""
+    global _task, _device
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the person sees
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    _task, _device = task, devices.get()
+
+
+def _answer(questions: Sequence[Question], seed: int) -> list[Result]:
+    global _worker
+    if _worker is None:
+        _worker = Worker(_task, _device)
+    return _worker(questions, seed)

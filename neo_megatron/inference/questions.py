@@ -1,0 +1,181 @@
+"""Annotation files -> questions to a model: what preprocessing rejects is rejected here, with the same sentence."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from neo_megatron.data.annotations import read_slice, slices
+from neo_megatron.data.errors import DataError, Reason, RejectedSample
+from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_picture
+from neo_megatron.data.records import Sample, check_sample, parse_record
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+
+Ask = Literal["every answer", "next turn"]
+_RECORDS_AT_ONCE = 8192
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """One turn that the model is to say, and where it stands.
+
+    Args:
+        source, record, element: the data set, the number of the record in its file, the place in a list-packed record.
+        turn: of the sample; the turns before it are the prompt.
+        id: what the record says under ``id``.
+        references: texts that count as right; empty where none are known.
+        length: about how many tokens the prompt has; batches are made by it, answers are not.
+    """
+
+    source: Source
+    record: int
+    element: int | None
+    turn: int
+    id: Any
+    sample: Sample
+    references: tuple[str, ...]
+    length: int
+
+    @property
+    def place(self) -> tuple[str, int, int | None, int]:
+        """What no other question has."""
+        return self.source.name, self.record, self.element, self.turn
+
+    @property
+    def text(self) -> str:
+        """The turn in front of the answer."""
+        return self.sample.turns[self.turn - 1].text if self.turn else ""
+
+
+@dataclass
+class QuestionList:
+    """The questions of annotation files in their order, and the samples left out, as in ``rejects.jsonl``.
+
+    What is asked of a model is small beside what it is trained on, so it is held in memory, but for the pictures.
+    """
+
+    questions: list[Question] = field(default_factory=list)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> QuestionList:
+    """Reads all questions.
+
+    Args:
+        sources: as of preprocessing; of a share below 1 the same records are drawn.
+        settings: limits of pixels, and the seed of the draw.
+        ask: "every answer": each turn that is trained on is one question, the turns before it as they are written its
+            prompt; its text and its ``answers``, a list of texts, are the references. "next turn": each sample is one
+            question, what follows its last turn of a user; it may have a ``prompt``, a text, for ``conversations``.
+
+    Raises:
+        DataError: a data set is named twice, or with more than all of it; there is no question at all.
+    """
+    names = [source.name for source in sources]
+    for source in sources:
+        if source.share > 1 or names.count(source.name) > 1:
+            raise DataError(f"data set {source.name}: each question is asked once; name it once, with at most %100")
+    result = QuestionList()
+    with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is either rejected with a reason or used
+        for source, record, text in _records(sources, settings.seed, result):
+            progress.update(_read_record(source, record, text, settings, ask, result))
+    if not result.questions:
+        why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
+        raise DataError(f"no question in {', '.join(source.annotations for source in sources)}{why}")
+    return result
+
+
+def reject_entry(rejected: RejectedSample, source: Source, record: int, element: int | None) -> dict[str, Any]:
+    """A line of ``rejects.jsonl``, as preprocessing writes it."""
+    return {
+        "file": source.annotations,
+        "record": record,
+        "element": element,
+        "kind": rejected.reason.value,
+        "reason": rejected.sentence,
+    }
+
+
+def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[Source, int, bytes | None]]:
+    for piece in slices(sources, _RECORDS_AT_ONCE):
+        source = sources[piece.place.source]
+        for record, text in read_slice(piece, source, seed):
+            yield source, record, text
+        if piece.broken:
+            broken = RejectedSample(Reason.BROKEN_JSON, piece.broken)
+            result.rejects.append(reject_entry(broken, source, piece.place.first + len(piece.bounds), None))
+
+
+def _read_record(
+    source: Source, record: int, text: bytes | None, settings: Settings, ask: Ask, result: QuestionList
+) -> int:
+    """Adds the questions of a record; returns the number of its samples."""
+    try:
+        elements = list(parse_record(text))
+    except RejectedSample as rejected:
+        result.rejects.append(reject_entry(rejected, source, record, None))
+        return 1
+    for element, written in elements:
+        try:
+            sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
+            cells = _cells(sample, settings)
+            asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
+        except RejectedSample as rejected:
+            result.rejects.append(reject_entry(rejected, source, record, element))
+            continue
+        for turn, references in asked:
+            length = cells + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
+            result.questions.append(
+                Question(source, record, element, turn, written.get("id"), sample, references, length)
+            )
+    return len(elements)
+
+
+def _with_room(written: object) -> object:
+    """The sample as written, with an empty turn behind it that can be said."""
+    if not isinstance(written, dict):
+        return written
+    turns = written.get("conversations")
+    if "prompt" in written:
+        if turns is not None:
+            raise RejectedSample(Reason.MALFORMED, "the sample has both a 'prompt' and 'conversations'")
+        turns = [{"from": "human", "value": written["prompt"]}]
+    if isinstance(turns, list) and turns:  # any other is for `check_sample` to reject
+        turns = [*turns, {"from": "gpt", "value": ""}]
+    return {**written, "conversations": turns}
+
+
+def _next_turn(sample: Sample) -> tuple[int, tuple[str, ...]]:
+    users = [number for number, turn in enumerate(sample.turns) if turn.role == "user"]
+    return (users[-1] + 1 if users else len(sample.turns) - 1), ()
+
+
+def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[str, ...]]]:
+    """(turn, references) of every turn that is trained on."""
+    return [
+        (number, (turn.text, *_further_answers(number, written["conversations"][number])))
+        for number, turn in enumerate(sample.turns)
+        if turn.trained
+    ]
+
+
+def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
+    answers = turn.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of texts")
+    return answers
+
+
+def _cells(sample: Sample, settings: Settings) -> int:
+    """Tokens of the pictures by their headers; frames of videos are not counted."""
+    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.pictures))
+    grids = [
+        grid_of_size(*header_size(read_picture(path), path), path, settings.min_pixels, limit)
+        for path in sample.pictures
+    ]
+    return sum(height * width for height, width in grids) // 4
