@@ -1,0 +1,235 @@
+"""`tools/evaluate.py`: the same answers for any batch size, worker count and interruption; its lists and its page."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from answers.page import page, worst_cases
+from PIL import Image
+
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.records import Turn
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+from neo_megatron.inference.answer_run import AnswerRun
+from neo_megatron.inference.answering import Answerer
+from neo_megatron.inference.batches import make_batches
+from neo_megatron.inference.evaluation import Evaluation, Scores
+from neo_megatron.inference.questions import read_questions
+
+TOKENS = 4
+HOSTILE = '</p></style><script>alert(1)</script><img src="http://example.org/a.png"> & "quoted"'
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text, **keys):
+    return {"from": "gpt", "value": text, **keys}
+
+
+def say(answerer: Answerer, turns: list[Turn], pictures: list[Path]) -> str:
+    """A greedy answer, every token from a whole forward without padding or cache."""
+    inputs = answerer.inputs([answerer.prompt(turns, pictures)])
+    inputs.pop("attention_mask")
+    asked = inputs["input_ids"].shape[1]
+    for _ in range(TOKENS):
+        with torch.no_grad():
+            likely = answerer.model(**inputs).logits[:, -1:].argmax(dim=-1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], likely], dim=1)
+    tokens = inputs["input_ids"][0, asked:].tolist()
+    end = answerer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+    return answerer.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@pytest.fixture(scope="module")
+def asked(answerer, golden, tmp_path_factory) -> tuple[Path, list[str]]:
+    """An annotation file, and what the model says to its questions: some of it is the right answer there."""
+    directory = tmp_path_factory.mktemp("asked")
+    shutil.copytree(golden / "images", directory / "pictures")
+    picture = (golden / "images" / "a.png").read_bytes()
+    (directory / "pictures" / "torn.png").write_bytes(picture[: len(picture) // 2])
+    records, said = [], []
+    for number, name in enumerate(["a.png", "b.png", "c.png", "e.png", None, None]):
+        pictures = [directory / "pictures" / name] if name else []
+        tag = "<image>\n" if name else ""
+        turns = [Turn("user", f"{tag}What is {'so ' * 3 * number}odd?", False)]
+        said.append(say(answerer, turns, pictures))
+        right = [said[-1].upper(), "something else", HOSTILE][number % 3]
+        further = [human(f"And {number}?"), gpt("nothing", answers=["none"])]
+        turns += [Turn("assistant", right, False), Turn("user", further[0]["value"], False)]
+        said.append(say(answerer, turns, pictures))
+        records.append({"id": number, "conversations": [human(turns[0].text), gpt(right), *further]})
+        if name:
+            records[-1]["image"] = name
+    twice = [human("?"), gpt("!"), human("?"), gpt("!")]
+    bad = [{"image": name, "conversations": twice} for name in ("torn.png", "gone.png")]
+    (directory / "asked.json").write_text(json.dumps([*records[:3], *bad, {"conversations": []}, *records[3:]]))
+    return directory / "asked.json", said
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, asked):
+    """Runs the tool in this process."""
+    annotations, _ = asked
+
+    def of(output: Path, *further: str, batch_size: int = 5, workers: int = 1) -> Path:
+        flags = ["--model", checkpoint, "--input", annotations, "--image-root", annotations.parent / "pictures"]
+        flags += ["--output", output, "--max-new-tokens", TOKENS, "--batch-size", batch_size, "--workers", workers]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), *further])
+            evaluate.main()
+        return output
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("evaluated") / "out")
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_answers_and_scores(evaluated, asked):
+    """Of every third record the first answer is right but for the case of its letters."""
+    _, said = asked
+    lines = lines_of(evaluated / "answers.jsonl")
+    assert [line["prediction"] for line in lines] == said
+    assert [(line["record"], line["turn"]) for line in lines] == [(n, t) for n in (0, 1, 2, 6, 7, 8) for t in (1, 3)]
+    assert [line["id"] for line in lines[::2]] == list(range(6)) and lines[1]["references"] == ["nothing", "none"]
+    assert [line["exact_match"] for line in lines] == [True, *[False] * 5, True, *[False] * 5]
+    scores = json.loads((evaluated / "scores.json").read_text())
+    assert scores["questions"] == 12 and scores["exact_match"] == pytest.approx(2 / 12)
+    assert scores["anls"] == pytest.approx(sum(line["anls"] for line in lines) / 12)
+    assert scores["data_sets"] == {"asked": {key: scores[key] for key in ("questions", "exact_match", "anls", "cut")}}
+    assert scores["cut"] == sum(not line["finished"] for line in lines) and scores["rejected_samples"] == 3
+
+
+def test_what_preprocessing_rejects_is_rejected(evaluated, asked, golden, tmp_path):
+    """With the same words; a picture whose header is whole is found out when it is decoded."""
+    annotations, _ = asked
+    source = Source("asked", str(annotations), str(annotations.parent / "pictures"))
+    preprocess([source], golden / "tokenizer", tmp_path / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    expected = lines_of(tmp_path / "shards" / "rejects.jsonl")
+    assert [entry["record"] for entry in expected] == [3, 4, 5]
+    found = lines_of(evaluated / "rejects.jsonl")
+    assert sorted(found, key=lambda entry: entry["record"]) == expected
+
+
+def test_batches_and_workers_change_nothing(run, evaluated, tmp_path):
+    assert contents(run(tmp_path / "single", batch_size=1)) == contents(evaluated)
+    assert contents(run(tmp_path / "workers", workers=2)) == contents(evaluated)
+
+
+def test_an_interrupted_run_goes_on(run, evaluated, tmp_path, monkeypatch):
+    """After a kill in its third batch, which tears a line; what is known is not asked again."""
+    output, sizes, most = tmp_path / "out", [], 2
+    answer = Answerer.answer
+
+    def counting(self, prompts, *arguments, **keys):
+        if len(sizes) == most:
+            raise KeyboardInterrupt
+        sizes.append(len(prompts))
+        return answer(self, prompts, *arguments, **keys)
+
+    monkeypatch.setattr(Answerer, "answer", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(output, batch_size=3)
+    assert [path.name for path in output.iterdir()] == ["answers.partial.jsonl"]
+    with (output / "answers.partial.jsonl").open("a") as file:
+        file.write('{"place": ["asked", 0, nu')
+    most = 99
+    assert contents(run(output, batch_size=4)) == contents(evaluated)
+    assert sum(sizes) == 12
+
+
+def test_a_directory_has_one_run(run, evaluated, asked, tmp_path, monkeypatch):
+    with pytest.raises(Exception, match="already holds answers"):
+        run(evaluated)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(Exception, match="is not empty; choose another --output"):
+        run(tmp_path / "mine")
+    with AnswerRun(tmp_path / "busy", {}), pytest.raises(Exception, match="another run writes to"):
+        run(tmp_path / "busy")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "half")
+    with pytest.raises(Exception, match="unfinished run with another --max-pixels; repeat its command"):
+        run(tmp_path / "half", "--max-pixels", "16384")
+    annotations, _ = asked
+    annotations.write_text(annotations.read_text() + "\n")
+    with pytest.raises(Exception, match="unfinished run with another annotation file, root or share of asked"):
+        run(tmp_path / "half")
+
+
+def test_longest_questions_come_first(asked):
+    """So that a memory that is too small shows at once."""
+    annotations, _ = asked
+    source = Source("asked", str(annotations), str(annotations.parent / "pictures"))
+    questions = read_questions([source], Settings(), "every answer").questions
+    order = [questions[number].length for batch in make_batches(questions, 4) for number in batch]
+    assert order == sorted(order, reverse=True) and order[0] > order[-1]
+
+
+def test_errors_are_one_sentence(tmp_path, monkeypatch):
+    tool = Path(evaluate.__file__)
+    monkeypatch.setattr(sys, "argv", [str(tool), "--model", str(tmp_path), "--input", "none.json", "--output", "out"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert re.fullmatch(r"evaluate: data set none: the annotation file none.json does not exist; .*", ended.value.code)
+
+
+def case(**keys):
+    return {
+        **{"data_set": "d", "record": 0, "element": None, "turn": 1, "id": None, "pictures": [], "question": "?"},
+        **{"prediction": "a", "finished": True, "references": ["b"], "exact_match": False, "anls": 0.0, **keys},
+    }
+
+
+def test_the_page(evaluated, asked):
+    html = (evaluated / "report.html").read_text()
+    assert html.count("<img ") == html.count('src="data:image/jpeg;base64,') == 6
+    assert "<script" not in html and "&lt;script&gt;alert(1)" in html
+    assert "torn.png" in html and "gone.png" in html and "empty conversation" in html
+    addresses = re.findall(r'(?:src|href)="(.{5})', html)
+    assert set(addresses) == {"data:"} and "url(" not in html
+
+
+def test_the_page_escapes_everything(tmp_path):
+    """Also what cannot hold such text in a file of the test above."""
+    line = case(data_set=HOSTILE, question=HOSTILE, prediction=HOSTILE, pictures=[f"{tmp_path}/{HOSTILE}"])
+    scores = Scores.of([line])
+    rejects = [{"file": HOSTILE, "record": 1, "element": None, "kind": HOSTILE, "reason": HOSTILE}]
+    html = page(Evaluation([line], rejects, scores, {HOSTILE: scores}), HOSTILE)
+    assert "<script" not in html and "<img" not in html and html.count("</style>") == 1
+
+
+def test_the_worst_come_first(tmp_path):
+    lines = [case(record=number, anls=number % 10 / 10) for number in range(200)]
+    shown = worst_cases(lines, 30)
+    assert [line["anls"] for line in shown] == [0.0] * 20 + [0.1] * 10
+    assert shown == worst_cases(lines, 30) and [line["record"] for line in shown[:20]] != list(range(0, 200, 10))
+    Image.new("RGB", (2000, 10)).save(tmp_path / "wide.png")
+    many = case(pictures=[str(tmp_path / "wide.png")] * 6)
+    html = page(Evaluation([many], [], Scores.of([many]), {}), "neo")
+    assert html.count("<img ") == 4 and "and 2 more pictures" in html

@@ -1,0 +1,98 @@
+"""`tools/generate.py`: one answer on the terminal, many into a file."""
+
+import json
+import runpy
+import sys
+
+import generate
+import pytest
+
+TOKENS = 6
+
+
+@pytest.fixture
+def run(checkpoint, monkeypatch):
+    """Runs the tool in this process."""
+
+    def of(*flags: object) -> None:
+        command = ["generate.py", "--model", checkpoint, "--max-new-tokens", TOKENS, *flags]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        generate.main()
+
+    return of
+
+
+def test_one_answer(run, answerer, golden, capsys):
+    """The answer alone on standard output; the system turn is part of the prompt."""
+    pictures = [golden / "images" / f"{letter}.png" for letter in "ab"]
+    (expected,) = answerer.answer([answerer.prompt("Same?", pictures)], TOKENS)
+    run("--image", *pictures, "--prompt", "Same?")
+    out = capsys.readouterr()
+    assert out.out == expected.text + "\n" and "tokens/s" in out.err
+    run("--image", *pictures, "--prompt", "Same?", "--system", "Be terse.")
+    other = capsys.readouterr().out
+    assert other != out.out
+
+
+def test_a_seed_repeats_what_is_drawn(run, capsys):
+    def drawn(seed):
+        run("--prompt", "Hi", "--temperature", 2.0, "--top-p", 0.9, "--seed", seed)
+        return capsys.readouterr().out
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in (1, 2, 3)}) > 1
+
+
+def test_many_answers(run, answerer, golden, tmp_path, capsys):
+    records = [
+        {"id": "x", "image": "a.png", "prompt": "What?"},
+        {"image": "none.png", "prompt": "What?"},
+        {"conversations": [{"from": "human", "value": "Hi"}]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--image-root", golden / "images", "--output", tmp_path / "out", "--workers", 1]
+    run("--input", tmp_path / "prompts.jsonl", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    prompts = [answerer.prompt("What?", [golden / "images" / "a.png"]), answerer.prompt("Hi")]
+    expected = [answerer.answer([prompt], TOKENS)[0] for prompt in prompts]
+    assert [(line["id"], line["record"], line["prediction"]) for line in lines] == [
+        ("x", 0, expected[0].text.strip()),
+        (None, 2, expected[1].text.strip()),
+    ]
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["record"], reject["kind"]) == (1, "missing picture")
+    assert "1 samples were rejected" in capsys.readouterr().out
+
+
+def test_a_bad_picture_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypatch):
+    torn = tmp_path / "torn.png"
+    torn.write_bytes((golden / "images" / "a.png").read_bytes()[:500])
+    command = [generate.__file__, "--model", str(checkpoint), "--image", str(torn), "--prompt", "What?"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(generate.__file__, run_name="__main__")
+    assert ended.value.code.startswith(f"generate: the picture {torn} cannot be decoded")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "give either --prompt or --input"),
+        (["--prompt", "Hi", "--input", "a.jsonl"], "give either --prompt or --input"),
+        (["--input", "a.jsonl"], "--input and --output go together"),
+        (["--prompt", "Hi", "--temperature", "-1"], "--temperature must be 0 or above"),
+        (["--prompt", "Hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+    ],
+)
+def test_flags_that_contradict_each_other(run, capsys, flags, sentence):
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named(monkeypatch, tmp_path):
+    command = [generate.__file__, "--model", str(tmp_path / "gone"), "--prompt", "Hi"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(generate.__file__, run_name="__main__")
+    assert ended.value.code.startswith(f"generate: {tmp_path}/gone/config.json: no such file")
