@@ -5,6 +5,14 @@ from setuptools import find_packages, setup
 VIDEO = ["av>=18"]  # earlier ones crash on some files
 S3 = ["multi-storage-client[boto3]>=1.3"]
 RAY = ["ray>=2.40"]
+# What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/environment.sh adds
+# Gradio itself, past the resolver.
+DEMO = [
+    *("anyio>=3,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
+    *("httpx>=0.24.1,<1", "jinja2<4", "markupsafe>=2,<4", "orjson~=3.0", "packaging", "pandas<4", "pydantic>=2,<=3"),
+    *("pydub<1", "python-multipart>=0.0.18,<1", "pytz>=2017.2", "safehttpx>=0.1.7,<0.2", "semantic-version~=2.0"),
+    *("starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1", "typing-extensions~=4.0", "uvicorn>=0.14"),
+]
 BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5", *S3]
 
 setup(
@@ -37,11 +45,12 @@ setup(
         "video": VIDEO,
         "s3": S3,
         "ray": RAY,
+        "demo": DEMO,
         "benchmark": BENCHMARK,
         "test": [
             "accelerate>=1.1",  # the Trainer of transformers and device_map ask for it
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2"),
-            *("ruff>=0.12", "easy-vqa==1.0", *VIDEO, *S3, *RAY),
+            *("ruff>=0.12", "easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
         ],
     },
     entry_points={

@@ -1,5 +1,5 @@
-# Sourced by run.sh of the quickstart and of the tests: makes `.venv` in the repository once, with the given extra, and
-# leaves its Python in $PYTHON.     usage: . tools/environment.sh EXTRA
+# Sourced by run.sh of the quickstart, the demo and the tests: makes `.venv` in the repository once, with the given extra,
+# and leaves its Python in $PYTHON.     usage: . tools/environment.sh EXTRA
 
 find_python() {
   local candidate
@@ -21,6 +21,7 @@ if [ ! -f "$stamp" ]; then
   [ -x "$repository/.venv/bin/python" ] || "$python" -m venv "$repository/.venv"
   echo "installing neo_megatron[$1] into .venv (PyTorch is large: a minute or two)"
   "$repository/.venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on -e "$repository[$1]" | grep -v '^Requirement already'
+  case $1 in demo | test) "$repository/.venv/bin/python" -m pip install --disable-pip-version-check -q --no-deps 'gradio==6.31.*' ;; esac
   touch "$stamp"
 fi
 PYTHON="$repository/.venv/bin/python"

@@ -1,7 +1,8 @@
-"""The scripts of the quickstart import each other as scripts do: from their own directory."""
+"""The scripts of the examples import each other as scripts do: from their own directory."""
 
 import sys
 from pathlib import Path
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = EXAMPLES / "demo"
+sys.path[:0] = [str(EXAMPLES / "quickstart"), str(DEMO)]

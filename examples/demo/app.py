@@ -1,0 +1,61 @@
+"""A page to talk to a NEO: drop a picture, ask, and see where each word of the answer looked.
+
+    bash examples/demo/run.sh --model neo          # installs what is missing, then starts this file
+
+It listens on this machine alone, loads nothing from elsewhere, and takes the pictures that preprocess_data.py takes.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a NEO checkpoint in Hugging Face form")
+    parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
+    parser.add_argument("--max-upload-mb", type=int, default=32, help="largest picture file (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, help="of a picture as the model sees it (as in the checkpoint)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs (the first GPU where there is one)")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16 (that of the weight files)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if importlib.util.find_spec("gradio") is None:
+        raise DataError(
+            "Gradio is not installed: start the page with `bash examples/demo/run.sh`, or run `pip install '.[demo]'` "
+            "and then `pip install --no-deps 'gradio==6.31.*'`: it asks for an older Pillow than NEO needs"
+        )
+    listener = socket.create_server(("127.0.0.1", arguments.port))
+    answerer = Answerer(
+        arguments.model, device=arguments.device, dtype=arguments.dtype, max_pixels=arguments.max_pixels
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the uploads removed
+    with tempfile.TemporaryDirectory(prefix="neo-demo-") as uploads, suppress(KeyboardInterrupt):
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # read when Gradio is imported
+        from server import page_app, serve
+        from talk import Talk
+
+        name = arguments.model.resolve().name
+        app = page_app(Talk(answerer), name, arguments.max_new_tokens, arguments.max_upload_mb << 20)
+        print(f"the page: http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        serve(app, listener)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ValueError, OSError) as error:
+        sys.exit(f"app: {error}")
