@@ -1,4 +1,7 @@
-"""Converts checkpoints: Qwen3 -> NEO, NEO in Hugging Face form -> Megatron, Megatron -> Hugging Face form."""
+"""Converts checkpoints: Qwen3 -> NEO, NEO in Hugging Face form -> Megatron, Megatron -> Hugging Face form.
+
+Takes pre-buffers out and puts them in front of other Qwen3s; says what is in a checkpoint.
+"""
 
 import argparse
 import re
@@ -8,6 +11,7 @@ from typing import Any, get_args
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.hub import model_directory, tokenizer_directory
+from neo_megatron.checkpoint.info import contents, weights_hash
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
@@ -19,7 +23,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf):
+    for add in (add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf, add_info):
         add(commands)
     return parser.parse_args()
 
@@ -85,6 +89,20 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
     convert_megatron_to_hf(args.megatron, args.output, tokenizer_of(args), args.max_shard_size)
 
 
+def add_info(commands: Any) -> None:
+    command = commands.add_parser("info", help="what is in a checkpoint, and a hash that is the same in either form")
+    command.add_argument("checkpoint", metavar="DIR", help="in either form, also a Qwen3; or the id of a hub")
+    command.add_argument("--allow-pickle", action="store_true", help="look into pickled weights, too")
+    command.set_defaults(run=info)
+
+
+def info(args: argparse.Namespace) -> None:
+    opened = contents(model_directory(args.checkpoint, args.allow_pickle), args.allow_pickle)
+    for label, text in opened.lines.items():
+        print(f"{label:<26}{text}")
+    print(f"{'sha256 of the weights':<26}{weights_hash(opened)}")
+
+
 def add_hf(command: argparse.ArgumentParser, flag: str, metavar: str) -> None:
     command.add_argument(flag, required=True, metavar=metavar, help="or the id of a hub: org/name@revision")
     command.add_argument(
@@ -127,7 +145,8 @@ def main() -> None:
         args.run(args)
     except (ValueError, DataError) as error:
         sys.exit(f"convert_checkpoint: {error}")
-    print(f"written to {args.output}")
+    if "output" in args:
+        print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

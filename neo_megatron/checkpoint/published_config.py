@@ -16,17 +16,13 @@ from neo_megatron.model.config import NeoSizes, scalar
 
 MODEL_TYPE = "neo_chat"
 _FIRST_LAYER = DECODER + "layers.0."
-# No other model has all of these; sizes are read from some. Name -> number of dimensions.
-_MARKS = {
-    PATCH_EMBEDDING + "patch_embedding.weight": 4,
-    PATCH_EMBEDDING + "dense_embedding.weight": 4,
-    WORD_EMBEDDING: 2,
-    _FIRST_LAYER + "self_attn.q_proj_hw.weight": 2,
-    _FIRST_LAYER + "self_attn.q_proj.weight": 2,
-    _FIRST_LAYER + "self_attn.k_proj.weight": 2,
-    _FIRST_LAYER + "self_attn.q_norm.weight": 1,
-    _FIRST_LAYER + "mlp.gate_proj.weight": 2,
-}
+# No other model has all of these.
+_MARKS = (
+    PATCH_EMBEDDING + "patch_embedding.weight",
+    PATCH_EMBEDDING + "dense_embedding.weight",
+    WORD_EMBEDDING,
+    _FIRST_LAYER + "self_attn.q_proj_hw.weight",
+)
 # What no tensor tells: key -> value of the published models.
 _PUBLISHED = {
     "rope_theta": NeoSizes.rope_theta,
@@ -34,6 +30,11 @@ _PUBLISHED = {
     "rms_norm_eps": NeoSizes.norm_epsilon,
     "max_position_embeddings": NeoSizes.max_positions,
 }
+
+
+def is_neo(shapes: dict[str, Shape]) -> bool:
+    """Whether tensors of these names are a NEO's, whatever their configuration says."""
+    return all(name in shapes for name in _MARKS)
 
 
 def complete_config(
@@ -49,18 +50,16 @@ def complete_config(
     Raises:
         ValueError: no NEO by its tensors; nothing tells the ids of the picture tokens.
     """
-    if missing := [name for name, dimensions in _MARKS.items() if len(shapes.get(name, ())) != dimensions]:
-        raise ValueError(
-            f"{directory}: no whole NEO (model_type {config.get('model_type')!r}; it lacks {missing[0]}): "
-            "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
-        )
     said: list[str] = []
-    llm, vision = (
-        {key: scalar(value) for key, value in (config.get(name) or {}).items()}
-        for name in ("llm_config", "vision_config")
-    )
-    top = {key: scalar(value) for key, value in config.items()} | {"llm_config": llm, "vision_config": vision}
+    llm, vision = (_plain(config.get(name)) for name in ("llm_config", "vision_config"))
+    top = _plain(config) | {"llm_config": llm, "vision_config": vision}
     if top.get("model_type") != MODEL_TYPE:
+        if not is_neo(shapes):
+            lacking = next(name for name in _MARKS if name not in shapes)
+            raise ValueError(
+                f"{directory}: no NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
+                "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
+            )
         said.append(f"model_type is {top.get('model_type')!r}, but the tensors are a NEO's: read as {MODEL_TYPE!r}")
         top |= {"model_type": MODEL_TYPE, "architectures": ["NEOChatModel"]}
     if absent := [name for name in code_files(config.get("auto_map")) if not (directory / name).is_file()]:
@@ -74,8 +73,12 @@ def complete_config(
     _fill(vision, {"rope_theta_vision": NeoSizes.rope_theta_patch}, "in the published models", said)
     if "tie_word_embeddings" not in top and "tie_word_embeddings" not in llm:
         _fill(top, {"tie_word_embeddings": LM_HEAD not in shapes}, "in the tensors", said)
-    _complete_token_ids(top, llm["vocab_size"], directory, said)
+    _complete_token_ids(top, llm.get("vocab_size") or 0, directory, said)
     return top, said
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return {key: scalar(value) for key, value in section.items()} if isinstance(section, dict) else {}
 
 
 def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list[str]) -> None:
@@ -90,6 +93,8 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
     prefix = DECODER + "layers."
     total = len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
     named, pre_buffer = llm.get("num_hidden_layers"), llm.get("extra_num_layers")
+    if not total:
+        return
     llm["num_hidden_layers"] = total
     if pre_buffer is not None:
         if named is None:
@@ -103,7 +108,7 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
     if named is not None and named < total:
         llm["extra_num_layers"] = total - named
         said.append(f"extra_num_layers is missing: {total - named}, as num_hidden_layers is {named} of {total} layers")
-    elif (known := by_shape.get((shapes[WORD_EMBEDDING][1], total))) is not None:
+    elif (known := by_shape.get((_width(shapes), total))) is not None:
         llm["extra_num_layers"] = known
         said.append(f"extra_num_layers is missing: {known}, as in the published model of these sizes")
     else:
@@ -112,26 +117,37 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
 
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
-    head_dim = max(1, shapes[_FIRST_LAYER + "self_attn.q_norm.weight"][0])
+    """What the tensors of the first layer tell; nothing where one is missing, which the check of all tensors names."""
+    names = ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
+    found = [shapes.get(f"{_FIRST_LAYER}{name}.weight") for name in names]
+    if not all(found) or not _width(shapes):
+        return {}
+    (ffn, *_), (queries, *_), (keys, *_), (head_dim, *_) = found
     return {
         "vocab_size": shapes[WORD_EMBEDDING][0],
-        "hidden_size": shapes[WORD_EMBEDDING][1],
-        "intermediate_size": shapes[_FIRST_LAYER + "mlp.gate_proj.weight"][0],
-        "num_attention_heads": shapes[_FIRST_LAYER + "self_attn.q_proj.weight"][0] // head_dim,
-        "num_key_value_heads": shapes[_FIRST_LAYER + "self_attn.k_proj.weight"][0] // head_dim,
+        "hidden_size": _width(shapes),
+        "intermediate_size": ffn,
+        "num_attention_heads": queries // max(1, head_dim),
+        "num_key_value_heads": keys // max(1, head_dim),
         "head_dim": head_dim,
     }
 
 
 def _vision_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
-    width, _, patch_size, _ = shapes[PATCH_EMBEDDING + "patch_embedding.weight"]
-    hidden, _, merge_size, _ = shapes[PATCH_EMBEDDING + "dense_embedding.weight"]
+    patches, cells = (shapes.get(f"{PATCH_EMBEDDING}{name}_embedding.weight", ()) for name in ("patch", "dense"))
+    if len(patches) != 4 or len(cells) != 4:
+        return {}
     return {
-        "hidden_size": width,
-        "llm_hidden_size": hidden,
-        "patch_size": patch_size,
-        "downsample_ratio": 1 / max(1, merge_size),
+        "hidden_size": patches[0],
+        "llm_hidden_size": cells[0],
+        "patch_size": patches[2],
+        "downsample_ratio": 1 / max(1, cells[2]),
     }
+
+
+def _width(shapes: dict[str, Shape]) -> int:
+    embedding = shapes.get(WORD_EMBEDDING, ())
+    return embedding[1] if len(embedding) == 2 else 0
 
 
 def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path, said: list[str]) -> None:

@@ -115,6 +115,8 @@ class NeoSizes:
             )
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"not a NEO config.json: a size in it is no number ({error})") from error
 
     @classmethod
     def from_hf_directory(cls, directory: str | Path) -> "NeoSizes":

@@ -158,7 +158,7 @@ def test_without_a_tokenizer_they_are_qwen3s_or_nothing(checkpoint, tmp_path):
 
 
 def test_another_model_is_refused(golden):
-    with pytest.raises(ValueError, match="no whole NEO .model_type 'qwen3'; it lacks .*qwen3-to-neo"):
+    with pytest.raises(ValueError, match="no NEO .model_type 'qwen3', and it lacks .*qwen3-to-neo"):
         open_neo(golden / "qwen3_untied")
 
 
