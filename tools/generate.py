@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers.options import add_batches, add_model, check_arguments, quiet, settings_of, task_of
+from answers.options import add_batches, add_model, check_arguments, quiet, task_of
 
 from neo_megatron.data.errors import DataError, RejectedSample
 from neo_megatron.data.files import REJECTS, json_line
 from neo_megatron.data.records import IMAGE_TAG, Turn
 from neo_megatron.data.registry import Source
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
-from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
+from neo_megatron.inference.answering import MAX_NEW_TOKENS
 from neo_megatron.inference.batches import answer_all, plan_of
 from neo_megatron.inference.evaluation import all_rejects, answer_lines
 from neo_megatron.inference.prompts import new_prompt, user_turn
@@ -71,17 +71,18 @@ def main() -> None:
 
 def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
     """The answer on standard output, all else on standard error."""
+    task, _ = task_of(arguments, generation)
     turns = [Turn("system", arguments.system, False)] if arguments.system else []
     turns.append(user_turn(arguments.prompt, len(arguments.image)))
     try:
-        prompt = new_prompt(turns, arguments.image, settings_of(arguments))
+        prompt = new_prompt(turns, arguments.image, task.settings)
     except RejectedSample as rejected:
         raise DataError(rejected.sentence) from rejected
     print(f"loading {arguments.model}", file=sys.stderr, flush=True)
-    answerer = Answerer(arguments.model, dtype=arguments.dtype)
+    answerer = task.load()
     torch.manual_seed(arguments.seed)
     count, started = 0, time.monotonic()
-    for piece in answerer.stream(prompt, arguments.max_new_tokens, **generation):
+    for piece in answerer.stream(prompt, task.max_new_tokens, **task.generation):
         print(piece.text, end="", flush=True)
         count += len(piece.tokens)
     print(flush=True)

@@ -1,10 +1,11 @@
 """A NEO checkpoint in Hugging Face form that answers: batches of prompts, or one answer as a stream.
 
-No code of the checkpoint's directory runs and no pickle is opened: the modelling code is this package's own. Text is
-tokenized as training data is, so what a user types is text even where it reads `<|im_end|>`.
+No code of the checkpoint's directory runs: the modelling code is this package's own. Text is tokenized as training data
+is, so what a user types is text even where it reads `<|im_end|>`.
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json
-from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
+from neo_megatron.checkpoint.hub import model_directory
+from neo_megatron.checkpoint.neo_directory import NeoDirectory, open_neo
+from neo_megatron.checkpoint.pickled_directory import PickledDirectory
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.image import normalise
@@ -27,7 +29,6 @@ from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
 from neo_megatron.hf.processing_neo import row_major
 from neo_megatron.inference.prompts import Picture, Prompt, new_prompt
-from neo_megatron.model.config import NeoSizes
 
 MAX_NEW_TOKENS = 512
 _LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens share one character
@@ -56,12 +57,13 @@ class Answerer:
     ``model``, ``tokenizer`` and ``config`` are transformers' own; ``settings`` holds the limits of pixels.
 
     Args:
-        directory: a NEO checkpoint in Hugging Face form, its tokenizer in it.
+        directory: a NEO checkpoint in Hugging Face form, its tokenizer in it; or the id of one on a hub.
         device: "cpu", "cuda", "cuda:1", ...; "auto" spreads the layers over all GPUs, which needs accelerate. By
             default the first GPU where there is one.
         dtype: "auto" for that of the weight files, or a name such as "bfloat16".
         attention: which of transformers' attention implementations runs.
         min_pixels, max_pixels: limits of a resized picture where they are not to be the checkpoint's.
+        allow_pickle: take pickled weights where there are no safetensors, nothing but tensors from them.
 
     Raises:
         ValueError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
@@ -77,14 +79,13 @@ class Answerer:
         attention: str = "sdpa",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        allow_pickle: bool = False,
     ) -> None:
-        directory = Path(directory)
-        sizes = NeoSizes.from_hf(read_json(directory / "config.json"))
-        # transformers would make up what is missing and only warn of it.
-        found = SafetensorsDirectory(directory).shapes_with_tied_head(
-            LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings
-        )
-        check_shapes(found, hf_shapes(sizes), str(directory))
+        directory = model_directory(str(directory), allow_pickle)
+        neo = open_neo(directory, allow_pickle)  # transformers would make up what is missing and only warn of it
+        for sentence in neo.said:
+            warnings.warn(f"{directory}/config.json: {sentence}", stacklevel=2)
+        sizes = neo.sizes
         self.tokenizer = load_tokenizer(directory)
         self._ids = special_ids(self.tokenizer)
         if (self._ids.image_start, self._ids.image_context) != (
@@ -102,11 +103,10 @@ class Answerer:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = NEOChatModel.from_pretrained(
-            directory,
+            **_weights(neo),
             config=NEOChatConfig(**sizes.to_hf()),
             dtype=dtype,
             attn_implementation=attention,
-            use_safetensors=True,
             device_map="auto" if device == "auto" else None,
         )
         if device != "auto":
@@ -213,6 +213,17 @@ class Answerer:
                 tokens = ()
         if tokens:
             yield Piece(self._text(tokens), tokens)
+
+
+def _weights(neo: NeoDirectory) -> dict[str, Any]:
+    """Where `from_pretrained` finds the tensors: in safetensors, or in pickles that were opened with care."""
+    source = neo.source
+    if isinstance(source, PickledDirectory):
+        return {
+            "pretrained_model_name_or_path": None,
+            "state_dict": {name: source.read(name) for name in source.shapes},
+        }
+    return {"pretrained_model_name_or_path": source.directory, "use_safetensors": True}
 
 
 class _Closed(Exception):

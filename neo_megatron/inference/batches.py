@@ -46,6 +46,7 @@ class Task:
         max_new_tokens: where an answer is cut.
         generation: further arguments of ``generate``.
         threads: of one worker.
+        allow_pickle: as of `Answerer`.
     """
 
     model: Path
@@ -54,15 +55,22 @@ class Task:
     max_new_tokens: int
     generation: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
+    allow_pickle: bool = False
+
+    def load(self, device: str | None = None) -> Answerer:
+        """Its model. What had to be put right about it was said where the task was made."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Answerer(self.model, device=device, dtype=self.dtype, allow_pickle=self.allow_pickle)
 
 
 def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
     """All that decides the answers, but for the pictures, by the words in which a difference is told."""
-    model = [task.model / "config.json", task.model / "tokenizer.json", *sorted(task.model.glob("*.safetensors"))]
+    model = [task.model / "config.json", task.model / "tokenizer.json", *_weight_files(task.model)]
     settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(task.settings).items()}
     return {
         "kind of questions": ask,
-        "--model": {path.name: _state(path) for path in model},
+        "--model": {path.name: _state(path) for path in model if path.exists()},
         "--dtype": task.dtype,
         "--max-new-tokens": task.max_new_tokens,
         "way of choosing tokens": task.generation,
@@ -78,6 +86,10 @@ def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
             for source in sources
         },
     }
+
+
+def _weight_files(model: Path) -> list[Path]:
+    return sorted([*model.glob("*.safetensors"), *model.glob("*.bin")])
 
 
 def _state(path: Path) -> list[int]:
@@ -96,7 +108,7 @@ def default_workers(model: Path) -> int:
     """A GPU each; without one a core each, as far as that many models fit into the memory that is free."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in _weight_files(model))
     fitting = psutil.virtual_memory().available // max(2 * size, 1 << 30)
     return int(max(1, min(len(os.sched_getaffinity(0)), fitting)))
 
@@ -107,7 +119,7 @@ class Worker:
     def __init__(self, task: Task, device: str | None) -> None:
         torch.set_num_threads(task.threads)
         self._task = task
-        self._answerer = Answerer(task.model, device=device, dtype=task.dtype)
+        self._answerer = task.load(device)
 
     def __call__(self, questions: Sequence[Question], seed: int) -> list[Result]:
         """What became of each question.

@@ -157,3 +157,25 @@ def test_the_tokenizer_must_be_the_models(checkpoint, tmp_path):
         shutil.copy(checkpoint / name, tmp_path / "bare" / name)
     with pytest.raises(DataError, match="holds no tokenizer"):
         Answerer(tmp_path / "bare", device="cpu")
+
+
+def test_pickled_weights_only_for_who_asks(checkpoint, answerer, prompts, tmp_path):
+    """And then nothing but tensors is taken from them."""
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        Answerer(pickled, device="cpu")
+    assert Answerer(pickled, device="cpu", allow_pickle=True).answer(prompts, 3) == answerer.answer(prompts, 3)
+
+
+def test_what_was_put_right_is_said(checkpoint, answerer, prompts, tmp_path):
+    """A mislabelled checkpoint, as the published one of stage 1 is."""
+    mislabelled = shutil.copytree(checkpoint, tmp_path / "mislabelled")
+    config = json.loads((mislabelled / "config.json").read_text())
+    config |= {"model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}}
+    (mislabelled / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning) as said:
+        other = Answerer(mislabelled, device="cpu")
+    assert "model_type is 'internvl_chat', but the tensors are a NEO's" in str(said[0].message)
+    assert other.answer(prompts, 3) == answerer.answer(prompts, 3)

@@ -2,21 +2,23 @@
 
 import argparse
 import os
-from dataclasses import replace
-from pathlib import Path
+import sys
 from typing import Any
 
 from transformers import logging
 
-from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checkpoint.hub import model_directory
+from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.data.settings import Settings
 from neo_megatron.inference.batches import Task, default_workers
-from neo_megatron.model.config import NeoSizes
 
 
 def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="a NEO checkpoint")
+    model.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
+    model.add_argument(
+        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+    )
     model.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as it is stored")
     model.add_argument("--min-pixels", type=int, help="of a resized picture (the checkpoint's)")
     model.add_argument("--max-pixels", type=int, help="of a resized picture (the checkpoint's)")
@@ -45,22 +47,23 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The checkpoint's limits of pixels where none are given; frames and the seed where the tool has them."""
-    sizes = NeoSizes.from_hf(read_json(arguments.model / "config.json"))
-    settings = Settings(
-        min_pixels=arguments.min_pixels or sizes.min_pixels,
-        max_pixels=arguments.max_pixels or sizes.max_pixels,
-        image_store="patches",
-    )
-    given = {key: getattr(arguments, key) for key in ("seed", "video_fps", "max_frames") if hasattr(arguments, key)}
-    return replace(settings, **given)
-
-
 def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[Task, int]:
-    """The task of each worker, and the number of workers."""
-    workers = arguments.workers or default_workers(arguments.model)
+    """The task of each worker, and the number of workers. What had to be put right about the checkpoint is said."""
+    directory = model_directory(arguments.model, arguments.allow_pickle)
+    neo = open_neo(directory, arguments.allow_pickle)
+    for sentence in neo.said:
+        print(f"{directory}/config.json: {sentence}", file=sys.stderr)
+    settings = Settings(
+        min_pixels=arguments.min_pixels or neo.sizes.min_pixels,
+        max_pixels=arguments.max_pixels or neo.sizes.max_pixels,
+        image_store="patches",
+        seed=arguments.seed,
+        video_fps=arguments.video_fps,
+        max_frames=arguments.max_frames,
+    )
+    workers = arguments.workers or default_workers(directory)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    settings = settings_of(arguments)
-    task = Task(arguments.model, arguments.dtype, settings, arguments.max_new_tokens, generation, threads)
+    task = Task(
+        directory, arguments.dtype, settings, arguments.max_new_tokens, generation, threads, arguments.allow_pickle
+    )
     return task, workers
