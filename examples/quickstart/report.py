@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 import yaml
-from questions import Question, Score, scores
+from questions import IMAGE_TAG, Question, Score, read_questions, scores, text_only_answers
 from safetensors import safe_open
 from training_runs import TrainingRun, loss_curves
 
@@ -56,10 +56,30 @@ class Answer:
         return self.given == self.question.answer
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """What `answer_questions.py` wrote."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Answer(Question(r["image"], r["text"], r["answer"]), r["given"], r["text_only"]) for r in records]
+def read_answers(evaluation: Path, training: Sequence[Question]) -> list[Answer]:
+    """What `tools/evaluate.py` wrote, beside the best answers that training questions give without a picture."""
+    lines = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
+    asked = [
+        Question(Path(*line["pictures"]).name, line["question"].removeprefix(IMAGE_TAG), *line["references"])
+        for line in lines
+    ]
+    text_only = text_only_answers(training, asked)
+    return [Answer(*row) for row in zip(asked, (line["prediction"] for line in lines), text_only, strict=True)]
+
+
+def scores_of(answers: Sequence[Answer]) -> list[Score]:
+    return scores(
+        [answer.question for answer in answers],
+        [answer.given for answer in answers],
+        [answer.text_only for answer in answers],
+    )
+
+
+def print_scores(answers: Sequence[Answer]) -> None:
+    print(f"{'':20} questions   this model   best without the picture")
+    for score in scores_of(answers):
+        right, guessed = score.right / score.total, score.text_only / score.total
+        print(f"{score.kind:20} {score.total:9}   {right:10.1%}   {guessed:24.1%}")
 
 
 def drawn(answers: Sequence[Answer], shown: int = SHOWN, wrong: int = SHOWN_WRONG) -> list[Answer]:
@@ -129,11 +149,7 @@ def page(
         pictures: directory of the test pictures.
         seconds: title and wall seconds of every step of the quickstart so far.
     """
-    everything, *kinds = scores(
-        [answer.question for answer in answers],
-        [answer.given for answer in answers],
-        [answer.text_only for answer in answers],
-    )
+    everything, *kinds = scores_of(answers)
     shown = drawn(answers)
     training = sum(took for title, took in seconds if title.startswith("Training"))
     processes = int(runs[-1].settings["world_size"])
@@ -170,9 +186,10 @@ def main() -> None:
     runs = [TrainingRun.read(name, data / directory / "tensorboard") for name, directory in RUNS.items()]
     lines = (line.rsplit("\t", 1) for line in (data / "seconds.tsv").read_text().splitlines())
     seconds = [(title, int(took)) for title, took in lines]
-    answers = read_answers(data / "answers.jsonl")
+    answers = read_answers(data / "evaluation", read_questions(data / "questions.json"))
     html = page(answers, Path(registry["test"]["data_path"]), runs, seconds, parameters(data / "neo"))
     (data / "report.html").write_text(html, encoding="utf-8")
+    print_scores(answers)
     print(f"the page to look at: {(data / 'report.html').resolve()}")
 
 

@@ -87,7 +87,7 @@ esac
 
 rm -rf "$out"
 mkdir -p "$out/shards" "$out/packs"
-export OMP_NUM_THREADS=1 HF_MODULES_CACHE="$out/modules"
+export OMP_NUM_THREADS=1
 
 headline "Python environment"
 . tools/environment.sh quickstart
@@ -105,7 +105,8 @@ step "Training on questions ($LAYOUT)" train train-questions "$out/packs/questio
   --pretrained-checkpoint "$out/train-shapes"
 step "Export to Hugging Face form" python tools/convert_checkpoint.py megatron-to-hf --megatron "$out/train-questions" \
   --tokenizer "$out/tokenizer" --output "$out/neo"
-step "Answering the test questions with transformers" python $here/answer_questions.py --model "$out/neo" --data "$out"
+step "Answering the test questions" python tools/evaluate.py --model "$out/neo" --registry "$out/registry.yaml" \
+  --datasets test --batch-size 128 --max-new-tokens 12 --output "$out/evaluation"
 step "Report" python $here/report.py --data "$out"
 
 headline "Seconds"

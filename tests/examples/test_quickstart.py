@@ -184,6 +184,26 @@ def test_loss_curve(run):
     assert thinned([(1, 1.0), (2, 3.0), (3, 5.0), (4, 7.0)], points=2) == [(1.5, 2.0), (3.5, 6.0)]
 
 
+def test_the_answers_are_those_of_the_evaluation(tmp_path):
+    """As `tools/evaluate.py` writes them; only the very text is right."""
+    lines = [
+        {
+            "pictures": ["/some/where/7.png"],
+            "question": "<image>\nwhat shape?",
+            "references": ["circle"],
+            "prediction": said,
+        }
+        for said in ("circle", "Circle")
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = report.read_answers(tmp_path, [Question("1.png", "what shape?", "triangle")])
+    assert [answer.question for answer in answers] == [Question("7.png", "what shape?", "circle")] * 2
+    assert [(answer.given, answer.text_only, answer.right) for answer in answers] == [
+        ("circle", "triangle", True),
+        ("Circle", "triangle", False),
+    ]
+
+
 def test_page_is_self_contained(data, run):
     """No other file, no address; what is written is what was counted; every shown picture is in the page."""
     answers = [
