@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, gelu, linear, silu
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from .attention_neo import AttentionMask, CosSin, NEOAttention, NEORMSNorm, kernel_mask, rotary_cos_sin
 from .chat_neo import NEOChatMixin
@@ -127,9 +127,10 @@ class NEODecoder(nn.Module):
         mask: AttentionMask,
         cache: Cache | None,
         implementation: str,
+        keep_states: bool,
         keep_weights: bool,
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Input of every layer and, last, the normalised output, each `[B, L, H]`; every layer's attention weights."""
+    ) -> BaseModelOutput:
+        """The normalised output `[B, L, H]`; on demand the input of every layer before it, and attention weights."""
         t, h, w = positions_thw[:, None].unbind(dim=-1)  # [B, 1, L]: broadcast over heads
         d, theta_hw = self.config.head_dim, self.config.rope_theta_hw
         rotary = (
@@ -137,14 +138,20 @@ class NEODecoder(nn.Module):
             rotary_cos_sin(h, d // 2, theta_hw),
             rotary_cos_sin(w, d // 2, theta_hw),
         )
-        states, attentions = [x_BLH], []
+        states: list[Tensor] = []
+        attentions: list[Tensor | None] = []
         for layer in self.layers:
-            state, weights = layer(states[-1], mask, rotary, cache, implementation)
-            states.append(state)
+            if keep_states:
+                states.append(x_BLH)
+            x_BLH, weights = layer(x_BLH, mask, rotary, cache, implementation)
             if keep_weights:
                 attentions.append(weights)
-        states[-1] = self.norm(states[-1])
-        return states, attentions
+        x_BLH = self.norm(x_BLH)
+        return BaseModelOutput(
+            last_hidden_state=x_BLH,
+            hidden_states=(*states, x_BLH) if keep_states else None,
+            attentions=tuple(attentions) if keep_weights else None,
+        )
 
 
 class NEOLanguageModel(nn.Module):
@@ -265,21 +272,28 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)
             embeddings = embeddings.masked_scatter((image_BL >= 0)[..., None].to(embeddings.device), cells_CH)
-        states, attentions = self.language_model.model(
-            embeddings, positions_thw, mask, past_key_values, implementation, bool(output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        decoded = self.language_model.model(
+            embeddings,
+            positions_thw,
+            mask,
+            past_key_values,
+            implementation,
+            keep_states=bool(output_hidden_states),
+            keep_weights=bool(output_attentions),
         )
         if past_key_values is not None:
             self._remember(past_key_values, input_ids, positions_thw)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language_model.lm_head(states[-1][:, keep])
+        logits = self.language_model.lm_head(decoded.last_hidden_state[:, keep])
         loss = None if labels is None else weighted_loss(logits, labels, loss_weight, num_items_in_batch)
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if wants_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
         )
         return output.to_tuple() if return_dict is False else output
 

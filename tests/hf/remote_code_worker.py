@@ -56,6 +56,11 @@ answer, history = model.chat(tokenizer, None, "Hi", greedy, return_history=True)
 assert history == [("Hi", answer)]
 assert answer == processor.decode(answers[2], skip_special_tokens=True).strip(), (answer, history)
 
+# The kernel itself, without compiling it.
+flex = AutoModelForCausalLM.from_pretrained(exported, dtype="auto", attn_implementation="flex_attention", **trust)
+with torch.compiler.set_stance("force_eager"), torch.no_grad():
+    torch.testing.assert_close(flex.eval()(**batch).logits, model(**batch).logits, atol=1e-4, rtol=0)
+
 # What it saves is complete again, in a process that knows nothing of the first directory.
 model.save_pretrained(saved)
 processor.save_pretrained(saved)

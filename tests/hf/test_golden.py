@@ -88,6 +88,17 @@ def test_every_activation(golden, model, recorder, name):
     assert compared == 6 * 5 + 4 + (4 if name == "pack1" else 0)
 
 
+def test_hidden_states(golden, model):
+    """The input of every layer, and last what the head reads."""
+    expected, arguments = load(golden, "outputs_untied", "pack1"), packed(load(golden, "inputs", "pack1"))
+    with torch.no_grad():
+        embeddings, *states = model(**arguments, output_hidden_states=True).hidden_states
+    names = ["inputs_embeds", *(f"hidden_after_layer_{number}" for number in range(4)), "final_norm"]
+    for name, state in zip(names, (embeddings, *states), strict=True):
+        value = expected[name].reshape(1, -1, state.shape[-1])[:, : state.shape[1]]
+        torch.testing.assert_close(state, value, atol=ACTIVATION, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
 def test_the_three_losses(golden, model, name):
     inputs, meta = load(golden, "inputs", name), json.loads((golden / "meta.json").read_text())[f"untied_{name}"]
