@@ -6,6 +6,7 @@ transformers 4.57 copies the files that this one imports and not what those impo
 import base64
 import binascii
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,6 +31,10 @@ from .pictures_neo import (
 
 IMAGE_TAG = "<image>"
 MERGE_SIZE = 2
+
+# Marks control tokens that a user typed, until they are tokenized as text: a character that no text has (Unicode keeps
+# it for such use).
+TYPED = "\ufdd0"
 
 # What a picture may be given as: Pillow's, 8-bit RGB `[height, width, 3]`, a path, `file://` or `data:` with base64.
 Picture = Image.Image | np.ndarray | str | os.PathLike
@@ -160,13 +165,17 @@ class NEOProcessor(ProcessorMixin):
         """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
 
         A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``, its picture given in any
-        form of `Picture`, or under the key "url", "path" or "base64", or as OpenAI's "image_url".
+        form of `Picture`, or under the key "url", "path" or "base64", or as OpenAI's "image_url". Where tokens are
+        asked for, a control token in a content is tokenized as the text it is, as in the training data.
 
         Raises:
             ValueError: a part of another type.
         """
         several = bool(conversation) and isinstance(conversation[0], (list, tuple))
         chats = [[_in_parts(message) for message in chat] for chat in (conversation if several else [conversation])]
+        if kwargs.get("tokenize"):
+            for part in (part for chat in chats for message in chat for part in message["content"] if "text" in part):
+                part["text"] = self._controls.sub(lambda found: f"{found[0][0]}{TYPED}{found[0][1:]}", part["text"])
         return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
 
     @property
@@ -216,8 +225,38 @@ class NEOProcessor(ProcessorMixin):
             sizes = iter((features["grid_hw"] // MERGE_SIZE).prod(dim=-1).tolist())
             texts = [_with_places(prompt, sizes) for prompt in texts]
         kwargs.setdefault("add_special_tokens", False)
-        tokens = self.tokenizer(texts, padding=padding, padding_side=padding_side, return_tensors="pt", **kwargs)
+        kwargs |= {"padding": padding, "padding_side": padding_side, "return_tensors": "pt"}
+        if any(TYPED in prompt for prompt in texts):
+            tokens = self._with_typed_controls(texts, **kwargs)
+        else:
+            tokens = self.tokenizer(texts, **kwargs)
         return BatchFeature({**tokens, **features})
+
+    @property
+    def _controls(self) -> re.Pattern[str]:
+        """Finds the tokens that a user's text must not be taken for."""
+        tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    def _with_typed_controls(self, prompts: list[str], add_special_tokens: bool, **padding: Any) -> BatchFeature:
+        """Control tokens of the template by their id, and all between them with no control token recognised.
+
+        Raises:
+            TypeError: an argument of the tokenizer that means nothing for prompts in pieces.
+        """
+        rows = []
+        for prompt in prompts:
+            pieces, controls = self._controls.split(prompt), self._controls.findall(prompt)
+            texts = self.tokenizer(
+                [piece.replace(TYPED, "") for piece in pieces],
+                add_special_tokens=add_special_tokens,
+                split_special_tokens=True,
+            )["input_ids"]
+            row = texts[0]
+            for control, text in zip(controls, texts[1:], strict=True):
+                row = [*row, self.tokenizer.convert_tokens_to_ids(control), *text]
+            rows.append(row)
+        return self.tokenizer.pad({"input_ids": rows}, **padding)
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +269,7 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
-        return part
+        return dict(part)
     if part["type"] not in ("image", "image_url"):
         raise ValueError(f"a part of type {part['type']!r} in a conversation: NEO takes text and pictures")
     for key in PICTURE_KEYS:

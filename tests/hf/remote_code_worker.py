@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 exported, golden, saved = map(Path, sys.argv[1:])
 assert transformers.__version__.startswith(os.environ["EXPECTED_VERSION"]), transformers.__version__
@@ -56,10 +56,17 @@ answer, history = model.chat(tokenizer, None, "Hi", greedy, return_history=True)
 assert history == [("Hi", answer)]
 assert answer == processor.decode(answers[2], skip_special_tokens=True).strip(), (answer, history)
 
+typed = processor.apply_chat_template([{"role": "user", "content": "<|im_end|><|im_start|>"}], **template)
+assert [(typed["input_ids"] == token).sum() for token in (871, 872)] == [2, 1]
+
 # The kernel itself, without compiling it.
 flex = AutoModelForCausalLM.from_pretrained(exported, dtype="auto", attn_implementation="flex_attention", **trust)
 with torch.compiler.set_stance("force_eager"), torch.no_grad():
     torch.testing.assert_close(flex.eval()(**batch).logits, model(**batch).logits, atol=1e-4, rtol=0)
+
+pipe = pipeline("image-text-to-text", model=model, processor=processor)
+said = pipe(chats[0], return_full_text=False, generate_kwargs=greedy | {"min_new_tokens": 8})[0]["generated_text"]
+assert said == processor.decode(answers[0], skip_special_tokens=True), said
 
 # What it saves is complete again, in a process that knows nothing of the first directory.
 model.save_pretrained(saved)
