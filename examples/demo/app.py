@@ -13,7 +13,8 @@ import socket
 import sys
 import tempfile
 from contextlib import suppress
-from pathlib import Path
+
+import transformers
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
@@ -21,14 +22,24 @@ from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a NEO checkpoint in Hugging Face form")
+    parser.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+    )
     parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
     parser.add_argument("--max-upload-mb", type=int, default=32, help="largest picture file (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, help="of a picture as the model sees it (as in the checkpoint)")
+    parser.add_argument("--max-pixels", type=int, help="of a resized picture (the checkpoint's)")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs (the first GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16 (that of the weight files)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as it is stored"
+    )
+    arguments = parser.parse_args()
+    for name in ("max_upload_mb", "max_pixels", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return arguments
 
 
 def main() -> None:
@@ -39,8 +50,13 @@ def main() -> None:
             "and then `pip install --no-deps 'gradio==6.31.*'`: it asks for an older Pillow than NEO needs"
         )
     listener = socket.create_server(("127.0.0.1", arguments.port))
+    transformers.logging.set_verbosity_error()
     answerer = Answerer(
-        arguments.model, device=arguments.device, dtype=arguments.dtype, max_pixels=arguments.max_pixels
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_pixels=arguments.max_pixels,
+        allow_pickle=arguments.allow_pickle,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the uploads removed
     with tempfile.TemporaryDirectory(prefix="neo-demo-") as uploads, suppress(KeyboardInterrupt):
@@ -48,8 +64,7 @@ def main() -> None:
         from server import page_app, serve
         from talk import Talk
 
-        name = arguments.model.resolve().name
-        app = page_app(Talk(answerer), name, arguments.max_new_tokens, arguments.max_upload_mb << 20)
+        app = page_app(Talk(answerer), arguments.model, arguments.max_new_tokens, arguments.max_upload_mb << 20)
         print(f"the page: http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         serve(app, listener)
 

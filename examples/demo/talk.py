@@ -108,6 +108,8 @@ class Talk:
                 if answer.stopped:
                     break
         answer.running = False
+        if sum(len(piece.tokens) for piece in answer.pieces) == max_new_tokens:
+            answer.note = f"Cut at {max_new_tokens} tokens."
         yield answer
 
 

@@ -67,6 +67,7 @@ def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, picture, den
     assert answer.pieces == pieces and expected.shape[1:] == (MAX_NEW_TOKENS, np.prod(talk.picture(picture)["grid"]))
     for layer in range(talk.layers):
         torch.testing.assert_close(answer.rows.of_layer(layer)[:MAX_NEW_TOKENS], expected[layer], atol=1e-6, rtol=1e-4)
+    assert answer.note == f"Cut at {MAX_NEW_TOKENS} tokens."
     answer.layer = 1
     view, means = answer.view(), [expected[1][word.tokens].mean(dim=0) for word in words_of(pieces)]
     for seen, mean in zip([*view["words"], view["whole"]], [*means, torch.stack(means).mean(dim=0)], strict=True):
@@ -81,7 +82,7 @@ def test_a_text_without_a_picture_has_no_heat_map_and_a_stopped_answer_ends(chec
     for answer in talk.answers("Hello?", None, 0, MAX_NEW_TOKENS):
         lengths.append(len(answer.pieces))
         answer.stopped = len(answer.pieces) == 3
-    assert lengths == [0, 1, 2, 3, 3] and not answer.running
+    assert lengths == [0, 1, 2, 3, 3] and not answer.running and not answer.note
     assert all(word.keys() == {"text"} for word in answer.view()["words"])
 
 
