@@ -181,6 +181,20 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, GenerationMixin):
         self.language_model = NEOLanguageModel(config.llm_config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which would make up a tensor that is missing and drop one that it does not know.
+
+        Raises:
+            ValueError: the checkpoint is not whole, with the names of what it lacks or has too many.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for what, key in (("lacks", "missing_keys"), ("has the unexpected", "unexpected_keys")):
+            if names := sorted(info[key]):
+                others = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ValueError(f"{args[0]} {what} {', '.join(names[:5])}{others}: give a whole NEO checkpoint")
+        return (model, info) if output_loading_info else model
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 

@@ -201,6 +201,32 @@ def test_a_changed_cache_is_refused(model, document):
         model(document["input_ids"][:, 50:51], past_key_values=out.past_key_values)
 
 
+@pytest.mark.parametrize("change, sentence", [("lacks", "lacks"), ("has", "has the unexpected")])
+def test_a_part_of_a_checkpoint_is_refused(golden, tmp_path, change, sentence):
+    """transformers alone would fill a gap with random numbers and only warn of it."""
+    (tmp_path / "config.json").write_text((golden / "ckpt_untied" / "config.json").read_text())
+    tensors = load_file(golden / "ckpt_untied" / "model.safetensors")
+    name = "language_model.model.layers.3.self_attn.k_proj_hw.weight"
+    if change == "lacks":
+        del tensors[name]
+    else:
+        name = name.replace("k_proj", "x_proj")
+        tensors[name] = torch.zeros(3)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{tmp_path} {sentence} {name}"):
+        NEOChatModel.from_pretrained(tmp_path)
+
+
+def test_a_larger_vocabulary(golden, tmp_path):
+    """Rows that a user adds for tokens of his own are there again after saving."""
+    model = NEOChatModel.from_pretrained(golden / "ckpt_untied")
+    model.resize_token_embeddings(1100)
+    assert model.config.llm_config.vocab_size == 1100
+    model.save_pretrained(tmp_path)
+    again = NEOChatModel.from_pretrained(tmp_path)
+    assert again.get_output_embeddings().weight.shape[0] == again.get_input_embeddings().weight.shape[0] == 1100
+
+
 def test_a_tied_model_keeps_one_parameter(golden, tmp_path):
     """Loaded from a checkpoint without a head, saved without one."""
     config = json.loads((golden / "ckpt_untied" / "config.json").read_text())
