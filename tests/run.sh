@@ -17,9 +17,9 @@ beside() {
 beside transformers-4.57 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers==0.22.*'
 export NEO_TEST_TRANSFORMERS_457="$PWD/.venv/transformers-4.57"
 
-# lmms-eval wants an older av than reading videos does; these are it and what it imports for tasks of pictures and text.
-beside lmms-eval 'lmms-eval==0.7.3' accelerate chardet colorama dataproperty datasets dill evaluate loguru lxml \
-  mbstrdecoder multiprocess pandas pathvalidate portalocker pyarrow pytablewriter pytz sacrebleu tabledata tabulate \
+# lmms-eval wants an older av than reading videos does; these are it and what it imports that the environment has not.
+beside lmms-eval 'lmms-eval==0.7.3' chardet colorama dataproperty datasets dill evaluate loguru lxml \
+  mbstrdecoder multiprocess pathvalidate portalocker pyarrow pytablewriter sacrebleu tabledata tabulate \
   tcolorpy tenacity typepy xxhash
 export NEO_TEST_LMMS_EVAL="$PWD/.venv/lmms-eval"
 

@@ -15,6 +15,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
+from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.data.errors import RejectedSample
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
@@ -27,7 +28,7 @@ class NeoChat(lmms):
     """A NEO checkpoint in Hugging Face form, for tasks in lmms-eval's form of conversations.
 
     Args:
-        pretrained: its directory.
+        pretrained: its directory, or its id on a hub.
         batch_size: questions answered together.
         device, device_map: "cuda:1", "cpu", ...; `device_map=auto` spreads the layers over all GPUs. Under `accelerate
             launch` every process takes a GPU of its own and a share of the questions.
@@ -37,7 +38,7 @@ class NeoChat(lmms):
         system_prompt: a text, or a file that holds it.
 
     Raises:
-        ValueError, DataError: as `Answerer`; a batch size that is no number.
+        ValueError, DataError: as `model_directory` and `Answerer`; a batch size that is no number.
     """
 
     is_simple = False
@@ -61,7 +62,7 @@ class NeoChat(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.answerer = Answerer(
-            pretrained,
+            model_directory(pretrained),
             device=str(self.accelerator.device) if self._world_size > 1 else device_map or device,
             dtype=dtype,
             attention=attn_implementation,
