@@ -9,14 +9,19 @@ import sys
 import warnings
 from typing import Any, get_args
 
+import torch
+
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES
 from neo_megatron.checkpoint.hub import model_directory, tokenizer_directory
 from neo_megatron.checkpoint.info import contents, weights_hash
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
+from neo_megatron.checkpoint.names import Start
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.errors import DataError
 
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES]
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -47,11 +52,12 @@ def add_qwen3_to_neo(commands: Any) -> None:
     )
     add_output(command)
     add_shards(command)
+    add_tensors(command)
     command.set_defaults(run=qwen3_to_neo)
 
 
 def qwen3_to_neo(args: argparse.Namespace) -> None:
-    init_from_qwen3(
+    missing = init_from_qwen3(
         model_directory(args.qwen3, args.allow_pickle),
         args.output,
         pre_buffer_layers=args.pre_buffer_layers,
@@ -62,18 +68,23 @@ def qwen3_to_neo(args: argparse.Namespace) -> None:
         key_hw_init=args.key_hw_init,
         shard_bytes=args.max_shard_size,
         allow_pickle=args.allow_pickle,
+        dtype=dtype_of(args),
+        allow_missing=args.allow_missing,
     )
+    say_missing(missing)
 
 
 def add_hf_to_megatron(commands: Any) -> None:
     command = commands.add_parser("hf-to-megatron", help="for --load or --pretrained-checkpoint, on any layout")
     add_hf(command, "--hf", metavar="NEO_HF_DIR")
     add_output(command)
+    add_tensors(command)
     command.set_defaults(run=hf_to_megatron)
 
 
 def hf_to_megatron(args: argparse.Namespace) -> None:
-    convert_hf_to_megatron(model_directory(args.hf, args.allow_pickle), args.output, args.allow_pickle)
+    source = model_directory(args.hf, args.allow_pickle)
+    say_missing(convert_hf_to_megatron(source, args.output, args.allow_pickle, dtype_of(args), args.allow_missing))
 
 
 def add_megatron_to_hf(commands: Any) -> None:
@@ -82,11 +93,15 @@ def add_megatron_to_hf(commands: Any) -> None:
     command.add_argument("--tokenizer", required=True, metavar="HF_DIR", help="the one of preprocess_data.py")
     add_output(command)
     add_shards(command)
+    add_tensors(command)
     command.set_defaults(run=megatron_to_hf)
 
 
 def megatron_to_hf(args: argparse.Namespace) -> None:
-    convert_megatron_to_hf(args.megatron, args.output, tokenizer_of(args), args.max_shard_size)
+    missing = convert_megatron_to_hf(
+        args.megatron, args.output, tokenizer_of(args), args.max_shard_size, dtype_of(args), args.allow_missing
+    )
+    say_missing(missing)
 
 
 def add_info(commands: Any) -> None:
@@ -128,6 +143,27 @@ def add_shards(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest weight file, as Hugging Face spells sizes: 5GB (default), 500MB",
     )
+
+
+def add_tensors(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: as they are)")
+    command.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names that may be missing, such as '*_hw.weight'; each such tensor starts as in a new NEO and is listed "
+        "(repeatable)",
+    )
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
+def say_missing(starts: dict[str, Start]) -> None:
+    for name, start in starts.items():
+        print(f"missing: {name}, {start}")
 
 
 def byte_size(text: str) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import StoredTensor
 from neo_megatron.checkpoint.names import check_shapes, hf_shapes, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.to_hf import MODEL_PREFIXES, saved_sizes
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
 from neo_megatron.model.config import NeoSizes

@@ -3,48 +3,78 @@
 import argparse
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import whole_directory
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory
 from neo_megatron.checkpoint.integrity import write_checksums
-from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.names import Start, hf_tensors, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.checkpoint.start_values import StartValues, missing_starts
+from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 from neo_megatron.model.config import NeoSizes
 
 
-def convert_hf_to_megatron(hf_directory: str | Path, output: str | Path, allow_pickle: bool = False) -> None:
-    """Writes ``output/release`` and the tracker file that names it; values and types stay as they are.
+def convert_hf_to_megatron(
+    hf_directory: str | Path,
+    output: str | Path,
+    allow_pickle: bool = False,
+    dtype: torch.dtype | None = None,
+    allow_missing: Sequence[str] = (),
+) -> dict[str, Start]:
+    """Writes ``output/release`` and the tracker file that names it.
 
-    Holds the parts of one Megatron tensor in memory at a time.
+    Args:
+        dtype: of all tensors; by default each keeps its own, and every bit.
+        allow_missing: patterns of Hugging Face names that may be missing; such a tensor starts as in a NEO made from a
+            Qwen3, drawn from seed 0.
+
+    Returns:
+        The missing tensors, and what they start as.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
     """
-    neo = open_neo(hf_directory, allow_pickle)
+    neo = open_neo(hf_directory, allow_pickle, allow_missing)
     for sentence in neo.said:
         warnings.warn(f"{hf_directory}/config.json: {sentence}", stacklevel=2)
-    sizes, source = neo.sizes, neo.source
+    sizes, source, missing = neo.sizes, neo.source, neo.missing
     rows = {row.megatron: row for row in tensor_table(sizes)}
+    listed = missing_starts(missing, hf_tensors(sizes))
+    starts = StartValues(seed=0, head_dim=sizes.head_dim, read=source.read)
 
-    def value_of(key: str) -> Tensor:
-        return rows[key].merge([source.read(name) for name in rows[key].hf])
+    def fill(stored: StoredTensor, tensor: Tensor) -> None:
+        row = rows[stored.name]
+        for (name, part), view in zip(row.hf.items(), row.views(tensor), strict=True):
+            if name in missing:
+                starts.fill(view, part)
+            else:
+                source.read_into(name, view)
 
-    tensors = {}
-    for key, row in rows.items():
-        kinds = {source.dtype(name) for name in row.hf}
-        if len(kinds) > 1:
-            raise ValueError(f"{hf_directory}: {', '.join(row.hf)} differ in dtype: store them in one")
-        tensors[key] = (row.megatron_shape, kinds.pop())
+    stored = [
+        StoredTensor(key, row.megatron_shape, dtype or _dtype(source, [name for name in row.hf if name not in missing]))
+        for key, row in rows.items()
+    ]
     with whole_directory(output) as partial:
         release = partial / "release"
         release.mkdir()
-        write_torch_dist(release, tensors, value_of, _common_state(sizes))
+        write_torch_dist(release, stored, one_ahead(stored, fill, "to Megatron"), _common_state(sizes))
         write_checksums(release)
         (partial / TRACKER).write_text("release")
+    return listed
+
+
+def _dtype(source: SafetensorsDirectory, names: list[str]) -> torch.dtype:
+    """The one type of the parts of a Megatron tensor, or the checkpoint's where all of them are missing."""
+    dtypes = {source.dtype(name) for name in names} or {source.main_dtype}
+    if len(dtypes) > 1:
+        raise ValueError(f"{source.directory}: {', '.join(names)} differ in dtype: choose one with --dtype")
+    return dtypes.pop()
 
 
 def _common_state(sizes: NeoSizes) -> dict[str, Any]:

@@ -6,35 +6,25 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from neo_megatron.checkpoint.streaming import BLOCK_BYTES, StoredTensor, read_into, write_from
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a header says of a tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, in one ``model.safetensors`` or in shards with an index.
 
-    Only headers are read here; :meth:`read` maps one tensor. Pickled weights (``*.bin``) are never opened.
+    Only headers are read here; values are read when they are asked for, never mapped. Pickled weights (``*.bin``) are
+    never opened.
 
     Raises:
         ValueError: no safetensors in it, a broken file or index, an index that points outside the directory.
@@ -43,28 +33,44 @@ class SafetensorsDirectory:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
+        self._places: dict[str, _Place] = {}
         for path in self._files():
-            with self._open(path) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    if name in self._file_of:
-                        raise ValueError(f"{path}: tensor {name} is also in {self._file_of[name].name}: delete one")
-                    self._file_of[name] = path
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            for name, place in _places(path).items():
+                if name in self._places:
+                    raise ValueError(f"{path}: tensor {name} is also in {self._places[name].path.name}: delete one")
+                self._places[name] = place
+                self.shapes[name] = place.shape
+        if not self.shapes:
+            raise ValueError(f"{self.directory}: no tensors in its files: copy or download it again")
 
-    def read(self, name: str) -> Tensor:
-        with self._open(self._file_of[name]) as tensors:
-            return tensors.get_tensor(name)
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The type of the largest tensor."""
+        return self.dtype(max(self.shapes, key=lambda name: math.prod(self.shapes[name])))
 
     def dtype(self, name: str) -> torch.dtype:
-        with self._open(self._file_of[name]) as tensors:
-            stored = tensors.get_slice(name).get_dtype()
+        place = self._places[name]
         for dtype, dtype_name in DTYPE_NAMES.items():
-            if dtype_name == stored:
+            if dtype_name == place.dtype_name:
                 return dtype
         raise ValueError(
-            f"{self._file_of[name]}: {name} is stored as {stored}: store it as one of {DTYPE_NAMES.values()}"
+            f"{place.path}: {name} is stored as {place.dtype_name}: store it as one of {DTYPE_NAMES.values()}"
         )
+
+    def read(self, name: str) -> Tensor:
+        tensor = torch.empty(self.shapes[name], dtype=self.dtype(name))
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, view: Tensor) -> None:
+        """Reads a tensor, or as much of its beginning as the view has values for, into any strides and type."""
+        place = self._places[name]
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(place.offset)
+            try:
+                read_into(view, file, self.dtype(name))
+            except ValueError as error:
+                raise ValueError(f"{place.path}: {name}: {error}") from error
 
     def shapes_with_tied_head(self, head: str, embedding: str, tied: bool) -> dict[str, tuple[int, ...]]:
         """All shapes; where the configuration ties them, without a head that repeats the embedding.
@@ -74,13 +80,25 @@ class SafetensorsDirectory:
         """
         shapes = dict(self.shapes)
         if tied and head in shapes:
-            same = shapes.pop(head) == shapes.get(embedding) and torch.equal(self.read(head), self.read(embedding))
+            same = shapes.pop(head) == shapes.get(embedding) and self.same_values(head, embedding)
             if not same:
                 raise ValueError(
                     f"{self.directory}: {head} differs from {embedding}, yet config.json ties them: "
                     "set tie_word_embeddings to false there or delete the head"
                 )
         return shapes
+
+    def same_values(self, *names: str) -> bool:
+        """Whether tensors have the same bytes."""
+        blocks = [self._blocks(self._places[name]) for name in names]
+        return all(one == other for one, other in zip_longest(*blocks))
+
+    @staticmethod
+    def _blocks(place: "_Place") -> Iterator[bytes]:
+        with place.path.open("rb", buffering=0) as file:
+            for begin in range(place.offset, place.offset + place.nbytes, BLOCK_BYTES):
+                file.seek(begin)
+                yield file.read(min(BLOCK_BYTES, place.offset + place.nbytes - begin))
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
@@ -101,13 +119,33 @@ class SafetensorsDirectory:
                 raise ValueError(f"{index}: its file {shard} is missing: download that file too")
         return [self.directory / shard for shard in shards]
 
-    @contextmanager
-    def _open(self, path: Path) -> Iterator[Any]:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                yield tensors
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
+
+class _Place(NamedTuple):
+    """Where a tensor lies, and how."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype_name: str
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """The header of a file, after safetensors itself has checked that it is one and describes the whole file."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: _Place(path, 8 + length + begin, end - begin, tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,7 +172,7 @@ def write_safetensors(directory: Path, stored: list[StoredTensor], values: Itera
 
     Args:
         stored: what comes, in order.
-        values: the tensors themselves, in the same order.
+        values: the tensors themselves, or views of other dimensions on as many values, in the same order.
         shard_bytes: largest file, in bytes of values; a larger tensor gets a file of its own.
     """
     values = iter(values)
@@ -147,9 +185,11 @@ def write_safetensors(directory: Path, stored: list[StoredTensor], values: Itera
             file.write(_header(shard))
             for tensor in shard:
                 value = next(values)
-                if (tuple(value.shape), value.dtype) != (tensor.shape, tensor.dtype):
+                if (value.nbytes, value.dtype) != (tensor.nbytes, tensor.dtype):
                     raise ValueError(f"{name}: {tensor.name} came as {value.dtype} {list(value.shape)}, not {tensor}")
-                file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+                write_from(value, file)
+    if next(values, None) is not None:
+        raise ValueError(f"{directory}: more tensors came than {len(stored)}")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in stored)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

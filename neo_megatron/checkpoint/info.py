@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neo_megatron.checkpoint.either_form import is_megatron, open_either
-from neo_megatron.checkpoint.hf_directory import StoredTensor, read_json
+from neo_megatron.checkpoint.hf_directory import read_json
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import MODEL_TYPE, added_token_ids, is_neo
+from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.model.config import NeoSizes
 
 

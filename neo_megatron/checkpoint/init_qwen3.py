@@ -11,25 +11,31 @@ Zero keys can be made in two ways (`KeyHwInit`):
 
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import (
-    SafetensorsDirectory,
-    StoredTensor,
-    read_json,
-    whole_directory,
-    write_safetensors,
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json, whole_directory, write_safetensors
+from neo_megatron.checkpoint.names import (
+    DECODER,
+    LM_HEAD,
+    WORD_EMBEDDING,
+    HfTensor,
+    Start,
+    check_shapes,
+    hf_tensors,
+    qwen3_name,
 )
-from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, check_shapes, hf_shapes
 from neo_megatron.checkpoint.pickled_directory import open_weights
+from neo_megatron.checkpoint.start_values import StartValues, missing_starts
+from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
 from neo_megatron.model.config import NeoSizes
 
-INIT_STD = 0.02
 VOCABULARY_MULTIPLE = 128
 
 KeyHwInit = Literal["published", "zero-norm"]
@@ -46,8 +52,10 @@ def init_from_qwen3(
     key_hw_init: KeyHwInit = "published",
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
-) -> None:
-    """Writes ``output`` in Qwen3's own type.
+    dtype: torch.dtype | None = None,
+    allow_missing: Sequence[str] = (),
+) -> dict[str, Start]:
+    """Writes ``output``.
 
     Args:
         tokenizer: a transformers tokenizer with NEO's tokens; saved with the model. Without one, NEO's tokens are
@@ -55,7 +63,13 @@ def init_from_qwen3(
         vocab_size: rows of the embedding and the head; by default Qwen3's, and more only if the tokenizer needs them.
             Further rows are zero, surplus rows are cut.
         key_hw_init: what makes the post-LLM's keys for rows and columns zero, see above.
+        shard_bytes: largest weight file.
         allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
+        dtype: of all tensors; by default that of Qwen3's largest.
+        allow_missing: patterns of Qwen3's names that may be missing; such a tensor starts as the pre-buffer's does.
+
+    Returns:
+        The missing tensors by their names in the new NEO, and what they start as.
 
     Raises:
         ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``.
@@ -71,15 +85,28 @@ def init_from_qwen3(
         )
     else:
         check_tokenizer(tokenizer, sizes)
-    _check_tensors(source, sizes, qwen3_rows=config["vocab_size"])
-    dtype = source.dtype(_qwen3_name(WORD_EMBEDDING))
-    shapes = hf_shapes(sizes)
-    stored = [StoredTensor(name, shape, dtype) for name, shape in shapes.items()]
-    draw = torch.Generator().manual_seed(seed)
-    values = (_value(name, shape, source, sizes, draw, key_hw_init).to(dtype) for name, shape in shapes.items())
-    with whole_directory(output) as partial:
-        write_safetensors(partial, stored, values, shard_bytes)
-        write_companions(partial, sizes, dtype, tokenizer)
+    missing = _check_tensors(source, sizes, config["vocab_size"], allow_missing)
+    tensors = _tensors(sizes, key_hw_init)
+    listed = missing_starts([name for name, tensor in tensors.items() if tensor.qwen3 in missing], tensors)
+    starts = StartValues(seed, sizes.head_dim, read=lambda name: source.read(tensors[name].qwen3))
+
+    def fill(stored: StoredTensor, values: Tensor) -> None:
+        tensor = tensors[stored.name]
+        if tensor.qwen3 not in source.shapes and tensor.start.kind == "copy":
+            tensor = tensors[tensor.start.of]  # a missing head is the embedding
+        if tensor.qwen3 in source.shapes:
+            rows = min(len(values), source.shapes[tensor.qwen3][0])
+            source.read_into(tensor.qwen3, values[:rows])
+            values[rows:] = 0
+        else:
+            starts.fill(values, tensor)
+
+    dtype = dtype or source.main_dtype
+    stored = [StoredTensor(name, tensor.shape, dtype) for name, tensor in tensors.items()]
+    with whole_directory(output) as directory:
+        write_safetensors(directory, stored, one_ahead(stored, fill, "to NEO"), shard_bytes)
+        write_companions(directory, sizes, dtype, tokenizer)
+    return listed
 
 
 def _neo_sizes(
@@ -132,60 +159,26 @@ def _rows(qwen3_rows: int, tokenizer: Any | None) -> int:
     return math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def _qwen3_name(name: str) -> str:
-    return name.removeprefix("language_model.")
-
-
-def _check_tensors(source: SafetensorsDirectory, sizes: NeoSizes, qwen3_rows: int) -> None:
+def _check_tensors(
+    source: SafetensorsDirectory, sizes: NeoSizes, qwen3_rows: int, allow_missing: Sequence[str]
+) -> list[str]:
     """The source must be exactly the Qwen3 of these sizes: a NEO without what NEO adds."""
-    expected = {
-        _qwen3_name(name): shape
-        for name, shape in hf_shapes(sizes.replace(pre_buffer_layers=0, vocab_size=qwen3_rows)).items()
-        if not name.startswith(PATCH_EMBEDDING) and "_hw." not in name and "_norm_" not in name
-    }
-    head = _qwen3_name(LM_HEAD)
-    found = source.shapes_with_tied_head(head, _qwen3_name(WORD_EMBEDDING), sizes.tie_word_embeddings)
+    as_stored = hf_tensors(sizes.replace(vocab_size=qwen3_rows))
+    expected = {tensor.qwen3: tensor.shape for tensor in as_stored.values() if tensor.qwen3}
+    head = qwen3_name(LM_HEAD)
+    found = source.shapes_with_tied_head(head, qwen3_name(WORD_EMBEDDING), sizes.tie_word_embeddings)
     if head not in found:
         expected.pop(head, None)  # a missing head is the embedding
-    check_shapes(found, expected, str(source.directory))
+    return check_shapes(found, expected, str(source.directory), allow_missing)
 
 
-def _value(
-    name: str,
-    shape: tuple[int, ...],
-    source: SafetensorsDirectory,
-    sizes: NeoSizes,
-    draw: torch.Generator,
-    key_hw_init: KeyHwInit,
-) -> Tensor:
-    """One tensor of the new NEO."""
-    if name.startswith(PATCH_EMBEDDING):
-        # PyTorch draws both weight and bias of a convolution from within 1/sqrt(fan_in).
-        kernel = hf_shapes(sizes)[name.removesuffix("bias").removesuffix("weight") + "weight"]
-        bound = 1 / math.sqrt(math.prod(kernel[1:]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=draw)
-    if name in (WORD_EMBEDDING, LM_HEAD):
-        stored = _qwen3_name(name)
-        rows = source.read(stored if stored in source.shapes else _qwen3_name(WORD_EMBEDDING))[: shape[0]]
-        return torch.cat([rows, rows.new_zeros(shape[0] - len(rows), shape[1])])
-    if not name.startswith(DECODER + "layers."):
-        return source.read(_qwen3_name(name))
-    number, _, rest = name.removeprefix(DECODER + "layers.").partition(".")
-    qwen3_layer = int(number) - sizes.pre_buffer_layers
-    if qwen3_layer >= 0 and key_hw_init == "zero-norm" and rest.startswith("self_attn.k_norm_"):
-        return torch.zeros(shape)
-    if "norm" in rest and (qwen3_layer < 0 or "_norm_" in rest):
-        return torch.ones(shape)
-    if qwen3_layer < 0:
-        return torch.empty(shape).normal_(0, INIT_STD, generator=draw)
-    if rest == "self_attn.k_proj_hw.weight" and key_hw_init == "published":
-        return torch.zeros(shape)
-    if rest.endswith("_proj_hw.weight"):
-        return _rows_and_columns(source.read(f"model.layers.{qwen3_layer}.{rest.replace('_hw', '')}"), sizes.head_dim)
-    return source.read(f"model.layers.{qwen3_layer}.{rest}")
-
-
-def _rows_and_columns(projection: Tensor, head_dim: int) -> Tensor:
-    """First and third quarter of every head's rows, twice: for h and for w."""
-    quarters = projection.unflatten(0, (-1, 4, head_dim // 4))
-    return quarters[:, [0, 2, 0, 2]].flatten(0, 2)
+def _tensors(sizes: NeoSizes, key_hw_init: KeyHwInit) -> dict[str, HfTensor]:
+    """The tensors of the new NEO; the table has the published way."""
+    tensors = hf_tensors(sizes)
+    for layer in range(sizes.pre_buffer_layers, sizes.num_layers) if key_hw_init == "zero-norm" else ():
+        attention = f"{DECODER}layers.{layer}.self_attn."
+        changed = {"k_proj_hw": Start("rows and columns", of=f"{attention}k_proj.weight")}
+        changed |= dict.fromkeys(("k_norm_h", "k_norm_w"), Start("constant", 0.0))
+        for name, start in changed.items():
+            tensors[f"{attention}{name}.weight"] = replace(tensors[f"{attention}{name}.weight"], start=start)
+    return tensors

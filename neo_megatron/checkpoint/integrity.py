@@ -11,11 +11,12 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checkpoint.streaming import FileWindow
 from neo_megatron.checkpoint.torch_dist import read_metadata
 
 CHECKSUMS = "checksums.json"
@@ -99,12 +100,12 @@ def verify_pieces(pieces: Sequence[Piece]) -> None:
     for path in dict.fromkeys(piece.path for piece in pieces):
         with path.open("rb") as file:
             for piece in pieces:
-                if piece.path == path and (what := _damage(_Window(file, piece.offset, piece.length))):
+                if piece.path == path and (what := _damage(FileWindow(file, piece.offset, piece.length))):
                     end = piece.offset + piece.length
                     raise DamagedCheckpoint(f"{path} is damaged between bytes {piece.offset} and {end} ({what})")
 
 
-def _damage(archive: "_Window") -> str | None:
+def _damage(archive: FileWindow) -> str | None:
     """What is wrong with an archive of `torch.save`; `None` where every record is as it was written."""
     try:
         torch._C.PyTorchFileReader(archive)  # compares the parts of the table of contents; zipfile leaves some unread
@@ -117,32 +118,6 @@ def _damage(archive: "_Window") -> str | None:
     except Exception as error:  # damaged bytes can make the readers raise anything
         return str(error).split("\n")[0].split(". ")[0]
     return wrong and f"the checksum of {wrong} differs"
-
-
-class _Window:
-    """A part of an open file, as a file."""
-
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._place = file, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        if self._place < 0:
-            raise ValueError("a place before its beginning")
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._place, 0)
-        self._file.seek(self._offset + self._place)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._place += len(data)
-        return data
 
 
 def _compare_checksums(directory: Path) -> None:

@@ -1,20 +1,26 @@
 """ONE table: every tensor's Hugging Face name, its Megatron name, how the two forms differ, how it is split over TP.
 
-Conversion in both directions, the initialisation from Qwen3 and the tests derive from it. Megatron keeps one tensor
-where Hugging Face keeps several (query, key and value; gate and up), so a row names one Megatron tensor and the list of
-its Hugging Face parts. Merging and splitting move whole values around and compute nothing: a round trip is bit-equal.
+Conversion in both directions, the initialisation from Qwen3, the planner's counts and the tests derive from it.
+Megatron keeps one tensor where Hugging Face keeps several (query, key and value; gate and up), so a row names one
+Megatron tensor and its Hugging Face parts. Each part is a view of the Megatron tensor: converting moves whole values
+around and computes nothing, so a round trip is bit-equal.
 
 Shape suffixes: V vocabulary, H hidden, F feed-forward, E patch-embedding width, G key-value groups, d head dim.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from typing import TYPE_CHECKING, Literal
 
 from neo_megatron.model.config import NeoSizes
+
+if TYPE_CHECKING:  # the planner counts without torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -22,6 +28,48 @@ PATCH_EMBEDDING = "vision_model.embeddings."
 DECODER = "language_model.model."
 LM_HEAD = "language_model.lm_head.weight"
 WORD_EMBEDDING = DECODER + "embed_tokens.weight"
+
+type _Views = Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a tensor starts as where no checkpoint gives it: NEO's published rules.
+
+    Args:
+        kind: ``normal`` with the standard deviation ``number``, ``uniform`` within ``number``, all ``constant``
+            ``number``, a ``copy`` of the Hugging Face tensor ``of``, or ``rows and columns`` of it: first and third
+            quarter of every head's rows, for h and again for w.
+    """
+
+    kind: Literal["normal", "uniform", "constant", "copy", "rows and columns"]
+    number: float = 0.0
+    of: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "normal":
+            return f"drawn from N(0, {self.number})"
+        if self.kind == "uniform":
+            return f"drawn evenly from within {self.number:.4g}"
+        return f"all {self.number:g}" if self.kind == "constant" else f"{self.kind} of {self.of}"
+
+
+_NORMAL, _ONES = Start("normal", 0.02), Start("constant", 1.0)
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """One Hugging Face tensor.
+
+    Args:
+        shape: as it is stored.
+        start: what it is where neither a NEO nor a Qwen3 gives it.
+        qwen3: name in the Qwen3 that NEO starts from; ``None`` for what NEO adds, which is what stage 1 trains.
+    """
+
+    shape: Shape
+    start: Start
+    qwen3: str | None
 
 
 @dataclass(frozen=True)
@@ -31,44 +79,77 @@ class TensorRow:
     Args:
         megatron: key in the torch_dist checkpoint.
         megatron_shape: global shape there, whatever the layout of the run that saved it.
-        hf: Hugging Face name -> shape, in the order in which ``merge`` takes and ``split`` gives the parts.
-        merge: Hugging Face parts -> the Megatron tensor.
-        split: the Megatron tensor -> Hugging Face parts.
+        hf: Hugging Face name -> tensor, in the order of ``views``.
+        views: the Megatron tensor -> a view for each Hugging Face tensor, its values in the order in which Hugging Face
+            stores them; some have one more dimension, for the groups that lie apart.
         tensor_parallel_dim: dimension that tensor parallelism splits; ``None`` when every rank holds all of it.
+        layer: number of the decoder layer it belongs to; ``None`` outside of them.
     """
 
     megatron: str
     megatron_shape: Shape
-    hf: dict[str, Shape]
-    merge: Callable[[list[Tensor]], Tensor]
-    split: Callable[[Tensor], list[Tensor]]
+    hf: dict[str, HfTensor]
+    views: _Views
     tensor_parallel_dim: int | None
+    layer: int | None = None
+
+    @property
+    def new(self) -> bool:
+        """Whether no part of it comes from a Qwen3."""
+        return all(tensor.qwen3 is None for tensor in self.hf.values())
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The Megatron tensor -> Hugging Face parts."""
+        return [view.reshape(part.shape) for view, part in zip(self.views(tensor), self.hf.values(), strict=True)]
 
 
+@cache
 def tensor_table(sizes: NeoSizes) -> tuple[TensorRow, ...]:
-    """The rows of a whole model, in the order of the forward pass."""
+    """The rows of a whole model, in the order of Megatron's modules."""
     rows = [*_stem_rows(sizes)]
     for layer in range(sizes.num_layers):
         rows += _layer_rows(sizes, layer)
-    rows.append(_same("decoder.final_layernorm.weight", DECODER + "norm.weight", (sizes.hidden_size,)))
+    norm = HfTensor((sizes.hidden_size,), _ONES, qwen3_name(DECODER + "norm.weight"))
+    rows.append(_same("decoder.final_layernorm.weight", DECODER + "norm.weight", norm))
     if not sizes.tie_word_embeddings:
-        rows.append(_same("output_layer.weight", LM_HEAD, (sizes.vocab_size, sizes.hidden_size), split_dim=0))
+        head = HfTensor((sizes.vocab_size, sizes.hidden_size), Start("copy", of=WORD_EMBEDDING), qwen3_name(LM_HEAD))
+        rows.append(_same("output_layer.weight", LM_HEAD, head, split_dim=0))
     return tuple(rows)
+
+
+def hf_tensors(sizes: NeoSizes) -> dict[str, HfTensor]:
+    """Hugging Face name -> tensor of a whole checkpoint; ``lm_head`` is absent where it is the embedding."""
+    return {name: tensor for row in tensor_table(sizes) for name, tensor in row.hf.items()}
 
 
 def hf_shapes(sizes: NeoSizes) -> dict[str, Shape]:
     """Hugging Face name -> shape of a whole checkpoint; ``lm_head`` is absent where it is the embedding."""
-    return {name: shape for row in tensor_table(sizes) for name, shape in row.hf.items()}
+    return {name: tensor.shape for name, tensor in hf_tensors(sizes).items()}
 
 
-def check_shapes(found: dict[str, Shape], expected: dict[str, Shape], where: str) -> None:
+def qwen3_name(name: str) -> str:
+    """What Qwen3 calls a tensor outside of the layers."""
+    return name.removeprefix("language_model.")
+
+
+def check_shapes(
+    found: dict[str, Shape], expected: dict[str, Shape], where: str, allow_missing: Sequence[str] = ()
+) -> list[str]:
     """Refuses a checkpoint that lacks a tensor, has one too many or one of another shape, and names it.
+
+    Args:
+        allow_missing: patterns as of the shell (``*_hw.weight``) of names that may be missing.
+
+    Returns:
+        The missing names that a pattern allows, in the order of ``expected``.
 
     Raises:
         ValueError: one sentence with ``where``, at most five names of each kind, and what to do.
     """
+    absent = [name for name in expected if name not in found]
+    allowed = [name for name in absent if any(fnmatchcase(name, pattern) for pattern in allow_missing)]
     complaints = []
-    if missing := sorted(expected.keys() - found.keys()):
+    if missing := sorted(set(absent) - set(allowed)):
         complaints.append(f"lacks {_some(missing)}")
     if unexpected := sorted(found.keys() - expected.keys()):
         complaints.append(f"has the unexpected {_some(unexpected)}")
@@ -81,6 +162,7 @@ def check_shapes(found: dict[str, Shape], expected: dict[str, Shape], where: str
         complaints.append(f"has {_some(wrong)}")
     if complaints:
         raise ValueError(f"{where} {'; '.join(complaints)}: give the checkpoint that belongs to these model sizes")
+    return allowed
 
 
 def _some(names: list[str]) -> str:
@@ -89,81 +171,85 @@ def _some(names: list[str]) -> str:
 
 def _stem_rows(sizes: NeoSizes) -> list[TensorRow]:
     H, E, patch, merge = sizes.hidden_size, sizes.patch_embedding_size, sizes.patch_size, sizes.merge_size
+    words = HfTensor((sizes.vocab_size, H), _NORMAL, qwen3_name(WORD_EMBEDDING))
     return [
-        _same("embedding.word_embeddings.weight", WORD_EMBEDDING, (sizes.vocab_size, H), split_dim=0),
-        _convolution_row("patch_projection", "patch_embedding", (E, 3, patch, patch), channels_last=False),
-        _same("patch_embedding.patch_projection.bias", PATCH_EMBEDDING + "patch_embedding.bias", (E,)),
+        _same("embedding.word_embeddings.weight", WORD_EMBEDDING, words, split_dim=0),
+        *_convolution_rows("patch_projection", "patch_embedding", (E, 3, patch, patch), channels_last=False),
         # The four patches of a merged cell lie behind one another, so a row of the matrix runs over (dy, dx, channel).
-        _convolution_row("merge_projection", "dense_embedding", (H, E, merge, merge), channels_last=True),
-        _same("patch_embedding.merge_projection.bias", PATCH_EMBEDDING + "dense_embedding.bias", (H,)),
+        *_convolution_rows("merge_projection", "dense_embedding", (H, E, merge, merge), channels_last=True),
     ]
 
 
 def _layer_rows(sizes: NeoSizes, layer: int) -> list[TensorRow]:
     H, F, d, G = sizes.hidden_size, sizes.ffn_hidden_size, sizes.head_dim, sizes.num_query_groups
-    queries = sizes.num_attention_heads // G
-    megatron, hf = f"decoder.layers.{layer}.", f"{DECODER}layers.{layer}."
-    attention, self_attn, mlp = megatron + "self_attention.", hf + "self_attn.", hf + "mlp."
+    queries, query_rows = sizes.num_attention_heads // G, sizes.num_attention_heads * d
+    qwen3_layer = layer - sizes.pre_buffer_layers
+    hf, attention, mlp = f"{DECODER}layers.{layer}.", "self_attention.", "mlp."
 
-    def projection(name: str, rows: int) -> tuple[str, Shape]:
-        return f"{self_attn}{name}.weight", (rows, H)
+    def part(name: str, shape: Shape, start: Start, new: bool = False) -> dict[str, HfTensor]:
+        qwen3 = None if new or qwen3_layer < 0 else f"model.layers.{qwen3_layer}.{name}.weight"
+        return {f"{hf}{name}.weight": HfTensor(shape, start, qwen3)}
 
-    query_rows = sizes.num_attention_heads * d
-    qkv = dict([projection("q_proj", query_rows), projection("k_proj", G * d), projection("v_proj", G * d)])
-    qk_hw = dict([projection("q_proj_hw", query_rows), projection("k_proj_hw", G * d)])
-    gate_up = {f"{mlp}{name}_proj.weight": (F, H) for name in ("gate", "up")}
-    norms = [
-        _same(f"{attention}{qk}_layernorm{axis}.weight", f"{self_attn}{qk}_norm{axis}.weight", (width,))
-        for qk in "qk"
-        for axis, width in (("", d), ("_h", d // 2), ("_w", d // 2))
-    ]
+    def row(megatron: str, parts: dict[str, HfTensor], views: _Views, split_dim: int | None) -> TensorRow:
+        shapes = [tensor.shape for tensor in parts.values()]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return TensorRow(f"decoder.layers.{layer}.{megatron}", shape, parts, views, split_dim, layer)
+
+    def norm(megatron: str, name: str, width: int, new: bool = False) -> TensorRow:
+        return row(megatron, part(name, (width,), _ONES, new), _whole, None)
+
+    # The post-LLM computes on text what Qwen3 computed: its new keys are zero.
+    query_hw, key_hw = _NORMAL, _NORMAL
+    if qwen3_layer >= 0:
+        query_hw, key_hw = Start("rows and columns", of=f"{hf}self_attn.q_proj.weight"), Start("constant", 0.0)
+    qkv = part("self_attn.q_proj", (query_rows, H), _NORMAL)
+    qkv |= part("self_attn.k_proj", (G * d, H), _NORMAL) | part("self_attn.v_proj", (G * d, H), _NORMAL)
+    qk_hw = part("self_attn.q_proj_hw", (query_rows, H), query_hw, new=True)
+    qk_hw |= part("self_attn.k_proj_hw", (G * d, H), key_hw, new=True)
+    gate_up = part("mlp.gate_proj", (F, H), _NORMAL) | part("mlp.up_proj", (F, H), _NORMAL)
     return [
-        _same(f"{attention}linear_qkv.layer_norm_weight", hf + "input_layernorm.weight", (H,)),
-        _grouped_row(f"{attention}linear_qkv.weight", qkv, heads_per_group=(queries, 1, 1), sizes=sizes),
-        _grouped_row(f"{attention}linear_qk_hw.weight", qk_hw, heads_per_group=(queries, 1), sizes=sizes),
-        *norms,
-        _same(f"{attention}linear_proj.weight", f"{self_attn}o_proj.weight", (H, query_rows), split_dim=1),
-        _same(f"{megatron}mlp.linear_fc1.layer_norm_weight", hf + "post_attention_layernorm.weight", (H,)),
+        norm(attention + "linear_qkv.layer_norm_weight", "input_layernorm", H),
+        row(attention + "linear_qkv.weight", qkv, partial(_groups, G, (queries * d, d, d)), 0),
+        row(attention + "linear_qk_hw.weight", qk_hw, partial(_groups, G, (queries * d, d)), 0),
+        row(attention + "linear_proj.weight", part("self_attn.o_proj", (H, query_rows), _NORMAL), _whole, 1),
+        *(norm(f"{attention}{qk}_layernorm.weight", f"self_attn.{qk}_norm", d) for qk in "qk"),
+        *(
+            norm(f"{attention}{qk}_layernorm_{axis}.weight", f"self_attn.{qk}_norm_{axis}", d // 2, new=True)
+            for axis in "hw"
+            for qk in "qk"
+        ),
+        norm(mlp + "linear_fc1.layer_norm_weight", "post_attention_layernorm", H),
         # Over TP each rank holds a piece of gate and the same piece of up; the saved key has gate's rows, then up's.
-        TensorRow(f"{megatron}mlp.linear_fc1.weight", (2 * F, H), gate_up, torch.cat, lambda t: list(t.split(F)), 0),
-        _same(f"{megatron}mlp.linear_fc2.weight", f"{mlp}down_proj.weight", (H, F), split_dim=1),
+        row(mlp + "linear_fc1.weight", gate_up, lambda tensor: tensor.split(F), 0),
+        row(mlp + "linear_fc2.weight", part("mlp.down_proj", (H, F), _NORMAL), _whole, 1),
     ]
 
 
-def _same(megatron: str, hf: str, shape: Shape, split_dim: int | None = None) -> TensorRow:
-    return TensorRow(megatron, shape, {hf: shape}, lambda parts: parts[0], lambda tensor: [tensor], split_dim)
+def _whole(tensor: Tensor) -> Sequence[Tensor]:
+    return [tensor]
 
 
-def _grouped_row(
-    megatron: str, parts: dict[str, Shape], heads_per_group: tuple[int, ...], sizes: NeoSizes
-) -> TensorRow:
+def _groups(groups: int, rows: Sequence[int], tensor: Tensor) -> Sequence[Tensor]:
     """Rows sorted by key-value group, so that a TP rank's contiguous slice holds whole groups with all their heads."""
-    G, d, H = sizes.num_query_groups, sizes.head_dim, sizes.hidden_size
-    shape = (G * sum(heads_per_group) * d, H)
-
-    def merge(tensors: list[Tensor]) -> Tensor:
-        by_group = [t.view(G, heads * d, H) for t, heads in zip(tensors, heads_per_group, strict=True)]
-        return torch.cat(by_group, dim=1).view(shape)
-
-    def split(tensor: Tensor) -> list[Tensor]:
-        by_group = tensor.view(G, -1, H).split([heads * d for heads in heads_per_group], dim=1)
-        return [part.reshape(-1, H) for part in by_group]
-
-    return TensorRow(megatron, shape, parts, merge, split, 0)
+    return tensor.view(groups, sum(rows), -1).split(rows, dim=1)
 
 
-def _convolution_row(megatron: str, hf: str, shape: Shape, channels_last: bool) -> TensorRow:
+def _same(megatron: str, hf: str, tensor: HfTensor, split_dim: int | None = None) -> TensorRow:
+    return TensorRow(megatron, tensor.shape, {hf: tensor}, _whole, split_dim)
+
+
+def _convolution_rows(megatron: str, hf: str, shape: Shape, channels_last: bool) -> Iterator[TensorRow]:
     """A convolution whose stride is its size, as the matrix product it is; every rank holds the small matrix whole."""
     out, channels, height, width = shape
+    fan_in = math.prod(shape[1:])
+    start = Start("uniform", 1 / math.sqrt(fan_in))  # PyTorch draws both weight and bias of a convolution so
 
-    def merge(tensors: list[Tensor]) -> Tensor:
-        kernel = tensors[0].permute(0, 2, 3, 1) if channels_last else tensors[0]
-        return kernel.reshape(out, -1)
-
-    def split(matrix: Tensor) -> list[Tensor]:
+    def views(matrix: Tensor) -> Sequence[Tensor]:
         if channels_last:
-            return [matrix.view(out, height, width, channels).permute(0, 3, 1, 2).contiguous()]
+            return [matrix.view(out, height, width, channels).permute(0, 3, 1, 2)]
         return [matrix.view(shape)]
 
-    hf_name, megatron_name = f"{PATCH_EMBEDDING}{hf}.weight", f"patch_embedding.{megatron}.weight"
-    return TensorRow(megatron_name, (out, math.prod(shape[1:])), {hf_name: shape}, merge, split, None)
+    megatron, hf = f"patch_embedding.{megatron}.", f"{PATCH_EMBEDDING}{hf}."
+    weight = {hf + "weight": HfTensor(shape, start, None)}
+    yield TensorRow(megatron + "weight", (out, fan_in), weight, views, None)
+    yield _same(megatron + "bias", hf + "bias", HfTensor((out,), start, None))

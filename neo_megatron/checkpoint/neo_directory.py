@@ -1,5 +1,6 @@
 """A NEO in Hugging Face form, opened and known to be whole: its sizes, its tensors, and what had to be put right."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,27 @@ class NeoDirectory:
     """What `open_neo` gives.
 
     Args:
-        source: the tensors, every one of the table there and none besides; a tied head that repeats the embedding may
-            be.
+        source: the tensors, every one of the table that is not missing and none besides; a tied head that repeats the
+            embedding may be.
         config: `config.json`, completed.
         sizes: the same as `NeoSizes`.
         said: a sentence for everything that was put right.
+        missing: names of the table that are not there, and may be.
     """
 
     source: SafetensorsDirectory
     config: dict[str, Any]
     sizes: NeoSizes
     said: list[str]
+    missing: list[str]
 
 
-def open_neo(directory: str | Path, allow_pickle: bool = False) -> NeoDirectory:
+def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: Sequence[str] = ()) -> NeoDirectory:
     """Reads headers and JSON only.
 
     Args:
         allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
+        allow_missing: patterns of names that may be missing.
 
     Raises:
         ValueError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
@@ -44,5 +48,5 @@ def open_neo(directory: str | Path, allow_pickle: bool = False) -> NeoDirectory:
     config, said = complete_config(config, source.shapes, directory)
     sizes = NeoSizes.from_hf(config)
     found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
-    check_shapes(found, hf_shapes(sizes), str(directory))
-    return NeoDirectory(source, config, sizes, said)
+    missing = check_shapes(found, hf_shapes(sizes), str(directory), allow_missing)
+    return NeoDirectory(source, config, sizes, said, missing)

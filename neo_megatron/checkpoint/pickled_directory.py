@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory, read_json
+from neo_megatron.checkpoint.streaming import copy_exactly
 
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -34,6 +35,12 @@ class PickledDirectory(SafetensorsDirectory):
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].contiguous()
+
+    def read_into(self, name: str, view: Tensor) -> None:
+        copy_exactly(view, self.read(name).view(-1)[: view.numel()].view(view.shape))
+
+    def same_values(self, *names: str) -> bool:
+        return torch.equal(*(self._tensors[name] for name in names))
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype

@@ -4,8 +4,10 @@ It holds the weights, `config.json`, the tokenizer with NEO's tokens and the cha
 picture settings, and the code of `neo_megatron/hf` for `trust_remote_code`.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 
 import neo_megatron
-from neo_megatron.checkpoint.hf_directory import StoredTensor, whole_directory, write_json, write_safetensors
-from neo_megatron.checkpoint.names import TensorRow, check_shapes, tensor_table
+from neo_megatron.checkpoint.hf_directory import whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.names import Start, TensorRow, check_shapes, hf_tensors, tensor_table
+from neo_megatron.checkpoint.start_values import StartValues, missing_starts
+from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.model.config import NeoSizes
 
@@ -40,14 +44,25 @@ SHARED_CODE = {"data/image.py": "pictures_neo.py", "data/errors.py": "errors_neo
 
 
 def convert_megatron_to_hf(
-    megatron_directory: str | Path, output: str | Path, tokenizer: Any, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Writes ``output`` from the latest iteration (or the one given); values and types stay as they are.
+    megatron_directory: str | Path,
+    output: str | Path,
+    tokenizer: Any,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    allow_missing: Sequence[str] = (),
+) -> dict[str, Start]:
+    """Writes ``output`` from the latest iteration, or the one given.
 
     Args:
         megatron_directory: what `--save` filled, or one ``iter_XXXXXXX`` or ``release`` directory of it.
         tokenizer: the transformers tokenizer of the training data, NEO's tokens in it.
         shard_bytes: largest weight file.
+        dtype: of all tensors; by default each keeps its own, and every bit.
+        allow_missing: patterns of Megatron names that may be missing; the Hugging Face tensors of such a one start as
+            in a NEO made from a Qwen3, drawn from seed 0.
+
+    Returns:
+        The missing tensors by their Hugging Face names, and what they start as.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's; ``output``
@@ -55,15 +70,44 @@ def convert_megatron_to_hf(
     """
     source = TorchDistDirectory(megatron_directory)
     sizes = saved_sizes(source)
-    rows = tensor_table(sizes)
+    rows = {row.megatron: row for row in tensor_table(sizes)}
     found = {key: shape for key, shape in source.shapes.items() if key.startswith(MODEL_PREFIXES)}
-    check_shapes(found, {row.megatron: row.megatron_shape for row in rows}, str(source.directory))
+    if not found:
+        raise ValueError(f"{source.directory}: no tensor of a NEO in it: give a checkpoint saved by pretrain_neo")
+    expected = {key: row.megatron_shape for key, row in rows.items()}
+    missing = check_shapes(found, expected, str(source.directory), allow_missing)
     check_tokenizer(tokenizer, sizes)
+    listed = missing_starts([name for key in missing for name in rows[key].hf], hf_tensors(sizes))
+    starts = StartValues(seed=0, head_dim=sizes.head_dim, read=partial(_read_hf, source, rows.values()))
 
-    stored = [StoredTensor(name, shape, source.dtype(row.megatron)) for row in rows for name, shape in row.hf.items()]
-    with whole_directory(output) as partial:
-        write_safetensors(partial, stored, _parts(source, rows), shard_bytes)
-        write_companions(partial, sizes, Counter(tensor.dtype for tensor in stored).most_common(1)[0][0], tokenizer)
+    def fill(stored: StoredTensor, tensor: Tensor) -> None:
+        row = rows[stored.name]
+        if row.megatron not in missing:
+            source.read_into(row.megatron, tensor)
+        else:
+            for part, view in zip(row.hf.values(), row.views(tensor), strict=True):
+                starts.fill(view, part)
+
+    largest = max(found, key=lambda key: math.prod(found[key]))
+    merged = [
+        StoredTensor(key, row.megatron_shape, dtype or source.dtype(largest if key in missing else key))
+        for key, row in rows.items()
+    ]
+    stored = [
+        StoredTensor(name, part.shape, tensor.dtype) for tensor in merged for name, part in rows[tensor.name].hf.items()
+    ]
+    tensors = one_ahead(merged, fill, "to Hugging Face")
+    values = (view for row, tensor in zip(rows.values(), tensors, strict=True) for view in row.views(tensor))
+    with whole_directory(output) as directory:
+        write_safetensors(directory, stored, values, shard_bytes)
+        write_companions(directory, sizes, Counter(tensor.dtype for tensor in stored).most_common(1)[0][0], tokenizer)
+    return listed
+
+
+def _read_hf(source: TorchDistDirectory, rows: Iterable[TensorRow], name: str) -> Tensor:
+    """One Hugging Face tensor."""
+    row = next(row for row in rows if name in row.hf)
+    return dict(zip(row.hf, row.split(source.read(row.megatron)), strict=True))[name]
 
 
 def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, tokenizer: Any | None) -> None:
@@ -100,11 +144,6 @@ def saved_sizes(source: TorchDistDirectory) -> NeoSizes:
     if not isinstance(sizes, dict):
         raise ValueError(f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo")
     return NeoSizes(**sizes)
-
-
-def _parts(source: TorchDistDirectory, rows: tuple[TensorRow, ...]) -> Iterator[Tensor]:
-    for row in rows:
-        yield from row.split(source.read(row.megatron))
 
 
 def _write_code(directory: Path) -> None:

@@ -10,7 +10,8 @@ import io
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,59 +19,72 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from neo_megatron.checkpoint.hf_directory import read_json, write_json
+from neo_megatron.checkpoint.streaming import BlockWriter, FileWindow, StoredTensor, read_into
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's name of piece 0 of 1
 
 
-class _StreamedSave(DefaultSavePlanner):
-    """Asks for each tensor when its turn to be written comes, so that one of them is in memory and not all."""
+class _StreamedWriter(dcp.FileSystemWriter):
+    """Writes each tensor when it comes and keeps none; DCP's own writer keeps all until the file is closed."""
 
-    def __init__(self, value_of: Callable[[str], Tensor]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.value_of = value_of
+    def __init__(self, directory: Path, tensors: Sequence[StoredTensor], values: Iterable[Tensor]) -> None:
+        super().__init__(directory)
+        self._directory, self._tensors, self._values = directory, tensors, values
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.index.fqn == COMMON_STATE:
-            return super().resolve_data(write_item)
-        return self.value_of(write_item.index.fqn).contiguous()
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        items = {item.index.fqn: item for item in plan.items}
+        results = []
+        with (self._directory / name).open("wb") as file:
+
+            def wrote(item: WriteItem, begin: int) -> None:
+                length = file.tell() - begin
+                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+
+            common_state = items.pop(COMMON_STATE)
+            file.write(planner.resolve_data(common_state).getbuffer())
+            wrote(common_state, 0)
+            for stored, value in zip(self._tensors, self._values, strict=True):
+                begin = file.tell()
+                torch.save(value, BlockWriter(file))
+                wrote(items.pop(stored.name), begin)
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(results)
+        return written
 
 
 def write_torch_dist(
-    directory: Path,
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
-    value_of: Callable[[str], Tensor],
-    common_state: dict[str, Any],
+    directory: Path, stored: Sequence[StoredTensor], values: Iterable[Tensor], common_state: dict[str, Any]
 ) -> None:
     """Writes a checkpoint that `megatron.training` loads, into an existing empty directory.
 
+    One value is asked for after the other, and none is kept.
+
     Args:
-        tensors: key -> global shape and type.
-        value_of: key -> the tensor; called once per key.
+        stored: what comes, in order.
+        values: the tensors themselves, in the same order, each with a storage of its own size.
         common_state: what is no tensor: ``args``, ``iteration``, ``checkpoint_version``.
     """
     state: dict[str, Any] = {
-        key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in tensors.items()
+        tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in stored
     }
     state[COMMON_STATE] = [common_state]  # Megatron stores a list of the pieces that one rank held
-    with _in_one_process():
-        writer = dcp.FileSystemWriter(directory, thread_count=1)
-        dcp.save(state, storage_writer=writer, planner=_StreamedSave(value_of), no_dist=True)
-    write_json(directory / "metadata.json", FORMAT)
-
-
-@contextmanager
-def _in_one_process() -> Iterator[None]:
-    """DCP warns that it works alone, which is what we want of it."""
     with warnings.catch_warnings():
+        # DCP warns that it works alone, which is what we want of it.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(state, storage_writer=_StreamedWriter(directory, stored, values), planner=planner, no_dist=True)
+    write_json(directory / "metadata.json", FORMAT)
 
 
 class TorchDistDirectory:
@@ -87,8 +101,8 @@ class TorchDistDirectory:
         self.directory = _iteration_directory(Path(path))
         if read_json(self.directory / "metadata.json").get("sharded_backend") != FORMAT["sharded_backend"]:
             raise ValueError(f"{self.directory}: not in torch_dist format: save it with --ckpt-format torch_dist")
-        self._reader = _Reader(self.directory)
-        self._entries = self._reader.read_metadata().state_dict_metadata
+        metadata = read_metadata(self.directory)
+        self._entries, self._places = metadata.state_dict_metadata, metadata.storage_data
         self.shapes = {
             key: tuple(entry.size) for key, entry in self._entries.items() if isinstance(entry, TensorStorageMetadata)
         }
@@ -101,57 +115,85 @@ class TorchDistDirectory:
 
         Call it only for keys whose shape was checked: this takes the memory that the shape asks for.
         """
+        tensor = torch.empty(self.shapes[key], dtype=self.dtype(key))
+        self.read_into(key, tensor)
+        return tensor
+
+    def read_into(self, key: str, view: Tensor) -> None:
+        """Reads a tensor into memory of its shape, of any strides and type, and compares it with its checksums.
+
+        Raises:
+            ValueError: pieces of it are missing or damaged.
+        """
         entry = self._entries[key]
-        # DCP would leave what no piece covers as it was: memory of whatever was there before.
-        if sum(math.prod(piece.sizes) for piece in entry.chunks) != math.prod(entry.size):
+        inside = all(
+            0 <= begin <= begin + length <= size
+            for piece in entry.chunks
+            for begin, length, size in zip(piece.offsets, piece.sizes, entry.size, strict=True)
+        )
+        # What no piece covers would stay as it was: memory of whatever was there before.
+        if not inside or sum(math.prod(piece.sizes) for piece in entry.chunks) != math.prod(entry.size):
             raise ValueError(
                 f"{self.directory}: the pieces of {key} do not make up the tensor: the save was incomplete"
             )
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        self._load({key: tensor})
-        return tensor
+        for piece in entry.chunks:
+            part = view
+            for dim, (begin, length) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
+                part = part.narrow(dim, begin, length)
+            with self._opened(key, piece.offsets) as archive:
+                _read_archive(archive, part, entry.properties.dtype)
 
     def common_state(self) -> dict[str, Any]:
         """What is no tensor. Only the classes that Megatron itself allows are unpickled."""
         if not isinstance(self._entries.get(COMMON_STATE), BytesStorageMetadata):
             raise ValueError(f"{self.directory}: has no common state: save it with megatron-core 0.19")
-        state = {COMMON_STATE: io.BytesIO()}
-        self._load(state)
         with warnings.catch_warnings():
             # Here, as it takes seconds; it warns of optional packages, none of which a conversion uses.
             warnings.simplefilter("ignore")
             from megatron.core.safe_globals import SAFE_GLOBALS
         try:
-            with torch.serialization.safe_globals([argparse.Namespace, *SAFE_GLOBALS]):
-                return torch.load(state[COMMON_STATE], weights_only=True)[0]
+            with (
+                self._opened(COMMON_STATE) as archive,
+                torch.serialization.safe_globals([argparse.Namespace, *SAFE_GLOBALS]),
+            ):
+                return torch.load(io.BytesIO(archive.read()), weights_only=True)[0]
         except pickle.UnpicklingError as error:
             what = str(error).splitlines()[0]
             raise ValueError(
                 f"{self.directory}: its arguments hold more than Megatron allows ({what}): not loaded"
             ) from error
 
-    def _load(self, state: dict[str, Any]) -> None:
-        planner = _RawBytesLoad(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with _in_one_process():
-            dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
+    @contextmanager
+    def _opened(self, key: str, offsets: torch.Size | None = None) -> Iterator[FileWindow]:
+        """The archive of one piece, or of an object; what is wrong with it is said of the file that it lies in."""
+        place = self._places[MetadataIndex(key, offsets)]
+        path = self.directory / place.relative_path
+        with path.open("rb", buffering=0) as file:
+            try:
+                yield FileWindow(file, place.offset, place.length)
+            except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
+                what = str(error).split("\n")[0]
+                raise ValueError(f"{path}: {key}: {what}") from error
 
 
-class _RawBytesLoad(DefaultLoadPlanner):
-    """Hands bytes over as they are; the default planner would unpickle them without an allow-list of ours."""
+def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None:
+    """Reads what `torch.save` wrote of one tensor, a zip of its values and a pickle that says how they lie.
 
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = value
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads `.metadata`, which is a pickle, with nothing but DCP's own records allowed, and once."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = read_metadata(Path(self.path))
-        return self._metadata
+    Raises:
+        ValueError: it is another tensor than is wanted, or not stored in one piece.
+        zipfile.BadZipFile: its bytes are not those of its checksum.
+    """
+    stored = torch.load(archive, map_location="meta", weights_only=True)
+    if (stored.shape, stored.dtype) != (view.shape, dtype):
+        raise ValueError(f"holds {stored.dtype} {list(stored.shape)} instead of {dtype} {list(view.shape)}")
+    if not stored.is_contiguous() or stored.storage_offset() or stored.untyped_storage().nbytes() != stored.nbytes:
+        raise ValueError("is not stored as a tensor of its own: save it again")
+    with zipfile.ZipFile(archive) as records:
+        (values,) = (record for record in records.infolist() if record.filename.endswith("/data/0"))
+        if values.file_size != stored.nbytes:
+            raise ValueError(f"holds {values.file_size} bytes of values instead of {stored.nbytes}")
+        with records.open(values) as file:
+            read_into(view, file, dtype)
 
 
 def read_metadata(directory: Path) -> Metadata:

@@ -1,12 +1,13 @@
 """The parameters that a rank holds, in the order of the modules: buffers are padded by that order.
 
-It must follow `NeoModel`; `tests/planning/test_state.py` holds both against each other to the byte.
+The one table of tensors says what there is; `tests/planning/test_state.py` holds it against `NeoModel` to the byte.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from functools import cache
 
+from neo_megatron.checkpoint.names import WORD_EMBEDDING, TensorRow, tensor_table
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
@@ -35,38 +36,34 @@ def parameters_of(
 ) -> tuple[Parameter, ...]:
     """The same, from what of the layout decides it: a search asks for few of these many times."""
     frozen = trains_new_parts_only(training_stage)
-    hidden, width, tied = sizes.hidden_size, sizes.patch_embedding_size, sizes.tie_word_embeddings
-    vocabulary = Parameter(sizes.vocab_size // tensor * hidden, trained=not frozen, shared_embedding=tied and pipelined)
-    parameters: list[Parameter] = []
-    if chunk.embedding:
-        patch = (3 * sizes.patch_size**2 * width, width, sizes.merge_size**2 * width * hidden, hidden)
-        parameters += [vocabulary, *(Parameter(elements, trained=True) for elements in patch)]
+    stem, layers, head = _rows(sizes)
+    wanted: list[TensorRow] = [*stem] if chunk.embedding else []
     for number in range(chunk.first_layer, chunk.first_layer + chunk.layers):
-        parameters += _layer(sizes, tensor, frozen and number >= sizes.pre_buffer_layers)
+        wanted += layers[number]
     if chunk.head:
-        parameters.append(Parameter(hidden, trained=not frozen))
-        # In one chunk a tied head is the embedding itself; on two it is a copy.
-        if not (tied and chunk.embedding):
-            parameters.append(vocabulary)
-    return tuple(parameters)
+        wanted += head
+        if sizes.tie_word_embeddings and not chunk.embedding:
+            wanted.append(stem[0])  # in one chunk a tied head is the embedding itself; on two it is a copy
+    shared = {WORD_EMBEDDING} if sizes.tie_word_embeddings and pipelined else set()
+    return tuple(
+        Parameter(
+            elements=math.prod(row.megatron_shape) // (1 if row.tensor_parallel_dim is None else tensor),
+            trained=row.new or not frozen,
+            shared_embedding=not shared.isdisjoint(row.hf),
+            matrix_of_layer=row.layer is not None and len(row.megatron_shape) == 2,
+        )
+        for row in wanted
+    )
 
 
-def _layer(sizes: NeoSizes, tensor: int, frozen: bool) -> Iterator[Parameter]:
-    hidden, head, ffn = sizes.hidden_size, sizes.head_dim, sizes.ffn_hidden_size
-    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
-
-    def matrix(elements: int, new: bool = False) -> Parameter:
-        return Parameter(elements // tensor, trained=new or not frozen, matrix_of_layer=True)
-
-    def norm(elements: int, new: bool = False) -> Parameter:
-        return Parameter(elements, trained=new or not frozen)
-
-    yield norm(hidden)
-    yield matrix((heads + 2 * groups) * head * hidden)
-    yield matrix((heads + groups) * head * hidden, new=True)
-    yield matrix(heads * head * hidden)
-    yield from (norm(head), norm(head))
-    yield from (norm(head // 2, new=True) for _ in range(4))
-    yield norm(hidden)
-    yield matrix(2 * ffn * hidden)
-    yield matrix(ffn * hidden)
+@cache
+def _rows(sizes: NeoSizes) -> tuple[list[TensorRow], list[list[TensorRow]], list[TensorRow]]:
+    """The table's rows before, in and behind the layers."""
+    table = tensor_table(sizes)
+    layers: list[list[TensorRow]] = [[] for _ in range(sizes.num_layers)]
+    for row in table:
+        if row.layer is not None:
+            layers[row.layer].append(row)
+    outside = [row for row in table if row.layer is None]
+    number_of_stem = next(number for number, row in enumerate(table) if row.layer is not None)
+    return outside[:number_of_stem], layers, outside[number_of_stem:]

@@ -17,6 +17,7 @@ from neo_megatron.checkpoint import to_hf
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory
 from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
 from neo_megatron.model.config import NeoSizes
@@ -130,8 +131,8 @@ def rewrite(megatron, change, **neo_sizes) -> None:
     state["args"].neo_sizes |= neo_sizes
     shutil.rmtree(megatron / "release")
     (megatron / "release").mkdir()
-    stored = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    write_torch_dist(megatron / "release", stored, tensors.__getitem__, state)
+    stored = [StoredTensor(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
+    write_torch_dist(megatron / "release", stored, tensors.values(), state)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.info import contents, weights_hash
+from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
 
@@ -74,8 +75,8 @@ def test_a_run_says_how_far_it_came_and_what_lies_beside_the_weights(converted, 
     state["args"] = Namespace(**vars(state["args"]) | {"consumed_train_samples": 64, "seq_length": 192})
     run = tmp_path / "run"
     run.mkdir()
-    stored = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    write_torch_dist(run, stored, tensors.__getitem__, {**state, "iteration": 8})
+    stored = [StoredTensor(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
+    write_torch_dist(run, stored, tensors.values(), {**state, "iteration": 8})
     lines = contents(run).lines
     assert lines["training"] == "iteration 8, 64 packs of 192 tokens: 12,288 tokens"
     assert lines["optimizer state"] == "1.0 MB" and "  patch embedding" in lines

@@ -14,6 +14,7 @@ from neo_megatron.checkpoint.integrity import (
     verify_pieces,
     write_checksums,
 )
+from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
 
 SHAPES = {"weight": (40, 30), "bias": (3,), "embedding": (100, 8), "scalar": ()}
@@ -25,8 +26,8 @@ def whole(tmp_path_factory):
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    kinds = {name: (shape, torch.float32) for name, shape in SHAPES.items()}
-    write_torch_dist(directory, kinds, tensors.__getitem__, {"args": None, "iteration": 2})
+    stored = [StoredTensor(name, shape, torch.float32) for name, shape in SHAPES.items()]
+    write_torch_dist(directory, stored, tensors.values(), {"args": None, "iteration": 2})
     write_checksums(directory)
     return directory
 

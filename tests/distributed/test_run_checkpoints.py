@@ -22,6 +22,7 @@ from conftest import GOLDEN, torchrun
 from pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.integrity import CHECKSUMS, stored_pieces, verify_pieces
+from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 
 STEPS, EVERY = 20, 2
@@ -403,7 +404,8 @@ class TestKeeping:
     def save(root: Path, iteration: int) -> Path:
         path = root / f"iter_{iteration:07d}"
         path.mkdir()
-        write_torch_dist(path, {"weight": ((50,), torch.float32)}, lambda key: torch.ones(50), {"iteration": iteration})
+        weight = StoredTensor("weight", (50,), torch.float32)
+        write_torch_dist(path, [weight], [torch.ones(50)], {"iteration": iteration})
         return path
 
     @staticmethod
