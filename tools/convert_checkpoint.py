@@ -11,12 +11,14 @@ from typing import Any, get_args
 
 import torch
 
+from neo_megatron.checkpoint.either_form import open_either
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES
 from neo_megatron.checkpoint.hub import model_directory, tokenizer_directory
 from neo_megatron.checkpoint.info import contents, weights_hash
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
 from neo_megatron.checkpoint.names import Start
+from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.errors import DataError
@@ -28,7 +30,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf, add_info):
+    for add in (add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf, add_extract_pre_buffer, add_info):
         add(commands)
     return parser.parse_args()
 
@@ -104,6 +106,21 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
     say_missing(missing)
 
 
+def add_extract_pre_buffer(commands: Any) -> None:
+    command = commands.add_parser("extract-pre-buffer", help="take the visual front end out of a NEO")
+    add_hf(command, "--neo", metavar="DIR", help="in either form; or the id of a hub: org/name@revision")
+    add_output(command)
+    add_shards(command)
+    command.set_defaults(run=extract)
+
+
+def extract(args: argparse.Namespace) -> None:
+    neo = open_either(model_directory(args.neo, args.allow_pickle), args.allow_pickle)
+    for sentence in neo.said:
+        warnings.warn(f"{args.neo}/config.json: {sentence}", stacklevel=1)
+    extract_pre_buffer(neo, args.output, args.max_shard_size)
+
+
 def add_info(commands: Any) -> None:
     command = commands.add_parser("info", help="what is in a checkpoint, and a hash that is the same in either form")
     command.add_argument("checkpoint", metavar="DIR", help="in either form, also a Qwen3; or the id of a hub")
@@ -118,8 +135,10 @@ def info(args: argparse.Namespace) -> None:
     print(f"{'sha256 of the weights':<26}{weights_hash(opened)}")
 
 
-def add_hf(command: argparse.ArgumentParser, flag: str, metavar: str) -> None:
-    command.add_argument(flag, required=True, metavar=metavar, help="or the id of a hub: org/name@revision")
+def add_hf(
+    command: argparse.ArgumentParser, flag: str, metavar: str, help: str = "or the id of a hub: org/name@revision"
+) -> None:
+    command.add_argument(flag, required=True, metavar=metavar, help=help)
     command.add_argument(
         "--allow-pickle",
         action="store_true",

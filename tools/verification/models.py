@@ -86,7 +86,12 @@ def run_transformers(neo: NeoDirectory, pack: MadePack, device: str) -> Seen:
 def run_megatron(sizes: NeoSizes, iteration: Path, pack: MadePack, device: str) -> Seen:
     """Megatron's model over the tensors of one saved iteration, all documents in one pack."""
     config = NeoConfig.from_sizes(
-        sizes, transformer_impl="local", gradient_accumulation_fusion=False, perform_initialization=False
+        sizes,
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,
+        # Memory that nobody writes to is not taken; a GPU gets each part when it is read.
+        perform_initialization=False,
+        use_cpu_initialization=True,
     )
     model = NeoModel(config).float().eval()
     parts = {"embedding.": model.embedding, "patch_embedding.": model.patch_embedding}
