@@ -18,7 +18,7 @@ from neo_megatron.checkpoint.hub import model_directory, tokenizer_directory
 from neo_megatron.checkpoint.info import contents, weights_hash
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
 from neo_megatron.checkpoint.names import Start
-from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
+from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer, open_pre_buffer
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.errors import DataError
@@ -30,7 +30,10 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf, add_extract_pre_buffer, add_info):
+    for add in (
+        *(add_qwen3_to_neo, add_hf_to_megatron, add_megatron_to_hf),
+        *(add_extract_pre_buffer, add_attach_pre_buffer, add_info),
+    ):
         add(commands)
     return parser.parse_args()
 
@@ -40,11 +43,19 @@ def add_qwen3_to_neo(commands: Any) -> None:
     add_hf(command, "--qwen3", metavar="QWEN3_HF_DIR")
     command.add_argument("--pre-buffer-layers", required=True, type=int, help="12 for NEO-2B, 6 for NEO-9B")
     command.add_argument("--patch-embedding-size", type=int, default=1024)
+    command.add_argument("--seed", type=int, default=0, help="of the pre-buffer and the patch embedding")
+    add_new_neo(command)
+    add_output(command)
+    add_shards(command)
+    add_tensors(command)
+    command.set_defaults(run=qwen3_to_neo)
+
+
+def add_new_neo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer", metavar="HF_DIR", help="gets NEO's tokens and is saved with the model")
     command.add_argument(
         "--vocab-size", type=int, help="rows of the embedding (default: Qwen3's, more if the tokenizer needs)"
     )
-    command.add_argument("--seed", type=int, default=0, help="of the pre-buffer and the patch embedding")
     command.add_argument(
         "--key-hw-init",
         choices=get_args(KeyHwInit),
@@ -52,21 +63,25 @@ def add_qwen3_to_neo(commands: Any) -> None:
         help="what makes the new keys zero: their projection (published; its gradients are 1,000 times too large at "
         "first) or the weights of their norms; see docs/key_hw_init.md",
     )
-    add_output(command)
-    add_shards(command)
-    add_tensors(command)
-    command.set_defaults(run=qwen3_to_neo)
 
 
 def qwen3_to_neo(args: argparse.Namespace) -> None:
+    new_neo(
+        args,
+        pre_buffer_layers=args.pre_buffer_layers,
+        patch_embedding_size=args.patch_embedding_size,
+        seed=args.seed,
+    )
+
+
+def new_neo(args: argparse.Namespace, **front: Any) -> None:
+    """A NEO from a Qwen3 and what is put in front of it."""
     missing = init_from_qwen3(
         model_directory(args.qwen3, args.allow_pickle),
         args.output,
-        pre_buffer_layers=args.pre_buffer_layers,
-        patch_embedding_size=args.patch_embedding_size,
+        **front,
         tokenizer=tokenizer_of(args),
         vocab_size=args.vocab_size,
-        seed=args.seed,
         key_hw_init=args.key_hw_init,
         shard_bytes=args.max_shard_size,
         allow_pickle=args.allow_pickle,
@@ -119,6 +134,21 @@ def extract(args: argparse.Namespace) -> None:
     for sentence in neo.said:
         warnings.warn(f"{args.neo}/config.json: {sentence}", stacklevel=1)
     extract_pre_buffer(neo, args.output, args.max_shard_size)
+
+
+def add_attach_pre_buffer(commands: Any) -> None:
+    command = commands.add_parser("attach-pre-buffer", help="put a trained one in front of a Qwen3 of the same shape")
+    command.add_argument("--pre-buffer", required=True, metavar="DIR", help="what extract-pre-buffer wrote")
+    add_hf(command, "--qwen3", metavar="QWEN3_HF_DIR")
+    add_new_neo(command)
+    add_output(command)
+    add_shards(command)
+    add_tensors(command)
+    command.set_defaults(run=attach)
+
+
+def attach(args: argparse.Namespace) -> None:
+    new_neo(args, pre_buffer=open_pre_buffer(model_directory(args.pre_buffer)))
 
 
 def add_info(commands: Any) -> None:

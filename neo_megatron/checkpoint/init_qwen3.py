@@ -31,6 +31,7 @@ from neo_megatron.checkpoint.names import (
     qwen3_name,
 )
 from neo_megatron.checkpoint.pickled_directory import open_weights
+from neo_megatron.checkpoint.pre_buffer import PreBuffer, TrainedPart
 from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
@@ -44,11 +45,12 @@ KeyHwInit = Literal["published", "zero-norm"]
 def init_from_qwen3(
     qwen3_directory: str | Path,
     output: str | Path,
-    pre_buffer_layers: int,
+    pre_buffer_layers: int = 0,
     patch_embedding_size: int = 1024,
     tokenizer: Any | None = None,
     vocab_size: int | None = None,
     seed: int = 0,
+    pre_buffer: PreBuffer | None = None,
     key_hw_init: KeyHwInit = "published",
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
@@ -62,6 +64,8 @@ def init_from_qwen3(
             taken to have the ids they have on Qwen3.
         vocab_size: rows of the embedding and the head; by default Qwen3's, and more only if the tokenizer needs them.
             Further rows are zero, surplus rows are cut.
+        pre_buffer: a trained one, instead of one that is drawn; it decides the number of layers and the width of the
+            patch embedding.
         key_hw_init: what makes the post-LLM's keys for rows and columns zero, see above.
         shard_bytes: largest weight file.
         allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
@@ -72,10 +76,14 @@ def init_from_qwen3(
         The missing tensors by their names in the new NEO, and what they start as.
 
     Raises:
-        ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``.
+        ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
+            pre-buffer of another shape.
     """
     config = read_json(Path(qwen3_directory) / "config.json")
     source = open_weights(qwen3_directory, allow_pickle)
+    if pre_buffer is not None:
+        pre_buffer_layers = pre_buffer.sizes.pre_buffer_layers
+        patch_embedding_size = pre_buffer.sizes.patch_embedding_size
     sizes = _neo_sizes(config, qwen3_directory, pre_buffer_layers, patch_embedding_size, tokenizer, vocab_size)
     if tokenizer is None:
         warnings.warn(
@@ -85,6 +93,10 @@ def init_from_qwen3(
         )
     else:
         check_tokenizer(tokenizer, sizes)
+    trained: dict[str, TrainedPart] = {}
+    if pre_buffer is not None:
+        sizes = pre_buffer.sizes_in_front_of(sizes, qwen3_directory)
+        trained = pre_buffer.parts(sizes, tokenizer)
     missing = _check_tensors(source, sizes, config["vocab_size"], allow_missing)
     tensors = _tensors(sizes, key_hw_init)
     listed = missing_starts([name for name, tensor in tensors.items() if tensor.qwen3 in missing], tensors)
@@ -98,8 +110,10 @@ def init_from_qwen3(
             rows = min(len(values), source.shapes[tensor.qwen3][0])
             source.read_into(tensor.qwen3, values[:rows])
             values[rows:] = 0
-        else:
+        elif stored.name not in trained:
             starts.fill(values, tensor)
+        if stored.name in trained:
+            trained[stored.name](values)
 
     dtype = dtype or source.main_dtype
     stored = [StoredTensor(name, tensor.shape, dtype) for name, tensor in tensors.items()]

@@ -5,11 +5,13 @@ patch embedding and the pre-buffer's layers. Beside them ``picture_tokens.weight
 ``</img>``: they frame every picture that the pre-buffer has seen, and a Qwen3 has nothing trained in their place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neo_megatron.checkpoint.either_form import EitherForm
@@ -28,11 +30,15 @@ from neo_megatron.model.config import NeoSizes
 MODEL_TYPE = "neo_pre_buffer"
 PICTURE_TOKENS = ("<img>", "</img>")
 PICTURE_ROWS = "picture_tokens.weight"
+# Writes trained values into a tensor of as many values.
+TrainedPart = Callable[[Tensor], None]
 # What a layer of the pre-buffer and one of the post-LLM must share, as they are layers of one decoder.
 _SHARED = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("rope_theta", "norm_epsilon"),
 )
+# What concerns pictures alone, and no Qwen3 has.
+_DECIDED = ("rope_theta_hw", "rope_theta_patch", "max_positions_hw", "min_pixels", "max_pixels")
 
 
 def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) -> None:
@@ -63,16 +69,16 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
         write_json(partial / "config.json", config)
 
 
-def picture_token_ids(sizes: NeoSizes, added: dict[str, int], where: Path) -> list[int]:
+def picture_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list[int]:
     """The ids of `PICTURE_TOKENS`; without a tokenizer those that follow from the order in which NEO adds its tokens.
 
     Args:
-        added: ids of a tokenizer's added tokens, or none.
+        known: ids of tokens in the model's tokenizer, if it was looked at.
     """
-    start, end = sizes.image_start_token_id, added.get("</img>")
+    start, end = sizes.image_start_token_id, known.get("</img>")
     if end is None and start == sizes.image_context_token_id + 1:
         end = start + 1  # <IMG_CONTEXT>, <img> and </img> were added one behind the other
-    if end is None or end >= sizes.vocab_size:
+    if end is None or max(start, end) >= sizes.vocab_size:
         raise ValueError(f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json beside it")
     return [start, end]
 
@@ -89,8 +95,12 @@ class PreBuffer:
     source: SafetensorsDirectory
     sizes: NeoSizes
 
-    def check_fits(self, sizes: NeoSizes, where: str | Path) -> None:
-        """Raises ValueError, naming what differs, where this pre-buffer's layers are no layers of such a NEO."""
+    def sizes_in_front_of(self, sizes: NeoSizes, where: str | Path) -> NeoSizes:
+        """Those of a new NEO with what this pre-buffer decides about pictures.
+
+        Raises:
+            ValueError: layers of this pre-buffer are no layers of such a NEO; it names what differs.
+        """
         differing = [
             f"{key} {getattr(self.sizes, key)} (there {getattr(sizes, key)})"
             for key in _SHARED
@@ -101,6 +111,22 @@ class PreBuffer:
                 f"{self.source.directory} does not fit in front of {where}: the pre-buffer has {', '.join(differing)}; "
                 "give a Qwen3 of the same shape"
             )
+        return sizes.replace(**{key: getattr(self.sizes, key) for key in _DECIDED})
+
+    def parts(self, sizes: NeoSizes, tokenizer: Any | None) -> dict[str, TrainedPart]:
+        """Hugging Face name -> what writes the trained values into that tensor of a new NEO, or into rows of it."""
+        parts: dict[str, TrainedPart] = {
+            name: partial(self.source.read_into, name) for name in self.source.shapes if name != PICTURE_ROWS
+        }
+        known = {} if tokenizer is None else {token: tokenizer.convert_tokens_to_ids(token) for token in PICTURE_TOKENS}
+        ids = picture_token_ids(sizes, known, self.source.directory)
+
+        def frame_pictures(embedding: Tensor) -> None:
+            rows = torch.empty(len(ids), embedding.shape[1], dtype=embedding.dtype)
+            self.source.read_into(PICTURE_ROWS, rows)
+            embedding[ids] = rows
+
+        return parts | {WORD_EMBEDDING: frame_pictures}
 
 
 def open_pre_buffer(directory: str | Path) -> PreBuffer:

@@ -1,7 +1,10 @@
 """A trained pre-buffer, taken out of one NEO and put in front of another Qwen3."""
 
 import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +12,12 @@ from safetensors.torch import load_file
 
 from neo_megatron.checkpoint.either_form import open_either
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
 from neo_megatron.checkpoint.pre_buffer import PICTURE_ROWS, extract_pre_buffer, open_pre_buffer
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES
 from neo_megatron.model.config import NeoSizes
 
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 FRONT = ("vision_model.", "language_model.model.layers.0.", "language_model.model.layers.1.")
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
@@ -75,3 +80,59 @@ def test_what_is_no_pre_buffer(golden, extracted):
     (extracted / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks language_model.model.layers.2"):
         open_pre_buffer(extracted)
+
+
+def test_what_was_taken_out_fits_back(golden, tokenizer, tmp_path):
+    """A NEO that was only started: the post-LLM is Qwen3's, so that the same weights come back, byte by byte."""
+    init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", 2, 32, tokenizer=tokenizer, seed=3)
+    extract_pre_buffer(open_either(tmp_path / "neo"), tmp_path / "front", SHARD_BYTES)
+    attached = tmp_path / "attached"
+    pre_buffer = open_pre_buffer(tmp_path / "front")
+    init_from_qwen3(golden / "qwen3_untied", attached, tokenizer=tokenizer, pre_buffer=pre_buffer)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_neo.py"):
+        assert (attached / name).read_bytes() == (tmp_path / "neo" / name).read_bytes(), name
+
+
+def test_in_front_of_another_qwen3(golden, extracted, tokenizer, tmp_path):
+    """The front end is the trained one, the post-LLM the other Qwen3 with new keys that are zero."""
+    pre_buffer = open_pre_buffer(extracted)
+    init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", tokenizer=tokenizer, pre_buffer=pre_buffer)
+    init_from_qwen3(golden / "qwen3_untied", tmp_path / "plain", 2, 32, tokenizer=tokenizer)
+    neo, plain, trained = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "neo", tmp_path / "plain", golden / "ckpt_untied")
+    )
+    for name, tensor in neo.items():
+        expected = (trained if name.startswith(FRONT) else plain)[name].clone()
+        if name == EMBEDDING:
+            expected[[897, 898]] = trained[name][[897, 898]]
+        assert torch.equal(tensor, expected), name
+    assert not torch.equal(neo[EMBEDDING][897], plain[EMBEDDING][897])
+    sizes, trained_sizes = (NeoSizes.from_hf_directory(path) for path in (tmp_path / "neo", golden / "ckpt_untied"))
+    assert (sizes.min_pixels, sizes.max_pixels) == (trained_sizes.min_pixels, trained_sizes.max_pixels) == (4096, 65536)
+
+
+@pytest.mark.parametrize("key, value", [("rope_theta", 5e6), ("num_attention_heads", 8), ("hidden_size", 128)])
+def test_another_shape_is_refused(golden, extracted, tmp_path, key, value):
+    shutil.copytree(golden / "qwen3_untied", tmp_path / "qwen3")
+    config = json.loads((tmp_path / "qwen3" / "config.json").read_text())
+    (tmp_path / "qwen3" / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=f"does not fit in front of .*: the pre-buffer has {key} "):
+        init_from_qwen3(tmp_path / "qwen3", tmp_path / "out", pre_buffer=open_pre_buffer(extracted), vocab_size=1024)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands(golden, tmp_path, monkeypatch, capsys):
+    def convert(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+    front, neo = tmp_path / "front", tmp_path / "neo"
+    convert("extract-pre-buffer", "--neo", golden / "ckpt_untied", "--output", front)
+    qwen3 = ("--qwen3", golden / "qwen3_untied", "--tokenizer", golden / "tokenizer")
+    convert("attach-pre-buffer", "--pre-buffer", front, *qwen3, "--dtype", "bfloat16", "--output", neo)
+    convert("info", neo)
+    assert "5: pre-buffer 2, post-LLM 3" in capsys.readouterr().out
+    tensors = load_file(neo / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    with pytest.raises(SystemExit, match="convert_checkpoint: .*no pre-buffer"):
+        convert("attach-pre-buffer", "--pre-buffer", neo, *qwen3, "--output", tmp_path / "out")
