@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.hf.modeling_neo import NEOChatModel
+
+
+def pytest_report_header() -> str:
+    return f"with transformers {transformers.__version__}"
 
 
 @pytest.fixture(scope="session")
