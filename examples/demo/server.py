@@ -34,9 +34,13 @@ def page_app(talk: Talk, model: str, longest_answer: int, largest_upload: int) -
         response.headers["Content-Security-Policy"] = CONTENT_POLICY
         return response
 
+    page = build_page(talk, model, longest_answer)
+    # Only of a page that it launched itself does Gradio ask whether a file was uploaded; otherwise a request could name
+    # any file of this machine.
+    page.has_launched = True
     return gr.mount_gradio_app(
         app,
-        build_page(talk, model, longest_answer),
+        page,
         path="",
         theme=THEME,
         css=STYLE,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Talk:
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
         self._watch = AttentionWatch(answerer.model)
+        self._alone = threading.Lock()  # an answer that nobody reads any more may not have stopped yet
         parameters = sum(parameter.numel() for parameter in answerer.model.parameters())
         self.facts = f"{_short(parameters)} parameters, {answerer.model.dtype} on {answerer.model.device}".replace(
             "torch.", ""
@@ -99,9 +101,9 @@ class Talk:
         prompt = self._answerer.prompt(question, [] if path is None else [_read(path)])
         tokens = torch.from_numpy(self._answerer.tokens([prompt])[0])
         columns = (tokens == self._answerer.config.img_context_token_id).nonzero()[:, 0]
-        answer = Answer(self._watch.begin(columns), layer)
-        yield answer
-        with closing(self._answerer.stream(prompt, max_new_tokens)) as pieces:
+        with self._alone, closing(self._answerer.stream(prompt, max_new_tokens)) as pieces:
+            answer = Answer(self._watch.begin(columns), layer)
+            yield answer
             for piece in pieces:
                 answer.pieces.append(piece)
                 yield answer

@@ -86,6 +86,17 @@ def test_a_text_without_a_picture_has_no_heat_map_and_a_stopped_answer_ends(chec
     assert all(word.keys() == {"text"} for word in answer.view()["words"])
 
 
+def test_an_answer_that_nobody_reads_any_more_frees_the_model(checkpoint, picture, dense):
+    pieces, expected = dense
+    talk = Talk(Answerer(checkpoint, device="cpu"))
+    left = talk.answers("Hello?", None, 0, 1000)
+    assert len([next(left) for _ in range(5)]) == 5
+    left.close()
+    *_, answer = talk.answers(QUESTION, str(picture), 0, MAX_NEW_TOKENS)
+    assert answer.pieces == pieces
+    torch.testing.assert_close(answer.rows.of_layer(0)[:MAX_NEW_TOKENS], expected[0], atol=1e-6, rtol=1e-4)
+
+
 def test_words():
     texts = ["A", " b", "ird", ",", "\n", "", "👩", " 你", "好", "。"]
     pieces = [Piece(text, (0, 0, 0) if text == "👩" else (0,)) for text in texts]
@@ -238,9 +249,19 @@ def test_a_picture_can_be_dropped(page, picture):
     wait_for_text(page, "#picture .facts", "dropped.png")
 
 
-def test_the_server_keeps_its_limits_without_the_page(address):
+def test_the_server_keeps_its_limits_without_the_page(address, picture):
     files = {"files": ("large.png", bytes((1 << 20) + 1))}
     assert requests.post(f"{address}/gradio_api/upload", files=files, timeout=20).status_code == 413
     page = requests.get(address, timeout=20)
     assert page.status_code == 200 and "default-src 'self'" in page.headers["Content-Security-Policy"]
     assert requests.get(address, headers={"Host": "elsewhere.example"}, timeout=20).status_code == 400
+    # A request that names a file which nobody uploaded.
+    job = {
+        "fn_index": 0,
+        "session_hash": "test",
+        "data": [{"path": str(picture), "meta": {"_type": "gradio.FileData"}}],
+    }
+    requests.post(f"{address}/gradio_api/queue/join", json=job, timeout=20).raise_for_status()
+    events = requests.get(f"{address}/gradio_api/queue/data?session_hash=test", stream=True, timeout=20).iter_lines()
+    done = next(event for event in events if b"process_completed" in event)
+    assert b"it was not uploaded by a user" in done and b"data:image" not in done
