@@ -67,7 +67,9 @@ def sizes(name_or_directory: str) -> NeoSizes:
     if name_or_directory in SIZES:
         return SIZES[name_or_directory]
     if (Path(name_or_directory) / "config.json").is_file():
-        return NeoSizes.from_hf_directory(name_or_directory)
+        from neo_megatron.checkpoint.neo_directory import read_sizes  # here, because it imports this module
+
+        return read_sizes(name_or_directory)
     raise ConfigError(
         f"--neo-model {name_or_directory}: neither a preset ({', '.join(SIZES)}) nor a directory with a config.json"
     )

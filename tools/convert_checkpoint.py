@@ -228,7 +228,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"convert_checkpoint: {message}", file=sys.stderr)
     try:
         args.run(args)
-    except (ValueError, DataError) as error:
+    except (ValueError, DataError, OSError) as error:
         sys.exit(f"convert_checkpoint: {error}")
     if "output" in args:
         print(f"written to {args.output}")

@@ -21,6 +21,7 @@ from verification.models import check_tensors, run_megatron, run_transformers
 from verification.pack import made_pack
 
 from neo_megatron.checkpoint.hub import model_directory
+from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 
@@ -40,7 +41,7 @@ def main() -> None:
     args = parse_arguments()
     try:
         agree = verify(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"verify_checkpoint: {error}")
     sys.exit(0 if agree else 1)
 
@@ -49,6 +50,7 @@ def verify(args: argparse.Namespace) -> bool:
     directory = model_directory(args.hf, args.allow_pickle)
     neo, megatron = open_neo(directory, args.allow_pickle), TorchDistDirectory(args.megatron)
     sizes = check_tensors(neo, megatron)
+    verify_pieces(stored_pieces(megatron.directory))
     for sentence in neo.said:
         print(f"{args.hf}/config.json: {sentence}")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json
+from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory, read_json
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import complete_config
@@ -30,6 +30,19 @@ class NeoDirectory:
     sizes: NeoSizes
     said: list[str]
     missing: list[str]
+
+
+def read_sizes(directory: str | Path) -> NeoSizes:
+    """The sizes that `config.json` tells, completed from the tensors where some lie beside it; reads headers only.
+
+    Raises:
+        ValueError: no NEO's configuration, or a broken file.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    if any((directory / name).exists() for name in (WEIGHTS, INDEX)):
+        config, _ = complete_config(config, SafetensorsDirectory(directory).shapes, directory)
+    return NeoSizes.from_hf(config)
 
 
 def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: Sequence[str] = ()) -> NeoDirectory:

@@ -71,8 +71,7 @@ def complete_config(
     _fill(llm, _PUBLISHED, "in the published models", said)
     _fill(vision, _vision_sizes(shapes), "in the tensors", said)
     _fill(vision, {"rope_theta_vision": NeoSizes.rope_theta_patch}, "in the published models", said)
-    if "tie_word_embeddings" not in top and "tie_word_embeddings" not in llm:
-        _fill(top, {"tie_word_embeddings": LM_HEAD not in shapes}, "in the tensors", said)
+    _complete_tying(top, llm, LM_HEAD in shapes, said)
     _complete_token_ids(top, llm.get("vocab_size") or 0, directory, said)
     return top, said
 
@@ -114,6 +113,16 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
     else:
         llm["extra_num_layers"] = 0
         said.append("extra_num_layers is missing: 0, so all layers count as post-LLM; stage 1 needs the right number")
+
+
+def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, said: list[str]) -> None:
+    """The whole model's word counts; where it contradicts the decoder's, the tensors decide."""
+    whole, decoder = top.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
+    if whole is None and decoder is None:
+        _fill(top, {"tie_word_embeddings": not has_head}, "in the tensors", said)
+    elif whole is False and decoder is True and not has_head:
+        top["tie_word_embeddings"] = True
+        said.append("tie_word_embeddings is False, but True in llm_config, and there is no head: read as True")
 
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class NeoSizes:
             value = {key: scalar(item) for key, item in {**llm, **vision}.items()}
             # transformers 5 writes the base of a rotation into a dictionary
             rotation = value if "rope_theta" in value else value["rope_parameters"]
+            _refuse_other_models(llm)
             downsample = float(scalar(vision["downsample_ratio"]))
             return cls(
                 hidden_size=scalar(llm["hidden_size"]),
@@ -172,6 +173,17 @@ class NeoSizes:
 
     def replace(self, **changes: Any) -> "NeoSizes":
         return dataclasses.replace(self, **changes)
+
+
+def _refuse_other_models(llm: dict[str, Any]) -> None:
+    """What a decoder's configuration can ask for and NEO does not have, so that it is never passed over."""
+    scaling = llm.get("rope_scaling") or llm.get("rope_parameters") or {}
+    asked = [key for key in ("attention_bias", "use_sliding_window") if llm.get(key)]
+    asked += ["rope_scaling"] if scaling.get("rope_type", scaling.get("type", "default")) != "default" else []
+    asked += ["hidden_act"] if llm.get("hidden_act", "silu") != "silu" else []
+    asked += ["layer_types"] if set(llm.get("layer_types") or []) - {"full_attention"} else []
+    if asked:
+        raise ConfigError(f"llm_config sets {asked[0]} to {llm.get(asked[0])!r}: NEO's decoder is a plain Qwen3")
 
 
 def scalar(value: Any) -> Any:

@@ -112,12 +112,13 @@ def test_in_front_of_another_qwen3(golden, extracted, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("rope_theta", 5e6), ("num_attention_heads", 8), ("hidden_size", 128)])
-def test_another_shape_is_refused(golden, extracted, tmp_path, key, value):
+def test_another_shape_is_refused(golden, extracted, tokenizer, tmp_path, key, value):
     shutil.copytree(golden / "qwen3_untied", tmp_path / "qwen3")
     config = json.loads((tmp_path / "qwen3" / "config.json").read_text())
     (tmp_path / "qwen3" / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=f"does not fit in front of .*: the pre-buffer has {key} "):
-        init_from_qwen3(tmp_path / "qwen3", tmp_path / "out", pre_buffer=open_pre_buffer(extracted), vocab_size=1024)
+        pre_buffer = open_pre_buffer(extracted)
+        init_from_qwen3(tmp_path / "qwen3", tmp_path / "out", tokenizer=tokenizer, pre_buffer=pre_buffer)
     assert not (tmp_path / "out").exists()
 
 

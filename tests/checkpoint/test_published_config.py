@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.checkpoint.names import hf_shapes
+from neo_megatron.checkpoint.names import LM_HEAD, hf_shapes
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.published_config import complete_config
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
@@ -155,6 +155,44 @@ def test_without_a_tokenizer_they_are_qwen3s_or_nothing(checkpoint, tmp_path):
     completed, said = complete_config(config, hf_shapes(sizes), tmp_path)
     assert (completed["img_start_token_id"], completed["img_context_token_id"]) == (151670, 151669)
     assert "img_start_token_id is missing: 151670, as on Qwen3's tokenizer" in said
+
+
+def test_a_decoder_that_is_tied_by_its_own_word_alone(variant, golden):
+    """As the whole model's configuration of transformers says nothing else by default."""
+    llm = json.loads((golden / "ckpt_untied" / "config.json").read_text())["llm_config"]
+    directory = variant(lambda tensors: tensors.pop(LM_HEAD), llm_config={**llm, "tie_word_embeddings": True})
+    neo = open_neo(directory)
+    assert neo.sizes.tie_word_embeddings and "there is no head: read as True" in neo.said[0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"use_sliding_window": True},
+        {"attention_bias": True},
+        {"hidden_act": "gelu"},
+        {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
+    ],
+)
+def test_what_neo_does_not_have_is_not_passed_over(checkpoint, asked):
+    directory = checkpoint(lambda config: config["llm_config"].update(asked))
+    with pytest.raises(ValueError, match=f"llm_config sets {next(iter(asked))} to .*plain Qwen3"):
+        open_neo(directory)
+
+
+def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
+    """`--neo-model DIR`, with the weights beside the configuration or without."""
+
+    def edit(config):
+        del config["llm_config"]["head_dim"]
+
+    directory = checkpoint(edit)
+    assert presets.sizes(str(directory)) == expected
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="key 'head_dim' is missing"):
+        presets.sizes(str(directory))
 
 
 def test_another_model_is_refused(golden):

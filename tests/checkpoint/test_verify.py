@@ -11,6 +11,8 @@ from conftest import run_python
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.model.config import NeoSizes
 
+pytestmark = pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")
+
 TOOL = Path(__file__).parents[2] / "tools" / "verify_checkpoint.py"
 LAYER = "language_model.model.layers.3."
 
@@ -91,6 +93,16 @@ def test_other_sizes_are_named(verify, golden, variant, tmp_path):
     assert "differ in image_start_token_id (897, 5)" in code
     code, _ = verify(golden, tmp_path / "megatron")
     assert code.startswith("verify_checkpoint: ") and "config.json: no such file" in code
+
+
+def test_a_damaged_checkpoint_is_not_compared(verify, golden, tmp_path):
+    convert_hf_to_megatron(golden / "ckpt_untied", tmp_path / "megatron")
+    file = max((tmp_path / "megatron" / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, _ = verify(golden / "ckpt_untied", tmp_path / "megatron")
+    assert code.startswith("verify_checkpoint: ") and "is damaged between bytes" in code
 
 
 def test_the_pack_has_what_can_go_wrong(golden):
