@@ -45,7 +45,6 @@ class Task:
         settings: limits of pixels and frames, and the seed of what is drawn.
         max_new_tokens: where an answer is cut.
         generation: further arguments of ``generate``.
-        threads: of one worker.
         allow_pickle: as of `Answerer`.
     """
 
@@ -54,7 +53,6 @@ class Task:
     settings: Settings
     max_new_tokens: int
     generation: dict[str, Any] = field(default_factory=dict)
-    threads: int = 1
     allow_pickle: bool = False
 
     def load(self, device: str | None = None) -> Answerer:
@@ -117,7 +115,6 @@ class Worker:
     """One model that answers batches."""
 
     def __init__(self, task: Task, device: str | None) -> None:
-        torch.set_num_threads(task.threads)
         self._task = task
         self._answerer = task.load(device)
 
@@ -127,7 +124,7 @@ class Worker:
         Raises:
             DataError: memory of the GPU is full.
         """
-        with ThreadPoolExecutor(self._task.threads) as threads, warnings.catch_warnings():
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             prompts = list(threads.map(self._prompt, questions))
         asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
@@ -193,7 +190,8 @@ def _on_processes(
     for number in range(workers):
         devices.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None)
     others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, context, _start, (task, devices))
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    executor = ProcessPoolExecutor(workers, context, _start, (task, devices, threads))
     try:
         waiting = {executor.submit(_answer, *batch): batch[0] for batch in batches}
         for future in as_completed(waiting):
@@ -213,10 +211,12 @@ _device: str | None
 _worker: Worker | None = None
 
 
-def _start(task: Task, devices: Any) -> None:
+def _start(task: Task, devices: Any, threads: int) -> None:
     """A process of the pool. Its model is loaded with its first batch, where an error finds its way back."""
     global _task, _device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the person sees
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     _task, _device = task, devices.get()

@@ -1,7 +1,6 @@
 """Options that both tools have, and what follows from them."""
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -61,9 +60,5 @@ def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[
         video_fps=arguments.video_fps,
         max_frames=arguments.max_frames,
     )
-    workers = arguments.workers or default_workers(directory)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    task = Task(
-        directory, arguments.dtype, settings, arguments.max_new_tokens, generation, threads, arguments.allow_pickle
-    )
-    return task, workers
+    task = Task(directory, arguments.dtype, settings, arguments.max_new_tokens, generation, arguments.allow_pickle)
+    return task, arguments.workers or default_workers(directory)
