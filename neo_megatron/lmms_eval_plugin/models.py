@@ -15,7 +15,6 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.data.errors import RejectedSample
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
@@ -38,7 +37,7 @@ class NeoChat(lmms):
         system_prompt: a text, or a file that holds it.
 
     Raises:
-        ValueError, DataError: as `model_directory` and `Answerer`; a batch size that is no number.
+        ValueError, DataError: as `Answerer`; a batch size that is no number.
     """
 
     is_simple = False
@@ -62,7 +61,7 @@ class NeoChat(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.answerer = Answerer(
-            model_directory(pretrained),
+            pretrained,
             device=str(self.accelerator.device) if self._world_size > 1 else device_map or device,
             dtype=dtype,
             attention=attn_implementation,
@@ -72,6 +71,7 @@ class NeoChat(lmms):
         self.device = self.answerer.model.device
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self._said: set[str] = set()
+        self._unusable: set[tuple] = set()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """An answer to each request; an empty one, with a warning, where a picture cannot be used."""
@@ -98,6 +98,8 @@ class NeoChat(lmms):
 
     def clean(self) -> None:
         """Called when all is answered, to free the memory for a judge."""
+        if self._unusable:
+            logger.warning(f"{len(self._unusable)} documents, named above, have pictures that NEO cannot take")
         del self.answerer
         super().clean()
 
@@ -115,7 +117,8 @@ class NeoChat(lmms):
         try:
             return self.answerer.prompt(turns, pictures)
         except RejectedSample as rejected:
-            logger.warning(f"{task}, document {doc_id}: {rejected.sentence}; it is answered with nothing")
+            self._say_once(f"{task}, document {doc_id}: {rejected.sentence}; it is answered with nothing")
+            self._unusable.add((task, split, doc_id))
             return None
 
     def _messages(self, arguments: tuple) -> list[Message]:
