@@ -257,7 +257,9 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache()
         if getattr(past_key_values, "is_compileable", False):
-            raise ValueError("a static cache has no room for NEO's wide keys: leave cache_implementation unset")
+            raise ValueError(
+                "NEO generates over a cache that grows, not a static one: leave cache_implementation unset"
+            )
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         implementation = self.config._attn_implementation
