@@ -1,19 +1,13 @@
-"""The page in Gradio's blocks: what is where, and what happens when."""
+"""The page in Gradio's blocks: what is where, how it looks, and which event is whose."""
 
-import time
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from talk import Answer, Talk
-
-from neo_megatron.data.errors import RejectedSample
+from events import Events
+from talk import Talk
 
 HERE = Path(__file__).parent
-# An answer is drawn so often at most, in seconds: a small model says a hundred words in that time.
-REDRAW_SECONDS = 0.1
 LONGEST_QUESTION = 4000  # characters
 
 # No event is offered as an API, and none covers the page while it runs.
@@ -84,42 +78,11 @@ def build_page(talk: Talk, model: str, longest_answer: int) -> gr.Blocks:
                 words = _drawn("answer", ANSWER)
                 layer = _layer_slider(talk.pre_buffer_layers, talk.layers)
 
-        def look(file: str) -> tuple[Any, ...]:
-            try:
-                return talk.picture(file), file, {}, None
-            except RejectedSample as rejected:
-                return {"refused": _sentence(rejected)}, None, {}, None
-
-        def respond(text: str, file: str | None, shown_layer: int) -> Iterator[tuple[dict[str, Any], Answer | None]]:
-            if not text.strip():
-                yield {"note": "Type a question first."}, None
-                return
-            drawn = 0.0
-            try:
-                for growing in talk.answers(text, file, shown_layer - 1, longest_answer):
-                    if not growing.running or time.monotonic() - drawn > REDRAW_SECONDS:
-                        yield growing.view(), growing
-                        drawn = time.monotonic()
-            except RejectedSample as rejected:
-                yield {"note": _sentence(rejected)}, None
-            except Exception as error:
-                yield {"note": f"The model failed: {error}"}, None  # or the page would wait for it
-                raise
-
-        def show_layer(shown_layer: int, growing: Answer | None) -> dict[str, Any]:
-            if growing is None:
-                return {}
-            growing.layer = shown_layer - 1
-            return growing.view()
-
-        def stop_answer(growing: Answer | None) -> None:
-            if growing is not None:
-                growing.stopped = True
-
-        upload.upload(look, upload, [picture, path, words, answer], **_PRIVATE)
-        gr.on([ask.click, question.submit], respond, [question, path, layer], [words, answer], **_PRIVATE)
-        layer.change(show_layer, [layer, answer], words, trigger_mode="always_last", **_PRIVATE)
-        stop.click(stop_answer, answer, None, **_PRIVATE)
+        events = Events(talk, longest_answer)
+        upload.upload(events.look, [upload, answer], [picture, path, words, answer], **_PRIVATE)
+        gr.on([ask.click, question.submit], events.ask, [question, path, layer], [words, answer], **_PRIVATE)
+        layer.change(events.show_layer, [layer, answer], words, trigger_mode="always_last", **_PRIVATE)
+        stop.click(events.stop, answer, None, **_PRIVATE)
     return page
 
 
@@ -134,7 +97,3 @@ def _layer_slider(pre_buffer: int, layers: int) -> gr.Slider:
     info = f"1 to {pre_buffer}: pre-buffer; {pre_buffer + 1} to {layers}: language model" if pre_buffer else None
     label = "Layer whose attention is shown"
     return gr.Slider(1, layers, value=middle_of_llm, step=1, label=label, info=info, elem_id="layer")
-
-
-def _sentence(rejected: RejectedSample) -> str:
-    return f"{rejected.sentence[:1].upper()}{rejected.sentence[1:]}."

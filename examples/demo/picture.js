@@ -60,21 +60,28 @@ find(".frame").addEventListener("pointermove", (event) => {
 });
 find(".frame").addEventListener("pointerleave", () => (tip.hidden = true));
 
-// A picture may be dropped or pasted anywhere on the page; the button's own input uploads it.
-function take(files, event) {
-  if (!files.length) return;
-  event.preventDefault();
+// A picture may be dropped or pasted anywhere on the page; the button's own input uploads it. Text goes where it goes.
+function take(files) {
   const input = document.querySelector("input[type=file]");
   const one = new DataTransfer();
   one.items.add(files[0]);
   input.files = one.files;
   input.dispatchEvent(new Event("change", { bubbles: true }));
 }
-const over = (inside) => find(".panel").classList.toggle("over", inside);
-document.addEventListener("dragover", (event) => { event.preventDefault(); over(true); });
-document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) over(false); });
-document.addEventListener("drop", (event) => { event.preventDefault(); over(false); take(event.dataTransfer.files, event); });
-document.addEventListener("paste", (event) => take(event.clipboardData.files, event));
+function dragged(event, inside) {
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
+  find(".panel").classList.toggle("over", inside);
+}
+document.addEventListener("dragover", (event) => dragged(event, true));
+document.addEventListener("dragleave", (event) => dragged(event, event.relatedTarget !== null));
+document.addEventListener("drop", (event) => {
+  dragged(event, false);
+  if (event.dataTransfer.files.length) take(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) take(event.clipboardData.files);
+});
 
 watch("value", drawPicture);
 drawPicture();

@@ -29,6 +29,7 @@ class Answer:
     Args:
         rows: attention of its tokens on the tokens of the picture.
         layer: of which the page shows it.
+        stopped: set from outside, ends it; ``outdated`` says that its picture is no longer on the page.
     """
 
     rows: AttentionRows
@@ -36,6 +37,7 @@ class Answer:
     pieces: list[Piece] = field(default_factory=list)
     running: bool = True
     stopped: bool = False
+    outdated: bool = False
     note: str = ""
 
     def view(self) -> dict[str, Any]:

@@ -221,6 +221,19 @@ def test_upload_ask_and_see(page, picture, dense):
         assert brightest(page) == means.mean(dim=0).argmax()
 
 
+def test_another_picture_ends_the_answer_about_the_last(page, picture, golden):
+    page.set_input_files("input[type=file]", picture)
+    wait_for_text(page, "#picture .facts", "c.png")
+    page.fill("#question textarea", QUESTION)
+    page.click("#ask")
+    page.wait_for_selector("#answer .running .words span")
+    page.set_input_files("input[type=file]", golden / "images" / "d.png")
+    wait_for_text(page, "#picture .facts", "d.png")
+    page.wait_for_selector("#answer .card:not(.running)")
+    page.wait_for_function("() => !document.querySelector('#answer .words span')")
+    assert page.is_hidden("#picture canvas")
+
+
 def test_what_preprocessing_rejects_is_refused(page, tmp_path):
     (tmp_path / "no picture.png").write_text("text")
     Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
@@ -259,7 +272,7 @@ def test_the_server_keeps_its_limits_without_the_page(address, picture):
     job = {
         "fn_index": 0,
         "session_hash": "test",
-        "data": [{"path": str(picture), "meta": {"_type": "gradio.FileData"}}],
+        "data": [{"path": str(picture), "meta": {"_type": "gradio.FileData"}}, None],
     }
     requests.post(f"{address}/gradio_api/queue/join", json=job, timeout=20).raise_for_status()
     events = requests.get(f"{address}/gradio_api/queue/data?session_hash=test", stream=True, timeout=20).iter_lines()
