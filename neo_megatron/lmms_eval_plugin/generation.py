@@ -34,6 +34,7 @@ def generation(settings: Mapping[str, Any]) -> Generation:
     if settings.get("do_sample", bool(temperature)) and temperature != 0:
         arguments["do_sample"] = True
         sampling = {name: settings.get(name) for name in ("temperature", "top_p", "top_k")}
+        sampling["top_p"] = sampling["top_p"] or None  # 0 in a task means none, and transformers refuses it
         arguments |= {name: value for name, value in sampling.items() if value is not None}
     arguments |= {name: settings[name] for name in _PASSED_ON if settings.get(name) is not None}
     until = settings.get("until") or ()

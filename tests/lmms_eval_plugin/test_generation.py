@@ -19,6 +19,10 @@ from neo_megatron.lmms_eval_plugin.generation import generation
             {"max_new_tokens": 8, "do_sample": True, "temperature": 0.2, "top_k": 20},
         ),
         ({"do_sample": True, "top_p": 0.9}, {"max_new_tokens": 1024, "do_sample": True, "top_p": 0.9}),
+        (
+            {"do_sample": True, "temperature": 1, "top_p": 0, "top_k": 0},
+            {"max_new_tokens": 1024, "do_sample": True, "temperature": 1, "top_k": 0},
+        ),
         ({"num_beams": 3, "temperature": 0}, {"max_new_tokens": 1024, "num_beams": 3}),
     ],
 )
