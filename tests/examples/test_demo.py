@@ -21,7 +21,7 @@ from neo_megatron.inference.answering import Answerer, Piece
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 QUESTION = "What is in the picture? <img src=x onerror=alert(1)>"
-MAX_NEW_TOKENS = 80
+MAX_NEW_TOKENS = 160
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -149,7 +149,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 def page(browser, address) -> Iterator:
     """A fresh page. No script on it may fail, and it may load nothing from elsewhere."""
     opened = browser.new_page()
-    opened.set_default_timeout(20_000)
+    opened.set_default_timeout(60_000)
     trouble, requested = [], []
     opened.on("pageerror", lambda error: trouble.append(str(error)))
     opened.on("dialog", lambda dialog: trouble.append(dialog.message))
