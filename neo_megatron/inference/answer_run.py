@@ -75,26 +75,18 @@ class AnswerRun:
 
     def _begin(self, plan: dict[str, Any]) -> None:
         """Reads what is there, up to a line that a kill has torn, and goes on behind it."""
-        end = 0
-        for number, line in enumerate(self._file):
-            if not line.endswith(b"\n"):
-                break
-            entry = json.loads(line)
-            if number == 0:
-                self._compare(entry, plan)
-            else:
-                self.done[tuple(entry["place"])] = entry["result"]
-            end += len(line)
-        self._file.seek(end)
-        self._file.truncate()
-        if end == 0:
-            self._file.write(json_line(plan))
-            self._file.flush()
-
-    def _compare(self, before: dict[str, Any], plan: dict[str, Any]) -> None:
+        lines = [line for line in self._file if line.endswith(b"\n")]
+        before, *entries = map(json.loads, lines) if lines else [plan]
         for key in plan | before:
-            if plan.get(key) != before.get(key):
+            # Nothing is lost of a run that had no answer yet, as after a slip in its command.
+            if entries and plan.get(key) != before.get(key):
                 raise DataError(
                     f"{self.directory} holds an unfinished run with another {key}; "
                     "repeat its command to continue it, or remove the directory to start anew"
                 )
+        self.done = {tuple(entry["place"]): entry["result"] for entry in entries}
+        kept = lines if entries else [json_line(plan)]
+        self._file.seek(0)
+        self._file.writelines(kept)
+        self._file.truncate()
+        self._file.flush()

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -215,11 +216,18 @@ def _start(task: Task, devices: Any, threads: int) -> None:
     """A process of the pool. Its model is loaded with its first batch, where an error finds its way back."""
     global _task, _device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the person sees
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     _task, _device = task, devices.get()
+
+
+def _end_with_parent() -> None:
+    """The pool alone would wait for ever for the batches of a process that was killed, with a model in memory."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _answer(questions: Sequence[Question], seed: int) -> list[Result]:

@@ -1,6 +1,7 @@
 """`tools/evaluate.py`: the same answers for any batch size, worker count and interruption; its lists and its page."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -13,13 +14,14 @@ import torch
 from answers.page import page, worst_cases
 from PIL import Image
 
+from neo_megatron.data.errors import DataError
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.records import Turn
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
+from neo_megatron.inference import batches
 from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answerer
-from neo_megatron.inference.batches import make_batches
 from neo_megatron.inference.evaluation import Evaluation, Scores
 from neo_megatron.inference.questions import read_questions
 
@@ -158,28 +160,47 @@ def test_an_interrupted_run_goes_on(run, evaluated, tmp_path, monkeypatch):
     assert sum(sizes) == 12
 
 
-def test_a_directory_has_one_run(run, evaluated, asked, tmp_path, monkeypatch):
-    with pytest.raises(Exception, match="already holds answers"):
+def test_a_directory_has_one_run(run, evaluated, tmp_path):
+    with pytest.raises(DataError, match="already holds answers"):
         run(evaluated)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(Exception, match="is not empty; choose another --output"):
+    with pytest.raises(DataError, match="is not empty; choose another --output"):
         run(tmp_path / "mine")
-    with AnswerRun(tmp_path / "busy", {}), pytest.raises(Exception, match="another run writes to"):
+    with AnswerRun(tmp_path / "busy", {}), pytest.raises(DataError, match="another run writes to"):
         run(tmp_path / "busy")
 
-    def stop(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Answerer, "answer", stop)
+def test_a_run_goes_on_with_the_same_command_only(run, evaluated, asked, tmp_path, monkeypatch):
+    """Unless it has no answer yet: then a slip in its command is put right by another one."""
+    answer, sizes, most = Answerer.answer, [], 0
+
+    def counting(self, prompts, *arguments):
+        if len(sizes) == most:
+            raise KeyboardInterrupt
+        sizes.append(len(prompts))
+        return answer(self, prompts, *arguments)
+
+    monkeypatch.setattr(Answerer, "answer", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "half", "--max-pixels", "16384")
+    most = 1
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "half")
-    with pytest.raises(Exception, match="unfinished run with another --max-pixels; repeat its command"):
+    with pytest.raises(DataError, match="unfinished run with another --max-pixels; repeat its command"):
         run(tmp_path / "half", "--max-pixels", "16384")
     annotations, _ = asked
-    annotations.write_text(annotations.read_text() + "\n")
-    with pytest.raises(Exception, match="unfinished run with another annotation file, root or share of asked"):
+    annotations.touch()
+    with pytest.raises(DataError, match="unfinished run with another annotation file, root or share of asked"):
         run(tmp_path / "half")
+
+
+def test_a_dead_worker_is_said(checkpoint, monkeypatch):
+    """One that becomes another program, as good as one that memory killed."""
+    monkeypatch.setattr(batches, "_answer", os.execv)
+    task = batches.Task(checkpoint, "auto", Settings(), TOKENS)
+    with pytest.raises(DataError, match="a worker died; run the same command again to continue, with fewer --workers"):
+        list(batches._on_processes(task, [("/bin/false", ["false"])], 1))
 
 
 def test_longest_questions_come_first(asked):
@@ -187,7 +208,7 @@ def test_longest_questions_come_first(asked):
     annotations, _ = asked
     source = Source("asked", str(annotations), str(annotations.parent / "pictures"))
     questions = read_questions([source], Settings(), "every answer").questions
-    order = [questions[number].length for batch in make_batches(questions, 4) for number in batch]
+    order = [questions[number].length for batch in batches.make_batches(questions, 4) for number in batch]
     assert order == sorted(order, reverse=True) and order[0] > order[-1]
 
 
