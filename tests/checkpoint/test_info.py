@@ -1,5 +1,6 @@
 """What `convert_checkpoint.py info` says, and that its hash is of the weights alone."""
 
+import hashlib
 import runpy
 import sys
 from argparse import Namespace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.info import contents, weights_hash
@@ -27,6 +29,15 @@ def test_one_hash_for_either_form_and_any_sharding(golden, converted, tokenizer,
     convert_megatron_to_hf(converted, tmp_path / "hf", tokenizer, shard_bytes=300_000)
     hashes = {weights_hash(contents(path)) for path in (golden / "ckpt_untied", converted, tmp_path / "hf")}
     assert len(hashes) == 1 and len(hashes.pop()) == 64
+
+
+def test_the_hash_is_what_its_description_says(golden):
+    lines = []
+    for name, tensor in sorted(load_file(golden / "ckpt_untied" / "model.safetensors").items()):
+        values = hashlib.sha256(tensor.numpy().astype("<f4").tobytes()).hexdigest()
+        lines.append(f"{name} float32 {list(tensor.shape)} {values}\n")
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert weights_hash(contents(golden / "ckpt_untied")) == expected
 
 
 def test_any_other_value_shape_or_type_has_another_hash(variant, golden):
