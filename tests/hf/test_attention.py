@@ -51,6 +51,18 @@ def test_packed_documents(model, golden, implementation, name):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["pack1", "textonly"])
+@torch.no_grad()
+def test_positions_of_a_pack(model, golden, name):
+    """The published ones: t begins anew in every document. Logits would not tell, as a rotation is relative."""
+    inputs, seen = load(golden, "inputs", name), []
+    decoder = model.language_model.model
+    hook = decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    model(**flattened(inputs))
+    hook.remove()
+    assert seen[0].tolist() == inputs["positions_thw"][None].tolist()
+
+
 @torch.no_grad()
 def test_attention_weights(model, golden):
     """Of every layer, against the published queries and keys."""
