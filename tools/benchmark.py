@@ -1,6 +1,6 @@
 """Measures speed side by side with what it is compared to; prints a table.
 
-python tools/benchmark.py data|train [--only packing loader ...] [--scratch DIR]
+python tools/benchmark.py data|train|convert [--only packing loader ...] [--scratch DIR]
 """
 
 import argparse
@@ -15,7 +15,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 
 from benchmarks.table import markdown
 
-SUITES = {"data": ["preprocess", "memory", "loader", "packing", "storage"], "train": ["train", "stage_one"]}
+SUITES = {
+    "data": ["preprocess", "memory", "loader", "packing", "storage"],
+    "train": ["train", "stage_one"],
+    "convert": ["convert"],
+}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
@@ -83,7 +84,10 @@ def write_torch_dist(
         # DCP warns that it works alone, which is what we want of it.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         planner = DefaultSavePlanner(flatten_state_dict=False)
-        dcp.save(state, storage_writer=_StreamedWriter(directory, stored, values), planner=planner, no_dist=True)
+        try:
+            dcp.save(state, storage_writer=_StreamedWriter(directory, stored, values), planner=planner, no_dist=True)
+        except CheckpointException as error:
+            raise error.failures[0][0] from None  # what went wrong, and not that it did on rank 0
     write_json(directory / "metadata.json", FORMAT)
 
 
@@ -147,16 +151,14 @@ class TorchDistDirectory:
         """What is no tensor. Only the classes that Megatron itself allows are unpickled."""
         if not isinstance(self._entries.get(COMMON_STATE), BytesStorageMetadata):
             raise ValueError(f"{self.directory}: has no common state: save it with megatron-core 0.19")
-        with warnings.catch_warnings():
-            # Here, as it takes seconds; it warns of optional packages, none of which a conversion uses.
-            warnings.simplefilter("ignore")
-            from megatron.core.safe_globals import SAFE_GLOBALS
+        with self._opened(COMMON_STATE) as archive:
+            state = io.BytesIO(archive.read())
+            # Only what was trained holds classes of Megatron's, whose import takes seconds.
+            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(state)) - {"argparse.Namespace"}
         try:
-            with (
-                self._opened(COMMON_STATE) as archive,
-                torch.serialization.safe_globals([argparse.Namespace, *SAFE_GLOBALS]),
-            ):
-                return torch.load(io.BytesIO(archive.read()), weights_only=True)[0]
+            with torch.serialization.safe_globals([argparse.Namespace, *(_megatron_classes() if named else [])]):
+                state.seek(0)
+                return torch.load(state, weights_only=True)[0]
         except pickle.UnpicklingError as error:
             what = str(error).splitlines()[0]
             raise ValueError(
@@ -174,6 +176,14 @@ class TorchDistDirectory:
             except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
                 what = str(error).split("\n")[0]
                 raise ValueError(f"{path}: {key}: {what}") from error
+
+
+def _megatron_classes() -> list[Any]:
+    with warnings.catch_warnings():
+        # It warns of optional packages, none of which a conversion uses.
+        warnings.simplefilter("ignore")
+        from megatron.core.safe_globals import SAFE_GLOBALS
+    return SAFE_GLOBALS
 
 
 def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None:

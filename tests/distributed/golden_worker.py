@@ -6,8 +6,10 @@ Weights come in, and gradients go out, through Megatron's distributed checkpoint
 that parameter names and their splits are under test too.
 """
 
+import dataclasses
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -101,6 +103,8 @@ def run(layout: str, checkpoint: Path, out: Path) -> None:
     wanted = model.sharded_state_dict()
     loaded = dist_checkpointing.load(dict(wanted), str(checkpoint))
     model.load_state_dict({name: loaded[name] for name in wanted}, strict=True)
+    arguments = Namespace(neo_sizes=dataclasses.asdict(sizes))
+    save({"model": model.sharded_state_dict(), "args": arguments}, out / layout / "saved")
     loss = WeightedLoss()
     config.finalize_model_grads_func = loss.finalize_model_grads
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
@@ -142,13 +146,16 @@ def run(layout: str, checkpoint: Path, out: Path) -> None:
         step({**all_positions, "target_weight": torch.ones(packs["tokens"].numel())}, forward_only=True)
     for parameter in model.parameters():
         parameter.data = parameter.main_grad.clone()
-    gradients = out / layout / "gradients"
-    if torch.distributed.get_rank() == 0:
-        gradients.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(model.sharded_state_dict(), str(gradients))
+    save(model.sharded_state_dict(), out / layout / "gradients")
     rank = torch.distributed.get_rank()
     save_file({k: v.detach().contiguous() for k, v in results.items()}, out / layout / f"rank{rank}.safetensors")
+
+
+def save(state: dict[str, object], directory: Path) -> None:
+    if torch.distributed.get_rank() == 0:
+        directory.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, str(directory))
 
 
 class Results(dict[str, torch.Tensor]):

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.model.config import NeoSizes
 
 LAYOUTS = {1: ["tp1"], 2: ["tp2", "tp2-sp", "pp2"], 4: ["tp2-pp2"]}
@@ -115,3 +117,13 @@ def test_every_gradient(computed, layout):
             error = (actual - value).norm() / value.norm()
             assert error < 2e-4, f"{name}: relative error {error:.2e}"
     assert not expected
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_what_a_layout_saves_exports_to_the_bytes_that_came_in(computed, layout, tmp_path):
+    """Hugging Face -> Megatron on any layout, saved by Megatron -> Hugging Face."""
+    convert_megatron_to_hf(computed / layout / "saved", tmp_path / "hf", load_tokenizer(GOLDEN / "tokenizer"))
+    expected, actual = (load_file(path / "model.safetensors") for path in (GOLDEN / "ckpt_untied", tmp_path / "hf"))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name

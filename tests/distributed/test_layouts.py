@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import GOLDEN
 from pretrain_jobs import Job, run_jobs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes, tensor_table
+from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
+from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.preprocess import preprocess
@@ -142,6 +144,8 @@ def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
             by_processes[processes].append(job("bfloat16", name, room / "packs", f"{flags} --bf16"))
     for name, (processes, flags) in LOPSIDED.items():
         by_processes[processes].append(job("lopsided", name, lopsided, flags, iterations=2))
+    saving = f"{TP2} {PP2} --save {directory}/saved --lr 0 --min-lr 0"
+    by_processes[4].append(job("saved", "tp2-pp2", room / "packs", saving, iterations=1))
     for processes, jobs in by_processes.items():
         run_jobs(processes, jobs)
     return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
@@ -197,3 +201,13 @@ def test_pictures_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, lay
         assert sum(given["patches"] for given in first_stage) == call["patches"]
         trained = [given["targets"] for given in last_stage]
         assert sum(trained) == call["targets"] if "cp" in layout else trained == [call["targets"]] * 2
+
+
+def test_what_training_saves_on_a_layout_exports_to_the_bytes_that_came_in(model, runs, tmp_path):
+    """Hugging Face -> Megatron -> a step at a learning rate of zero on TP2 x PP2, saved -> Hugging Face."""
+    saved = runs["saved-tp2-pp2"].directory.with_name("saved")
+    convert_megatron_to_hf(saved, tmp_path / "hf", load_tokenizer(GOLDEN / "tokenizer"))
+    expected, actual = (load_file(path / "model.safetensors") for path in (model, tmp_path / "hf"))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name
