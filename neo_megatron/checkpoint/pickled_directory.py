@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory, read_json
+from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES, INDEX, WEIGHTS, SafetensorsDirectory, read_json
 from neo_megatron.checkpoint.streaming import copy_exactly
 
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -28,9 +28,14 @@ class PickledDirectory(SafetensorsDirectory):
             for name, tensor in _load(path).items():
                 if not isinstance(name, str) or not isinstance(tensor, Tensor):
                     raise ValueError(f"{path}: {name!r} is no tensor: give a file that holds a state_dict alone")
+                # A file of bytes can claim a shape of terabytes by strides of zero.
+                if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+                    raise ValueError(f"{path}: {name} does not hold all of its values: save it as a plain tensor")
                 if name in self._tensors:
                     raise ValueError(f"{path}: tensor {name} is also in another file of the directory: delete one")
                 self._tensors[name] = tensor
+        if not self._tensors:
+            raise ValueError(f"{self.directory}: no tensors in its files: copy or download it again")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
@@ -43,7 +48,10 @@ class PickledDirectory(SafetensorsDirectory):
         return torch.equal(*(self._tensors[name] for name in names))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        dtype = self._tensors[name].dtype
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{self.directory}: {name} is stored as {dtype}: store it as one of {[*DTYPE_NAMES]}")
+        return dtype
 
     def _files(self) -> list[Path]:
         index = self.directory / PICKLED_INDEX

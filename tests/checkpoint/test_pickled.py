@@ -58,12 +58,24 @@ def test_nothing_is_run(tmp_path, form):
 
 @pytest.mark.parametrize(
     "contents, sentence",
-    [({"epoch": 3}, "'epoch' is no tensor"), ([torch.zeros(2)], "holds a list")],
+    [
+        ({}, "no tensors in its files"),
+        ({"epoch": 3}, "'epoch' is no tensor"),
+        ([torch.zeros(2)], "holds a list"),
+        ({"huge": torch.zeros(1).expand(1 << 40)}, "huge does not hold all of its values"),
+        ({"sparse": torch.eye(3).to_sparse()}, "sparse does not hold all of its values"),
+    ],
 )
 def test_only_a_state_dict(tmp_path, contents, sentence):
     torch.save(contents, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=sentence):
         open_weights(tmp_path, allow_pickle=True)
+
+
+def test_what_no_weight_is_stored_as(tmp_path):
+    torch.save({"quantised": torch.ones(3, dtype=torch.int8)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="quantised is stored as torch.int8: store it as one of"):
+        open_weights(tmp_path, allow_pickle=True).dtype("quantised")
 
 
 def test_a_broken_file_and_an_index_that_points_outside(tensors, tmp_path):
