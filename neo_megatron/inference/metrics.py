@@ -1,7 +1,8 @@
 """How right an answer is: exact match, and ANLS of Biten et al., "Scene Text Visual Question Answering" (ICCV 2019).
 
 Both compare texts as the evaluation server of ST-VQA and DocVQA does: in lower case, no white space around them, and
-one blank for white space inside them. Punctuation, accents, articles and numbers count as they are written.
+one blank for white space inside them. Punctuation, accents, articles and numbers count as they are written. Where
+exactly half of the letters are wrong ANLS is 0, by the paper's formula; some evaluation kits count 0.5 there.
 """
 
 from collections.abc import Sequence
