@@ -54,10 +54,15 @@ def run_transformers(neo: NeoDirectory, pack: MadePack, device: str) -> Seen:
         model = NEOChatModel(NEOChatConfig(**neo.config)).float().eval()
     tied = model.config.tie_word_embeddings
 
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(neo.source.shapes[name], dtype=torch.float32)
+        neo.source.read_into(name, tensor)
+        return tensor
+
     def weights_of(prefix: str, part: nn.Module) -> Callable[[], Seen]:
         def weights() -> Seen:
             stored = {name: WORD_EMBEDDING if tied and prefix + name == LM_HEAD else prefix + name for name in names}
-            return {name: neo.source.read(at).to(device, torch.float32) for name, at in stored.items()}
+            return {name: read(at).to(device) for name, at in stored.items()}
 
         names = list(part.state_dict())
         return weights
@@ -89,11 +94,11 @@ def run_megatron(sizes: NeoSizes, iteration: Path, pack: MadePack, device: str) 
         sizes,
         transformer_impl="local",
         gradient_accumulation_fusion=False,
-        # Memory that nobody writes to is not taken; a GPU gets each part when it is read.
         perform_initialization=False,
-        use_cpu_initialization=True,
+        use_cpu_initialization=True,  # otherwise Megatron names a device, and no memory is to be taken yet
     )
-    model = NeoModel(config).float().eval()
+    with torch.device("meta"):
+        model = NeoModel(config).float().eval()
     parts = {"embedding.": model.embedding, "patch_embedding.": model.patch_embedding}
     parts |= {f"decoder.layers.{number}.": layer for number, layer in enumerate(model.decoder.layers)}
     parts |= {"decoder.final_layernorm.": model.decoder.final_layernorm}
