@@ -45,7 +45,7 @@ from neo_megatron.data.pack_index import PackIndex
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 from neo_megatron.model.loss import WeightedLoss
-from neo_megatron.model.micro_batch import context_share, model_inputs
+from neo_megatron.model.micro_batch import context_share, model_inputs, to_device
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.parallel_layout import check_layout, context_parallel_way
@@ -326,11 +326,11 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         sequence_rank=parallel_state.get_tensor_model_parallel_rank() if args.sequence_parallel else 0,
         sequence_ranks=args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
-    device = torch.cuda.current_device()
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    weight = packs["target_weight"].to(device, non_blocking=True) if last_stage else None
+    device = torch.device("cpu" if cpu_platform.on_cpu() else "cuda")
+    weights = {"target_weight": packs["target_weight"]} if last_stage else {}
+    inputs, weights = to_device(inputs, device), to_device(weights, device)
     timers("batch-generator").stop()
-    return model(**inputs), partial(_loss, weight)
+    return model(**inputs), partial(_loss, weights.get("target_weight"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ class WeightedLoss:
         # Summed in float64, so that what is logged does not depend on how the batch was spread. (No part of `loss`,
         # which the schedule scales in place.)
         report = torch.stack(((weight_M.double() * nll_M.detach().double()).sum(), weight_M.double().sum()))
-        return loss, torch.tensor(nll_M.numel(), dtype=torch.int, device=nll_M.device), {"lm loss": report}
+        # Filled on the device; `torch.tensor` would copy the number there and wait.
+        count = torch.full((), nll_M.numel(), dtype=torch.int, device=nll_M.device)
+        return loss, count, {"lm loss": report}
 
     def finalize_model_grads(self, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
         """Reduces the gradients as Megatron does and divides them by the global sum of weights.

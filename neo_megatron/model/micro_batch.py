@@ -1,11 +1,13 @@
 """Collated packs -> the inputs of this rank's part of the model.
 
-Runs on the CPU, before anything is copied to the device, so that picking a rank's share never waits for the device.
+Runs on the CPU, before anything is copied to the device, so that picking a rank's share never waits for the device;
+`to_device` then copies without waiting.
 
 Shape suffixes: B packs of a micro-batch, T tokens of a pack, S of them held by this context-parallel rank, C image
 tokens, M trained positions.
 """
 
+import torch
 from torch import Tensor, arange, full
 
 from neo_megatron.model.sequence_split import contiguous_rows, even_rows
@@ -68,3 +70,16 @@ def model_inputs(
         inputs["target_index"] = token * count + pack
         inputs["targets"] = packs["targets"]
     return inputs
+
+
+def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies that the host does not wait for.
+
+    From ordinary memory it would, whatever `non_blocking` says. The loader pins what it collates; a share of that is
+    new memory and is pinned here, where torch reuses what it has pinned once.
+    """
+
+    def pinned(tensor: Tensor) -> Tensor:
+        return tensor if device.type == "cpu" or tensor.is_pinned() else tensor.pin_memory()
+
+    return {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -19,9 +19,13 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 def normalise(patches_C4V: Tensor) -> Tensor:
     """uint8 ``[C, 4, 768]`` (channel-first) -> float32 ``[C, 4, 768]``, scaled to [0, 1] and standardised."""
-    mean, std = (torch.tensor(x, device=patches_C4V.device)[:, None] for x in (IMAGE_MEAN, IMAGE_STD))
-    channels = patches_C4V.unflatten(-1, (3, -1)).float()
-    return (channels * (1 / (255 * std)) - mean / std).flatten(-2)
+    channels = patches_C4V.unflatten(-1, (3, -1))
+    # Numbers, not tensors: on a GPU a tensor of them would be a copy that the host waits for.
+    scaled = [
+        channels[..., channel, :].float() * (1 / (255 * std)) - mean / std
+        for channel, (mean, std) in enumerate(zip(IMAGE_MEAN, IMAGE_STD, strict=True))
+    ]
+    return torch.cat(scaled, dim=-1)
 
 
 def rotate_patches(x_C4E: Tensor, row_C: Tensor, column_C: Tensor, theta: float) -> Tensor:
