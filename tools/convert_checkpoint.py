@@ -230,6 +230,8 @@ def main() -> None:
         args.run(args)
     except (ValueError, DataError, OSError) as error:
         sys.exit(f"convert_checkpoint: {error}")
+    except KeyboardInterrupt:
+        sys.exit("convert_checkpoint: interrupted")
     if "output" in args:
         print(f"written to {args.output}")
 

@@ -236,7 +236,11 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except OSError as error:
+        error.filename = error.filename or str(partial)  # a failed write, such as on a full disk, does not say of what
+        raise
     for path in [*partial.rglob("*"), partial]:
         _to_disk(path)
     if output.exists():

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -57,11 +57,22 @@ class _StreamedWriter(dcp.FileSystemWriter):
             wrote(common_state, 0)
             for stored, value in zip(self._tensors, self._values, strict=True):
                 begin = file.tell()
-                torch.save(value, BlockWriter(file))
+                _save(value, file)
                 wrote(items.pop(stored.name), begin)
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written
+
+
+def _save(value: Tensor, file: BinaryIO) -> None:
+    try:
+        torch.save(value, BlockWriter(file))
+    except RuntimeError as error:
+        if isinstance(
+            error.__context__, OSError
+        ):  # torch says where it stood in the file, and not that the disk is full
+            raise error.__context__ from None
+        raise
 
 
 def write_torch_dist(

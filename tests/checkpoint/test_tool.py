@@ -1,6 +1,7 @@
 """The command line: three commands in a row, and errors as one sentence."""
 
 import json
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -51,6 +52,37 @@ def test_an_error_is_one_sentence(convert, tmp_path, arguments, sentence):
     with pytest.raises(SystemExit) as stopped:
         convert(*arguments, "--output", tmp_path / "out")
     assert str(stopped.value).startswith(sentence) and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("command", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_full_disk_is_one_sentence_and_leaves_no_checkpoint(convert, golden, tmp_path, command):
+    """A limit on the size of files stands in for the disk."""
+    convert("hf-to-megatron", "--hf", golden / "ckpt_untied", "--output", tmp_path / "megatron")
+    sources = {
+        "hf-to-megatron": ("--hf", golden / "ckpt_untied"),
+        "megatron-to-hf": ("--megatron", tmp_path / "megatron"),
+    }
+    tokenizer = () if command == "hf-to-megatron" else ("--tokenizer", golden / "tokenizer")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, unlimited[1]))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            convert(command, *arguments[command], "--output", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert str(stopped.value) == f"convert_checkpoint: [Errno 27] File too large: '{tmp_path / 'out.partial'}'"
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_tensors_are_listed_and_types_changed(convert, variant, golden, tmp_path, capsys):
+    gone = "language_model.model.layers.2.self_attn.k_proj_hw.weight"
+    source = variant(lambda tensors: tensors.pop(gone))
+    options = ("--allow-missing", "*.q_proj_hw.weight", "--allow-missing", "*.k_proj_hw.weight", "--dtype", "bfloat16")
+    convert("hf-to-megatron", "--hf", source, "--output", tmp_path / "megatron", *options)
+    assert f"missing: {gone}, all 0\n" in capsys.readouterr().out
+    tokenizer = ("--tokenizer", golden / "tokenizer")
+    convert("megatron-to-hf", "--megatron", tmp_path / "megatron", "--output", tmp_path / "hf", *tokenizer)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "0MB", "5GBs"])
