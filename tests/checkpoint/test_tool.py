@@ -58,11 +58,10 @@ def test_an_error_is_one_sentence(convert, tmp_path, arguments, sentence):
 def test_a_full_disk_is_one_sentence_and_leaves_no_checkpoint(convert, golden, tmp_path, command):
     """A limit on the size of files stands in for the disk."""
     convert("hf-to-megatron", "--hf", golden / "ckpt_untied", "--output", tmp_path / "megatron")
-    sources = {
+    arguments = {
         "hf-to-megatron": ("--hf", golden / "ckpt_untied"),
-        "megatron-to-hf": ("--megatron", tmp_path / "megatron"),
+        "megatron-to-hf": ("--megatron", tmp_path / "megatron", "--tokenizer", golden / "tokenizer"),
     }
-    tokenizer = () if command == "hf-to-megatron" else ("--tokenizer", golden / "tokenizer")
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, unlimited[1]))
     try:
