@@ -1,8 +1,8 @@
 """The sizes and the training stages that have names. A stage is the same for every size."""
 
-from pathlib import Path
 from typing import Any
 
+from neo_megatron.checkpoint.hub import config_directory
 from neo_megatron.model.config import ConfigError, NeoSizes
 
 SIZES = {
@@ -59,17 +59,22 @@ STAGES: dict[int, dict[str, Any]] = {
 
 
 def sizes(name_or_directory: str) -> NeoSizes:
-    """The sizes of a preset, or those in the `config.json` of a NEO checkpoint in Hugging Face form.
+    """The sizes of a preset, or those in the `config.json` of a NEO in Hugging Face form: a directory or a hub id.
 
     Raises:
         ConfigError: neither a preset nor such a directory.
     """
     if name_or_directory in SIZES:
         return SIZES[name_or_directory]
-    if (Path(name_or_directory) / "config.json").is_file():
-        from neo_megatron.checkpoint.neo_directory import read_sizes  # here, because it imports this module
+    try:
+        directory = config_directory(name_or_directory)
+        if (directory / "config.json").is_file():
+            from neo_megatron.checkpoint.neo_directory import read_sizes  # here, because it imports this module
 
-        return read_sizes(name_or_directory)
+            return read_sizes(directory)
+    except ValueError as error:
+        raise ConfigError(f"--neo-model {name_or_directory}: {error}") from error
     raise ConfigError(
-        f"--neo-model {name_or_directory}: neither a preset ({', '.join(SIZES)}) nor a directory with a config.json"
+        f"--neo-model {name_or_directory}: neither a preset ({', '.join(SIZES)}) nor a directory with a config.json "
+        "nor a hub id"
     )

@@ -52,6 +52,12 @@ def tokenizer_directory(name: str) -> Path:
     return _fetch(name, (CONFIG, *TOKENIZER_FILES)) if local is None else local
 
 
+def config_directory(name: str) -> Path:
+    """A local directory as it is, or one of the cache with the `config.json` of a model on a hub; errors as above."""
+    local = _local(name)
+    return _fetch(name, (CONFIG,)) if local is None else local
+
+
 def _local(name: str) -> Path | None:
     """The path, unless it can only be the id of a model: a directory wins over a model of the same name."""
     path = Path(name)

@@ -11,8 +11,10 @@ from conftest import run_python
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from neo_megatron import presets
 from neo_megatron.checkpoint import hub
 from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.model.config import ConfigError
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -56,6 +58,13 @@ def test_only_the_files_that_are_needed_are_fetched(server, golden):
 def test_a_tokenizer_comes_without_its_model(server):
     directory = hub.tokenizer_directory("somebody/neo")
     assert (directory / "tokenizer.json").is_file() and "model.safetensors" not in server.served
+
+
+def test_a_run_needs_the_configuration_alone(server, golden):
+    assert presets.sizes("somebody/neo") == open_neo(golden / "ckpt_untied").sizes
+    assert server.served == ["config.json"]
+    with pytest.raises(ConfigError, match="--neo-model nobody/nothing: nobody/nothing: neither a directory here"):
+        presets.sizes("nobody/nothing")
 
 
 def test_shards_by_their_index(server, models):
