@@ -1,31 +1,80 @@
 """The attention kernels behind one interface: FlexAttention on a GPU, tiles of matrix products on a CPU.
 
 A mask is built once per micro-batch from the rule in `mask.py`; its form decides the kernel. NEO's queries and keys are
-twice as wide as its values, which both take as they are.
+twice as wide as its values, which all kernels take as they are.
+
+On a GPU `--attention-backend` chooses, a flag of Megatron's:
+
+    auto      FlexAttention in block sizes that the device holds; SDPA where there are none (the default)
+    flash     FlexAttention over FlashAttention 4, which must be installed
+    unfused   SDPA with a dense mask: memory and work grow with the square of the pack
 
 Shape suffixes: S sequence, B packs, N query heads, G key-value heads, D head dimension.
 """
 
+import importlib.util
+import logging
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from neo_megatron.model.block_mask import SeenKeys
+from neo_megatron.model.config import ConfigError
+from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.tiled_attention import TiledAttention, TiledMask
 
-AttentionMask = TiledMask | BlockMask
+logger = logging.getLogger(__name__)
 
-# Query and key rows of one FlexAttention block.
-FLEX_BLOCK = (128, 128)
+# Query and key rows of one block of the mask. FlashAttention 4 wants its own on sm_90.
+FLEX_BLOCK, FLASH_BLOCK = (128, 128), (128, 64)
 
 
-def build_mask(rule: AttentionRule, dtype: torch.dtype) -> AttentionMask:
-    """The mask of a micro-batch in the form that its device's kernel takes, for queries and keys of this type."""
-    if rule.document_BT.is_cuda:
-        return rule.blocks(FLEX_BLOCK)
-    return TiledMask.from_rule(rule, torch.promote_types(dtype, torch.float32))
+@dataclass(frozen=True)
+class FlexMask:
+    """Blocks for FlexAttention, and its ``kernel_options``; FlashAttention 4 wants key heads ``repeated``."""
+
+    blocks: BlockMask
+    options: dict[str, Any] = field(default_factory=dict)
+    repeated: bool = False
+
+
+AttentionMask = TiledMask | FlexMask | Tensor
+
+
+def check_backend(backend: AttnBackend) -> None:
+    """Raises ConfigError where NEO's mask has no such kernel, or it is not installed."""
+    if backend not in (AttnBackend.auto, AttnBackend.flash, AttnBackend.unfused):
+        raise ConfigError(
+            f"--attention-backend {backend.name}: none of its kernels has NEO's mask; choose auto, flash or unfused"
+        )
+    if backend == AttnBackend.flash and not _flash_attention_4():
+        raise ConfigError("--attention-backend flash needs FlashAttention 4: pip install flash-attn-4, or choose auto")
+
+
+def build_mask(
+    rule: AttentionRule, dtype: torch.dtype, head_dim: int = 128, backend: AttnBackend = AttnBackend.auto
+) -> AttentionMask:
+    """The mask of a micro-batch in the form that its device's kernel takes, for queries and keys of this type.
+
+    Args:
+        head_dim: D, which decides what a GPU can hold.
+        backend: see above; a CPU has one kernel.
+    """
+    device = rule.document_BT.device
+    if not rule.document_BT.is_cuda:
+        return TiledMask.from_rule(rule, torch.promote_types(dtype, torch.float32))
+    keys = rule.document_BT.shape[1]
+    if backend == AttnBackend.flash:
+        return FlexMask(SeenKeys.of(rule).blocks(keys, FLASH_BLOCK), {"BACKEND": "FLASH"}, repeated=True)
+    options = None if backend == AttnBackend.unfused else _options_of(device, head_dim, dtype.itemsize)
+    return rule.dense()[:, None] if options is None else FlexMask(SeenKeys.of(rule).blocks(keys, FLEX_BLOCK), options)
 
 
 def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
@@ -33,7 +82,15 @@ def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: Att
     if isinstance(mask, TiledMask):
         return TiledAttention.apply(query_SBN2D, key_SBG2D, value_SBGD, mask, scale).flatten(2)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBN2D, key_SBG2D, value_SBGD))
-    context = _compiled_flex_attention()(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+    if isinstance(mask, Tensor) or mask.repeated:
+        # SDPA's kernels for masks, too, take as many key heads as query heads.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if isinstance(mask, Tensor):
+        context = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    else:
+        context = _compiled_flex_attention()(
+            query, key, value, block_mask=mask.blocks, scale=scale, enable_gqa=True, kernel_options=mask.options
+        )
     return context.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -41,3 +98,26 @@ def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: Att
 def _compiled_flex_attention():
     # Uncompiled, FlexAttention holds the whole score matrix.
     return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _options_of(device: torch.device, head_dim: int, number_bytes: int) -> dict[str, Any] | None:
+    """What FlexAttention is told on this device; None, and a sentence in the log, where it cannot run."""
+    properties = torch.cuda.get_device_properties(device)
+    memory = properties.shared_memory_per_block_optin
+    options = kernel_options(Widths(2 * head_dim, head_dim, number_bytes), (properties.major, properties.minor), memory)
+    if options is None:
+        logger.warning(
+            "%s has %d KiB of shared memory for a block of threads, too little for FlexAttention with heads of %d: "
+            "attention runs in SDPA, whose memory and work grow with the square of the pack",
+            properties.name,
+            memory // KIB,
+            2 * head_dim,
+        )
+    return options
+
+
+def _flash_attention_4() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None and (
+        importlib.util.find_spec("flash_attn.cute") is not None
+    )

@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from neo_megatron.model.core_attention import build_mask
+from neo_megatron.model.core_attention import build_mask, check_backend
 from neo_megatron.model.layer_specs import decoder_spec
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.native_attention import PackContext
@@ -37,6 +37,7 @@ class NeoModel(LanguageModule):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
     ) -> None:
+        check_backend(config.attention_backend)
         super().__init__(config=config, pg_collection=pg_collection)
         self.pre_process = pre_process
         self.post_process = post_process
@@ -135,7 +136,12 @@ class NeoModel(LanguageModule):
             rotary=NativeRotary.from_positions(
                 positions_thw, config.kv_channels, config.sizes.rope_theta, config.sizes.rope_theta_hw
             ),
-            mask=build_mask(AttentionRule(document, image, query_rows), config.params_dtype),
+            mask=build_mask(
+                AttentionRule(document, image, query_rows),
+                config.params_dtype,
+                config.kv_channels,
+                config.attention_backend,
+            ),
             key_order=key_order,
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)

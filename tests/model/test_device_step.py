@@ -51,6 +51,7 @@ def on_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: kernel)
+    monkeypatch.setattr(core_attention, "_options_of", lambda *_: {})
 
     @contextmanager
     def both():

@@ -1,0 +1,115 @@
+"""Which kernel a GPU gets: block sizes within its shared memory, SDPA where there are none. No GPU is needed to ask."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnBackend
+from random_packs import random_packs
+from torch.nn.attention.flex_attention import flex_attention
+
+from neo_megatron.model import core_attention
+from neo_megatron.model.config import ConfigError
+from neo_megatron.model.core_attention import FlexMask, attend, build_mask, check_backend
+from neo_megatron.model.flex_kernel import KIB, Backward, Forward, Widths, all_that_fit, kernel_options
+
+NEO = Widths(query_key=256, value=128)
+# Shared memory that a block of threads may have, KiB (CUDA C++ Programming Guide, table of compute capabilities).
+DEVICES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("number_bytes", [2, 4])
+def test_every_device_gets_tiles_that_it_holds(capability, number_bytes):
+    widths, limit = Widths(256, 128, number_bytes), DEVICES[capability] * KIB
+    options = kernel_options(widths, capability, limit)
+    forward = Forward(*(options[f"fwd_{name}"] for name in ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")))
+    backward = Backward(*(options[f"bwd_{name}"] for name in ("BLOCK_M1", "BLOCK_N1", "num_stages", "num_warps")))
+    assert forward.shared_memory(widths) <= limit and backward.shared_memory(widths) <= limit
+    # What PyTorch's kernel asks of its blocks: whole blocks of the mask, and its two loops fit into one another.
+    assert not any(128 % size for name, size in options.items() if "BLOCK" in name)
+    assert not options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"]
+    assert not options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"]
+
+
+def test_memory_of_known_tiles():
+    """Counted by hand in rows of 256 + 128 numbers of 2 bytes, 768 bytes."""
+    # 64 queries of 512 bytes; 3 x 32 keys and values; 64 x 32 weights.
+    assert Forward(64, 32, 3, 4).shared_memory(NEO) == 64 * 512 + 3 * 32 * 768 + 64 * 32 * 2
+    # 64 keys and values stay, 2 x 64 queries and gradients move; weights and their gradients.
+    assert Backward(64, 64, 2, 4).shared_memory(NEO) == (64 + 2 * 64) * 768 + 2 * 64 * 64 * 2
+    assert Forward(64, 32, 3, 4).shared_memory(Widths(96, 48)) == Forward(64, 32, 3, 4).shared_memory(Widths(128, 64))
+
+
+def test_what_fails_on_sm_89_is_not_chosen_there():
+    """PyTorch's own choice for heads of 256 on sm_8x: users report that it does not compile on an L40S or a 4090."""
+    assert Backward(64, 64, 2, 4).shared_memory(NEO) > 99 * KIB
+    assert kernel_options(NEO, (8, 0), 163 * KIB)["bwd_num_stages"] == 2
+    assert kernel_options(NEO, (8, 9), 99 * KIB)["bwd_BLOCK_M1"] == 32
+
+
+def test_a_sweep_stays_within_the_device():
+    forward, backward = all_that_fit(NEO, 227 * KIB)
+    assert len(forward) > 20 and len(backward) > 20
+    assert all(choice.shared_memory(NEO) <= 227 * KIB for choice in forward + backward)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends a GPU with as much shared memory as a test says."""
+
+    def pretend(memory: int) -> None:
+        properties = SimpleNamespace(name="A small GPU", major=8, minor=9, shared_memory_per_block_optin=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+        core_attention._options_of.cache_clear()
+
+    yield pretend
+    core_attention._options_of.cache_clear()
+
+
+def test_too_little_memory_ends_in_sdpa_and_one_sentence(gpu, caplog):
+    gpu(8 * KIB)
+    rule = random_packs(64, 1)
+    for _ in range(2):
+        mask = build_mask(rule, torch.bfloat16)
+    assert torch.equal(mask[:, 0], rule.dense())
+    (record,) = caplog.records
+    assert "A small GPU has 8 KiB of shared memory" in record.getMessage() and "SDPA" in record.getMessage()
+
+
+def test_enough_memory_is_flex_attention(gpu):
+    gpu(99 * KIB)
+    mask = build_mask(random_packs(64, 1), torch.bfloat16)
+    assert isinstance(mask, FlexMask) and mask.options["fwd_BLOCK_M"] == 64 and not mask.repeated
+    assert torch.is_tensor(build_mask(random_packs(64, 1), torch.bfloat16, backend=AttnBackend.unfused))
+
+
+def test_kernels_that_neo_cannot_use_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="--attention-backend fused: none of its kernels"):
+        check_backend(AttnBackend.fused)
+    monkeypatch.setattr(core_attention, "_flash_attention_4", lambda: False)
+    with pytest.raises(ConfigError, match="pip install flash-attn-4"):
+        check_backend(AttnBackend.flash)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flash", "unfused"])
+def test_every_kernel_gives_what_the_tiles_give(kernel, gpu, monkeypatch):
+    """Values, on a CPU: FlexAttention uncompiled; key heads are shared by query heads, or repeated for them."""
+    rule = random_packs(128, 2)
+    draw = torch.Generator().manual_seed(1)
+    query = torch.randn(128, 2, 4, 32, generator=draw)
+    key, value = (torch.randn(128, 2, 2, width, generator=draw) for width in (32, 16))
+    expected = attend(query, key, value, build_mask(rule, torch.float32), scale=0.25)
+    seen = []
+
+    def plain(query, key, value, kernel_options, enable_gqa, **given):
+        seen.append((key.shape[1], kernel_options.get("BACKEND", "AUTO")))
+        return flex_attention(query, key, value, enable_gqa=enable_gqa, **given)
+
+    gpu(99 * KIB)
+    mask = build_mask(rule, torch.float32, head_dim=16, backend=AttnBackend[kernel])
+    monkeypatch.undo()
+    monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: plain)
+    torch.testing.assert_close(attend(query, key, value, mask, scale=0.25), expected, atol=2e-6, rtol=0)
+    assert seen == {"auto": [(2, "AUTO")], "flash": [(4, "FLASH")], "unfused": []}[kernel]
