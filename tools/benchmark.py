@@ -1,6 +1,7 @@
 """Measures speed side by side with what it is compared to; prints a table.
 
 python tools/benchmark.py data|train|convert [--only packing loader ...] [--scratch DIR]
+python tools/benchmark.py gpu [--only attention steps] [--scratch DIR] [--out FILE.json]
 """
 
 import argparse
@@ -19,6 +20,7 @@ SUITES = {
     "data": ["preprocess", "memory", "loader", "packing", "storage"],
     "train": ["train", "stage_one"],
     "convert": ["convert"],
+    "gpu": ["attention", "steps"],
 }
 
 
@@ -27,9 +29,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--only", nargs="+", help="parts of the suite: " + ", ".join(sum(SUITES.values(), [])))
     parser.add_argument("--scratch", help="directory for inputs and outputs, kept for the next run; default: temporary")
+    parser.add_argument("--out", type=Path, help="file for the figures as JSON (gpu)")
     arguments = parser.parse_args()
     if unknown := set(arguments.only or []) - set(SUITES[arguments.suite]):
         parser.error(f"{arguments.suite} has no part {', '.join(sorted(unknown))}")
+    if arguments.out and arguments.suite != "gpu":
+        parser.error("--out is for gpu")
     return arguments
 
 
@@ -38,6 +43,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(arguments.scratch or temporary)
         scratch.mkdir(parents=True, exist_ok=True)
+        if arguments.suite == "gpu":
+            from benchmarks import gpu
+
+            print(gpu.measure(scratch, arguments.only or SUITES["gpu"], arguments.out))
+            return
         rows = []
         for part in arguments.only or SUITES[arguments.suite]:
             print(f"measuring {part}", file=sys.stderr, flush=True)

@@ -2,6 +2,8 @@
 pictures, 15 % text alone; lengths of texts are log-normal.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 MIN_PIXELS, MAX_PIXELS, SIDE = 65536, 4194304, 32
@@ -16,22 +18,55 @@ _KINDS = [
 _CHUNK = 1 << 20
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What decides the work of one sample: tokens that are text, and (rows, columns) of cells of each picture."""
+
+    text: int
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.text + sum(rows * columns + 2 for rows, columns in self.grids)
+
+    def shrunk(self, factor: int) -> "Sample":
+        """Text and both sides of every picture divided by so much."""
+        grids = tuple((max(rows // factor, 1), max(columns // factor, 1)) for rows, columns in self.grids)
+        return Sample(max(self.text // factor, 12), grids)
+
+
+def draw_samples(count: int, seed: int = 0) -> list[Sample]:
+    """The samples of which `draw_lengths` gives the lengths; for a few thousand."""
+    text, pictures = _draw(count, np.random.default_rng(seed))
+    grids: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for rows, sizes in pictures:
+        for row, (height, width) in zip(rows.tolist(), sizes.T.tolist(), strict=True):
+            grids[row].append((height // SIDE, width // SIDE))
+    return [Sample(tokens, tuple(of)) for tokens, of in zip(text.tolist(), grids, strict=True)]
+
+
 def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, of which cells of pictures) of each sample, int32 [count] both."""
     tokens, cells = np.empty(count, np.int32), np.empty(count, np.int32)
     random = np.random.default_rng(seed)
     for start in range(0, count, _CHUNK):
         part = slice(start, min(start + _CHUNK, count))
-        tokens[part], cells[part] = _draw(part.stop - part.start, random)
+        tokens[part], pictures = _draw(part.stop - part.start, random)
+        cells[part] = 0
+        for rows, sizes in pictures:
+            here = sizes.prod(axis=0) // SIDE**2
+            cells[start + rows] += here
+            tokens[start + rows] += here + 2
     return tokens, cells
 
 
-def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Text tokens of each sample; and (samples, (height, width) of a picture of each, in pixels), again and again."""
     kind = random.choice(len(_KINDS), count, p=[share for share, *_ in _KINDS])
     text = np.clip(random.lognormal(4.3, 1.0, count), 12, 6000).astype(np.int64) + 20
     alone = kind == len(_KINDS) - 1
     text[alone] = np.clip(random.lognormal(5.5, 1.0, int(alone.sum())), 20, 8000).astype(np.int64)
-    cells, pictures = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    sized, pictures = [], np.zeros(count, np.int64)
     for number, (_, (width, height), spread, fewest, most) in enumerate(_KINDS):
         rows = np.flatnonzero(kind == number)
         pictures[rows] = random.integers(fewest, most + 1, len(rows))
@@ -41,16 +76,16 @@ def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarr
                 pictures[of] > 1, np.maximum(MAX_PIXELS * 2 // np.maximum(pictures[of], 1), MIN_PIXELS), MAX_PIXELS
             )
             sizes = np.exp(random.normal(0, spread, (2, len(of)))) * np.array([[height], [width]])
-            cells[of] += _cells(sizes.astype(np.int64), limit)
-    return text + cells + 2 * pictures, cells
+            sized.append((of, _resized(sizes.astype(np.int64), limit)))
+    return text, sized
 
 
-def _cells(sizes: np.ndarray, limit: np.ndarray) -> np.ndarray:
-    """`neo_megatron.data.image.smart_resize` for many (height, width), in cells."""
+def _resized(sizes: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """`neo_megatron.data.image.smart_resize` for many (height, width)."""
     rounded = np.maximum(SIDE, np.round(sizes / SIDE).astype(np.int64) * SIDE)
     area = rounded.prod(axis=0)
     shrink = np.sqrt(sizes.prod(axis=0) / limit)
     grow = np.sqrt(MIN_PIXELS / sizes.prod(axis=0))
     smaller = np.maximum(SIDE, np.floor(sizes / shrink / SIDE).astype(np.int64) * SIDE)
     larger = np.ceil(sizes * grow / SIDE).astype(np.int64) * SIDE
-    return np.where(area > limit, smaller, np.where(area < MIN_PIXELS, larger, rounded)).prod(axis=0) // SIDE**2
+    return np.where(area > limit, smaller, np.where(area < MIN_PIXELS, larger, rounded))

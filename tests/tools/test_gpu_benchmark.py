@@ -1,0 +1,83 @@
+"""`benchmark.py gpu` without a GPU: it runs, and says of every figure that needs one that it was not run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.gpu_profile import busy, kind_of, share_by_kind
+from benchmarks.gpu_steps import OURS, PLAIN, Scale, StepRun, flags, grouped, planned, runs, with_more_recomputed
+from conftest import run_python
+
+from neo_megatron.presets import SIZES
+
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
+
+
+def test_the_command_without_a_gpu(tmp_path):
+    done = run_python(TOOL, "gpu", "--scratch", tmp_path / "scratch", "--out", tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stdout[-3000:]
+    measured = json.loads((tmp_path / "gpu.json").read_text())
+    assert not measured["on_gpu"] and measured["ceilings"]["product"] > 0
+    assert [(step["who"], step["training_stage"]) for step in measured["steps"]] == [(OURS, 2), (PLAIN, 2), (OURS, 1)]
+    every, plain, stage_one = measured["steps"]
+    assert every["tokens"] == plain["tokens"] == 256
+    assert every["flops"] == plain["flops"] > stage_one["flops"]  # the same packs; stage 1 has less to do
+    # Random weights: both begin at the logarithm of the vocabulary of 512.
+    assert [step["loss"] for step in measured["steps"]] == pytest.approx([6.24] * 3, abs=1)
+    *_, targets = done.stdout.split("\n\n")
+    assert targets.count("not run: no GPU") == 5
+    for precision in ("bf16", "delayed", "tensorwise", "blockwise"):
+        for stage in (1, 2):
+            assert f"| neo_megatron, {precision}, stage {stage} |  | not run: no GPU |" in done.stdout
+    assert "| kernels by kind | not run: no GPU |" in done.stdout
+
+
+KERNELS = {
+    "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT": "products",
+    "sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128": "products",
+    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "products",
+    "triton_tem_fused_flex_attention_backward_0": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16": "attention",
+    "void multi_tensor_apply_kernel<TensorListMetadata<4>, AdamFunctorMaster<float>>": "optimizer",
+    "Memcpy HtoD (Pinned -> Device)": "copies",
+    "triton_red_fused__log_softmax_nll_loss_3": "cross entropy",
+    "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<...>": "norm, rotary",
+    "void transformer_engine::detail::cast_transpose_fused_kernel<...>": "FP8 casts",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": "all else",
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_by_kind(kernel):
+    assert kind_of(kernel) == KERNELS[kernel]
+
+
+def test_idle_time_counts_overlapping_kernels_once():
+    assert busy([(0, 4), (2, 6), (3, 5), (8, 9)]) == 7
+    shares = share_by_kind([("gemm", 0, 6), ("Memcpy HtoD", 4, 6), ("gemm", 9, 10)])
+    assert shares == pytest.approx({"products": 0.7, "copies": 0.2, "idle": 0.3})
+
+
+SCALE = Scale(SIZES["neo-2b"], (8192, 16384), 8, 1, ("bf16", "delayed"))
+
+
+def test_one_process_measures_all_lengths_that_recompute_alike():
+    assert [len(group) for group in grouped(runs(SCALE))] == [2] * 5
+    assert len(runs(SCALE)) == 10
+
+
+def test_layers_are_recomputed_where_the_plan_does_not_fit():
+    run = StepRun(OURS, "bf16", 2, 16384)
+    assert planned(run, SCALE.sizes, memory=141e9) == 0
+    assert 0 < planned(run, SCALE.sizes, memory=80e9) <= 40
+    assert flags(StepRun(OURS, "delayed", 2, 8192, recomputed=10))[-6:] == [
+        *("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "10"),
+    ]
+
+
+def test_after_running_out_of_memory_more_layers_are_recomputed_until_all_are():
+    tried = [StepRun(OURS, "bf16", 2, 16384, recomputed=20)]
+    while following := with_more_recomputed(tried[-1], SCALE.sizes):
+        tried.append(following)
+    assert [run.recomputed for run in tried] == [20, 30, 40]
+    assert with_more_recomputed(StepRun(PLAIN, "bf16", 2, 8192), SCALE.sizes).recomputed == 40

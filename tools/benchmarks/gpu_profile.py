@@ -1,0 +1,75 @@
+"""Where the time of a step goes on the GPU: kernels by kind, and the time in which none runs."""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The first that fits a kernel's name. Inductor names a fused kernel after the operations in it.
+KINDS = {
+    "copies": r"^memcpy|^memset|copybuffer|direct_copy|unrolled_elementwise.*copy|catarray|multi_tensor.*copy",
+    "attention": r"flex_attention|flash_|fmha|triton_tem_fused.*(?:flex|zeros)|sdpa|flashattn|block_mask",
+    "optimizer": r"adam|multi_tensor|multitensor|l2norm|lpnorm|clip_grad|chunked_scale",
+    "cross entropy": r"softmax|nll_loss|cross_entropy|logsumexp|log_softmax|_ce_|online_ce",
+    "FP8 casts": r"cast_transpose|quantize|amax|fp8|float8|delayed_scaling|blockwise.*(?:cast|transpose)",
+    "products": r"gemm|nvjet|cutlass|cublas|wgmma|xmma|splitk|cutlass3x|tensorop|dot_kernel",
+    "norm, rotary": r"rmsnorm|rms_norm|layernorm|layer_norm|rsqrt|rotary|rope|_norm_|ln_fwd|ln_bwd|_cos_|_sin_",
+    "SwiGLU": r"silu|swiglu|gated_act|geglu",
+}
+OTHER, IDLE = "all else", "idle"
+
+
+def kind_of(kernel: str) -> str:
+    name = kernel.lower()
+    if re.search(r"gemm|nvjet|xmma", name) and "fmha" not in name:  # FP8 products have fp8 in their names
+        return "products"
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), OTHER)
+
+
+def busy(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of (start, end): streams overlap."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def share_by_kind(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """(name, start, end) of kernels -> share of the time from the first start to the last end, by kind.
+
+    Kernels that run beside others count in their kinds as well, so that the shares may add up to more than one.
+    """
+    kernels = list(kernels)
+    whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
+    kinds: dict[str, float] = {}
+    for name, start, end in kernels:
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + (end - start) / whole
+    ordered = dict(sorted(kinds.items(), key=lambda item: -item[1]))
+    return ordered | {IDLE: 1 - busy((start, end) for _, start, end in kernels) / whole}
+
+
+@dataclass
+class Measured:
+    """Filled when the profile ends."""
+
+    kinds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def profiled() -> Iterator[Measured]:
+    """Profiles the GPU during the block; the profiler slows the host, so that idle time is an upper bound."""
+    measured = Measured()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        yield measured
+    kernels = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        # Annotations of regions stand beside the kernels in them.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    if kernels:
+        measured.kinds = share_by_kind(kernels)
