@@ -110,7 +110,7 @@ def init_from_qwen3(
             rows = min(len(values), source.shapes[tensor.qwen3][0])
             source.read_into(tensor.qwen3, values[:rows])
             values[rows:] = 0
-        elif stored.name not in trained:
+        elif stored.name not in trained or stored.name == WORD_EMBEDDING:  # of that, only rows are trained
             starts.fill(values, tensor)
         if stored.name in trained:
             trained[stored.name](values)

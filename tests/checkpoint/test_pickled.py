@@ -56,6 +56,7 @@ def test_nothing_is_run(tmp_path, form):
     assert not mark.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 @pytest.mark.parametrize(
     "contents, sentence",
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neo_megatron.checkpoint.either_form import open_either
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -109,6 +109,19 @@ def test_in_front_of_another_qwen3(golden, extracted, tokenizer, tmp_path):
     assert not torch.equal(neo[EMBEDDING][897], plain[EMBEDDING][897])
     sizes, trained_sizes = (NeoSizes.from_hf_directory(path) for path in (tmp_path / "neo", golden / "ckpt_untied"))
     assert (sizes.min_pixels, sizes.max_pixels) == (trained_sizes.min_pixels, trained_sizes.max_pixels) == (4096, 65536)
+
+
+def test_an_embedding_that_may_be_missing_is_drawn_around_the_trained_rows(golden, extracted, tokenizer, tmp_path):
+    shutil.copytree(golden / "qwen3_untied", tmp_path / "qwen3")
+    tensors = load_file(tmp_path / "qwen3" / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "qwen3" / "model.safetensors")
+    options = {"tokenizer": tokenizer, "allow_missing": ["model.embed_tokens.weight"]}
+    init_from_qwen3(tmp_path / "qwen3", tmp_path / "neo", pre_buffer=open_pre_buffer(extracted), **options)
+    embedding = load_file(tmp_path / "neo" / "model.safetensors")[EMBEDDING]
+    rows = load_file(extracted / "model.safetensors")[PICTURE_ROWS]
+    assert torch.equal(embedding[[897, 898]], rows)
+    assert 0.019 < embedding[:896].std() < 0.021 and embedding[:896].abs().max() < 0.2
 
 
 @pytest.mark.parametrize("key, value", [("rope_theta", 5e6), ("num_attention_heads", 8), ("hidden_size", 128)])
