@@ -7,7 +7,6 @@ from functools import partial
 
 from megatron.core.extensions.transformer_engine import (
     HAVE_TE,
-    TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
     TENorm,
     TERowParallelLinear,
@@ -22,6 +21,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from neo_megatron.model.native_attention import NativeSelfAttention, NativeSelfAttentionSubmodules
 from neo_megatron.model.rms_norm import RMSNorm
+from neo_megatron.model.shared_input import (
+    SharedInputColumnParallelLinear,
+    TENormColumnParallelLinear,
+    TESharedInputColumnParallelLinear,
+)
 from neo_megatron.model.transformer_config import NeoConfig
 
 
@@ -36,7 +40,7 @@ def decoder_spec(
     if config.transformer_impl == "local":
         layer, norm = local_layer_spec(), RMSNorm
     else:
-        layer, norm = transformer_engine_layer_spec(), TENorm
+        layer, norm = transformer_engine_layer_spec(fused_norm=config.tensor_model_parallel_size == 1), TENorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -45,8 +49,8 @@ def local_layer_spec() -> ModuleSpec:
     """Megatron's tensor-parallel linear layers and PyTorch's RMSNorm: runs everywhere."""
     return _layer_spec(
         attention=NativeSelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            linear_qk_hw=ColumnParallelLinear,
+            linear_qkv=SharedInputColumnParallelLinear,
+            linear_qk_hw=SharedInputColumnParallelLinear,
             linear_proj=RowParallelLinear,
             qk_layernorm=RMSNorm,
         ),
@@ -57,8 +61,12 @@ def local_layer_spec() -> ModuleSpec:
     )
 
 
-def transformer_engine_layer_spec() -> ModuleSpec:
-    """Transformer Engine's linear layers (FP8) and norms; attention stays NEO's own, no TE kernel has its mask."""
+def transformer_engine_layer_spec(fused_norm: bool) -> ModuleSpec:
+    """Transformer Engine's linear layers (FP8) and norms; attention stays NEO's own, no TE kernel has its mask.
+
+    Args:
+        fused_norm: the norm of the attention's input is part of `linear_qkv`; see `shared_input.py` for when.
+    """
     if not HAVE_TE:
         raise ModuleNotFoundError(
             "--transformer-impl transformer_engine needs Transformer Engine: "
@@ -66,13 +74,13 @@ def transformer_engine_layer_spec() -> ModuleSpec:
         )
     return _layer_spec(
         attention=NativeSelfAttentionSubmodules(
-            linear_qkv=TEColumnParallelLinear,
-            linear_qk_hw=TEColumnParallelLinear,
+            linear_qkv=TENormColumnParallelLinear if fused_norm else TESharedInputColumnParallelLinear,
+            linear_qk_hw=TESharedInputColumnParallelLinear,
             linear_proj=TERowParallelLinear,
             qk_layernorm=TENorm,
         ),
         mlp=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
-        input_norm=TENorm,
+        input_norm=IdentityOp if fused_norm else TENorm,
         pre_mlp_norm=IdentityOp,
         checkpoint_names={},
     )

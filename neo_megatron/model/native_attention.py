@@ -22,6 +22,7 @@ from torch import Tensor
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
 from neo_megatron.model.native_rope import NativeRotary
+from neo_megatron.model.shared_input import share_input
 from neo_megatron.model.transformer_config import NeoConfig
 
 
@@ -69,6 +70,7 @@ class NativeSelfAttention(MegatronModule):
         """Takes `cp_comm_type` because Megatron's layer gives it; the inputs decide, which were split for one way."""
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.tensor_parallel_group = pg_collection.tp
         self.context_parallel_group = pg_collection.cp
         self.head_dim = config.kv_channels
         self.groups_per_rank = divide(config.num_query_groups, pg_collection.tp.size())
@@ -131,8 +133,9 @@ class NativeSelfAttention(MegatronModule):
     def query_key_value(self, hidden_SBH: Tensor, rotary: NativeRotary) -> tuple[Tensor, Tensor, Tensor]:
         """``[S, B, G * R, 2D]``, ``[S, B, G, 2D]`` and ``[S, B, G, D]``, normalised and rotated."""
         heads = self.heads_per_group
-        qkv, _ = self.linear_qkv(hidden_SBH)
-        qk_hw, _ = self.linear_qk_hw(hidden_SBH)
+        shared = share_input(hidden_SBH, self.tensor_parallel_group, self.config.sequence_parallel)
+        qkv, normalised = self.linear_qkv(shared)  # normalised by a fused norm, else no bias
+        qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
         qkv = qkv.unflatten(-1, (self.groups_per_rank, heads + 2, self.head_dim))
         qk_hw = qk_hw.unflatten(-1, (self.groups_per_rank, heads + 1, self.head_dim))
         q_t, k_t, value = qkv.split((heads, 1, 1), dim=-2)

@@ -76,13 +76,13 @@ def rank_traffic(
 def layer_collectives(layout: Layout, frozen: bool, recomputed: bool) -> int:
     """All-gathers and reduce-scatters of one layer's hidden states in forward and backward; an all-reduce is two.
 
-    Forward: the inputs of `linear_qkv`, `linear_qk_hw` and `linear_fc1`, the outputs of `linear_proj` and `linear_fc2`.
-    Backward: the same five the other way; under sequence parallelism a trained weight's input is gathered once more.
+    Forward: the inputs of attention and of `linear_fc1`, the outputs of `linear_proj` and `linear_fc2`. Backward: the
+    same four the other way; under sequence parallelism the input of a trained `linear_fc1` is gathered once more.
     """
     if layout.sequence_parallel:
-        forward, mlp, backward = 5, 2, 5 + (1 if frozen else 3)
+        forward, mlp, backward = 4, 2, 4 + (not frozen)
     else:
-        forward, mlp, backward = 2 * 2, 2, 3 * 2
+        forward, mlp, backward = 2 * 2, 2, 2 * 2
     again = forward if recomputed else mlp * layout.recomputes("mlp")
     return forward + backward + again
 

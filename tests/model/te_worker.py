@@ -1,12 +1,8 @@
-"""Builds the model from Transformer Engine's layers on a machine without a GPU and compares it with the local one.
+"""Compares the model of Transformer Engine's layers with the local one, on two processes without a GPU.
 
-TE modules can be constructed without CUDA when torch claims a Hopper GPU; no kernel of theirs can run. Started by
-`test_layer_specs.py` in a process of its own, since Megatron decides at import whether Transformer Engine is there.
+Started by `test_layer_specs.py` in processes of their own, since Megatron decides at import whether Transformer Engine
+is there.
 """
-
-import contextlib
-import types
-from unittest import mock
 
 import torch
 
@@ -16,43 +12,34 @@ cpu_platform.install()
 
 import transformer_engine.pytorch as te
 from megatron.core import parallel_state, tensor_parallel
+from te_on_cpu import plain_arithmetic, pretended_hopper
 
 from neo_megatron.model.freeze import freeze_for_stage
+from neo_megatron.model.micro_batch import model_inputs
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.presets import SIZES
 
-
-@contextlib.contextmanager
-def pretended_hopper():
-    """torch.cuda answers the questions that Transformer Engine asks while it builds modules."""
-    properties = types.SimpleNamespace(
-        name="Hopper", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
-    )
-    answers = {
-        "is_available": lambda: True,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "get_device_capability": lambda *_, **__: (9, 0),
-        "get_device_properties": lambda *_, **__: properties,
-    }
-    with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        yield
+LENGTH, CELLS = 32, 8
 
 
-def build(implementation: str, **settings) -> NeoModel:
+def build(implementation: str, dtype: torch.dtype = torch.float32, **settings) -> NeoModel:
     config = NeoConfig.from_sizes(
         SIZES["tiny"],
         transformer_impl=implementation,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,
-        params_dtype=torch.bfloat16,
-        bf16=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         **settings,
     )
     return NeoModel(config)
+
+
+def stored(model: NeoModel) -> dict:
+    """Name in a checkpoint -> this rank's part of a parameter."""
+    return {value.key: value.data for value in model.sharded_state_dict().values()}
 
 
 def shapes(model: NeoModel) -> dict[str, tuple]:
@@ -60,25 +47,101 @@ def shapes(model: NeoModel) -> dict[str, tuple]:
     return {value.key: tuple(getattr(value, "global_shape", ())) for value in model.sharded_state_dict().values()}
 
 
-store = torch.distributed.HashStore()
-torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+def inputs(sequence_parallel: bool) -> dict[str, torch.Tensor]:
+    """A pack of two documents, a picture in the second, on both halves of the sequence."""
+    draw, place = torch.Generator().manual_seed(1), torch.arange(LENGTH)
+    cells = torch.arange(12, 12 + CELLS)
+    packs = {
+        "tokens": torch.randint(0, 500, (1, LENGTH), generator=draw),
+        "positions_thw": place[None, :, None].expand(1, LENGTH, 3).to(torch.int32) % 12,
+        "document": (place >= 9).to(torch.int32)[None],
+        "image": torch.where((place >= 12) & (place < 12 + CELLS), 0, -1).to(torch.int32)[None],
+        "patches": torch.randint(0, 256, (CELLS, 4, 768), generator=draw, dtype=torch.uint8),
+        "cell_index": cells,
+        "target_index": place[:-1],
+        "targets": torch.randint(0, 500, (LENGTH - 1,), generator=draw),
+    }
+    rank, ranks = (torch.distributed.get_rank(), 2) if sequence_parallel else (0, 1)
+    return model_inputs(packs, True, True, sequence_rank=rank, sequence_ranks=ranks)
+
+
+def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Tensor, dict]:
+    """The cross entropy, and the gradient of everything that trains by its name in a checkpoint."""
+    freeze_for_stage(model, stage)
+    model.zero_grad()
+    loss = model(**inputs(sequence_parallel))
+    loss.mean().backward()
+    return loss.detach(), {name: p.grad for name, p in stored(model).items() if p.requires_grad}
+
+
+def same_training(tensor_parallel_size: int, sequence_parallel: bool) -> None:
+    """The same losses and gradients in stage 1, where the fused norm and matrix are frozen, and in stage 2."""
+    local = build("local", sequence_parallel=sequence_parallel)
+    with pretended_hopper():
+        model = build("transformer_engine", sequence_parallel=sequence_parallel)
+    attention = model.decoder.layers[0].self_attention
+    fused = te.LayerNormLinear if tensor_parallel_size == 1 else te.Linear
+    assert isinstance(attention.linear_qkv, fused)
+    torch.manual_seed(torch.distributed.get_rank() % tensor_parallel_size)
+    other = stored(model)
+    with torch.no_grad():
+        for name, parameter in stored(local).items():
+            parameter += 0.02 * torch.randn_like(parameter) * (parameter.dim() > 1)
+            other[name].copy_(parameter)
+    for stage in (1, 2):
+        expected, expected_gradients = run(local, stage, sequence_parallel)
+        with plain_arithmetic():
+            loss, gradients = run(model, stage, sequence_parallel)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            assert gradient.abs().sum() > 0, name
+            close = {"rtol": 1e-4, "atol": 1e-4 * float(expected_gradients[name].abs().max())}
+            torch.testing.assert_close(gradient, expected_gradients[name], **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def names_and_shapes() -> None:
+    local = build("local", torch.bfloat16)
+    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}):
+        with pretended_hopper():
+            model = build("transformer_engine", torch.bfloat16, **fp8)
+        layer = model.decoder.layers[0]
+        assert isinstance(layer.self_attention.linear_qk_hw, te.Linear)
+        assert isinstance(layer.self_attention.linear_proj, te.Linear)
+        assert isinstance(layer.mlp.linear_fc1, te.LayerNormLinear)
+        assert isinstance(layer.self_attention.q_layernorm_h, te.RMSNorm)
+        assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
+        assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
+        # Pictures have any number of cells and packs any number of trained positions: neither meets FP8's alignment.
+        outside = [*model.embedding.modules(), *model.patch_embedding.modules(), *model.output_layer.modules()]
+        assert not any(isinstance(m, te.module.base.TransformerEngineBaseModule) for m in outside)
+
+
+def gathered_norm_output_keeps_its_gradient() -> bool:
+    """Whether Transformer Engine passes on the gradient of the gathered norm output; see `shared_input.py`."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    with pretended_hopper():
+        layer = te.LayerNormLinear(
+            16, 32, bias=False, normalization="RMSNorm", parallel_mode="column", tp_group=group, tp_size=2,
+            sequence_parallel=True, return_layernorm_output=True, return_layernorm_output_gathered=True, device="cpu",
+            params_dtype=torch.float32,
+        )  # fmt: skip
+    hidden = torch.randn(8, 1, 16, requires_grad=True)
+    with plain_arithmetic():
+        _, normalised = layer(hidden)
+        normalised.square().sum().backward()
+    return bool(hidden.grad.abs().sum() > 0)
+
+
+torch.distributed.init_process_group("gloo")
 parallel_state.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
-
-local = build("local")
-with pretended_hopper():
-    model = build("transformer_engine")
-    layer = model.decoder.layers[0]
-    assert isinstance(layer.self_attention.linear_qkv, te.Linear)
-    assert isinstance(layer.self_attention.linear_qk_hw, te.Linear)
-    assert isinstance(layer.self_attention.linear_proj, te.Linear)
-    assert isinstance(layer.mlp.linear_fc1, te.LayerNormLinear)
-    assert isinstance(layer.self_attention.q_layernorm_h, te.RMSNorm)
-    assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
-    assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
-    freeze_for_stage(model, 1)
-    freeze_for_stage(local, 1)
-    trained, local_trained = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, local))
-    assert trained == local_trained
-    build("transformer_engine", fp8="hybrid")
-print("same names, shapes and stages")
+names_and_shapes()
+same_training(1, sequence_parallel=False)
+parallel_state.destroy_model_parallel()
+parallel_state.initialize_model_parallel(2)
+tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+same_training(2, sequence_parallel=False)
+same_training(2, sequence_parallel=True)
+assert not gathered_norm_output_keeps_its_gradient(), "linear_qkv may share its gathered input now: see shared_input.py"
+print("same names, shapes, losses and gradients")

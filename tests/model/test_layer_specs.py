@@ -1,11 +1,11 @@
-"""The Transformer Engine layers stand for the local ones: same parameters, same names in a checkpoint, same stages."""
+"""The Transformer Engine layers stand for the local ones: same names in a checkpoint, same stages, same gradients."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import torchrun
 
 from neo_megatron.model import layer_specs
 
@@ -16,11 +16,12 @@ def test_transformer_engine_layers_match_the_local_ones():
         pytest.skip(
             "Transformer Engine is not installed; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it"
         )
-    done = run_python(Path(__file__).parent / "te_worker.py", environment={"PYTHONPATH": directory})
-    assert done.returncode == 0 and "same names, shapes and stages" in done.stdout, done.stdout[-3000:]
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), directory)))
+    done = torchrun(2, Path(__file__).parent / "te_worker.py", environment={"PYTHONPATH": path})
+    assert "same names, shapes, losses and gradients" in done
 
 
 def test_without_transformer_engine_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr(layer_specs, "HAVE_TE", False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'neo-megatron\[te\]'"):
-        layer_specs.transformer_engine_layer_spec()
+        layer_specs.transformer_engine_layer_spec(fused_norm=True)
