@@ -68,9 +68,8 @@ def _save(value: Tensor, file: BinaryIO) -> None:
     try:
         torch.save(value, BlockWriter(file))
     except RuntimeError as error:
-        if isinstance(
-            error.__context__, OSError
-        ):  # torch says where it stood in the file, and not that the disk is full
+        # torch says where it stood in the file, and not that the disk is full.
+        if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
