@@ -10,6 +10,7 @@ from itertools import chain
 
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from neo_megatron.fp8_layout import check_fp8
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.context_traffic import WAYS, default_way
 from neo_megatron.model.transformer_config import tensor_parallel_refusals
@@ -244,4 +245,14 @@ def _micro_batches(args: Namespace) -> int:
     return _global_batch(args) // (args.micro_batch_size * _data_parallel(args))
 
 
-CHECKS = (_ranks, _tensor_parallel, _sequence, _context_parallel, _batch, _pipeline, _optimizer, _recomputation)
+CHECKS = (
+    _ranks,
+    _tensor_parallel,
+    _sequence,
+    _context_parallel,
+    _batch,
+    _pipeline,
+    _optimizer,
+    _recomputation,
+    check_fp8,
+)

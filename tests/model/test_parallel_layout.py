@@ -17,6 +17,9 @@ RUN = "--neo-model neo-2b --seq-length 4096 --micro-batch-size 1 --global-batch-
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 CHUNKS, LAYERS_OF_CHUNK = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
+FP8 = "--bf16 --transformer-impl transformer_engine --fp8-format hybrid"
+TENSORWISE, BLOCKWISE = (f"{FP8} --fp8-recipe {recipe}" for recipe in ("tensorwise", "blockwise"))
+LAYERNORM = "--recompute-granularity selective --recompute-modules layernorm"
 
 REFUSED = [
     # Ranks.
@@ -69,6 +72,30 @@ REFUSED = [
     ),
     (4, "--micro-batch-size 3", "choose a multiple of 12"),
     (4, "--eval-global-batch-size 2", "--eval-global-batch-size 2 is no multiple of"),
+    # FP8.
+    (1, "--bf16 --fp8-format hybrid --transformer-impl local", "needs --transformer-impl transformer_engine and a GPU"),
+    (1, f"{FP8.replace('--bf16', '')}", "a model in bfloat16: add --bf16"),
+    (1, f"{FP8} --first-last-layers-bf16", "does not go with --fp8-recipe delayed"),
+    (1, f"{FP8} {LAYERNORM}", "--recompute-modules layernorm does not go with --fp8-recipe delayed"),
+    (4, f"{TENSORWISE} {PP} 4 --first-last-layers-bf16 --num-layers-at-end-in-bf16 11", "more than the 10 layers of a"),
+    (1, "--first-last-layers-bf16", "add --fp8-format hybrid"),
+    (2, "--use-distributed-optimizer --fp8-param-gather", "add --fp8-format hybrid"),
+    (2, f"{FP8} --fp8-param-gather", "needs the float32 weights of --use-distributed-optimizer"),
+    (2, f"{FP8} --fp8-param-gather --use-distributed-optimizer --training-stage 1", "would round the language model"),
+    (
+        1,
+        f"{FP8} --seq-length 4088",
+        "x --micro-batch-size 1 over 1 rank is 4088: pack again with tools/pack_data.py --seq-length 4096",
+    ),
+    (
+        8,
+        f"{TENSORWISE} {TP} 4 {CP} 2 --sequence-parallel --seq-length 4160",
+        "over 8 ranks is 520: pack again with tools/pack_data.py --seq-length 4224",
+    ),
+    (1, f"{FP8} --seq-length 4072 --micro-batch-size 2 --eval-micro-batch-size 1", "--eval-micro-batch-size 1 over"),
+    (1, f"{FP8} --ffn-hidden-size 6152", "needs multiples of 16, and a rank has 6152 channels of --ffn-hidden-size"),
+    (8, f"{BLOCKWISE} {TP} 8 --hidden-size 2112 --kv-channels 128", "needs multiples of 128, and a rank has 2112"),
+    (4, f"{BLOCKWISE} {TP} 4 --ffn-hidden-size 6400", "choose a smaller --tensor-model-parallel-size, or --fp8-recipe"),
     # What goes with a layout.
     (2, "--overlap-param-gather", "needs --use-distributed-optimizer and --overlap-grad-reduce"),
     (1, "--recompute-granularity full", "add --recompute-method uniform --recompute-num-layers 1"),
@@ -89,6 +116,10 @@ ACCEPTED = [
     (2, f"{TP} 2 --distribute-saved-activations --recompute-granularity full --recompute-method uniform "
         "--recompute-num-layers 1", None),
     (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", None),
+    (1, f"{FP8} --training-stage 1", None),
+    (2, f"{FP8} --fp8-param-gather --use-distributed-optimizer", None),
+    (8, f"{BLOCKWISE} --first-last-layers-bf16 {TP} 8 --sequence-parallel {LAYERNORM}", None),
+    (1, f"{TENSORWISE} --seq-length 4088 --micro-batch-size 2 --eval-micro-batch-size 2", None),
 ]  # fmt: skip
 
 
