@@ -66,7 +66,7 @@ class NeoModel(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 sizes.hidden_size,
                 sizes.vocab_size,
-                config=config,
+                config=config.for_megatron_layers(),
                 init_method=config.init_method,
                 bias=False,
                 skip_weight_param_allocation=pre_process and sizes.tie_word_embeddings,

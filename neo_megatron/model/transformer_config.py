@@ -2,7 +2,9 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,9 +56,20 @@ class NeoConfig(TransformerConfig):
         self.hetereogenous_dist_checkpoint = True
         # Loss and gradient are normalised over the global batch, see loss.py.
         self.calculate_per_token_loss = True
+        if self.transformer_impl == "local":
+            self.gradient_accumulation_fusion &= _apex_accumulates()
         super().__post_init__()
         # NEO draws all projections from one distribution; Megatron would narrow the output projections by depth.
         self.output_layer_init_method = self.init_method
+
+    def for_megatron_layers(self) -> "NeoConfig":
+        """For Megatron's own linear layers in a model whose others are Transformer Engine's.
+
+        Those accumulate gradients in their products by themselves (`gradient_accumulation_fusion`), these with apex.
+        """
+        config = copy(self)
+        config.gradient_accumulation_fusion &= _apex_accumulates()
+        return config
 
     def _check_layout(self) -> None:
         counts = {
@@ -66,6 +79,11 @@ class NeoConfig(TransformerConfig):
         }
         for sentence in tensor_parallel_refusals(self.tensor_model_parallel_size, counts):
             raise ConfigError(sentence)
+
+
+def _apex_accumulates() -> bool:
+    """Megatron stops where its layers are to use this kernel and it is not there."""
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def tensor_parallel_refusals(size: int, counts: dict[str, int]) -> Iterator[str]:

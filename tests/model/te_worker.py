@@ -23,11 +23,11 @@ from neo_megatron.presets import SIZES
 LENGTH, CELLS = 32, 8
 
 
-def build(implementation: str, dtype: torch.dtype = torch.float32, **settings) -> NeoModel:
+def build(implementation: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **settings) -> NeoModel:
     config = NeoConfig.from_sizes(
         SIZES["tiny"],
         transformer_impl=implementation,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuse,
         use_cpu_initialization=True,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -101,11 +101,12 @@ def same_training(tensor_parallel_size: int, sequence_parallel: bool) -> None:
 
 
 def names_and_shapes() -> None:
-    local = build("local", torch.bfloat16)
+    local = build("local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
     for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}):
         with pretended_hopper():
-            model = build("transformer_engine", torch.bfloat16, **fp8)
+            model = build("transformer_engine", torch.bfloat16, fuse=True, **fp8)
         layer = model.decoder.layers[0]
+        assert layer.mlp.linear_fc1.fuse_wgrad_accumulation and layer.self_attention.linear_qkv.fuse_wgrad_accumulation
         assert isinstance(layer.self_attention.linear_qk_hw, te.Linear)
         assert isinstance(layer.self_attention.linear_proj, te.Linear)
         assert isinstance(layer.mlp.linear_fc1, te.LayerNormLinear)
