@@ -21,6 +21,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.presets import SIZES
 
 LENGTH, CELLS = 32, 8
+RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
 
 
 def build(implementation: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **settings) -> NeoModel:
@@ -74,11 +75,14 @@ def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Ten
     return loss.detach(), {name: p.grad for name, p in stored(model).items() if p.requires_grad}
 
 
-def same_training(tensor_parallel_size: int, sequence_parallel: bool) -> None:
-    """The same losses and gradients in stage 1, where the fused norm and matrix are frozen, and in stage 2."""
+def same_training(tensor_parallel_size: int, sequence_parallel: bool, **recomputation) -> None:
+    """The same losses and gradients in stage 1, where the fused norm and matrix are frozen, and in stage 2.
+
+    Transformer Engine's model recomputes what `recomputation` says, the local one nothing.
+    """
     local = build("local", sequence_parallel=sequence_parallel)
     with pretended_hopper():
-        model = build("transformer_engine", sequence_parallel=sequence_parallel)
+        model = build("transformer_engine", sequence_parallel=sequence_parallel, **recomputation)
     attention = model.decoder.layers[0].self_attention
     fused = te.LayerNormLinear if tensor_parallel_size == 1 else te.Linear
     assert isinstance(attention.linear_qkv, fused)
@@ -138,11 +142,12 @@ torch.distributed.init_process_group("gloo")
 parallel_state.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
 names_and_shapes()
-same_training(1, sequence_parallel=False)
+same_training(1, sequence_parallel=False, **RECOMPUTATION)
 parallel_state.destroy_model_parallel()
 parallel_state.initialize_model_parallel(2)
 tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-same_training(2, sequence_parallel=False)
+same_training(2, sequence_parallel=False, **RECOMPUTATION)
 same_training(2, sequence_parallel=True)
+same_training(2, sequence_parallel=True, **RECOMPUTATION)
 assert not gathered_norm_output_keeps_its_gradient(), "linear_qkv may share its gathered input now: see shared_input.py"
 print("same names, shapes, losses and gradients")
