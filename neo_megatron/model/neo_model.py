@@ -6,7 +6,6 @@ by this rank under sequence parallelism (R otherwise), C image tokens, M trained
 
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.enums import Fp8Recipe
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -84,12 +83,10 @@ class NeoModel(LanguageModule):
     ) -> ShardedStateDict:
         """What a distributed checkpoint holds: the parameters, under one name for every layout and implementation.
 
-        Linear layers also offer an `_extra_state`. But for FP8 with delayed scaling it is empty and left out, so that a
-        checkpoint moves freely between the local and the Transformer Engine layers.
+        Linear layers also offer an `_extra_state`: under FP8's delayed scaling the last maxima, else nothing. It is
+        left out, so that every checkpoint starts every run, in FP8 or not; delayed scaling has its maxima after a step.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.config.fp8 and self.config.fp8_recipe == Fp8Recipe.delayed:
-            return state
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:

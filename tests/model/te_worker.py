@@ -106,7 +106,8 @@ def same_training(tensor_parallel_size: int, sequence_parallel: bool, **recomput
 
 def names_and_shapes() -> None:
     local = build("local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
-    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}):
+    blockwise = {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
+    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, blockwise):
         with pretended_hopper():
             model = build("transformer_engine", torch.bfloat16, fuse=True, **fp8)
         layer = model.decoder.layers[0]
