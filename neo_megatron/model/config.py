@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
+# words these are 1,766 positions: large enough a product.
+LOGIT_BYTES = 1 << 30
+
 
 class ConfigError(ValueError):
     """Sizes, layout or flags that cannot work; the text is one sentence for the person who chose them."""

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from neo_megatron.model.core_attention import build_mask, check_backend
+from neo_megatron.model.head_loss import in_chunks
 from neo_megatron.model.layer_specs import decoder_spec
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.native_attention import PackContext
@@ -147,12 +148,18 @@ class NeoModel(LanguageModule):
         rows = self._head_input(hidden)
         if target_index is not None:
             rows = rows.index_select(0, target_index)
-        shared_weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(rows, weight=shared_weight)
         if targets is None:
-            return logits
-        # Megatron's cross entropy computes in float32 whatever the dtype of the logits; it takes [rows, 1, V / tp].
-        return tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], targets[:, None]).squeeze(1)
+            return self._logits(rows)
+        return in_chunks(self._cross_entropy, rows, targets, config.sizes.vocab_size // self.pg_collection.tp.size())
+
+    def _logits(self, rows_MH: Tensor) -> Tensor:
+        """``[M, V / tp]``."""
+        shared_weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(rows_MH, weight=shared_weight)[0]
+
+    def _cross_entropy(self, rows_MH: Tensor, targets_M: Tensor) -> Tensor:
+        """Float32 ``[M]`` whatever the dtype of the logits; Megatron takes them as ``[M, 1, V / tp]``."""
+        return self.compute_language_model_loss(targets_M[None], self._logits(rows_MH)[:, None]).squeeze(0)
 
     def _embed(self, tokens: Tensor, patches: Tensor, cell_index: Tensor, cell_position: Tensor) -> Tensor:
         """Word embeddings ``[S, B, H]`` with the cells of the pictures written over the `<IMG_CONTEXT>` tokens.

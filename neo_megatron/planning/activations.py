@@ -19,7 +19,7 @@ Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes o
 
 from dataclasses import dataclass
 
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
 from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
 from neo_megatron.planning.workload import Workload
@@ -135,13 +135,19 @@ def patch_embedding_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -
 
 
 def head_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int) -> float:
-    """The final norm on all tokens; head and cross entropy on trained positions, its probabilities in float32."""
+    """The final norm on all tokens; head and cross entropy on trained positions, its probabilities in float32.
+
+    Probabilities that are too many are computed again in the backward, a chunk at a time.
+    """
     x, y = rank_tokens(layout, workload)
     trained = x * workload.trained_share
     e, frozen = layout.parameter_bytes, trains_new_parts_only(training_stage)
     norm = y * (sizes.hidden_size * e + 4)
-    rows = 0 if frozen else trained * sizes.hidden_size * e
-    return norm + rows + trained * sizes.vocab_size / layout.tensor_model_parallel_size * 4
+    rows = trained * sizes.hidden_size * e
+    probabilities = trained * sizes.vocab_size / layout.tensor_model_parallel_size * 4
+    if probabilities > LOGIT_BYTES:
+        return norm + rows
+    return norm + (0 if frozen else rows) + probabilities
 
 
 def context_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:

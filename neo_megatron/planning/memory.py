@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
 from neo_megatron.model.context_traffic import buffer_bytes, default_way
 from neo_megatron.planning.activations import chunk_bytes, layer_activations, rank_tokens
 from neo_megatron.planning.layout import Layout
@@ -101,6 +101,8 @@ def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: boo
         again = layers * layer.total
     else:
         again = layer.total - layer.kept(layout)
-    # Beside the float32 probabilities: logits, or later their gradient, in 16 bits.
-    logits = x * workload.trained_share * sizes.vocab_size / tensor * (e if e < 4 else 0) if head else 0
+    # Float32 probabilities are counted as kept, unless they are made a chunk at a time. Beside them: logits, or later
+    # their gradient, in 16 bits.
+    probabilities = x * workload.trained_share * sizes.vocab_size / tensor * 4 if head else 0
+    logits = min(probabilities, LOGIT_BYTES) * ((probabilities > LOGIT_BYTES) + (e / 4 if e < 4 else 0))
     return max(gradients + again, exchanged + again, logits + x * sizes.hidden_size * e)

@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node N golden_worker.py OUT_DIR CHECKPOINT LAYOUT [LAYOUT ...]    LAYOUT: tp2, tp2-sp, pp2, ...
 
+In a layout that is called chunked the head takes 16 trained positions at a time.
+
 Weights come in, and gradients go out, through Megatron's distributed checkpoints: the same road as in training, so
 that parameter names and their splits are under test too.
 """
@@ -24,6 +26,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
+from neo_megatron.model import head_loss
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import model_inputs
@@ -109,6 +112,8 @@ def run(layout: str, checkpoint: Path, out: Path) -> None:
     config.finalize_model_grads_func = loss.finalize_model_grads
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     tensors = parallel_state.get_tensor_model_parallel_world_size()
+    if "chunked" in layout:
+        head_loss.LOGIT_BYTES = 16 * 4 * sizes.vocab_size // tensors
     results = Results()
 
     def step(packs: dict[str, torch.Tensor], forward_only: bool) -> torch.Tensor | None:
@@ -166,6 +171,11 @@ class Results(dict[str, torch.Tensor]):
     def keep(self, key: str, value: torch.Tensor) -> None:
         self[f"{self.prefix}.{key}"] = value.detach().clone()
 
+    def append(self, key: str, value: torch.Tensor) -> None:
+        """As `keep`, for what comes in several parts."""
+        before = self.get(f"{self.prefix}.{key}")
+        self.keep(key, value if before is None else torch.cat((before, value)))
+
 
 def record(model: NeoModel, results: Results) -> None:
     """Hooks that keep the activations which the golden files have."""
@@ -194,7 +204,7 @@ def record(model: NeoModel, results: Results) -> None:
         output_of(layer, f"hidden_after_layer_{number}")
     if model.post_process:
         output_of(model.decoder.final_layernorm, "final_norm")
-        output_of(model.output_layer, "logits")
+        model.output_layer.register_forward_hook(lambda _, inputs, output: results.append("logits", output[0]))
 
 
 if __name__ == "__main__":

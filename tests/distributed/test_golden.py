@@ -19,7 +19,7 @@ from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.model.config import NeoSizes
 
-LAYOUTS = {1: ["tp1"], 2: ["tp2", "tp2-sp", "pp2"], 4: ["tp2-pp2"]}
+LAYOUTS = {1: ["tp1"], 2: ["tp2", "tp2-sp", "pp2", "tp2-chunked"], 4: ["tp2-pp2"]}
 LAYOUT_NAMES = [name for names in LAYOUTS.values() for name in names]
 # Values are compared once; the layouts then differ in who holds which part.
 ACTIVATIONS = ["attn_out_layer", "mlp_out_layer", "hidden_after_layer", "q_layer", "k_layer", "v_layer"]
