@@ -19,9 +19,11 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import divide
 from torch import Tensor
 
+from neo_megatron.model import native_heads
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
 from neo_megatron.model.native_rope import NativeRotary
+from neo_megatron.model.rms_norm import HeadNorm
 from neo_megatron.model.shared_input import share_input
 from neo_megatron.model.transformer_config import NeoConfig
 
@@ -47,7 +49,6 @@ class NativeSelfAttentionSubmodules:
     linear_qkv: type
     linear_qk_hw: type
     linear_proj: type
-    qk_layernorm: type
 
 
 class NativeSelfAttention(MegatronModule):
@@ -111,8 +112,8 @@ class NativeSelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-        def norm(width: int):
-            return build_module(submodules.qk_layernorm, config=config, hidden_size=width, eps=config.layernorm_epsilon)
+        def norm(width: int) -> HeadNorm:
+            return HeadNorm(config, width, config.layernorm_epsilon)
 
         # Megatron sums the gradients of everything named q_layernorm* and k_layernorm* over the tensor-parallel group.
         self.q_layernorm, self.k_layernorm = norm(self.head_dim), norm(self.head_dim)
@@ -138,8 +139,11 @@ class NativeSelfAttention(MegatronModule):
         qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
         qkv = qkv.unflatten(-1, (self.groups_per_rank, heads + 2, self.head_dim))
         qk_hw = qk_hw.unflatten(-1, (self.groups_per_rank, heads + 1, self.head_dim))
-        q_t, k_t, value = qkv.split((heads, 1, 1), dim=-2)
-        (q_h, q_w), (k_h, k_w) = (x.chunk(2, dim=-1) for x in qk_hw.split((heads, 1), dim=-2))
-        query = rotary.rotate(self.q_layernorm(q_t), self.q_layernorm_h(q_h), self.q_layernorm_w(q_w))
-        key = rotary.rotate(self.k_layernorm(k_t), self.k_layernorm_h(k_h), self.k_layernorm_w(k_w))
-        return query, key, value.flatten(2, 3)
+        return native_heads.query_key_value(
+            qkv,
+            qk_hw,
+            [norm() for norm in (self.q_layernorm, self.q_layernorm_h, self.q_layernorm_w)],
+            [norm() for norm in (self.k_layernorm, self.k_layernorm_h, self.k_layernorm_w)],
+            rotary,
+            self.config.layernorm_epsilon,
+        )

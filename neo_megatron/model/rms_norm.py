@@ -26,6 +26,18 @@ class RMSNorm(torch.nn.RMSNorm):
         return super().forward(x) if x.is_cuda else CpuRMSNorm.apply(x, self.weight, self.eps)
 
 
+class HeadNorm(RMSNorm):
+    """The norm of a part of each head, which `native_heads.py` applies together with all that follows it.
+
+    It hands out its weight, and is called for it rather than read: Megatron has hooks on modules that wait for a
+    parameter which is still being gathered.
+    """
+
+    def forward(self) -> Tensor:
+        """The weight ``[D]``."""
+        return self.weight
+
+
 class CpuRMSNorm(torch.autograd.Function):
     """``apply(x [..., D], weight [D], eps)``: ``x * rsqrt(mean(x * x) + eps) * weight`` in float32, rounded once."""
 

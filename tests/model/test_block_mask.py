@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import run_python
 from random_packs import random_packs
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -57,32 +56,3 @@ def test_attention_over_these_blocks_is_that_of_the_dense_mask():
     flex = flex_attention(query, key, value, block_mask=mask)
     score = (query.double() @ key.double().mT * 64**-0.5).masked_fill(~packs.dense()[:, None], -torch.inf)
     torch.testing.assert_close(flex, (score.softmax(-1) @ value.double()).float(), atol=2e-6, rtol=0)
-
-
-def test_other_documents_and_pictures_compile_nothing_anew(tmp_path):
-    """In a process of its own, because the platform for machines without a GPU turns compilation off."""
-    worker = tmp_path / "compile.py"
-    worker.write_text(COMPILE)
-    done = run_python(worker, environment={"TORCHDYNAMO_DISABLE": "0"})
-    assert done.returncode == 0 and "one graph" in done.stdout, done.stdout[-3000:]
-
-
-COMPILE = """
-import torch
-from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import flex_attention
-from neo_megatron.model.block_mask import SeenKeys
-from neo_megatron.model.mask import AttentionRule
-
-attention = torch.compile(flex_attention, dynamic=False, backend="eager", fullgraph=True)
-x = torch.randn(1, 2, 128, 16)
-for document_length, picture in ((128, 0), (30, 7), (1, 0), (64, 64)):
-    document = (torch.arange(128) // document_length).int()[None]
-    image = torch.where(torch.arange(128) % document_length < picture, document, -1)
-    rule = AttentionRule(document, image)
-    got = attention(x, x, x, block_mask=SeenKeys.of(rule).blocks(128, (32, 32)), kernel_options={"fwd_BLOCK_M": 32})
-    wanted = torch.nn.functional.scaled_dot_product_attention(x, x, x, rule.dense()[:, None])
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
-assert counters["stats"]["unique_graphs"] == 1, counters
-print("one graph")
-"""
