@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from neo_megatron.model.block_mask import SeenKeys
+from neo_megatron.model.compiled import compiled
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
 from neo_megatron.model.mask import AttentionRule
@@ -97,7 +98,7 @@ def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: Att
 @cache
 def _compiled_flex_attention():
     # Uncompiled, FlexAttention holds the whole score matrix.
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention)
 
 
 @cache

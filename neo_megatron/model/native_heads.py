@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from neo_megatron.model.compiled import compiled
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.rms_norm import CpuRMSNorm
 
@@ -58,10 +59,7 @@ def _part_by_part(
 
 @cache
 def _compiled():
-    # A graph each for layers that train and frozen ones, with and without gradients, and for evaluation's batches;
-    # beyond PyTorch's limit of 8 it would go on uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    return torch.compile(at_once, dynamic=False, fullgraph=True)
+    return compiled(at_once, fullgraph=True)
 
 
 def at_once(

@@ -1,0 +1,16 @@
+"""`torch.compile` as this package uses it, on a GPU only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# A graph each for layers that train and frozen ones, with and without gradients, for training's and evaluation's
+# batches. Beyond PyTorch's limit of 8 it would go on uncompiled and say so in passing: slow, or out of memory.
+GRAPHS = 32
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``function``, compiled anew for every shape: packs have few, and a graph of fixed shapes is the fastest."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    return torch.compile(function, dynamic=False, **options)
