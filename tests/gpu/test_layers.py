@@ -136,7 +136,7 @@ def test_local_bf16_against_float32(checkpoint, in_float32):
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-def test_a_step_never_waits_for_the_gpu(checkpoint, implementation, request):
+def test_a_step_never_waits_for_the_gpu(gpu, checkpoint, implementation, request):
     from neo_megatron.model.micro_batch import model_inputs, to_device
 
     if implementation == "transformer_engine":
@@ -145,9 +145,8 @@ def test_a_step_never_waits_for_the_gpu(checkpoint, implementation, request):
     for seed in range(3):
         backward(model, pack(seed))  # compiles
     drawn = {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in pack(3).items()}
-    device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize()
     with waiting_refused():
-        inputs = to_device(model_inputs(drawn, first_stage=True, last_stage=True), device)
-        weight = drawn["target_weight"].to(device, non_blocking=True)
+        inputs = to_device(model_inputs(drawn, first_stage=True, last_stage=True), gpu)
+        weight = drawn["target_weight"].to(gpu, non_blocking=True)
         (model(**inputs) * weight).sum().backward()
