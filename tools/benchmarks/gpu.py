@@ -25,8 +25,15 @@ from neo_megatron.presets import SIZES
 LAST_START = 420
 
 ON_GPU = Scale(SIZES["neo-2b"], (8192, 16384), 8, 1, ("bf16", *FP8_RECIPES))
-# Ids of the control tokens that a vocabulary of 512 has.
-ON_CPU = Scale(SIZES["tiny"].replace(image_start_token_id=510, image_context_token_id=511), (256,), 2, 4, ("float32",))
+ON_CPU = Scale(
+    # Ids of the control tokens that a vocabulary of 512 has.
+    sizes=SIZES["tiny"].replace(image_start_token_id=510, image_context_token_id=511),
+    lengths=(256,),
+    steps=2,
+    shrunk=4,
+    precisions=("float32",),
+    stages=(2,),
+)
 PRODUCT_SIDE = {True: 8192, False: 256}
 
 

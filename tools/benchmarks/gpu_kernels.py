@@ -8,14 +8,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.gpu_packs import draw_packs
 from benchmarks.gpu_window import SEED, synchronise
-from neo_megatron.model.config import NeoSizes
-from neo_megatron.model.core_attention import attend, build_mask
+from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.model.core_attention import AttentionMask, FlexMask, attend, build_mask, check_backend
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.planning.flops import attention_core_flops
 from neo_megatron.planning.packs import measure_items
@@ -66,9 +67,14 @@ def measure_attention(report: Report, sizes: NeoSizes, length: int, shrunk: int)
     (pack,) = draw_packs(sizes, length, 1, SEED, shrunk)
     inputs = AttentionInputs.draw(sizes, length)
     document, image = (pack[name].to(inputs.query.device) for name in ("document", "image"))
-    report(_ours(inputs, "packed, with pictures", AttentionRule(document, image), measure_items([pack]).mean_keys))
     one = torch.zeros_like(document)
-    report(_ours(inputs, CAUSAL, AttentionRule(one, one - 1), (length + 1) / 2))
+    masks = {
+        "packed, with pictures": (AttentionRule(document, image), measure_items([pack]).mean_keys),
+        CAUSAL: (AttentionRule(one, one - 1), (length + 1) / 2),
+    }
+    for name, (rule, mean_keys) in masks.items():
+        for backend in (AttnBackend.auto, AttnBackend.flash) if inputs.query.is_cuda else (AttnBackend.auto,):
+            report(_ours(inputs, name, rule, mean_keys, backend))
     if inputs.query.is_cuda:
         for name, backend in LIBRARIES.items():
             for padded in (False, True):
@@ -102,12 +108,37 @@ class AttentionInputs:
         return cls(sizes, query, key, value, gradient)
 
 
-def _ours(inputs: AttentionInputs, name: str, rule: AttentionRule, mean_keys: float) -> dict[str, Any]:
+def _ours(
+    inputs: AttentionInputs, name: str, rule: AttentionRule, mean_keys: float, backend: AttnBackend
+) -> dict[str, Any]:
     query, key, value = tensors = inputs.query, inputs.key, inputs.value
-    mask = build_mask(rule, query.dtype)
-    forward, both = _forward_and_both(lambda: attend(query, key, value, mask, inputs.scale), tensors, inputs.gradient)
-    built = kernel_seconds(lambda: build_mask(rule, query.dtype))
-    return _figures(inputs, "ours", name, mean_keys, forward, both) | {"mask_seconds": built}
+    kernel = f"ours, --attention-backend {backend.name}"
+    try:
+        check_backend(backend)
+    except ConfigError as error:
+        return _refused(inputs, kernel, name, error)
+
+    def build() -> AttentionMask:
+        return build_mask(rule, query.dtype, inputs.sizes.head_dim, backend)
+
+    mask = build()
+    try:
+        forward, both = _forward_and_both(
+            lambda: attend(query, key, value, mask, inputs.scale), tensors, inputs.gradient
+        )
+    except Exception as error:  # compilers raise what they like; the other kernels are still to be measured
+        return _refused(inputs, kernel, name, error)
+    figures = _figures(inputs, kernel, name, mean_keys, forward, both) | {"mask_seconds": kernel_seconds(build)}
+    if isinstance(mask, FlexMask):
+        figures["pairs_computed"] = _pairs(mask) / (len(query) * mean_keys)
+    return figures
+
+
+def _pairs(mask: FlexMask) -> int:
+    """Queries times keys of all blocks that are computed, full or in part."""
+    blocks = [count for count in (mask.blocks.kv_num_blocks, mask.blocks.full_kv_num_blocks) if count is not None]
+    rows, columns = mask.blocks.BLOCK_SIZE
+    return sum(int(count.sum()) for count in blocks) * rows * columns
 
 
 def _library(inputs: AttentionInputs, name: str, backend: SDPBackend, padded: bool) -> dict[str, Any]:
@@ -128,7 +159,7 @@ def _library(inputs: AttentionInputs, name: str, backend: SDPBackend, padded: bo
     try:
         forward, both = _forward_and_both(kernel, tensors, torch.randn_like(value))
     except RuntimeError as error:  # it does not take these widths; another may
-        return {"kernel": name, "mask": CAUSAL, "length": length, "refused": str(error).splitlines()[0][:120]}
+        return _refused(inputs, name, CAUSAL, error)
     return _figures(inputs, name, CAUSAL, (length + 1) / 2, forward, both)
 
 
@@ -151,6 +182,11 @@ def kernel_seconds(work: Callable[[], object]) -> float:
             work()
             times.append(time.perf_counter() - began)
     return median(times)
+
+
+def _refused(inputs: AttentionInputs, kernel: str, mask: str, error: Exception) -> dict[str, Any]:
+    sentence = (str(error).splitlines() or [type(error).__name__])[0]
+    return {"kernel": kernel, "mask": mask, "length": len(inputs.query), "refused": sentence[:120]}
 
 
 def _forward_and_both(kernel: Callable[[], Tensor], inputs: Sequence[Tensor], gradient: Tensor) -> tuple[float, float]:

@@ -97,7 +97,9 @@ def _attention(kernels: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_g
             continue
         rates = [_tera(kernel[key]) for key in ("rate_forward", "rate_backward", "rate")]
         share = f"{kernel['rate'] / ceilings['product']:.1%}" if "product" in ceilings else ""
-        built = f"{1e3 * kernel['mask_seconds']:.2f} ms" if "mask_seconds" in kernel else ""
+        built = f"built in {1e3 * kernel['mask_seconds']:.2f} ms" if "mask_seconds" in kernel else ""
+        if "pairs_computed" in kernel:
+            built += f", {kernel['pairs_computed']:.2f} pairs computed for each allowed"
         rows.append((*what, *rates, share, built))
     if not on_gpu:
         rows.append(("library kernels", CAUSAL, "", NOT_RUN, *[""] * 4))

@@ -33,6 +33,7 @@ class Scale:
         steps: of each measured window.
         shrunk: divides the samples of the mix, see `draw_packs`.
         precisions: "bf16", "float32" and FP8 recipes; the first is the plain loop's as well.
+        stages: of training, 2 first; the plain loop trains everything.
     """
 
     sizes: NeoSizes
@@ -40,6 +41,7 @@ class Scale:
     steps: int
     shrunk: int
     precisions: tuple[str, ...]
+    stages: tuple[int, ...] = (2, 1)
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def measure_steps(
 def runs(scale: Scale) -> list[StepRun]:
     """The rows in the order of what is to be known first."""
     first = scale.precisions[0]
-    order = [(OURS, first, 2), (PLAIN, first, 2), (OURS, first, 1)]
-    order += [(OURS, precision, stage) for precision in scale.precisions[1:] for stage in (2, 1)]
+    order = [(OURS, first, 2), (PLAIN, first, 2), *[(OURS, first, stage) for stage in scale.stages[1:]]]
+    order += [(OURS, precision, stage) for precision in scale.precisions[1:] for stage in scale.stages]
     return [StepRun(*row, length) for row in order for length in scale.lengths]
 
 
@@ -152,9 +154,12 @@ def flags(run: StepRun) -> list[str]:
     """Of pretrain_neo: precision as a user asks for it, the distributed optimizer as examples/train.sh has it."""
     chosen: list[Any] = []
     if run.precision != "float32":
-        chosen += ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+        chosen += ["--transformer-impl", "transformer_engine", "--bf16", "--use-distributed-optimizer"]
+        chosen += ["--overlap-grad-reduce", "--overlap-param-gather"]
     if run.precision in FP8_RECIPES:
-        chosen += ["--fp8-format", "hybrid", "--fp8-recipe", run.precision, "--fp8-param-gather"]
+        chosen += ["--fp8-format", "hybrid", "--fp8-recipe", run.precision]
+        # Frozen weights would be rounded for good.
+        chosen += ["--fp8-param-gather"] if run.training_stage > 1 else []
     if run.recomputed:
         chosen += ["--recompute-granularity", "full", "--recompute-method", "block"]
         chosen += ["--recompute-num-layers", run.recomputed]
