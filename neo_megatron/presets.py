@@ -4,34 +4,10 @@ from typing import Any
 
 from neo_megatron.checkpoint.hub import config_directory
 from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.model.published_sizes import PUBLISHED_SIZES
 
 SIZES = {
-    # Qwen3-1.7B-Base behind 12 pre-buffer layers.
-    "neo-2b": NeoSizes(
-        hidden_size=2048,
-        ffn_hidden_size=6144,
-        num_attention_heads=16,
-        num_query_groups=8,
-        head_dim=128,
-        pre_buffer_layers=12,
-        post_llm_layers=28,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        patch_embedding_size=1024,
-    ),
-    # Qwen3-8B-Base behind 6 pre-buffer layers.
-    "neo-9b": NeoSizes(
-        hidden_size=4096,
-        ffn_hidden_size=12288,
-        num_attention_heads=32,
-        num_query_groups=8,
-        head_dim=128,
-        pre_buffer_layers=6,
-        post_llm_layers=36,
-        vocab_size=151936,
-        tie_word_embeddings=False,
-        patch_embedding_size=1024,
-    ),
+    **PUBLISHED_SIZES,
     # Learns the quickstart on two CPU cores.
     "tiny": NeoSizes(
         hidden_size=128,
@@ -69,7 +45,7 @@ def sizes(name_or_directory: str) -> NeoSizes:
     try:
         directory = config_directory(name_or_directory)
         if (directory / "config.json").is_file():
-            from neo_megatron.checkpoint.neo_directory import read_sizes  # here, because it imports this module
+            from neo_megatron.checkpoint.neo_directory import read_sizes  # here: it brings torch
 
             return read_sizes(directory)
     except ValueError as error:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neo_megatron import presets
 from neo_megatron.checkpoint.hf_directory import read_json
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
 from neo_megatron.model.config import NeoSizes, scalar
+from neo_megatron.model.published_sizes import PUBLISHED_SIZES
 
 MODEL_TYPE = "neo_chat"
 _FIRST_LAYER = DECODER + "layers.0."
@@ -103,7 +103,7 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
         else:
             llm["num_hidden_layers"] = named  # if it is wrong, the check of the tensors says so
         return
-    by_shape = {(size.hidden_size, size.num_layers): size.pre_buffer_layers for size in presets.SIZES.values()}
+    by_shape = {(size.hidden_size, size.num_layers): size.pre_buffer_layers for size in PUBLISHED_SIZES.values()}
     if named is not None and named < total:
         llm["extra_num_layers"] = total - named
         said.append(f"extra_num_layers is missing: {total - named}, as num_hidden_layers is {named} of {total} layers")
