@@ -1,6 +1,7 @@
 """`benchmark.py gpu` without a GPU: it runs, and says of every figure that needs one that it was not run."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def test_the_command_without_a_gpu(tmp_path):
 
 def test_the_command_lines_on_a_gpu_are_accepted(tmp_path):
     """All runs on one H100, as Megatron and neo_megatron check them at start."""
-    done = run_python(Path(__file__).parent / "flags_worker.py", tmp_path)
+    paths = os.pathsep.join([str(TOOL.parent), os.environ.get("PYTHONPATH", "")])
+    done = run_python(Path(__file__).parent / "flags_worker.py", tmp_path, environment={"PYTHONPATH": paths})
     assert done.returncode == 0 and "16 command lines" in done.stdout, done.stdout[-3000:]
 
 
