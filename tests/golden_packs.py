@@ -1,10 +1,30 @@
-"""The golden packs as arguments of the transformers model."""
+"""The golden packs as arguments of the transformers model, and packs of their documents made with the tools."""
 
+import json
 from pathlib import Path
 
 import torch
+from conftest import GOLDEN, run_python
 from safetensors.torch import load_file
 from torch import Tensor
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def make_packs(room: Path, repeats: int, seq_length: int) -> Path:
+    """Shards and packs in ``room``, of so many copies of the golden documents; gives the directory of packs."""
+    golden = json.loads((GOLDEN / "meta.json").read_text())
+    documents = golden["untied_pack1"]["docs"] + golden["untied_textonly"]["docs"]
+    (room / "annotations.json").write_text(json.dumps(documents * repeats))
+    for command in (
+        f"preprocess_data.py --input {room}/annotations.json --image-root {GOLDEN} --tokenizer {GOLDEN}/tokenizer "
+        f"--output {room}/shards --min-pixels 4096 --max-pixels 65536 --workers 1",
+        f"pack_data.py --data {room}/shards --output {room}/packs --seq-length {seq_length}",
+    ):
+        tool, *arguments = command.split()
+        done = run_python(TOOLS / tool, *arguments)
+        assert done.returncode == 0, done.stdout
+    return room / "packs"
 
 
 def load(golden: Path, kind: str, name: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, run_python
+from golden_packs import make_packs
 
-TOOLS = Path(__file__).parents[2] / "tools"
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 RECIPES = ("delayed", "tensorwise", "blockwise")
 
@@ -69,19 +67,7 @@ def poisoned() -> Callable[[], None]:
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory) -> Path:
     """Packs of 256 tokens of the golden documents, made with the tools."""
-    room = tmp_path_factory.mktemp("packs")
-    golden = json.loads((GOLDEN / "meta.json").read_text())
-    documents = golden["untied_pack1"]["docs"] + golden["untied_textonly"]["docs"]
-    (room / "annotations.json").write_text(json.dumps(documents * 16))
-    for command in (
-        f"preprocess_data.py --input {room}/annotations.json --image-root {GOLDEN} --tokenizer {GOLDEN}/tokenizer "
-        f"--output {room}/shards --min-pixels 4096 --max-pixels 65536 --workers 1",
-        f"pack_data.py --data {room}/shards --output {room}/packs --seq-length 256",
-    ):
-        tool, *arguments = command.split()
-        done = run_python(TOOLS / tool, *arguments)
-        assert done.returncode == 0, done.stdout
-    return room / "packs"
+    return make_packs(tmp_path_factory.mktemp("packs"), repeats=16, seq_length=256)
 
 
 @pytest.fixture(scope="session")
