@@ -347,10 +347,12 @@ def test_a_killed_job_of_two_ranks_goes_on(room, first):
     for doomed in [*psutil.Process(process.pid).children(recursive=True), process]:
         doomed.kill()
     assert process.wait() == -signal.SIGKILL
-    assert int((room / "torchrun-saved" / TRACKER).read_text()) in (2, 4)
+    # On a busy machine the save of step 6 may have come to its end before the kill.
+    saved = int((room / "torchrun-saved" / TRACKER).read_text())
+    assert saved in (2, 4, 6)
     torchrun(2, *module, *argv)
     expected, actual = first["reference"].scalars("lm loss"), Job(room / "torchrun", []).scalars("lm loss")
-    assert {6, 7, 8} <= actual.keys()
+    assert set(range(saved + 1, 9)) <= actual.keys()
     for step, values in actual.items():
         assert values[-1] == pytest.approx(expected[step][0], rel=2e-6), step
 
