@@ -159,21 +159,9 @@ class PackDataset(torch.utils.data.Dataset):
                 patches[first:cell] = 0
                 file, record = self.packs.data.describe(sample)
                 broken.append(f"{file}, record {record}: {rejected.sentence}")
-        positions, image = native_positions(tokens, document, grids, ids)
         targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
-        return {
-            "tokens": torch.from_numpy(tokens),
-            "positions_thw": torch.from_numpy(positions),
-            "document": torch.from_numpy(document),
-            "image": torch.from_numpy(image),
-            "target_index": torch.from_numpy(targets - 1),
-            "targets": torch.from_numpy(tokens[targets]),
-            "target_weight": torch.from_numpy(weight[targets]),
-            "cell_index": torch.from_numpy(np.flatnonzero(image >= 0) if cells else np.empty(0, np.int64)),
-            "patches": torch.from_numpy(patches),
-            "samples": len(samples),
-            "broken": broken,
-        }
+        tensors = pack_tensors(tokens, document, grids, ids, targets, weight[targets], patches)
+        return {**tensors, "samples": len(samples), "broken": broken}
 
     def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
         """Writes the patches of a sample to ``out``, uint8 [cells, 4, 768]; or only sees that they can be had.
@@ -196,6 +184,38 @@ class PackDataset(torch.utils.data.Dataset):
                     drawn = key_of(key, number) % (101 - self._min_jpeg_quality)
                     image = recompress(image, self._min_jpeg_quality + drawn)
                 patches_from_image(image, (grid[0], grid[1]), out=out[start:end])
+
+
+def pack_tensors(
+    tokens: np.ndarray,
+    document: np.ndarray,
+    grids: np.ndarray,
+    ids: SpecialIds,
+    targets: np.ndarray,
+    target_weight: np.ndarray,
+    patches: np.ndarray,
+) -> dict[str, Tensor]:
+    """The tensors of a pack, see ``PackDataset.__getitem__``.
+
+    Args:
+        tokens, document, grids: see `native_positions`.
+        targets: int [M], positions of the trained tokens.
+        target_weight: float32 [M].
+        patches: uint8 [C, 4, 768]; without any, no cell is named either.
+    """
+    positions, image = native_positions(tokens, document, grids, ids)
+    arrays = {
+        "tokens": tokens,
+        "positions_thw": positions,
+        "document": document,
+        "image": image,
+        "target_index": targets - 1,
+        "targets": tokens[targets],
+        "target_weight": target_weight,
+        "cell_index": np.flatnonzero(image >= 0) if len(patches) else np.empty(0, np.int64),
+        "patches": patches,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def native_positions(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.lengths import Sample, draw_samples
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.dataset import collate, native_positions
+from neo_megatron.data.dataset import collate, pack_tensors
 from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD, PATCH_VALUES
 from neo_megatron.data.packing import best_fit
 from neo_megatron.model.config import NeoSizes
@@ -86,21 +86,10 @@ def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random
         start = end
     tokens[start:] = 0
     grids = np.array([grid for sample in samples for grid in sample.grids], np.int64).reshape(-1, 2)
-    positions, image = native_positions(tokens, document, 2 * grids, ids)
-    targets = np.flatnonzero(weight)
-    return {
-        "tokens": torch.from_numpy(tokens),
-        "positions_thw": torch.from_numpy(positions),
-        "document": torch.from_numpy(document),
-        "image": torch.from_numpy(image),
-        "target_index": torch.from_numpy(targets - 1),
-        "targets": torch.from_numpy(tokens[targets]),
-        "target_weight": torch.from_numpy(weight[targets]),
-        "cell_index": torch.from_numpy(np.flatnonzero(image >= 0)),
-        "patches": torch.from_numpy(np.resize(pixels, (int((image >= 0).sum()), 4, PATCH_VALUES))),
-        "samples": len(samples),
-        "broken": [],
-    }
+    targets, cells = np.flatnonzero(weight), int(grids.prod(axis=1).sum())
+    patches = np.resize(pixels, (cells, 4, PATCH_VALUES))
+    tensors = pack_tensors(tokens, document, 2 * grids, ids, targets, weight[targets], patches)
+    return {**tensors, "samples": len(samples), "broken": []}
 
 
 def _normalised(patches: Tensor) -> Tensor:

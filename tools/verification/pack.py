@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.dataset import collate, native_positions
+from neo_megatron.data.dataset import collate, pack_tensors
 from neo_megatron.data.image import PATCH_VALUES, normalise
 from neo_megatron.model.config import NeoSizes
 
@@ -88,20 +88,10 @@ def made_pack(sizes: NeoSizes, seed: int = 0) -> MadePack:
     document_T = np.append(document, np.full(PADDING, -1, np.int32))
     grids = np.array([grid for document in DOCUMENTS for grid in document])
     ids = SpecialIds(context, start, image_end=-1, turn_start=-1, turn_end=-1, pad=0)
-    positions, image = native_positions(tokens_T, document_T, grids, ids)
     targets = np.concatenate(trained)
     cells = int(grids.prod(axis=1).sum()) // 4
-    pack = {
-        "tokens": tokens_T,
-        "positions_thw": positions,
-        "document": document_T,
-        "image": image,
-        "target_index": targets - 1,
-        "targets": tokens_T[targets],
-        "target_weight": np.concatenate([np.full(len(part), len(part) ** -0.5, np.float32) for part in trained]),
-        "cell_index": np.flatnonzero(image >= 0),
-        "patches": draw.integers(0, 256, (cells, 4, PATCH_VALUES), np.uint8),
-    }
-    tensors = {name: torch.from_numpy(value) for name, value in pack.items()}
+    weight = np.concatenate([np.full(len(part), len(part) ** -0.5, np.float32) for part in trained])
+    patches = draw.integers(0, 256, (cells, 4, PATCH_VALUES), np.uint8)
+    tensors = pack_tensors(tokens_T, document_T, grids, ids, targets, weight, patches)
     packed = collate([{**tensors, "samples": len(ends), "broken": []}])
     return MadePack({name: packed[name] for name in tensors}, ends, torch.from_numpy(grids))
