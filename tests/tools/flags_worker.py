@@ -1,4 +1,4 @@
-"""Parses and checks the command line of every run of NEO that `benchmark.py gpu` starts on one H100."""
+"""Parses and checks, as on one H100, every command line of NEO that `benchmark.py gpu` and `tests/gpu` start there."""
 
 import json
 import os
@@ -8,22 +8,42 @@ from pathlib import Path
 
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
-from benchmarks import gpu, gpu_steps, gpu_train
+from neo_megatron import cpu_platform
+
+cpu_platform.install_training()
+
+from benchmarks import gpu_steps, gpu_train
 from benchmarks.gpu_window import Windows
+from gpu import test_training
+from megatron.training import arguments
 
 from neo_megatron import pretrain_neo
 
-scale, directory = gpu.ON_GPU, Path(sys.argv[1])
-(directory / "config.json").write_text(json.dumps(scale.sizes.to_hf()))
+
+def parsed(flags: list[str]):
+    sys.argv = ["pretrain_neo", *flags]
+    return pretrain_neo.parse_arguments()
+
+
 pretrain_neo.set_global_variables = lambda args: None  # of which a process has one set
-parsed = 0
+cpu_platform.argument_defaults = dict  # a GPU needs none
+arguments.get_device_arch_version = lambda: 9
+
+scale, directory, count = gpu_steps.ON_GPU, Path(sys.argv[1]), 0
+(directory / "config.json").write_text(json.dumps(scale.sizes.to_hf()))
 for run in gpu_steps.runs(scale):
     if run.who == gpu_steps.OURS:
         run = replace(run, recomputed=gpu_steps.planned(run, scale.sizes, memory=80e9))
         windows = Windows(scale.sizes, run.training_stage, (run.length,), scale.steps)
-        sys.argv = ["pretrain_neo", *gpu_train.arguments(windows, directory), *gpu_steps.flags(run)]
-        args = pretrain_neo.parse_arguments()
-        assert (args.fp8_recipe if args.fp8 else "bf16") == run.precision
+        args = parsed([*gpu_train.arguments(windows, directory), *gpu_steps.flags(run)])
+        assert (args.fp8_recipe if args.fp8 else "bf16") == run.precision.removesuffix("-bf16-ends")
+        assert args.first_last_layers_bf16 == run.precision.endswith("-bf16-ends")
         assert args.recompute_num_layers in (None, run.recomputed)
-        parsed += 1
-print(parsed, "command lines")
+        count += 1
+for flags in ([], *map(test_training.fp8, ("delayed", "tensorwise", "blockwise"))):
+    args = parsed([*test_training.command(directory, *flags), "--seq-length", "256"])
+    # Defaults of a machine with a GPU.
+    assert args.transformer_impl == "transformer_engine" and args.distributed_backend == "nccl"
+    assert args.gradient_accumulation_fusion and args.params_dtype.itemsize == 2
+    count += 1
+print(count, "command lines")

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks.gpu_profile import busy, kind_of, share_by_kind
-from benchmarks.gpu_steps import OURS, PLAIN, Scale, StepRun, flags, grouped, planned, runs, with_more_recomputed
+from benchmarks.gpu_steps import ON_GPU, OURS, PLAIN, StepRun, flags, grouped, planned, runs, with_more_recomputed
 from conftest import run_python
-
-from neo_megatron.presets import SIZES
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
@@ -19,24 +17,24 @@ def test_the_command_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     measured = json.loads((tmp_path / "gpu.json").read_text())
     assert not measured["on_gpu"] and measured["ceilings"]["product"] > 0
-    assert [(step["who"], step["training_stage"]) for step in measured["steps"]] == [(OURS, 2), (PLAIN, 2)]
-    every, plain = measured["steps"]
-    assert every["tokens"] == plain["tokens"] == 256 and every["flops"] == plain["flops"]
-    # Random weights: both begin at the logarithm of the vocabulary of 512.
-    assert [step["loss"] for step in measured["steps"]] == pytest.approx([6.24] * 2, abs=1)
+    assert [(step["who"], step["training_stage"]) for step in measured["steps"]] == [(OURS, 2), (PLAIN, 2), (OURS, 1)]
+    every, plain, stage_one = measured["steps"]
+    assert every["tokens"] == plain["tokens"] == 256 and every["flops"] == plain["flops"] > stage_one["flops"]
+    # Random weights: all begin at the logarithm of the vocabulary of 512.
+    assert [step["loss"] for step in measured["steps"]] == pytest.approx([6.24] * 3, abs=1)
     *_, targets = done.stdout.split("\n\n")
-    assert targets.count("not run: no GPU") == 5
-    for precision in ("bf16", "delayed", "tensorwise", "blockwise"):
-        for stage in (1, 2):
-            assert f"| neo_megatron, {precision}, stage {stage} |  | not run: no GPU |" in done.stdout
+    assert targets.count("not run: no GPU") == 5 * len(ON_GPU.lengths)
+    for run in runs(ON_GPU):
+        row = f"| {run.who}, {run.precision}, stage {run.training_stage} | {run.length:,} | not run: no GPU |"
+        assert done.stdout.count(row) == 1, row
     assert "| kernels by kind | not run: no GPU |" in done.stdout
 
 
 def test_the_command_lines_on_a_gpu_are_accepted(tmp_path):
-    """All runs on one H100, as Megatron and neo_megatron check them at start."""
-    paths = os.pathsep.join([str(TOOL.parent), os.environ.get("PYTHONPATH", "")])
+    """As Megatron and neo_megatron check them at start, with a GPU's defaults."""
+    paths = os.pathsep.join([str(TOOL.parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = run_python(Path(__file__).parent / "flags_worker.py", tmp_path, environment={"PYTHONPATH": paths})
-    assert done.returncode == 0 and "16 command lines" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "22 command lines" in done.stdout, done.stdout[-3000:]
 
 
 KERNELS = {
@@ -65,18 +63,15 @@ def test_idle_time_counts_overlapping_kernels_once():
     assert shares == pytest.approx({"products": 0.7, "copies": 0.2, "idle": 0.3})
 
 
-SCALE = Scale(SIZES["neo-2b"], (8192, 16384), 8, 1, ("bf16", "delayed"))
-
-
 def test_one_process_measures_all_lengths_that_recompute_alike():
-    assert [len(group) for group in grouped(runs(SCALE))] == [2] * 5
-    assert len(runs(SCALE)) == 10
+    assert len(runs(ON_GPU)) == 2 * 9 + 2
+    assert [len(group) for group in grouped(runs(ON_GPU))] == [2] * 9 + [1] * 2
 
 
 def test_layers_are_recomputed_where_the_plan_does_not_fit():
     run = StepRun(OURS, "bf16", 2, 16384)
-    assert planned(run, SCALE.sizes, memory=141e9) == 0
-    assert 0 < planned(run, SCALE.sizes, memory=80e9) <= 40
+    assert planned(run, ON_GPU.sizes, memory=141e9) == 0
+    assert 0 < planned(run, ON_GPU.sizes, memory=80e9) <= 40
     assert flags(StepRun(OURS, "delayed", 2, 8192, recomputed=10))[-6:] == [
         *("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "10"),
     ]
@@ -84,7 +79,7 @@ def test_layers_are_recomputed_where_the_plan_does_not_fit():
 
 def test_after_running_out_of_memory_more_layers_are_recomputed_until_all_are():
     tried = [StepRun(OURS, "bf16", 2, 16384, recomputed=20)]
-    while following := with_more_recomputed(tried[-1], SCALE.sizes):
+    while following := with_more_recomputed(tried[-1], ON_GPU.sizes):
         tried.append(following)
     assert [run.recomputed for run in tried] == [20, 30, 40]
-    assert with_more_recomputed(StepRun(PLAIN, "bf16", 2, 8192), SCALE.sizes).recomputed == 40
+    assert with_more_recomputed(StepRun(PLAIN, "bf16", 2, 8192), ON_GPU.sizes).recomputed == 40

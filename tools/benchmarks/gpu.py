@@ -18,22 +18,11 @@ import torch
 
 from benchmarks import gpu_kernels, gpu_report
 from benchmarks.gpu_jobs import Job, run_jobs
-from benchmarks.gpu_steps import FP8_RECIPES, Scale, as_record, measure_steps
-from neo_megatron.presets import SIZES
+from benchmarks.gpu_steps import ON_CPU, ON_GPU, as_record, measure_steps
 
 # No process begins after so many seconds: all has to be done in eight minutes.
 LAST_START = 420
 
-ON_GPU = Scale(SIZES["neo-2b"], (8192, 16384), 8, 1, ("bf16", *FP8_RECIPES))
-ON_CPU = Scale(
-    # Ids of the control tokens that a vocabulary of 512 has.
-    sizes=SIZES["tiny"].replace(image_start_token_id=510, image_context_token_id=511),
-    lengths=(256,),
-    steps=2,
-    shrunk=4,
-    precisions=("float32",),
-    stages=(2,),
-)
 PRODUCT_SIDE = {True: 8192, False: 256}
 
 

@@ -1,43 +1,32 @@
 """What the machine's own kernels reach, and our attention beside them."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import AttnBackend
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
 
-from benchmarks.gpu_packs import draw_packs
-from benchmarks.gpu_window import SEED, synchronise
-from neo_megatron.model.config import ConfigError, NeoSizes
-from neo_megatron.model.core_attention import AttentionMask, FlexMask, attend, build_mask, check_backend
-from neo_megatron.model.mask import AttentionRule
-from neo_megatron.planning.flops import attention_core_flops
-from neo_megatron.planning.packs import measure_items
+from benchmarks.gpu_window import synchronise
+from neo_megatron.model.config import NeoSizes
 
 Report = Callable[[dict[str, Any]], None]
 
 WARM_UP, REPEATS = 3, 10
-CAUSAL = "one causal document"
-LIBRARIES = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "FlashAttention 2 in PyTorch": SDPBackend.FLASH_ATTENTION,
-    "PyTorch's memory-efficient kernel": SDPBackend.EFFICIENT_ATTENTION,
-}
+PACKED, CAUSAL = "packed, with pictures", "one causal document"
 
 
 def prepare() -> None:
-    """Nothing more than this module imports."""
+    from neo_megatron import cpu_platform
+
+    cpu_platform.install()
+    from benchmarks import gpu_attention  # noqa: F401
 
 
 def run(report: Report, side: int, sizes: NeoSizes, lengths: Sequence[int], shrunk: int) -> None:
     """Reports the ceilings, by which all else is judged, and then attention kernels at each length of packs."""
+    from benchmarks.gpu_attention import measure_attention
+
     measure_ceilings(report, side)
     for length in lengths:
         measure_attention(report, sizes, length, shrunk)
@@ -48,7 +37,7 @@ def measure_ceilings(report: Report, side: int) -> None:
 
     A byte that is copied is read and written, and counts twice.
     """
-    device, dtype = _device()
+    device, dtype = device_and_dtype()
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
     seconds = kernel_seconds(lambda: torch.mm(left, right, out=out))
@@ -60,107 +49,6 @@ def measure_ceilings(report: Report, side: int) -> None:
         capability = f"sm_{properties.major}{properties.minor}"
         figures |= {"name": properties.name, "capability": capability, "memory": properties.total_memory}
     report(figures)
-
-
-def measure_attention(report: Report, sizes: NeoSizes, length: int, shrunk: int) -> None:
-    """Our kernel on a pack of the mix and on one causal document, and library kernels on the latter."""
-    (pack,) = draw_packs(sizes, length, 1, SEED, shrunk)
-    inputs = AttentionInputs.draw(sizes, length)
-    document, image = (pack[name].to(inputs.query.device) for name in ("document", "image"))
-    one = torch.zeros_like(document)
-    masks = {
-        "packed, with pictures": (AttentionRule(document, image), measure_items([pack]).mean_keys),
-        CAUSAL: (AttentionRule(one, one - 1), (length + 1) / 2),
-    }
-    for name, (rule, mean_keys) in masks.items():
-        for backend in (AttnBackend.auto, AttnBackend.flash) if inputs.query.is_cuda else (AttnBackend.auto,):
-            report(_ours(inputs, name, rule, mean_keys, backend))
-    if inputs.query.is_cuda:
-        for name, backend in LIBRARIES.items():
-            for padded in (False, True):
-                report(_library(inputs, name, backend, padded))
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """Random queries, keys and values as `attend` takes them, and a gradient of its output."""
-
-    sizes: NeoSizes
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    gradient: Tensor
-
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.sizes.head_dim)
-
-    @classmethod
-    def draw(cls, sizes: NeoSizes, length: int) -> "AttentionInputs":
-        torch.manual_seed(SEED)
-        device, dtype = _device()
-        heads, groups, width = sizes.num_attention_heads, sizes.num_query_groups, sizes.head_dim
-        query, key, value = (
-            torch.randn(length, 1, count, channels, device=device, dtype=dtype, requires_grad=True)
-            for count, channels in ((heads, 2 * width), (groups, 2 * width), (groups, width))
-        )
-        gradient = torch.randn(length, 1, heads * width, device=device, dtype=dtype)
-        return cls(sizes, query, key, value, gradient)
-
-
-def _ours(
-    inputs: AttentionInputs, name: str, rule: AttentionRule, mean_keys: float, backend: AttnBackend
-) -> dict[str, Any]:
-    query, key, value = tensors = inputs.query, inputs.key, inputs.value
-    kernel = f"ours, --attention-backend {backend.name}"
-    try:
-        check_backend(backend)
-    except ConfigError as error:
-        return _refused(inputs, kernel, name, error)
-
-    def build() -> AttentionMask:
-        return build_mask(rule, query.dtype, inputs.sizes.head_dim, backend)
-
-    mask = build()
-    try:
-        forward, both = _forward_and_both(
-            lambda: attend(query, key, value, mask, inputs.scale), tensors, inputs.gradient
-        )
-    except Exception as error:  # compilers raise what they like; the other kernels are still to be measured
-        return _refused(inputs, kernel, name, error)
-    figures = _figures(inputs, kernel, name, mean_keys, forward, both) | {"mask_seconds": kernel_seconds(build)}
-    if isinstance(mask, FlexMask):
-        figures["pairs_computed"] = _pairs(mask) / (len(query) * mean_keys)
-    return figures
-
-
-def _pairs(mask: FlexMask) -> int:
-    """Queries times keys of all blocks that are computed, full or in part."""
-    blocks = [count for count in (mask.blocks.kv_num_blocks, mask.blocks.full_kv_num_blocks) if count is not None]
-    rows, columns = mask.blocks.BLOCK_SIZE
-    return sum(int(count.sum()) for count in blocks) * rows * columns
-
-
-def _library(inputs: AttentionInputs, name: str, backend: SDPBackend, padded: bool) -> dict[str, Any]:
-    """One of SDPA's kernels on a causal mask, its key-value heads repeated beforehand, which costs it nothing here."""
-    sizes, length = inputs.sizes, len(inputs.query)
-    repeats = sizes.num_attention_heads // sizes.num_query_groups
-    value = pad(inputs.value, (0, sizes.head_dim)) if padded else inputs.value
-    name = f"{name}, V padded to {2 * sizes.head_dim}" if padded else name
-    query, key, value = tensors = [
-        x.detach().repeat_interleave(times, dim=2).permute(1, 2, 0, 3).contiguous().requires_grad_()
-        for x, times in ((inputs.query, 1), (inputs.key, repeats), (value, repeats))
-    ]
-
-    def kernel() -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=inputs.scale)
-
-    try:
-        forward, both = _forward_and_both(kernel, tensors, torch.randn_like(value))
-    except RuntimeError as error:  # it does not take these widths; another may
-        return _refused(inputs, name, CAUSAL, error)
-    return _figures(inputs, name, CAUSAL, (length + 1) / 2, forward, both)
 
 
 def kernel_seconds(work: Callable[[], object]) -> float:
@@ -184,33 +72,5 @@ def kernel_seconds(work: Callable[[], object]) -> float:
     return median(times)
 
 
-def _refused(inputs: AttentionInputs, kernel: str, mask: str, error: Exception) -> dict[str, Any]:
-    sentence = (str(error).splitlines() or [type(error).__name__])[0]
-    return {"kernel": kernel, "mask": mask, "length": len(inputs.query), "refused": sentence[:120]}
-
-
-def _forward_and_both(kernel: Callable[[], Tensor], inputs: Sequence[Tensor], gradient: Tensor) -> tuple[float, float]:
-    """Seconds of the forward without a graph, and of forward and backward."""
-    with torch.no_grad():
-        forward = kernel_seconds(kernel)
-    return forward, kernel_seconds(lambda: torch.autograd.grad(kernel(), inputs, gradient))
-
-
-def _figures(
-    inputs: AttentionInputs, kernel: str, mask: str, mean_keys: float, forward: float, both: float
-) -> dict[str, Any]:
-    """Rates by the operations that the mask asks for, whatever the kernel computes beside them."""
-    length = len(inputs.query)
-    flops = length * attention_core_flops(inputs.sizes, mean_keys)
-    return {
-        "kernel": kernel,
-        "mask": mask,
-        "length": length,
-        "rate_forward": flops.forward / forward,
-        "rate_backward": flops.backward / max(both - forward, 1e-9),
-        "rate": flops.model / both,
-    }
-
-
-def _device() -> tuple[str, torch.dtype]:
+def device_and_dtype() -> tuple[str, torch.dtype]:
     return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

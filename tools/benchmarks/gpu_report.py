@@ -1,10 +1,11 @@
 """The figures of the GPU benchmark as tables for `docs/gpu.md`."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from benchmarks.gpu_kernels import CAUSAL
-from benchmarks.gpu_steps import FP8_RECIPES, OURS, PLAIN
+from benchmarks.gpu_kernels import CAUSAL, PACKED
+from benchmarks.gpu_steps import FP8, ON_GPU, OURS, PLAIN, runs
 from neo_megatron.planning.hardware import GPUS
 
 NOT_RUN = "not run: no GPU"
@@ -49,7 +50,7 @@ def _steps(steps: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_gpu: bo
     )
     rows = []
     for step in steps:
-        what = f"{step['who']}, {step['precision']}, stage {step['training_stage']}"
+        what = _what(step)
         if "failed" in step:
             rows.append((what, step["length"], step["failed"], *[""] * 5))
             continue
@@ -67,12 +68,12 @@ def _steps(steps: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_gpu: bo
             )
         )
     if not on_gpu:
-        rows += [
-            (f"{OURS}, {precision}, stage {stage}", "", NOT_RUN, *[""] * 5)
-            for precision in ("bf16", *FP8_RECIPES)
-            for stage in (2, 1)
-        ]
+        rows += [(_what(asdict(run)), f"{run.length:,}", NOT_RUN, *[""] * 5) for run in runs(ON_GPU)]
     return _table(header, rows)
+
+
+def _what(step: dict[str, Any]) -> str:
+    return f"{step['who']}, {step['precision']}, stage {step['training_stage']}"
 
 
 def _attention(kernels: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_gpu: bool) -> str:
@@ -102,7 +103,9 @@ def _attention(kernels: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_g
             built += f", {kernel['pairs_computed']:.2f} pairs computed for each allowed"
         rows.append((*what, *rates, share, built))
     if not on_gpu:
-        rows.append(("library kernels", CAUSAL, "", NOT_RUN, *[""] * 4))
+        ours = [(f"ours, --attention-backend {name}", mask) for mask in (PACKED, CAUSAL) for name in ("auto", "flash")]
+        for length in ON_GPU.lengths:
+            rows += [(*row, f"{length:,}", NOT_RUN, *[""] * 4) for row in (*ours, ("library kernels", CAUSAL))]
     return _table(header, rows)
 
 
@@ -119,7 +122,7 @@ def _profiles(steps: Sequence[dict[str, Any]], on_gpu: bool) -> str:
 def _targets(steps: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_gpu: bool) -> str:
     """What was set out to be reached on one H100, at each length of packs."""
     rows = []
-    for length in dict.fromkeys(step["length"] for step in steps):
+    for length in dict.fromkeys(step["length"] for step in steps) if on_gpu else ON_GPU.lengths:
         found = {
             (step["who"], step["precision"], step["training_stage"]): step
             for step in steps
@@ -131,7 +134,7 @@ def _targets(steps: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_gpu: 
 
         every = found.get((OURS, "bf16", 2), {})
         mfu = every["flops"] / every["seconds"] / ceilings["product"] if every and "product" in ceilings else None
-        recipes = [rate for recipe in FP8_RECIPES if (rate := speed(OURS, recipe, 2))]
+        recipes = [rate for recipe in FP8 if (rate := speed(OURS, recipe, 2))]
         bf16, stage_one, plain = speed(OURS, "bf16", 2), speed(OURS, "bf16", 1), speed(PLAIN, "bf16", 2)
         idle = (every.get("kinds") or {}).get("idle")
         rows += [

@@ -18,8 +18,23 @@ from neo_megatron.planning.hardware import GPUS
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.report import Plan
 from neo_megatron.planning.workload import Workload
+from neo_megatron.presets import SIZES
 
-FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
+_BF16 = ("--transformer-impl", "transformer_engine", "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce")
+_BF16 += ("--overlap-param-gather",)
+_FP8 = (*_BF16, "--fp8-format", "hybrid", "--fp8-recipe")
+# Flags of pretrain_neo: precision as a user asks for it, the distributed optimizer as examples/train.sh has it.
+PRECISIONS = {
+    "float32": (),
+    "bf16": _BF16,
+    "delayed": (*_FP8, "delayed"),
+    "tensorwise": (*_FP8, "tensorwise"),
+    "blockwise": (*_FP8, "blockwise"),
+    # Delayed scaling has no such layers: it scales all together.
+    "tensorwise-bf16-ends": (*_FP8, "tensorwise", "--first-last-layers-bf16"),
+    "blockwise-bf16-ends": (*_FP8, "blockwise", "--first-last-layers-bf16"),
+}
+FP8 = tuple(name for name, flags in PRECISIONS.items() if "--fp8-recipe" in flags)
 OURS, PLAIN = "neo_megatron", "transformers"
 # Of the layers, computed again in the backward: the first with which the plan fits, and the next where it was wrong.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -32,8 +47,8 @@ class Scale:
     Args:
         steps: of each measured window.
         shrunk: divides the samples of the mix, see `draw_packs`.
-        precisions: "bf16", "float32" and FP8 recipes; the first is the plain loop's as well.
-        stages: of training, 2 first; the plain loop trains everything.
+        precisions: of `PRECISIONS`; the first is the plain loop's as well.
+        at_last: more of them, in stage 2 and at the first length alone, and only where time is left.
     """
 
     sizes: NeoSizes
@@ -41,7 +56,25 @@ class Scale:
     steps: int
     shrunk: int
     precisions: tuple[str, ...]
-    stages: tuple[int, ...] = (2, 1)
+    at_last: tuple[str, ...] = ()
+
+
+ON_GPU = Scale(
+    sizes=SIZES["neo-2b"],
+    lengths=(8192, 16384),
+    steps=8,
+    shrunk=1,
+    precisions=("bf16", "delayed", "tensorwise", "blockwise"),
+    at_last=("tensorwise-bf16-ends", "blockwise-bf16-ends"),
+)
+ON_CPU = Scale(
+    # Ids of the control tokens that a vocabulary of 512 has.
+    sizes=SIZES["tiny"].replace(image_start_token_id=510, image_context_token_id=511),
+    lengths=(256,),
+    steps=2,
+    shrunk=4,
+    precisions=("float32",),
+)
 
 
 @dataclass(frozen=True)
@@ -97,9 +130,10 @@ def measure_steps(
 def runs(scale: Scale) -> list[StepRun]:
     """The rows in the order of what is to be known first."""
     first = scale.precisions[0]
-    order = [(OURS, first, 2), (PLAIN, first, 2), *[(OURS, first, stage) for stage in scale.stages[1:]]]
-    order += [(OURS, precision, stage) for precision in scale.precisions[1:] for stage in scale.stages]
-    return [StepRun(*row, length) for row in order for length in scale.lengths]
+    order = [(OURS, first, 2), (PLAIN, first, 2), (OURS, first, 1)]
+    order += [(OURS, precision, stage) for precision in scale.precisions[1:] for stage in (2, 1)]
+    rows = [StepRun(*row, length) for row in order for length in scale.lengths]
+    return rows + [StepRun(OURS, precision, 2, scale.lengths[0]) for precision in scale.at_last]
 
 
 def grouped(rows: Sequence[StepRun]) -> list[list[StepRun]]:
@@ -122,7 +156,7 @@ def planned(run: StepRun, sizes: NeoSizes, memory: float | None) -> int:
             recompute_granularity="full" if layers else None,
             recompute_method="block" if layers else None,
             recompute_num_layers=layers or 1,
-            precision="bf16" if run.precision == "bf16" else "fp8",
+            precision="fp8" if run.precision in FP8 else "bf16",
         )
         if Plan.make(sizes, layout, workload, run.training_stage, GPUS["h100"].with_memory(memory)).fits:
             break
@@ -151,15 +185,10 @@ def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
 
 
 def flags(run: StepRun) -> list[str]:
-    """Of pretrain_neo: precision as a user asks for it, the distributed optimizer as examples/train.sh has it."""
-    chosen: list[Any] = []
-    if run.precision != "float32":
-        chosen += ["--transformer-impl", "transformer_engine", "--bf16", "--use-distributed-optimizer"]
-        chosen += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    if run.precision in FP8_RECIPES:
-        chosen += ["--fp8-format", "hybrid", "--fp8-recipe", run.precision]
-        # Frozen weights would be rounded for good.
-        chosen += ["--fp8-param-gather"] if run.training_stage > 1 else []
+    """Of pretrain_neo, beside those that all runs have."""
+    chosen: list[Any] = [*PRECISIONS[run.precision]]
+    if run.precision in FP8 and run.training_stage > 1:  # in stage 1 frozen weights would be rounded for good
+        chosen += ["--fp8-param-gather"]
     if run.recomputed:
         chosen += ["--recompute-granularity", "full", "--recompute-method", "block"]
         chosen += ["--recompute-num-layers", run.recomputed]
