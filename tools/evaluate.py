@@ -62,7 +62,7 @@ def main() -> None:
                 ANSWERS: b"".join(map(json_line, evaluation.lines)),
                 REJECTS: b"".join(map(json_line, evaluation.rejects)),
                 "scores.json": json_line(evaluation.summary(), indent=1),
-                "report.html": page(evaluation, str(arguments.model)).encode(),
+                "report.html": page(evaluation, str(arguments.model)).encode(errors="backslashreplace"),
             }
         )
     print_scores(evaluation)

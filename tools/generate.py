@@ -52,8 +52,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--input and --output go together")
     if arguments.input and (arguments.image or arguments.system):
         parser.error("--image and --system go with --prompt; records of --input have their own")
+    if arguments.prompt is not None and arguments.image_root:
+        parser.error("--image-root goes with --input; --image takes paths as they stand")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         parser.error("--temperature must be 0 or above, --top-p above 0 and at most 1")
+    if arguments.top_p < 1 and not arguments.temperature:
+        parser.error("--top-p needs a --temperature above 0: without one nothing is drawn")
     return arguments
 
 

@@ -131,7 +131,7 @@ def _check_turn(number: int, turn: object) -> Turn:
     return Turn(ROLES[role], text, trained=ROLES[role] == "assistant" and not is_input)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """JSON can write one half of a surrogate pair, which no tokenizer and no file system takes."""
     return text.isascii() or re.search("[\ud800-\udfff]", text) is None
 
@@ -139,7 +139,7 @@ def _is_unicode(text: str) -> bool:
 def _check_paths(key: str, value: object) -> tuple[str, ...]:
     paths = [] if value is None else _list(value)
     for path in paths:
-        if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
+        if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
             raise RejectedSample(Reason.MALFORMED, f"'{key}' must be a path or a list of paths")
     return tuple(paths)
 

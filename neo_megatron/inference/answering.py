@@ -113,9 +113,9 @@ class Answerer:
             self.model.to(device)
         self.model.eval()
         self.config = self.model.config
-        stops = self.model.generation_config.eos_token_id
-        stops = [self._ids.turn_end] if stops is None else stops
-        self._stops = [stops] if isinstance(stops, int) else list(stops)
+        stops = self.model.generation_config.eos_token_id or []
+        # A turn ends where it did in training, also where a configuration knows only of the end of a text.
+        self._stops = [self._ids.turn_end, *([stops] if isinstance(stops, int) else stops)]
 
     def prompt(self, question: str | Sequence[Turn], pictures: Sequence[Picture] = ()) -> Prompt:
         """A question and its pictures within this model's limits of pixels; arguments and errors as `new_prompt`."""

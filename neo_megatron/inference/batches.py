@@ -65,7 +65,8 @@ class Task:
 
 def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
     """All that decides the answers, but for the pictures, by the words in which a difference is told."""
-    model = [task.model / "config.json", task.model / "tokenizer.json", *_weight_files(task.model)]
+    names = ("config.json", "generation_config.json", "tokenizer.json")
+    model = [*(task.model / name for name in names), *_weight_files(task.model)]
     settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(task.settings).items()}
     return {
         "kind of questions": ask,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from neo_megatron.data.annotations import read_slice, slices
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_picture
-from neo_megatron.data.records import Sample, check_sample, parse_record
+from neo_megatron.data.records import Sample, check_sample, is_unicode, parse_record
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 
@@ -168,6 +168,10 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     answers = turn.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of texts")
+    if not all(is_unicode(answer) for answer in answers):
+        raise RejectedSample(
+            Reason.MALFORMED, f"'answers' of turn {number} hold half a surrogate pair, which is no text"
+        )
     return answers
 
 

@@ -88,6 +88,16 @@ def test_an_answer_ends_where_its_turn_does(answerer, prompts, monkeypatch):
         assert answer.text == answerer.tokenizer.decode(tokens[:end])
 
 
+def test_the_end_of_a_turn_ends_an_answer_whatever_the_configuration_says(checkpoint, prompts, tmp_path):
+    """A generation_config.json may know only of the end of a text, as that of a model before any chat does."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 870}))
+    answerer = Answerer(other, device="cpu")
+    end_of_turn = torch.nn.functional.one_hot(torch.tensor(872), 1024)
+    answerer.model.language_model.lm_head.register_forward_hook(lambda _, __, logits: logits + 1e4 * end_of_turn)
+    assert [(answer.tokens, answer.finished) for answer in answerer.answer(prompts, LIMIT)] == [((), True)] * 3
+
+
 def test_a_stream_gives_the_same_answer(answerer, prompts):
     for prompt, answer in zip(prompts, answerer.answer(prompts, LIMIT), strict=True):
         pieces = list(answerer.stream(prompt, LIMIT))

@@ -195,6 +195,16 @@ def test_a_run_goes_on_with_the_same_command_only(run, evaluated, asked, tmp_pat
         run(tmp_path / "half")
 
 
+def test_names_that_are_no_unicode(checkpoint, tmp_path, monkeypatch):
+    """Linux takes any bytes in the name of a file, and the name of a data set is that of its file."""
+    annotations = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    annotations.write_text(json.dumps({"conversations": [human("Hi"), gpt("Hello")]}) + "\n")
+    flags = ["--model", checkpoint, "--input", annotations, "--output", tmp_path / "out", "--max-new-tokens", "1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--workers", "1"])
+    evaluate.main()
+    assert r"caf\udce9" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_dead_worker_is_said(checkpoint, monkeypatch):
     """One that becomes another program, as good as one that memory killed."""
     monkeypatch.setattr(batches, "_answer", os.execv)

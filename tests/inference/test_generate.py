@@ -81,6 +81,8 @@ def test_a_bad_picture_ends_in_one_sentence(checkpoint, golden, tmp_path, monkey
         (["--prompt", "Hi", "--input", "a.jsonl"], "give either --prompt or --input"),
         (["--input", "a.jsonl"], "--input and --output go together"),
         (["--prompt", "Hi", "--temperature", "-1"], "--temperature must be 0 or above"),
+        (["--prompt", "Hi", "--top-p", "0.5"], "--top-p needs a --temperature above 0"),
+        (["--prompt", "Hi", "--image-root", "a"], "--image-root goes with --input"),
         (["--prompt", "Hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     ],
 )
