@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory
 from neo_megatron.checkpoint.names import hf_shapes
-from neo_megatron.checkpoint.streaming import BLOCK_BYTES, BlockWriter, StoredTensor, one_ahead, read_into, write_from
+from neo_megatron.checkpoint.streaming import (
+    BLOCK_BYTES,
+    WRITE_BYTES,
+    BlockWriter,
+    StoredTensor,
+    one_ahead,
+    read_into,
+    write_from,
+)
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.presets import SIZES
 
@@ -45,7 +53,7 @@ def test_a_tensor_is_written_from_any_strides(shape):
     assert file.getvalue() == as_file(tensor).getvalue()
 
 
-def test_large_writes_come_in_blocks():
+def test_large_writes_come_in_pieces():
     lengths = []
 
     class File(io.BytesIO):
@@ -56,7 +64,7 @@ def test_large_writes_come_in_blocks():
     data = bytes(range(256)) * 10_000
     file = File()
     assert BlockWriter(file).write(memoryview(data)) == len(data) and file.getvalue() == data
-    assert len(lengths) == 3 and max(lengths) == BLOCK_BYTES
+    assert len(lengths) == 20 and max(lengths) == WRITE_BYTES
 
 
 def test_a_file_that_ends_early_is_an_error():
