@@ -195,7 +195,7 @@ def add_shards(command: argparse.ArgumentParser) -> None:
 
 
 def add_tensors(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: as they are)")
+    command.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each keeps its own)")
     command.add_argument(
         "--allow-missing",
         action="append",

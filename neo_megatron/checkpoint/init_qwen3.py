@@ -35,7 +35,7 @@ from neo_megatron.checkpoint.pre_buffer import PreBuffer, TrainedPart
 from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import NeoSizes, beyond_qwen3
 
 VOCABULARY_MULTIPLE = 128
 
@@ -69,7 +69,8 @@ def init_from_qwen3(
         key_hw_init: what makes the post-LLM's keys for rows and columns zero, see above.
         shard_bytes: largest weight file.
         allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
-        dtype: of all tensors; by default that of Qwen3's largest.
+        dtype: of all tensors; by default those of Qwen3 and of a trained pre-buffer keep their own, and what is new
+            gets that of Qwen3's largest.
         allow_missing: patterns of Qwen3's names that may be missing; such a tensor starts as the pre-buffer's does.
 
     Returns:
@@ -99,7 +100,8 @@ def init_from_qwen3(
         trained = pre_buffer.parts(sizes, tokenizer)
     missing = _check_tensors(source, sizes, config["vocab_size"], allow_missing)
     tensors = _tensors(sizes, key_hw_init)
-    listed = missing_starts([name for name, tensor in tensors.items() if tensor.qwen3 in missing], tensors)
+    started = [name for name, tensor in tensors.items() if tensor.qwen3 not in source.shapes and name not in trained]
+    listed = {name: start for name, start in missing_starts(started, tensors).items() if tensors[name].qwen3 in missing}
     starts = StartValues(seed, sizes.head_dim, read=lambda name: source.read(tensors[name].qwen3))
 
     def fill(stored: StoredTensor, values: Tensor) -> None:
@@ -115,11 +117,17 @@ def init_from_qwen3(
         if stored.name in trained:
             trained[stored.name](values)
 
-    dtype = dtype or source.main_dtype
-    stored = [StoredTensor(name, tensor.shape, dtype) for name, tensor in tensors.items()]
+    def dtype_of(name: str) -> torch.dtype:
+        if dtype is None and tensors[name].qwen3 in source.shapes:
+            return source.dtype(tensors[name].qwen3)
+        if dtype is None and pre_buffer is not None and name in pre_buffer.source.shapes:
+            return pre_buffer.source.dtype(name)
+        return dtype or source.main_dtype
+
+    stored = [StoredTensor(name, tensor.shape, dtype_of(name)) for name, tensor in tensors.items()]
     with whole_directory(output) as directory:
         write_safetensors(directory, stored, one_ahead(stored, fill, "to NEO"), shard_bytes)
-        write_companions(directory, sizes, dtype, tokenizer)
+        write_companions(directory, sizes, dtype or source.main_dtype, tokenizer)
     return listed
 
 
@@ -131,9 +139,9 @@ def _neo_sizes(
     tokenizer: Any | None,
     vocab_size: int | None,
 ) -> NeoSizes:
-    unsupported = [key for key in ("attention_bias", "use_sliding_window", "rope_scaling") if config.get(key)]
-    if config.get("model_type") != "qwen3" or unsupported:
-        what = f"sets {unsupported[0]}" if unsupported else f"has the model_type {config.get('model_type')!r}"
+    asked = beyond_qwen3(config)
+    if config.get("model_type") != "qwen3" or asked:
+        what = f"sets {asked}" if asked else f"has the model_type {config.get('model_type')!r}"
         raise ValueError(f"{where}/config.json {what}: NEO starts from a plain Qwen3, such as Qwen3-1.7B-Base")
     if pre_buffer_layers < 0:
         raise ValueError(f"{pre_buffer_layers} pre-buffer layers: give 0 or more")
@@ -150,17 +158,19 @@ def _neo_sizes(
             head_dim=config["head_dim"],
             pre_buffer_layers=pre_buffer_layers,
             post_llm_layers=config["num_hidden_layers"],
-            vocab_size=vocab_size or _rows(config["vocab_size"], tokenizer),
+            vocab_size=_rows(config["vocab_size"], tokenizer) if vocab_size is None else vocab_size,
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             patch_embedding_size=patch_embedding_size,
             # transformers 5 writes the base of the rotation into a dictionary
-            rope_theta=float((config.get("rope_parameters") or config)["rope_theta"]),
+            rope_theta=(config.get("rope_parameters") or config)["rope_theta"],
             norm_epsilon=config["rms_norm_eps"],
             max_positions=config["max_position_embeddings"],
             **ids,
         )
     except KeyError as missing:
         raise ValueError(f"{where}/config.json: key {missing} is missing: give the config.json of a Qwen3") from missing
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{where}/config.json: {error}: give the config.json of a Qwen3") from error
 
 
 def _rows(qwen3_rows: int, tokenizer: Any | None) -> int:

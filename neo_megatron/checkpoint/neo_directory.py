@@ -9,7 +9,7 @@ from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDire
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import complete_config
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ConfigError, NeoSizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,15 @@ def read_sizes(directory: str | Path) -> NeoSizes:
     config = read_json(directory / "config.json")
     if any((directory / name).exists() for name in (WEIGHTS, INDEX)):
         config, _ = complete_config(config, SafetensorsDirectory(directory).shapes, directory)
-    return NeoSizes.from_hf(config)
+    return sizes_of(config, directory)
+
+
+def sizes_of(config: dict[str, Any], directory: Path) -> NeoSizes:
+    """`NeoSizes.from_hf`, whose errors then name the file."""
+    try:
+        return NeoSizes.from_hf(config)
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error}") from error
 
 
 def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: Sequence[str] = ()) -> NeoDirectory:
@@ -59,7 +67,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
     config = read_json(directory / "config.json")
     source = open_weights(directory, allow_pickle)
     config, said = complete_config(config, source.shapes, directory)
-    sizes = NeoSizes.from_hf(config)
+    sizes = sizes_of(config, directory)
     found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
     missing = check_shapes(found, hf_shapes(sizes), str(directory), allow_missing)
     return NeoDirectory(source, config, sizes, said, missing)

@@ -23,6 +23,7 @@ from neo_megatron.checkpoint.hf_directory import (
     write_safetensors,
 )
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING, WORD_EMBEDDING, Shape, check_shapes, hf_shapes
+from neo_megatron.checkpoint.neo_directory import sizes_of
 from neo_megatron.checkpoint.published_config import added_token_ids
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.model.config import NeoSizes
@@ -64,9 +65,9 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
 
     config = {**neo.sizes.replace(post_llm_layers=0).to_hf(), "model_type": MODEL_TYPE}
     del config["architectures"]
-    with whole_directory(output) as partial:
-        write_safetensors(partial, [*kept, picture_rows], values(), shard_bytes)
-        write_json(partial / "config.json", config)
+    with whole_directory(output) as unfinished:
+        write_safetensors(unfinished, [*kept, picture_rows], values(), shard_bytes)
+        write_json(unfinished / "config.json", config)
 
 
 def picture_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list[int]:
@@ -142,7 +143,7 @@ def open_pre_buffer(directory: str | Path) -> PreBuffer:
             f"{directory}: no pre-buffer (model_type {config.get('model_type')!r}): take one out of a NEO with "
             "extract-pre-buffer"
         )
-    source, sizes = SafetensorsDirectory(directory), NeoSizes.from_hf(config)
+    source, sizes = SafetensorsDirectory(directory), sizes_of(config, directory)
     check_shapes(source.shapes, _shapes(sizes), str(directory))
     return PreBuffer(source, sizes)
 

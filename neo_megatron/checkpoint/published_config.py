@@ -5,7 +5,7 @@ whose code is not there. The tensors decide what a checkpoint is. What no tensor
 from the published models. Everything that was added or put right is said.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def complete_config(
         directory: whose tokenizer, if it has one, knows the ids of the picture tokens.
 
     Raises:
-        ValueError: no NEO by its tensors; nothing tells the ids of the picture tokens.
+        ValueError: no NEO by its tensors; nothing tells the ids of the picture tokens; a value is of another type.
     """
     said: list[str] = []
     llm, vision = (_plain(config.get(name)) for name in ("llm_config", "vision_config"))
@@ -64,6 +64,7 @@ def complete_config(
         top |= {"model_type": MODEL_TYPE, "architectures": ["NEOChatModel"]}
     if absent := [name for name in code_files(config.get("auto_map")) if not (directory / name).is_file()]:
         said.append(f"auto_map names {', '.join(absent)}, not there: ignored, an export carries the right code")
+    _check_types(llm, directory)
     _complete_layers(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
     if "rope_parameters" in llm:  # how transformers 5 writes the base of a rotation
@@ -78,6 +79,14 @@ def complete_config(
 
 def _plain(section: Any) -> dict[str, Any]:
     return {key: scalar(value) for key, value in section.items()} if isinstance(section, dict) else {}
+
+
+def _check_types(llm: dict[str, Any], directory: Path) -> None:
+    """Of the values that are used here; `NeoSizes` checks them all."""
+    kinds = dict.fromkeys(("num_hidden_layers", "extra_num_layers", "vocab_size"), int) | {"rope_parameters": dict}
+    for key, kind in kinds.items():
+        if not isinstance(llm.get(key), kind | None):
+            raise ValueError(f"{directory}/config.json: {key} in llm_config is {llm[key]!r}: download it again")
 
 
 def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list[str]) -> None:
@@ -181,17 +190,21 @@ def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path
 
 def added_token_ids(directory: Path) -> dict[str, int]:
     """The ids of the tokens that were added to a directory's tokenizer; empty where there is none."""
-    readers: dict[str, Callable[[dict[str, Any]], dict[str, int]]] = {
-        "tokenizer.json": lambda it: {token["content"]: token["id"] for token in it.get("added_tokens", [])},
-        "added_tokens.json": lambda it: it,
-        "tokenizer_config.json": lambda it: {
-            token["content"]: int(number) for number, token in it.get("added_tokens_decoder", {}).items()
-        },
+    readers: dict[str, Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]] = {
+        "tokenizer.json": lambda it: ((token["content"], token["id"]) for token in it.get("added_tokens", [])),
+        "added_tokens.json": lambda it: it.items(),
+        "tokenizer_config.json": lambda it: (
+            (token["content"], number) for number, token in it.get("added_tokens_decoder", {}).items()
+        ),
     }
     ids: dict[str, int] = {}
     for name, read in readers.items():
         if (directory / name).is_file():
-            ids = {**read(read_json(directory / name)), **ids}
+            contents = read_json(directory / name)
+            try:
+                ids = {token: int(number) for token, number in read(contents)} | ids
+            except (TypeError, KeyError, AttributeError, ValueError) as error:
+                raise ValueError(f"{directory / name}: its added tokens are no list of words and ids") from error
     return ids
 
 

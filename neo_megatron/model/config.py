@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
 # words these are 1,766 positions: large enough a product.
 LOGIT_BYTES = 1 << 30
+
+# More are a broken config.json, and a table of all their tensors would fill the memory before one is looked for.
+MAX_LAYERS = 10_000
 
 
 class ConfigError(ValueError):
@@ -59,6 +63,10 @@ class NeoSizes:
     image_context_token_id: int = 151669
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_field(field.name, getattr(self, field.name))
+        if not 0 < self.num_layers <= MAX_LAYERS:
+            raise ConfigError(f"{self.num_layers} layers: give 1 to {MAX_LAYERS}")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups "
@@ -90,9 +98,9 @@ class NeoSizes:
             value = {key: scalar(item) for key, item in {**llm, **vision}.items()}
             # transformers 5 writes the base of a rotation into a dictionary
             rotation = value if "rope_theta" in value else value["rope_parameters"]
-            _refuse_other_models(llm)
+            asked = beyond_qwen3(llm)
             downsample = float(scalar(vision["downsample_ratio"]))
-            return cls(
+            sizes = dict(
                 hidden_size=scalar(llm["hidden_size"]),
                 ffn_hidden_size=value["intermediate_size"],
                 num_attention_heads=value["num_attention_heads"],
@@ -120,8 +128,11 @@ class NeoSizes:
             )
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise ConfigError(f"not a NEO config.json: a size in it is no number ({error})") from error
+        if asked:
+            raise ConfigError(f"llm_config sets {asked}: NEO's decoder is a plain Qwen3")
+        return cls(**sizes)
 
     @classmethod
     def from_hf_directory(cls, directory: str | Path) -> "NeoSizes":
@@ -179,15 +190,34 @@ class NeoSizes:
         return dataclasses.replace(self, **changes)
 
 
-def _refuse_other_models(llm: dict[str, Any]) -> None:
-    """What a decoder's configuration can ask for and NEO does not have, so that it is never passed over."""
-    scaling = llm.get("rope_scaling") or llm.get("rope_parameters") or {}
-    asked = [key for key in ("attention_bias", "use_sliding_window") if llm.get(key)]
-    asked += ["rope_scaling"] if scaling.get("rope_type", scaling.get("type", "default")) != "default" else []
-    asked += ["hidden_act"] if llm.get("hidden_act", "silu") != "silu" else []
-    asked += ["layer_types"] if set(llm.get("layer_types") or []) - {"full_attention"} else []
-    if asked:
-        raise ConfigError(f"llm_config sets {asked[0]} to {llm.get(asked[0])!r}: NEO's decoder is a plain Qwen3")
+def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
+    """What a decoder's configuration asks for and NEO does not have, so that it is never passed over."""
+
+    def scaled(key: str) -> bool:
+        rotation = decoder.get(key) or {}
+        return not isinstance(rotation, dict) or rotation.get("rope_type", rotation.get("type", "default")) != "default"
+
+    asked = [key for key in ("attention_bias", "use_sliding_window") if decoder.get(key)]
+    asked += [key for key in ("rope_scaling", "rope_parameters") if scaled(key)]
+    asked += ["hidden_act"] if decoder.get("hidden_act", "silu") != "silu" else []
+    kinds = decoder.get("layer_types") or []
+    asked += ["layer_types"] if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds) else []
+    return f"{asked[0]} to {decoder[asked[0]]!r}" if asked else None
+
+
+def _check_field(name: str, value: Any) -> None:
+    """A whole number for what is counted, and at least one where a model cannot do without."""
+    if name == "tie_word_embeddings":
+        if type(value) is not bool:
+            raise ConfigError(f"{name} is {value!r}: it must be true or false")
+        return
+    if name.startswith("rope_theta") or name == "norm_epsilon":
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+        return
+    smallest = 0 if name.endswith(("_layers", "_token_id")) else 1
+    if type(value) is not int or value < smallest:
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number, {smallest} or more")
 
 
 def scalar(value: Any) -> Any:

@@ -115,6 +115,13 @@ def test_missing_tensors_of_a_qwen3_are_listed_by_their_names_in_the_neo(variant
     assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:no tokenizer given")
+def test_what_starts_from_a_missing_tensor_of_a_qwen3_has_no_start(variant, tmp_path):
+    source = variant(drop("layers.1.self_attn.q_proj"), "qwen3_untied")
+    with pytest.raises(ValueError, match="q_proj_hw.weight starts as rows and columns of .* which is missing too"):
+        init_from_qwen3(source, tmp_path / "neo", 1, 32, allow_missing=["*.q_proj.weight"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_type_is_that_of_torch(golden, tokenizer, tmp_path, dtype):
     """Out of Megatron and into it give the same: every value rounded once."""

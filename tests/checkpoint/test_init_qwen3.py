@@ -139,3 +139,41 @@ def test_only_a_whole_plain_qwen3_will_do(variant, tmp_path, keys, sentence):
     with pytest.raises(ValueError, match=sentence):
         initialised(variant(source="qwen3_untied", **keys), tmp_path / "neo")
     assert not (tmp_path / "neo").exists()
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer given")
+@pytest.mark.parametrize(
+    "key, value",
+    [("hidden_size", "64"), ("num_key_value_heads", 0), ("rope_theta", None), ("num_hidden_layers", 10**9)],
+)
+def test_a_size_that_is_none_is_a_sentence(variant, tmp_path, key, value):
+    with pytest.raises(ValueError, match="must be a|layers: give"):
+        initialised(variant(source="qwen3_untied", **{key: value}), tmp_path / "neo")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
+        {"hidden_act": "gelu"},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ],
+)
+def test_what_neo_does_not_have_is_not_passed_over(variant, tmp_path, asked):
+    with pytest.raises(ValueError, match=f"config.json sets {next(iter(asked))} to .*plain Qwen3"):
+        initialised(variant(source="qwen3_untied", **asked), tmp_path / "neo")
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer given")
+def test_every_tensor_keeps_its_type_and_the_new_ones_get_that_of_most(variant, tmp_path):
+    """As some Qwen3s are stored: matrices in bfloat16, norms in float32."""
+
+    def halve(tensors):
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items() if tensor.dim() > 1})
+
+    source = variant(halve, "qwen3_untied")
+    neo, old = initialised(source, tmp_path / "neo"), load_file(source / "model.safetensors")
+    for name in ("model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"):
+        kept = neo[f"language_model.{name}".replace("layers.0", "layers.2")]
+        assert kept.dtype == old[name].dtype and torch.equal(kept, old[name])
+    assert neo["language_model.model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16

@@ -195,6 +195,41 @@ def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
         presets.sizes(str(directory))
 
 
+@pytest.mark.parametrize(
+    "part, key, value, sentence",
+    [
+        ("llm_config", "num_hidden_layers", "5", "num_hidden_layers in llm_config is '5'"),
+        ("llm_config", "rope_parameters", 3, "rope_parameters in llm_config is 3"),
+        ("llm_config", "num_key_value_heads", 0, "num_query_groups is 0: it must be a whole number"),
+        ("llm_config", "head_dim", 32.5, "head_dim is 32.5: it must be a whole number"),
+        ("llm_config", "rms_norm_eps", float("nan"), "norm_epsilon is nan: it must be a positive number"),
+        ("llm_config", "num_hidden_layers", 10**9, "1000000000 layers: give 1 to"),
+        ("vision_config", "downsample_ratio", 0, "a size in it is no number"),
+        ("vision_config", "rope_theta_vision", "ten", "a size in it is no number"),
+    ],
+)
+def test_a_value_that_no_model_has_is_a_sentence_with_the_file(checkpoint, part, key, value, sentence):
+    """Nor is memory taken for as many layers as a broken file says."""
+    directory = checkpoint(lambda config: config[part].update({key: value}))
+    with pytest.raises(ValueError, match=f"{directory}/config.json: .*{sentence}"):
+        open_neo(directory)
+
+
+@pytest.mark.parametrize(
+    "name, contents",
+    [
+        ("tokenizer.json", {"added_tokens": ["<img>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": {"content": "<img>"}}}),
+        ("added_tokens.json", {"<img>": None}),
+    ],
+)
+def test_added_tokens_of_another_form_are_a_sentence_with_the_file(checkpoint, name, contents):
+    directory = checkpoint(without_ids)
+    (directory / name).write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=f"{directory}/{name}: its added tokens are no list of words and ids"):
+        open_neo(directory)
+
+
 def test_another_model_is_refused(golden):
     with pytest.raises(ValueError, match="no NEO .model_type 'qwen3', and it lacks .*qwen3-to-neo"):
         open_neo(golden / "qwen3_untied")
