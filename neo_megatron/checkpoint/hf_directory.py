@@ -53,9 +53,8 @@ class SafetensorsDirectory:
         for dtype, dtype_name in DTYPE_NAMES.items():
             if dtype_name == place.dtype_name:
                 return dtype
-        raise ValueError(
-            f"{place.path}: {name} is stored as {place.dtype_name}: store it as one of {DTYPE_NAMES.values()}"
-        )
+        known = ", ".join(DTYPE_NAMES.values())
+        raise ValueError(f"{place.path}: {name} is stored as {place.dtype_name}: store it as one of {known}")
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtype(name))
@@ -109,7 +108,7 @@ class SafetensorsDirectory:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict):
             raise ValueError(f"{index}: no weight_map in it: download the index again")
-        shards = sorted(set(names.values()))
+        shards = sorted({str(shard) for shard in names.values()})
         for shard in shards:
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise ValueError(

@@ -98,4 +98,5 @@ def _fetch(name: str, files: tuple[str, ...]) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0]
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -1,7 +1,6 @@
 """Weights in `pytorch_model.bin` or shards of it, for those who ask: a pickle can run anything, unless it may build
 nothing but tensors, which is what `weights_only` means."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -50,7 +49,8 @@ class PickledDirectory(SafetensorsDirectory):
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._tensors[name].dtype
         if dtype not in DTYPE_NAMES:
-            raise ValueError(f"{self.directory}: {name} is stored as {dtype}: store it as one of {[*DTYPE_NAMES]}")
+            known = ", ".join(map(str, DTYPE_NAMES))
+            raise ValueError(f"{self.directory}: {name} is stored as {dtype}: store it as one of {known}")
         return dtype
 
     def _files(self) -> list[Path]:
@@ -89,8 +89,10 @@ def open_weights(directory: str | Path, allow_pickle: bool = False) -> Safetenso
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can make a pickle raise anything
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise ValueError(
             f"{path}: no plain state_dict of PyTorch 1.6 or later ({reason}): save it as safetensors where you trust it"
         ) from error

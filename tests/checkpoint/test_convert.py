@@ -218,6 +218,9 @@ def test_no_path_leaves_the_checkpoint(megatron, golden, tmp_path):
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     with pytest.raises(ValueError, match="'../x.safetensors' is no safetensors file of this directory"):
         SafetensorsDirectory(directory)
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x.safetensors"], "b": 1}}')
+    with pytest.raises(ValueError, match="is no safetensors file of this directory"):
+        SafetensorsDirectory(directory)
 
 
 def test_broken_input_is_named(golden, tmp_path):

@@ -85,6 +85,11 @@ def test_a_broken_file_and_an_index_that_points_outside(tensors, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
         open_weights(tmp_path, allow_pickle=True)
+    wrong = whole.replace(b"\x80\x02}q\x00", b"\x80\x02h\x07N", 1)  # torch's unpickler answers with a KeyError
+    assert wrong != whole
+    (tmp_path / "pytorch_model.bin").write_bytes(wrong)
+    with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
+        open_weights(tmp_path, allow_pickle=True)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.bin"}}))
     with pytest.raises(ValueError, match=r"'\.\./secret\.bin' is no file of it"):
         open_weights(tmp_path, allow_pickle=True)
