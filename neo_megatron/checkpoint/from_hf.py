@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory
-from neo_megatron.checkpoint.integrity import write_checksums
 from neo_megatron.checkpoint.names import Start, hf_tensors, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.checkpoint.saved_metadata import write_checksums
 from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist

@@ -5,9 +5,6 @@ torch writes and never compares when it reads. `.metadata` says where each piece
 share the reading. What `.metadata` itself says is covered by `checksums.json`, written once a save is final.
 """
 
-import hashlib
-import json
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +13,9 @@ from typing import NamedTuple
 import torch
 
 from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import FileWindow
-from neo_megatron.checkpoint.torch_dist import read_metadata
 
-CHECKSUMS = "checksums.json"
-_COVERED = (".metadata", "metadata.json")
 _TORCH_ZIP_FLAGS = 0x808  # sizes behind the data, names in UTF-8
 
 
@@ -36,17 +31,6 @@ class Piece(NamedTuple):
     length: int
 
 
-def write_checksums(directory: Path) -> None:
-    """Notes the checksums of the files that say what a checkpoint holds; call it when the save is final."""
-    sums = {name: _sha256(directory / name) for name in _COVERED}
-    partial = directory / (CHECKSUMS + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"sha256": sums}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(directory / CHECKSUMS)
-
-
 def stored_pieces(directory: Path) -> list[Piece]:
     """All pieces of a checkpoint, in the order in which they lie, after the checks that read no tensor.
 
@@ -60,8 +44,6 @@ def stored_pieces(directory: Path) -> list[Piece]:
     if not directory.is_dir():
         raise DamagedCheckpoint(f"{directory} is missing")
     try:
-        if (directory / CHECKSUMS).exists():
-            _compare_checksums(directory)
         if read_json(directory / "metadata.json").get("sharded_backend") != "torch_dist":
             raise DamagedCheckpoint(f"{directory / 'metadata.json'} does not name the format torch_dist")
         places = read_metadata(directory).storage_data.values()
@@ -118,19 +100,3 @@ def _damage(archive: FileWindow) -> str | None:
     except Exception as error:  # damaged bytes can make the readers raise anything
         return str(error).split("\n")[0].split(". ")[0]
     return wrong and f"the checksum of {wrong} differs"
-
-
-def _compare_checksums(directory: Path) -> None:
-    sums = read_json(directory / CHECKSUMS).get("sha256")
-    if not isinstance(sums, dict) or set(sums) != set(_COVERED):
-        raise DamagedCheckpoint(f"{directory / CHECKSUMS} is not as it was written")
-    for name in _COVERED:
-        if not (directory / name).is_file():
-            raise DamagedCheckpoint(f"{directory / name} is missing")
-        if _sha256(directory / name) != sums[name]:
-            raise DamagedCheckpoint(f"{directory / name} has another checksum than {CHECKSUMS} says")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,12 +22,13 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from neo_megatron.checkpoint.hf_directory import read_json, write_json
+from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import BlockWriter, FileWindow, StoredTensor, read_into
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -163,6 +164,9 @@ class TorchDistDirectory:
             raise ValueError(f"{self.directory}: has no common state: save it with megatron-core 0.19")
         with self._opened(COMMON_STATE) as archive:
             state = io.BytesIO(archive.read())
+            if damaged := zipfile.ZipFile(state).testzip():
+                raise ValueError(f"the checksum of {damaged} differs: copy the checkpoint again")
+            state.seek(0)
             # Only what was trained holds classes of Megatron's, whose import takes seconds.
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(state)) - {"argparse.Namespace"}
         try:
@@ -178,7 +182,9 @@ class TorchDistDirectory:
     @contextmanager
     def _opened(self, key: str, offsets: torch.Size | None = None) -> Iterator[FileWindow]:
         """The archive of one piece, or of an object; what is wrong with it is said of the file that it lies in."""
-        place = self._places[MetadataIndex(key, offsets)]
+        place = self._places.get(MetadataIndex(key, offsets))
+        if place is None:
+            raise ValueError(f"{self.directory}: nothing says where {key} lies: the save was incomplete")
         path = self.directory / place.relative_path
         with path.open("rb", buffering=0) as file:
             try:
@@ -203,7 +209,12 @@ def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None
         ValueError: it is another tensor than is wanted, or not stored in one piece.
         zipfile.BadZipFile: its bytes are not those of its checksum.
     """
-    stored = torch.load(archive, map_location="meta", weights_only=True)
+    try:
+        stored = torch.load(archive, map_location="meta", weights_only=True)
+    except Exception as error:  # damaged bytes can make a pickle raise anything
+        raise ValueError(f"is no tensor ({error}): copy the checkpoint again") from error
+    if not isinstance(stored, Tensor):
+        raise ValueError(f"is no tensor but a {type(stored).__name__}: copy the checkpoint again")
     if (stored.shape, stored.dtype) != (view.shape, dtype):
         raise ValueError(f"holds {stored.dtype} {list(stored.shape)} instead of {dtype} {list(view.shape)}")
     if not stored.is_contiguous() or stored.storage_offset() or stored.untyped_storage().nbytes() != stored.nbytes:
@@ -214,59 +225,6 @@ def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None
             raise ValueError(f"holds {values.file_size} bytes of values instead of {stored.nbytes}")
         with records.open(values) as file:
             read_into(view, file, dtype)
-
-
-def read_metadata(directory: Path) -> Metadata:
-    """What `.metadata` says: which file of the directory holds which piece of which tensor.
-
-    Raises:
-        ValueError: it is missing, broken, holds more than DCP's records, or names a file that is not there.
-    """
-    path = directory / ".metadata"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: the save was interrupted, use an earlier iteration")
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        names = {place.relative_path for place in metadata.storage_data.values()}
-    except Exception as error:  # damaged bytes can make a pickle raise anything
-        raise ValueError(f"{path}: not the metadata of a checkpoint ({error}): copy it again") from error
-    _check_file_names(path, names)
-    return metadata
-
-
-def _check_file_names(path: Path, names: Iterable[str]) -> None:
-    for name in set(names):
-        if Path(name).name != name or not (path.parent / name).is_file():
-            raise ValueError(f"{path}: names {name!r}, which is no file of this directory: copy the checkpoint again")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """A pickle can call anything; this one can build the records that DCP writes and nothing else."""
-
-    ALLOWED = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size"}
-        | {str(kind).removeprefix("torch.") for kind in vars(torch).values() if isinstance(kind, torch.dtype)},
-        "collections": {"OrderedDict", "defaultdict"},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it wants {module}.{name}")
-        return super().find_class(module, name)
 
 
 def _iteration_directory(path: Path) -> Path:

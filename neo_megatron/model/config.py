@@ -98,7 +98,7 @@ class NeoSizes:
             value = {key: scalar(item) for key, item in {**llm, **vision}.items()}
             # transformers 5 writes the base of a rotation into a dictionary
             rotation = value if "rope_theta" in value else value["rope_parameters"]
-            asked = beyond_qwen3(llm)
+            asked = beyond_qwen3({key: scalar(item) for key, item in llm.items()})
             downsample = float(scalar(vision["downsample_ratio"]))
             sizes = dict(
                 hidden_size=scalar(llm["hidden_size"]),

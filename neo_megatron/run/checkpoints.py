@@ -8,13 +8,12 @@ import threading
 from argparse import Namespace
 
 from neo_megatron.checkpoint.integrity import (
-    CHECKSUMS,
     DamagedCheckpoint,
     stored_pieces,
     verify_pieces,
-    write_checksums,
 )
 from neo_megatron.checkpoint.run_directory import RunDirectory
+from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.model.config import ConfigError
 from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
 

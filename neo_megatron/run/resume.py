@@ -15,14 +15,13 @@ from megatron.training.training import get_optimizer_param_scheduler
 from megatron.training.utils import print_rank_0
 
 from neo_megatron.checkpoint.integrity import (
-    CHECKSUMS,
     DamagedCheckpoint,
     share_of,
     stored_pieces,
     verify_pieces,
-    write_checksums,
 )
 from neo_megatron.checkpoint.run_directory import RunDirectory
+from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.model.config import ConfigError
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from neo_megatron.checkpoint.integrity import (
-    CHECKSUMS,
     DamagedCheckpoint,
     share_of,
     stored_pieces,
     verify_pieces,
-    write_checksums,
 )
+from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
 
@@ -120,3 +119,40 @@ def test_a_piece_outside_its_file_is_no_read_outside_the_directory(whole, copy):
     metadata.write_bytes(metadata.read_bytes().replace(data.name.encode(), b"../" + data.name.encode()[3:]))
     with pytest.raises(DamagedCheckpoint, match="no file of this directory"):
         verify(copy)
+
+
+def replace_in(path, old, new):
+    data = path.read_bytes()
+    assert old in data and len(old) == len(new)
+    path.write_bytes(data.replace(old, new))
+
+
+def test_conversions_read_nothing_that_changed_since_it_was_written(copy):
+    """Two tensors of one shape in each other's place: no record shows it, the checksum of `.metadata` does."""
+    metadata = copy / ".metadata"
+    whole = metadata.read_bytes()
+    metadata.write_bytes(whole + b" ")
+    with pytest.raises(ValueError, match=".metadata has another checksum than checksums.json says"):
+        TorchDistDirectory(copy)
+    metadata.write_bytes(whole)
+    replace_in(next(copy.glob("*.distcp")), b"iteration", b"iterasion")
+    with pytest.raises(ValueError, match="common_state/shard_0_1: the checksum of archive/data.pkl differs"):
+        TorchDistDirectory(copy).common_state()
+
+
+def test_a_damaged_pickle_of_a_tensor_is_a_sentence(copy):
+    (data,) = copy.glob("*.distcp")
+    replace_in(data, b"_rebuild_tensor_v2", b"_rebuild_tensor_v9")
+    with pytest.raises(ValueError, match="distcp: weight: is no tensor"):
+        TorchDistDirectory(copy).read("weight")
+
+
+def test_metadata_of_other_programs_is_looked_at_before_anything_is_read(copy):
+    (copy / CHECKSUMS).unlink()
+    metadata = copy / ".metadata"
+    whole = metadata.read_bytes()
+    for old, new in ((b"chunks", b"chumks"), (b"relative_path", b"relatife_path")):
+        replace_in(metadata, old, new)
+        with pytest.raises(ValueError, match="not the metadata of a checkpoint"):
+            TorchDistDirectory(copy)
+        metadata.write_bytes(whole)

@@ -21,7 +21,8 @@ import torch
 from conftest import GOLDEN, torchrun
 from pretrain_jobs import Job, run_jobs
 
-from neo_megatron.checkpoint.integrity import CHECKSUMS, stored_pieces, verify_pieces
+from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
+from neo_megatron.checkpoint.saved_metadata import CHECKSUMS
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 
