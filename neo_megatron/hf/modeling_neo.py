@@ -325,13 +325,20 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, GenerationMixin):
         """What the next call of :meth:`forward` needs of a sequence of which the cache holds the beginning.
 
         Positions come from all the tokens, so that they are right after a cache was cropped or its rows exchanged.
+        Pictures that the cache holds are not passed on.
         """
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_BL = image_numbers(input_ids, self.config)
         document_BL = document_numbers(valid_tokens(input_ids, attention_mask, 0), None, 0)
-        positions = self._positions(input_ids, image_BL, document_BL, None, None if cached else grid_hw)
-        inputs = {
+        if cached:
+            pixel_values, grid_hw = self._pictures_behind(cached, image_BL, pixel_values, grid_hw)
+        positions = self._positions(
+            input_ids, torch.where(image_BL >= cached, image_BL, -1), document_BL, None, grid_hw
+        )
+        return {
             "input_ids": input_ids[:, cached:],
+            "pixel_values": pixel_values,
+            "grid_hw": grid_hw,
             "positions_thw": positions[:, cached:],
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
@@ -340,16 +347,41 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, GenerationMixin):
             "output_attentions": kwargs.get("output_attentions"),
             "output_hidden_states": kwargs.get("output_hidden_states"),
         }
-        return inputs if cached else {**inputs, "pixel_values": pixel_values, "grid_hw": grid_hw}
+
+    def _pictures_behind(
+        self, cached: int, image_BL: Tensor, pixel_values: Tensor | None, grid_hw: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Patches and grids of the pictures that begin behind the cached tokens; ``None`` where there is none.
+
+        Candidates of assisted decoding may hold tokens of pictures that nobody gave; they are text.
+        """
+        starts = [start for row in image_BL for start in row[row >= 0].unique().tolist()]
+        new = [number for number, start in enumerate(starts) if start >= cached]
+        if grid_hw is None or len(starts) != len(grid_hw) or not new:
+            return None, None
+        patches = pixel_values.split(grid_hw.prod(dim=-1).tolist())
+        return torch.cat([patches[number] for number in new]), grid_hw[new]
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams and several answers repeat every row, and with it its pictures, of which rows differ in number."""
+        """Beams and several answers repeat every row, and with it its pictures, of which rows differ in number.
+
+        Raises:
+            ValueError: not all pictures of the tokens are given.
+        """
         pixel_values, grid_hw = kwargs.pop("pixel_values", None), kwargs.pop("grid_hw", None)
+        image_BL = image_numbers(input_ids, self.config)
+        pictures_of_row = [len(row[row >= 0].unique()) for row in image_BL]
+        given = 0 if grid_hw is None else len(grid_hw)
+        cache = kwargs.get("past_key_values")
+        needed = image_BL if given or cache is None else image_BL[:, cache.get_seq_length() :]
+        if given != sum(pictures_of_row) and bool((needed >= 0).any()):
+            raise ValueError(
+                f"{given} pictures for {sum(pictures_of_row)} in input_ids: pass pixel_values and grid_hw of all of "
+                "them, also of those that past_key_values hold"
+            )
         if pixel_values is not None and expand_size > 1:
-            image_BL = image_numbers(input_ids, self.config)
-            pictures_of_row = [len(row[row >= 0].unique()) for row in image_BL]
             grids = grid_hw.split(pictures_of_row)
             patches = pixel_values.split([int(grid.prod(dim=-1).sum()) for grid in grids])
             pixel_values = torch.cat([row for row in patches for _ in range(expand_size)])

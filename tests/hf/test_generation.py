@@ -104,6 +104,27 @@ def test_generate(model, document, golden):
 
 
 @torch.no_grad()
+def test_generate_goes_on_from_a_cache(model, document):
+    """It holds the first of two pictures: the second is still looked at, and must be given."""
+    ids, grids = document["input_ids"][:, :60], document["grid_hw"]
+    second = int((ids[0] == IMG).nonzero()[1])
+    patches = document["pixel_values"].split(grids.prod(dim=-1).tolist())
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
+    expected = model.generate(ids, **pictures, **settings).tolist()
+
+    def cache(stop, held):
+        whole = model(ids[:, :stop], torch.cat(patches[:held]), grids[:held], use_cache=True)
+        return whole.past_key_values
+
+    assert model.generate(ids, **pictures, past_key_values=cache(second, 1), **settings).tolist() == expected
+    assert model.generate(ids, past_key_values=cache(50, 2), **settings).tolist() == expected
+    for given, number in (({}, 0), ({"pixel_values": patches[1], "grid_hw": grids[1:]}, 1)):
+        with pytest.raises(ValueError, match=f"{number} pictures for 2 in input_ids: pass .* of all of them"):
+            model.generate(ids, **given, past_key_values=cache(second, 1), **settings)
+
+
+@torch.no_grad()
 def test_beams_keep_their_pictures(model, document):
     """Rows with different numbers of pictures, three beams each: as each row alone."""
     ids, grids = document["input_ids"][0], document["grid_hw"]
