@@ -1,9 +1,11 @@
 """The output directory of a run that asks many questions: continued after a kill, whole or not there.
 
 ``answers.partial.jsonl`` grows while the run works: in its first line what decides the answers, then what became of
-each question. ``answers.jsonl`` is written last, so a directory that has only this one is complete.
+the questions, a line for each batch. ``answers.jsonl`` is written last, so a directory that has only this one is
+complete.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -57,14 +59,25 @@ class AnswerRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()  # gives the lock back
+        with contextlib.suppress(OSError):  # what a full disk refused is refused again, and `add` has said so
+            self._file.close()  # gives the lock back
 
     def add(self, results: Iterable[tuple[Place, dict[str, Any]]]) -> None:
-        """Notes what became of questions. All of them are written at once, so a kill keeps all or none."""
+        """Notes what became of questions. They make one line, so a kill keeps all or none of a batch.
+
+        Raises:
+            DataError: the disk does not take it.
+        """
         results = list(results)
         self.done.update(results)
-        self._file.write(b"".join(json_line({"place": place, "result": result}) for place, result in results))
-        self._file.flush()
+        try:
+            self._file.write(json_line({"results": results}))
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self.directory / PROGRESS} cannot be written ({error.strerror}); remedy that, then run the same "
+                "command again to continue"
+            ) from error
 
     def finish(self, files: dict[str, bytes]) -> None:
         """Writes the files of the whole run, ``answers.jsonl`` last, and removes what served to continue it."""
@@ -84,7 +97,7 @@ class AnswerRun:
                     f"{self.directory} holds an unfinished run with another {key}; "
                     "repeat its command to continue it, or remove the directory to start anew"
                 )
-        self.done = {tuple(entry["place"]): entry["result"] for entry in entries}
+        self.done = {tuple(place): result for entry in entries for place, result in entry["results"]}
         kept = lines if entries else [json_line(plan)]
         self._file.seek(0)
         self._file.writelines(kept)

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import resource
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -154,7 +156,7 @@ def test_an_interrupted_run_goes_on(run, evaluated, tmp_path, monkeypatch):
         run(output, batch_size=3)
     assert [path.name for path in output.iterdir()] == ["answers.partial.jsonl"]
     with (output / "answers.partial.jsonl").open("a") as file:
-        file.write('{"place": ["asked", 0, nu')
+        file.write('{"results": [[["asked", 0, nu')
     most = 99
     assert contents(run(output, batch_size=4)) == contents(evaluated)
     assert sum(sizes) == 12
@@ -169,6 +171,36 @@ def test_a_directory_has_one_run(run, evaluated, tmp_path):
         run(tmp_path / "mine")
     with AnswerRun(tmp_path / "busy", {}), pytest.raises(DataError, match="another run writes to"):
         run(tmp_path / "busy")
+
+
+def test_a_torn_batch_is_asked_again_as_a_whole(tmp_path):
+    """What is drawn for a question depends on those beside it, so none of them may be left over alone."""
+    batches = [[(("d", number, None, 1), {"prediction": "x"}) for number in pair] for pair in ((0, 1), (2, 3))]
+    with AnswerRun(tmp_path / "out", {}) as run:
+        for batch in batches:
+            run.add(batch)
+    progress = tmp_path / "out" / "answers.partial.jsonl"
+    progress.write_bytes(progress.read_bytes()[:-2])
+    with AnswerRun(tmp_path / "out", {}) as run:
+        assert run.done == dict(batches[0])
+
+
+def test_a_full_disk_is_said(tmp_path):
+    """Here a limit on the size of files: what fits is kept, the rest is asked again."""
+    first, second = ([(("d", number, None, 1), {"prediction": "x" * 5000})] for number in range(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        said = r"partial.jsonl cannot be written \(File too large\); remedy that, then run"
+        with pytest.raises(DataError, match=said), AnswerRun(tmp_path / "out", {}) as run:
+            run.add(first)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+            run.add(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with AnswerRun(tmp_path / "out", {}) as run:
+        assert run.done == dict(first)
 
 
 def test_a_run_goes_on_with_the_same_command_only(run, evaluated, asked, tmp_path, monkeypatch):
