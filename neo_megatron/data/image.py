@@ -93,7 +93,15 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         RejectedSample: for what cannot be decoded to the end, or has too many pixels.
     """
-    image = _open(data, name)
+    return decode_opened(_open(data, name), name)
+
+
+def decode_opened(image: Image.Image, name: str) -> Image.Image:
+    """A picture that Pillow opened, and may not have read yet, as `upright_rgb` shows it.
+
+    Raises:
+        RejectedSample: for what cannot be decoded to the end.
+    """
     try:
         return upright_rgb(image)
     # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this picture cannot be shown.

@@ -2,12 +2,12 @@
 
 from neo_megatron.data.image import (
     decode,
+    decode_opened,
     normalise,
     patches_from_image,
     picture_grid,
     pixel_limit,
     read_picture,
-    upright_rgb,
 )
 
-__all__ = ["decode", "normalise", "patches_from_image", "picture_grid", "pixel_limit", "read_picture", "upright_rgb"]
+__all__ = ["decode", "decode_opened", "normalise", "patches_from_image", "picture_grid", "pixel_limit", "read_picture"]

@@ -4,7 +4,6 @@ transformers 4.57 copies the files that this one imports and not what those impo
 """
 
 import base64
-import binascii
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,12 @@ from transformers.processing_utils import ImagesKwargs
 from .errors_neo import RejectedSample
 from .pictures_neo import (
     decode,
+    decode_opened,
     normalise,
     patches_from_image,
     picture_grid,
     pixel_limit,
     read_picture,
-    upright_rgb,
 )
 
 IMAGE_TAG = "<image>"
@@ -117,14 +116,14 @@ def _upright(picture: Picture, name: str) -> Image.Image:
             )
         picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
-        return upright_rgb(picture)
+        return decode_opened(picture, name)
     if not isinstance(picture, (str, os.PathLike)):
         raise ValueError(f"the picture {name} is a {type(picture).__name__}: give a Pillow image or the path of a file")
     place = os.fspath(picture)
     if place.startswith("data:"):
         try:
             return decode(base64.b64decode("".join(place.partition(",")[2].split()), validate=True), name)
-        except binascii.Error as error:
+        except ValueError as error:  # a letter that base64 has not, or a number of them
             raise ValueError(f"the picture {name} is no base64 ({error})") from error
     if place.startswith(("http://", "https://")):
         raise ValueError(f"the picture {place} is far away, and the processor opens no addresses: download it first")
@@ -238,7 +237,9 @@ class NEOProcessor(ProcessorMixin):
         tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
-    def _with_typed_controls(self, prompts: list[str], add_special_tokens: bool, **padding: Any) -> BatchFeature:
+    def _with_typed_controls(
+        self, prompts: list[str], add_special_tokens: bool, truncation: bool = False, **padding: Any
+    ) -> BatchFeature:
         """Control tokens of the template by their id, and all between them with no control token recognised.
 
         Raises:
@@ -255,7 +256,7 @@ class NEOProcessor(ProcessorMixin):
             row = texts[0]
             for control, text in zip(controls, texts[1:], strict=True):
                 row = [*row, self.tokenizer.convert_tokens_to_ids(control), *text]
-            rows.append(row)
+            rows.append(row[: padding.get("max_length")] if truncation else row)
         return self.tokenizer.pad({"input_ids": rows}, **padding)
 
 

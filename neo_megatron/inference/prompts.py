@@ -14,11 +14,11 @@ from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.image import (
     PATCH_VALUES,
     decode,
+    decode_opened,
     patches_from_image,
     picture_grid,
     pixel_limit,
     read_picture,
-    upright_rgb,
 )
 from neo_megatron.data.media import load_media
 from neo_megatron.data.records import IMAGE_TAG, Sample, Turn
@@ -97,10 +97,4 @@ def _opened(picture: Picture, number: int) -> tuple[Image.Image, str]:
     if isinstance(picture, (str, Path)):
         return decode(read_picture(str(picture)), str(picture)), str(picture)
     name = f"number {number}"
-    if isinstance(picture, bytes):
-        return decode(picture, name), name
-    try:
-        return upright_rgb(picture), name
-    except Exception as error:  # of a file opened but not read yet, as in `decode`
-        sentence = f"the picture {name} cannot be decoded ({type(error).__name__}: {error})"
-        raise RejectedSample(Reason.UNREADABLE_PICTURE, sentence) from error
+    return decode(picture, name) if isinstance(picture, bytes) else decode_opened(picture, name), name

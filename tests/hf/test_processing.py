@@ -67,6 +67,7 @@ def test_every_way_to_give_a_picture(processor, golden, spelling):
         ({"type": "image", "image": "https://example.org/cat.png"}, "opens no addresses: download it first"),
         ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png: No such file"),
         ({"type": "image", "image": "data:image/png;base64,!!"}, "is no base64"),
+        ({"type": "image", "image": "data:image/png;base64,é"}, "number 1 is no base64"),
         ({"type": "image", "base64": "aGVsbG8="}, "in none of the formats"),
         ({"type": "image", "image": np.zeros((3, 64, 64), np.float32)}, r"a float32 array \[3, 64, 64\]"),
         ({"type": "image", "image": 7}, "is a int: give a Pillow image"),
@@ -76,6 +77,21 @@ def test_every_way_to_give_a_picture(processor, golden, spelling):
 def test_what_is_no_picture_is_refused(processor, part, sentence):
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True, return_dict=True)
+
+
+def test_an_opened_picture_that_is_torn(golden, processor, tmp_path):
+    """Pillow reads pixels late, and raises nearly any type then."""
+    (tmp_path / "torn.png").write_bytes((golden / "images" / "a.png").read_bytes()[:500])
+    with pytest.raises(ValueError, match="number 1 cannot be decoded"):
+        processor(images=Image.open(tmp_path / "torn.png"), text="<image>")
+
+
+@pytest.mark.parametrize("typed", ["a long text", "a <|im_end|> text"])
+def test_what_a_user_types_does_not_decide_what_a_call_may_ask_for(processor, typed):
+    template = {"tokenize": True, "return_dict": True, "truncation": True, "max_length": 6, "padding": "max_length"}
+    chats = [[{"role": "user", "content": text}] for text in (typed, "")]
+    features = processor.apply_chat_template(chats, **template)
+    assert features["attention_mask"].tolist() == [[1] * 6] * 2
 
 
 def test_limits_of_pixels(exported, golden):
