@@ -24,7 +24,7 @@ from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.rms_norm import HeadNorm
-from neo_megatron.model.shared_input import share_input
+from neo_megatron.model.shared_input import gather_again, keeps_input, share_input
 from neo_megatron.model.transformer_config import NeoConfig
 
 
@@ -81,6 +81,8 @@ class NativeSelfAttention(MegatronModule):
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
 
+        self.gather_again = config.sequence_parallel and keeps_input(config)
+
         def column_parallel(module: type, heads: int, buffer_name: str):
             return build_module(
                 module,
@@ -126,15 +128,19 @@ class NativeSelfAttention(MegatronModule):
         core = partial(attend, mask=packs.mask, scale=1 / sqrt(self.head_dim))
         if self.recompute_core_attention and self.training:
             core = partial(tensor_parallel.checkpoint, core, False)
-        context = context_parallel_attention(
-            core, *self.query_key_value(hidden_SBH, packs.rotary), self.context_parallel_group, packs.key_order
-        )
+        shared = share_input(hidden_SBH, self.tensor_parallel_group, self.config.sequence_parallel)
+        query, key, value = self.query_key_value(shared, packs.rotary)
+        context = context_parallel_attention(core, query, key, value, self.context_parallel_group, packs.key_order)
+        if self.gather_again:
+            gather_again(shared, hidden_SBH, self.tensor_parallel_group, context, query)
         return self.linear_proj(context)
 
-    def query_key_value(self, hidden_SBH: Tensor, rotary: NativeRotary) -> tuple[Tensor, Tensor, Tensor]:
+    def set_for_recompute_input_layernorm(self) -> None:
+        """Megatron asks under FP8 that the norm's output be kept by itself; see `TESharedInputColumnParallelLinear`."""
+
+    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> tuple[Tensor, Tensor, Tensor]:
         """``[S, B, G * R, 2D]``, ``[S, B, G, 2D]`` and ``[S, B, G, D]``, normalised and rotated."""
         heads = self.heads_per_group
-        shared = share_input(hidden_SBH, self.tensor_parallel_group, self.config.sequence_parallel)
         qkv, normalised = self.linear_qkv(shared)  # normalised by a fused norm, else no bias
         qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
         qkv = qkv.unflatten(-1, (self.groups_per_rank, heads + 2, self.head_dim))

@@ -68,8 +68,6 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
     hidden, d = sizes.hidden_size, sizes.head_dim
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
-    # The normalised input of attention is kept as it was gathered, and then recomputing the norm does not drop it.
-    gathered = x * hidden * e
     projections = x * (2 * n + 3 * g) * d * e
     query_key = x * (n + g) * 2 * d * e
     beside_inputs = x * n * d * 4 * frozen  # the output, which a trained projection keeps anyway
@@ -78,15 +76,10 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
     ffn = x * sizes.ffn_hidden_size / tensor * e
     return LayerActivations(
         hidden=residual,
-        norm_outputs=residual * trained + gathered * (not layout.sequence_parallel) + 2 * y * 4,
+        norm_outputs=residual * (1 + trained) + 2 * y * 4,
         core_attention=beside_inputs + x * n * 4,
         mlp=ffn * (2 + trained),
-        rest=residual
-        + gathered * layout.sequence_parallel
-        + projections
-        + query_key
-        + 3 * x * (n + g) * 4
-        + x * n * d * e * trained,
+        rest=residual + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e * trained,
     )
 
 
@@ -98,25 +91,18 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     residual = y * hidden * e
     projections = x * (2 * n + 3 * g) * d * e
     query_key = x * (n + g) * 2 * d * e
-    # Both products of attention's input quantize it for themselves. A frozen one keeps it all the same behind a norm
-    # that is part of it.
+    # Attention's input is kept as it is, but for a norm that is part of `linear_qkv`: there both products quantize it
+    # for themselves, a frozen one too. So they do under delayed scaling, which is not counted apart.
     fused_norm = tensor == 1
-    shared = x * hidden * (1 + (trained or fused_norm) if layout.precision == "fp8" else e)
-    norm_recomputable = not (fused_norm or layout.sequence_parallel)
+    shared = 2 * x * hidden if fused_norm and layout.precision == "fp8" else residual
     ffn = x * sizes.ffn_hidden_size / tensor
     return LayerActivations(
         hidden=residual,
         # The second norm is part of `linear_fc1`: recomputing norms does not reach it, recomputing the MLP does.
-        norm_outputs=shared * norm_recomputable,
+        norm_outputs=shared * (not fused_norm),
         core_attention=x * n * 4,
         mlp=ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4),
-        rest=residual
-        + shared * (not norm_recomputable)
-        + y * 4
-        + projections
-        + query_key
-        + 3 * x * (n + g) * 4
-        + x * n * d * e,
+        rest=residual + shared * fused_norm + y * 4 + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e,
     )
 
 

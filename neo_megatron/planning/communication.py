@@ -77,10 +77,11 @@ def layer_collectives(layout: Layout, frozen: bool, recomputed: bool) -> int:
     """All-gathers and reduce-scatters of one layer's hidden states in forward and backward; an all-reduce is two.
 
     Forward: the inputs of attention and of `linear_fc1`, the outputs of `linear_proj` and `linear_fc2`. Backward: the
-    same four the other way; under sequence parallelism the input of a trained `linear_fc1` is gathered once more.
+    same four the other way; under sequence parallelism the input of attention and that of a trained `linear_fc1` are
+    gathered once more.
     """
     if layout.sequence_parallel:
-        forward, mlp, backward = 4, 2, 4 + (not frozen)
+        forward, mlp, backward = 4, 2, 4 + 1 + (not frozen)
     else:
         forward, mlp, backward = 2 * 2, 2, 2 * 2
     again = forward if recomputed else mlp * layout.recomputes("mlp")

@@ -21,6 +21,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.presets import SIZES
 
 LENGTH, CELLS = 32, 8
+HIDDEN = SIZES["tiny"].hidden_size
 RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
 
 
@@ -70,7 +71,21 @@ def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Ten
     """The cross entropy, and the gradient of everything that trains by its name in a checkpoint."""
     freeze_for_stage(model, stage)
     model.zero_grad()
-    loss = model(**inputs(sequence_parallel))
+    inputs_of_products, saved = [], set()
+    hooks = [
+        layer.self_attention.linear_qk_hw.register_forward_pre_hook(
+            lambda _, given: inputs_of_products.append(given[0])
+        )
+        for layer in model.decoder.layers
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.untyped_storage()._cdata) or x, lambda x: x):
+        loss = model(**inputs(sequence_parallel))
+    for whole in inputs_of_products if sequence_parallel else ():
+        assert whole.shape == (LENGTH, 1, HIDDEN) and whole.untyped_storage()._cdata in saved
+        assert whole.untyped_storage().nbytes() == 0, "what was gathered outlives the forward"
+    for hook in hooks:
+        hook.remove()
+    inputs_of_products.clear()
     loss.mean().backward()
     return loss.detach(), {name: p.grad for name, p in stored(model).items() if p.requires_grad}
 
@@ -107,7 +122,7 @@ def same_training(tensor_parallel_size: int, sequence_parallel: bool, **recomput
 def names_and_shapes() -> None:
     local = build("local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
     blockwise = {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
-    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, blockwise):
+    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, blockwise, blockwise | RECOMPUTATION):
         with pretended_hopper():
             model = build("transformer_engine", torch.bfloat16, fuse=True, **fp8)
         layer = model.decoder.layers[0]
@@ -115,6 +130,9 @@ def names_and_shapes() -> None:
         assert isinstance(layer.self_attention.linear_qk_hw, te.Linear)
         assert isinstance(layer.self_attention.linear_proj, te.Linear)
         assert isinstance(layer.mlp.linear_fc1, te.LayerNormLinear)
+        # Kept in bf16 is what both products share and what Megatron can recompute; delayed scaling cannot.
+        shared = model.config.tensor_model_parallel_size == 2 and fp8.get("fp8_recipe") != "delayed"
+        assert layer.self_attention.linear_qk_hw.save_original_input == shared
         assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
         assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
         # Pictures have any number of cells and packs any number of trained positions: neither meets FP8's alignment.
@@ -146,6 +164,7 @@ same_training(1, sequence_parallel=False, **RECOMPUTATION)
 parallel_state.destroy_model_parallel()
 parallel_state.initialize_model_parallel(2)
 tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+names_and_shapes()
 same_training(2, sequence_parallel=False, **RECOMPUTATION)
 same_training(2, sequence_parallel=True)
 same_training(2, sequence_parallel=True, **RECOMPUTATION)

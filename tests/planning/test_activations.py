@@ -29,6 +29,7 @@ STAGE_2: dict[str, dict] = {
     "full, uniform": dict(**FULL, recompute_method="uniform"),
     "TP2": dict(tensor_model_parallel_size=2),
     "TP2 with SP": SHARED,
+    "TP2 with SP, layernorm": dict(**SHARED, **SELECTIVE, recompute_modules=("layernorm",)),
     "TP2 with SP, full, block": dict(**SHARED, **FULL, recompute_method="block"),
     "CP2, heads exchanged": dict(context_parallel_size=2, cp_comm_type="a2a"),
     "CP2, keys gathered": dict(context_parallel_size=2, cp_comm_type="allgather"),
