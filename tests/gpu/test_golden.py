@@ -66,7 +66,6 @@ def test_every_gradient(model, tmp_path):
     inputs, weight = inputs_of("pack1")
     model.zero_grad()
     ((model(**inputs) * weight).sum() / weight.sum()).backward()
-    state = model.sharded_state_dict()
     weights = {parameter: parameter.data for parameter in model.parameters()}
     for parameter in weights:
         parameter.data = parameter.grad

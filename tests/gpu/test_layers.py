@@ -21,9 +21,11 @@ TRAINED = SIZES["tiny"].replace(
     image_start_token_id=1022,
     image_context_token_id=1023,
 )
-# Relative errors: of the logits, and of all gradients taken together. bf16 rounds to 2^-9; FP8 rounds what goes into a
-# product to 2^-4 forward and 2^-3 backward, through four layers of which each adds to the stream.
-BF16_BOUNDS, FP8_BOUNDS = (2e-2, 4e-2), (0.12, 0.3)
+# Relative errors of the logits and of all gradients taken together, and the cosine of each gradient by itself. bf16
+# rounds to 2^-9. FP8 rounds what goes into a product to 2^-4 forward and 2^-3 backward, through four layers of which
+# each adds to the stream; the same roundings done in PyTorch on a CPU gave errors of 0.10 and 0.19 and cosines of 0.90
+# and more, and with the first and the last layer in bf16 0.06, 0.11 and 0.98.
+BF16_BOUNDS, FP8_BOUNDS, FP8_INSIDE_BOUNDS = (2e-2, 4e-2, 0.99), (0.15, 0.28, 0.85), (0.085, 0.16, 0.95)
 
 
 def build(implementation: str, dtype: torch.dtype, **settings):
@@ -58,8 +60,7 @@ def loaded(checkpoint: Path, implementation: str, dtype: torch.dtype, **settings
     from megatron.core import dist_checkpointing
 
     model = build(implementation, dtype, **settings)
-    state = model.sharded_state_dict()
-    wanted = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    wanted = model.sharded_state_dict()
     read = dist_checkpointing.load(dict(wanted), str(checkpoint))
     model.load_state_dict({name: read[name] for name in wanted}, strict=True)
     return model
@@ -88,6 +89,7 @@ def outputs_and_gradients(model, drawn: dict[str, Tensor], passes: int = 1) -> t
 
     for _ in range(passes):
         model.zero_grad()
+        model.set_is_first_microbatch()  # as at the start of a step: weights are rounded anew
         backward(model, drawn)
     with torch.no_grad():
         logits = model(**{k: v for k, v in inputs_of(drawn).items() if k not in ("target_index", "targets")})
@@ -99,14 +101,14 @@ def outputs_and_gradients(model, drawn: dict[str, Tensor], passes: int = 1) -> t
     return logits, {(part.key, part.global_offset): part.data.float() for part in parts}
 
 
-def check(actual: tuple[Tensor, dict], expected: tuple[Tensor, dict], bounds: tuple[float, float]) -> None:
+def check(actual: tuple[Tensor, dict], expected: tuple[Tensor, dict], bounds: tuple[float, float, float]) -> None:
     error = relative_error(actual[0], expected[0])
     assert error < bounds[0], f"logits: relative error {error:.2e}"
     assert actual[1].keys() == expected[1].keys()
     for key, value in expected[1].items():
         assert actual[1][key].isfinite().all(), key
         cosine = torch.cosine_similarity(actual[1][key].flatten(), value.flatten(), dim=0)
-        assert cosine > 0.9, f"{key}: cosine {cosine:.3f}"
+        assert cosine > bounds[2], f"{key}: cosine {cosine:.3f}"
     together = [torch.cat([gradients[key].flatten() for key in expected[1]]) for _, gradients in (actual, expected)]
     error = relative_error(*together)
     assert error < bounds[1], f"gradients: relative error {error:.2e}"
@@ -123,11 +125,25 @@ def test_bf16_against_float32(transformer_engine, checkpoint, in_float32, poison
     check(outputs_and_gradients(model, pack()), in_float32, BF16_BOUNDS)
 
 
-def test_fp8_against_bf16(recipe, checkpoint, poisoned):
-    exact = outputs_and_gradients(loaded(checkpoint, "transformer_engine", torch.bfloat16), pack())
+@pytest.fixture(scope="module")
+def in_bf16(transformer_engine, checkpoint):
+    return outputs_and_gradients(loaded(checkpoint, "transformer_engine", torch.bfloat16), pack())
+
+
+def test_fp8_against_bf16(recipe, checkpoint, in_bf16, poisoned):
     model = loaded(checkpoint, "transformer_engine", torch.bfloat16, fp8="hybrid", fp8_recipe=recipe)
     poisoned()
-    check(outputs_and_gradients(model, pack(), passes=3), exact, FP8_BOUNDS)
+    check(outputs_and_gradients(model, pack(), passes=3), in_bf16, FP8_BOUNDS)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"], indirect=True)
+def test_fp8_with_first_and_last_layers_in_bf16(recipe, checkpoint, in_bf16, poisoned):
+    """Delayed scaling has no such layers."""
+    settings = {"fp8": "hybrid", "fp8_recipe": recipe, "first_last_layers_bf16": True}
+    model = loaded(checkpoint, "transformer_engine", torch.bfloat16, **settings)
+    poisoned()
+    check(outputs_and_gradients(model, pack()), in_bf16, FP8_INSIDE_BOUNDS)
+    assert [layer.mlp.linear_fc1.fp8 for layer in model.decoder.layers] == [False, True, True, False]
 
 
 def test_local_bf16_against_float32(checkpoint, in_float32):

@@ -1,5 +1,6 @@
 """Twenty steps as a user starts them, in bf16 and FP8, and a run that is taken up again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ def command(packs: Path, *flags: str) -> list[str]:
         *("--neo-model", f"{GOLDEN}/ckpt_untied", "--hidden-size", "256", "--ffn-hidden-size", "512"),
         *("--kv-channels", "64", "--patch-embedding-size", "128", "--train-data-path", f"{packs}"),
         *("--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", f"{STEPS}"),
-        *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-warmup-iters", "2"),
+        # Faster, the few documents are soon known by heart, and rounding decides which first: with FP8's roundings done
+        # in PyTorch on a CPU losses differed by 0.6 % at most, and by 7 % at 1e-3.
+        *("--lr", "2e-5", "--min-lr", "2e-6", "--lr-warmup-iters", "2"),
         *("--num-workers", "1", "--log-interval", "1"),
         *("--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
         *flags,
@@ -32,22 +35,38 @@ def losses(job: Job) -> list[float]:
     return [by_step[step][0] for step in sorted(by_step)]
 
 
+def trained_and_resumed(room: Path, packs: Path, flags: list[str]) -> tuple[Job, Job, Job]:
+    """A run of all steps; one that saves halfway and stops, and one that goes on from there."""
+    save = ["--save", f"{room}/saved", "--load", f"{room}/saved", "--save-interval", f"{HALF}"]
+    return (
+        Job(room / "whole", command(packs, *flags)),
+        Job(room / "first", command(packs, *flags, *save, "--exit-interval", f"{HALF}")),
+        Job(room / "second", command(packs, *flags, *save)),
+    )
+
+
+def run(jobs: Sequence[Job], visible: dict[str, str]) -> None:
+    """In one process, one after another."""
+    run_jobs(1, jobs, environment=visible)
+    for job in jobs:
+        assert job.exit() in (None, 0), job.printed()[-3000:]
+
+
 @pytest.fixture(scope="module")
 def bf16(transformer_engine, packs, visible, tmp_path_factory) -> tuple[Job, Job]:
-    """A run of all steps; and one that saved halfway and another that went on from there."""
-    room = tmp_path_factory.mktemp("bf16")
-    return trained_and_resumed(room, packs, [], visible)
+    """The run of all steps and the one from halfway."""
+    jobs = trained_and_resumed(tmp_path_factory.mktemp("bf16"), packs, [])
+    run(jobs, visible)
+    return jobs[0], jobs[2]
 
 
-def trained_and_resumed(room: Path, packs: Path, flags: list[str], visible: dict[str, str]) -> tuple[Job, Job]:
-    whole = Job(room / "whole", command(packs, *flags))
-    save = ["--save", f"{room}/saved", "--load", f"{room}/saved", "--save-interval", f"{HALF}"]
-    first = Job(room / "first", command(packs, *flags, *save, "--exit-interval", f"{HALF}"))
-    second = Job(room / "second", command(packs, *flags, *save))
-    for job in (whole, first, second):  # a process each: Transformer Engine keeps scales of a process
-        run_jobs(1, [job], environment=visible)
-        assert job.exit() in (None, 0), job.printed()[-3000:]
-    return whole, second
+@pytest.fixture(scope="module")
+def delayed(transformer_engine, packs, visible, tmp_path_factory) -> tuple[Job, Job]:
+    """The same in FP8, in a process each: Transformer Engine keeps the scales of a process."""
+    jobs = trained_and_resumed(tmp_path_factory.mktemp("delayed"), packs, fp8("delayed"))
+    for job in jobs:
+        run([job], visible)
+    return jobs[0], jobs[2]
 
 
 def test_bf16_learns(bf16):
@@ -60,14 +79,17 @@ def test_bf16_goes_on_from_a_checkpoint(bf16):
     assert second == pytest.approx(whole[HALF:], rel=1e-3)
 
 
-def test_fp8_delayed_goes_on_from_a_checkpoint(transformer_engine, packs, visible, tmp_path):
-    """Its scales come from the steps before, and are part of a checkpoint."""
-    whole, second = map(losses, trained_and_resumed(tmp_path, packs, fp8("delayed"), visible))
+@pytest.mark.parametrize("recipe", ["delayed"], indirect=True)
+def test_fp8_goes_on_from_a_checkpoint(recipe, request):
+    """Delayed scales come from the steps before and are no part of a checkpoint: the first step begins without."""
+    whole, second = map(losses, request.getfixturevalue(recipe))
     assert second == pytest.approx(whole[HALF:], rel=5e-3)
 
 
-def test_fp8_losses_follow_those_of_bf16(recipe, bf16, packs, visible, tmp_path):
-    job = Job(tmp_path / "run", command(packs, *fp8(recipe)))
-    run_jobs(1, [job], environment=visible)
-    assert job.exit() in (None, 0), job.printed()[-3000:]
+def test_fp8_losses_follow_those_of_bf16(recipe, bf16, packs, visible, tmp_path, request):
+    if recipe == "delayed":
+        job, _ = request.getfixturevalue(recipe)
+    else:
+        job = Job(tmp_path / "run", command(packs, *fp8(recipe)))
+        run([job], visible)
     assert losses(job) == pytest.approx(losses(bf16[0]), rel=1e-2)

@@ -20,8 +20,9 @@ from benchmarks import gpu_kernels, gpu_report
 from benchmarks.gpu_jobs import Job, run_jobs
 from benchmarks.gpu_steps import ON_CPU, ON_GPU, as_record, measure_steps
 
-# No process begins after so many seconds: all has to be done in eight minutes.
-LAST_START = 420
+# No process begins after so many seconds: all has to be done in eight minutes. It begins by importing, while the one
+# before it measures, so that two runs are still to end.
+LAST_START = 390
 
 PRODUCT_SIDE = {True: 8192, False: 256}
 

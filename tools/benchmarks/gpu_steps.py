@@ -117,7 +117,7 @@ def measure_steps(
                     progress.update()
                 missing = group[len(figures) :]
                 more = [with_more_recomputed(run, scale.sizes) for run in missing]
-                if missing and "memory" in reports[-1]["failed"].lower() and None not in more:
+                if missing and "out of memory" in reports[-1]["failed"].lower() and None not in more:
                     queue.appendleft(more)
                     continue
                 for run in missing:
