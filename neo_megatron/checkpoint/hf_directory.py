@@ -101,10 +101,10 @@ class SafetensorsDirectory:
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
-        if not index.exists():
-            if not single.exists():
-                raise ValueError(f"{self.directory}: neither {WEIGHTS} nor {INDEX} in it: give a directory with either")
+        if single.exists():  # first, as transformers: it leaves an old index beside what it saves in one file
             return [single]
+        if not index.exists():
+            raise ValueError(f"{self.directory}: neither {WEIGHTS} nor {INDEX} in it: give a directory with either")
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict):
             raise ValueError(f"{index}: no weight_map in it: download the index again")

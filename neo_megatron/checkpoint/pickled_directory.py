@@ -56,7 +56,7 @@ class PickledDirectory(SafetensorsDirectory):
     def _files(self) -> list[Path]:
         index = self.directory / PICKLED_INDEX
         names = [PICKLED_WEIGHTS]
-        if index.exists():
+        if index.exists() and not (self.directory / PICKLED_WEIGHTS).exists():  # as with safetensors
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index}: no weight_map in it: download the index again")

@@ -90,6 +90,18 @@ def test_a_broken_file_and_an_index_that_points_outside(tensors, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(wrong)
     with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
         open_weights(tmp_path, allow_pickle=True)
+    (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.bin"}}))
     with pytest.raises(ValueError, match=r"'\.\./secret\.bin' is no file of it"):
         open_weights(tmp_path, allow_pickle=True)
+
+
+def test_one_file_wins_over_an_index_as_in_transformers(golden, tensors, tmp_path):
+    """transformers leaves an old index beside what it saves in one file."""
+    old = json.dumps({"weight_map": {"a": "gone"}})
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / file).write_text(old)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert PickledDirectory(tmp_path).shapes.keys() == tensors.keys()
+    (tmp_path / "model.safetensors").write_bytes((golden / "qwen3_untied" / "model.safetensors").read_bytes())
+    assert open_weights(tmp_path).shapes.keys() == tensors.keys()
