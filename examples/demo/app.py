@@ -39,6 +39,8 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= arguments.port < 1 << 16:
+        parser.error("--port must be from 0 to 65535")
     return arguments
 
 

@@ -54,14 +54,18 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer of a local directory, with NEO's tokens.
 
     Raises:
-        DataError: where there is none, it has no fast form, or it names no pad token.
+        DataError: where there is none, it cannot be read, has no fast form, or names no pad token.
     """
     # Imported here: transformers brings torch, and the workers of preprocessing import this module without either.
     from transformers import AutoTokenizer
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{directory} holds no tokenizer; give a Hugging Face directory with a tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises the bare type for a broken tokenizer.json
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"the tokenizer of {directory} cannot be read ({reason}); copy or download it again") from error
     if not tokenizer.is_fast:
         raise DataError(f"the tokenizer of {directory} has no fast form; save it as tokenizer.json first")
     if tokenizer.pad_token_id is None:

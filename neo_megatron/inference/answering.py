@@ -67,7 +67,7 @@ class Answerer:
 
     Raises:
         ValueError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
-        DataError: its tokenizer is missing, or is not the model's.
+        DataError: its tokenizer is missing, or is not the model's; the device is not there.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Answerer:
         )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device != "auto":
+            _check_device(device)
         self.model = NEOChatModel.from_pretrained(
             **_weights(neo),
             config=NEOChatConfig(**sizes.to_hf()),
@@ -213,6 +215,14 @@ class Answerer:
                 tokens = ()
         if tokens:
             yield Piece(self._text(tokens), tokens)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the device {device} cannot be used ({reason}); name one that is here, such as cpu") from error
 
 
 def _weights(neo: NeoDirectory) -> dict[str, Any]:

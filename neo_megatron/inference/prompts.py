@@ -21,7 +21,7 @@ from neo_megatron.data.image import (
     read_picture,
 )
 from neo_megatron.data.media import load_media
-from neo_megatron.data.records import IMAGE_TAG, Sample, Turn
+from neo_megatron.data.records import IMAGE_TAG, Sample, Turn, is_unicode
 from neo_megatron.data.settings import Settings
 
 Picture = Image.Image | bytes | str | Path
@@ -38,7 +38,7 @@ class Prompt:
         grids: (grid_h, grid_w) of each in patches.
 
     Raises:
-        RejectedSample: pictures and tags differ in number.
+        RejectedSample: pictures and tags differ in number; a text is not Unicode.
     """
 
     turns: tuple[Turn, ...]
@@ -51,6 +51,8 @@ class Prompt:
             raise RejectedSample(
                 Reason.PICTURE_COUNT, f"the prompt has {len(self.pictures)} pictures but {tags} {IMAGE_TAG} tags"
             )
+        if not all(is_unicode(turn.text) for turn in self.turns):
+            raise RejectedSample(Reason.MALFORMED, "the prompt holds half a surrogate pair, which is no text")
 
 
 def new_prompt(question: str | Sequence[Turn], pictures: Sequence[Picture], settings: Settings) -> Prompt:

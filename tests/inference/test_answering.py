@@ -177,6 +177,26 @@ def test_the_tokenizer_must_be_the_models(checkpoint, tmp_path):
         Answerer(tmp_path / "bare", device="cpu")
 
 
+def test_a_broken_tokenizer_is_said(checkpoint, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    whole = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"other cannot be read \(.*\); copy or download it again"):
+        Answerer(other, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "banana"])
+def test_a_device_that_is_not_there_is_said(checkpoint, device):
+    with pytest.raises(DataError, match=f"the device {device} cannot be used .*; name one that is here"):
+        Answerer(checkpoint, device=device)
+
+
+def test_a_prompt_is_unicode(answerer):
+    """A terminal or a request may bring other bytes, which no tokenizer takes."""
+    with pytest.raises(RejectedSample, match="the prompt holds half a surrogate pair"):
+        answerer.prompt("caf\udce9")
+
+
 def test_pickled_weights_only_for_who_asks(checkpoint, answerer, prompts, tmp_path):
     """And then nothing but tensors is taken from them."""
     pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
