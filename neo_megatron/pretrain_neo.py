@@ -330,7 +330,21 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     weights = {"target_weight": packs["target_weight"]} if last_stage else {}
     inputs, weights = to_device(inputs, device), to_device(weights, device)
     timers("batch-generator").stop()
-    return model(**inputs), partial(_loss, weights.get("target_weight"))
+    return model(**inputs), partial(loss_and_report, model, weights.get("target_weight"))
+
+
+def loss_and_report(
+    model: torch.nn.Module, weight_M: Tensor, nll_M: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What `WeightedLoss` gives for the micro-batch that has just gone through ``model``, and more to log.
+
+    Megatron sums up both numbers of an entry over the global batch, divides them, and reads the result when it logs.
+    """
+    loss, count, report = _loss(weight_M, nll_M)
+    pairs = get_attr_wrapped_model(model, "attention_pairs")
+    if pairs is not None:
+        report["attention pairs computed per allowed"] = pairs
+    return loss, count, report
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main() -> None:
     print(f"{properties.name}, {arguments.seq_length:,} tokens: blocks compute {share:.2f} times the allowed pairs")
 
     def attention(options: Options) -> torch.Tensor:
-        return attend(inputs.query, inputs.key, inputs.value, FlexMask(blocks, options), inputs.scale)
+        return attend(inputs.query, inputs.key, inputs.value, FlexMask(seen, blocks, options), inputs.scale)
 
     def forward(options: Options) -> float:
         with torch.no_grad():

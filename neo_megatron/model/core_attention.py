@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from neo_megatron.model.block_mask import SeenKeys
+from neo_megatron.model.block_mask import SeenKeys, computed_pairs
 from neo_megatron.model.compiled import compiled
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
@@ -41,6 +41,7 @@ FLEX_BLOCK, FLASH_BLOCK = (128, 128), (128, 64)
 class FlexMask:
     """Blocks for FlexAttention, and its ``kernel_options``; FlashAttention 4 wants key heads ``repeated``."""
 
+    seen: SeenKeys
     blocks: BlockMask
     options: dict[str, Any] = field(default_factory=dict)
     repeated: bool = False
@@ -73,9 +74,31 @@ def build_mask(
         return TiledMask.from_rule(rule, torch.promote_types(dtype, torch.float32))
     keys = rule.document_BT.shape[1]
     if backend == AttnBackend.flash:
-        return FlexMask(SeenKeys.of(rule).blocks(keys, FLASH_BLOCK), {"BACKEND": "FLASH"}, repeated=True)
-    options = None if backend == AttnBackend.unfused else _options_of(device, head_dim, dtype.itemsize)
-    return rule.dense()[:, None] if options is None else FlexMask(SeenKeys.of(rule).blocks(keys, FLEX_BLOCK), options)
+        options, block_size = {"BACKEND": "FLASH"}, FLASH_BLOCK
+    else:
+        options = None if backend == AttnBackend.unfused else _options_of(device, head_dim, dtype.itemsize)
+        block_size = FLEX_BLOCK
+    if options is None:
+        return rule.dense()[:, None]
+    seen = SeenKeys.of(rule)
+    return FlexMask(seen, seen.blocks(keys, block_size), options, repeated=backend == AttnBackend.flash)
+
+
+def attention_pairs(mask: AttentionMask) -> Tensor:
+    """Pairs of query and key that the kernel computes for a head, and those of them that the rule allows.
+
+    Computed are all pairs of the blocks of FlexAttention or tiles of a CPU, whether seen in full or in part, and all
+    pairs there are for SDPA. Blocks that no allowed pair is in are not computed, so that a ratio of blocks would be 1.
+
+    Returns:
+        float64 ``[2]`` on the mask's device, which is not waited for.
+    """
+    if isinstance(mask, TiledMask):
+        return torch.tensor(mask.pairs, dtype=torch.float64)
+    if isinstance(mask, Tensor):
+        allowed = mask.sum(dtype=torch.float64)
+        return torch.stack((torch.full_like(allowed, mask.numel()), allowed))
+    return torch.stack((computed_pairs(mask.blocks), mask.seen.pairs)).double()
 
 
 def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: AttentionMask, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from neo_megatron.model.core_attention import build_mask, check_backend
+from neo_megatron.model.core_attention import attention_pairs, build_mask, check_backend
 from neo_megatron.model.head_loss import in_chunks
 from neo_megatron.model.layer_specs import decoder_spec
 from neo_megatron.model.mask import AttentionRule
@@ -27,6 +27,10 @@ class NeoModel(LanguageModule):
     """The layers of one pipeline stage; the first also embeds, the last also has the head and the loss.
 
     Pre-buffer and post-LLM layers are one stack: `decoder.layers` in the order of the checkpoint, pre-buffer first.
+
+    Attributes:
+        attention_pairs: of the last micro-batch, for the log: what `core_attention.attention_pairs` gives where this
+            is the last stage and trains, else ``None``.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class NeoModel(LanguageModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
+        self.attention_pairs: Tensor | None = None
         self.model_type = ModelType.encoder_or_decoder
         sizes = config.sizes
         self.share_embeddings_and_output_weights = sizes.tie_word_embeddings
@@ -130,16 +135,14 @@ class NeoModel(LanguageModule):
         """
         hidden = self._embed(tokens, patches, cell_index, cell_position) if self.pre_process else None
         config = self.config
+        rule = AttentionRule(document, image, query_rows)
+        mask = build_mask(rule, config.params_dtype, config.kv_channels, config.attention_backend)
+        self.attention_pairs = attention_pairs(mask) if self.post_process and self.training else None
         context = PackContext(
             rotary=NativeRotary.from_positions(
                 positions_thw, config.kv_channels, config.sizes.rope_theta, config.sizes.rope_theta_hw
             ),
-            mask=build_mask(
-                AttentionRule(document, image, query_rows),
-                config.params_dtype,
-                config.kv_channels,
-                config.attention_backend,
-            ),
+            mask=mask,
             key_order=key_order,
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)

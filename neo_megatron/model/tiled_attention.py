@@ -59,6 +59,12 @@ class Tile:
         if last:
             score_GMK.unflatten(1, (-1, rows))[..., -last:].add_(self.bias)
 
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Pairs of query and key that are computed, and those of them that the rule allows."""
+        computed = (self.rows.stop - self.rows.start) * (self.keys.stop - self.keys.start)
+        return computed, computed - int(self.bias.count_nonzero())
+
 
 @dataclass(frozen=True)
 class TiledMask:
@@ -92,6 +98,13 @@ class TiledMask:
                     tiles.append(Tile(pack, here, slice(int(start[rows[first]]), seen), bias))
         padding_pack, padding_row = torch.nonzero(rule.document_BT[:, rows] < 0, as_tuple=True)
         return cls(tiles, (padding_row, padding_pack), (rows[padding_row], padding_pack))
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Those of all tiles, and of the padding, which is copied: a pair each."""
+        padding = len(self.padding_rows[0])
+        computed, allowed = (sum(counts) for counts in zip(*(tile.pairs for tile in self.tiles), (0, 0), strict=True))
+        return computed + padding, allowed + padding
 
 
 def _runs(number_T: Tensor) -> tuple[Tensor, Tensor]:

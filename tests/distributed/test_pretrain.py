@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.core_attention import attention_pairs, build_mask
+from neo_megatron.model.mask import AttentionRule
 
 
 def command(room: Path, *flags: str, iterations: int = 4) -> list[str]:
@@ -107,6 +110,18 @@ def test_a_tied_head_on_another_pipeline_stage(runs, stage):
     assert actual.keys() == expected.keys() and expected
     for step, value in expected.items():
         assert actual[step] == pytest.approx(value, rel=2e-6), step
+
+
+def test_work_of_attention_is_logged(room, runs):
+    """Pairs computed for each that is allowed, of all packs of a step, whatever the layout."""
+    packs = PackDataset(room / "packs", 16, seed=1234, loss_weighting="square", pictures="none")
+    masks = [AttentionRule(*(packs[i][name][None] for name in ("document", "image"))) for i in range(16)]
+    pairs = torch.stack([attention_pairs(build_mask(rule, torch.float32)) for rule in masks]).view(4, 4, 2).sum(dim=1)
+    assert pairs[:, 1].tolist() == [sum(rule.dense().sum() for rule in masks[i : i + 4]) for i in range(0, 16, 4)]
+    expected = {step: [pytest.approx(float(computed / allowed))] for step, (computed, allowed) in enumerate(pairs, 1)}
+    for name in ("one", "tied-2-pp2"):
+        assert runs[name].scalars("attention pairs computed per allowed") == expected
+    assert "attention pairs computed per allowed: 1." in runs["one"].printed()
 
 
 def test_bfloat16_starts_alike(runs):

@@ -1,5 +1,6 @@
 """Which kernel a GPU gets: block sizes within its shared memory, SDPA where there are none. No GPU is needed to ask."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.model import core_attention
 from neo_megatron.model.config import ConfigError
-from neo_megatron.model.core_attention import FlexMask, attend, build_mask, check_backend
+from neo_megatron.model.core_attention import FlexMask, attend, attention_pairs, build_mask, check_backend
 from neo_megatron.model.flex_kernel import KIB, Backward, Forward, Widths, all_that_fit, kernel_options
 
 NEO = Widths(query_key=256, value=128)
@@ -113,3 +114,15 @@ def test_every_kernel_gives_what_the_tiles_give(kernel, gpu, monkeypatch):
     monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: plain)
     torch.testing.assert_close(attend(query, key, value, mask, scale=0.25), expected, atol=2e-6, rtol=0)
     assert seen == {"auto": [(2, "AUTO")], "flash": [(4, "FLASH")], "unfused": []}[kernel]
+
+
+@pytest.mark.parametrize(("kernel", "block"), [("auto", (128, 128)), ("flash", (128, 64)), ("unfused", (512, 512))])
+def test_pairs_of_every_kernel_are_counted(kernel, block, gpu):
+    """Computed are those of all blocks in which the dense mask allows a pair; without blocks, all."""
+    gpu(99 * KIB)
+    rule = random_packs(512, 2)
+    dense = rule.dense()
+    blocks = dense.unflatten(2, (-1, block[1])).unflatten(1, (-1, block[0])).any(dim=4).any(dim=2)
+    mask = build_mask(rule, torch.float32, head_dim=16, backend=AttnBackend[kernel])
+    assert attention_pairs(mask).tolist() == [blocks.sum() * math.prod(block), dense.sum()]
+    assert blocks.all() == (kernel == "unfused")

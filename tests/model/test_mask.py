@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.model import tiled_attention
-from neo_megatron.model.core_attention import attend, build_mask
+from neo_megatron.model.core_attention import attend, attention_pairs, build_mask
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.tiled_attention import TiledMask
 
@@ -107,6 +107,22 @@ def test_tiles_leave_out_what_is_hidden():
     image[0, 110:190] = 0
     tiles = TiledMask.from_rule(AttentionRule(document, image), torch.float32).tiles
     assert [(tile.rows, tile.keys) for tile in tiles] == [(slice(a, a + 100), slice(a, a + 100)) for a in (0, 100, 200)]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_pairs_of_tiles_are_counted(rows, monkeypatch):
+    """Computed are those that a tile covers, and padding with itself; allowed those of the dense mask, all covered."""
+    monkeypatch.setattr(tiled_attention, "TILE_ROWS", 16)
+    packs = random_packs(128, 3)
+    rule = AttentionRule(packs.document_BT, packs.image_BT, rows)
+    mask, dense = build_mask(rule, torch.float32), rule.dense()
+    covered = torch.zeros(dense.shape, dtype=torch.int)
+    for tile in mask.tiles:
+        covered[tile.pack, tile.rows, tile.keys] += 1
+    row, pack = mask.padding_rows
+    covered[pack, row, mask.padding_keys[0]] += 1
+    assert covered.max() == 1 and covered[dense].min() == 1
+    assert attention_pairs(mask).tolist() == [covered.sum(), dense.sum()] and covered.sum() > dense.sum()
 
 
 @pytest.mark.parametrize("rows", [None, torch.arange(64, 128)])
