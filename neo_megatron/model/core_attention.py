@@ -51,13 +51,17 @@ AttentionMask = TiledMask | FlexMask | Tensor
 
 
 def check_backend(backend: AttnBackend) -> None:
-    """Raises ConfigError where NEO's mask has no such kernel, or it is not installed."""
+    """Raises ConfigError where NEO's mask has no such kernel, or it is not installed or not deterministic enough."""
     if backend not in (AttnBackend.auto, AttnBackend.flash, AttnBackend.unfused):
         raise ConfigError(
             f"--attention-backend {backend.name}: none of its kernels has NEO's mask; choose auto, flash or unfused"
         )
     if backend == AttnBackend.flash and not _flash_attention_4():
         raise ConfigError("--attention-backend flash needs FlashAttention 4: pip install flash-attn-4, or choose auto")
+    if backend == AttnBackend.flash and torch.are_deterministic_algorithms_enabled():
+        raise ConfigError(
+            "--deterministic-mode: FlashAttention 4 has no deterministic backward; choose --attention-backend auto"
+        )
 
 
 def build_mask(

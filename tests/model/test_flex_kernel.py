@@ -92,6 +92,12 @@ def test_kernels_that_neo_cannot_use_are_refused(monkeypatch):
     monkeypatch.setattr(core_attention, "_flash_attention_4", lambda: False)
     with pytest.raises(ConfigError, match="pip install flash-attn-4"):
         check_backend(AttnBackend.flash)
+    monkeypatch.setattr(core_attention, "_flash_attention_4", lambda: True)
+    check_backend(AttnBackend.flash)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    check_backend(AttnBackend.auto)
+    with pytest.raises(ConfigError, match="--deterministic-mode: FlashAttention 4"):
+        check_backend(AttnBackend.flash)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "flash", "unfused"])
