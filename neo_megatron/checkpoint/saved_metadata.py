@@ -29,11 +29,11 @@ def read_metadata(directory: Path) -> Metadata:
         ValueError: it is missing, not as it was written, holds more than DCP's records, or names a file that is not
             there.
     """
+    if (directory / CHECKSUMS).exists():
+        _compare_checksums(directory)
     path = directory / ".metadata"
     if not path.is_file():
         raise ValueError(f"{path}: no such file: the save was interrupted, use an earlier iteration")
-    if (directory / CHECKSUMS).exists():
-        _compare_checksums(directory)
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         names = _file_names(metadata)
