@@ -7,6 +7,7 @@ picture settings, and the code of `neo_megatron/hf` for `trust_remote_code`.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from neo_megatron.checkpoint.names import Start, TensorRow, check_shapes, hf_ten
 from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ConfigError, NeoSizes
 
 SHARD_BYTES = 5 * 10**9
 MODEL_PREFIXES = ("embedding.", "patch_embedding.", "decoder.", "output_layer.")
@@ -139,11 +140,21 @@ def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
 
 
 def saved_sizes(source: TorchDistDirectory) -> NeoSizes:
-    """The sizes that a run or a conversion wrote into a Megatron checkpoint."""
+    """The sizes that a run or a conversion wrote into a Megatron checkpoint.
+
+    Raises:
+        ValueError: it says nothing of them, other ones than a NEO has, or such as no NEO can have.
+    """
     sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
     if not isinstance(sizes, dict):
         raise ValueError(f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo")
-    return NeoSizes(**sizes)
+    if other := sizes.keys() ^ {field.name for field in fields(NeoSizes)}:
+        names = ", ".join(sorted(map(str, other)))
+        raise ValueError(f"{source.directory}: its sizes and ours differ in {names}: use the version that saved it")
+    try:
+        return NeoSizes(**sizes)
+    except ConfigError as error:
+        raise ValueError(f"{source.directory}: {error}") from error
 
 
 def _write_code(directory: Path) -> None:

@@ -149,6 +149,19 @@ def test_no_silent_partial_export(megatron, tokenizer, tmp_path, change, sentenc
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
 
 
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ({"gates": 2}, "release: its sizes and ours differ in gates: use the version that saved it"),
+        ({"num_query_groups": 3}, "release: .*num_query_groups"),
+    ],
+)
+def test_saved_sizes_that_no_model_has_are_named(megatron, tokenizer, tmp_path, sizes, sentence):
+    rewrite(megatron, lambda tensors: None, **sizes)
+    with pytest.raises(ValueError, match=sentence):
+        convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
+
+
 def test_the_tokenizer_must_be_the_models(megatron, tokenizer, tmp_path):
     rewrite(megatron, lambda tensors: None, image_context_token_id=895)
     with pytest.raises(ValueError, match="<IMG_CONTEXT> has the id 896, the model was trained with 895"):
