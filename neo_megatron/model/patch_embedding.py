@@ -19,7 +19,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 def normalise(patches_C4V: Tensor) -> Tensor:
     """uint8 ``[C, 4, 768]`` (channel-first) -> float32 ``[C, 4, 768]``, scaled to [0, 1] and standardised."""
-    pixels_C4V = patches_C4V.float()
+    pixels_C4V = patches_C4V.to(torch.float32, copy=True)
     channels = pixels_C4V.unflatten(-1, (3, -1)).unbind(-2)
     # In place: new memory for every step of the arithmetic takes a CPU longer than the arithmetic. By numbers, not
     # tensors: on a GPU a tensor of them would be a copy that the host waits for.
