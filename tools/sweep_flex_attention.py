@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from benchmarks.gpu_kernels import AttentionInputs, kernel_seconds
+from benchmarks.gpu_attention import AttentionInputs
+from benchmarks.gpu_kernels import kernel_seconds
 from benchmarks.gpu_packs import draw_packs
 from benchmarks.gpu_window import SEED
 from tqdm import tqdm

@@ -185,7 +185,7 @@ def test_a_broken_tokenizer_is_said(checkpoint, tmp_path):
         Answerer(other, device="cpu")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "banana"])
+@pytest.mark.parametrize("device", ["xpu:99", "banana"])
 def test_a_device_that_is_not_there_is_said(checkpoint, device):
     with pytest.raises(DataError, match=f"the device {device} cannot be used .*; name one that is here"):
         Answerer(checkpoint, device=device)
