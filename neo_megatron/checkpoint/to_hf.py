@@ -41,7 +41,12 @@ CODE = (
     *("modeling_neo.py", "positions_neo.py", "processing_neo.py"),
 )
 # Training and inference do these things by one text; only the import of a sibling changes with the place.
-SHARED_CODE = {"data/image.py": "pictures_neo.py", "data/errors.py": "errors_neo.py", "model/mask.py": "mask_neo.py"}
+SHARED_CODE = {
+    "data/image.py": "pictures_neo.py",
+    "data/errors.py": "errors_neo.py",
+    "data/tags.py": "tags_neo.py",
+    "model/mask.py": "mask_neo.py",
+}
 
 
 def convert_megatron_to_hf(

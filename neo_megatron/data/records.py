@@ -10,8 +10,8 @@ from functools import lru_cache
 
 from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.registry import Source
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG
 
-IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
 

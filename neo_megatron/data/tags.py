@@ -1,0 +1,47 @@
+r"""Media tags in text, and the backslash that makes a tag literal.
+
+``<image>`` and ``<video>`` mark the place of an image or a video. A backslash in front makes a tag literal text, as in
+most languages: ``\<image>`` reads ``<image>``, and a backslash directly in front of a tag is written twice
+(``\\<image>`` is a backslash and a place for an image). Backslashes anywhere else mean nothing special.
+
+The exported processor carries a copy of this file (``hf/tags_neo.py``), so it imports nothing of the project.
+"""
+
+import re
+
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+
+_TAG = re.compile(r"(\\*)(<image>|<video>)")
+
+
+def split_tags(text: str) -> list[str]:
+    """Literal text and tags in turn: ``[text, tag, text, ..., tag, text]``, with escapes resolved.
+
+    Elements at odd places are tags; ``"".join`` of all gives the text a model would read if tags were words.
+    """
+    pieces, literal, end = [], "", 0
+    for match in _TAG.finditer(text):
+        backslashes, tag = match.groups()
+        literal += text[end : match.start()] + "\\" * (len(backslashes) // 2)
+        end = match.end()
+        if len(backslashes) % 2:
+            literal += tag
+        else:
+            pieces += [literal, tag]
+            literal = ""
+    return [*pieces, literal + text[end:]]
+
+
+def count_tags(text: str, tag: str) -> int:
+    """How many places for media of this kind the text has; escaped tags do not count."""
+    return split_tags(text)[1::2].count(tag)
+
+
+def escape_tags(text: str) -> str:
+    """Text that :func:`split_tags` reads back as exactly this one, without any tag."""
+    return _TAG.sub(lambda match: match[1] * 2 + "\\" + match[2], text)
+
+
+def as_literal(text: str) -> str:
+    """The same text with every tag that is not escaped yet made literal; what is escaped stays as it is."""
+    return _TAG.sub(lambda match: match[0] if len(match[1]) % 2 else "\\" + match[0], text)
