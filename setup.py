@@ -2,11 +2,12 @@
 
 from setuptools import find_packages, setup
 
-VIDEO = ["av>=18"]  # earlier ones crash on some files
+# Upper bounds are what was tested (docs/compatibility.md); a release that came later may break a promise silently.
+VIDEO = ["av>=18,<20"]  # earlier ones crash on some files
 S3 = ["multi-storage-client[boto3]>=1.3"]
-RAY = ["ray>=2.40"]
-# What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/environment.sh adds
-# Gradio itself, past the resolver.
+RAY = ["ray>=2.40,<2.61"]
+# What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/lock.sh adds Gradio
+# itself to the environments of this repository.
 DEMO = [
     *("anyio>=3,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
     *("httpx>=0.24.1,<1", "jinja2<4", "markupsafe>=2,<4", "orjson~=3.0", "packaging", "pandas<4", "pydantic>=2,<=3"),
@@ -20,28 +21,33 @@ setup(
     version="0.1.0",
     description="3D-parallel pretraining of NEO native vision-language models on Megatron-Core",
     license="Apache-2.0",
-    python_requires=">=3.12",
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+    ],
+    python_requires=">=3.12,<3.13",
     packages=find_packages(include=["neo_megatron", "neo_megatron.*"]),
     package_data={"neo_megatron.hf": ["*.jinja"]},
     # cpu_platform.py patches functions of exactly these two; it refuses to run on others.
     install_requires=[
         "torch==2.11.*",
         "megatron-core==0.19.2",
-        "transformers>=4.57,<6",
-        "safetensors>=0.5",
-        "huggingface_hub>=0.34",
-        "tokenizers>=0.22",
-        "pillow>=13",  # earlier ones resize some pictures to other pixels than the published ones
-        "numpy>=2",
-        "psutil>=5.9",  # Megatron saves checkpoints with it and does not ask for it
-        "pyyaml>=6",
-        "tqdm>=4.66",
-        "tensorboard>=2.18",
+        "transformers>=4.57,<5.25",
+        "safetensors>=0.5,<1",
+        "huggingface_hub>=0.34,<3",
+        "tokenizers>=0.22,<0.24",
+        "pillow>=13,<14",  # earlier ones resize some images to other pixels than the published ones
+        "numpy>=2,<2.6",
+        "psutil>=5.9,<8",  # Megatron saves checkpoints with it and does not ask for it
+        "pyyaml>=6,<7",
+        "tqdm>=4.66,<5",
+        "tensorboard>=2.18,<3",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]==2.20.*"],
         "quickstart": ["easy-vqa==1.0"],
-        "lmms-eval": ["lmms-eval==0.7.3"],  # wants an av below 16: not together with "video"
+        # Wants an av below 16, so that it cannot be installed with "video"; filelock 4.3 took away what it imports.
+        "lmms-eval": ["lmms-eval==0.7.3", "filelock<4.3"],
         "video": VIDEO,
         "s3": S3,
         "ray": RAY,
@@ -49,6 +55,7 @@ setup(
         "benchmark": BENCHMARK,
         "test": [
             "accelerate>=1.1",  # the Trainer of transformers and device_map ask for it
+            *("trl>=1.16", "peft>=0.21", "datasets>=4"),  # what people fine-tune exports with
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2"),
             *("ruff>=0.12", "easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
         ],
