@@ -10,7 +10,7 @@ RAY = ["ray>=2.40,<2.61"]
 # itself to the environments of this repository.
 DEMO = [
     *("anyio>=4,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
-    *("httpx>=0.27,<1", "jinja2>=3.1,<4", "markupsafe>=2.1,<4", "orjson~=3.10", "packaging>=24", "pandas>=2.2,<4"),
+    *("httpx>=0.27,<1", "jinja2>=3.1,<4", "markupsafe>=2.1.5,<4", "orjson~=3.10", "packaging>=24", "pandas>=2.2,<4"),
     *("pydantic>=2.11,<=3", "pydub>=0.25,<1", "python-multipart>=0.0.18,<1", "pytz>=2024.1", "safehttpx>=0.1.7,<0.2"),
     *("semantic-version~=2.10", "starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1"),
     *("typing-extensions~=4.12", "uvicorn>=0.30"),
@@ -39,8 +39,8 @@ setup(
         "tokenizers>=0.22,<0.24",
         "pillow>=13,<14",  # earlier ones resize some images to other pixels than the published ones
         "numpy>=2,<2.6",
-        "psutil>=5.9,<8",  # Megatron saves checkpoints with it and does not ask for it
-        "pyyaml>=6,<7",
+        "psutil>=5.9.8,<8",  # Megatron saves checkpoints with it and does not ask for it
+        "pyyaml>=6.0.2,<7",
         "tqdm>=4.66,<5",
         "tensorboard>=2.18,<3",
     ],

@@ -34,7 +34,10 @@ make_environment() {
     [ -x "$directory/bin/python" ] || "$(find_python)" -m venv "$directory"
     PYTHON="$directory/bin/python"
     echo "installing $(grep -c '^[a-z].*==' "$locks/$1.lock") packages for $1 into ${directory##*/} (PyTorch is large: a minute or two)"
-    install_lock "$locks/$1.lock" --progress-bar on
+    # What has no wheel is built with the setuptools of the lock, so that goes first.
+    sed -n '/^setuptools==/,/^ *# via/p' "$locks/$1.lock" >"$directory/setuptools.lock"
+    install_lock "$directory/setuptools.lock" -q
+    install_lock "$locks/$1.lock" --progress-bar on --no-build-isolation
     "$PYTHON" -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e "$repository"
     rm -f "$directory/.installed-$1-"*
     touch "$stamp"
