@@ -6,6 +6,7 @@ over for the one before it, and what the run would save over is moved.
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.model.config import ConfigError
+from neo_megatron.paths import Wanted, WrongPath, check_path
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
@@ -52,6 +54,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             )
     if args.pretrained_checkpoint:
         directory = RunDirectory(args.pretrained_checkpoint)
+        _on_rank_0(partial(check_path, directory.root, Wanted.START, "--pretrained-checkpoint"))
         path = _on_rank_0(directory.named_path)
         if path is None:
             raise ConfigError(
@@ -66,6 +69,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
 
 def _candidates(args: Namespace) -> list[Path]:
     directory = RunDirectory(args.load)
+    check_path(directory.root, Wanted.RUN, "--load")
     if args.ckpt_step:
         return [directory.path_of(args.ckpt_step)]  # asked for, so no other will do
     paths = directory.candidates()
@@ -231,7 +235,7 @@ def _on_rank_0(action: Callable[[], Any]) -> Any:
     if rank == 0:
         try:
             outcome[0] = action()
-        except (ConfigError, OSError) as error:
+        except (ConfigError, WrongPath, OSError) as error:
             outcome[1] = str(error)
     if ranks > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)
