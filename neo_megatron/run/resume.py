@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from megatron.training.training import get_optimizer_param_scheduler
-from megatron.training.utils import print_rank_0
 
 from neo_megatron.checkpoint.integrity import (
     DamagedCheckpoint,
@@ -26,6 +25,7 @@ from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.model.config import ConfigError
 from neo_megatron.paths import Wanted, WrongPath, check_path
+from neo_megatron.run.console import say
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
@@ -44,7 +44,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             damage = _verify_together(path, read_tensors)
             if damage is None:
                 for earlier in damages:
-                    print_rank_0(f"{earlier}: going on from {path.name}")
+                    _say_on_rank_0(f"{earlier}: going on from {path.name}")
                 return path
             damages.append(damage)
         if damages:
@@ -184,7 +184,7 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
     if args.save:
         start = 0 if loaded is None or args.finetune else loaded
         for sentence in _on_rank_0(lambda: _clear(RunDirectory(args.save), start, same)):
-            print_rank_0(sentence)
+            _say_on_rank_0(sentence)
 
 
 def _other_kind_of_optimizer(args: Namespace, checkpoint: Path) -> bool:
@@ -222,6 +222,11 @@ def rank_and_ranks() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _say_on_rank_0(sentence: str) -> None:
+    if rank_and_ranks()[0] == 0:
+        say(sentence)
 
 
 def _on_rank_0(action: Callable[[], Any]) -> Any:
