@@ -4,8 +4,14 @@ python tools/pack_data.py --data shards --output packs --seq-length 16384
 python tools/pack_data.py --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("pack_data", {"--data": Wanted.SHARDS, "--output": Wanted.OUTPUT})
+
+
 import argparse
-import sys
 from pathlib import Path
 
 from neo_megatron.data.errors import DataError
@@ -73,7 +79,4 @@ def report(output: str, manifest: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"pack_data: {error}")
+    command_line.run("pack_data", main)

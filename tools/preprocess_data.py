@@ -9,13 +9,27 @@ this machine. Annotations, pictures and output must lie on a file system that al
 paths, and neo-megatron must be installed on them.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin(
+        "preprocess_data",
+        {
+            "--input": Wanted.ANNOTATIONS,
+            "--registry": Wanted.REGISTRY,
+            "--image-root": Wanted.IMAGE_ROOT,
+            "--tokenizer": Wanted.TOKENIZER,
+            "--output": Wanted.OUTPUT,
+        },
+    )
+
+
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
-from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source, data_list
@@ -104,9 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, HubError, OSError) as error:
-        sys.exit(f"preprocess_data: {error}")
-    except KeyboardInterrupt:
-        sys.exit("preprocess_data: interrupted; the same command continues")
+    command_line.run("preprocess_data", main, HubError, interrupted="the same command continues")

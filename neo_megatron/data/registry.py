@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from neo_megatron.data.errors import DataError
+from neo_megatron.paths import Wanted, check_path
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class Source:
     share: Fraction = Fraction(1)
 
     def __post_init__(self) -> None:
-        if not Path(self.annotations).is_file():
-            raise DataError(f"data set {self.name}: the annotation file {self.annotations} does not exist; correct it")
-        if self.image_root and not Path(self.image_root).is_dir():
-            raise DataError(f"data set {self.name}: the image root {self.image_root} is no directory; correct it")
+        check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
+        if self.image_root:
+            check_path(self.image_root, Wanted.IMAGE_ROOT, f"data set {self.name}: image root")
 
 
 def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> list[Source]:
@@ -67,8 +67,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
 
 
 def _read(registry: Path) -> dict[str, dict[str, str]]:
-    if not registry.is_file():
-        raise DataError(f"the registry {registry} does not exist; name a YAML file of data sets")
+    check_path(registry, Wanted.REGISTRY, "the registry")
     try:
         entries = yaml.safe_load(registry.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

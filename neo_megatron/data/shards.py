@@ -24,6 +24,7 @@ from neo_megatron.data.image import PATCH_VALUES
 from neo_megatron.data.indexed import SequenceReader
 from neo_megatron.data.settings import ImageStore
 from neo_megatron.data.storage import Content, Directory, Range, open_directory
+from neo_megatron.paths import Wanted
 
 FORMAT, VERSION = "neo-shards", 2
 SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4"), ("key", "<u8")])
@@ -126,7 +127,7 @@ class ShardSet:
     def __init__(self, location: str | Path) -> None:
         self.storage = open_directory(location)
         self.location = self.storage.location
-        text = manifest_bytes(self.storage)
+        text = manifest_bytes(self.storage, Wanted.SHARDS)
         self.fingerprint = hashlib.sha256(text).hexdigest()
         self.manifest = parse_manifest(text, self.location, FORMAT, VERSION)
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
