@@ -27,7 +27,7 @@ def packs(bench, new_sample):
     for number in range(40):
         picture = "abc"[number % 3] + ".png"
         records.append(new_sample(*["word " * (number % 7), "answer " * (1 + number % 5)] * (1 + number % 2)))
-        records.append(new_sample("<image> what", "this " * (number % 4), image=picture))
+        records.append(new_sample("<image> what", "this " * (1 + number % 4), image=picture))
     records.append(new_sample("<image> <image>", "both", "then", "that", image=["a.png", "c.png"]))
     records[-1]["conversations"][1]["is_input"] = True
     bench.preprocess(records)
