@@ -88,16 +88,22 @@ def test_a_wrong_image_root_ends_the_command(bench, new_sample, run_tool):
     assert done.returncode == 2 and "--max-rejected must be from 0 to 100 percent, not 101" in done.stderr
 
 
-def test_every_list_of_rejects_has_rows_of_one_form(bench, new_sample):
-    bench.preprocess([{}, [new_sample(), {}], new_sample("word " * 80, "x")])
-    bench.pack(64)
+@pytest.mark.parametrize("records_per_shard", [1, 3, 8192])
+def test_every_list_of_rejects_has_rows_of_one_form(bench, new_sample, records_per_shard):
+    """With the place in a list-packed record also where samples in front of it were rejected."""
+    long, bad = new_sample("word " * 80, "x"), {}
+    records = [bad, [new_sample(), bad], long, [bad, long, new_sample(), bad, long], [new_sample(), long], [bad, long]]
+    bench.preprocess(records, settings=dataclasses.replace(bench.settings, records_per_shard=records_per_shard))
+    bench.pack(128)
     rows = bench.rejects() + bench.rejects("packs")
+    empty, over_long = "empty conversation", "over-long sample"
     assert [(row["record"], row["element"], row["kind"]) for row in rows] == [
-        (0, None, "empty conversation"),
-        (1, 1, "empty conversation"),
-        (2, None, "over-long sample"),
+        *((0, None, empty), (1, 1, empty), (3, 0, empty), (3, 3, empty), (5, 0, empty)),
+        *((2, None, over_long), (3, 1, over_long), (3, 4, over_long), (4, 1, over_long), (5, 1, over_long)),
     ]
     assert all(list(row) == ["file", "record", "element", "kind", "reason"] for row in rows)
+    with pytest.raises(DataError, match=r"train\.json, record 2: the sample has \d+ tokens, more than the 128"):
+        write_packs([PackInput(str(bench.path / "shards"))], bench.path / "p", 128, on_error="fail")
 
 
 @pytest.mark.parametrize("name", ["50%", "a%20b %s", "100%"])
