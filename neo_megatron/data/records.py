@@ -247,7 +247,11 @@ def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason:
     if len(paths) == 1 and tags == 0 and said is None and human is not None:
         turn = turns[human]
         return (*turns[:human], Turn(turn.role, f"{tag}\n{turn.text}", turn.trained), *turns[human + 1 :])
-    remedy = f"; a {tag} that is meant as text is written \\{tag}, in JSON \\\\{tag}" if tags else ""
+    remedy = ""
+    if tags:
+        remedy = f"; a {tag} that is meant as text is written \\{tag}, in JSON \\\\{tag}"
+    elif foreign := placeholder(turn.literal for turn in turns if turn.role != "assistant"):
+        remedy = f"; its text has {foreign!r}, a placeholder of another project: write {tag} in its place"
     if said is not None:
         remedy = (
             f"; the {tag} of turn {said} is in an assistant turn, where it is text: move it to the turn of a user, or "

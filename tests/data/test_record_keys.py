@@ -197,6 +197,13 @@ def test_placeholders_of_other_projects_are_noticed_where_there_is_no_tag(source
     assert not check_sample(with_tag, source).placeholder
 
 
+def test_a_placeholder_explains_images_without_tags(source):
+    error = rejected({"conversations": turns("<ImageHere> <ImageHere>", "x"), "image": ["a.jpg", "b.jpg"]}, source)
+    assert "its text has '<ImageHere>', a placeholder of another project: write <image>" in error.sentence
+    error = rejected({"conversations": turns("What is <image> in RSS?", "x")}, source)
+    assert r"a <image> that is meant as text is written \<image>" in error.sentence
+
+
 @pytest.mark.parametrize("text", ["<|im_start|>", "a < image", r"\<image>", "<imagine>", "[image of a cat]", "<html>"])
 def test_other_text_is_no_placeholder(source, text):
     assert not check_sample({"conversations": turns(text, "x"), "image": "a.jpg"}, source).placeholder
