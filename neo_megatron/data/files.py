@@ -101,10 +101,10 @@ def sync_directory(directory: Path) -> None:
     os.close(folder)
 
 
-def read_manifest(directory: Directory | str | Path, kind: str, version: int) -> dict[str, Any]:
-    """The manifest of a directory that holds a complete data set of the given kind and format version."""
+def read_manifest(directory: Directory | str | Path, kind: str, *versions: int) -> dict[str, Any]:
+    """The manifest of a directory that holds a complete data set of the given kind, in one of the format versions."""
     opened = open_directory(directory) if isinstance(directory, str | Path) else directory
-    return parse_manifest(manifest_bytes(opened), opened.location, kind, version)
+    return parse_manifest(manifest_bytes(opened), opened.location, kind, *versions)
 
 
 def manifest_bytes(directory: Directory) -> bytes:
@@ -114,15 +114,16 @@ def manifest_bytes(directory: Directory) -> bytes:
     return directory.read(MANIFEST)
 
 
-def parse_manifest(text: bytes, location: str, kind: str, version: int) -> dict[str, Any]:
+def parse_manifest(text: bytes, location: str, kind: str, *versions: int) -> dict[str, Any]:
     """What the manifest at a location says. Raises DataError where it is of another kind or version."""
     path = join(location, MANIFEST)
     try:
         manifest = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); write the data set again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != kind or manifest.get("version") != version:
-        raise DataError(f"{path} does not describe {kind} of version {version}; write it again with this release")
+    if not isinstance(manifest, dict) or manifest.get("format") != kind or manifest.get("version") not in versions:
+        known = " or ".join(map(str, versions))
+        raise DataError(f"{path} does not describe {kind} of version {known}; write it again with this release")
     return manifest
 
 

@@ -1,6 +1,5 @@
 """One annotation record -> checked samples. A record is only read, never changed, so it can be read twice."""
 
-import hashlib
 import json
 import os
 import re
@@ -57,29 +56,9 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
         yield from enumerate(record)
 
 
-def split_key(samples: Sequence[object]) -> int:
-    """64 bits that decide on which side of a held-out split a record falls, all of its samples together.
-
-    Hashes the names of the pictures and videos as they are written, so that all conversations about the same pictures
-    fall on one side; the text where there are none. A picture alone and the same one beside others are not the same
-    pictures. Growing, reordering or retokenizing a data set moves nothing.
-    """
-    objects = [sample for sample in samples if isinstance(sample, dict)]
-    content = [name for sample in objects for key in ("image", "video") for name in _strings(sample.get(key))]
-    if not content:
-        turns = [turn for sample in objects for turn in _list(sample.get("conversations")) if isinstance(turn, dict)]
-        content = [text for turn in turns for text in _strings(turn.get("value"))]
-    digest = hashlib.sha256(json.dumps(content).encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
 def _list(value: object) -> list:
     """A value as written that may be a list, or stand alone."""
     return value if isinstance(value, list) else [value]
-
-
-def _strings(value: object) -> list[str]:
-    return [item for item in _list(value) if isinstance(item, str)]
 
 
 def check_sample(sample: object, source: Source) -> Sample:
