@@ -1,21 +1,17 @@
 """One annotation record -> checked samples. A record is only read, never changed, so it can be read twice."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.paths import resolve_path
 from neo_megatron.data.registry import Source
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
-
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
-_ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -133,32 +129,3 @@ def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason:
     if tags != len(paths):
         raise RejectedSample(reason, f"the sample has {len(paths)} {_KINDS[tag]} but {tags} {tag} tags")
     return turns
-
-
-def resolve_path(path: str, source: Source) -> str:
-    """Where a picture or video lies, symbolic links followed.
-
-    Under an image root nothing outside it is reachable, by ``..``, an absolute path or a link. Without one an absolute
-    path is taken as it stands, and a relative one may not leave the directory of the annotations.
-    """
-    if _REMOTE.match(path):
-        raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is no local file; download it first")
-    root = _real_directory(os.path.join(os.getcwd(), source.image_root or os.path.dirname(source.annotations)))
-    if any(not os.path.isdir(os.path.join(root, path[: match.end()])) for match in _ARCHIVE.finditer(path)):
-        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or lies in one; unpack it first")
-    found = os.path.join(root, path)
-    directory, name = os.path.split(found)
-    if name in ("", ".", "..") or os.path.islink(found):
-        found = os.path.realpath(found)
-    else:
-        found = os.path.join(_real_directory(directory), name)
-    confined = bool(source.image_root) or not os.path.isabs(path)
-    if confined and not found.startswith(os.path.join(root, "")):
-        raise RejectedSample(Reason.OUTSIDE_ROOT, f"{path!r:.200} lies outside {root}")
-    return found
-
-
-@lru_cache(maxsize=1 << 14)
-def _real_directory(path: str) -> str:
-    """A directory with links followed; kept, because its pictures are many and each part of a path is a system call."""
-    return os.path.realpath(path)
