@@ -105,10 +105,10 @@ def sync_directory(directory: Path) -> None:
     os.close(folder)
 
 
-def read_manifest(directory: Directory | str | Path, kind: str, version: int) -> dict[str, Any]:
-    """The manifest of a directory that holds a complete data set of the given kind and format version."""
+def read_manifest(directory: Directory | str | Path, kind: str, *versions: int) -> dict[str, Any]:
+    """The manifest of a directory that holds a complete data set of the given kind, in one of the format versions."""
     opened = open_directory(directory) if isinstance(directory, str | Path) else directory
-    return parse_manifest(manifest_bytes(opened, _WANTED[kind]), opened.location, kind, version)
+    return parse_manifest(manifest_bytes(opened, _WANTED[kind]), opened.location, kind, *versions)
 
 
 def manifest_bytes(directory: Directory, wanted: Wanted) -> bytes:
@@ -119,7 +119,7 @@ def manifest_bytes(directory: Directory, wanted: Wanted) -> bytes:
     return directory.read(MANIFEST)
 
 
-def parse_manifest(text: bytes, location: str, kind: str, version: int) -> dict[str, Any]:
+def parse_manifest(text: bytes, location: str, kind: str, *versions: int) -> dict[str, Any]:
     """What the manifest at a location says. Raises DataError where it is of another kind or version."""
     path = join(location, MANIFEST)
     try:
@@ -129,8 +129,9 @@ def parse_manifest(text: bytes, location: str, kind: str, version: int) -> dict[
     written = manifest.get("format") if isinstance(manifest, dict) else None
     if written != kind and isinstance(written, str) and written in _KINDS:
         raise WrongPath(wrong_kind(location, _KINDS[written], _WANTED[kind]))
-    if written != kind or manifest.get("version") != version:
-        raise DataError(f"{path} does not describe {kind} of version {version}; write it again with this release")
+    if written != kind or manifest.get("version") not in versions:
+        known = " or ".join(map(str, versions))
+        raise DataError(f"{path} does not describe {kind} of version {known}; write it again with this release")
     return manifest
 
 
