@@ -40,7 +40,7 @@ class Source:
     def __post_init__(self) -> None:
         if not Path(self.annotations).exists():
             raise DataError(f"data set {self.name}: the annotation file {self.annotations} does not exist; correct it")
-        check_annotation_file(self.annotations)
+        check_annotation_file(str(self.annotations))
         if self.image_root and not Path(self.image_root).is_dir():
             raise DataError(f"data set {self.name}: the image root {self.image_root} is no directory; correct it")
 
