@@ -89,7 +89,7 @@ def check_sample(sample: object, source: Source) -> Sample:
     foreign = _foreign_media([turn for turn in turns if turn.role != "assistant"])
     turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
     turns = _match_tags(turns, pictures, IMAGE_TAG, Reason.PICTURE_COUNT)
-    turns = tuple(_with_literal_tags(turn) for turn in turns)
+    turns = tuple(_with_literal_tags(turn) if turn.role == "assistant" else turn for turn in turns)
     _check_trained(sample, turns)
     system = _own_system_turn(sample, turns)
     return Sample(
@@ -240,4 +240,4 @@ def _says(turn: Turn, tag: str) -> bool:
 
 
 def _with_literal_tags(turn: Turn) -> Turn:
-    return replace(turn, text=as_literal(turn.text)) if turn.role == "assistant" else turn
+    return turn if not any(tag in turn.text for tag in _KINDS) else replace(turn, text=as_literal(turn.text))

@@ -43,7 +43,7 @@ class Source:
 
     def __post_init__(self) -> None:
         check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
-        check_annotation_file(self.annotations)
+        check_annotation_file(str(self.annotations))
         if self.image_root:
             check_path(self.image_root, Wanted.IMAGE_ROOT, f"data set {self.name}: image root")
 
