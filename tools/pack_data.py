@@ -4,15 +4,21 @@ python tools/pack_data.py --data shards --output packs --seq-length 16384
 python tools/pack_data.py --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("pack_data", {"--data": Wanted.SHARDS, "--output": Wanted.OUTPUT})
+
+
 import argparse
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.registry import split_share
+from neo_megatron.data.registry import split_path_share, split_share
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         help="directories written by preprocess_data.py, each with an optional share: shards%%50 uses half of its "
-        "records in an epoch, shards%%200 each twice",
+        "records in an epoch, shards%%200 each twice; a directory of exactly this name has no share",
     )
     parser.add_argument("--output", required=True, help="new directory for the packs")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens of a pack")
@@ -49,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    inputs = [PackInput(*split_share(text)) for text in arguments.data]
+    inputs = [PackInput(*split_path_share(text)) for text in arguments.data]
     held_out = None
     if arguments.held_out:
         percent, directory = arguments.held_out
@@ -99,7 +105,4 @@ def report_split(split: dict, share: Fraction) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"pack_data: {error}")
+    command_line.run("pack_data", main)

@@ -24,6 +24,7 @@ from neo_megatron.data.image import PATCH_VALUES
 from neo_megatron.data.indexed import SequenceReader
 from neo_megatron.data.settings import ImageStore
 from neo_megatron.data.storage import Content, Directory, Range, open_directory
+from neo_megatron.paths import Wanted
 
 FORMAT, VERSION = "neo-shards", 3
 READABLE = (2, VERSION)  # version 2 has no ``media.npy``
@@ -135,7 +136,7 @@ class ShardSet:
     def __init__(self, location: str | Path) -> None:
         self.storage = open_directory(location)
         self.location = self.storage.location
-        text = manifest_bytes(self.storage)
+        text = manifest_bytes(self.storage, Wanted.SHARDS)
         self.fingerprint = hashlib.sha256(text).hexdigest()
         self.manifest = parse_manifest(text, self.location, FORMAT, *READABLE)
         self.version: int = self.manifest["version"]

@@ -258,7 +258,7 @@ def test_many_pictures_do_not_make_a_large_page():
 
 
 def test_shares_and_held_out_samples_count_as_often_as_they_are_packed(bench, new_sample):
-    bench.preprocess([new_sample(f"question {number}", "word " * (number % 9)) for number in range(50)])
+    bench.preprocess([new_sample(f"question {number}", "word " * (1 + number % 9)) for number in range(50)])
     inputs = [PackInput(str(bench.path / "shards"), Fraction(5, 2))]
     held_out = HeldOut(Fraction(1, 4), str(bench.path / "held_out"))
     manifests = write_packs(inputs, bench.path / "packs", 40, held_out=held_out)
@@ -285,10 +285,10 @@ def test_a_data_set_that_is_not_packed_and_ids_without_a_tokenizer(bench, new_sa
 def test_what_it_cannot_show_ends_in_a_sentence(packs, bench, run_tool, tmp_path):
     with pytest.raises(DataError, match="has 1 packs"):
         packs_page(str(packs), 1, 0, 0, None)
-    with pytest.raises(DataError, match="no complete data set"):
+    with pytest.raises(DataError, match="is a directory of other files, not packs"):
         packs_page(str(bench.path), 0, 0, 0, None)
     done = run_tool("inspect_data.py", "--packs", bench.path / "shards", "--output", tmp_path / "page.html")
-    assert done.returncode == 1 and "neo-packs" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "holds shards, not packs" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "page.html").exists()
 
 

@@ -181,7 +181,10 @@ def second(room, first, chain) -> dict[str, Job]:
 
 MISTAKES = {
     "pretrained": ("--pretrained-checkpoint {room}/golden-damaged", "copy or convert it again"),
-    "nothing-there": ("--pretrained-checkpoint {room}/packs", "names no checkpoint: give a directory"),
+    "nothing-there": (
+        "--pretrained-checkpoint {room}/packs",
+        "holds packs, not a Megatron checkpoint: give",
+    ),
     "two-limits": ("--save-total-limit 2 --save-retain-interval 4", "both say which checkpoints are deleted"),
     "negative": ("--save-total-limit -1", "--save-total-limit -1: give 1 or more"),
     "format-flag": ("--ckpt-format torch", "--ckpt-format torch: only torch_dist"),

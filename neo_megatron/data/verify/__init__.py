@@ -21,6 +21,7 @@ from neo_megatron.data.storage import Directory, is_remote, join, open_directory
 from neo_megatron.data.verify.packs import ARRAYS, check_packs
 from neo_megatron.data.verify.pool import run_checks
 from neo_megatron.data.verify.shard import Damage, DataSet, check_file, check_shard, expected_files
+from neo_megatron.paths import Wanted
 
 
 @dataclass
@@ -63,7 +64,7 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
         DataError: there is no complete data set, its manifest cannot be understood, or a worker was killed.
     """
     directory = open_directory(location)
-    text = manifest_bytes(directory)
+    text = manifest_bytes(directory, Wanted.DATA_SET)
     try:
         packed = json.loads(text).get("format") == pack_index.FORMAT
     except (ValueError, AttributeError):
