@@ -124,6 +124,7 @@ class _Side:
         self.directory = directory
         self.parts: list[Units] = []
         self.data: list[dict[str, Any]] = []
+        self._due = Fraction(0)  # units that the shares of the data sets so far add up to
 
     def add(self, entry: PackInput, shards: ShardSet, parts: list[Units], seed: int) -> None:
         if entry.share != 1:
@@ -131,7 +132,8 @@ class _Side:
             # The same draw whatever a data set is mixed with; one that is named twice is drawn from twice.
             turn = sum(earlier["sha256"] == shards.fingerprint for earlier in self.data)
             key = key_of(seed, shards.fingerprint, turn)
-            parts = [together.take(draw_share(len(together), entry.share, key))]
+            parts = [together.take(draw_share(len(together), entry.share, key, self._due))]
+            self._due += len(together) * entry.share
         self.parts += parts
         self.data.append(
             {

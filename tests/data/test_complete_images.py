@@ -1,5 +1,6 @@
 """Files that other programs write and Pillow reads too strictly or not strictly enough: PNG texts, JPEGs cut off."""
 
+import dataclasses
 import io
 import itertools
 import struct
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.image import decode, header_size
+from neo_megatron.data.verify import verify
 
 CASES = Path(__file__).parent / "cases"
 
@@ -176,3 +179,17 @@ def test_the_text_of_the_issue_is_read():
         Image.open(io.BytesIO(data))
     assert decode(data, "x").size == (320, 256)
     assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20  # the limit of the process stays as it is
+
+
+def test_training_and_verify_find_what_a_header_check_let_through(bench, new_sample):
+    (bench.path / "pictures").mkdir()
+    for name, data in (("good.jpg", jpeg()), ("half.jpg", closed(jpeg(), 0.5))):
+        (bench.path / "pictures" / name).write_bytes(data)
+    records = [new_sample("<image>q", name, image=name) for name in ("good.jpg", "half.jpg")]
+    shards = bench.preprocess(records, settings=dataclasses.replace(bench.settings, check="header"))
+    assert len(shards) == 2
+    (damage,) = verify(shards.location).damage
+    assert "record 1" in damage.sentence and "truncated" in damage.sentence
+    item = PackDataset(bench.pack(512), 1, seed=0)[0]
+    assert item["samples"] == 2 and len(item["broken"]) == 1 and "record 1" in item["broken"][0]
+    assert len(bench.preprocess(records, "decoded")) == 1

@@ -122,7 +122,7 @@ def test_the_tool_follows_links_and_notes_it(root, bench, new_sample, run_tool):
     assert manifest["counts"]["samples_kept"] == 1 and manifest["sources"][0]["follow_links"] is True
 
 
-def test_a_registry_has_a_key_for_it(root, run_tool):
+def test_a_registry_has_a_key_for_it(root, tokenizer, run_tool):
     registry = root.parent / "r.yaml"
     entry = "{annotation_path: notes.json, data_path: data, follow_links: %s}"
     registry.write_text(f"a: {entry % 'true'}\nb: {entry % 'false'}\nc: {{annotation_path: notes.json}}\n")
@@ -130,5 +130,15 @@ def test_a_registry_has_a_key_for_it(root, run_tool):
     registry.write_text(f"a: {entry % 'maybe'}\n")
     with pytest.raises(DataError, match="follow_links must be true or false"):
         data_list(["a"], registry)
-    flags = ("--registry", registry, "--datasets", "a", "--tokenizer", "t", "--output", "o", "--follow-links")
+    flags = (
+        "--registry",
+        registry,
+        "--datasets",
+        "a",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        root / "o",
+        "--follow-links",
+    )
     assert "a registry has follow_links" in run_tool("preprocess_data.py", *flags).stderr
