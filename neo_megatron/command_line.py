@@ -10,6 +10,7 @@ Needs nothing but the standard library, so that Ctrl-C while libraries are loade
 """
 
 import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -76,7 +77,7 @@ def sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
     if (full := _full_disk(error)) is not None:
         where = f"{full.filename} cannot be written" if full.filename else "the output cannot be written"
         return f"{where} ({full.strerror}): free space, then run the same command again"
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    if isinstance(error, ModuleNotFoundError):
         return _missing_package(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -105,11 +106,11 @@ def _reasons(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _missing_package(error: ModuleNotFoundError) -> str | None:
-    package = error.name.partition(".")[0]
-    if package == "neo_megatron":
-        return None
-    if str(error) != f"No module named {error.name!r}":
+    if not error.name:
         return str(error)  # raised by us, with a remedy
+    package = error.name.partition(".")[0]
+    if package in ("neo_megatron", "megatron") and package != error.name:
+        return None  # a part of a package that is there
     remedy = install(package) if package in OPTIONAL else "run pip install . in the checkout of neo_megatron"
     return f"the package {package} is not installed in {sys.executable}: {remedy}"
 
@@ -132,3 +133,9 @@ def _say_uncaught(name: str, error: BaseException) -> None:
         traceback.print_exception(error)
     else:
         print(f"{name}: {sentence}", file=sys.stderr)
+
+
+if multiprocessing.parent_process() is not None:
+    # This process is one of a pool and has just been started: it imports the program, which takes seconds. Ctrl-C is
+    # for the process that the user sees, which ends the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,6 +22,7 @@ from neo_megatron.run.console import Console
 
 _CLAIM = "first-failure"
 _SECONDS_TO_BE_ENDED = 15  # by torchrun or srun
+_SECONDS_BEHIND_KILLED = 3
 _SECONDS_BEHIND_RANK_0 = 5  # where nobody else says which rank failed first
 
 
@@ -53,6 +54,10 @@ class Failure:
         text = f"{self._name}: {sentence}" if sentence else "".join(traceback.format_exception(error)).rstrip()
         if self.console is not None:
             print(text, file=sys.stderr)  # into the log
+        if not sentence and self._error_file is not None:
+            # Perhaps only because another rank was killed, of which torchrun tells more: it then ends this one.
+            _be_endable()
+            time.sleep(_SECONDS_BEHIND_KILLED)
         if not self._is_first():
             self._wait_to_be_ended()
         if self._error_file is not None:

@@ -1,6 +1,7 @@
 """The start of `python -m neo_megatron.pretrain_neo`: paths are checked and the log is opened before slow imports."""
 
 import os
+import socket
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def start() -> None:
         check_paths(sys.argv[1:])
         failure.console = open_console(sys.argv[1:])
         failure.watch()
+        stand_alone()
         from neo_megatron import pretrain_neo
 
         pretrain_neo.main()
@@ -44,6 +46,15 @@ def start() -> None:
         raise
     except Exception as error:
         failure.tell(error, sentence_of(error, ConfigError))
+
+
+def stand_alone() -> None:
+    """What a launcher tells each rank, for one process that was started by itself."""
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
 
 
 def check_paths(arguments: Sequence[str]) -> None:

@@ -350,7 +350,7 @@ def test_credentials_that_are_missing_or_refused(remote, proxy, settings):
 
 def test_the_library_is_an_extra(monkeypatch, remote):
     monkeypatch.setitem(sys.modules, "multistorageclient.types", None)
-    with pytest.raises(DataError, match=r"pip install 'neo-megatron\[s3\]'"):
+    with pytest.raises(DataError, match=r"pip install 'multi-storage-client\[boto3\]>=1.3'"):
         ShardSet(remote)
 
 
