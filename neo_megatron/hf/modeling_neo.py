@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_neo import kernel_mask
 from .chat_neo import NEOChatMixin
@@ -34,6 +34,8 @@ from .positions_neo import (
 )
 from .vision_neo import NEOVisionModel
 
+# What this version of transformers calls the cache in outputs.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Stands for every token that is given as a vector.
 TEXT = -1
 
@@ -51,7 +53,8 @@ class NEOBackbone:
 
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         """`last_hidden_state [B, L, H]` after the final norm, for the arguments of `NEOChatModel.forward`."""
-        return self._model._decoded(*args, **kwargs)[0]
+        decoded, cache, _ = self._model._decoded(*args, **kwargs)
+        return BaseModelOutputWithPast(**decoded, **{CACHE: cache})
 
 
 class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
@@ -166,7 +169,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             raise TypeError(unknown_argument(next(iter(unknown)), self.forward))
         if isinstance(logits_to_keep, Tensor) and labels is not None:
             raise ValueError("logits_to_keep selects places one by one, of which no loss is made: pass no labels")
-        decoded, image_BL = self._decoded(
+        decoded, cache, image_BL = self._decoded(
             input_ids,
             pixel_values,
             grid_hw,
@@ -192,9 +195,9 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=decoded.get("past_key_values"),
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
+            **{CACHE: cache},
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -217,8 +220,8 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         cache: Cache | None = None,
         prompt_length: int | None = None,
         **unknown: Any,
-    ) -> tuple[BaseModelOutputWithPast, Tensor]:
-        """All but the head, with the arguments of :meth:`forward`; and the image `[B, L]` of every token."""
+    ) -> tuple[BaseModelOutput, Cache | None, Tensor]:
+        """All but the head, with the arguments of :meth:`forward`; the cache; the image `[B, L]` of every token."""
         if unknown:
             raise TypeError(unknown_argument(next(iter(unknown)), self._decoded))
         if (input_ids is None) == (inputs_embeds is None):
@@ -228,7 +231,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             if pixel_values is not None:
                 raise ValueError("inputs_embeds say nothing of where images are: pass input_ids with pixel_values")
             input_ids = torch.full(inputs_embeds.shape[:2], TEXT, device=inputs_embeds.device)
-        cache = self._cache(one_cache(past_key_values, cache), use_cache)
+        cache = self._usable_cache(one_cache(past_key_values, cache), use_cache)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         implementation = self.config._attn_implementation
@@ -272,15 +275,9 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         )
         if cache is not None:
             self._remember(cache, cached, input_ids, positions_thw, valid_BL)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=decoded.last_hidden_state,
-            past_key_values=None if use_cache is False else cache,
-            hidden_states=decoded.hidden_states,
-            attentions=decoded.attentions,
-        )
-        return output, image_BL
+        return decoded, None if use_cache is False else cache, image_BL
 
-    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache given, or a new one.
 
         Raises:

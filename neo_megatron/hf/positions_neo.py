@@ -17,7 +17,7 @@ def valid_tokens(tokens_BL: Tensor, attention_mask: Tensor | None, cached: int) 
     Raises:
         ValueError: a mask that does not count the cached tokens, or not the new ones.
     """
-    shape = (len(tokens_BL), cached + tokens_BL.shape[1])
+    shape = (tokens_BL.shape[0], cached + tokens_BL.shape[1])
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=tokens_BL.device)
     if attention_mask.shape != shape:
