@@ -13,6 +13,9 @@ from transformers.cache_utils import Cache
 
 from .positions_neo import document_numbers, image_numbers, one_grid, valid_tokens
 
+GROWING_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
+NO_STATIC_CACHE = "NEO generates over a cache that grows, not a static one: leave cache_implementation unset"
+
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """The cache under the name that transformers has for it: `past_key_values`, from 5.24 on `cache`.
@@ -27,7 +30,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if found is not None and not isinstance(found, Cache):
         raise TypeError(f"past_key_values is a {type(found).__name__}: pass a DynamicCache of transformers")
     if getattr(found, "is_compileable", False):
-        raise ValueError("NEO generates over a cache that grows, not a static one: leave cache_implementation unset")
+        raise ValueError(NO_STATIC_CACHE)
     return found
 
 
@@ -157,6 +160,8 @@ class NEOGenerationMixin(GenerationMixin):
             raise ValueError(
                 "NEO computes a prompt at once, as its images must not be cut: leave prefill_chunk_size unset"
             )
+        if config.cache_implementation not in GROWING_CACHES:
+            raise ValueError(NO_STATIC_CACHE)
         return config, model_kwargs
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:

@@ -248,20 +248,6 @@ def test_a_larger_vocabulary(golden, tmp_path):
     assert again.get_output_embeddings().weight.shape[0] == again.get_input_embeddings().weight.shape[0] == 1100
 
 
-@torch.no_grad()
-def test_assisted_decoding(model, document):
-    """Drafts come from the prompt; the cache is cropped where one is not taken."""
-    arguments = document | {"attention_mask": torch.ones_like(document["input_ids"])}
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, "eos_token_id": 1023}
-    expected = model.generate(**arguments, **settings)
-    assert model.generate(**arguments, **settings, prompt_lookup_num_tokens=3).tolist() == expected.tolist()
-
-
-def test_a_static_cache_is_refused(model, document):
-    with pytest.raises(ValueError, match="leave cache_implementation unset"):
-        model.generate(**document, max_new_tokens=2, cache_implementation="static")
-
-
 def test_a_tied_model_keeps_one_parameter(golden, tmp_path):
     """Loaded from a checkpoint without a head, saved without one."""
     config = json.loads((golden / "ckpt_untied" / "config.json").read_text())
