@@ -7,7 +7,6 @@ transformers 4.57 copies the files that this one imports and not what those impo
 
 import difflib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +23,13 @@ from .generation_neo import NEOGenerationMixin, one_cache
 from .loss_neo import trained_labels, weighted_loss
 from .mask_neo import AttentionRule
 from .positions_neo import (
+    PACKING,
     after_tokens,
     cell_positions,
     document_numbers,
     image_numbers,
     one_grid,
+    packed_positions,
     text_positions,
     valid_tokens,
 )
@@ -51,10 +52,11 @@ class NEOBackbone:
         self.config = model.config
         self._tp_plan, self._pp_plan = model._tp_plan, model._pp_plan
 
-    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def __call__(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> BaseModelOutputWithPast | tuple:
         """`last_hidden_state [B, L, H]` after the final norm, for the arguments of `NEOChatModel.forward`."""
         decoded, cache, _ = self._model._decoded(*args, **kwargs)
-        return BaseModelOutputWithPast(**decoded, **{CACHE: cache})
+        output = BaseModelOutputWithPast(**decoded, **{CACHE: cache})
+        return output.to_tuple() if return_dict is False else output
 
 
 class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
@@ -134,7 +136,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         image_grid_thw: Tensor | None = None,
         cache: Cache | None = None,
         prompt_length: int | None = None,
-        **unknown: Any,
+        **packing: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss where labels are given.
 
@@ -159,14 +161,13 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             image_grid_thw: `[images, 3]` in place of grid_hw, as Qwen-VL and TRL name it.
             cache: what transformers 5.24 calls past_key_values.
             prompt_length: image tokens from this place of the sequence on are text, as a model may generate them.
+            packing: `PACKING`, by which other models are told the documents of a pack; checked against position_ids.
 
         Raises:
             ValueError: images and `<IMG_CONTEXT>` tokens that do not fit each other; a cache of unknown history or
                 under gradient checkpointing; attention weights of another kernel than the eager one.
             TypeError: an argument that is not one of these.
         """
-        if unknown:
-            raise TypeError(unknown_argument(next(iter(unknown)), self.forward))
         if isinstance(logits_to_keep, Tensor) and labels is not None:
             raise ValueError("logits_to_keep selects places one by one, of which no loss is made: pass no labels")
         decoded, cache, image_BL = self._decoded(
@@ -184,6 +185,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             image_grid_thw=image_grid_thw,
             cache=cache,
             prompt_length=prompt_length,
+            **packing,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.get_output_embeddings()(decoded.last_hidden_state[:, keep])
@@ -219,11 +221,11 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         image_grid_thw: Tensor | None = None,
         cache: Cache | None = None,
         prompt_length: int | None = None,
-        **unknown: Any,
+        **packing: Any,
     ) -> tuple[BaseModelOutput, Cache | None, Tensor]:
         """All but the head, with the arguments of :meth:`forward`; the cache; the image `[B, L]` of every token."""
-        if unknown:
-            raise TypeError(unknown_argument(next(iter(unknown)), self._decoded))
+        if unknown := packing.keys() - set(PACKING):
+            raise TypeError(unknown_argument(min(unknown)))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         grid_hw = one_grid(grid_hw, image_grid_thw)
@@ -231,6 +233,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             if pixel_values is not None:
                 raise ValueError("inputs_embeds say nothing of where images are: pass input_ids with pixel_values")
             input_ids = torch.full(inputs_embeds.shape[:2], TEXT, device=inputs_embeds.device)
+        position_ids = packed_positions(input_ids, position_ids, packing)
         cache = self._usable_cache(one_cache(past_key_values, cache), use_cache)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -341,12 +344,9 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         cache.neo_history = (cache.get_seq_length(), *after)
 
 
-def unknown_argument(name: str, function: Callable[..., Any]) -> str:
-    """The sentence on an argument that a function does not take."""
-    if name.startswith(("cu_seq_lens", "max_length_")) or name == "seq_idx":
-        remedy = "position_ids alone tell documents apart, so let the collator return no flash attention arguments"
-    else:
-        known = [parameter for parameter in inspect.signature(function).parameters if parameter != "unknown"]
-        near = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+def unknown_argument(name: str) -> str:
+    """The sentence on an argument that `forward` does not take."""
+    known = [*inspect.signature(NEOChatModel.forward).parameters][1:-1]
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
     return f"NEO got the argument {name!r}, which it does not know: {remedy}"

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .configuration_neo import NEOChatConfig
 
+# What collators say about the documents of a pack, next to position_ids.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
 
 def valid_tokens(tokens_BL: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
     """False on padding, `[B, K]`.
@@ -26,6 +29,44 @@ def valid_tokens(tokens_BL: Tensor, attention_mask: Tensor | None, cached: int) 
             "extend it by one column for every new token"
         )
     return attention_mask.bool()
+
+
+def packed_positions(input_ids_BL: Tensor, position_ids: Tensor | None, packing: dict[str, Any]) -> Tensor | None:
+    """`position_ids [B, L]` of a pack, from all that collators say about where its documents begin.
+
+    Args:
+        packing: `PACKING` -> as `DataCollatorWithFlattening` and TRL make them for other kernels: cumulated lengths
+            `[documents + 1]`, the longest, the number `[1, L]` of every token's document.
+
+    Raises:
+        ValueError: they contradict one another or position_ids, or are of another length.
+    """
+    if all(packing.get(name) is None for name in PACKING):
+        return position_ids
+    place = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
+    found = {} if position_ids is None else {"position_ids": position_ids == 0}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if (ends := packing.get(name)) is not None:
+            if len(input_ids_BL) != 1 or ends[0] != 0 or ends[-1] != len(place):
+                raise ValueError(
+                    f"{name} runs from {ends[0]} to {ends[-1]} for input_ids of {list(input_ids_BL.shape)}"
+                )
+            found[name] = torch.isin(place, ends[:-1].to(place.device))[None]
+    if (number := packing.get("seq_idx")) is not None:
+        found["seq_idx"] = torch.cat([torch.ones_like(number[:, :1]), number.diff(dim=-1)], dim=-1) != 0
+    if not found:
+        raise ValueError("max_length_q and max_length_k say nothing without cu_seq_lens_q, or position_ids")
+    (first, starts), *others = found.items()
+    for name, other in others:
+        if not torch.equal(starts, other.to(starts.device)):
+            raise ValueError(f"{first} and {name} do not say that the same documents are in the pack: pass one of them")
+    counted = place - torch.where(starts, place, 0).cummax(dim=-1).values
+    for name in ("max_length_q", "max_length_k"):
+        if packing.get(name) is not None and int(packing[name]) != int(counted.max()) + 1:
+            raise ValueError(
+                f"{name} is {int(packing[name])}, the longest document has {int(counted.max()) + 1} tokens"
+            )
+    return counted
 
 
 def document_numbers(valid_BK: Tensor, position_ids: Tensor | None, cached: int) -> Tensor:

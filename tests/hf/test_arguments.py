@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_packs import load, packed
+from golden_packs import flattened, load, packed
 
 PAD = 870
 IMAGES = ("pixel_values", "grid_hw")
@@ -13,10 +13,7 @@ IMAGES = ("pixel_values", "grid_hw")
     [
         ("pixel_value", "did you mean pixel_values"),
         ("attention_masks", "did you mean attention_mask"),
-        ("cu_seq_lens_q", "return no flash attention arguments"),
-        ("cu_seq_lens_k", "return no flash attention arguments"),
-        ("max_length_q", "return no flash attention arguments"),
-        ("seq_idx", "return no flash attention arguments"),
+        ("cu_seq_len_q", "it takes input_ids"),
         ("zzz", "it takes input_ids, pixel_values, grid_hw, "),
     ],
 )
@@ -31,7 +28,32 @@ def test_an_unknown_argument(model, document, name, remedy):
         model.prepare_inputs_for_generation(**document, **{name: torch.ones(1)})
 
 
-@pytest.mark.parametrize("name", ["positions_thw", "loss_weight", "inputs_embeds", "num_items_in_batch"])
+@torch.no_grad()
+def test_the_documents_of_a_pack(model, golden):
+    """However a collator tells them; a contradiction is an error."""
+    pack = flattened(load(golden, "inputs", "pack1"))
+    ends = load(golden, "inputs", "pack1")["seq_boundaries"].int()
+    position_ids = pack.pop("position_ids")
+    expected, longest = model(**pack, position_ids=position_ids).logits, int(ends.diff().max())
+    number = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff())[None]
+    packing = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    for told in (packing, {"cu_seq_lens_q": ends}, {"seq_idx": number}, packing | {"seq_idx": number}):
+        assert torch.equal(model(**pack, **told).logits, expected)
+        assert torch.equal(model(**pack, **told, position_ids=position_ids).logits, expected)
+    for wrong, sentence in (
+        ({"cu_seq_lens_q": ends[:-1]}, "cu_seq_lens_q runs from 0 to"),
+        ({"cu_seq_lens_q": ends, "cu_seq_lens_k": ends[[0, -1]]}, "cu_seq_lens_q and cu_seq_lens_k do not say"),
+        ({"position_ids": position_ids, "seq_idx": number * 0}, "position_ids and seq_idx do not say"),
+        ({"max_length_q": longest}, "say nothing without cu_seq_lens_q"),
+        ({"cu_seq_lens_q": ends, "max_length_q": 7}, f"max_length_q is 7, the longest document has {longest}"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            model(**pack, **wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["positions_thw", "loss_weight", "inputs_embeds", "num_items_in_batch", "cu_seq_lens_q", "max_length_k"]
+)
 def test_generate_takes_no_argument_that_it_would_drop(model, document, name):
     with pytest.raises((TypeError, ValueError), match=name):
         model.generate(**document, **{name: torch.ones(1, 102, 64)}, max_new_tokens=2)

@@ -88,7 +88,9 @@ def test_a_conversation_in_turns(model, document):
         padded = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=PAD) for part in turn])
         new = torch.cat([(torch.arange(width) < part.shape[1]).long()[None] for part in turn])
         mask = torch.cat([mask, new], dim=1)
-        out = model(padded, attention_mask=mask, past_key_values=cache, use_cache=True, **(images if not number else {}))
+        out = model(
+            padded, attention_mask=mask, past_key_values=cache, use_cache=True, **(images if not number else {})
+        )
         cache = out.past_key_values
         for row, part in enumerate(turn):
             logits[row].append(out.logits[row, : part.shape[1]])
