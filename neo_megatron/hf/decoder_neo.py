@@ -3,6 +3,8 @@
 Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.cache_utils import Cache
@@ -107,3 +109,11 @@ class NEOLanguageModel(nn.Module):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
+
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients reach adapters through checkpointed layers whose own weights are frozen."""
+        self.model.embed_tokens.register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Adapters for causal language models ask for it; the model around this one generates."""
+        raise NotImplementedError("call generate() of the NEOChatModel, which knows the images")
