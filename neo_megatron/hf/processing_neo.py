@@ -145,8 +145,16 @@ class NEOProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        image_grid_thw: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_grid_thw = image_grid_thw
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "NEOProcessor":
@@ -154,11 +162,14 @@ class NEOProcessor(ProcessorMixin):
 
         Args:
             min_pixels, max_pixels: limits of a resized picture in place of the checkpoint's.
+            image_grid_thw: return the grids of images as Qwen-VL's processors do, `image_grid_thw [images, 3]` in place
+                of `grid_hw`: by them TRL's GRPO tells which patches are whose.
         """
+        grids = {"image_grid_thw": kwargs.pop("image_grid_thw", False)}
         limits = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs, **limits)
-        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, **grids)
 
     def apply_chat_template(self, conversation: list[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
@@ -179,7 +190,7 @@ class NEOProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "grid_hw"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw" if self.image_grid_thw else "grid_hw"]
 
     def __call__(
         self,
@@ -223,6 +234,8 @@ class NEOProcessor(ProcessorMixin):
             features = self.image_processor(pictures, tags, min_pixels, max_pixels)
             sizes = iter((features["grid_hw"] // MERGE_SIZE).prod(dim=-1).tolist())
             texts = [_with_places(prompt, sizes) for prompt in texts]
+            if self.image_grid_thw:
+                features["image_grid_thw"] = torch.nn.functional.pad(features.pop("grid_hw"), (1, 0), value=1)
         kwargs.setdefault("add_special_tokens", False)
         kwargs |= {"padding": padding, "padding_side": padding_side, "return_tensors": "pt"}
         if any(TYPED in prompt for prompt in texts):
