@@ -21,6 +21,7 @@ from .chat_neo import NEOChatMixin
 from .configuration_neo import NEOChatConfig, NEOLLMConfig, NEOVisionConfig
 from .mask_neo import AttentionRule
 from .positions_neo import cell_positions, document_numbers, image_numbers, text_positions, valid_tokens
+from .tags_neo import IMAGE_TAG  # noqa: F401 - for chat_neo
 
 
 def rotate_pairs(x: Tensor, position: Tensor, theta: float) -> Tensor:
