@@ -11,7 +11,7 @@ from pathlib import Path
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.registry import split_share
+from neo_megatron.data.registry import split_path_share, split_share
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         help="directories written by preprocess_data.py, each with an optional share: shards%%50 uses half of its "
-        "records in an epoch, shards%%200 each twice",
+        "records in an epoch, shards%%200 each twice; a directory of exactly this name has no share",
     )
     parser.add_argument("--output", required=True, help="new directory for the packs")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens of a pack")
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    inputs = [PackInput(*split_share(text)) for text in arguments.data]
+    inputs = [PackInput(*split_path_share(text)) for text in arguments.data]
     held_out = None
     if arguments.held_out:
         percent, directory = arguments.held_out

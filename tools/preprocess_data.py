@@ -4,6 +4,11 @@ python tools/preprocess_data.py --input train.json --image-root pictures --token
 python tools/preprocess_data.py --registry registry.yaml --datasets llava%50 docvqa --tokenizer HF_DIR --output shards
 
 The same command continues a run that was interrupted; the data set is the same to the byte.
+docs/data.md says which forms of annotations are read, and what becomes of each key of a record.
+
+Exit codes: 0 the data set is complete; 1 an error; 2 wrong arguments; 3 more samples were rejected than --max-rejected
+allows: there are shards and the list of rejects, but no manifest, so that nothing packs them.
+
 With --engine ray the tasks run on the cluster of RAY_ADDRESS, else on the one that this machine belongs to, else on
 this machine. Annotations, pictures and output must lie on a file system that all its machines see under the same
 paths, and neo-megatron must be installed on them.
@@ -13,13 +18,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.errors import DataError, TooManyRejected
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source, data_list
 from neo_megatron.data.settings import Settings
+
+TOO_MANY_REJECTED = 3  # exit code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,6 +63,20 @@ def parse_arguments() -> argparse.Namespace:
         help="processes, or tasks in flight on Ray, of one CPU each (%(default)s)",
     )
     parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="a bad sample is listed, or stops")
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        default=1.0,
+        metavar="PERCENT",
+        help="of the samples read, from 0 to 100; above it the exit code is 3 and the data set is not completed, until "
+        "the same command is run with a higher limit (%(default)s)",
+    )
+    parser.add_argument(
+        "--empty-answers",
+        choices=["reject", "keep"],
+        default=Settings.empty_answers,
+        help="a sample with an empty or blank answer to train on is rejected, or kept and counted (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
     parser.add_argument("--records-per-shard", type=int, default=Settings.records_per_shard, help="(%(default)s)")
     arguments = parser.parse_args()
@@ -64,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--image-root goes with --input; a registry has data_path")
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
+    if not 0 <= arguments.max_rejected <= 100:
+        parser.error(f"--max-rejected must be from 0 to 100 percent, not {arguments.max_rejected}")
     return arguments
 
 
@@ -84,23 +108,49 @@ def main() -> None:
         records_per_shard=arguments.records_per_shard,
         video_fps=arguments.video_fps,
         max_frames=arguments.max_frames,
+        empty_answers=arguments.empty_answers,
     )
     print(f"reading the tokenizer of {arguments.tokenizer}", flush=True)  # importing transformers takes seconds
-    manifest = preprocess(
-        sources,
-        tokenizer_directory(arguments.tokenizer),
-        arguments.output,
-        settings,
-        arguments.on_error,
-        arguments.workers,
-        arguments.engine,
-    )
-    counts = manifest["counts"]
-    print(f"read {counts['samples_read']} samples of {counts['records_read']} records, kept {counts['samples_kept']}")
+    try:
+        manifest = preprocess(
+            sources,
+            tokenizer_directory(arguments.tokenizer),
+            arguments.output,
+            settings,
+            arguments.on_error,
+            arguments.workers,
+            arguments.engine,
+            arguments.max_rejected,
+        )
+    except TooManyRejected as error:
+        report(error.counts, Path(arguments.output) / REJECTS)
+        print(f"preprocess_data: {error}", file=sys.stderr)
+        sys.exit(TOO_MANY_REJECTED)
+    report(manifest["counts"], Path(arguments.output) / REJECTS)
+
+
+def report(counts: dict[str, Any], rejects: Path) -> None:
+    """Prints what was kept, what was rejected by kind, and what was ignored in the samples kept."""
+    kept, with_images = counts["samples_kept"], counts["samples_with_images"]
+    print(f"read {counts['samples_read']} samples of {counts['records_read']} records")
+    print(f"kept {kept} samples: {with_images} with images, {kept - with_images} without")
+    if counts["empty_answers"]:
+        print(f"kept {counts['empty_answers']} samples with an empty answer")
+    if keys := counts["ignored_keys"]:
+        named = ", ".join(f"{key!r} in {count}" for key, count in keys.items())
+        print(f"ignored keys of samples kept, which nothing reads: {named}")
+    for name, found in counts["foreign_placeholders"].items():
+        where = f"{found['file']}, record {found['record']}"
+        where += "" if found["element"] is None else f", sample {found['element']}"
+        print(
+            f"warning: {name!r} stays text in {found['samples']} samples without <image> tags (the first: {where}); "
+            "if it is the place of an image, write <image> instead"
+        )
+    print(f"rejected {counts['samples_rejected']} samples")
     for reason, count in counts["rejected_by_reason"].items():
         print(f"rejected {count}: {reason}")
     if counts["samples_rejected"]:
-        print(f"each rejected sample is listed in {Path(arguments.output) / REJECTS}")
+        print(f"each rejected sample is listed in {rejects}", flush=True)
 
 
 if __name__ == "__main__":

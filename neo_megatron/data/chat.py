@@ -1,7 +1,8 @@
 """Conversations -> token ids, the spans that are trained on, and the places of the pictures.
 
 Every turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. An ``<image>`` tag becomes ``<img>``, one
-``<IMG_CONTEXT>`` for each merged cell of the picture, and ``</img>``. Control tokens are placed by their id, between
+``<IMG_CONTEXT>`` for each merged cell of the image, and ``</img>``, none of which is ever trained on; in the turn of an
+assistant, and after a backslash, a tag is text. Control tokens are placed by their id, between
 pieces of text in which no special token is recognised: what a user types stays text.
 """
 
@@ -16,7 +17,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.records import IMAGE_TAG, Turn
+from neo_megatron.data.records import Turn
+from neo_megatron.data.tags import IMAGE_TAG, split_tags
 
 # In the order of their ids; a Qwen3 tokenizer has <|im_start|> and <|im_end|> already.
 NEO_TOKENS = (
@@ -127,11 +129,15 @@ class ChatEncoder:
             if turn.role == "assistant":  # header and content are two strings there, one string for the other roles
                 layout.append((opening, False))
                 opening = ""
-            first, *others = (opening + turn.text).split(IMAGE_TAG)
-            layout.append((first, turn.trained))
-            for text in others:
-                layout.append((self._picture(next(pictures)), turn.trained))
-                layout.append((text, turn.trained))
+            text = opening
+            for number, piece in enumerate(split_tags(turn.text)):
+                if number % 2 and piece == IMAGE_TAG and turn.role != "assistant":
+                    layout.append((text, turn.trained))
+                    layout.append((self._picture(next(pictures)), False))
+                    text = ""
+                else:
+                    text += piece
+            layout.append((text, turn.trained))
             layout.append(([self._ids.turn_end], turn.trained))
             layout.append(("\n", turn.trained))
         return layout

@@ -1,6 +1,7 @@
 """The two ways in which input can be wrong: for the person who runs the tool, and for one sample of the data."""
 
 from enum import StrEnum
+from typing import Any
 
 
 class Reason(StrEnum):
@@ -11,6 +12,9 @@ class Reason(StrEnum):
     UNKNOWN_ROLE = "unknown role"
     EMPTY_CONVERSATION = "empty conversation"
     NOTHING_TRAINED = "nothing to train on"
+    EMPTY_ANSWER = "empty answer"
+    UNSUPPORTED_KEY = "unsupported key"
+    INLINE_MEDIA = "inline media"
     PICTURE_COUNT = "pictures and tags differ"
     VIDEO_COUNT = "videos and tags differ"
     REMOTE_PATH = "remote path"
@@ -29,6 +33,14 @@ class DataError(Exception):
     """A tool cannot go on; its text is one sentence for the person who started it."""
 
 
+class TooManyRejected(DataError):
+    """More samples were rejected than --max-rejected allows; ``counts`` is what the manifest would say of them."""
+
+    def __init__(self, sentence: str, counts: dict[str, Any]) -> None:
+        super().__init__(sentence)
+        self.counts = counts
+
+
 class RejectedSample(Exception):
     """One sample cannot be used; ``sentence`` says why, without naming the file and the record."""
 
@@ -36,3 +48,19 @@ class RejectedSample(Exception):
         super().__init__(reason, sentence)
         self.reason = reason
         self.sentence = sentence
+
+    def row(self, file: str, record: int, element: int | None) -> dict[str, Any]:
+        """Its line of a ``rejects.jsonl``.
+
+        Args:
+            file: the annotation file.
+            record: number of the record in it, from 0.
+            element: number of the sample in a list-packed record, ``None`` for any other record.
+        """
+        return {
+            "file": file,
+            "record": record,
+            "element": element,
+            "kind": self.reason.value,
+            "reason": self.sentence,
+        }

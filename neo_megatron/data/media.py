@@ -1,7 +1,6 @@
 """The pictures of a checked sample, and the frames of its videos, in the form in which a shard keeps them."""
 
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,8 +18,9 @@ from neo_megatron.data.image import (
     read_picture,
     resize_to_grid,
 )
-from neo_megatron.data.records import IMAGE_TAG, VIDEO_TAG, Sample, Turn
+from neo_megatron.data.records import Sample, Turn
 from neo_megatron.data.settings import Settings
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tags
 from neo_megatron.data.video import Clip, plan_clip, read_frames
 
 # A sample waits in memory until it is written.
@@ -57,7 +57,7 @@ def _in_order(sample: Sample, clips: list[Clip], settings: Settings, limit: int)
     """Pictures and frames in the order of the tags."""
     pictures, videos = iter(sample.pictures), iter(clips)
     for turn in sample.turns:
-        for tag in re.findall(f"{IMAGE_TAG}|{VIDEO_TAG}", turn.text):
+        for tag in split_tags(turn.text)[1::2]:
             if tag == IMAGE_TAG:
                 yield _picture(next(pictures), settings, limit)
             else:
@@ -93,7 +93,7 @@ def _frame(image: Image.Image, path: str, settings: Settings, limit: int) -> _St
 def _with_frames(turns: tuple[Turn, ...], clips: list[Clip]) -> tuple[Turn, ...]:
     videos = iter(clips)
 
-    def frames(_: re.Match[str]) -> str:
+    def frames() -> str:
         return "\n".join(f"Frame-{number}: {IMAGE_TAG}" for number in range(1, len(next(videos).times) + 1))
 
-    return tuple(replace(turn, text=re.sub(VIDEO_TAG, frames, turn.text)) for turn in turns) if clips else turns
+    return tuple(replace(turn, text=replace_tags(turn.text, VIDEO_TAG, frames)) for turn in turns) if clips else turns

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from neo_megatron.data.balance import balanced_order, imbalance
 from neo_megatron.data.draw import key_of
-from neo_megatron.data.errors import DataError, Reason
+from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.files import REJECTS, WholeFile, finish_output, json_line, prepare_output, write_whole
 from neo_megatron.data.mixture import Mixture
+from neo_megatron.data.origins import Origins
 from neo_megatron.data.pack_index import (
     FORMAT,
     PATTERN,
@@ -160,10 +161,10 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
     """Writes one directory; returns its manifest."""
     length = common["seq_length"]
     rejects = WholeFile(side.directory / REJECTS)
+    origins = Origins(data)
     for sample, tokens in over_long:
-        file, record = data.describe(sample)
-        entry = {"file": file, "record": record, "kind": Reason.OVER_LONG.value, "reason": _too_long(tokens, length)}
-        rejects.write(json_line(entry))
+        rejected = RejectedSample(Reason.OVER_LONG, _too_long(tokens, length))
+        rejects.write(json_line(rejected.row(*origins.of(sample))))
     files = {REJECTS: rejects.commit()}
     units = Units.join(side.parts)
     side.parts.clear()  # they are as large as what they were joined to
@@ -241,9 +242,10 @@ def _too_long(length: int, capacity: int) -> str:
 
 
 def _stop(data: Mixture, sample: int, length: int, capacity: int) -> str:
-    file, record = data.describe(sample)
+    file, record, element = Origins(data).of(sample)
+    place = f"record {record}" if element is None else f"record {record}, sample {element}"
     remedy = "raise --seq-length, or leave it out with --on-error skip"
-    return f"{file}, record {record}: {_too_long(length, capacity)}; {remedy}"
+    return f"{file}, {place}: {_too_long(length, capacity)}; {remedy}"
 
 
 def _header(dtype: np.dtype, count: int) -> bytes:

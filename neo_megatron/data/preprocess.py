@@ -14,13 +14,17 @@ from tqdm import tqdm
 from neo_megatron.data.annotations import Place, Slice, slices
 from neo_megatron.data.chat import tokenizer_fingerprint
 from neo_megatron.data.engines import EngineName, in_order, open_engine
+from neo_megatron.data.errors import Reason, TooManyRejected
 from neo_megatron.data.files import REJECTS, WholeFile, json_line, read_manifest, write_manifest
+from neo_megatron.data.noticed import Noticed
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.data.shards import FORMAT, VERSION
 from neo_megatron.data.slice_worker import Task
 from neo_megatron.data.tokenizer_parts import load_parts
 from neo_megatron.data.unfinished import Outcome, Run, load_outcome, without_details
+
+_NOT_FOUND = (Reason.MISSING_PICTURE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
 
 
 def preprocess(
@@ -31,13 +35,19 @@ def preprocess(
     on_error: Literal["skip", "fail"] = "skip",
     workers: int = 1,
     engine: EngineName = "local",
+    max_rejected: float = 100.0,
 ) -> dict[str, Any]:
     """Writes the shards of all sources, ``rejects.jsonl`` and, last, the manifest, which is returned.
 
     A run that was interrupted is continued by the same call; the result has the same bytes. Several workers of the
     engine "local" are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
 
+    Args:
+        max_rejected: percent of the samples read that may be rejected.
+
     Raises:
+        TooManyRejected: there are more. The shards and ``rejects.jsonl`` are there, but no manifest, so nothing packs
+            them; the same call with a higher limit completes them at once.
         DataError: for input that stops the run; with ``on_error="fail"`` that is the first sample that is rejected.
     """
     output = Path(output)
@@ -57,7 +67,7 @@ def preprocess(
         if not run.has_manifest:
             task = Task(sources, tokenizer.json, tokenizer.ids, settings, on_error, output)
             count = _do_slices(run, task, workers, engine)
-            _join_outcomes(output, count, head)
+            _join_outcomes(output, count, head, max_rejected)
         run.clear()
     return read_manifest(output, FORMAT, VERSION)
 
@@ -98,18 +108,20 @@ def _do_slices(run: Run, task: Task, workers: int, engine_name: EngineName) -> i
     return count
 
 
-def _join_outcomes(output: Path, count: int, head: dict[str, Any]) -> None:
-    """Makes the list of rejects and the manifest of the outcomes of all slices."""
+def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected: float) -> None:
+    """Makes the list of rejects and, where they are not too many, the manifest of the outcomes of all slices."""
     counts: Counter[str] = Counter(records_read=0, samples_read=0)
     reasons: Counter[str] = Counter()
-    shards = []
+    shards, noticed, first = [], Noticed(), {}
     rejects = WholeFile(output / REJECTS)
     for number in range(count):
         outcome: Outcome = load_outcome(output, number)
         counts.update(records_read=outcome.records, samples_read=outcome.samples)
         reasons.update(reject["kind"] for reject in outcome.rejects)
+        noticed.add(outcome.noticed)
         for reject in outcome.rejects:
             rejects.write(json_line(reject))
+            first.setdefault(reject["kind"], reject)
         if outcome.shard:
             shards.append(outcome.shard)
     files = {REJECTS: rejects.commit()}
@@ -119,8 +131,31 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any]) -> None:
         "samples_rejected": reasons.total(),
         "rejected_by_reason": dict(sorted(reasons.items())),
         "pictures": sum(shard["pictures"] for shard in shards),
+        **noticed.counts(),
     }
+    if reasons.total() * 100 > max_rejected * totals["samples_read"]:
+        raise TooManyRejected(_too_many(totals, max_rejected, output / REJECTS, first), totals)
     write_manifest(output, {"format": FORMAT, **head, "counts": totals, "shards": shards, "files": files})
+
+
+def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[str, dict[str, Any]]) -> str:
+    """The sentence for a run with too many rejects; ``first`` is the first reject of each kind."""
+    rejected, read = counts["samples_rejected"], counts["samples_read"]
+    not_found = [kind for kind in _NOT_FOUND if kind in first]
+    lost = sum(counts["rejected_by_reason"][kind] for kind in not_found)
+    hint = ""
+    if 2 * lost > rejected:
+        entry = min((first[kind] for kind in not_found), key=lambda entry: entry["record"])
+        hint = (
+            f"{lost} of them name an image or video that is not found, so check --image-root (in a registry: "
+            f"data_path); the first is record {entry['record']} of {entry['file']}: {entry['reason']}; "
+        )
+    return (
+        f"{rejected} of {read} samples ({rejected / read:.2%}) were rejected, more than --max-rejected {limit:g} "
+        f"(percent) allows; {listed} has the reason of each; {hint}nothing can be packed yet: correct the cause and "
+        "preprocess into a new --output, or accept the rejects by the same command with a higher --max-rejected, "
+        "which only finishes what is there"
+    )
 
 
 class _Progress(tqdm):

@@ -5,12 +5,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.foreign_media import inline_form, placeholder
+from neo_megatron.data.record_keys import IMAGE_KEYS, VIDEO_KEYS, check_keys, media_value, system_text, training_flag
 from neo_megatron.data.registry import Source
-from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
@@ -21,20 +23,35 @@ _ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.I
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: ``role`` in the words of the template, ``trained`` where the model learns to say it."""
+    """One message: ``role`` in the words of the template, ``trained`` where the model learns to say it.
+
+    Tags in ``text`` are places for media, unless they are escaped; ``literal`` is the text with the escapes resolved.
+    """
 
     role: str
     text: str
     trained: bool
 
+    @property
+    def literal(self) -> str:
+        return "".join(split_tags(self.text))
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation and its files: a picture for each ``<image>`` tag, a video for each ``<video>`` tag, in order."""
+    """A conversation and its files: a picture for each ``<image>`` tag, a video for each ``<video>`` tag, in order.
+
+    Args:
+        turns: of an assistant all tags are escaped, because none of them is a place for media.
+        placeholder: of another project, in the text of a sample that has no tags of its own; it stays text.
+        first_turn: index in ``turns`` of the first under ``conversations``; 1 where a system prompt has its own key.
+    """
 
     turns: tuple[Turn, ...]
     pictures: tuple[str, ...]
     videos: tuple[str, ...] = ()
+    placeholder: str = ""
+    first_turn: int = 0
 
 
 def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
@@ -90,23 +107,55 @@ def check_sample(sample: object, source: Source) -> Sample:
     """
     if not isinstance(sample, dict):
         raise RejectedSample(Reason.MALFORMED, f"a sample must be an object, not {type(sample).__name__}")
-    turns = _check_turns(sample.get("conversations"))
-    videos = _check_paths("video", sample.get("video"))
-    pictures = _check_paths("image", sample.get("image"))
+    check_keys(sample)
+    turns = _check_turns(sample.get("conversations"), list(sample))
+    videos = _check_paths(*media_value(sample, VIDEO_KEYS))
+    pictures = _check_paths(*media_value(sample, IMAGE_KEYS))
+    foreign = _foreign_media([turn for turn in turns if turn.role != "assistant"])
     turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
     turns = _match_tags(turns, pictures, IMAGE_TAG, Reason.PICTURE_COUNT)
-    if not any(turn.trained for turn in turns):
-        raise RejectedSample(Reason.NOTHING_TRAINED, "no assistant turn is trained on (all others are input)")
+    turns = tuple(_with_literal_tags(turn) for turn in turns)
+    _check_trained(sample, turns)
+    system = _own_system_turn(sample, turns)
     return Sample(
-        turns,
+        (*system, *turns),
         tuple(resolve_path(path, source) for path in pictures),
         tuple(resolve_path(path, source) for path in videos),
+        foreign,
+        len(system),
     )
 
 
-def _check_turns(conversation: object) -> tuple[Turn, ...]:
+def check_answers(sample: Sample) -> None:
+    """Rejects a sample with an answer to train on that shows nothing: the model would learn to end at once.
+
+    Raises:
+        RejectedSample: with the number of the turn.
+    """
+    if (number := blank_answer(sample)) is not None:
+        raise RejectedSample(
+            Reason.EMPTY_ANSWER,
+            f"turn {number - sample.first_turn} is an empty answer; correct it, or pass --empty-answers keep",
+        )
+
+
+def blank_answer(sample: Sample) -> int | None:
+    """Number of the first turn that is trained on and shows nothing, else ``None``."""
+    return next(
+        (number for number, turn in enumerate(sample.turns) if turn.trained and is_blank(turn.text)),
+        None,
+    )
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has only white space and characters without width."""
+    return re.fullmatch(r"[\s\u200b-\u200f\u2060\ufeff]*", text) is not None
+
+
+def _check_turns(conversation: object, keys: list[str]) -> tuple[Turn, ...]:
     if not conversation:
-        raise RejectedSample(Reason.EMPTY_CONVERSATION, "'conversations' is missing or empty")
+        named = f"; its keys are {', '.join(map(repr, keys)):.200}: write its turns under 'conversations'"
+        raise RejectedSample(Reason.EMPTY_CONVERSATION, "'conversations' is missing or empty" + (named if keys else ""))
     if not isinstance(conversation, list):
         raise RejectedSample(Reason.MALFORMED, "'conversations' must be a list of turns")
     return tuple(_check_turn(number, turn) for number, turn in enumerate(conversation))
@@ -115,20 +164,60 @@ def _check_turns(conversation: object) -> tuple[Turn, ...]:
 def _check_turn(number: int, turn: object) -> Turn:
     if not isinstance(turn, dict):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} must be an object with 'from' and 'value'")
-    role, text, is_input = turn.get("from"), turn.get("value"), turn.get("is_input") or False
+    role, text = turn.get("from"), turn.get("value")
+    if role is None and "role" in turn:
+        raise RejectedSample(
+            Reason.UNKNOWN_ROLE, f"turn {number} has 'role'; rename 'role' to 'from' and 'content' to 'value'"
+        )
     if not isinstance(role, str) or role not in ROLES:
         raise RejectedSample(Reason.UNKNOWN_ROLE, f"turn {number} is from {role!r:.60}, not one of {', '.join(ROLES)}")
-    if not isinstance(text, str) or not isinstance(is_input, bool):
+    if not isinstance(text, str):
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} must have a string under 'value'")
+    if not is_unicode(text):
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} holds half a surrogate pair, which is no text")
+    role, flag = ROLES[role], training_flag(turn, f"turn {number}")
+    if flag and flag[1] and role != "assistant":
         raise RejectedSample(
-            Reason.MALFORMED, f"turn {number} must have a text under 'value', and a truth under 'is_input'"
+            Reason.UNSUPPORTED_KEY,
+            f"turn {number} is of the {role}, and {flag[0]!r} says to train on it; only assistant turns are trained on",
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    return Turn(role, text, trained=role == "assistant" and (flag is None or flag[1]))
+
+
+def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turn of a system prompt under a key of its own; no media belong there, so its tags are text."""
+    text = system_text(sample)
+    written = next((turn.literal for turn in turns if turn.role == "system"), text)
+    if written != text and text:
+        raise RejectedSample(Reason.MALFORMED, "'system' of the sample and its system turn differ; keep one of them")
+    if not is_unicode(text):
+        raise RejectedSample(Reason.MALFORMED, "'system' of the sample holds half a surrogate pair, which is no text")
+    has_turn = any(turn.role == "system" for turn in turns)
+    return () if has_turn or not text else (Turn("system", escape_tags(text), False),)
+
+
+def _foreign_media(asked: Sequence[Turn]) -> str:
+    """A placeholder of another project in turns that have no tags of this one, else "".
+
+    Raises:
+        RejectedSample: a path, or an encoded file, stands in the text.
+    """
+    if inline := inline_form(turn.text for turn in asked):
         raise RejectedSample(
-            Reason.MALFORMED, f"turn {number} holds half a surrogate pair, which is no text"
-        ) from error
-    return Turn(ROLES[role], text, trained=ROLES[role] == "assistant" and not is_input)
+            Reason.INLINE_MEDIA,
+            f"the text holds {inline!r:.120}, media in the form of another project; list the file under 'image' (or "
+            f"'video') and write {IMAGE_TAG} (or {VIDEO_TAG}) in its place; \\{IMAGE_TAG} is text",
+        )
+    has_tags = any(count_tags(turn.text, tag) for turn in asked for tag in _KINDS)
+    return "" if has_tags else placeholder(turn.literal for turn in asked)
+
+
+def _check_trained(sample: dict, turns: tuple[Turn, ...]) -> None:
+    flag = training_flag(sample, "the sample")
+    if flag and not flag[1]:
+        raise RejectedSample(Reason.NOTHING_TRAINED, f"{flag[0]!r} says that the sample is not to be trained on")
+    if not any(turn.trained for turn in turns):
+        raise RejectedSample(Reason.NOTHING_TRAINED, "no assistant turn is trained on")
 
 
 def is_unicode(text: str) -> bool:
@@ -137,7 +226,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _check_paths(key: str, value: object) -> tuple[str, ...]:
-    paths = [] if value is None else _list(value)
+    paths = _list(value)
     for path in paths:
         if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
             raise RejectedSample(Reason.MALFORMED, f"'{key}' must be a path or a list of paths")
@@ -145,15 +234,38 @@ def _check_paths(key: str, value: object) -> tuple[str, ...]:
 
 
 def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason: Reason) -> tuple[Turn, ...]:
-    """The turns with one tag for each path; a single file that no turn mentions belongs to the first human turn."""
-    tags = sum(turn.text.count(tag) for turn in turns)
+    """The turns with one tag for each path; a single file that no turn mentions belongs to the first human turn.
+
+    A tag of an assistant is text. It could also mean that the file belongs there, which is not trained and so not
+    done: where only that would explain the number of files, the sample is rejected.
+    """
+    tags = sum(count_tags(turn.text, tag) for turn in turns if turn.role != "assistant")
+    said = next((number for number, turn in enumerate(turns) if _says(turn, tag)), None)
     human = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-    if len(paths) == 1 and tags == 0 and human is not None:
+    if tags == len(paths):
+        return turns
+    if len(paths) == 1 and tags == 0 and said is None and human is not None:
         turn = turns[human]
         return (*turns[:human], Turn(turn.role, f"{tag}\n{turn.text}", turn.trained), *turns[human + 1 :])
-    if tags != len(paths):
-        raise RejectedSample(reason, f"the sample has {len(paths)} {_KINDS[tag]} but {tags} {tag} tags")
-    return turns
+    remedy = ""
+    if tags:
+        remedy = f"; a {tag} that is meant as text is written \\{tag}, in JSON \\\\{tag}"
+    elif foreign := placeholder(turn.literal for turn in turns if turn.role != "assistant"):
+        remedy = f"; its text has {foreign!r}, a placeholder of another project: write {tag} in its place"
+    if said is not None:
+        remedy = (
+            f"; the {tag} of turn {said} is in an assistant turn, where it is text: move it to the turn of a user, or "
+            f"write \\{tag} (in JSON \\\\{tag}) in the answer if it is meant as text"
+        )
+    raise RejectedSample(reason, f"the sample has {len(paths)} {_KINDS[tag]} but {tags} {tag} tags{remedy}")
+
+
+def _says(turn: Turn, tag: str) -> bool:
+    return turn.role == "assistant" and count_tags(turn.text, tag) > 0
+
+
+def _with_literal_tags(turn: Turn) -> Turn:
+    return replace(turn, text=as_literal(turn.text)) if turn.role == "assistant" else turn
 
 
 def resolve_path(path: str, source: Source) -> str:

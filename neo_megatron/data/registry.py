@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from neo_megatron.data.annotation_files import check_annotation_file
 from neo_megatron.data.errors import DataError
+
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may stand several times
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class Source:
     share: Fraction = Fraction(1)
 
     def __post_init__(self) -> None:
-        if not Path(self.annotations).is_file():
+        if not Path(self.annotations).exists():
             raise DataError(f"data set {self.name}: the annotation file {self.annotations} does not exist; correct it")
+        check_annotation_file(self.annotations)
         if self.image_root and not Path(self.image_root).is_dir():
             raise DataError(f"data set {self.name}: the image root {self.image_root} is no directory; correct it")
 
@@ -48,9 +53,13 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
     """
     entries = _read(Path(registry))
     folder = Path(registry).parent
-    sources = []
+    sources: list[Source] = []
     for text in names:
         name, share = split_share(text)
+        if any(source.name == name for source in sources):
+            raise DataError(
+                f"data set {name} is named twice; name it once, with its share of all: {name}%200 uses it twice"
+            )
         if name not in entries:
             raise DataError(f"data set {name} is not in {registry}, which holds: {', '.join(sorted(entries))}")
         entry = entries[name]
@@ -66,11 +75,27 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
     return sources
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Rejects a mapping with a key twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
+                key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+                if key in lines:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key!r} is in line {lines[key]} and again in line {line}; rename or remove one"
+                    )
+                lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read(registry: Path) -> dict[str, dict[str, str]]:
     if not registry.is_file():
         raise DataError(f"the registry {registry} does not exist; name a YAML file of data sets")
     try:
-        entries = yaml.safe_load(registry.read_text())
+        entries = yaml.load(registry.read_text(), _UniqueKeyLoader)  # noqa: S506 - a subclass of the safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"the registry {registry} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
@@ -98,3 +123,9 @@ def split_share(text: str) -> tuple[str, Fraction]:
     if fraction <= 0:
         raise DataError(f"{text}: what follows % must be a percentage above 0, such as 50, 12.5 or 200")
     return name, fraction
+
+
+def split_path_share(text: str) -> tuple[str, Fraction]:
+    """As :func:`split_share` for a path, which may have a % itself: one that exists as it is written has no share."""
+    in_a_directory = "/" in text.rpartition("%")[2]
+    return (text, Fraction(1)) if in_a_directory or Path(text).exists() else split_share(text)

@@ -8,6 +8,7 @@ from neo_megatron.data.errors import DataError
 
 PictureCheck = Literal["decode", "header"]
 ImageStore = Literal["encoded", "patches"]
+EmptyAnswers = Literal["reject", "keep"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Settings:
         records_per_shard: records of an annotation file that make one shard.
         video_fps: frames taken from a second of a video.
         max_frames: of one video; of a longer one as many are taken, evenly spaced over the whole.
+        empty_answers: what happens to a sample with a blank answer to train on; those that are kept are counted.
     """
 
     min_pixels: int = 65536
@@ -33,6 +35,7 @@ class Settings:
     records_per_shard: int = 8192
     video_fps: float = 1.0
     max_frames: int = 32
+    empty_answers: EmptyAnswers = "reject"
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:

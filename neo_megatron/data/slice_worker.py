@@ -12,7 +12,7 @@ from neo_megatron.data.annotations import Slice, read_slice
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.media import load_media
-from neo_megatron.data.records import Turn, check_sample, parse_record, split_key
+from neo_megatron.data.records import Turn, check_answers, check_sample, parse_record, split_key
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.data.shard_writer import ShardWriter
@@ -160,10 +160,14 @@ class SliceWorker:
             outcome.samples += 1
             try:
                 sample = check_sample(written, source)
+                if self._task.settings.empty_answers == "reject":
+                    check_answers(sample)
                 turns, pictures, grids = load_media(sample, self._task.settings)
             except RejectedSample as rejected:
                 self._reject(rejected, record, element, source, outcome)
             else:
+                place = {"file": source.annotations, "record": record, "element": element}
+                outcome.noticed.note(sample, written, pictures, place)
                 batch.add(_Pending(turns, pictures, grids, record, key))
         batch.end_record()
 
@@ -175,12 +179,4 @@ class SliceWorker:
             raise DataError(
                 f"{source.annotations}, {where}: {rejected.sentence}; correct it, or leave it out with --on-error skip"
             )
-        outcome.rejects.append(
-            {
-                "file": source.annotations,
-                "record": record,
-                "element": element,
-                "kind": rejected.reason.value,
-                "reason": rejected.sentence,
-            }
-        )
+        outcome.rejects.append(rejected.row(source.annotations, record, element))

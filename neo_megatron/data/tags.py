@@ -8,6 +8,7 @@ The exported processor carries a copy of this file (``hf/tags_neo.py``), so it i
 """
 
 import re
+from collections.abc import Callable
 
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 
@@ -35,6 +36,18 @@ def split_tags(text: str) -> list[str]:
 def count_tags(text: str, tag: str) -> int:
     """How many places for media of this kind the text has; escaped tags do not count."""
     return split_tags(text)[1::2].count(tag)
+
+
+def replace_tags(text: str, tag: str, replacement: Callable[[], str]) -> str:
+    """The text with each tag of this kind replaced by the next ``replacement``, which must not begin with a tag."""
+
+    def replaced(match: re.Match[str]) -> str:
+        backslashes = match[1]
+        if len(backslashes) % 2 or match[2] != tag:
+            return match[0]
+        return "\\" * (len(backslashes) // 2) + replacement()  # no tag follows them, so they are not written twice
+
+    return _TAG.sub(replaced, text)
 
 
 def escape_tags(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from neo_megatron.data.annotations import Place
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST, PARTIAL, REJECTS, json_line, sync_directory, write_whole
+from neo_megatron.data.noticed import Noticed
 
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
@@ -34,6 +35,7 @@ class Outcome:
         records, samples: read, in a list-packed record several samples.
         rejects: of the samples that were left out, as in ``rejects.jsonl``.
         shard: entry of the manifest, ``None`` where nothing was kept.
+        noticed: tallies of the samples that were kept.
     """
 
     next: Place
@@ -42,6 +44,7 @@ class Outcome:
     samples: int = 0
     rejects: list[dict[str, Any]] = field(default_factory=list)
     shard: dict[str, Any] | None = None
+    noticed: Noticed = field(default_factory=Noticed)
 
     @property
     def number(self) -> int:
@@ -56,7 +59,7 @@ def save_outcome(directory: Path, outcome: Outcome) -> None:
 
 def load_outcome(directory: Path, number: int) -> Outcome:
     fields = json.loads(_path(directory, number).read_bytes())
-    return Outcome(**fields | {"next": Place(**fields["next"])})
+    return Outcome(**fields | {"next": Place(**fields["next"]), "noticed": Noticed(**fields["noticed"])})
 
 
 class Run:
@@ -153,7 +156,7 @@ def _lock(directory: Path) -> Any:
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What of the plan of a run is not as it was; "" where all is."""
     for key, value in new["settings"].items():
-        if (before := old["settings"].get(key)) != value:
+        if key in old["settings"] and (before := old["settings"][key]) != value:
             return f"with --{key.replace('_', '-')} {before}, not {value}"
     for before, now in zip(old["sources"], new["sources"], strict=False):
         file = now["annotations"]
@@ -175,4 +178,4 @@ def _path(directory: Path, number: int) -> Path:
 
 def without_details(outcome: Outcome) -> Outcome:
     """The outcome without what only its file has to keep."""
-    return replace(outcome, rejects=[], shard=None)
+    return replace(outcome, rejects=[], shard=None, noticed=Noticed())

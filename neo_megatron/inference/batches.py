@@ -28,7 +28,7 @@ from neo_megatron.data.settings import Settings
 from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answer, Answerer
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample
-from neo_megatron.inference.questions import Ask, Question, reject_entry
+from neo_megatron.inference.questions import Ask, Question
 
 Result = dict[str, Any]
 """``prediction`` and ``finished`` of an answer, or ``rejected``, a line of ``rejects.jsonl``."""
@@ -146,7 +146,7 @@ class Worker:
         try:
             return prompt_of_sample(question.sample, question.turn, self._task.settings)
         except RejectedSample as rejected:
-            return {"rejected": reject_entry(rejected, question.source, question.record, question.element)}
+            return {"rejected": rejected.row(question.source.annotations, question.record, question.element)}
 
     @staticmethod
     def _result(answer: Answer) -> Result:

@@ -21,8 +21,9 @@ from neo_megatron.data.image import (
     read_picture,
 )
 from neo_megatron.data.media import load_media
-from neo_megatron.data.records import IMAGE_TAG, Sample, Turn, is_unicode
+from neo_megatron.data.records import Sample, Turn, is_unicode
 from neo_megatron.data.settings import Settings
+from neo_megatron.data.tags import IMAGE_TAG, count_tags
 
 Picture = Image.Image | bytes | str | Path
 """A picture: opened, the bytes of its file, or where the file lies."""
@@ -46,7 +47,7 @@ class Prompt:
     grids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        tags = sum(turn.text.count(IMAGE_TAG) for turn in self.turns)
+        tags = sum(count_tags(turn.text, IMAGE_TAG) for turn in self.turns if turn.role != "assistant")
         if tags != len(self.pictures):
             raise RejectedSample(
                 Reason.PICTURE_COUNT, f"the prompt has {len(self.pictures)} pictures but {tags} {IMAGE_TAG} tags"
@@ -89,7 +90,7 @@ def prompt_of_sample(sample: Sample, turn: int, settings: Settings) -> Prompt:
     """
     turns, pictures, grids = load_media(sample, settings)
     before = turns[:turn]
-    count = sum(one.text.count(IMAGE_TAG) for one in before)
+    count = sum(count_tags(one.text, IMAGE_TAG) for one in before)
     patches = tuple(picture.reshape(-1, 4, PATCH_VALUES) for picture in pictures[:count])
     return Prompt(before, patches, tuple(grids[:count]))
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from neo_megatron.data.annotations import read_slice, slices
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_picture
-from neo_megatron.data.records import Sample, check_sample, is_unicode, parse_record
+from neo_megatron.data.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 
@@ -90,17 +90,6 @@ def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> Q
     return result
 
 
-def reject_entry(rejected: RejectedSample, source: Source, record: int, element: int | None) -> dict[str, Any]:
-    """A line of ``rejects.jsonl``, as preprocessing writes it."""
-    return {
-        "file": source.annotations,
-        "record": record,
-        "element": element,
-        "kind": rejected.reason.value,
-        "reason": rejected.sentence,
-    }
-
-
 def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[Source, int, bytes | None]]:
     for piece in slices(sources, _RECORDS_AT_ONCE):
         source = sources[piece.place.source]
@@ -108,7 +97,7 @@ def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iter
             yield source, record, text
         if piece.broken:
             broken = RejectedSample(Reason.BROKEN_JSON, piece.broken)
-            result.rejects.append(reject_entry(broken, source, piece.place.first + len(piece.bounds), None))
+            result.rejects.append(broken.row(source.annotations, piece.place.first + len(piece.bounds), None))
 
 
 def _read_record(
@@ -118,7 +107,7 @@ def _read_record(
     try:
         elements = list(parse_record(text))
     except RejectedSample as rejected:
-        result.rejects.append(reject_entry(rejected, source, record, None))
+        result.rejects.append(rejected.row(source.annotations, record, None))
         return 1
     for element, written in elements:
         try:
@@ -126,7 +115,7 @@ def _read_record(
             cells = _cells(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
-            result.rejects.append(reject_entry(rejected, source, record, element))
+            result.rejects.append(rejected.row(source.annotations, record, element))
             continue
         for turn, references in asked:
             length = cells + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
@@ -157,11 +146,16 @@ def _next_turn(sample: Sample) -> tuple[int, tuple[str, ...]]:
 
 def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[str, ...]]]:
     """(turn, references) of every turn that is trained on."""
-    return [
-        (number, (turn.text, *_further_answers(number, written["conversations"][number])))
-        for number, turn in enumerate(sample.turns)
-        if turn.trained
-    ]
+    found = []
+    for number, turn in enumerate(sample.turns):
+        if turn.trained:
+            place = number - sample.first_turn
+            further = _further_answers(place, written["conversations"][place])
+            # An answer that is empty is right only where further ones say what else is.
+            if is_blank(turn.text) and not further:
+                raise RejectedSample(Reason.EMPTY_ANSWER, f"turn {place} is an empty answer; correct it")
+            found.append((number, (turn.literal, *further)))
+    return found
 
 
 def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:

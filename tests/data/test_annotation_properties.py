@@ -13,10 +13,11 @@ from PIL import Image
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
 from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.records import IMAGE_TAG, check_sample, parse_record, split_key
+from neo_megatron.data.records import check_sample, parse_record, split_key
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.tags import IMAGE_TAG, count_tags
 
 SMALL = Settings(min_pixels=1024, max_pixels=4096, records_per_shard=7)
 
@@ -106,7 +107,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "link.png").symlink_to(directory.parent / "a.png")
     (directory / "away").symlink_to(directory.parent)
     (directory / "loop").symlink_to("loop")
-    (directory.parent / "train.jsonl").touch()
+    (directory.parent / "train.jsonl").write_text("{}")
     return directory
 
 
@@ -140,7 +141,7 @@ def test_a_record_is_taken_or_refused(root, neo, encoder, line):
             rejected.sentence.encode()  # it is written to a file
             continue
         assert all(Path(path).is_relative_to(root.resolve()) for path in checked.pictures + checked.videos)
-        tags = sum(turn.text.count(IMAGE_TAG) for turn in checked.turns)
+        tags = sum(count_tags(turn.text, IMAGE_TAG) for turn in checked.turns)
         assert tags == len(checked.pictures)
         (encoded,) = encoder.encode([(checked.turns, [1] * tags)])
         check_layout(encoded.tokens.tolist(), neo, pictures=tags, turns=len(checked.turns))
@@ -189,7 +190,7 @@ def check_books(counts: dict, rejects: list[dict], shards: ShardSet, neo) -> Non
 @given(content=st.lists(lines, max_size=25))
 @example(content=[deep(900), deep(100_000), b"[" * 100_000, b"\xff", b"{}"])
 def test_lines_are_kept_or_rejected(root, tokenizer, neo, content):
-    file = b"\n".join(content)
+    file = b"\n".join([deep(1), *content])  # one good line makes it a file of lines, whatever the others are
     counts, rejects, shards = run(root, tokenizer, file, "train.jsonl")
     check_books(counts, rejects, shards, neo)
     assert counts["records_read"] == sum(bool(line.strip(b" \t\r\n\v\f")) for line in file.split(b"\n"))

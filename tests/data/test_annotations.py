@@ -11,7 +11,7 @@ import pytest
 from neo_megatron.data import annotations
 from neo_megatron.data.annotations import drawn_records, read_slice, slices
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.registry import Source, data_list
+from neo_megatron.data.registry import Source, data_list, split_path_share
 
 
 def read(source: Source, size: int, seed: int = 0) -> list[tuple[int, object]]:
@@ -91,9 +91,12 @@ def test_a_broken_array_gives_what_is_whole(tmp_path, text, usable, damaged, rea
 
 @pytest.mark.parametrize("text", ["", '{"n": 0}', '{"n": 0}\n{"n": 1}\n'])
 def test_what_is_no_array_is_refused(tmp_path, text):
+    """Also where the file changes after the source was checked."""
+    (tmp_path / "a.json").write_text("[]")
+    source = Source("a", str(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match="no JSON array"):
-        list(slices([Source("a", str(tmp_path / "a.json"))], 100))
+        list(slices([source], 100))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -152,7 +155,7 @@ text:
 def registry(tmp_path):
     (tmp_path / "registry.yaml").write_text(REGISTRY)
     (tmp_path / "caption.json").write_text("[]")
-    (tmp_path / "text.jsonl").write_text("")
+    (tmp_path / "text.jsonl").write_text("{}\n")
     (tmp_path / "pictures").mkdir()
     return tmp_path / "registry.yaml"
 
@@ -191,6 +194,53 @@ def test_wrong_registries_are_refused(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(DataError, match=r"r\.yaml"):
         data_list(["a"], tmp_path / "r.yaml")
+
+
+def test_a_data_set_that_is_named_twice_is_refused(registry):
+    with pytest.raises(DataError, match="data set text is named twice; .*text%200"):
+        data_list(["text", "caption", "text%50"], registry)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "a: {annotation_path: x}\nb: {annotation_path: y}\na: {annotation_path: z}",
+            "'a' is in line 1 and again in line 3",
+        ),
+        (
+            "a:\n  annotation_path: x\n  data_path: p\n  annotation_path: y",
+            "'annotation_path' is in line 2 and again in line 4",
+        ),
+    ],
+)
+def test_keys_that_a_registry_has_twice_are_refused(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(DataError, match=rf"r\.yaml is not valid YAML: .*{said}"):
+        data_list(["a"], tmp_path / "r.yaml")
+
+
+def test_a_registry_may_merge_mappings(registry):
+    text = "base: &base {annotation_path: text.jsonl}\nother:\n  <<: *base\n  data_path: pictures\n"
+    registry.write_text(text)
+    assert [source.name for source in data_list(["base", "other"], registry)] == ["base", "other"]
+
+
+@pytest.mark.parametrize(
+    ("text", "existing", "expected"),
+    [
+        ("a%50", "a", ("a", Fraction(1, 2))),
+        ("a%50", "a%50", ("a%50", Fraction(1))),
+        ("a%50%200", "a%50", ("a%50", Fraction(2))),
+        ("100%/a", "100%/a", ("100%/a", Fraction(1))),
+        ("100%/a%50", "100%/a", ("100%/a", Fraction(1, 2))),
+        ("100%/nothing", "a", ("100%/nothing", Fraction(1))),
+    ],
+)
+def test_paths_with_a_percent_sign_are_paths(tmp_path, monkeypatch, text, existing, expected):
+    (tmp_path / existing).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert split_path_share(text) == expected
 
 
 def test_missing_files_are_named(registry):

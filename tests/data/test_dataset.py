@@ -12,6 +12,7 @@ from PIL import Image
 
 from neo_megatron.data.balance import imbalance
 from neo_megatron.data.broken import watch_broken_samples
+from neo_megatron.data.chat import ChatEncoder
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, collate, native_positions
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
@@ -27,7 +28,7 @@ def packs(bench, new_sample):
     for number in range(40):
         picture = "abc"[number % 3] + ".png"
         records.append(new_sample(*["word " * (number % 7), "answer " * (1 + number % 5)] * (1 + number % 2)))
-        records.append(new_sample("<image> what", "this " * (number % 4), image=picture))
+        records.append(new_sample("<image> what", "this " * (1 + number % 4), image=picture))
     records.append(new_sample("<image> <image>", "both", "then", "that", image=["a.png", "c.png"]))
     records[-1]["conversations"][1]["is_input"] = True
     bench.preprocess(records)
@@ -162,6 +163,23 @@ def test_tensors_against_a_naive_reading_of_the_samples(packs, weighting):
         assert item["image"].tolist() == images
         assert item["cell_index"].tolist() == [place for place, image in enumerate(images) if image >= 0]
         assert item["patches"].shape == (len(item["cell_index"]), 4, 768)
+
+
+def test_image_tokens_of_old_shards_are_no_targets(bench, new_sample, monkeypatch):
+    """Shards could have images in assistant turns within their trained spans; here all but the first token are."""
+    lay_out = ChatEncoder._lay_out
+
+    def all_trained(self, turns, cells):
+        return [(piece, number > 0) for number, (piece, _) in enumerate(lay_out(self, turns, cells))]
+
+    monkeypatch.setattr(ChatEncoder, "_lay_out", all_trained)
+    bench.pictures("a.png")
+    shards = bench.preprocess([new_sample("see <image> there", "x", image="a.png")])
+    item, ids = PackDataset(bench.pack(64), 1, seed=0)[0], shards.ids
+    tokens = shards.fetch([0])[0].tokens
+    text = [token for token in tokens.tolist()[1:] if token not in (ids.image_start, ids.image_context, ids.image_end)]
+    assert item["targets"].tolist() == text and len(text) < len(tokens) - 3
+    assert np.allclose(item["target_weight"], len(text) ** -0.5)
 
 
 def test_patches_are_those_of_the_picture(bench, new_sample):

@@ -258,7 +258,7 @@ def test_many_pictures_do_not_make_a_large_page():
 
 
 def test_shares_and_held_out_samples_count_as_often_as_they_are_packed(bench, new_sample):
-    bench.preprocess([new_sample(f"question {number}", "word " * (number % 9)) for number in range(50)])
+    bench.preprocess([new_sample(f"question {number}", "word " * (1 + number % 9)) for number in range(50)])
     inputs = [PackInput(str(bench.path / "shards"), Fraction(5, 2))]
     held_out = HeldOut(Fraction(1, 4), str(bench.path / "held_out"))
     manifests = write_packs(inputs, bench.path / "packs", 40, held_out=held_out)

@@ -82,6 +82,10 @@ def test_manifest_says_how_it_was_made(shards):
         "samples_rejected": 0,
         "rejected_by_reason": {},
         "pictures": 4,
+        "samples_with_images": 3,
+        "empty_answers": 0,
+        "ignored_keys": {},
+        "foreign_placeholders": {},
     }
 
 

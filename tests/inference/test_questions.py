@@ -54,6 +54,34 @@ def test_every_trained_turn_is_a_question(read):
     assert questions[1].length > questions[3].length
 
 
+def test_answers_and_tags_are_read_as_in_training(read):
+    """A system prompt of its own key moves no turn; tags of an answer are text; an empty answer asks nothing."""
+    records = [
+        {"system": "s", "conversations": [human("One?"), gpt("1", answers=["one"]), human("Two?"), gpt("2")]},
+        {
+            "images": ["a.png"],
+            "conversations": [human(r"<image> \<image>"), gpt("<image>", weight=1), gpt("x", loss=0)],
+        },
+        {"conversations": [human("Empty, but not only?"), gpt(" ", answers=["nothing"])]},
+        {"conversations": [human("Empty?"), gpt(" ")]},
+        {"tools": "[]", "conversations": [human("Six?"), gpt("6")]},
+    ]
+    listed = read(records)
+    assert [(*question.place[1:], question.references) for question in listed.questions] == [
+        (0, None, 2, ("1", "one")),
+        (0, None, 4, ("2",)),
+        (1, None, 1, ("<image>",)),
+        (2, None, 1, (" ", "nothing")),
+    ]
+    prompt = prompt_of_sample(listed.questions[2].sample, 1, SETTINGS)
+    assert len(prompt.pictures) == 1 and prompt_of_sample(listed.questions[2].sample, 3, SETTINGS).grids == prompt.grids
+    assert listed.questions[2].sample.turns[0].literal == "<image> <image>"
+    assert [(entry["record"], entry["kind"]) for entry in listed.rejects] == [
+        (3, "empty answer"),
+        (4, "unsupported key"),
+    ]
+
+
 def test_a_prompt_ends_in_front_of_its_answer(read):
     """Pictures of later turns are left out, and share the limit of pixels all the same, as in training."""
     turns = [human("<image>One?"), gpt("1"), human("<image>Two?"), gpt("2")]

@@ -16,7 +16,7 @@ from inspection.token_text import visible
 
 from neo_megatron.data.errors import RejectedSample
 from neo_megatron.data.image import decode, read_picture
-from neo_megatron.data.records import IMAGE_TAG
+from neo_megatron.data.tags import IMAGE_TAG, split_tags
 from neo_megatron.inference.evaluation import Evaluation, Scores
 
 CASES = 100
@@ -104,7 +104,8 @@ def _cases(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _card(line: dict[str, Any], pictures: str) -> str:
-    question = line["question"].replace(f"{IMAGE_TAG}\n", "").strip()
+    pieces = enumerate(split_tags(line["question"]))
+    question = "".join(piece for number, piece in pieces if number % 2 == 0 or piece != IMAGE_TAG).strip()
     said = escape(visible(line["prediction"])) or "(nothing)"
     cut = "" if line["finished"] else " … (cut)"
     right = " · ".join(dict.fromkeys(escape(visible(reference)) for reference in line["references"]))

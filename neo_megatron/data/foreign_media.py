@@ -1,0 +1,35 @@
+"""Media written into the text as other projects do, which is not read: a path is rejected, a placeholder reported."""
+
+import re
+from collections.abc import Iterable
+
+# Qwen-VL's <img>a.jpg</img>, Qwen-Audio's <audio>a.wav</audio>, MiniCPM's (<image>./</image>); after a backslash: text.
+_INLINE = re.compile(r"(?<!\\)<(img|image|video|audio|speech)>[^<>\n]{1,4096}</\1>", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,[A-Za-z0-9+/=]{64}")
+# <|image_pad|>, <|vision_start|>, <img>, <ImageHere>, <image_placeholder>, <image1>, <start_of_image>, [IMG].
+_PLACEHOLDER = re.compile(
+    r"<\|?(?:start_of_|end_of_)?(?:image|img|im|vision|picture|video|audio|media)"
+    r"(?:[ _-]?(?:here|pad|start|end|begin|bos|eos|patch|placeholder|context|content|soft|token|\d+))*\|?>"
+    r"|\[(?:img|image|video|audio)(?:[ _-]?\d+)?\]",
+    re.IGNORECASE,
+)
+# Tags of the chat template, which <im_...> of LLaVA looks like.
+_NOT_FOREIGN = ("<image>", "<video>", "<|im_start|>", "<|im_end|>")
+
+
+def inline_form(texts: Iterable[str]) -> str:
+    """The first path or encoded file that stands in the texts as media of another project, "" where there is none."""
+    for text in texts:
+        for form in (_INLINE, _DATA_URI):
+            if match := form.search(text):
+                return match[0]
+    return ""
+
+
+def placeholder(texts: Iterable[str]) -> str:
+    """The first placeholder of another project in the texts, "" where there is none."""
+    for text in texts:
+        for match in _PLACEHOLDER.finditer(text):
+            if match[0] not in _NOT_FOREIGN:
+                return match[0]
+    return ""
