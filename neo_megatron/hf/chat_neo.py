@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .tags_neo import IMAGE_TAG, VIDEO_TAG, count_tags, split_tags
+from .tags_neo import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, split_tags
 
 MERGE_SIZE = 2
 ROLES = ("system", "user", "assistant")
@@ -83,7 +83,7 @@ class NEOChatMixin:
             history, question, turns = _with_tag(history, question, turns)
         _check_turns(turns, len(grids), given=pixel_values is not None)
         if self.system_message and turns[0][0] != "system":
-            turns = [("system", self.system_message), *turns]
+            turns = [("system", as_literal(self.system_message)), *turns]  # no image can belong there
         # Weights that wait on disk or in main memory for their turn are on no device.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         ids = torch.tensor([list(_tokens(tokenizer, turns, grids))], device=device)
