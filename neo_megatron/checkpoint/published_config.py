@@ -11,6 +11,7 @@ from typing import Any
 
 from neo_megatron.checkpoint.hf_directory import read_json
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
+from neo_megatron.hf.kinds_neo import refuse_other_kinds
 from neo_megatron.model.config import NeoSizes, scalar
 from neo_megatron.model.published_sizes import PUBLISHED_SIZES
 
@@ -23,6 +24,8 @@ _MARKS = (
     WORD_EMBEDDING,
     _FIRST_LAYER + "self_attn.q_proj_hw.weight",
 )
+# One norm for h and w, where NEO 1.0 has two.
+UNIFY_TENSOR = _FIRST_LAYER + "self_attn.q_norm_hw.weight"
 # What no tensor tells: key -> value of the published models.
 _PUBLISHED = {
     "rope_theta": NeoSizes.rope_theta,
@@ -48,8 +51,15 @@ def complete_config(
         directory: whose tokenizer, if it has one, knows the ids of the picture tokens.
 
     Raises:
-        ValueError: no NEO by its tensors; nothing tells the ids of the picture tokens; a value is of another type.
+        ValueError: no NEO by its tensors; a NEO-unify, a quantised checkpoint, an unknown template; nothing tells the
+            ids of the image tokens; a value is of another type.
     """
+    refuse_other_kinds(config, f"{directory}/config.json")
+    if UNIFY_TENSOR in shapes:
+        raise ValueError(
+            f"{directory}: has {UNIFY_TENSOR}: this is a NEO-unify (SenseNova-U1) checkpoint, which is another model "
+            "than NEO 1.0; use the code that was published with it"
+        )
     said: list[str] = []
     llm, vision = (_plain(config.get(name)) for name in ("llm_config", "vision_config"))
     top = _plain(config) | {"llm_config": llm, "vision_config": vision}

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
+from .kinds_neo import refuse_other_kinds
+
 logger = logging.get_logger(__name__)
 
 
@@ -51,7 +53,7 @@ class NEOLLMConfig(PretrainedConfig):
     """
 
     model_type = "qwen3"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -76,6 +78,9 @@ class NEOLLMConfig(PretrainedConfig):
     ) -> None:
         if hidden_act != "silu":
             raise ValueError(f"hidden_act {hidden_act!r} in llm_config: NEO is defined with 'silu'")
+        if kwargs.pop("use_sliding_window", False):
+            raise ValueError("use_sliding_window in llm_config: NEO attends to all tokens, set it to false")
+        kwargs.pop("sliding_window", None)  # not used, and a cache made from this configuration would use it
         self.vocab_size = _scalar(vocab_size)
         self.hidden_size = _scalar(hidden_size)
         self.intermediate_size = _scalar(intermediate_size)
@@ -99,17 +104,20 @@ class NEOLLMConfig(PretrainedConfig):
 
 
 class NEOChatConfig(PretrainedConfig):
-    """The whole model: `llm_config`, `vision_config` and the ids of the picture tokens.
+    """The model: `llm_config`, `vision_config` and the ids of the image tokens.
 
     A NEO that calls itself by another name, as a published checkpoint does, is read as what it is, and that is said.
+    `image_token_id`, as other models call it, is `img_context_token_id`.
 
     Raises:
-        ValueError: a configuration of another model; an activation that NEO does not have.
+        ValueError: a configuration of another model, of a quantised or NEO-unify checkpoint or with another template;
+            an activation that NEO does not have.
     """
 
     model_type = "neo_chat"
     sub_configs = {"vision_config": NEOVisionConfig, "llm_config": NEOLLMConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"image_token_id": "img_context_token_id"}
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -122,6 +130,7 @@ class NEOChatConfig(PretrainedConfig):
         tie_word_embeddings: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_other_kinds({**kwargs, "llm_config": llm_config, "template": template})
         if isinstance(vision_config, NEOVisionConfig):
             vision_config = vision_config.to_dict()
         if isinstance(llm_config, NEOLLMConfig):

@@ -46,7 +46,7 @@ class NEOImagesKwargs(ImagesKwargs, total=False):
 
     min_pixels: int
     max_pixels: int
-    grid_key: str
+    image_grid_thw: bool
 
 
 class NEOImageProcessor(ImageProcessingMixin):
@@ -54,8 +54,8 @@ class NEOImageProcessor(ImageProcessingMixin):
 
     Args:
         min_pixels, max_pixels: limits of the area of a resized image.
-        grid_key: under which the rows and columns of patches come: "grid_hw" `[images, 2]`, or "image_grid_thw"
-            `[images, 3]` as Qwen-VL has it, by which TRL's GRPO tells the images of a batch apart.
+        image_grid_thw: give the rows and columns of patches as Qwen-VL's processors do, ``image_grid_thw``
+            `[images, 3]` in place of ``grid_hw`` `[images, 2]`: by them TRL's GRPO tells which patches are whose.
     """
 
     valid_kwargs = NEOImagesKwargs
@@ -63,12 +63,16 @@ class NEOImageProcessor(ImageProcessingMixin):
     _auto_class = "AutoImageProcessor"
 
     def __init__(
-        self, min_pixels: int = 65536, max_pixels: int = 4194304, grid_key: str = "grid_hw", **kwargs: Any
+        self, min_pixels: int = 65536, max_pixels: int = 4194304, image_grid_thw: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.grid_key = grid_key
+        self.image_grid_thw = image_grid_thw
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+
+    @property
+    def grid_key(self) -> str:
+        return "image_grid_thw" if self.image_grid_thw else "grid_hw"
 
     @property
     def model_input_names(self) -> list[str]:
@@ -98,8 +102,6 @@ class NEOImageProcessor(ImageProcessingMixin):
             ValueError: an image that cannot be read, without colours, or more than 200 times as long as wide.
         """
         check_tensors(return_tensors)
-        if self.grid_key not in ("grid_hw", "image_grid_thw"):
-            raise ValueError(f"grid_key={self.grid_key!r}: say 'grid_hw' or 'image_grid_thw'")
         images = [images] if isinstance(images, Picture) else list(images)
         if images and all(isinstance(sample, (list, tuple)) for sample in images):
             pictures_in_sample = (
@@ -116,7 +118,7 @@ class NEOImageProcessor(ImageProcessingMixin):
             for number, (image, count) in enumerate(zip(images, together, strict=True), start=1)
         ]
         patches, grids = zip(*pictures, strict=True)
-        grids = [[*([1] if self.grid_key == "image_grid_thw" else []), *grid] for grid in grids]
+        grids = [[*([1] if self.image_grid_thw else []), *grid] for grid in grids]
         if return_tensors is None:
             return BatchFeature({"pixel_values": list(np.concatenate(patches)), self.grid_key: grids})
         patches = torch.from_numpy(np.concatenate(patches))

@@ -53,9 +53,9 @@ class NEOProcessor(ProcessorMixin):
         """Loads both parts directly: the AutoImageProcessor of transformers 5 wants torchvision, NEO does not.
 
         Args:
-            min_pixels, max_pixels, grid_key: of the image processor, in place of the checkpoint's.
+            min_pixels, max_pixels, image_grid_thw: of the image processor, in place of the checkpoint's.
         """
-        of_images = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels", "grid_key") if key in kwargs}
+        of_images = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels", "image_grid_thw") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs, **of_images)
         return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
@@ -65,6 +65,11 @@ class NEOProcessor(ProcessorMixin):
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
         return saved
+
+    @property
+    def image_grid_thw(self) -> bool:
+        """Whether grids are given as Qwen-VL's processors do; see `NEOImageProcessor`."""
+        return self.image_processor.image_grid_thw
 
     @property
     def image_token_id(self) -> int:

@@ -120,7 +120,7 @@ def test_generate_goes_on_from_a_cache(model, document):
     assert model.generate(ids, **pictures, past_key_values=cache(second, 1), **settings).tolist() == expected
     assert model.generate(ids, past_key_values=cache(50, 2), **settings).tolist() == expected
     for given, number in (({}, 0), ({"pixel_values": patches[1], "grid_hw": grids[1:]}, 1)):
-        with pytest.raises(ValueError, match=f"{number} pictures for 2 in input_ids: pass .* of all of them"):
+        with pytest.raises(ValueError, match=f"{number} images for 2 in input_ids: pass .* of all of them"):
             model.generate(ids, **given, past_key_values=cache(second, 1), **settings)
 
 
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, document):
         (lambda a: a.pop("pixel_values"), "pass pixel_values and grid_hw"),
         (
             lambda a: a.update(grid_hw=a["grid_hw"].flip(0)),
-            r"the pictures take \[12, 15\] tokens, input_ids have \[15, 12\]",
+            r"the images take \[12, 15\] tokens, input_ids have \[15, 12\]",
         ),
         (lambda a: a.update(pixel_values=a["pixel_values"][4:]), "104 patches do not fit grid_hw"),
         (lambda a: a.update(attention_mask=torch.ones(1, 7)), r"of shape \[1, 7\] for \[1, 102\] tokens"),
@@ -246,20 +246,6 @@ def test_a_larger_vocabulary(golden, tmp_path):
     model.save_pretrained(tmp_path)
     again = NEOChatModel.from_pretrained(tmp_path)
     assert again.get_output_embeddings().weight.shape[0] == again.get_input_embeddings().weight.shape[0] == 1100
-
-
-@torch.no_grad()
-def test_assisted_decoding(model, document):
-    """Drafts come from the prompt; the cache is cropped where one is not taken."""
-    arguments = document | {"attention_mask": torch.ones_like(document["input_ids"])}
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD, "eos_token_id": 1023}
-    expected = model.generate(**arguments, **settings)
-    assert model.generate(**arguments, **settings, prompt_lookup_num_tokens=3).tolist() == expected.tolist()
-
-
-def test_a_static_cache_is_refused(model, document):
-    with pytest.raises(ValueError, match="leave cache_implementation unset"):
-        model.generate(**document, max_new_tokens=2, cache_implementation="static")
 
 
 def test_a_tied_model_keeps_one_parameter(golden, tmp_path):

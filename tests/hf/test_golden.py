@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_packs import load, packed
 
-from neo_megatron.hf import attention_neo, modeling_neo
+from neo_megatron.hf import attention_neo, vision_neo
 
 # Losses have tests of their own; the published merge convolution runs over canvases padded to the largest picture.
 NOT_HERE = ("token_nll", "loss", "vis_dense_conv_padded")
@@ -29,7 +29,7 @@ class Recorder:
         self.hooks.append(
             decoder.layers[0].register_forward_pre_hook(lambda _, inputs: self.seen.update(inputs_embeds=inputs[0]))
         )
-        attention, activation, rotation = attention_neo.kernel_function, modeling_neo.gelu, stem.rotate
+        attention, activation, rotation = attention_neo.kernel_function, vision_neo.gelu, stem.rotate
 
         def recorded_attention(layer, query, key, value, mask, scaling):
             number = layer.layer
@@ -46,7 +46,7 @@ class Recorder:
             return self.seen["vis_patch_rope"]
 
         monkeypatch.setattr(attention_neo, "kernel_function", lambda implementation, queries: recorded_attention)
-        monkeypatch.setattr(modeling_neo, "gelu", recorded_activation)
+        monkeypatch.setattr(vision_neo, "gelu", recorded_activation)
         monkeypatch.setattr(stem, "rotate", recorded_rotation)
 
     def keep_output(self, module, name):

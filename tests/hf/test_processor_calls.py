@@ -183,15 +183,13 @@ def test_names_of_the_image_token(processor, images):
 
 
 def test_grids_as_qwen_names_them(exported, images):
-    other = NEOProcessor.from_pretrained(exported, grid_key="image_grid_thw")
+    other = NEOProcessor.from_pretrained(exported, image_grid_thw=True)
     features, expected = (
         other(images=images, text="<image>" * 3),
         NEOProcessor.from_pretrained(exported)(images=images, text="<image>" * 3),
     )
     assert features.pop("image_grid_thw").tolist() == [[1, *grid] for grid in expected.pop("grid_hw").tolist()]
     same(features, expected)
-    with pytest.raises(ValueError, match="grid_key='thw'"):
-        NEOProcessor.from_pretrained(exported, grid_key="thw")(images=images[0], text="<image>")
 
 
 LOADS = """
@@ -201,7 +199,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 alone = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 both = AutoProcessor.from_pretrained(sys.argv[2], trust_remote_code=True)
 for one in (alone, both.image_processor):
-    assert (one.min_pixels, one.max_pixels, one.grid_key) == (4096, 8192, "image_grid_thw"), one
+    assert (one.min_pixels, one.max_pixels, one.image_grid_thw) == (4096, 8192, True), one
     assert one([Image.open(sys.argv[3])])["image_grid_thw"].shape == (1, 3)
 assert "neo_megatron" not in sys.modules
 print("loaded", both(text="<|im_start|>")["input_ids"].tolist())
@@ -210,7 +208,7 @@ print("loaded", both(text="<|im_start|>")["input_ids"].tolist())
 
 def test_what_is_saved_loads_alone(exported, golden, tmp_path):
     """From this package's classes and from a checkpoint's, in a process that has neither."""
-    limits = {"min_pixels": 4096, "max_pixels": 8192, "grid_key": "image_grid_thw"}
+    limits = {"min_pixels": 4096, "max_pixels": 8192, "image_grid_thw": True}
     package = NEOProcessor.from_pretrained(exported, **limits)
     remote = AutoProcessor.from_pretrained(exported, trust_remote_code=True, **limits)
     for name, processor in (("package", package), ("remote", remote)):

@@ -73,3 +73,39 @@ def test_weighted_loss_and_gradients(model, golden, tmp_path):
     meta = json.loads((golden / "meta.json").read_text())["untied_pack1"]
     assert logged["loss"] == pytest.approx(meta["loss"], abs=1e-4)
     assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("as_packs", [True, False])
+def test_evaluation_with_metrics(model, golden, tmp_path, as_packs):
+    """Logits and labels of batches of other lengths, one of them without images, reach `compute_metrics`."""
+    packs = [load(golden, "inputs", name) for name in ("pack1", "textonly")]
+    data = [row for pack in packs for row in documents(pack)] if not as_packs else [flattened(pack) for pack in packs]
+    expected, losses = [], []
+    with torch.no_grad():
+        for row in data:
+            one = row if as_packs else collate([row])
+            output = model(**one)
+            right = (output.logits[:, :-1].argmax(dim=-1) == one["labels"][:, 1:])[one["labels"][:, 1:] != -100]
+            expected.append(right)
+            losses.append(output.loss)
+
+    def accuracy(prediction) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        assert logits.shape[:2] == labels.shape and len(logits) == len(data)
+        trained = labels[:, 1:] != -100
+        return {"accuracy": float((logits[:, :-1].argmax(axis=-1) == labels[:, 1:])[trained].mean())}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=1, disable_tqdm=True
+    )
+    collator = (lambda rows: rows[0]) if as_packs else collate
+    trainer = Trainer(
+        model=copy.deepcopy(model),
+        args=arguments,
+        eval_dataset=data,
+        data_collator=collator,
+        compute_metrics=accuracy,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == pytest.approx(torch.cat(expected).float().mean().item())
+    assert metrics["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)

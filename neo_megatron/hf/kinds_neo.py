@@ -1,0 +1,49 @@
+"""Checkpoints that call themselves `neo_chat` and are not a NEO that this code runs."""
+
+from typing import Any
+
+# The conversations that the tokenizer's template and `chat()` write.
+TEMPLATES = ("neo1_0",)
+# Keys of NEO-unify (SenseNova-U1), which has the same model_type and class names.
+UNIFY_KEYS = (
+    "fm_head_dim",
+    "fm_head_layers",
+    "timestep_shift",
+    "noise_scale",
+    "use_pixel_head",
+    "extra_num_layers_post",
+)
+
+
+def refuse_other_kinds(config: dict[str, Any], where: str = "config.json") -> None:
+    """Names what calls itself `neo_chat` and is not what this code runs.
+
+    Args:
+        config: the keys of a `config.json`.
+
+    Raises:
+        ValueError: a NEO-unify; a mixture of experts; a quantised checkpoint; a template of another generation.
+    """
+    llm = config.get("llm_config")
+    llm = llm if isinstance(llm, dict) else {}
+    unify = [key for key in UNIFY_KEYS if key in config]
+    experts = [key for key in ("num_experts", "gen_num_experts") if llm.get(key)]
+    if unify or experts:
+        key = unify[0] if unify else f"llm_config.{experts[0]}"
+        raise ValueError(
+            f"{where} has {key}: this is a NEO-unify (SenseNova-U1) checkpoint, which is another model than NEO 1.0; "
+            "use the code that was published with it"
+        )
+    quantised = config.get("quantization_config") or llm.get("quantization_config")
+    if quantised:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ValueError(
+            f"{where} has a quantization_config ({kind}): this is a quantised checkpoint; give the one it was made from"
+        )
+    template = config.get("template")
+    # Of a NEO with another model's name, the template is that model's too.
+    if config.get("model_type", "neo_chat") == "neo_chat" and template is not None and template not in TEMPLATES:
+        raise ValueError(
+            f"{where} has the template {template!r}, and NEO knows {', '.join(map(repr, TEMPLATES))}: if the model was "
+            "trained on conversations of that form, write that into config.json"
+        )
