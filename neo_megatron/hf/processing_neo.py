@@ -22,8 +22,8 @@ from .tags_neo import IMAGE_TAG
 
 __all__ = ["NEOImageProcessor", "NEOProcessor", "row_major"]
 
-# Where a caller says nothing: tensors, or lists where rows of different length may come out.
-UNSET: Any = "unset"
+# As transformers 5 has it where a caller says nothing: lists, unless padding is asked for.
+UNSET = "auto"
 # By which transformers groups the arguments of a processor.
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 # Whoever gives one of these means rows of one length, or says which.
@@ -152,7 +152,7 @@ class NEOProcessor(ProcessorMixin):
             raise ValueError(str(error)) from error
         if not tokenize:
             return prompts if several else prompts[0]
-        if return_tensors is not UNSET:
+        if return_tensors != UNSET:
             call["return_tensors"] = return_tensors
         elif not call.keys() & _OF_ROWS:
             call |= {"padding": False, "return_tensors": None}
