@@ -35,8 +35,9 @@ from answers.options import add_batches, add_model, check_arguments, quiet, task
 
 from neo_megatron.data.errors import DataError, RejectedSample
 from neo_megatron.data.files import REJECTS, json_line
-from neo_megatron.data.records import IMAGE_TAG, Turn
+from neo_megatron.data.records import Turn
 from neo_megatron.data.registry import Source
+from neo_megatron.data.tags import IMAGE_TAG, as_literal
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
 from neo_megatron.inference.answering import MAX_NEW_TOKENS
 from neo_megatron.inference.batches import answer_all, plan_of
@@ -48,7 +49,10 @@ from neo_megatron.inference.questions import read_questions
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one = parser.add_argument_group("one answer")
-    one.add_argument("--prompt", help=f"with {IMAGE_TAG} where a picture belongs; by default they come first")
+    one.add_argument(
+        "--prompt",
+        help=f"with {IMAGE_TAG} where an image belongs; by default they come first. \\{IMAGE_TAG} is the word",
+    )
     one.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order of their tags")
     one.add_argument("--system", help="a system turn in front")
     many = parser.add_argument_group("many answers")
@@ -92,7 +96,7 @@ def main() -> None:
 def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
     """The answer on standard output, all else on standard error."""
     task, _ = task_of(arguments, generation)
-    turns = [Turn("system", arguments.system, False)] if arguments.system else []
+    turns = [Turn("system", as_literal(arguments.system), False)] if arguments.system else []
     turns.append(user_turn(arguments.prompt, len(arguments.image)))
     try:
         prompt = new_prompt(turns, arguments.image, task.settings)

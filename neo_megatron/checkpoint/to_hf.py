@@ -34,11 +34,12 @@ AUTO_MAP = {
 }
 PROCESSOR_MAP = {
     "AutoProcessor": "processing_neo.NEOProcessor",
-    "AutoImageProcessor": "processing_neo.NEOImageProcessor",
+    "AutoImageProcessor": "image_processing_neo.NEOImageProcessor",
 }
 CODE = (
     *("attention_neo.py", "chat_neo.py", "configuration_neo.py", "decoder_neo.py", "generation_neo.py"),
-    *("kinds_neo.py", "loss_neo.py", "modeling_neo.py", "positions_neo.py", "processing_neo.py", "vision_neo.py"),
+    *("image_processing_neo.py", "kinds_neo.py", "loss_neo.py", "messages_neo.py", "modeling_neo.py"),
+    *("positions_neo.py", "processing_neo.py", "rows_neo.py", "vision_neo.py"),
 )
 # Training and inference do these things by one text; only the import of a sibling changes with the place.
 SHARED_CODE = {

@@ -33,6 +33,7 @@ from .positions_neo import (
     text_positions,
     valid_tokens,
 )
+from .tags_neo import IMAGE_TAG  # noqa: F401 - for chat_neo
 from .vision_neo import NEOVisionModel
 
 # What this version of transformers calls the cache in outputs.

@@ -1,196 +1,170 @@
-"""Text with `<image>` tags and pictures -> what the model takes, by the code that made the training data.
+"""Text with `<image>` tags and images -> what the model takes, cut and tokenized as the training data is.
 
 transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
 
-import base64
+import inspect
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import numpy as np
+import jinja2
 import torch
-from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import ImagesKwargs
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from .errors_neo import RejectedSample
-from .pictures_neo import (
-    decode,
-    decode_opened,
-    normalise,
-    patches_from_image,
-    picture_grid,
-    pixel_limit,
-    read_picture,
-)
+from .errors_neo import RejectedSample  # noqa: F401 - for image_processing_neo
+from .image_processing_neo import MERGE_SIZE, NEOImageProcessor, Picture, check_tensors, row_major
+from .messages_neo import as_conversations, checked_messages, images_of, template_has_variable
+from .pictures_neo import decode  # noqa: F401 - for image_processing_neo
+from .rows_neo import EncodedText, PromptEncoder, padded_rows
+from .tags_neo import IMAGE_TAG
 
-IMAGE_TAG = "<image>"
-MERGE_SIZE = 2
+__all__ = ["NEOImageProcessor", "NEOProcessor", "row_major"]
 
-# Marks control tokens that a user typed, until they are tokenized as text: a character that no text has (Unicode keeps
-# it for such use).
-TYPED = "\ufdd0"
-
-# What a picture may be given as: Pillow's, 8-bit RGB `[height, width, 3]`, a path, `file://` or `data:` with base64.
-Picture = Image.Image | np.ndarray | str | os.PathLike
-# Keys under which a part of a message may have its picture, as in Qwen-VL's and OpenAI's conversations.
-PICTURE_KEYS = ("image", "url", "path", "base64", "image_url")
-
-
-class NEOImagesKwargs(ImagesKwargs, total=False):
-    """What `from_pretrained` of transformers 5 takes over from its arguments."""
-
-    min_pixels: int
-    max_pixels: int
-
-
-class NEOImageProcessor(ImageProcessingMixin):
-    """Resizes to multiples of 32 pixels within the limits, normalises by ImageNet's statistics, cuts 16x16 patches.
-
-    Args:
-        min_pixels, max_pixels: limits of the area of a resized picture.
-    """
-
-    model_input_names = ["pixel_values", "grid_hw"]
-    valid_kwargs = NEOImagesKwargs
-
-    def __init__(self, min_pixels: int = 65536, max_pixels: int = 4194304, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.min_pixels = min_pixels
-        self.max_pixels = max_pixels
-
-    def __call__(
-        self,
-        images: Picture | Sequence[Picture],
-        pictures_in_sample: Sequence[int] | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Patches of all pictures behind one another.
-
-        Args:
-            min_pixels, max_pixels: in place of the processor's own.
-            pictures_in_sample: number of pictures of every sample, in order; several share twice the limit of one.
-                By default all of ``images`` are one sample.
-
-        Returns:
-            ``pixel_values`` float32 `[patches, 768]`, row-major in each picture, and ``grid_hw`` `[pictures, 2]`.
-
-        Raises:
-            ValueError: a picture that cannot be read, without colours, or more than 200 times as long as wide.
-        """
-        images = [images] if isinstance(images, Picture) else list(images)
-        low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
-        counts = [len(images)] if pictures_in_sample is None else pictures_in_sample
-        together = [count for count in counts for _ in range(count)]
-        pictures = [
-            _patches(image, low, pixel_limit(low, high, count), f"number {number}")
-            for number, (image, count) in enumerate(zip(images, together, strict=True), start=1)
-        ]
-        patches, grids = zip(*pictures, strict=True)
-        return BatchFeature({"pixel_values": torch.from_numpy(np.concatenate(patches)), "grid_hw": torch.tensor(grids)})
-
-    preprocess = __call__
-
-
-def _patches(picture: Picture, min_pixels: int, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
-    try:
-        image = _upright(picture, name)
-        grid = picture_grid(image, name, min_pixels, max_pixels)
-    except RejectedSample as rejected:
-        raise ValueError(rejected.sentence) from rejected
-    return row_major(normalise(patches_from_image(image, grid)), *grid), grid
-
-
-def _upright(picture: Picture, name: str) -> Image.Image:
-    """The RGB picture, as the training data would have it."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(
-                f"the picture {name} is a {picture.dtype} array {list(picture.shape)}: give uint8 [height, width, 3]"
-            )
-        picture = Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return decode_opened(picture, name)
-    if not isinstance(picture, (str, os.PathLike)):
-        raise ValueError(f"the picture {name} is a {type(picture).__name__}: give a Pillow image or the path of a file")
-    place = os.fspath(picture)
-    if place.startswith("data:"):
-        try:
-            return decode(base64.b64decode("".join(place.partition(",")[2].split()), validate=True), name)
-        except ValueError as error:  # a letter that base64 has not, or a number of them
-            raise ValueError(f"the picture {name} is no base64 ({error})") from error
-    if place.startswith(("http://", "https://")):
-        raise ValueError(f"the picture {place} is far away, and the processor opens no addresses: download it first")
-    if place.startswith("file://"):
-        place = unquote(urlsplit(place).path)
-    return decode(read_picture(place), place)
-
-
-def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
-    """`[cells, 4, 768]`, the patches of a cell together, -> `[grid_h * grid_w, 768]`, row by row of the picture."""
-    blocks = cells.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
-    return blocks.transpose(0, 2, 1, 3, 4).reshape(grid_h * grid_w, -1)
+# As transformers 5 has it where a caller says nothing: lists, unless padding is asked for.
+UNSET = "auto"
+# By which transformers groups the arguments of a processor.
+_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+# Whoever gives one of these means rows of one length, or says which.
+_OF_ROWS = {"padding", "padding_side", "pad_to_multiple_of", "return_tensors"}
 
 
 class NEOProcessor(ProcessorMixin):
-    """Tokenizer and image processor in one; `apply_chat_template` takes conversations with pictures."""
+    """Tokenizer and image processor in one; `apply_chat_template` takes conversations with images.
+
+    Attributes:
+        image_token, image_token_id: what stands in ``input_ids`` for each 32x32 pixels of an image. In a text an image
+            is an `<image>` tag.
+    """
 
     attributes = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
+    image_token = "<IMG_CONTEXT>"
+    # What is saved carries its code, so that it loads alone.
+    _auto_class = "AutoProcessor"
 
-    def __init__(
-        self,
-        image_processor: Any,
-        tokenizer: Any,
-        chat_template: str | None = None,
-        image_grid_thw: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.image_grid_thw = image_grid_thw
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "NEOProcessor":
         """Loads both parts directly: the AutoImageProcessor of transformers 5 wants torchvision, NEO does not.
 
         Args:
-            min_pixels, max_pixels: limits of a resized picture in place of the checkpoint's.
-            image_grid_thw: return the grids of images as Qwen-VL's processors do, `image_grid_thw [images, 3]` in place
-                of `grid_hw`: by them TRL's GRPO tells which patches are whose.
+            min_pixels, max_pixels, image_grid_thw: of the image processor, in place of the checkpoint's.
         """
-        grids = {"image_grid_thw": kwargs.pop("image_grid_thw", False)}
-        limits = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels") if key in kwargs}
+        of_images = {key: kwargs.pop(key) for key in ("min_pixels", "max_pixels", "image_grid_thw") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs, **limits)
-        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template, **grids)
+        image_processor = NEOImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs, **of_images)
+        return cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
-    def apply_chat_template(self, conversation: list[Any], chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what is saved loads without this package, and the image processor in it alone."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        self.image_processor.save_pretrained(save_directory)
+        return saved
 
-        A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``, its picture given in any
-        form of `Picture`, or under the key "url", "path" or "base64", or as OpenAI's "image_url". Where tokens are
-        asked for, a control token in a content is tokenized as the text it is, as in the training data.
+    @property
+    def image_grid_thw(self) -> bool:
+        """Whether grids are given as Qwen-VL's processors do; see `NEOImageProcessor`."""
+        return self.image_processor.image_grid_thw
 
-        Raises:
-            ValueError: a part of another type.
-        """
-        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        chats = [[_in_parts(message) for message in chat] for chat in (conversation if several else [conversation])]
-        if kwargs.get("tokenize"):
-            for part in (part for chat in chats for message in chat for part in message["content"] if "text" in part):
-                part["text"] = self._controls.sub(lambda found: f"{found[0][0]}{TYPED}{found[0][1:]}", part["text"])
-        return super().apply_chat_template(chats if several else chats[0], chat_template, **kwargs)
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw" if self.image_grid_thw else "grid_hw"]
+        return ["input_ids", "attention_mask", "pixel_values", self.image_processor.grid_key]
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = UNSET,
+        return_dict: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
+
+        A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``, its image given in any
+        form of `Picture`, or under the key "url", "path" or "base64", or as OpenAI's "image_url". A tag in the text of
+        a user or a system message is the place of an image, too, unless a backslash stands in front of it; in a
+        message of the assistant it is text, and comes out escaped where a string is asked for.
+
+        Args:
+            tokenize: whether to call the processor with what the template made of the conversation; control tokens in
+                a content are then tokenized as the text they are, with or without ``sanitize_control_tokens``.
+            return_tensors, padding: as in a call. Where neither is said, rows are lists, not padded.
+            return_assistant_tokens_mask: also ``assistant_masks``, 1 on the tokens that training would train on.
+            processor_kwargs, kwargs: of a call; ``images`` there are for parts that come without one. What else the
+                template reads.
+
+        Raises:
+            ValueError: a message that NEO cannot take; tools or documents, for which NEO's template has no place.
+            TypeError: an argument that neither the processor nor the template knows.
+        """
+        template = self._template(chat_template)
+        known = self._arguments() - {"text"}
+        variables = {
+            name: value for name, value in kwargs.items() if name not in known and template_has_variable(template, name)
+        }
+        call = {name: value for name, value in kwargs.items() if name not in variables} | dict(processor_kwargs or {})
+        _check_known(call, known)
+        call = _ungrouped(call)
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+            raise ValueError(
+                "continue_final_message goes on with the last message: leave out add_generation_prompt and "
+                "return_assistant_tokens_mask"
+            )
+        chats, several = as_conversations(conversation)
+        chats = [checked_messages(chat, template) for chat in chats]
+        encoder = PromptEncoder(self.tokenizer)
+        if tokenize:
+            for part in (part for chat in chats for message in chat for part in message["content"] if "text" in part):
+                part["text"] = encoder.mark_typed(part["text"])
+        elif sanitize_control_tokens:
+            raise ValueError("sanitize_control_tokens needs tokenize=True")
+        try:
+            prompts, answers = render_jinja_template(
+                conversations=chats,
+                tools=tools,
+                documents=documents,
+                chat_template=template,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **variables},
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(str(error)) from error
+        if not tokenize:
+            return prompts if several else prompts[0]
+        if return_tensors != UNSET:
+            call["return_tensors"] = return_tensors
+        elif not call.keys() & _OF_ROWS:
+            call |= {"padding": False, "return_tensors": None}
+        images = [images_of(chat) for chat in chats]
+        if call.get("images") is None:
+            call["images"] = images
+        elif any(images):
+            raise ValueError("images are given with the messages and as an argument: leave one of them out")
+        if return_assistant_tokens_mask:
+            call["answers"] = answers
+        features = self._features(text=prompts, **call)
+        return features if return_dict else features["input_ids"]
 
     def __call__(
         self,
@@ -198,109 +172,178 @@ class NEOProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         videos: None = None,
         audio: None = None,
-        padding: bool | str = True,
-        padding_side: str = "left",
-        return_tensors: str | None = "pt",
-        return_mm_token_type_ids: bool = False,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tensors for `forward` and `generate`.
 
         Args:
-            images: pictures in the order of the tags of all texts; nested lists are flattened.
-            text: one or several prompts, every picture's place marked by `<image>`.
-            min_pixels, max_pixels: limits of a resized picture in place of the image processor's.
-            kwargs: of the tokenizer.
-            videos, audio, return_mm_token_type_ids: transformers passes them to every processor; not for NEO.
+            images: in the order of the tags of all texts, or a list for each text.
+            text: one or several prompts, every image's place marked by `<image>`. A tag after a backslash is text, and
+                so is any in the turn of an assistant.
+            videos, audio: transformers passes them to every processor; not for NEO.
+            padding: True (the default) or "longest", "max_length", or False, which needs ``return_tensors=None`` where
+                rows differ in length.
+            padding_side: "left", as generation needs it, or "right".
+            truncation, max_length, pad_to_multiple_of, return_attention_mask, add_special_tokens: as for a tokenizer.
+            return_tensors: "pt" (the default), or ``None`` for lists; rows are then padded only on demand, and so are
+                those of texts without images where nothing is said of either, as a tokenizer gives them.
+            return_mm_token_type_ids: also ``mm_token_type_ids``, 1 on the tokens of images.
+            min_pixels, max_pixels: limits of a resized image in place of the image processor's.
+            text_kwargs, images_kwargs, common_kwargs: dictionaries of the above.
 
         Raises:
-            ValueError: tags and pictures differ in number; a video or a sound; another kind of tensor is asked for.
+            ValueError: tags and images differ in number, by text where images are nested; a video or a sound; another
+                kind of tensor is asked for; an image would be cut off.
+            TypeError: an argument that is not known.
         """
         if videos is not None or audio is not None:
             raise ValueError("NEO takes pictures and text: give the frames of a video as pictures")
-        if return_tensors not in ("pt", None):
-            raise ValueError(f"return_tensors={return_tensors!r}: NEO's processor makes PyTorch tensors, say 'pt'")
-        texts = [text] if isinstance(text, str) else list(text or [])
-        pictures = list(_flat(images))
-        tags = [prompt.count(IMAGE_TAG) for prompt in texts]
-        if sum(tags) != len(pictures):
-            raise ValueError(
-                f"{len(pictures)} pictures for {sum(tags)} {IMAGE_TAG} tags: give one picture for each tag"
-            )
-        features: dict[str, Any] = {}
-        if pictures:
-            features = self.image_processor(pictures, tags, min_pixels, max_pixels)
-            sizes = iter((features["grid_hw"] // MERGE_SIZE).prod(dim=-1).tolist())
-            texts = [_with_places(prompt, sizes) for prompt in texts]
-            if self.image_grid_thw:
-                features["image_grid_thw"] = torch.nn.functional.pad(features.pop("grid_hw"), (1, 0), value=1)
-        kwargs.setdefault("add_special_tokens", False)
-        kwargs |= {"padding": padding, "padding_side": padding_side, "return_tensors": "pt"}
-        if any(TYPED in prompt for prompt in texts):
-            tokens = self._with_typed_controls(texts, **kwargs)
-        else:
-            tokens = self.tokenizer(texts, **kwargs)
-        return BatchFeature({**tokens, **features})
+        _check_known(kwargs, self._arguments())
+        kwargs = _ungrouped(kwargs)
+        if images is None and not isinstance(text, str) and not kwargs.keys() & _OF_ROWS:
+            kwargs |= {"padding": False, "return_tensors": None}
+        return self._features(images, text, **kwargs)
 
-    @property
-    def _controls(self) -> re.Pattern[str]:
-        """Finds the tokens that a user's text must not be taken for."""
-        tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-    def _with_typed_controls(
-        self, prompts: list[str], add_special_tokens: bool, truncation: bool = False, **padding: Any
+    def _features(
+        self,
+        images: Any,
+        text: Any,
+        videos: None = None,
+        audio: None = None,
+        padding: bool | str | None = None,
+        padding_side: str = "left",
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+        return_attention_mask: bool | None = True,
+        return_mm_token_type_ids: bool = False,
+        add_special_tokens: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        answers: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> BatchFeature:
-        """Control tokens of the template by their id, and all between them with no control token recognised.
+        """As a call; ``answers`` are the spans of each text, in characters, that the mask is to mark."""
+        check_tensors(return_tensors)
+        if add_special_tokens and self.tokenizer.num_special_tokens_to_add():
+            raise ValueError("add_special_tokens: the template places all of NEO's, so leave it False")
+        texts = [text] if isinstance(text, str) else list(text or [])
+        if not all(isinstance(one, str) for one in texts):
+            raise ValueError("text must be a string or a list of strings")
+        encoder = PromptEncoder(self.tokenizer)
+        layouts = [encoder.lay_out(one, spans) for one, spans in zip(texts, answers or [()] * len(texts), strict=True)]
+        counts = [layout.images for layout in layouts]
+        pictures = _in_order(images, counts)
+        features: dict[str, Any] = {}
+        sizes: list[int] = []
+        if pictures:
+            features = self.image_processor(pictures, counts, min_pixels, max_pixels, return_tensors)
+            grids = features[self.image_processor.grid_key]
+            sizes = [int(height) * int(width) // MERGE_SIZE**2 for *_, height, width in grids]
+        rows = encoder.encode(layouts, sizes)
+        rows = [self._cut(row, truncation, max_length, f"text {number}") for number, row in enumerate(rows, start=1)]
+        if padding is None:
+            padding = return_tensors is not None
+        tokens = padded_rows(
+            {
+                "input_ids": [row.ids for row in rows],
+                "attention_mask": [[1] * len(row.ids) for row in rows],
+                "assistant_masks": [row.in_answer for row in rows],
+                "mm_token_type_ids": [[int(token == self.image_token_id) for token in row.ids] for row in rows],
+            },
+            {"input_ids": self.tokenizer.pad_token_id},
+            padding,
+            padding_side,
+            self._limit(max_length),
+            pad_to_multiple_of,
+        )
+        if return_attention_mask is False:
+            del tokens["attention_mask"]
+        if answers is None:
+            del tokens["assistant_masks"]
+        if not return_mm_token_type_ids:
+            del tokens["mm_token_type_ids"]
+        if return_tensors is None:
+            return BatchFeature({**tokens, **features})
+        if len({len(row) for row in tokens["input_ids"]}) > 1:
+            raise ValueError("the texts differ in length: pass padding=True, or return_tensors=None for lists")
+        return BatchFeature({**{key: torch.tensor(value) for key, value in tokens.items()}, **features})
+
+    def _template(self, chat_template: str | None) -> str:
+        known = self.chat_template
+        if isinstance(known, dict):
+            chat_template = known.get(chat_template or "default", chat_template)
+        template = chat_template or (known if isinstance(known, str) else None)
+        if template is None:
+            raise ValueError("the processor has no chat template: pass chat_template, or load it from a checkpoint")
+        return template
+
+    def _arguments(self) -> set[str]:
+        return inspect.signature(self._features).parameters.keys() - {"answers"} | set(_GROUPS)
+
+    def _limit(self, max_length: int | None) -> int:
+        return self.tokenizer.model_max_length if max_length is None else max_length
+
+    def _cut(self, row: EncodedText, truncation: bool | str | None, max_length: int | None, name: str) -> EncodedText:
+        """The tokens of a text that ``max_length`` leaves.
 
         Raises:
-            TypeError: an argument of the tokenizer that means nothing for prompts in pieces.
+            ValueError: an image would be cut off.
         """
-        rows = []
-        for prompt in prompts:
-            pieces, controls = self._controls.split(prompt), self._controls.findall(prompt)
-            texts = self.tokenizer(
-                [piece.replace(TYPED, "") for piece in pieces],
-                add_special_tokens=add_special_tokens,
-                split_special_tokens=True,
-            )["input_ids"]
-            row = texts[0]
-            for control, text in zip(controls, texts[1:], strict=True):
-                row = [*row, self.tokenizer.convert_tokens_to_ids(control), *text]
-            rows.append(row[: padding.get("max_length")] if truncation else row)
-        return self.tokenizer.pad({"input_ids": rows}, **padding)
+        if truncation in (None, False, "do_not_truncate") or len(row.ids) <= self._limit(max_length):
+            return row
+        if truncation not in (True, "longest_first", "only_first"):
+            raise ValueError(f"truncation={truncation!r}: say True or False")
+        limit = self._limit(max_length)
+        cut = slice(len(row.ids) - limit, None) if self.tokenizer.truncation_side == "left" else slice(limit)
+        kept = EncodedText(row.ids[cut], row.in_answer[cut])
+        if kept.ids.count(self.image_token_id) < row.ids.count(self.image_token_id):
+            raise ValueError(
+                f"{name} has {len(row.ids)} tokens, and max_length={limit} would cut off tokens of its images: raise "
+                "max_length, or lower max_pixels"
+            )
+        return kept
 
 
-def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in the one form that the template and both versions of transformers know."""
-    content = message["content"]
-    if isinstance(content, str):  # transformers 4.57 looks for pictures in a plain string and fails
-        content = [{"type": "text", "text": content}]
-    return {**message, "content": [_part(part) for part in content]}
+def _check_known(arguments: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(arguments.keys() - known):
+        raise TypeError(
+            f"NEO's processor does not know the argument {unknown[0]!r}; it knows {', '.join(sorted(known))}"
+        )
 
 
-def _part(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] == "text":
-        return dict(part)
-    if part["type"] not in ("image", "image_url"):
-        raise ValueError(f"a part of type {part['type']!r} in a conversation: NEO takes text and pictures")
-    for key in PICTURE_KEYS:
-        if key in part:
-            picture = part[key]["url"] if isinstance(part[key], dict) else part[key]
-            return {"type": "image", "image": f"data:image;base64,{picture}" if key == "base64" else picture}
-    return {"type": "image"}
+def _ungrouped(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    grouped = {name: value for group in _GROUPS for name, value in (arguments.get(group) or {}).items()}
+    return {**{name: value for name, value in arguments.items() if name not in _GROUPS}, **grouped}
 
 
-def _flat(images: Any) -> Iterator[Picture]:
-    if isinstance(images, (list, tuple)):
-        for item in images:
-            yield from _flat(item)
-    elif images is not None:
-        yield images
+def _in_order(images: Any, tags: Sequence[int]) -> list[Picture]:
+    """The images of all texts in the order of their tags.
 
+    Args:
+        images: flat, or nested with a list (or ``None``) for each text.
+        tags: how many each text has.
 
-def _with_places(prompt: str, sizes: Iterator[int]) -> str:
-    first, *others = prompt.split(IMAGE_TAG)
-    return first + "".join(f"<img>{'<IMG_CONTEXT>' * next(sizes)}</img>{other}" for other in others)
+    Raises:
+        ValueError: images and tags differ in number, with the text where that can be told.
+    """
+    flat = [] if images is None else [images] if isinstance(images, Picture) else list(images)
+    nested = [image is None or isinstance(image, (list, tuple)) for image in flat]
+    if not any(nested):
+        if sum(tags) != len(flat):
+            raise ValueError(
+                f"{len(flat)} pictures for {sum(tags)} {IMAGE_TAG} tags: give one picture for each tag; a tag that is "
+                f"meant as text is written \\{IMAGE_TAG}"
+            )
+        return flat
+    if not all(nested):
+        raise ValueError("images mixes lists with images: give a list for each text, or one list of images")
+    if len(flat) != len(tags):
+        raise ValueError(f"images has {len(flat)} lists for {len(tags)} texts: give a list for each text")
+    for number, (of_text, count) in enumerate(zip(flat, tags, strict=True), start=1):
+        if len(of_text or ()) != count:
+            raise ValueError(
+                f"{len(of_text or ())} pictures for {count} {IMAGE_TAG} tags in text {number}: give one picture for "
+                f"each tag; a tag that is meant as text is written \\{IMAGE_TAG}"
+            )
+    return [image for of_text in flat for image in of_text or ()]

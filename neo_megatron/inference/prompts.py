@@ -23,7 +23,7 @@ from neo_megatron.data.image import (
 from neo_megatron.data.media import load_media
 from neo_megatron.data.records import Sample, Turn, is_unicode
 from neo_megatron.data.settings import Settings
-from neo_megatron.data.tags import IMAGE_TAG, count_tags
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, count_tags
 
 Picture = Image.Image | bytes | str | Path
 """A picture: opened, the bytes of its file, or where the file lies."""
@@ -34,12 +34,13 @@ class Prompt:
     """A conversation up to the turn that the model is to say.
 
     Args:
-        turns: with an ``<image>`` tag for each picture, in order.
+        turns: with an ``<image>`` tag for each picture, in order. A tag after a backslash, or in the turn of an
+            assistant, is text.
         pictures: uint8 [cells, 4, 768] each, patches as `neo_megatron.data.image` cuts them.
         grids: (grid_h, grid_w) of each in patches.
 
     Raises:
-        RejectedSample: pictures and tags differ in number; a text is not Unicode.
+        RejectedSample: pictures and tags differ in number; a ``<video>`` tag; a text is not Unicode.
     """
 
     turns: tuple[Turn, ...]
@@ -47,10 +48,19 @@ class Prompt:
     grids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        tags = sum(count_tags(turn.text, IMAGE_TAG) for turn in self.turns if turn.role != "assistant")
+        texts = [turn.text for turn in self.turns if turn.role != "assistant"]
+        tags = sum(count_tags(text, IMAGE_TAG) for text in texts)
         if tags != len(self.pictures):
             raise RejectedSample(
-                Reason.PICTURE_COUNT, f"the prompt has {len(self.pictures)} pictures but {tags} {IMAGE_TAG} tags"
+                Reason.PICTURE_COUNT,
+                f"the prompt has {len(self.pictures)} pictures but {tags} {IMAGE_TAG} tags; a tag that is meant as "
+                f"text is written \\{IMAGE_TAG}",
+            )
+        if any(count_tags(text, VIDEO_TAG) for text in texts):
+            raise RejectedSample(
+                Reason.VIDEO_COUNT,
+                f"the prompt has a {VIDEO_TAG} tag: give the frames as images, with an {IMAGE_TAG} tag for each, or "
+                f"write \\{VIDEO_TAG} for the word",
             )
         if not all(is_unicode(turn.text) for turn in self.turns):
             raise RejectedSample(Reason.MALFORMED, "the prompt holds half a surrogate pair, which is no text")
@@ -78,7 +88,7 @@ def new_prompt(question: str | Sequence[Turn], pictures: Sequence[Picture], sett
 
 def user_turn(question: str, pictures: int) -> Turn:
     """A turn of the user; where the question says nothing of where its pictures belong, they stand in front of it."""
-    tags = "" if IMAGE_TAG in question else f"{IMAGE_TAG}\n" * pictures
+    tags = "" if count_tags(question, IMAGE_TAG) else f"{IMAGE_TAG}\n" * pictures
     return Turn("user", tags + question, False)
 
 

@@ -1,9 +1,11 @@
 """A question as lmms-eval's tasks put it -> turns and pictures as NEO is trained on them."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from neo_megatron.data.records import IMAGE_TAG, Turn
+from neo_megatron.data.records import Turn
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, replace_tags
 from neo_megatron.inference.prompts import Picture
 
 Message = dict[str, Any]
@@ -21,40 +23,50 @@ def turns_and_pictures(messages: Sequence[Message], system_prompt: str = "") -> 
 
     A task's text may hold `<image>` where its pictures belong. As many tags as the message has pictures are their
     places; any other number is left over from another model's format, and the pictures stay where the message has them.
+    A tag after a backslash is text, and so are `<video>`, and any tag in a system prompt or a message of the assistant.
 
     Args:
         system_prompt: stands in place of the task's own, if there is any.
 
     Raises:
-        ValueError: the message holds a video or a sound.
+        ValueError: the message holds a video or a sound; the assistant says an image.
     """
     turns, pictures, stray = [], [], 0
     if system_prompt:
-        turns.append(Turn("system", system_prompt, False))
+        turns.append(Turn("system", as_literal(system_prompt), False))
     for message in messages:
         if system_prompt and message["role"] == "system":
             continue
-        text, of_message, taken_out = _in_line(message["content"])
+        text, of_message, taken_out = _in_line(message["content"], message["role"])
         turns.append(Turn(message["role"], text, False))
         pictures += of_message
         stray += taken_out
     return turns, pictures, stray
 
 
-def _in_line(content: str | Sequence[dict[str, Any]]) -> tuple[str, list[Picture], int]:
+def _in_line(content: str | Sequence[dict[str, Any]], role: str) -> tuple[str, list[Picture], int]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     pictures = [_picture(part) for part in parts if part["type"] != "text"]
     text = "".join(part["text"] for part in parts if part["type"] == "text")
-    tags = text.count(IMAGE_TAG)
+    if role == "assistant":
+        if pictures:
+            raise ValueError("a task of lmms-eval gives an image that the assistant says: NEO answers in text")
+        return as_literal(text), [], 0
+    tags = count_tags(text, IMAGE_TAG)
     if tags == len(pictures):
-        return text, pictures, 0
+        return _with_literal_videos(text), pictures, 0
     in_line = ""
     for part in parts:
         if part["type"] == "text":
-            in_line += part["text"].replace(IMAGE_TAG, "")
+            in_line += replace_tags(part["text"], IMAGE_TAG, lambda: "")
         else:  # those in front of all text stand on lines of their own, as in training
             in_line += IMAGE_TAG if in_line.replace(f"{IMAGE_TAG}\n", "") else f"{IMAGE_TAG}\n"
-    return in_line, pictures, tags
+    return _with_literal_videos(in_line), pictures, tags
+
+
+def _with_literal_videos(text: str) -> str:
+    """There are none, so the tag is a word; one that is escaped stays as it is."""
+    return re.sub(rf"(\\*){VIDEO_TAG}", lambda tag: tag[0] if len(tag[1]) % 2 else f"\\{tag[0]}", text)
 
 
 def _picture(part: dict[str, Any]) -> Picture:

@@ -14,6 +14,8 @@ peft = pytest.importorskip("peft", reason="peft is missing")
 import trl  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # noqa: E402
 
+from neo_megatron.data.chat import ChatEncoder, special_ids  # noqa: E402
+from neo_megatron.data.records import Turn  # noqa: E402
 from neo_megatron.hf.processing_neo import NEOProcessor  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "q_proj_hw"], "task_type": "CAUSAL_LM"}
@@ -138,3 +140,49 @@ def test_rewards(model, processor, images, tmp_path, adapter):
     logged = trainer.state.log_history[0]
     assert math.isfinite(float(logged["grad_norm"])) and float(logged["reward"]) > 0
     assert len(seen) >= 2 and all(cells == sum(h * w // 4 for h, w in grids) for grids, cells in seen)
+
+
+TURNS = [
+    ("user", "<image>\nWhat is it?"),
+    ("assistant", "A cat, written <image>."),
+    ("user", "Sure?"),
+    ("assistant", "\nYes."),
+]
+
+
+def of_training(processor, turns, cells):
+    """Ids, and labels that are -100 elsewhere."""
+    tokenizer = processor.tokenizer
+    encoder = ChatEncoder(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer))
+    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], cells)])
+    labels = [-100] * len(sample.tokens)
+    for start, end in sample.spans:
+        labels[start:end] = sample.tokens[start:end].tolist()
+    return sample.tokens.tolist(), labels
+
+
+def messages(turns):
+    return [{"role": role, "content": text.removeprefix("<image>\n")} for role, text in turns]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_labels_are_those_of_training(processor, images, form):
+    """TRL's own collator: all that assistants say, or the completion, and no more."""
+    turns = [TURNS, [*TURNS[:1], ("assistant", "A dog.")]]
+    if form == "messages":
+        collate = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
+        rows = [{"messages": messages(chat), "images": [image]} for chat, image in zip(turns, images, strict=True)]
+    else:
+        collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+        turns = [[TURNS[0], TURNS[1]], turns[1]]
+        rows = [
+            {"prompt": messages(chat[:-1]), "completion": messages(chat[-1:]), "images": [image]}
+            for chat, image in zip(turns, images, strict=True)
+        ]
+    batch = collate(rows)
+    cells = (batch["image_grid_thw"].prod(dim=-1) // 4).tolist()
+    for row, chat in enumerate(turns):
+        seen = batch["attention_mask"][row].bool()
+        ids, labels = of_training(processor, chat, cells[row : row + 1])
+        assert batch["input_ids"][row][seen].tolist() == ids
+        assert batch["labels"][row][seen].tolist() == labels

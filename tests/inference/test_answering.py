@@ -61,6 +61,27 @@ def test_what_a_user_types_is_text(answerer, golden):
     assert ids("<IMG_CONTEXT>") not in tokens and ids("<img>") not in tokens
 
 
+def test_a_tag_can_be_a_word(answerer, golden):
+    """After a backslash, and in what an assistant said; the image then stands in front."""
+    image = golden / "images" / "a.png"
+    turns = [
+        Turn("user", r"Is \<image> a tag, in <image> and \\\<video>?", False),
+        Turn("assistant", r"<image> is one, and \<image>, and <video>.", False),
+    ]
+    (tokens,) = answerer.tokens([answerer.prompt([*turns, Turn("user", "Sure?", False)], [image])])
+    text = answerer.tokenizer.decode(tokens)
+    assert text.replace("<IMG_CONTEXT>", "") == (
+        "<|im_start|>user\nIs <image> a tag, in <img></img> and \\<video>?<|im_end|>\n"
+        "<|im_start|>assistant\n<image> is one, and <image>, and <video>.<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert answerer.prompt(r"What is \<image>?", [image]).turns[0].text == "<image>\n" + r"What is \<image>?"
+    with pytest.raises(RejectedSample, match=r"0 pictures but 1 <image> tags; a tag that is meant as text is written"):
+        answerer.prompt("What is <image>?")
+    with pytest.raises(RejectedSample, match=r"a <video> tag: give the frames as images"):
+        answerer.prompt("What happens in <video>?")
+
+
 def test_answers_follow_from_the_whole_forward(answerer, prompts):
     """Greedy: each token is the one that the model, shown all before it at once, finds most likely."""
     answers = answerer.answer(prompts, LIMIT)

@@ -7,6 +7,8 @@ import sys
 import generate
 import pytest
 
+from neo_megatron.data.records import Turn
+
 TOKENS = 6
 
 
@@ -34,6 +36,15 @@ def test_one_answer(run, answerer, golden, capsys):
     assert other != out.out
 
 
+def test_a_tag_can_be_a_word(run, answerer, golden, capsys):
+    """In the prompt after a backslash, in the system turn always; in a record as in one prompt."""
+    image = golden / "images" / "a.png"
+    turns = [Turn("system", r"Mind the \<image> tag.", False), Turn("user", "<image>\n" + r"Is \<image> a tag?", False)]
+    (expected,) = answerer.answer([answerer.prompt(turns, [image])], TOKENS)
+    run("--image", image, "--prompt", r"Is \<image> a tag?", "--system", "Mind the <image> tag.")
+    assert capsys.readouterr().out == expected.text + "\n"
+
+
 def test_a_seed_repeats_what_is_drawn(run, capsys):
     def drawn(seed):
         run("--prompt", "Hi", "--temperature", 2.0, "--top-p", 0.9, "--seed", seed)
@@ -48,16 +59,19 @@ def test_many_answers(run, answerer, golden, tmp_path, capsys):
         {"id": "x", "image": "a.png", "prompt": "What?"},
         {"image": "none.png", "prompt": "What?"},
         {"conversations": [{"from": "human", "value": "Hi"}]},
+        {"prompt": r"What is \<image>?"},
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     flags = ["--image-root", golden / "images", "--output", tmp_path / "out", "--workers", 1]
     run("--input", tmp_path / "prompts.jsonl", *flags)
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     prompts = [answerer.prompt("What?", [golden / "images" / "a.png"]), answerer.prompt("Hi")]
+    prompts.append(answerer.prompt(r"What is \<image>?"))
     expected = [answerer.answer([prompt], TOKENS)[0] for prompt in prompts]
     assert [(line["id"], line["record"], line["prediction"]) for line in lines] == [
         ("x", 0, expected[0].text.strip()),
         (None, 2, expected[1].text.strip()),
+        (None, 3, expected[2].text.strip()),
     ]
     (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (reject["record"], reject["kind"]) == (1, "missing picture")

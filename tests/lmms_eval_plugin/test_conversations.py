@@ -68,3 +68,29 @@ def test_turns_keep_their_order_and_the_system_prompt_of_the_command_line_wins()
 def test_only_pictures_and_text(part):
     with pytest.raises(ValueError, match="answers questions about pictures and text"):
         turns_and_pictures([{"role": "user", "content": [part, text("What?")]}])
+
+
+@pytest.mark.parametrize(
+    ("words", "visuals", "expected", "stray"),
+    [
+        (r"Is \<image> a tag?", [FIRST], "<image>\n" + r"Is \<image> a tag?", 0),
+        (r"Is \<image> a tag, in <image>?", [FIRST], r"Is \<image> a tag, in <image>?", 0),
+        (r"<image>Is \<image> a tag?", None, r"Is \<image> a tag?", 1),
+        (r"Is <video> a tag, or \<video>?", None, r"Is \<video> a tag, or \<video>?", 0),
+    ],
+)
+def test_a_tag_can_be_a_word(words, visuals, expected, stray):
+    turns, pictures, taken_out = turns_and_pictures(messages_of(words, visuals))
+    assert (turns[0].text, pictures, taken_out) == (expected, visuals or [], stray)
+
+
+def test_what_assistants_and_system_prompts_say_is_text():
+    conversation = [
+        {"role": "user", "content": [picture(FIRST), text("What?")]},
+        {"role": "assistant", "content": r"An <image>, or \<image>."},
+    ]
+    turns, pictures, stray = turns_and_pictures(conversation, "Mind <image>.")
+    assert [turn.literal for turn in turns[::2]] == ["Mind <image>.", "An <image>, or <image>."]
+    assert (pictures, stray) == ([FIRST], 0) and "".join(turn.text for turn in turns).count(r"\<image>") == 3
+    with pytest.raises(ValueError, match="an image that the assistant says"):
+        turns_and_pictures([{"role": "assistant", "content": [picture(FIRST)]}])

@@ -1,0 +1,217 @@
+"""Images -> patches as the model takes them, by the code that made the training data.
+
+transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
+"""
+
+import base64
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ImagesKwargs
+
+from .errors_neo import RejectedSample
+from .pictures_neo import (
+    decode,
+    decode_opened,
+    normalise,
+    patches_from_image,
+    picture_grid,
+    pixel_limit,
+    read_picture,
+)
+from .tags_neo import split_tags
+
+MERGE_SIZE = 2
+
+# What an image may be given as: Pillow's, 8-bit RGB `[height, width, 3]`, the bytes of a file, a path, `file://`,
+# base64 with or without `data:`, or as an undecoded image of a data set, {"bytes": ..., "path": ...}.
+Picture = Image.Image | np.ndarray | bytes | str | os.PathLike | Mapping
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_LONGEST_PATH = 4096
+
+
+class NEOImagesKwargs(ImagesKwargs, total=False):
+    """What `from_pretrained` of transformers 5 takes over from its arguments."""
+
+    min_pixels: int
+    max_pixels: int
+    image_grid_thw: bool
+
+
+class NEOImageProcessor(ImageProcessingMixin):
+    """Resizes to multiples of 32 pixels within the limits, normalises by ImageNet's statistics, cuts 16x16 patches.
+
+    Args:
+        min_pixels, max_pixels: limits of the area of a resized image.
+        image_grid_thw: give the rows and columns of patches as Qwen-VL's processors do, ``image_grid_thw``
+            `[images, 3]` in place of ``grid_hw`` `[images, 2]`: by them TRL's GRPO tells which patches are whose.
+    """
+
+    valid_kwargs = NEOImagesKwargs
+    # What is saved carries its code, so that it loads alone.
+    _auto_class = "AutoImageProcessor"
+
+    def __init__(
+        self, min_pixels: int = 65536, max_pixels: int = 4194304, image_grid_thw: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_grid_thw = image_grid_thw
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+
+    @property
+    def grid_key(self) -> str:
+        return "image_grid_thw" if self.image_grid_thw else "grid_hw"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", self.grid_key]
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        pictures_in_sample: Sequence[int] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Patches of all images, concatenated.
+
+        Args:
+            images: one, several, or a list for each sample.
+            min_pixels, max_pixels: in place of the processor's own.
+            pictures_in_sample: number of images of every sample, in order; several share twice the limit of one.
+                By default the lists of ``images`` are the samples, or all of ``images`` are one.
+            return_tensors: "pt"; or ``None`` for lists, of which that of the patches holds NumPy arrays.
+
+        Returns:
+            ``pixel_values`` float32 `[patches, 768]`, row-major in each image, and the grids under ``grid_key``.
+
+        Raises:
+            ValueError: an image that cannot be read, without colours, or more than 200 times as long as wide.
+        """
+        check_tensors(return_tensors)
+        images = [images] if isinstance(images, Picture) else list(images)
+        if images and all(isinstance(sample, (list, tuple)) for sample in images):
+            pictures_in_sample = (
+                [len(sample) for sample in images] if pictures_in_sample is None else pictures_in_sample
+            )
+            images = [image for sample in images for image in sample]
+        if not images:
+            raise ValueError("images is empty: give at least one image")
+        low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        counts = [len(images)] if pictures_in_sample is None else pictures_in_sample
+        together = [count for count in counts for _ in range(count)]
+        pictures = [
+            _patches(image, low, pixel_limit(low, high, count), f"number {number}")
+            for number, (image, count) in enumerate(zip(images, together, strict=True), start=1)
+        ]
+        patches, grids = zip(*pictures, strict=True)
+        grids = [[*([1] if self.image_grid_thw else []), *grid] for grid in grids]
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": list(np.concatenate(patches)), self.grid_key: grids})
+        patches = torch.from_numpy(np.concatenate(patches))
+        return BatchFeature({"pixel_values": patches, self.grid_key: torch.tensor(grids)})
+
+    preprocess = __call__
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what is saved loads without this package."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        write_shared_code(Path(save_directory))
+        return saved
+
+
+def write_shared_code(directory: Path) -> None:
+    """Writes the files that training shares as a checkpoint has them, in place of those that import a package."""
+    for name, part in (("errors_neo", RejectedSample), ("pictures_neo", decode), ("tags_neo", split_tags)):
+        text = Path(inspect.getsourcefile(part)).read_text(encoding="utf-8")
+        text = re.sub(r"^from neo_megatron\.data\.errors import", "from .errors_neo import", text, flags=re.MULTILINE)
+        (directory / f"{name}.py").write_text(text, encoding="utf-8")
+
+
+def check_tensors(return_tensors: str | None) -> None:
+    if return_tensors not in ("pt", None):
+        raise ValueError(
+            f"return_tensors={return_tensors!r}: NEO's processor makes PyTorch tensors, say 'pt', or lists"
+        )
+
+
+def _patches(picture: Picture, min_pixels: int, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+    try:
+        image = _upright(picture, name)
+        grid = picture_grid(image, name, min_pixels, max_pixels)
+    except RejectedSample as rejected:
+        raise ValueError(rejected.sentence) from rejected
+    return row_major(normalise(patches_from_image(image, grid)), *grid), grid
+
+
+def _upright(picture: Picture, name: str) -> Image.Image:
+    """The RGB image, as the training data would have it."""
+    if isinstance(picture, Mapping):
+        return _of_data_set(picture, name)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(
+                f"the picture {name} is a {picture.dtype} array {list(picture.shape)}: give uint8 [height, width, 3]"
+            )
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return decode_opened(picture, name)
+    if isinstance(picture, bytes):
+        return decode(picture, name)
+    if not isinstance(picture, (str, os.PathLike)):
+        raise ValueError(f"the picture {name} is a {type(picture).__name__}: give a Pillow image or the path of a file")
+    return _of_string(os.fspath(picture), name)
+
+
+def _of_data_set(picture: Mapping[str, Any], name: str) -> Image.Image:
+    """The `Image` of Hugging Face's datasets where it is not decoded; the path of one with bytes is only its name."""
+    data, path = picture.get("bytes"), picture.get("path")
+    if not picture.keys() <= {"bytes", "path"} or (data is None and path is None):
+        raise ValueError(
+            f"the picture {name} is a dictionary with the keys {', '.join(map(repr, picture))}: give "
+            "{'bytes': ..., 'path': ...}, at least one of them"
+        )
+    return _upright(path, name) if data is None else decode(data, path or name)
+
+
+def _of_string(place: str, name: str) -> Image.Image:
+    if place.startswith("data:"):
+        return decode(_decoded_base64(place.partition(",")[2], name), name)
+    if place.startswith(("http://", "https://")):
+        raise ValueError(f"the picture {place} is far away, and the processor opens no addresses: download it first")
+    if place.startswith("file://"):
+        place = unquote(urlsplit(place).path)
+    if _BASE64.fullmatch(place) and not (len(place) <= _LONGEST_PATH and os.path.exists(place)):
+        try:
+            return decode(_decoded_base64(place, name), name)
+        except (ValueError, RejectedSample) as error:
+            raise ValueError(
+                f"the picture {place[:60]!r} is neither the path of a file that exists nor an image in base64"
+            ) from error
+    return decode(read_picture(place), place)
+
+
+def _decoded_base64(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:  # a letter that base64 has not, or a number of them
+        raise ValueError(f"the picture {name} is no base64 ({error})") from error
+
+
+def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
+    """`[cells, 4, 768]`, the patches of a cell together, -> `[grid_h * grid_w, 768]`, row by row of the image."""
+    blocks = cells.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(grid_h * grid_w, -1)
