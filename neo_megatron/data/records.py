@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.foreign_media import inline_form, placeholder
-from neo_megatron.data.paths import resolve_path
+from neo_megatron.data.media_paths import resolve_path
 from neo_megatron.data.record_keys import IMAGE_KEYS, VIDEO_KEYS, check_keys, media_value, system_text, training_flag
 from neo_megatron.data.registry import Source
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags

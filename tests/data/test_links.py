@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
-from neo_megatron.data.paths import resolve_path
+from neo_megatron.data.media_paths import resolve_path
 from neo_megatron.data.registry import Source, data_list
 
 
