@@ -253,14 +253,15 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             valid_BL if attention_mask is not None and dense is None else None,
             None if prompt_length is None else max(0, prompt_length - cached),
         )
+        given = positions_thw is not None
         if dense is not None:
             rule = dense
-            if positions_thw is None:
+            if not given:
                 raise ValueError("a mask of four dimensions says nothing of positions: pass positions_thw with it")
         else:
             document_BK = document_numbers(valid_BK, position_ids, cached)
             rule = self._rule(image_BL, document_BK, cached)
-            if positions_thw is None:
+            if not given:
                 positions_thw = self._positions(input_ids, image_BL, document_BK, cache, grid_hw)
         mask = kernel_mask(rule, implementation, queries=input_ids.shape[1])
         embeddings = (
@@ -278,7 +279,11 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             keep_weights=bool(output_attentions),
         )
         if cache is not None:
-            self._remember(cache, cached, input_ids, positions_thw, valid_BL)
+            # Positions that are given may follow on other rows than the cache had, or on fewer tokens.
+            history = () if given else getattr(cache, "neo_history", (0,))[1:]
+            after = after_tokens(input_ids, positions_thw[..., 0], valid_BL, self.config, *history)
+            # t is not the number of cached tokens once an image was seen, so the cache carries it along.
+            cache.neo_history = (cache.get_seq_length(), *after)
         return decoded, None if use_cache is False else cache, image_BL
 
     def _usable_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -329,20 +334,13 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         """`[B, L, 3]`; t goes on where the cache stopped, h and w are those of the images in `grid_hw`."""
         cached = cache.get_seq_length() if cache is not None else 0
         length, *history = getattr(cache, "neo_history", (0,))
-        if length != cached:
+        if length != cached or any(rows.shape[0] != input_ids.shape[0] for rows in history):
             raise ValueError("the cache was changed since NEO filled it: pass positions_thw for the new tokens")
         positions = input_ids.new_zeros(*input_ids.shape, 3)
         positions[..., 0] = text_positions(input_ids, document_BK[:, cached:], self.config, *history)
         if grid_hw is not None:
             positions[..., 1:][image_BL >= 0] = cell_positions(image_BL, grid_hw, self.vision_model.embeddings.merge)
         return positions
-
-    def _remember(self, cache: Cache, cached: int, input_ids: Tensor, positions_thw: Tensor, valid_BL: Tensor) -> None:
-        """t is not the number of cached tokens once an image was seen, so the cache carries it along."""
-        length, *history = getattr(cache, "neo_history", (0,))
-        known = history if length == cached else []
-        after = after_tokens(input_ids, positions_thw[..., 0], valid_BL, self.config, *known)
-        cache.neo_history = (cache.get_seq_length(), *after)
 
 
 def unknown_argument(name: str) -> str:

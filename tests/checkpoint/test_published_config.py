@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -241,3 +242,45 @@ def test_a_wrong_size_is_no_label_and_stays_an_error(checkpoint):
 
     with pytest.raises(ValueError, match=r"gate_proj.weight of shape \[96, 64\] instead of \[128, 64\]"):
         open_neo(checkpoint(edit))
+
+
+def as_neo_unify(config):
+    config.update(json.loads((Path(__file__).parent / "unify_config.json").read_text()))
+
+
+def as_a_mixture_of_experts(config):
+    config["llm_config"]["num_experts"] = 128
+
+
+def quantised(config):
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+
+
+def of_another_template(config):
+    config["template"] = "internvl2_5"
+
+
+@pytest.mark.parametrize(
+    "edit, sentence",
+    [
+        (as_neo_unify, r"has fm_head_dim: this is a NEO-unify \(SenseNova-U1\) checkpoint"),
+        (as_a_mixture_of_experts, "has llm_config.num_experts: this is a NEO-unify"),
+        (quantised, r"has a quantization_config \(awq\): this is a quantised checkpoint"),
+        (of_another_template, "has the template 'internvl2_5', and NEO knows 'neo1_0'"),
+    ],
+)
+def test_another_kind_of_checkpoint_is_named(checkpoint, tmp_path, edit, sentence):
+    directory = checkpoint(edit)
+    with pytest.raises(ValueError, match=f"{directory}/config.json {sentence}"):
+        convert_hf_to_megatron(directory, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_a_neo_unify_is_known_by_its_tensors(checkpoint):
+    """Where its configuration does not tell: one norm for rows and columns."""
+    directory = checkpoint(lambda config: None)
+    tensors = load_file(directory / "model.safetensors")
+    name = "language_model.model.layers.0.self_attn.q_norm_hw.weight"
+    save_file({**tensors, name: torch.ones(16)}, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has {name}: this is a NEO-unify"):
+        open_neo(directory)

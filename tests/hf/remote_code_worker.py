@@ -49,6 +49,13 @@ for chat, answer in zip(chats, answers, strict=True):
         tokens = model.generate(**alone, **greedy, min_new_tokens=8, use_cache=use_cache)
         assert tokens[0, alone["input_ids"].shape[1] :].tolist() == answer.tolist(), (chat, use_cache)
 assert len(processor.batch_decode(answers, skip_special_tokens=True)) == 3
+computed = []
+hook = model.language_model.get_decoder().register_forward_pre_hook(
+    lambda _, states: computed.append(states[0].shape[1])
+)
+model.generate(**batch, **greedy, min_new_tokens=8)
+hook.remove()
+assert computed == [batch["input_ids"].shape[1]] + [1] * 7, computed
 torch.manual_seed(0)
 for settings in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
     assert model.generate(**batch, max_new_tokens=4, **settings).shape[1] <= batch["input_ids"].shape[1] + 4

@@ -14,8 +14,10 @@ def frozen(model):
     return copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("part", ["model", "language_model"])
-@pytest.mark.parametrize("task", [{}, {"task_type": "CAUSAL_LM"}])
+@pytest.mark.parametrize(
+    "part, task",
+    [("model", {"task_type": "CAUSAL_LM"}), ("language_model", {"task_type": "CAUSAL_LM"}), ("language_model", {})],
+)
 def test_an_adapter_is_trained_saved_and_merged(frozen, model, document, tmp_path, part, task):
     inputs = document | {"attention_mask": torch.ones_like(document["input_ids"])}
     expected = model(**inputs).logits

@@ -1,10 +1,12 @@
 """Every form in which a NEO's `config.json` was published is read as the same model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from neo_megatron.hf import configuration_neo
 from neo_megatron.hf.configuration_neo import NEOChatConfig, NEOLLMConfig
@@ -73,3 +75,50 @@ def test_a_mislabelled_checkpoint(golden, published, tmp_path, document, model, 
 def test_another_model_is_no_mislabelled_neo():
     with pytest.raises(ValueError, match="model_type 'internvl_chat' without llm_hidden_size"):
         NEOChatConfig(model_type="internvl_chat", vision_config={"hidden_size": 1024})
+
+
+def test_another_name_of_the_image_token(published, tmp_path):
+    """TRL and others ask for `image_token_id`; it is written under the published name alone."""
+    config = NEOChatConfig(**published)
+    assert config.image_token_id == config.img_context_token_id == 896
+    del published["img_context_token_id"]
+    renamed = NEOChatConfig(**published, image_token_id=5)
+    assert renamed.img_context_token_id == 5
+    renamed.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["img_context_token_id"] == 5 and "image_token_id" not in saved
+    assert NEOChatConfig.from_pretrained(tmp_path).image_token_id == 5
+
+
+UNIFY = Path(__file__).parents[1] / "checkpoint" / "unify_config.json"
+
+
+def test_a_neo_unify_is_named():
+    with pytest.raises(ValueError, match=r"has fm_head_dim: this is a NEO-unify \(SenseNova-U1\) checkpoint"):
+        NEOChatConfig(**json.loads(UNIFY.read_text()))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"noise_scale": 1.0}, "has noise_scale: this is a NEO-unify"),
+        ({"llm_config": {"num_experts": 128}}, "has llm_config.num_experts: this is a NEO-unify"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantization_config \(gptq\)"),
+        ({"template": "internvl2_5"}, "the template 'internvl2_5', and NEO knows 'neo1_0'"),
+    ],
+)
+def test_what_is_no_neo_of_ours_is_named(golden, published, tmp_path, change, sentence):
+    """In `from_pretrained`, before any weight is read."""
+    (tmp_path / "config.json").write_text(json.dumps({**published, **change}))
+    with pytest.raises(ValueError, match=sentence):
+        NEOChatModel.from_pretrained(tmp_path)
+
+
+def test_no_window_of_attention(published):
+    """Qwen configurations name one that is not used; a cache made by them must not have it."""
+    published["llm_config"] |= {"sliding_window": 8, "use_sliding_window": False}
+    config = NEOChatConfig(**published)
+    assert not any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config.llm_config).layers)
+    published["llm_config"]["use_sliding_window"] = True
+    with pytest.raises(ValueError, match="NEO attends to all tokens"):
+        NEOChatConfig(**published)

@@ -220,6 +220,10 @@ def test_a_changed_cache_is_refused(model, document):
     out.past_key_values.crop(50 - document["input_ids"].shape[1])  # how many to drop, as a negative number
     with pytest.raises(ValueError, match="the cache was changed"):
         model(document["input_ids"][:, 50:51], past_key_values=out.past_key_values)
+    repeated = model(**document, use_cache=True).past_key_values
+    repeated.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="the cache was changed"):
+        model(torch.ones(2, 1, dtype=torch.long), past_key_values=repeated)
 
 
 @pytest.mark.parametrize("change, sentence", [("lacks", "lacks"), ("has", "has the unexpected")])

@@ -1,26 +1,27 @@
-"""The exported directory on its own, in transformers 5 and in 4.57, in a process that cannot import this package."""
+"""The exported directory on its own, in several versions of transformers, in a process without this package."""
 
 import json
 import os
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import run_python
 
 from neo_megatron.model.config import NeoSizes
 
-OLD_TRANSFORMERS = os.environ.get("NEO_TEST_TRANSFORMERS_457")
 
-
-@pytest.fixture(params=["5", "4.57"])
+@pytest.fixture(params=["environment", "5.23", "4.57"])
 def environment(request, tmp_path) -> dict[str, str]:
-    """What makes a process import one of the two versions."""
+    """What makes a process import one of the versions."""
     cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    if request.param == "5":
-        return {**cache, "EXPECTED_VERSION": "5."}
-    if not OLD_TRANSFORMERS:
-        pytest.skip("NEO_TEST_TRANSFORMERS_457 names no directory with transformers 4.57 (tests/run.sh makes one)")
-    return {**cache, "EXPECTED_VERSION": "4.57.", "PYTHONPATH": OLD_TRANSFORMERS}
+    if request.param == "environment":
+        return {**cache, "EXPECTED_VERSION": transformers.__version__}
+    name = f"NEO_TEST_TRANSFORMERS_{request.param.replace('.', '')}"
+    directory = os.environ.get(name)
+    if not directory:
+        pytest.skip(f"{name} names no directory with transformers {request.param} (tests/run.sh makes one)")
+    return {**cache, "EXPECTED_VERSION": f"{request.param}.", "PYTHONPATH": directory}
 
 
 def test_loads_and_answers(exported, golden, environment, tmp_path):
