@@ -288,9 +288,9 @@ def test_the_page_escapes_everything(tmp_path):
 
 
 def test_a_question_is_shown_as_the_model_reads_it():
-    line = case(question="<image>\n" + r"Is \<image> in <image>?")
+    line = case(question="<image>\n" + r"Is \<image> a tag?")
     html = page(Evaluation([line], [], Scores.of([line]), {}), "neo")
-    assert "<p>Is &lt;image&gt; in &lt;image&gt;?</p>" in html
+    assert "<p>Is &lt;image&gt; a tag?</p>" in html
 
 
 def test_the_worst_come_first(tmp_path):
