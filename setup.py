@@ -2,16 +2,18 @@
 
 from setuptools import find_packages, setup
 
-VIDEO = ["av>=18"]  # earlier ones crash on some files
+# Upper bounds are what was tested (docs/compatibility.md); a release that came later may break a promise silently.
+VIDEO = ["av>=18,<20"]  # earlier ones crash on some files
 S3 = ["multi-storage-client[boto3]>=1.3"]
-RAY = ["ray>=2.40"]
-# What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/environment.sh adds
-# Gradio itself, past the resolver.
+RAY = ["ray>=2.40,<2.61"]
+# What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/lock.sh adds Gradio
+# itself to the environments of this repository.
 DEMO = [
-    *("anyio>=3,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
-    *("httpx>=0.24.1,<1", "jinja2<4", "markupsafe>=2,<4", "orjson~=3.0", "packaging", "pandas<4", "pydantic>=2,<=3"),
-    *("pydub<1", "python-multipart>=0.0.18,<1", "pytz>=2017.2", "safehttpx>=0.1.7,<0.2", "semantic-version~=2.0"),
-    *("starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1", "typing-extensions~=4.0", "uvicorn>=0.14"),
+    *("anyio>=4,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
+    *("httpx>=0.27,<1", "jinja2>=3.1,<4", "markupsafe>=2.1.5,<4", "orjson~=3.10", "packaging>=24", "pandas>=2.2,<4"),
+    *("pydantic>=2.11,<=3", "pydub>=0.25,<1", "python-multipart>=0.0.18,<1", "pytz>=2024.1", "safehttpx>=0.1.7,<0.2"),
+    *("semantic-version~=2.10", "starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1"),
+    *("typing-extensions~=4.12", "uvicorn>=0.30"),
 ]
 BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5", *S3]
 
@@ -20,28 +22,33 @@ setup(
     version="0.1.0",
     description="3D-parallel pretraining of NEO native vision-language models on Megatron-Core",
     license="Apache-2.0",
-    python_requires=">=3.12",
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+    ],
+    python_requires=">=3.12,<3.13",
     packages=find_packages(include=["neo_megatron", "neo_megatron.*"]),
     package_data={"neo_megatron.hf": ["*.jinja"]},
     # cpu_platform.py patches functions of exactly these two; it refuses to run on others.
     install_requires=[
         "torch==2.11.*",
         "megatron-core==0.19.2",
-        "transformers>=4.57,<6",
-        "safetensors>=0.5",
-        "huggingface_hub>=0.34",
-        "tokenizers>=0.22",
-        "pillow>=13",  # earlier ones resize some pictures to other pixels than the published ones
-        "numpy>=2",
-        "psutil>=5.9",  # Megatron saves checkpoints with it and does not ask for it
-        "pyyaml>=6",
-        "tqdm>=4.66",
-        "tensorboard>=2.18",
+        "transformers>=4.57,<5.25",
+        "safetensors>=0.5,<1",
+        "huggingface_hub>=0.34,<3",
+        "tokenizers>=0.22,<0.24",
+        "pillow>=13,<14",  # earlier ones resize some images to other pixels than the published ones
+        "numpy>=2,<2.6",
+        "psutil>=5.9.8,<8",  # Megatron saves checkpoints with it and does not ask for it
+        "pyyaml>=6.0.2,<7",
+        "tqdm>=4.66,<5",
+        "tensorboard>=2.18,<3",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]==2.20.*"],
         "quickstart": ["easy-vqa==1.0"],
-        "lmms-eval": ["lmms-eval==0.7.3"],  # wants an av below 16: not together with "video"
+        # Wants an av below 16, so that it cannot be installed with "video"; filelock 4.3 took away what it imports.
+        "lmms-eval": ["lmms-eval==0.7.3", "filelock>=3.16,<4.3"],
         "video": VIDEO,
         "s3": S3,
         "ray": RAY,
@@ -49,7 +56,8 @@ setup(
         "benchmark": BENCHMARK,
         "test": [
             "accelerate>=1.1",  # the Trainer of transformers and device_map ask for it
-            *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "requests>=2", "moto[server]>=5", "dashscope==2.0.2"),
+            *("trl>=1.16", "peft>=0.21", "datasets>=4"),  # what people fine-tune exports with
+            *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "requests>=2.32", "moto[server]>=5", "dashscope==2.0.2"),
             *("ruff>=0.12", "easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
         ],
     },

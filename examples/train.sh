@@ -4,7 +4,7 @@
 #   PACKS=packs/stage1 CHECKPOINT=checkpoints/qwen3-1.7b-neo OUTPUT=runs/2b-stage1 bash examples/train.sh neo-2b 1 [flags]
 #
 # Every flag of pretrain_neo may follow and wins over what is set here. VALID_PACKS adds evaluation on held-out packs.
-# The same command again goes on from the newest whole checkpoint in OUTPUT.
+# The same command again resumes from the newest complete checkpoint in OUTPUT; OUTPUT/logs has the full log.
 # With --dry-run it checks all that can be checked on one process and prints what the run will hold and take.
 # Multi-node: the variables of torchrun, set by the scheduler: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 set -euo pipefail
@@ -37,7 +37,7 @@ precision=()
 [ "$gpus" -eq 0 ] || precision=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 
 start=(
-  torchrun
+  python -m neo_megatron.launch
   --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
   --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-6000}"
   --nproc-per-node "${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"

@@ -61,6 +61,15 @@ class NeoDryRunArguments:
 
 
 @dataclass
+class NeoLogArguments:
+    """The log."""
+
+    console_log: Literal["short", "full"] = "short"
+    """short: the screen shows steps, validation, checkpoints and warnings, and everything that any rank prints goes to
+    logs/rank_NNNNN.log in --save, which every start of the run appends to. full, or without --save: all is printed."""
+
+
+@dataclass
 class NeoCheckpointArguments:
     """The checkpoints of a run."""
 
@@ -74,5 +83,6 @@ def add_neo_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(NeoModelArguments).build_group(parser, "NEO model")
     ArgumentGroupFactory(NeoTrainingArguments).build_group(parser, "NEO training")
     ArgumentGroupFactory(NeoCheckpointArguments).build_group(parser, "NEO checkpoints")
+    ArgumentGroupFactory(NeoLogArguments).build_group(parser, "NEO log")
     ArgumentGroupFactory(NeoDryRunArguments).build_group(parser, "NEO dry run")
     return parser

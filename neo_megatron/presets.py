@@ -5,6 +5,7 @@ from typing import Any
 from neo_megatron.checkpoint.hub import config_directory
 from neo_megatron.model.config import ConfigError, NeoSizes
 from neo_megatron.model.published_sizes import PUBLISHED_SIZES
+from neo_megatron.paths import Wanted, check_path
 
 SIZES = {
     **PUBLISHED_SIZES,
@@ -44,6 +45,8 @@ def sizes(name_or_directory: str) -> NeoSizes:
         return SIZES[name_or_directory]
     try:
         directory = config_directory(name_or_directory)
+        if directory.exists():
+            check_path(directory, Wanted.SIZES)
         if (directory / "config.json").is_file():
             from neo_megatron.checkpoint.neo_directory import read_sizes  # here: it brings torch
 

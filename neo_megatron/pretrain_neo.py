@@ -1,10 +1,18 @@
 """Trains NEO: model, data and loss, handed to `megatron.training.pretrain`.
 
-    torchrun --nproc-per-node 8 -m neo_megatron.pretrain_neo --neo-model neo-2b --training-stage 1 \
-        --train-data-path PACKS ...
+    python -m neo_megatron.launch --nproc-per-node 8 -m neo_megatron.pretrain_neo --neo-model neo-2b \
+        --training-stage 1 --train-data-path PACKS ...
 
-Every flag of Megatron's `pretrain_gpt.py` works here; `arguments.py` has the few that NEO adds.
+Every flag of Megatron's `pretrain_gpt.py` works here; `arguments.py` has the few that NEO adds. `launch` takes the
+flags of torchrun, which works too.
 """
+
+if __name__ == "__main__":  # before the imports below, which take seconds; it imports this file under its own name
+    import sys
+
+    from neo_megatron.run.start import start
+
+    sys.exit(start())
 
 import dataclasses
 import sys
@@ -12,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from neo_megatron import cpu_platform
 
@@ -31,7 +39,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.global_vars import set_global_variables
-from megatron.training.utils import has_nvrx_checkpointing_async_support, print_rank_0
+from megatron.training.utils import has_nvrx_checkpointing_async_support
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -52,6 +60,7 @@ from neo_megatron.parallel_layout import check_layout, context_parallel_way
 from neo_megatron.pipeline_layout import choose_layout
 from neo_megatron.planning.packs import measure_packs
 from neo_megatron.run.checkpoints import RunCheckpoints, check_save_flags
+from neo_megatron.run.console import say
 from neo_megatron.run.dry_run import dry_run
 from neo_megatron.run.loader_signals import heed_only_parent
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
@@ -69,12 +78,12 @@ def after_loading(
     if optimizer is None:
         return
     if args.take_optimizer_from:
-        print_rank_0(take_over_state(optimizer, model, args.take_optimizer_from))
+        _say_on_rank_0(take_over_state(optimizer, model, args.take_optimizer_from))
         scheduler.load_state_dict(TorchDistDirectory(args.take_optimizer_from).common_state()["opt_param_scheduler"])
         args.no_load_optim = False  # was set to keep Megatron from trying
     elif args.pretrained_optimizer and not checkpoint_exists(args.load):
         step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
-        print_rank_0(take_over_state(optimizer, model, Path(args.pretrained_checkpoint) / step))
+        _say_on_rank_0(take_over_state(optimizer, model, Path(args.pretrained_checkpoint) / step))
 
 
 cpu_platform.call_after_loading(after_loading)
@@ -117,6 +126,7 @@ def parse_arguments() -> Namespace:
 
     def extra_arguments(parser: ArgumentParser) -> ArgumentParser:
         add_neo_arguments(parser)
+        parser.error = _refuse_flags
         parser.set_defaults(
             **megatron_arguments(preset),
             **stage,
@@ -151,18 +161,33 @@ def parse_arguments() -> Namespace:
         args.pipeline_model_parallel_layout = layout
         args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two
     if stages and args.rank == 0:
-        print(stages, flush=True)
+        say(stages)
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron warns, and saves while training waits
     check_layout(args)
     args.cp_comm_type = [context_parallel_way(args)]
-    validate_args(args)
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        if not str(error):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
     check_save_flags(args)
     check_optimizer_flags(args)
     if args.dry_run:
         args.tensorboard_dir = args.wandb_project = None  # it leaves no file behind
     set_global_variables(args)
     return args
+
+
+def _say_on_rank_0(sentence: str) -> None:
+    if get_args().rank == 0:
+        say(sentence)
+
+
+def _refuse_flags(message: str) -> NoReturn:
+    """In place of argparse's own, which prints the names of all 700 flags first."""
+    raise ConfigError(f"{message}; --help lists all flags")
 
 
 def model_provider(
@@ -216,7 +241,7 @@ def datasets_provider(
         pictures = "check"
     train, valid, test = num_samples
     if 0 < train <= args.consumed_train_samples:
-        print_rank_0(f"training has ended before: all of its {train} packs were read; a longer one needs more steps")
+        _say_on_rank_0(f"training has ended before: all of its {train} packs were read; a longer one needs more steps")
         sys.exit()
     even = GlobalBatch(
         args.global_batch_size,
@@ -345,7 +370,3 @@ def loss_and_report(
     if pairs is not None:
         report["attention pairs computed per allowed"] = pairs
     return loss, count, report
-
-
-if __name__ == "__main__":
-    main()

@@ -66,11 +66,13 @@ def torchrun(processes: int, *command: str | Path, environment: dict[str, str] |
     return done.stdout
 
 
-def run_python(*command: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with one thread and no GPU; stdout and stderr come back as one text."""
+def run_python(
+    *command: str | Path, environment: dict[str, str] | None = None, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """Runs this Python, or another one, with one thread and no GPU; stdout and stderr come back as one text."""
     variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [python, *map(str, command)],
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# The whole test suite on a fresh machine with Python 3.12.     usage: bash tests/run.sh [pytest arguments]
+# The whole test suite on a fresh Linux machine with Python 3.12.     usage: bash tests/run.sh [--newest | --oldest] [pytest arguments]
+#
+# --newest and --oldest run it with the highest and lowest versions that the ranges in setup.py allow, instead of the
+# locked ones; docs/compatibility.md has the results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1:-} in --newest | --oldest) export NEO_VERSIONS=${1#--} && shift ;; esac
+
+# lmms-eval wants other versions, so it has an environment of its own, made meanwhile.
+(. tools/environment.sh lmms-eval) >/dev/null &
 . tools/environment.sh test
+wait $! || { echo "the environment of lmms-eval could not be made; see above" >&2; exit 1; }
+NEO_TEST_LMMS_EVAL=$(. tools/environment.sh lmms-eval && echo "$PYTHON")
+export NEO_TEST_LMMS_EVAL
 
-# Installs into a directory beside the environment, once: what cannot be in it.     usage: beside NAME PACKAGE...
-beside() {
-  local directory="$PWD/.venv/$1"
-  [ ! -d "$directory" ] || return 0
-  echo "installing $1 beside the environment"
-  "$PYTHON" -m pip install --disable-pip-version-check -q --no-deps --no-compile --target "$directory.partial" "${@:2}"
-  mv "$directory.partial" "$directory"
-}
-
-# Exported checkpoints must load with both generations of transformers.
-beside transformers-4.57 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers==0.22.*'
-export NEO_TEST_TRANSFORMERS_457="$PWD/.venv/transformers-4.57"
-
-# lmms-eval wants an older av than reading videos does; these are it and what it imports that the environment has not.
-beside lmms-eval 'lmms-eval==0.7.3' chardet colorama dataproperty datasets dill evaluate loguru lxml \
-  mbstrdecoder multiprocess pathvalidate portalocker pyarrow pytablewriter sacrebleu tabledata tabulate \
-  tcolorpy tenacity typepy xxhash
-export NEO_TEST_LMMS_EVAL="$PWD/.venv/lmms-eval"
+# Exported checkpoints must load with every generation of transformers: directories in front of the environment.
+for version in 4.57 5.23; do
+  overlay=$(dirname "$(dirname "$PYTHON")")/transformers-$version
+  if [ ! -d "$overlay" ]; then
+    echo "installing transformers $version into ${overlay##*/}"
+    install_lock "tools/locks/transformers-$version.lock" -q --no-compile --target "$overlay.partial"
+    mv "$overlay.partial" "$overlay"
+  fi
+  export "NEO_TEST_TRANSFORMERS_${version/./}=$overlay"
+done
 
 # Tests of a file share what is costly to make, so a file stays with one worker.
 OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

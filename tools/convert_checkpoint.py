@@ -3,6 +3,23 @@
 Takes pre-buffers out and puts them in front of other Qwen3s; says what is in a checkpoint.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin(
+        "convert_checkpoint",
+        {
+            "--qwen3": Wanted.QWEN3,
+            "--hf": Wanted.NEO,
+            "--neo": Wanted.EITHER_FORM,
+            "--megatron": Wanted.MEGATRON,
+            "--pre-buffer": Wanted.PRE_BUFFER,
+            "--tokenizer": Wanted.TOKENIZER,
+        },
+    )
+
+
 import argparse
 import re
 import sys
@@ -21,7 +38,6 @@ from neo_megatron.checkpoint.names import Start
 from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer, open_pre_buffer
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
-from neo_megatron.data.errors import DataError
 
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES]
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -226,15 +242,10 @@ def byte_size(text: str) -> int:
 def main() -> None:
     args = parse_arguments()
     warnings.showwarning = lambda message, *_: print(f"convert_checkpoint: {message}", file=sys.stderr)
-    try:
-        args.run(args)
-    except (ValueError, DataError, OSError) as error:
-        sys.exit(f"convert_checkpoint: {error}")
-    except KeyboardInterrupt:
-        sys.exit("convert_checkpoint: interrupted")
+    args.run(args)
     if "output" in args:
         print(f"written to {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run("convert_checkpoint", main, ValueError)

@@ -1,27 +1,48 @@
-# Sourced by run.sh of the quickstart, the demo and the tests: makes `.venv` in the repository once, with the given extra,
-# and leaves its Python in $PYTHON.     usage: . tools/environment.sh EXTRA
-
-find_python() {
-  local candidate
-  for candidate in "${PYTHON:-}" python3.12 python3 "$(pyenv prefix 2>/dev/null)/bin/python" \
-    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python; do
-    if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  echo "Python 3.12 is needed and was not found: install it, or name it, PYTHON=/path/to/python3.12 bash $0" >&2
-  return 1
-}
+# Sourced by run.sh of the quickstart, the demo and the tests: makes an environment of this repository once, with exactly
+# the versions of its lock, and leaves its Python in $PYTHON.     usage: . tools/environment.sh NAME
+#
+# NAME is a lock of tools/locks: quickstart, demo and test share .venv and their versions; lmms-eval has .venv-lmms-eval.
+# NEO_VERSIONS=newest or oldest takes the highest or lowest versions that the ranges of setup.py allow today, in
+# environments of their own.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-stamp="$repository/.venv/.installed-$1-$(cksum <"$repository/setup.py" | cut -d' ' -f1)"
-if [ ! -f "$stamp" ]; then
-  python=$(find_python) || exit 1
-  [ -x "$repository/.venv/bin/python" ] || "$python" -m venv "$repository/.venv"
-  echo "installing neo_megatron[$1] into .venv (PyTorch is large: a minute or two)"
-  "$repository/.venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on -e "$repository[$1]" | grep -v '^Requirement already'
-  case $1 in demo | test) "$repository/.venv/bin/python" -m pip install --disable-pip-version-check -q --no-deps 'gradio==6.31.*' ;; esac
-  touch "$stamp"
-fi
-PYTHON="$repository/.venv/bin/python"
+. "$repository/tools/find_python.sh"
+
+# Installs exactly what a lock says.     usage: install_lock LOCK [pip arguments]
+install_lock() {
+  "$PYTHON" -m pip install --disable-pip-version-check --no-deps --require-hashes -r "$@" |
+    sed '/^Requirement already/d; /^Collecting/d; /^ *Using cached/d'
+}
+
+# usage: make_environment NAME
+make_environment() {
+  local locks=$repository/tools/locks directory=$repository/.venv resolution stamp
+  [ "$1" != lmms-eval ] || directory+=-lmms-eval
+  case ${NEO_VERSIONS:-locked} in
+    locked) ;;
+    newest | oldest)
+      locks=$repository/.venv-locks-$NEO_VERSIONS
+      directory+=-$NEO_VERSIONS
+      resolution=highest
+      [ "$NEO_VERSIONS" = newest ] || resolution=lowest-direct
+      [ -f "$locks/$1.lock" ] || LOCKS=$locks bash "$repository/tools/lock.sh" --upgrade --resolution $resolution
+      ;;
+    *) echo "NEO_VERSIONS=$NEO_VERSIONS: must be locked, newest or oldest" >&2 && return 2 ;;
+  esac
+  stamp="$directory/.installed-$1-$(cat "$locks/$1.lock" "$repository/setup.py" | cksum | cut -d' ' -f1)"
+  if [ ! -f "$stamp" ]; then
+    [ -x "$directory/bin/python" ] || "$(find_python)" -m venv "$directory"
+    PYTHON="$directory/bin/python"
+    echo "installing $(grep -c '^[a-z].*==' "$locks/$1.lock") packages for $1 into ${directory##*/} (PyTorch is large: a minute or two)"
+    # What has no wheel is built with the setuptools of the lock, so that goes first.
+    sed -n '/^setuptools==/,/^ *# via/p' "$locks/$1.lock" >"$directory/setuptools.lock"
+    install_lock "$directory/setuptools.lock" -q
+    install_lock "$locks/$1.lock" --progress-bar on --no-build-isolation
+    "$PYTHON" -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e "$repository"
+    rm -f "$directory/.installed-$1-"*
+    touch "$stamp"
+  fi
+  PYTHON="$directory/bin/python"
+}
+
+make_environment "$1"

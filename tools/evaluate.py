@@ -10,14 +10,28 @@ The output holds answers.jsonl, scores.json, rejects.jsonl and report.html, a pa
 pictures. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin(
+        "evaluate",
+        {
+            "--input": Wanted.ANNOTATIONS,
+            "--registry": Wanted.REGISTRY,
+            "--image-root": Wanted.IMAGE_ROOT,
+            "--model": Wanted.NEO,
+            "--output": Wanted.OUTPUT,
+        },
+    )
+
+
 import argparse
-import sys
 from pathlib import Path
 
 from answers.options import add_batches, add_model, check_arguments, quiet, task_of
 from answers.page import page
 
-from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import REJECTS, json_line
 from neo_megatron.data.registry import Source, data_list
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
@@ -80,9 +94,4 @@ def print_scores(evaluation: Evaluation) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ValueError, OSError) as error:
-        sys.exit(f"evaluate: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate: interrupted; the same command continues")
+    command_line.run("evaluate", main, ValueError, interrupted="the same command continues")

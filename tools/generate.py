@@ -8,6 +8,22 @@ turn behind the last one of a user is answered, in answers.jsonl of the output. 
 rejects.jsonl. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin(
+        "generate",
+        {
+            "--input": Wanted.ANNOTATIONS,
+            "--image-root": Wanted.IMAGE_ROOT,
+            "--image": Wanted.IMAGE,
+            "--model": Wanted.NEO,
+            "--output": Wanted.OUTPUT,
+        },
+    )
+
+
 import argparse
 import sys
 import time
@@ -116,9 +132,4 @@ def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> No
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ValueError, OSError) as error:
-        sys.exit(f"generate: {error}")
-    except KeyboardInterrupt:
-        sys.exit("generate: interrupted")
+    command_line.run("generate", main, ValueError)

@@ -4,6 +4,15 @@ python tools/inspect_data.py --packs packs --tokenizer HF_DIR --output page.html
 python tools/inspect_data.py --data shards --output page.html        # a data set that is not packed
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin(
+        "inspect_data", {"--packs": Wanted.PACKS, "--data": Wanted.SHARDS, "--tokenizer": Wanted.TOKENIZER}
+    )
+
+
 import argparse
 import sys
 from bisect import bisect_right
@@ -85,7 +94,4 @@ def origin(data: Mixture, sample: int) -> Origin:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, HubError, OSError) as error:
-        sys.exit(f"inspect_data: {error}")
+    command_line.run("inspect_data", main, HubError)

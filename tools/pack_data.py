@@ -4,8 +4,15 @@ python tools/pack_data.py --data shards --output packs --seq-length 16384
 python tools/pack_data.py --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("pack_data", {"--data": Wanted.SHARDS, "--output": Wanted.OUTPUT})
+
+
 import argparse
-import sys
+from fractions import Fraction
 from pathlib import Path
 
 from neo_megatron.data.errors import DataError
@@ -29,12 +36,21 @@ def parse_arguments() -> argparse.Namespace:
         "--held-out",
         nargs=2,
         metavar=("PERCENT", "OUTPUT"),
-        help="packs this share of the records apart, for --valid-data-path; chosen by a hash of the names of their "
-        "pictures (of the text where there are none), so that the same ones, each once, are held out of any mixture",
+        help="packs this share of the records apart, each once, for --valid-data-path; records that use the same image "
+        "or video file stay together, so name all data sets of a training in one call",
+    )
+    parser.add_argument(
+        "--held-out-by",
+        choices=["path", "content"],
+        help="what makes two files the same: the resolved path, or the bytes, which also finds copies and does not "
+        "change when a data set is moved (path)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
     parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="over-long: listed, or stops")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.held_out_by and not arguments.held_out:
+        parser.error("--held-out-by goes with --held-out")
+    return arguments
 
 
 def main() -> None:
@@ -46,13 +62,15 @@ def main() -> None:
         _, share = split_share(f"--held-out%{percent}")
         if share >= 1:
             raise DataError(f"--held-out {percent}: hold out less than 100 percent")
-        held_out = HeldOut(share, directory)
+        held_out = HeldOut(share, directory, arguments.held_out_by or HeldOut.by)
     outputs = [arguments.output] + ([held_out.output] if held_out else [])
     manifests = write_packs(
         inputs, arguments.output, arguments.seq_length, arguments.seed, arguments.on_error, held_out
     )
     for output, manifest in zip(outputs, manifests, strict=True):
         report(output, manifest)
+    if held_out:
+        report_split(manifests[0]["split"], held_out.share)
 
 
 def report(output: str, manifest: dict) -> None:
@@ -72,8 +90,19 @@ def report(output: str, manifest: dict) -> None:
         print(f"  rejected {counts['samples_rejected']} over-long samples, listed in {Path(output) / REJECTS}")
 
 
+def report_split(split: dict, share: Fraction) -> None:
+    """Prints which records the held-out split kept together."""
+    if split["linked_records"]:
+        print(
+            f"held out by {split['by']}: {split['linked_records']} of {split['records']} records are linked by records "
+            f"of several files, at most {split['largest_group']} in a group; a group stays on one side"
+        )
+    if split["kept_in_training"]:
+        print(
+            f"  {split['kept_in_training']} records are in groups that share files and are each larger than the "
+            f"{float(share):.2%} to be held out; they are all kept in training"
+        )
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"pack_data: {error}")
+    command_line.run("pack_data", main)

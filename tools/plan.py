@@ -7,12 +7,17 @@
 Flags of layout and recomputation are Megatron's.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("plan", {"--neo-model": Wanted.SIZES, "--packs": Wanted.PACKS})
+
+
 import argparse
 import json
-import sys
 
 from neo_megatron import presets
-from neo_megatron.data.errors import DataError
 from neo_megatron.model.config import ConfigError, NeoSizes
 from neo_megatron.pipeline_layout import UNEVEN_SPLIT_FLAGS, choose_layout
 from neo_megatron.planning.hardware import GPUS, Efficiency, Gpu
@@ -80,16 +85,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    try:
-        sizes, workload, gpu = presets.sizes(args.neo_model), workload_of(args), gpu_of(args)
-        efficiency = Efficiency(reserved_bytes=args.reserve * 1e9)
-        if args.search:
-            show_search(args, sizes, workload, gpu, efficiency)
-            return
-        args.seq_length = workload.sequence_length
-        plan = Plan.make(sizes, layout_of(args, sizes, workload), workload, args.training_stage, gpu, efficiency)
-    except (ConfigError, DataError) as error:
-        sys.exit(f"plan: {error}")
+    sizes, workload, gpu = presets.sizes(args.neo_model), workload_of(args), gpu_of(args)
+    efficiency = Efficiency(reserved_bytes=args.reserve * 1e9)
+    if args.search:
+        show_search(args, sizes, workload, gpu, efficiency)
+        return
+    args.seq_length = workload.sequence_length
+    plan = Plan.make(sizes, layout_of(args, sizes, workload), workload, args.training_stage, gpu, efficiency)
     print(json.dumps(plan.as_json(), indent=2) if args.json else describe(plan))
 
 
@@ -140,4 +142,4 @@ def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> 
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run("plan", main, ConfigError)

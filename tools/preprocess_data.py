@@ -14,6 +14,22 @@ this machine. Annotations, pictures and output must lie on a file system that al
 paths, and neo-megatron must be installed on them.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin(
+        "preprocess_data",
+        {
+            "--input": Wanted.ANNOTATIONS,
+            "--registry": Wanted.REGISTRY,
+            "--image-root": Wanted.IMAGE_ROOT,
+            "--tokenizer": Wanted.TOKENIZER,
+            "--output": Wanted.OUTPUT,
+        },
+    )
+
+
 import argparse
 import os
 import sys
@@ -21,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
-from neo_megatron.data.errors import DataError, TooManyRejected
+from neo_megatron.data.errors import TooManyRejected
 from neo_megatron.data.files import REJECTS
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source, data_list
@@ -37,6 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--registry", help="YAML file of data sets by name")
     parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%50")
     parser.add_argument("--image-root", default="", help="directory of the pictures of --input, which none may leave")
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="trust symbolic links in --image-root that lead outside it; .. and absolute paths still may not",
+    )
     parser.add_argument("--tokenizer", required=True, help="Hugging Face directory or hub id; NEO's tokens are added")
     parser.add_argument("--output", required=True, help="new directory for the shards")
     parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per picture (%(default)s)")
@@ -84,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--registry and --datasets go together")
     if arguments.registry and arguments.image_root:
         parser.error("--image-root goes with --input; a registry has data_path")
+    if arguments.registry and arguments.follow_links:
+        parser.error("--follow-links goes with --input; a registry has follow_links: true")
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
     if not 0 <= arguments.max_rejected <= 100:
@@ -98,7 +121,8 @@ def main() -> None:
     if arguments.registry:
         sources = data_list(arguments.datasets, arguments.registry)
     else:
-        sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
+        name = Path(arguments.input).stem
+        sources = [Source(name, arguments.input, arguments.image_root, follow_links=arguments.follow_links)]
     settings = Settings(
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,
@@ -154,9 +178,4 @@ def report(counts: dict[str, Any], rejects: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, HubError, OSError) as error:
-        sys.exit(f"preprocess_data: {error}")
-    except KeyboardInterrupt:
-        sys.exit("preprocess_data: interrupted; the same command continues")
+    command_line.run("preprocess_data", main, HubError, interrupted="the same command continues")

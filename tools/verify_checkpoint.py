@@ -4,6 +4,12 @@ Exit code 0: they agree. 1: they do not, or one of them is broken. Computes in f
 the weights of one layer in memory at a time, and of the embedding or the head.
 """
 
+from neo_megatron import command_line
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("verify_checkpoint", {})
+
+
 import argparse
 import sys
 import warnings
@@ -38,12 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_arguments()
-    try:
-        agree = verify(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"verify_checkpoint: {error}")
-    sys.exit(0 if agree else 1)
+    sys.exit(0 if verify(parse_arguments()) else 1)
 
 
 def verify(args: argparse.Namespace) -> bool:
@@ -77,4 +78,4 @@ def _one_process() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run("verify_checkpoint", main, ValueError)

@@ -4,12 +4,18 @@ python tools/verify_data.py --data shards
 python tools/verify_data.py --data packs       # that they fit their shards, which are to be proven by themselves
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("verify_data", {"--data": Wanted.DATA_SET})
+
+
 import argparse
 import os
 import sys
 import time
 
-from neo_megatron.data.errors import DataError
 from neo_megatron.data.verify import verify
 
 
@@ -39,7 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"verify_data: {error}")
+    command_line.run("verify_data", main)

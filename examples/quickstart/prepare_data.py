@@ -25,7 +25,7 @@ from neo_megatron.presets import SIZES
 try:
     import easy_vqa
 except ModuleNotFoundError:
-    sys.exit("prepare_data: the pictures are in the package easy-vqa: pip install 'neo-megatron[quickstart]'")
+    sys.exit("prepare_data: the pictures are in the package easy-vqa: pip install 'easy-vqa==1.0'")
 
 PAD = "<|endoftext|>"
 

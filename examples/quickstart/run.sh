@@ -41,24 +41,18 @@ step() {
   printf '%s\t%s\n' "$title" $((SECONDS - began)) >>"$out/seconds.tsv"
 }
 
-# train NAME PACKS STEPS [flags]: Megatron prints much, the console shows where it stands, $out/NAME/log.txt has all
+# train NAME PACKS STEPS [flags]: the console shows where training stands, $out/NAME/logs has all
 train() {
-  local name=$1 packs=$2 steps=$3 log=$out/$1/log.txt
+  local name=$1 packs=$2 steps=$3
   shift 3
-  mkdir -p "$out/$name"
-  echo "starting $processes process(es), which takes some seconds; everything they say is in $log"
-  torchrun --standalone --nproc-per-node "$processes" -m neo_megatron.pretrain_neo \
+  python -m neo_megatron.launch --standalone --nproc-per-node "$processes" -m neo_megatron.pretrain_neo \
     --neo-model "$out/model" ${layout[@]+"${layout[@]}"} ${device[@]+"${device[@]}"} \
     --train-data-path "$packs" --valid-data-path "$out/packs/test" --seq-length "$SEQUENCE" \
     --micro-batch-size "$PACKS_AT_ONCE" --global-batch-size "$PACKS_PER_STEP" --num-workers 0 \
     --train-iters "$steps" --init-method-std "$INIT_STD" \
     --lr "$LEARNING_RATE" --min-lr 5e-5 --lr-warmup-fraction 0.05 \
     --log-interval 10 --eval-interval 400 --eval-iters 2 --save "$out/$name" --save-interval "$steps" \
-    --tensorboard-dir "$out/$name/tensorboard" "$@" 2>&1 | tee "$log" | sed -un \
-    -e '/^> \|^training stage\|^Evaluating iter\| of  *[0-9,]*  all$/p' \
-    -e 's/^ \[[^]]*\] iteration *\([0-9]*\/\) *\([0-9]*\) .*per iteration (ms): \([0-9.]*\) .*learning rate: \([^ ]*\) .*lm loss: \([^ ]*\).*/iteration \1\2 | \3 ms | lr \4 | loss \5/p' \
-    -e 's/^ validation loss at \(iteration [0-9]*\)\( on validation set\)\? | lm loss value: \([^ ]*\).*/\1 | held-out questions | loss \3/p' ||
-    { tail -n 40 "$log" >&2; echo "training stopped; all that it said is in $log" >&2; return 1; }
+    --tensorboard-dir "$out/$name/tensorboard" "$@"
 }
 
 preprocess_and_pack() {

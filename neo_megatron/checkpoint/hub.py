@@ -7,6 +7,8 @@ pickled weights are not even fetched unless asked for.
 # Libraries are imported where a hub is asked: local directories, the usual case, need none of them.
 from pathlib import Path
 
+from neo_megatron.paths import Wanted, check_path
+
 CONFIG = "config.json"
 # Which of these there are depends on the age of the tokenizer.
 TOKENIZER_FILES = (
@@ -49,6 +51,8 @@ def model_directory(name: str, allow_pickle: bool = False) -> Path:
 def tokenizer_directory(name: str) -> Path:
     """A local directory as it is, or one of the cache with the tokenizer of a model on a hub; errors as above."""
     local = _local(name)
+    if local is not None:
+        check_path(local, Wanted.TOKENIZER)
     return _fetch(name, (CONFIG, *TOKENIZER_FILES)) if local is None else local
 
 

@@ -25,6 +25,7 @@ from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import MODEL_TYPE, added_token_ids, is_neo
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.model.config import NeoSizes
+from neo_megatron.paths import Wanted, check_path
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def contents(directory: str | Path, allow_pickle: bool = False) -> Contents:
         ValueError: no checkpoint there, or a broken one.
     """
     directory = Path(directory)
+    check_path(directory, Wanted.EITHER_FORM)
     if is_megatron(directory) or _is_neo(directory, allow_pickle):
         return _neo(directory, allow_pickle)
     config, source = read_json(directory / "config.json"), open_weights(directory, allow_pickle)

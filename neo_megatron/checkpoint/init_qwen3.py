@@ -36,6 +36,7 @@ from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
 from neo_megatron.model.config import NeoSizes, beyond_qwen3
+from neo_megatron.paths import Wanted, check_path
 
 VOCABULARY_MULTIPLE = 128
 
@@ -80,6 +81,7 @@ def init_from_qwen3(
         ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
             pre-buffer of another shape.
     """
+    check_path(qwen3_directory, Wanted.QWEN3)
     config = read_json(Path(qwen3_directory) / "config.json")
     source = open_weights(qwen3_directory, allow_pickle)
     if pre_buffer is not None:

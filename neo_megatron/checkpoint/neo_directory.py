@@ -10,6 +10,7 @@ from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes,
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import complete_config
 from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.paths import Wanted, check_path
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
         ValueError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
     """
     directory = Path(directory)
+    check_path(directory, Wanted.NEO)
     config = read_json(directory / "config.json")
     source = open_weights(directory, allow_pickle)
     config, said = complete_config(config, source.shapes, directory)

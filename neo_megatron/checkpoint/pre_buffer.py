@@ -27,6 +27,7 @@ from neo_megatron.checkpoint.neo_directory import sizes_of
 from neo_megatron.checkpoint.published_config import added_token_ids
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.model.config import NeoSizes
+from neo_megatron.paths import Wanted, check_path
 
 MODEL_TYPE = "neo_pre_buffer"
 PICTURE_TOKENS = ("<img>", "</img>")
@@ -137,12 +138,8 @@ def open_pre_buffer(directory: str | Path) -> PreBuffer:
         ValueError: not what `extract_pre_buffer` writes, or a tensor is missing, unexpected or of another shape.
     """
     directory = Path(directory)
+    check_path(directory, Wanted.PRE_BUFFER)
     config: dict[str, Any] = read_json(directory / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"{directory}: no pre-buffer (model_type {config.get('model_type')!r}): take one out of a NEO with "
-            "extract-pre-buffer"
-        )
     source, sizes = SafetensorsDirectory(directory), sizes_of(config, directory)
     check_shapes(source.shapes, _shapes(sizes), str(directory))
     return PreBuffer(source, sizes)

@@ -30,6 +30,7 @@ from torch.futures import Future
 from neo_megatron.checkpoint.hf_directory import read_json, write_json
 from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import BlockWriter, FileWindow, StoredTensor, read_into
+from neo_megatron.paths import Wanted, check_path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -231,6 +232,7 @@ def _iteration_directory(path: Path) -> Path:
     if (path / "metadata.json").is_file():
         return path
     tracker = path / TRACKER
+    check_path(path, Wanted.MEGATRON)
     if not tracker.is_file():
         raise ValueError(f"{path}: neither {TRACKER} nor metadata.json in it: give a directory that --save has filled")
     iteration = tracker.read_text().strip()

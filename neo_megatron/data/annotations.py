@@ -28,6 +28,7 @@ class Place:
         part: which slice of its own source it is, from 0.
         first: number of its first record in the file; blank lines are not counted.
         offset: in the file, where the record before it ends.
+        due: fraction of a record, as text, by which what is drawn before it falls short of the sum of the shares.
     """
 
     number: int = 0
@@ -35,6 +36,7 @@ class Place:
     part: int = 0
     first: int = 0
     offset: int = 0
+    due: str = "0"
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Slice:
         place: where it begins.
         bounds: int64 [records, 2], the bytes of each in the file.
         broken: why nothing can be read after the last record; empty where the file goes on or ends well.
+        share: of its records that are drawn.
     """
 
     place: Place
     bounds: np.ndarray
     broken: str = ""
+    share: Fraction = Fraction(1)
 
     @property
     def end(self) -> int:
@@ -57,19 +61,26 @@ class Slice:
         return int(self.bounds[-1, 1]) if len(self.bounds) else self.place.offset
 
     @property
+    def drawn(self) -> int:
+        """Records that are drawn, repetitions counted: by the rounded running total of all records so far."""
+        before = Fraction(self.place.due)
+        return _round(before + len(self.bounds) * self.share) - _round(before)
+
+    @property
     def next(self) -> Place:
         """Where the next slice begins; nothing is read behind a break."""
+        due = str((Fraction(self.place.due) + len(self.bounds) * self.share) % 1)
         if self.broken:
-            return Place(self.place.number + 1, self.place.source + 1)
+            return Place(self.place.number + 1, self.place.source + 1, due=due)
         first = self.place.first + len(self.bounds)
-        return Place(self.place.number + 1, self.place.source, self.place.part + 1, first, self.end)
+        return Place(self.place.number + 1, self.place.source, self.place.part + 1, first, self.end, due)
 
 
 def slices(sources: Sequence[Source], records_per_slice: int, place: Place = Place()) -> Iterator[Slice]:
     """The slices from ``place`` on. Cut at record counts, so that the cut does not depend on the workers."""
     for index in range(place.source, len(sources)):
         if index != place.source:
-            place = Place(place.number, index)
+            place = Place(place.number, index, due=place.due)
         for piece in _slices(sources[index], records_per_slice, place):
             yield piece
             place = piece.next
@@ -91,12 +102,12 @@ def read_slice(piece: Slice, source: Source, seed: int) -> Iterator[tuple[int, b
 def drawn_records(piece: Slice, source: Source, seed: int) -> np.ndarray:
     """Offsets of the records of a slice that are used, ascending, repeated where the share is above 1.
 
-    The number is exact: rounding is that of the running total, so the slices of a file of N records hold
-    ``round(N * share)``. Who is drawn depends on (seed, name of the data set, slice) alone.
+    The total is exact: rounding is that of the running total over the slices of all sources in their order, so many
+    small sources add up too. Which records are drawn depends on (seed, name of the data set, slice) alone; the number
+    may be one more or less after other sources.
     """
-    count, first = len(piece.bounds), piece.place.first
-    total = _round((first + count) * source.share) - _round(first * source.share)
-    whole, rest = divmod(total, max(count, 1))
+    count = len(piece.bounds)
+    whole, rest = divmod(piece.drawn, max(count, 1))
     some = permutation(count, seed, source.name, piece.place.part)[:rest]
     return np.sort(np.concatenate([np.repeat(np.arange(count), whole), some]))
 
@@ -120,9 +131,9 @@ def _slices(source: Source, records_per_slice: int, place: Place) -> Iterator[Sl
             count += len(bounds)
             while count >= records_per_slice:
                 known = np.concatenate(waiting)
-                piece = Slice(place, known[:records_per_slice])
+                piece = Slice(place, known[:records_per_slice], share=source.share)
                 yield piece
                 place = piece.next
                 waiting, count = [known[records_per_slice:]], count - records_per_slice
         if count or broken:
-            yield Slice(place, np.concatenate(waiting), broken)
+            yield Slice(place, np.concatenate(waiting), broken, source.share)

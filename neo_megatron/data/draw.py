@@ -39,7 +39,7 @@ def shuffled(index: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarra
     """
     index, count, key = np.broadcast_arrays(index, count, np.asarray(key, np.uint64))
     bits = np.ceil(np.log2(np.maximum(count, 1))).astype(np.uint64)
-    constants = [_mix(key + np.uint64(_GOLDEN * number % 2**64)) for number in range(1, 2 * _ROUNDS + 1)]
+    constants = [mix(key + np.uint64(_GOLDEN * number % 2**64)) for number in range(1, 2 * _ROUNDS + 1)]
     result = index.astype(np.uint64)
     walking = np.arange(len(result))
     while len(walking):
@@ -58,7 +58,7 @@ def _step(x: np.ndarray, bits: np.ndarray, constants: list[np.ndarray]) -> np.nd
     return x
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The output function of SplitMix64 (Steele, Lea and Flood 2014): every bit depends on every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -17,6 +17,7 @@ from neo_megatron.data.annotations import Slice
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.slice_worker import SliceWorker, Task
 from neo_megatron.data.unfinished import Outcome
+from neo_megatron.packages import install
 
 EngineName = Literal["local", "ray"]
 Report = Callable[[int, int], Any]  # as of SliceWorker
@@ -156,7 +157,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise DataError("--engine ray needs Ray: pip install 'neo-megatron[ray]'") from error
+            raise DataError(f"--engine ray needs Ray: {install('ray')}") from error
         self.hands = workers
         self._ray = ray
         self._task = task

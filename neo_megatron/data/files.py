@@ -11,10 +11,14 @@ from typing import Any
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.storage import Directory, join, open_directory
+from neo_megatron.paths import Kind, Wanted, WrongPath, check_path, wrong_kind
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
+# The formats of manifests.
+_WANTED = {"neo-shards": Wanted.SHARDS, "neo-packs": Wanted.PACKS}
+_KINDS = {"neo-shards": Kind.SHARDS, "neo-packs": Kind.PACKS}
 _CHECKSUM = b',\n "sha256": "'
 
 
@@ -101,28 +105,33 @@ def sync_directory(directory: Path) -> None:
     os.close(folder)
 
 
-def read_manifest(directory: Directory | str | Path, kind: str, version: int) -> dict[str, Any]:
-    """The manifest of a directory that holds a complete data set of the given kind and format version."""
+def read_manifest(directory: Directory | str | Path, kind: str, *versions: int) -> dict[str, Any]:
+    """The manifest of a directory that holds a complete data set of the given kind, in one of the format versions."""
     opened = open_directory(directory) if isinstance(directory, str | Path) else directory
-    return parse_manifest(manifest_bytes(opened), opened.location, kind, version)
+    return parse_manifest(manifest_bytes(opened, _WANTED[kind]), opened.location, kind, *versions)
 
 
-def manifest_bytes(directory: Directory) -> bytes:
+def manifest_bytes(directory: Directory, wanted: Wanted) -> bytes:
     """The manifest as it was written. Raises DataError where there is none."""
     if directory.size(MANIFEST) is None:
-        raise DataError(f"{directory.location} holds no complete data set: it has no {MANIFEST}; write it again")
+        check_path(directory.location, wanted)  # says what a local directory is instead
+        raise DataError(f"{directory.location} does not hold {wanted.words}: it has no {MANIFEST}; correct the address")
     return directory.read(MANIFEST)
 
 
-def parse_manifest(text: bytes, location: str, kind: str, version: int) -> dict[str, Any]:
+def parse_manifest(text: bytes, location: str, kind: str, *versions: int) -> dict[str, Any]:
     """What the manifest at a location says. Raises DataError where it is of another kind or version."""
     path = join(location, MANIFEST)
     try:
         manifest = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); write the data set again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != kind or manifest.get("version") != version:
-        raise DataError(f"{path} does not describe {kind} of version {version}; write it again with this release")
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if written != kind and isinstance(written, str) and written in _KINDS:
+        raise WrongPath(wrong_kind(location, _KINDS[written], _WANTED[kind]))
+    if written != kind or manifest.get("version") not in versions:
+        known = " or ".join(map(str, versions))
+        raise DataError(f"{path} does not describe {kind} of version {known}; write it again with this release")
     return manifest
 
 

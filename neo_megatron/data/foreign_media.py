@@ -20,8 +20,8 @@ _NOT_FOREIGN = ("<image>", "<video>", "<|im_start|>", "<|im_end|>")
 def inline_form(texts: Iterable[str]) -> str:
     """The first path or encoded file that stands in the texts as media of another project, "" where there is none."""
     for text in texts:
-        for form in (_INLINE, _DATA_URI):
-            if match := form.search(text):
+        for mark, form in (("</", _INLINE), (";base64,", _DATA_URI)):  # the mark is found many times faster
+            if mark in text and (match := form.search(text)):
                 return match[0]
     return ""
 
@@ -29,6 +29,8 @@ def inline_form(texts: Iterable[str]) -> str:
 def placeholder(texts: Iterable[str]) -> str:
     """The first placeholder of another project in the texts, "" where there is none."""
     for text in texts:
+        if "<" not in text and "[" not in text:
+            continue
         for match in _PLACEHOLDER.finditer(text):
             if match[0] not in _NOT_FOREIGN:
                 return match[0]

@@ -8,7 +8,9 @@ is one token. Patches are uint8 ``[cells, 4, 768]``: cells row-major, in a cell 
 import io
 import math
 import os
+import re
 import stat
+import zlib
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -40,7 +42,16 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION_TAG = 0x0112
-_BITS_TAG = 0x0102
+_BITS_TAG, _COMPRESSION_TAG, _PHOTOMETRIC_TAG, _FILL_ORDER_TAG, _PLANAR_TAG = 0x0102, 0x0103, 0x0106, 0x010A, 0x011C
+_COLORMAP_TAG, _INK_SET_TAG, _SAMPLE_FORMAT_TAG, _SUBSAMPLING_TAG = 0x0140, 0x014C, 0x0153, 0x0212
+# The data of a scan hold FF 00 and restart markers; any other marker ends them.
+_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
+_JPEG_SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # baseline, extended, progressive; the last two with arithmetic coding
+_JPEG_PADDING = bytes(64)  # a decoder looks a few bytes ahead of the last pixel
+# Texts that may hold the orientation; Pillow refuses compressed ones of over a megabyte.
+_PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+_MAX_ORIENTATION_TEXT = 64 << 20
 _STRIP_PIXELS = 1 << 20
 
 Image.init()  # registers the formats that Image.open would otherwise load by guessing
@@ -93,6 +104,10 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         RejectedSample: for what cannot be decoded to the end, or has too many pixels.
     """
+    try:
+        data = _without_end(data)
+    except ValueError as error:
+        raise _unreadable(name, error) from error
     return decode_opened(_open(data, name), name)
 
 
@@ -113,9 +128,14 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) that `decode` would give, without decoding pixels.
 
     Raises:
-        RejectedSample: for what is no picture by its header, or has too many pixels.
+        RejectedSample: for what is no image that `decode` takes by its header, or has too many pixels.
     """
     image = _open(data, name)
+    if image.format == "TIFF":
+        try:
+            _check_tiff(image)
+        except ValueError as error:
+            raise _unreadable(name, error) from error
     if image.format == "PNG" and _metadata_behind_pixels(data):
         image = decode(data, name)
         return image.height, image.width
@@ -127,13 +147,15 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
 
 def _open(data: bytes, name: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the picture {name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise RejectedSample(
-            Reason.UNREADABLE_PICTURE, f"the picture {name} is in none of the formats {', '.join(FORMATS)}"
-        ) from error
+        if data.startswith((b"II*\0", b"MM\0*")):
+            sentence = f"the image {name} is a TIFF of a kind that cannot be read; save it as 8-bit RGB"
+        else:
+            sentence = f"the picture {name} is in none of the formats {', '.join(FORMATS)}"
+        raise RejectedSample(Reason.UNREADABLE_PICTURE, sentence) from error
     except Exception as error:  # as in decode
         raise _unreadable(name, error) from error
     most = MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_DECODED_PIXELS
@@ -143,6 +165,86 @@ def _open(data: bytes, name: str) -> Image.Image:
             f"the picture {name} has {image.width} x {image.height} pixels, more than {most}",
         )
     return image
+
+
+def _without_end(jpeg: bytes) -> bytes:
+    """Of a JPEG, bytes that decode alike if it is complete, and do not if it was cut off and closed with a marker.
+
+    libjpeg fills missing pixels with grey where it meets the end marker, and Pillow hides its warning. Where one scan
+    has all components, zeros take the place of the marker, and a decoder that needs more data runs out of them. Of
+    several scans, as in progressive files, the last ones are found missing; a cut within the last cannot be told.
+
+    Raises:
+        ValueError: scans are missing.
+    """
+    if not jpeg.startswith(b"\xff\xd8"):
+        return jpeg
+    place, frame, components, scans = 2, 0, b"", []
+    while marker := _JPEG_MARKER.match(jpeg, place):
+        kind, place = marker[1][0], marker.end()
+        if kind == 0xD9:
+            if components and scans and not _is_covered(components, scans):
+                raise ValueError("it is cut off: scans are missing")
+            break
+        if 0xD0 <= kind <= 0xD8 or kind == 0x01:  # markers alone
+            continue
+        length = int.from_bytes(jpeg[place : place + 2], "big")
+        body, place = jpeg[place + 2 : place + length], place + length
+        if kind in _JPEG_FRAMES:
+            frame, components = kind, body[6::3]
+        elif kind == 0xDA:
+            scans.append(body)
+            end = _JPEG_SCAN_END.search(jpeg, place)
+            if not end or len(body) < 4 or len(body) != 4 + 2 * body[0]:
+                break  # the decoder says what is wrong
+            if frame in (0xC0, 0xC1) and body[:1] == bytes([len(components)]) and end[0][-1] == 0xD9:
+                return jpeg[: end.start()] + _JPEG_PADDING
+            place = end.start()
+    return jpeg
+
+
+def _is_covered(components: bytes, scans: list[bytes]) -> bool:
+    """Whether the headers of all scans give every coefficient of every component, to its last bit."""
+    missing = {(component, coefficient) for component in components for coefficient in range(64)}
+    for scan in scans:
+        first, last, bits = scan[-3:]
+        if bits & 15 == 0:  # the lowest bit that the scan gives
+            missing -= {(component, k) for component in scan[1:-3:2] for k in range(first, last + 1)}
+    return not missing
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without texts and colour profile, which nothing here uses and Pillow limits; other bytes as they are."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        kind = data[place + 4 : place + 8]
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and end <= len(data):
+            kept.append(_orientation_text(kind, data[place + 8 : end - 4], data[place:end]))
+        elif kind != b"iCCP":
+            kept.append(data[place:end])
+        place = end
+    return b"".join((*kept, data[place:]))
+
+
+def _orientation_text(kind: bytes, body: bytes, chunk: bytes) -> bytes:
+    """A text chunk, uncompressed, if it may hold the orientation; else nothing."""
+    keyword, _, rest = body.partition(b"\0")
+    if keyword not in _PNG_ORIENTATION:
+        return b""
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return chunk
+    # zTXt: method, data; iTXt: compressed, method, language, 0, translated keyword, 0, data
+    packed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]
+    try:
+        text = zlib.decompressobj().decompress(packed, _MAX_ORIENTATION_TEXT)
+    except zlib.error:
+        return chunk  # Pillow says what is wrong
+    kind, body = (b"tEXt", keyword + b"\0") if kind == b"zTXt" else (b"iTXt", keyword + bytes(5))
+    body = kind + body + text
+    return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
 def _unreadable(name: str, error: Exception) -> RejectedSample:
@@ -170,6 +272,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for pixels that are no colours. Pillow raises many other types for a broken picture.
     """
+    if image.format == "TIFF":
+        _check_tiff(image)
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     if image.mode == "F":
@@ -185,7 +289,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A grey picture of up to 16 bits, a strip at a time: whole it would need ten times the memory of its file."""
-    bits = 12 if getattr(image, "tag_v2", {}).get(_BITS_TAG) == (12,) else 16
+    tags = getattr(image, "tag_v2", {})
+    bits = 12 if tags.get(_BITS_TAG, (16,))[0] == 12 else 16
+    white_is_zero = tags.get(_PHOTOMETRIC_TAG) == 0
     transparent = image.info.get("transparency")
     grey = np.empty((image.height, image.width), np.uint8)
     rows = max(1, _STRIP_PIXELS // image.width)
@@ -193,9 +299,35 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if strip.min() < 0 or strip.max() >= 1 << bits:
             raise ValueError(f"pixels outside {bits} bits have no brightness")
-        scaled = strip >> (bits - 8)
+        scaled = (strip >> (bits - 8)).astype(np.uint8)
+        if white_is_zero:  # Pillow inverts up to 8 bits
+            scaled = 255 - scaled
         grey[top : top + rows] = scaled if transparent is None else np.where(strip == transparent, 255, scaled)
     return Image.fromarray(grey).convert("RGB")
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """Refuses what Pillow shows in wrong colours, found by writing all combinations of the tags.
+
+    Raises:
+        ValueError: with what the file has.
+    """
+    tags = image.tag_v2
+    bits, photometric = tags.get(_BITS_TAG, (1,)), tags.get(_PHOTOMETRIC_TAG, 0)
+    uncompressed, planar = tags.get(_COMPRESSION_TAG, 1) == 1, tags.get(_PLANAR_TAG, 1) == 2
+    if set(tags.get(_SAMPLE_FORMAT_TAG, (1,))) != {1} or max(bits) > 16:
+        raise ValueError("samples that are signed, fractions or of over 16 bits have no brightness")
+    if planar and image.mode in ("LA", "La", "PA", "LAB"):
+        raise ValueError(f"{image.mode} in separate planes cannot be read; save it with interleaved samples")
+    plain = set(bits) == {8} and tags.get(_FILL_ORDER_TAG, 1) == 1 and photometric in (1, 2, 3, 5)
+    if planar and uncompressed and not plain:
+        raise ValueError(f"separate planes of {bits[0]} bits cannot be read; save it with interleaved samples")
+    if uncompressed and photometric == 6 and tags.get(_SUBSAMPLING_TAG) != (1, 1):
+        raise ValueError("uncompressed YCbCr with subsampled colour cannot be read; save it as RGB")
+    if photometric == 5 and tags.get(_INK_SET_TAG, 1) != 1:
+        raise ValueError("its inks are not cyan, magenta, yellow and black")
+    if photometric == 3 and 0 < max(tags.get(_COLORMAP_TAG, (0,))) < 256:
+        raise ValueError("its palette has 8-bit values where TIFF has 16-bit ones; save it as RGB")
 
 
 def _over_white(image: Image.Image) -> Image.Image:

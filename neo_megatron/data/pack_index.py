@@ -19,7 +19,8 @@ from neo_megatron.data.files import read_manifest
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.storage import join, open_directory, read_ahead
 
-FORMAT, VERSION = "neo-packs", 2
+FORMAT, VERSION = "neo-packs", 3
+READABLE = (2, VERSION)  # version 2 held records out by the names of their images
 UNITS, PATTERNS, RUNS = "units.npy", "patterns.npy", "runs.npy"
 UNIT = np.dtype([("first", "<i8"), ("samples", "<i4"), ("cells", "<i4"), ("squares", "<i8")])
 PATTERN = np.dtype([("packs", "<i8"), ("runs", "<i8")])
@@ -127,7 +128,7 @@ class PackIndex:
         Raises:
             DataError: it is damaged, or its data sets are not the ones that it was packed from.
         """
-        manifest = read_manifest(location, FORMAT, VERSION)
+        manifest = read_manifest(location, FORMAT, *READABLE)
         data = Mixture([join(location, entry["shards"]) for entry in manifest["data"]])
         for shards, entry in zip(data.sets, manifest["data"], strict=True):
             if shards.fingerprint != entry["sha256"]:

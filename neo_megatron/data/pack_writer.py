@@ -15,6 +15,7 @@ from neo_megatron.data.balance import balanced_order, imbalance
 from neo_megatron.data.draw import key_of
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.files import REJECTS, WholeFile, finish_output, json_line, prepare_output, write_whole
+from neo_megatron.data.held_out import Split, SplitBy
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.origins import Origins
 from neo_megatron.data.pack_index import (
@@ -48,10 +49,11 @@ class PackInput:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A part that is packed apart: about ``share`` of all records, always the same ones, each once, into ``output``."""
+    """A part that is packed apart: about ``share`` of all records, each once, into ``output``; see `held_out.Split`."""
 
     share: Fraction
     output: str
+    by: SplitBy = "path"
 
 
 def write_packs(
@@ -81,16 +83,16 @@ def write_packs(
         raise DataError(f"--held-out and --output both name {output}; give the held-out packs a directory of their own")
     data = Mixture([entry.shards for entry in inputs])
     sides = [_Side(Path(output))] + ([_Side(Path(held_out.output))] if held_out else [])
-    limit = int(held_out.share * 2**64) if held_out else 0
+    split = Split(data.sets, held_out.share, held_out.by) if held_out else None
     over_long: list[tuple[int, int]] = []
     with tqdm(total=len(data), unit=" samples", desc="read lengths", unit_scale=True) as bar:
         for number, entry in enumerate(inputs):
             parts: tuple[list[Units], list[Units]] = ([], [])
-            for units, held, too_long in _read(data, number, sequence_length, limit):
+            for units, held, too_long in _read(data, number, sequence_length, split):
                 if too_long and on_error == "fail":
                     raise DataError(_stop(data, *too_long[0], sequence_length))
                 over_long += too_long
-                parts[0].append(units.take(~held) if limit else units)
+                parts[0].append(units.take(~held) if split else units)
                 parts[1].append(units.take(held))
                 bar.update(int(units.samples.sum()) + len(too_long))
             sides[0].add(entry, data.sets[number], parts[0], seed)
@@ -109,6 +111,7 @@ def write_packs(
         "seq_length": sequence_length,
         "seed": seed,
         "held_out": str(held_out.share) if held_out else None,
+        "split": split.report() if split else None,
     }
     rejects = [over_long, []]
     return [_write(side, data, common, listed) for side, listed in zip(sides, rejects, strict=False)]
@@ -121,6 +124,7 @@ class _Side:
         self.directory = directory
         self.parts: list[Units] = []
         self.data: list[dict[str, Any]] = []
+        self._due = Fraction(0)  # units that the shares of the data sets so far add up to
 
     def add(self, entry: PackInput, shards: ShardSet, parts: list[Units], seed: int) -> None:
         if entry.share != 1:
@@ -128,7 +132,8 @@ class _Side:
             # The same draw whatever a data set is mixed with; one that is named twice is drawn from twice.
             turn = sum(earlier["sha256"] == shards.fingerprint for earlier in self.data)
             key = key_of(seed, shards.fingerprint, turn)
-            parts = [together.take(draw_share(len(together), entry.share, key))]
+            parts = [together.take(draw_share(len(together), entry.share, key, self._due))]
+            self._due += len(together) * entry.share
         self.parts += parts
         self.data.append(
             {
@@ -142,7 +147,7 @@ class _Side:
 
 
 def _read(
-    data: Mixture, number: int, capacity: int, limit: int
+    data: Mixture, number: int, capacity: int, split: Split | None
 ) -> Iterator[tuple[Units, np.ndarray, list[tuple[int, int]]]]:
     """Shard by shard of a data set: its units, which of them are held out, bool [U], and (sample, length) too long."""
     shards, first = data.sets[number], data.starts[number]
@@ -150,8 +155,8 @@ def _read(
         lengths = shard.tokens.lengths
         units = units_of_shard(shard, first, capacity)
         held = np.zeros(len(units), bool)
-        if limit:
-            held = shard.samples["key"][units.first - first] < np.uint64(limit)
+        if split:
+            held = split.held_samples(shard)[units.first - first]
         too_long = np.flatnonzero(lengths > capacity)
         yield units, held, list(zip((first + too_long).tolist(), lengths[too_long].tolist(), strict=True))
         first += len(lengths)

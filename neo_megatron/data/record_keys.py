@@ -25,6 +25,7 @@ _WEIGHT_KEYS = (
     *("weight", "loss", "loss_weight", "loss_mask", "loss_scale"),
     *("train", "training", "trainable", "trained", "is_trained", "do_train"),
 )
+_FLAGS = frozenset(("is_input", *_WEIGHT_KEYS))
 # Of the identity of a record, and sizes of images, which are read from the files.
 _SILENT = ("id", "width", "height", "width_list", "height_list")
 _SAMPLE_KEYS = frozenset(("conversations", "is_input", *IMAGE_KEYS, *VIDEO_KEYS, *SYSTEM_KEYS, *_WEIGHT_KEYS, *_SILENT))
@@ -157,6 +158,8 @@ def training_flag(holder: Mapping[str, Any], where: str) -> tuple[str, bool] | N
         RejectedSample: for a value that is neither true nor false, 1 nor 0; two keys contradict each other.
     """
     found: dict[str, bool] = {}
+    if _FLAGS.isdisjoint(holder):
+        return None
     for key in ("is_input", *_WEIGHT_KEYS):
         value = holder.get(key)
         if value is None:

@@ -1,24 +1,19 @@
 """One annotation record -> checked samples. A record is only read, never changed, so it can be read twice."""
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.foreign_media import inline_form, placeholder
+from neo_megatron.data.paths import resolve_path
 from neo_megatron.data.record_keys import IMAGE_KEYS, VIDEO_KEYS, check_keys, media_value, system_text, training_flag
 from neo_megatron.data.registry import Source
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
-
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
-_ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -74,29 +69,9 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
         yield from enumerate(record)
 
 
-def split_key(samples: Sequence[object]) -> int:
-    """64 bits that decide on which side of a held-out split a record falls, all of its samples together.
-
-    Hashes the names of the pictures and videos as they are written, so that all conversations about the same pictures
-    fall on one side; the text where there are none. A picture alone and the same one beside others are not the same
-    pictures. Growing, reordering or retokenizing a data set moves nothing.
-    """
-    objects = [sample for sample in samples if isinstance(sample, dict)]
-    content = [name for sample in objects for key in ("image", "video") for name in _strings(sample.get(key))]
-    if not content:
-        turns = [turn for sample in objects for turn in _list(sample.get("conversations")) if isinstance(turn, dict)]
-        content = [text for turn in turns for text in _strings(turn.get("value"))]
-    digest = hashlib.sha256(json.dumps(content).encode()).digest()
-    return int.from_bytes(digest[:8], "little")
-
-
 def _list(value: object) -> list:
     """A value as written that may be a list, or stand alone."""
     return value if isinstance(value, list) else [value]
-
-
-def _strings(value: object) -> list[str]:
-    return [item for item in _list(value) if isinstance(item, str)]
 
 
 def check_sample(sample: object, source: Source) -> Sample:
@@ -114,7 +89,7 @@ def check_sample(sample: object, source: Source) -> Sample:
     foreign = _foreign_media([turn for turn in turns if turn.role != "assistant"])
     turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
     turns = _match_tags(turns, pictures, IMAGE_TAG, Reason.PICTURE_COUNT)
-    turns = tuple(_with_literal_tags(turn) for turn in turns)
+    turns = tuple(_with_literal_tags(turn) if turn.role == "assistant" else turn for turn in turns)
     _check_trained(sample, turns)
     system = _own_system_turn(sample, turns)
     return Sample(
@@ -265,33 +240,4 @@ def _says(turn: Turn, tag: str) -> bool:
 
 
 def _with_literal_tags(turn: Turn) -> Turn:
-    return replace(turn, text=as_literal(turn.text)) if turn.role == "assistant" else turn
-
-
-def resolve_path(path: str, source: Source) -> str:
-    """Where a picture or video lies, symbolic links followed.
-
-    Under an image root nothing outside it is reachable, by ``..``, an absolute path or a link. Without one an absolute
-    path is taken as it stands, and a relative one may not leave the directory of the annotations.
-    """
-    if _REMOTE.match(path):
-        raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is no local file; download it first")
-    root = _real_directory(os.path.join(os.getcwd(), source.image_root or os.path.dirname(source.annotations)))
-    if any(not os.path.isdir(os.path.join(root, path[: match.end()])) for match in _ARCHIVE.finditer(path)):
-        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or lies in one; unpack it first")
-    found = os.path.join(root, path)
-    directory, name = os.path.split(found)
-    if name in ("", ".", "..") or os.path.islink(found):
-        found = os.path.realpath(found)
-    else:
-        found = os.path.join(_real_directory(directory), name)
-    confined = bool(source.image_root) or not os.path.isabs(path)
-    if confined and not found.startswith(os.path.join(root, "")):
-        raise RejectedSample(Reason.OUTSIDE_ROOT, f"{path!r:.200} lies outside {root}")
-    return found
-
-
-@lru_cache(maxsize=1 << 14)
-def _real_directory(path: str) -> str:
-    """A directory with links followed; kept, because its pictures are many and each part of a path is a system call."""
-    return os.path.realpath(path)
+    return turn if not any(tag in turn.text for tag in _KINDS) else replace(turn, text=as_literal(turn.text))

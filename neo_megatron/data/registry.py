@@ -5,6 +5,7 @@ A registry is a YAML file; relative paths in it count from its own directory:
     llava_pretrain:
       annotation_path: llava/blip_laion_cc_sbu_558k.json
       data_path: llava/images        # joined to the paths of pictures; empty: the paths are complete
+      follow_links: true             # trust links in data_path that lead outside it; false by default
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import yaml
 
 from neo_megatron.data.annotation_files import check_annotation_file
 from neo_megatron.data.errors import DataError
+from neo_megatron.paths import Wanted, check_path
 
 _MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may stand several times
 
@@ -30,19 +32,20 @@ class Source:
         annotations: the JSON or JSONL file.
         image_root: joined to the paths of pictures, none of which may leave it; "" where the paths are complete.
         share: how often a record is used on average; 1/2 takes every second, 2 takes all of them twice.
+        follow_links: links in the root may lead outside it.
     """
 
     name: str
     annotations: str
     image_root: str = ""
     share: Fraction = Fraction(1)
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
-        if not Path(self.annotations).exists():
-            raise DataError(f"data set {self.name}: the annotation file {self.annotations} does not exist; correct it")
-        check_annotation_file(self.annotations)
-        if self.image_root and not Path(self.image_root).is_dir():
-            raise DataError(f"data set {self.name}: the image root {self.image_root} is no directory; correct it")
+        check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
+        check_annotation_file(str(self.annotations))
+        if self.image_root:
+            check_path(self.image_root, Wanted.IMAGE_ROOT, f"data set {self.name}: image root")
 
 
 def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> list[Source]:
@@ -70,6 +73,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
                 annotations=str(folder / entry["annotation_path"]),
                 image_root=str(folder / root) if root else "",
                 share=share,
+                follow_links=entry.get("follow_links", False),
             )
         )
     return sources
@@ -92,8 +96,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _read(registry: Path) -> dict[str, dict[str, str]]:
-    if not registry.is_file():
-        raise DataError(f"the registry {registry} does not exist; name a YAML file of data sets")
+    check_path(registry, Wanted.REGISTRY, "the registry")
     try:
         entries = yaml.load(registry.read_text(), _UniqueKeyLoader)  # noqa: S506 - a subclass of the safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -102,10 +105,14 @@ def _read(registry: Path) -> dict[str, dict[str, str]]:
         raise DataError(f"the registry {registry} must map names of data sets to annotation_path and data_path")
     for name, entry in entries.items():
         keys = set(entry) if isinstance(entry, dict) else set()
-        if "annotation_path" not in keys or keys - {"annotation_path", "data_path"}:
-            raise DataError(f"data set {name} in {registry} must have annotation_path, may have data_path, and no more")
+        if "annotation_path" not in keys or keys - {"annotation_path", "data_path", "follow_links"}:
+            raise DataError(
+                f"data set {name} in {registry} must have annotation_path; it may have data_path and follow_links"
+            )
         if not isinstance(entry["annotation_path"], str) or not isinstance(entry.get("data_path") or "", str):
             raise DataError(f"data set {name} in {registry}: annotation_path and data_path must be texts")
+        if not isinstance(entry.get("follow_links", False), bool):
+            raise DataError(f"data set {name} in {registry}: follow_links must be true or false")
         if not isinstance(name, str) or "%" in name:
             raise DataError(f"the name {name} in {registry} must be a text without %, which starts a percentage")
     return entries

@@ -1,6 +1,7 @@
 """Writes the shards of a preprocessed data set. The files are described in ``docs/shard_format.md``."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from neo_megatron.data.chat import TokenizedSample
 from neo_megatron.data.files import write_whole
 from neo_megatron.data.indexed import SequenceWriter
-from neo_megatron.data.shards import SAMPLE, shard_name
+from neo_megatron.data.shards import MEDIA, SAMPLE, shard_name
 
 
 class ShardWriter:
@@ -22,6 +23,7 @@ class ShardWriter:
         self._pictures = SequenceWriter(self._path("pictures"), np.uint8)
         self._grids: list[tuple[int, int]] = []
         self._samples: list[tuple[int, int, int, int, int]] = []
+        self._media: list[tuple[int, int, int]] = []
 
     def add(
         self,
@@ -31,6 +33,7 @@ class ShardWriter:
         source: int,
         record: int,
         key: int,
+        media: Sequence[tuple[int, int]],
     ) -> None:
         """Appends a sample.
 
@@ -38,7 +41,8 @@ class ShardWriter:
             pictures: uint8 [n] each, encoded bytes or flattened patches.
             grids: of the pictures, in patches.
             source, record: where it comes from.
-            key: 64 bits that decide on which side of a held-out split it falls, wherever it is packed.
+            key: identity of its text, which decides its side of a held-out split where its record has no media.
+            media: identities, by path and by content, of its image and video files.
         """
         self._tokens.add(sample.tokens)
         self._spans.add(sample.spans.reshape(-1))
@@ -47,6 +51,7 @@ class ShardWriter:
         self._pictures.end_document()
         self._grids += grids
         trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
+        self._media += [(len(self._samples), path, content) for path, content in media]
         self._samples.append((source, record, trained, len(pictures), key))
 
     def end_record(self) -> None:
@@ -63,12 +68,14 @@ class ShardWriter:
         """Makes the shard appear; returns its entry in the manifest."""
         files = self._tokens.commit() | self._spans.commit() | self._pictures.commit()
         grids = np.array(self._grids, np.int32).reshape(-1, 2)
-        for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE))):
+        media = np.array(self._media, MEDIA)
+        for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE)), ("media", media)):
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)
             path = self._path(kind + ".npy")
             files[path.name] = write_whole(path, buffer.getvalue())
-        return {"name": self._prefix.name, "samples": len(self._samples), "pictures": len(grids), "files": files}
+        counts = {"samples": len(self._samples), "pictures": len(grids), "media": len(media)}
+        return {"name": self._prefix.name, **counts, "files": files}
 
     def _path(self, kind: str) -> Path:
         return self._prefix.with_name(f"{self._prefix.name}.{kind}")

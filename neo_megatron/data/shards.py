@@ -24,11 +24,14 @@ from neo_megatron.data.image import PATCH_VALUES
 from neo_megatron.data.indexed import SequenceReader
 from neo_megatron.data.settings import ImageStore
 from neo_megatron.data.storage import Content, Directory, Range, open_directory
+from neo_megatron.paths import Wanted
 
-FORMAT, VERSION = "neo-shards", 2
+FORMAT, VERSION = "neo-shards", 3
+READABLE = (2, VERSION)  # version 2 has no ``media.npy``
 SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4"), ("key", "<u8")])
+MEDIA = np.dtype([("sample", "<i4"), ("path", "<u8"), ("content", "<u8")])
 _MAPPED_FILES = ("tokens.idx", "spans.idx", "spans.bin", "pictures.idx", "grids.npy")  # needed for any sample
-_FILES_OF_A_SHARD = 8
+_FILES_OF_A_SHARD = 9
 # A process may have 65,530 maps (Linux, vm.max_map_count), and each holds a file descriptor.
 _MOST_MAPS = 32768
 _NPY_PREFIX = 10  # bytes of an .npy file before its header text
@@ -62,6 +65,7 @@ class Shard:
         self._directory = directory
         self._name = shard_name(int(entry["name"]))
         self._files, self._samples, self._pictures = entry["files"], entry["samples"], entry["pictures"]
+        self._media = entry.get("media", 0)
         self.tokens = self._sequences("tokens", np.int32, directory.open)
         self.spans = self._sequences("spans", np.int32, directory.map)
         self.pictures = self._sequences("pictures", np.uint8, directory.open)
@@ -75,6 +79,11 @@ class Shard:
     def grids(self) -> np.ndarray:
         """int32 [pictures, 2]"""
         return self._rows("grids.npy", np.dtype("<i4"), (self._pictures, 2))
+
+    @cached_property
+    def media(self) -> np.ndarray:
+        """``MEDIA`` [files], by ``sample`` ascending: identities of the image and video files of the samples."""
+        return self._rows("media.npy", MEDIA, (self._media,))
 
     @property
     def cells(self) -> np.ndarray:
@@ -121,14 +130,16 @@ class ShardSet:
 
     Attributes:
         fingerprint: SHA-256 of the manifest, which has those of all files.
+        version: of the format.
     """
 
     def __init__(self, location: str | Path) -> None:
         self.storage = open_directory(location)
         self.location = self.storage.location
-        text = manifest_bytes(self.storage)
+        text = manifest_bytes(self.storage, Wanted.SHARDS)
         self.fingerprint = hashlib.sha256(text).hexdigest()
-        self.manifest = parse_manifest(text, self.location, FORMAT, VERSION)
+        self.manifest = parse_manifest(text, self.location, FORMAT, *READABLE)
+        self.version: int = self.manifest["version"]
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
         self._entries = self.manifest["shards"]

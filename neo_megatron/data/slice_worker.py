@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from neo_megatron.data.annotations import Slice, read_slice
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
-from neo_megatron.data.media import load_media
-from neo_megatron.data.records import Turn, check_answers, check_sample, parse_record, split_key
+from neo_megatron.data.identity import identity_of_texts
+from neo_megatron.data.media import Media, read_media
+from neo_megatron.data.records import check_answers, check_sample, parse_record
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
 from neo_megatron.data.shard_writer import ShardWriter
@@ -36,13 +35,10 @@ class Task:
 
 @dataclass
 class _Pending:
-    """A checked sample with its pictures, waiting to be tokenized with others."""
+    """A checked sample with its media, waiting to be tokenized with others."""
 
-    turns: Sequence[Turn]
-    pictures: list[np.ndarray]
-    grids: list[tuple[int, int]]
+    media: Media
     record: int
-    key: int
     ends_record: bool = False
 
 
@@ -62,7 +58,7 @@ class _Batch:
     def add(self, sample: _Pending) -> None:
         self._in_record = True
         self._samples.append(sample)
-        self._bytes += sum(picture.nbytes for picture in sample.pictures)
+        self._bytes += sum(picture.nbytes for picture in sample.media.images)
         if len(self._samples) >= _BATCH_SAMPLES or self._bytes >= _BATCH_BYTES:
             self.write()
 
@@ -75,10 +71,13 @@ class _Batch:
 
     def write(self) -> None:
         """Hands all samples to the writer."""
-        cells = [[height * width // 4 for height, width in sample.grids] for sample in self._samples]
-        tokenized = self._encoder.encode([(item.turns, n) for item, n in zip(self._samples, cells, strict=True)])
+        media = [sample.media for sample in self._samples]
+        cells = [[height * width // 4 for height, width in item.grids] for item in media]
+        tokenized = self._encoder.encode([(item.turns, n) for item, n in zip(media, cells, strict=True)])
         for sample, tokens in zip(self._samples, tokenized, strict=True):
-            self._writer.add(tokens, sample.pictures, sample.grids, self._source, sample.record, sample.key)
+            item = sample.media
+            key = identity_of_texts(turn.text for turn in item.turns)
+            self._writer.add(tokens, item.images, item.grids, self._source, sample.record, key, item.identities)
             if sample.ends_record:
                 self._writer.end_record()
         self._samples, self._bytes = [], 0
@@ -155,20 +154,19 @@ class SliceWorker:
             outcome.samples += 1
             self._reject(rejected, record, None, source, outcome)
             return
-        key = split_key([written for _, written in elements])
         for element, written in elements:
             outcome.samples += 1
             try:
                 sample = check_sample(written, source)
                 if self._task.settings.empty_answers == "reject":
                     check_answers(sample)
-                turns, pictures, grids = load_media(sample, self._task.settings)
+                media = read_media(sample, self._task.settings)
             except RejectedSample as rejected:
                 self._reject(rejected, record, element, source, outcome)
             else:
                 place = {"file": source.annotations, "record": record, "element": element}
-                outcome.noticed.note(sample, written, pictures, place)
-                batch.add(_Pending(turns, pictures, grids, record, key))
+                outcome.noticed.note(sample, written, media.images, place)
+                batch.add(_Pending(media, record))
         batch.end_record()
 
     def _reject(

@@ -20,6 +20,8 @@ def split_tags(text: str) -> list[str]:
 
     Elements at odd places are tags; ``"".join`` of all gives the text a model would read if tags were words.
     """
+    if IMAGE_TAG not in text and VIDEO_TAG not in text:  # the rule, and many times faster than the search
+        return [text]
     pieces, literal, end = [], "", 0
     for match in _TAG.finditer(text):
         backslashes, tag = match.groups()
@@ -35,7 +37,7 @@ def split_tags(text: str) -> list[str]:
 
 def count_tags(text: str, tag: str) -> int:
     """How many places for media of this kind the text has; escaped tags do not count."""
-    return split_tags(text)[1::2].count(tag)
+    return split_tags(text)[1::2].count(tag) if tag in text else 0
 
 
 def replace_tags(text: str, tag: str, replacement: Callable[[], str]) -> str:

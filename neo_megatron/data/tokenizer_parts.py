@@ -34,7 +34,9 @@ def load_parts(directory: str | Path) -> TokenizerParts:
     """
     if "transformers" in sys.modules:
         return _load(directory)
-    done = subprocess.run([sys.executable, "-m", __name__, str(directory)], stdout=subprocess.PIPE)
+    # In a session of its own: Ctrl-C is for this process, which then ends that one.
+    command = [sys.executable, "-m", __name__, str(directory)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, start_new_session=True)
     if done.returncode:
         raise DataError(f"the tokenizer of {directory} cannot be read; what its library says stands above")
     answer = json.loads(done.stdout)

@@ -22,7 +22,7 @@ from neo_megatron.data.noticed import Noticed
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
 # What a run of ours may have left behind; a file of any other name is not ours to remove.
-_OURS = re.compile(rf"\d{{5,}}\.(tokens|spans|pictures|grids|samples)\..*|{REJECTS}|.*{re.escape(PARTIAL)}")
+_OURS = re.compile(rf"\d{{5,}}\.(tokens|spans|pictures|grids|samples|media)\..*|{REJECTS}|.*{re.escape(PARTIAL)}")
 
 
 @dataclass

@@ -84,12 +84,17 @@ def _unit_starts(lengths: np.ndarray, records: np.ndarray, capacity: int) -> np.
     return np.sort(np.concatenate([records, np.array(further, np.int64)]))
 
 
-def draw_share(count: int, share: Fraction, key: int) -> np.ndarray:
-    """Numbers of the units that a share of ``count`` takes, ascending: int64 [round(count * share)].
+def draw_share(count: int, share: Fraction, key: int, due: Fraction = Fraction(0)) -> np.ndarray:
+    """Numbers of the units that a share of ``count`` takes, ascending: int64 [n].
 
     Above 1 a unit comes as often as the share says; what is left over is drawn, a function of ``key`` alone.
+
+    Args:
+        due: the sum ``count * share`` of earlier draws; all draws together take its rounded value, so that the shares
+            of many small data sets add up.
     """
-    whole, rest = divmod(int(count * share + Fraction(1, 2)), max(count, 1))
+    half = Fraction(1, 2)
+    whole, rest = divmod(int(due + count * share + half) - int(due + half), max(count, 1))
     times = np.full(count, whole, np.int32)
     for start in range(0, count if rest else 0, _CHUNK):
         index = np.arange(start, min(start + _CHUNK, count))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.image import upright_rgb
+from neo_megatron.packages import install
 
 MAX_FILE_BYTES = 8 << 30
 # 8192 x 4096: a decoder may hold 17 frames at a time.
@@ -156,7 +157,7 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError as error:
-        raise DataError(f"the video {path} needs PyAV: pip install 'neo-megatron[video]'") from error
+        raise DataError(f"the video {path} needs PyAV: {install('av')}") from error
     try:
         with _regular_file(path) as file:
             reader = _reader(file.read(256), path)

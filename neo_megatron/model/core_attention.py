@@ -30,6 +30,7 @@ from neo_megatron.model.config import ConfigError
 from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.tiled_attention import TiledAttention, TiledMask
+from neo_megatron.packages import install
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def check_backend(backend: AttnBackend) -> None:
             f"--attention-backend {backend.name}: none of its kernels has NEO's mask; choose auto, flash or unfused"
         )
     if backend == AttnBackend.flash and not _flash_attention_4():
-        raise ConfigError("--attention-backend flash needs FlashAttention 4: pip install flash-attn-4, or choose auto")
+        raise ConfigError(f"--attention-backend flash needs FlashAttention 4: {install('flash_attn')}, or choose auto")
     if backend == AttnBackend.flash and torch.are_deterministic_algorithms_enabled():
         raise ConfigError(
             "--deterministic-mode: FlashAttention 4 has no deterministic backward; choose --attention-backend auto"

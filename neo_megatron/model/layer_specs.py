@@ -27,6 +27,7 @@ from neo_megatron.model.shared_input import (
     TESharedInputColumnParallelLinear,
 )
 from neo_megatron.model.transformer_config import NeoConfig
+from neo_megatron.packages import install
 
 
 def decoder_spec(
@@ -69,7 +70,7 @@ def transformer_engine_layer_spec(fused_norm: bool) -> ModuleSpec:
     if not HAVE_TE:
         raise ModuleNotFoundError(
             "--transformer-impl transformer_engine needs Transformer Engine: "
-            "pip install 'neo-megatron[te]', or choose --transformer-impl local"
+            f"{install('transformer_engine')}, or choose --transformer-impl local"
         )
     return _layer_spec(
         attention=NativeSelfAttentionSubmodules(

@@ -15,6 +15,7 @@ from neo_megatron.checkpoint.integrity import (
 from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.model.config import ConfigError
+from neo_megatron.run.console import say
 from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
 
 
@@ -89,7 +90,7 @@ class RunCheckpoints:
         try:
             write_checksums(self._directory.path_of(newest))
         except OSError as error:
-            print(f"{self._directory.path_of(newest)} has no {CHECKSUMS}: {error}", flush=True)
+            say(f"{self._directory.path_of(newest)} has no {CHECKSUMS}: {error}")
         if self._limit and not (self._deleting and self._deleting.is_alive()):
             # A thread, because a large directory on a shared file system takes minutes.
             self._deleting = threading.Thread(target=self._delete_surplus, daemon=True)
@@ -106,7 +107,7 @@ class RunCheckpoints:
             for iteration in surplus:
                 self._directory.delete(iteration)
         except (DamagedCheckpoint, OSError) as error:
-            print(f"{error}: no older checkpoint is deleted until a later one is whole", flush=True)
+            say(f"{error}: no older checkpoint is deleted until a later one is whole")
 
     def _stamp(self) -> tuple[int, int] | None:
         """Changes with every writing of the tracker."""

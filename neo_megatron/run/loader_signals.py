@@ -14,6 +14,7 @@ def heed_only_parent(number: int, worker: int = 0) -> None:
 
     To be called in the main thread of the new process, before it starts others.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the rank, which ends its workers
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     threading.Thread(target=_wait, args=(number, os.getppid()), daemon=True).start()
 

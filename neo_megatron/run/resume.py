@@ -6,13 +6,13 @@ over for the one before it, and what the run would save over is moved.
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.training.training import get_optimizer_param_scheduler
-from megatron.training.utils import print_rank_0
 
 from neo_megatron.checkpoint.integrity import (
     DamagedCheckpoint,
@@ -24,6 +24,8 @@ from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.model.config import ConfigError
+from neo_megatron.paths import Wanted, WrongPath, check_path
+from neo_megatron.run.console import say
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
@@ -42,7 +44,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             damage = _verify_together(path, read_tensors)
             if damage is None:
                 for earlier in damages:
-                    print_rank_0(f"{earlier}: going on from {path.name}")
+                    _say_on_rank_0(f"{earlier}: going on from {path.name}")
                 return path
             damages.append(damage)
         if damages:
@@ -52,6 +54,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             )
     if args.pretrained_checkpoint:
         directory = RunDirectory(args.pretrained_checkpoint)
+        _on_rank_0(partial(check_path, directory.root, Wanted.START, "--pretrained-checkpoint"))
         path = _on_rank_0(directory.named_path)
         if path is None:
             raise ConfigError(
@@ -66,6 +69,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
 
 def _candidates(args: Namespace) -> list[Path]:
     directory = RunDirectory(args.load)
+    check_path(directory.root, Wanted.RUN, "--load")
     if args.ckpt_step:
         return [directory.path_of(args.ckpt_step)]  # asked for, so no other will do
     paths = directory.candidates()
@@ -180,7 +184,7 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
     if args.save:
         start = 0 if loaded is None or args.finetune else loaded
         for sentence in _on_rank_0(lambda: _clear(RunDirectory(args.save), start, same)):
-            print_rank_0(sentence)
+            _say_on_rank_0(sentence)
 
 
 def _other_kind_of_optimizer(args: Namespace, checkpoint: Path) -> bool:
@@ -220,6 +224,11 @@ def rank_and_ranks() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def _say_on_rank_0(sentence: str) -> None:
+    if rank_and_ranks()[0] == 0:
+        say(sentence)
+
+
 def _on_rank_0(action: Callable[[], Any]) -> Any:
     """Its result, or its error, on every rank: they may see a shared file system at different times.
 
@@ -231,7 +240,7 @@ def _on_rank_0(action: Callable[[], Any]) -> Any:
     if rank == 0:
         try:
             outcome[0] = action()
-        except (ConfigError, OSError) as error:
+        except (ConfigError, WrongPath, OSError) as error:
             outcome[1] = str(error)
     if ranks > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)

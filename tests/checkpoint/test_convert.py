@@ -246,7 +246,7 @@ def test_broken_input_is_named(golden, tmp_path):
         SafetensorsDirectory(tmp_path)
     with pytest.raises(ValueError, match="config.json: no such file"):
         convert_hf_to_megatron(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="neither latest_checkpointed_iteration.txt nor metadata.json"):
+    with pytest.raises(ValueError, match="not a Megatron checkpoint: convert it first"):
         TorchDistDirectory(tmp_path)
 
 

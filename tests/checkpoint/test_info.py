@@ -102,5 +102,5 @@ def test_the_command(golden, monkeypatch, capsys):
         contents(golden / "ckpt_untied")
     )
     monkeypatch.setattr(sys, "argv", [str(TOOL), "info", "nowhere"])
-    with pytest.raises(SystemExit, match="convert_checkpoint: nowhere/config.json: no such file"):
+    with pytest.raises(SystemExit, match="convert_checkpoint: nowhere does not exist"):
         runpy.run_path(str(TOOL), run_name="__main__")

@@ -232,7 +232,7 @@ def test_added_tokens_of_another_form_are_a_sentence_with_the_file(checkpoint, n
 
 
 def test_another_model_is_refused(golden):
-    with pytest.raises(ValueError, match="no NEO .model_type 'qwen3', and it lacks .*qwen3-to-neo"):
+    with pytest.raises(ValueError, match="checkpoint of a Qwen3, not a NEO .*qwen3-to-neo"):
         open_neo(golden / "qwen3_untied")
 
 

@@ -141,6 +141,37 @@ def test_draw_depends_on_seed_and_name_alone(tmp_path):
     assert all(set(some) <= set(more) for some, more in zip(draw([tenth], tenth), alone, strict=True))
 
 
+@pytest.mark.parametrize(("percent", "total"), [("50", 100), ("10", 20), ("0.5", 1), ("150", 300), ("33.3", 67)])
+def test_shares_of_many_small_files_add_up(tmp_path, percent, total):
+    """200 files of one record each; rounding file by file would take none or all of them."""
+    paths = [tmp_path / f"{number}.jsonl" for number in range(200)]
+    for path in paths:
+        path.write_text("{}\n")
+    sources = [Source(path.stem, str(path), share=Fraction(percent) / 100) for path in paths]
+    drawn = [len(drawn_records(piece, sources[piece.place.source], 0)) for piece in slices(sources, 64)]
+    assert sum(drawn) == total and max(drawn) - min(drawn) <= 1
+    # From any place on, as in a run that is continued.
+    pieces = list(slices(sources, 64))
+    later = slices(sources, 64, pieces[120].next)
+    assert [len(drawn_records(piece, sources[piece.place.source], 0)) for piece in later] == drawn[121:]
+
+
+def test_files_of_different_sizes_and_broken_ones_add_up(tmp_path):
+    draw = np.random.default_rng(0)
+    counts = draw.integers(0, 9, 60).tolist()
+    sources = []
+    for number, count in enumerate(counts):
+        path = tmp_path / f"{number}.json"
+        path.write_text("[" + ", ".join(["{}"] * count) + ("]" if number % 3 else ", !"))
+        sources.append(Source(path.stem, str(path), share=Fraction(1 + number % 5, 7)))
+    drawn = sum(len(drawn_records(piece, sources[piece.place.source], 0)) for piece in slices(sources, 4))
+    read = [0] * len(sources)
+    for piece in slices(sources, 4):
+        read[piece.place.source] += len(piece.bounds)
+    due = sum(count * source.share for count, source in zip(read, sources, strict=True))
+    assert sum(read) > 150 and abs(drawn - due) <= Fraction(1, 2)
+
+
 REGISTRY = """
 caption:
   annotation_path: caption.json

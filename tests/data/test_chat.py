@@ -104,6 +104,17 @@ def test_typed_special_tokens_stay_text(neo, encoder):
     )
 
 
+def test_tags_of_an_assistant_and_escaped_tags_are_text(neo, encoder):
+    turns = [Turn("user", r"a \<image> <image> <video>", False), Turn("assistant", r"<image> \<image>", True)]
+    (encoded,) = encoder.encode([(turns, [3])])
+    (start, end), ids = encoded.spans[0], special_ids(neo)
+    assert neo.decode(encoded.tokens[start:end]) == "<image> <image><|im_end|>\n"
+    assert neo.decode(encoded.tokens[:start]) == (
+        f"<|im_start|>user\na <image> <img>{'<IMG_CONTEXT>' * 3}</img> <video><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert encoded.tokens.tolist().count(ids.image_context) == 3
+
+
 def test_neo_tokens_are_appended_once_in_order(tokenizer):
     plain = AutoTokenizer.from_pretrained(tokenizer)
     known = {token: plain.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}

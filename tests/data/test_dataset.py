@@ -339,6 +339,19 @@ def test_a_share_is_drawn_the_same_whatever_it_is_mixed_with(bench, new_sample):
     assert drawn == samples_of(bench.path / "alone") and len(drawn) == 20
 
 
+@pytest.mark.parametrize(("percent", "total"), [(50, 6), (130, 16)])
+def test_shares_of_many_small_data_sets_add_up(bench, new_sample, percent, total):
+    inputs = []
+    for number in range(12):
+        file = bench.annotations([new_sample(f"q{number}", "a")], f"{number}.json")
+        inputs.append(PackInput(str(bench.preprocess(file, f"shards{number}").location), Fraction(percent, 100)))
+    (manifest,) = write_packs(inputs, bench.path / "packs", 64)
+    assert manifest["counts"]["samples_packed"] == total
+    drawn = [entry["samples"] for entry in manifest["data"]]
+    assert max(drawn) - min(drawn) <= 1
+    assert verify(bench.path / "packs").damage == []
+
+
 def test_what_is_held_out_is_packed_once_whatever_the_share(bench, new_sample):
     shards = bench.preprocess([new_sample(f"a{n}", "b") for n in range(60)])
     packed = {}

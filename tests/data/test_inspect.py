@@ -285,10 +285,10 @@ def test_a_data_set_that_is_not_packed_and_ids_without_a_tokenizer(bench, new_sa
 def test_what_it_cannot_show_ends_in_a_sentence(packs, bench, run_tool, tmp_path):
     with pytest.raises(DataError, match="has 1 packs"):
         packs_page(str(packs), 1, 0, 0, None)
-    with pytest.raises(DataError, match="no complete data set"):
+    with pytest.raises(DataError, match="is a directory of other files, not packs"):
         packs_page(str(bench.path), 0, 0, 0, None)
     done = run_tool("inspect_data.py", "--packs", bench.path / "shards", "--output", tmp_path / "page.html")
-    assert done.returncode == 1 and "neo-packs" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "holds shards, not packs" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "page.html").exists()
 
 

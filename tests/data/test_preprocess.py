@@ -178,7 +178,7 @@ def test_fail_stops_at_the_first_bad_record_in_order(bench, new_sample, workers)
     with pytest.raises(DataError, match=r"train\.json, record 5: the picture .*missing\.png") as raised:
         bench.preprocess(records, settings=settings, on_error="fail", workers=workers)
     assert "\n" not in str(raised.value)
-    with pytest.raises(DataError, match="no complete data set"):
+    with pytest.raises(DataError, match="holds an unfinished data set"):
         ShardSet(bench.path / "shards")
     assert len(bench.preprocess(records, settings=settings)) == 5  # what was done is continued
 
@@ -211,13 +211,16 @@ def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
         (["--check", "no"], "invalid choice: 'no'"),
         (["--min-pixels", "0"], "--min-pixels 0 must be above 0"),
         (["--max-frames", "0"], "--max-frames must be at least 1"),
-        ([], "holds no tokenizer; give a Hugging Face directory"),
+        (
+            ["--tokenizer", "tests/data"],
+            "is a directory of other files, not a tokenizer: give a directory with a tokenizer",
+        ),
     ],
 )
-def test_wrong_flags_end_in_a_sentence(bench, run_tool, flags, sentence):
+def test_wrong_flags_end_in_a_sentence(bench, golden, run_tool, flags, sentence):
     file = bench.annotations([])
     done = run_tool(
-        "preprocess_data.py", "--input", file, "--tokenizer", bench.path, "--output", bench.path / "s", *flags
+        "preprocess_data.py", "--input", file, "--tokenizer", golden / "tokenizer", "--output", bench.path / "s", *flags
     )
     assert done.returncode and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 

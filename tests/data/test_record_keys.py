@@ -13,6 +13,7 @@ from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.record_keys import ignored_keys
 from neo_megatron.data.records import Sample, check_answers, check_sample
 from neo_megatron.data.registry import Source
+from neo_megatron.data.tags import split_tags
 
 CASES = Path(__file__).parent / "cases"
 
@@ -240,6 +241,8 @@ def test_the_cases_of_tags(source):
     assert first.turns[1].literal == "<rss><image><url>x</url></image></rss>" and not first.pictures
     assert second.turns[1].literal == "use <video>" and names(third.pictures) == ["a.jpg"]
     assert third.turns[1].literal == "![fig](<image>)"
+    said = [turn.text for checked in (first, second, third) for turn in checked.turns if turn.role == "assistant"]
+    assert all(split_tags(text) == ["".join(split_tags(text))] for text in said)  # no reader finds a place in them
 
 
 def test_an_escaped_tag_in_the_answer_leaves_the_image_to_the_question(source):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from neo_megatron.data.errors import Reason, RejectedSample
-from neo_megatron.data.records import Turn, check_sample, parse_record, split_key
+from neo_megatron.data.records import Turn, check_sample, parse_record
 from neo_megatron.data.registry import Source
 
 
@@ -178,17 +178,6 @@ def test_single_video_without_a_tag_goes_to_the_first_human_turn(source, tmp_pat
     checked = check_sample(sample, source)
     assert checked.turns[1] == Turn("user", "<image>\n<video>\nWhat?", False)
     assert (checked.pictures, checked.videos) == ((str(tmp_path / "root/a.png"),), (str(tmp_path / "root/clip.mp4"),))
-
-
-def test_split_key_follows_the_names_of_the_media():
-    """All conversations about one picture fall on one side; what else a record holds does not matter."""
-    first = turns(("human", "a"), ("gpt", "b"), image="a.png")
-    assert split_key([first]) == split_key([turns(("human", "c"), ("gpt", "d"), image=["a.png"], id=7)])
-    assert split_key([first]) != split_key([turns(("human", "a"), ("gpt", "b"), image="b.png")])
-    assert split_key([first]) != split_key([turns(("human", "a"), ("gpt", "b"), video="b.png")])
-    text = turns(("human", "a"), ("gpt", "b"))
-    assert split_key([text]) == split_key([{**text, "id": 7}])
-    assert split_key([text]) != split_key([turns(("human", "a"), ("gpt", "c"))])
 
 
 def test_without_a_root_paths_are_complete_or_beside_the_annotations(source, tmp_path):

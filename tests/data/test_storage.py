@@ -333,7 +333,7 @@ def test_a_missing_object_bucket_or_data_set(remote, proxy):
     client.delete_object(Bucket=remote.split("/")[2], Key="shards/00001.tokens.bin")
     with pytest.raises(DataError, match=r"00001\.tokens\.bin is missing; copy the data set again"):
         ShardSet(remote).fetch([5])
-    with pytest.raises(DataError, match=f"{remote}/nothing holds no complete data set"):
+    with pytest.raises(DataError, match=f"{remote}/nothing does not hold shards: it has no manifest.json"):
         ShardSet(f"{remote}/nothing")
     with pytest.raises(DataError, match="s3://no-such-bucket does not exist; check its name"):
         ShardSet("s3://no-such-bucket/shards")
@@ -350,7 +350,7 @@ def test_credentials_that_are_missing_or_refused(remote, proxy, settings):
 
 def test_the_library_is_an_extra(monkeypatch, remote):
     monkeypatch.setitem(sys.modules, "multistorageclient.types", None)
-    with pytest.raises(DataError, match=r"pip install 'neo-megatron\[s3\]'"):
+    with pytest.raises(DataError, match=r"pip install 'multi-storage-client\[boto3\]>=1.3'"):
         ShardSet(remote)
 
 

@@ -18,7 +18,7 @@ from neo_megatron.data.verify import verify
 
 SHARD_FILES = [
     *(f"00000.{kind}.{suffix}" for kind in ("tokens", "spans", "pictures") for suffix in ("bin", "idx")),
-    *("00000.grids.npy", "00000.samples.npy"),
+    *("00000.grids.npy", "00000.samples.npy", "00000.media.npy"),
 ]
 PACK_FILES = ["units.npy", "patterns.npy", "runs.npy"]
 
@@ -219,6 +219,9 @@ def change(dtype: str, place: int, value: int):
         ("samples.npy", change("<i4", -4 * 28 + 12, 1), "trained"),
         ("samples.npy", lambda content: array_bytes(np.zeros(4)), "float64"),
         ("samples.npy", lambda content: b"no array", "no NumPy array"),
+        ("media.npy", change("<i4", -20, 9), "not those of the shard"),
+        ("media.npy", change("<i4", -20, 0), "not in order"),
+        ("media.npy", change("<i4", -80, 1), "no image"),
     ],
 )
 @pytest.mark.parametrize("shards", ["encoded"], indirect=True)
@@ -328,4 +331,5 @@ def test_the_tool_lists_all_damage_and_ends_with_the_remedy(shards, run_tool):
 
 def test_the_tool_says_what_is_no_data_set(tmp_path, run_tool):
     done = run_tool("verify_data.py", "--data", tmp_path)
-    assert done.returncode == 1 and "no complete data set" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is an empty directory: give a directory that" in done.stderr

@@ -17,6 +17,7 @@ from neo_megatron.data.image import decode, patches_from_image
 from neo_megatron.data.media import load_media
 from neo_megatron.data.records import Sample, Turn
 from neo_megatron.data.settings import Settings
+from neo_megatron.data.tags import split_tags
 from neo_megatron.data.video import OPTIONS, plan_clip, read_frames
 
 av = pytest.importorskip("av")
@@ -292,6 +293,23 @@ def test_frames_stand_in_the_text_and_share_the_limit(tmp_path, new_png):
     assert len(load_media(conversation, Settings(min_pixels=4096, video_fps=0.5, max_frames=1))[1]) == 3
 
 
+def test_escaped_tags_stay_text_in_front_of_and_after_frames(tmp_path, new_png):
+    write_video(tmp_path / "b.mp4", frames=15)
+    (tmp_path / "a.png").write_bytes(new_png(64, 64))
+    text = r"\<video> \\<video> \<image> <image> \\\<video>"
+    turns, pictures, _ = load_media(sample(tmp_path, text, pictures=["a.png"], videos=["b.mp4"]), Settings())
+    assert split_tags(turns[0].text) == [
+        "<video> \\Frame-1: ",
+        "<image>",
+        "\nFrame-2: ",
+        "<image>",
+        " <image> ",
+        "<image>",
+        " \\<video>",
+    ]
+    assert len(pictures) == 3
+
+
 def test_both_stores_give_the_same_pixels(tmp_path):
     write_video(tmp_path / "a.mp4", size=(200, 120))
     conversation = sample(tmp_path, "<video>", videos=["a.mp4"])
@@ -322,7 +340,7 @@ def test_videos_go_through_the_tool(bench, new_sample):
 
 def test_without_pyav_the_tool_stops_and_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(DataError, match=r"pip install 'neo-megatron\[video\]'"):
+    with pytest.raises(DataError, match="pip install 'av>=18'"):
         load_media(sample(tmp_path, "<video>", videos=["a.mp4"]), Settings())
 
 

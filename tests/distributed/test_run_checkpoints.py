@@ -181,7 +181,7 @@ def second(room, first, chain) -> dict[str, Job]:
 
 MISTAKES = {
     "pretrained": ("--pretrained-checkpoint {room}/golden-damaged", "copy or convert it again"),
-    "nothing-there": ("--pretrained-checkpoint {room}/packs", "names no checkpoint: give a directory"),
+    "nothing-there": ("--pretrained-checkpoint {room}/packs", "holds packs, not a Megatron checkpoint: give"),
     "two-limits": ("--save-total-limit 2 --save-retain-interval 4", "both say which checkpoints are deleted"),
     "negative": ("--save-total-limit -1", "--save-total-limit -1: give 1 or more"),
     "format-flag": ("--ckpt-format torch", "--ckpt-format torch: only torch_dist"),
@@ -334,6 +334,7 @@ def test_a_killed_job_of_two_ranks_goes_on(room, first):
     """As a user meets it: torchrun and all its processes end in the middle of an asynchronous save."""
     flags = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --async-save --exit-interval 8"
     argv = [*command(room, room / "torchrun-saved", flags), "--tensorboard-dir", f"{room}/torchrun/events"]
+    argv += ["--console-log", "full"]
     module = ["-m", "neo_megatron.pretrain_neo"]
     process = subprocess.Popen(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), *module, *argv],
@@ -361,7 +362,7 @@ def test_a_killed_job_of_two_ranks_goes_on(room, first):
 def test_sigterm_to_all_processes_of_a_rank_saves_and_exits(room):
     """The worker of the data loader gets it too, as from a scheduler; the rank still has its data."""
     saved = room / "stopped-saved"
-    argv = [*command(room, saved, "--num-workers 1 --save-interval 100000", steps=100000)]
+    argv = [*command(room, saved, "--num-workers 1 --save-interval 100000 --console-log full", steps=100000)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -221,6 +221,22 @@ def test_upload_ask_and_see(page, picture, dense):
         assert brightest(page) == means.mean(dim=0).argmax()
 
 
+def test_the_page_fits_a_phone(page, picture):
+    """With an answer and its heat map: nothing is wider than 390 CSS pixels."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.set_input_files("input[type=file]", picture)
+    page.wait_for_selector("#picture img[src^='data:image/jpeg']")
+    page.fill("#question textarea", "a_word_without_any_place_to_break_it_" * 4)
+    page.click("#ask")
+    page.wait_for_selector("#answer .card:not(.running) .words span")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    wider = (
+        "[...document.querySelectorAll('#sides *, header')].filter(e => e.getBoundingClientRect().right > 391).length"
+    )
+    assert page.evaluate(wider) == 0
+
+
 def test_another_picture_ends_the_answer_about_the_last(page, picture, golden):
     page.set_input_files("input[type=file]", picture)
     wait_for_text(page, "#picture .facts", "c.png")

@@ -236,5 +236,5 @@ def test_page_shows_what_there_is(data, given):
 def test_without_the_pictures_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "prepare_data")
-    with pytest.raises(SystemExit, match=r"pip install 'neo-megatron\[quickstart\]'"):
+    with pytest.raises(SystemExit, match="pip install 'easy-vqa==1.0'"):
         import prepare_data  # noqa: F401

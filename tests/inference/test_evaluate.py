@@ -256,10 +256,10 @@ def test_longest_questions_come_first(asked):
 
 def test_errors_are_one_sentence(tmp_path, monkeypatch):
     tool = Path(evaluate.__file__)
-    monkeypatch.setattr(sys, "argv", [str(tool), "--model", str(tmp_path), "--input", "none.json", "--output", "out"])
+    monkeypatch.setattr(sys, "argv", [str(tool), "--input", "none.json", "--model", str(tmp_path), "--output", "out"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(tool), run_name="__main__")
-    assert re.fullmatch(r"evaluate: data set none: the annotation file none.json does not exist; .*", ended.value.code)
+    assert re.fullmatch(r"evaluate: --input none.json does not exist: .*", ended.value.code)
 
 
 def case(**keys):

@@ -20,7 +20,7 @@ from .local_task import CHOICES
 
 LMMS_EVAL = os.environ.get("NEO_TEST_LMMS_EVAL")
 pytestmark = pytest.mark.skipif(
-    not LMMS_EVAL, reason="NEO_TEST_LMMS_EVAL names no directory with lmms-eval (tests/run.sh makes one)"
+    not LMMS_EVAL, reason="NEO_TEST_LMMS_EVAL names no Python with lmms-eval (tests/run.sh makes its environment)"
 )
 
 MAX_PIXELS, MAX_NEW_TOKENS = 16384, 6
@@ -113,15 +113,12 @@ def run(checkpoint, documents, tmp_path_factory) -> Run:
     ]
     (directory / "runs.yaml").write_text(yaml.safe_dump(runs))
     done = run_python(
-        Path(LMMS_EVAL) / "bin" / "lmms-eval",
+        Path(LMMS_EVAL).with_name("lmms-eval"),
         *("--model", "neo", "--model_args", f"pretrained={checkpoint},max_pixels={MAX_PIXELS},device=cpu"),
         *("--include_path", directory / "tasks", "--output_path", directory / "out", "--log_samples"),
         *("--config", directory / "runs.yaml"),
-        environment={
-            "PYTHONPATH": os.pathsep.join(filter(None, [LMMS_EVAL, os.environ.get("PYTHONPATH")])),
-            "HF_HOME": str(directory / "huggingface"),
-            "HF_HUB_OFFLINE": "1",
-        },
+        environment={"HF_HOME": str(directory / "huggingface"), "HF_HUB_OFFLINE": "1"},
+        python=LMMS_EVAL,
     )
     assert done.returncode == 0 and "Error during evaluation" not in done.stdout, done.stdout[-6000:]
     results = [json.loads(path.read_text())["results"] for path in (directory / "out").rglob("*_results.json")]

@@ -90,7 +90,7 @@ def test_kernels_that_neo_cannot_use_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="--attention-backend fused: none of its kernels"):
         check_backend(AttnBackend.fused)
     monkeypatch.setattr(core_attention, "_flash_attention_4", lambda: False)
-    with pytest.raises(ConfigError, match="pip install flash-attn-4"):
+    with pytest.raises(ConfigError, match="pip install 'flash-attn-4'"):
         check_backend(AttnBackend.flash)
     monkeypatch.setattr(core_attention, "_flash_attention_4", lambda: True)
     check_backend(AttnBackend.flash)

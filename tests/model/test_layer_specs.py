@@ -23,5 +23,5 @@ def test_transformer_engine_layers_match_the_local_ones():
 
 def test_without_transformer_engine_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr(layer_specs, "HAVE_TE", False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'neo-megatron\[te\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformer-engine\[pytorch\]==2\.20\.\*'"):
         layer_specs.transformer_engine_layer_spec(fused_norm=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.storage.file_cache import FileCache
+from neo_megatron.packages import install
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a repetition
 _REMEDY = "once the server answers again, start the run anew: it continues from its checkpoint"
@@ -42,7 +43,7 @@ class Connection:
         try:
             from multistorageclient.types import RetryableError
         except ImportError as error:
-            raise DataError("object storage needs multi-storage-client; pip install 'neo-megatron[s3]'") from error
+            raise DataError(f"object storage needs multi-storage-client: {install('multistorageclient')}") from error
         # What the library raises when a request fails; anything else is a mistake in a program.
         self._failures = (RetryableError, RuntimeError, OSError)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

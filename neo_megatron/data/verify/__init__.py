@@ -15,11 +15,13 @@ from neo_megatron.data import pack_index, shards
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST, REJECTS, is_as_written, manifest_bytes, parse_manifest
+from neo_megatron.data.held_out import SplitBy
 from neo_megatron.data.settings import ImageStore, Settings
 from neo_megatron.data.storage import Directory, is_remote, join, open_directory
 from neo_megatron.data.verify.packs import ARRAYS, check_packs
 from neo_megatron.data.verify.pool import run_checks
 from neo_megatron.data.verify.shard import Damage, DataSet, check_file, check_shard, expected_files
+from neo_megatron.paths import Wanted
 
 
 @dataclass
@@ -62,17 +64,17 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
         DataError: there is no complete data set, its manifest cannot be understood, or a worker was killed.
     """
     directory = open_directory(location)
-    text = manifest_bytes(directory)
+    text = manifest_bytes(directory, Wanted.DATA_SET)
     try:
         packed = json.loads(text).get("format") == pack_index.FORMAT
     except (ValueError, AttributeError):
         packed = False  # what is wrong is said below
     if packed:
-        manifest = parse_manifest(text, directory.location, pack_index.FORMAT, pack_index.VERSION)
+        manifest = parse_manifest(text, directory.location, pack_index.FORMAT, *pack_index.READABLE)
         result = _verify_packs(directory, manifest)
     else:
         result = _verify_shards(
-            directory, parse_manifest(text, directory.location, shards.FORMAT, shards.VERSION), workers
+            directory, parse_manifest(text, directory.location, shards.FORMAT, *shards.READABLE), workers
         )
     if not is_as_written(text):
         result.damage.insert(0, Damage(MANIFEST, "it does not fit its own checksum", "changed"))
@@ -155,7 +157,9 @@ def _data_set(directory: Directory, manifest: dict[str, Any]) -> DataSet:
         _natural(entry["pictures"])
         if entry["name"] != shards.shard_name(int(entry["name"])):
             raise ValueError(f"{entry['name']!r} is no name of a shard")
-        _check_files(entry["files"], expected_files(entry["name"]))
+        if manifest["version"] > 2:
+            _natural(entry["media"])
+        _check_files(entry["files"], expected_files(entry["name"], manifest["version"]))
     return data
 
 
@@ -165,6 +169,8 @@ def _check_pack_manifest(directory: Directory, manifest: dict[str, Any]) -> None
         _natural(manifest["counts"][key])
     _natural(manifest["seq_length"])
     Fraction(manifest["held_out"] or 0)
+    if manifest["version"] > 2 and manifest["held_out"] and manifest["split"]["by"] not in get_args(SplitBy):
+        raise ValueError(f"records cannot be held out by {manifest['split']['by']!r}")
     for entry in manifest["data"]:
         join(directory.location, entry["shards"])
         Fraction(entry["share"])

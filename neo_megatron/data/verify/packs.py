@@ -14,6 +14,7 @@ import numpy as np
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST, REJECTS
+from neo_megatron.data.held_out import Split
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.pack_index import PATTERN, PATTERNS, RUN, RUNS, UNIT, UNITS
 from neo_megatron.data.shards import Shard
@@ -112,7 +113,8 @@ def _check_samples(
     table: _Table, mixture: Mixture, manifest: dict[str, Any], report: Callable[[int], Any]
 ) -> Iterator[Damage]:
     """Shard by shard: the units that begin in it, against the samples that it has."""
-    seen, below = 0, _held_out_side(table, mixture, manifest)
+    seen, is_held = 0, _is_held(mixture, manifest)
+    side = is_held and _side(table, mixture, is_held)
     for shards, entry, start in zip(mixture.sets, manifest["data"], mixture.starts, strict=False):
         packed = tokens = 0
         for number, listed in enumerate(shards.manifest["shards"]):
@@ -123,7 +125,8 @@ def _check_samples(
             tokens += int(claimed.sum())
             try:
                 shard = shards.shard(number)
-                expected = _expected_times(shard, manifest, Fraction(entry["share"]), below)
+                belongs = is_held and is_held(shard) == side
+                expected = _expected_times(shard, manifest, Fraction(entry["share"]), belongs)
                 wrong = _check_shard(shard, units, claimed, start, *expected)
             except DataError as error:
                 yield Damage(entry["shards"], str(error))
@@ -170,25 +173,28 @@ def _check_shard(
     return found
 
 
-def _held_out_side(table: _Table, mixture: Mixture, manifest: dict[str, Any]) -> bool | None:
-    """Whether the samples here are those below the limit of the split; a directory does not say it, its samples do."""
+def _is_held(mixture: Mixture, manifest: dict[str, Any]) -> Callable[[Shard], np.ndarray] | None:
+    """Gives bool [samples] of a shard, whether each is held out; ``None`` where nothing was."""
     if not manifest["held_out"]:
         return None
+    share = Fraction(manifest["held_out"])
+    if manifest["version"] == 2:  # by a hash of the names of a record's images
+        return lambda shard: shard.samples["key"] < np.uint64(int(share * 2**64))
+    return Split(mixture.sets, share, manifest["split"]["by"]).held_samples
+
+
+def _side(table: _Table, mixture: Mixture, is_held: Callable[[Shard], np.ndarray]) -> bool:
+    """Whether the packs are the held-out part; a directory does not say it, its first sample does."""
     number = bisect_right(mixture.starts, int(table.first[0])) - 1
     shard, local = mixture.sets[number].locate(int(table.first[0]) - mixture.starts[number])
-    return bool(_below(shard, manifest)[local])
-
-
-def _below(shard: Shard, manifest: dict[str, Any]) -> np.ndarray:
-    """bool [samples]: on which side of the held-out split each sample falls."""
-    return shard.samples["key"] < np.uint64(int(Fraction(manifest["held_out"]) * 2**64))
+    return bool(is_held(shard)[local])
 
 
 def _expected_times(
-    shard: Shard, manifest: dict[str, Any], share: Fraction, below: bool | None
+    shard: Shard, manifest: dict[str, Any], share: Fraction, belongs: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """How often each sample is in the packs of an epoch at least and at most: int64 [samples] each."""
-    belongs = (np.asarray(shard.tokens.lengths) <= manifest["seq_length"]).astype(np.int64)
-    if below is not None:
-        belongs *= _below(shard, manifest) == below
-    return belongs * math.floor(share), belongs * math.ceil(share)
+    fits = (np.asarray(shard.tokens.lengths) <= manifest["seq_length"]).astype(np.int64)
+    if belongs is not None:
+        fits *= belongs
+    return fits * math.floor(share), fits * math.ceil(share)

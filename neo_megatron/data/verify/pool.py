@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from tqdm import tqdm
@@ -27,6 +27,7 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
     context = get_context("spawn")  # a fork of a process with threads may hang
     done = context.Value("q", 0)
     waiting: deque[Future[list[Any]]] = deque()
+    others = set(active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
     try:
         for task in tasks:
@@ -40,7 +41,9 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
             "a worker was killed, most likely for want of memory; run again with fewer --workers"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(active_children()) - others:
+            process.kill()  # whatever it is at: a check that nobody waits for
 
 
 def _await(future: "Future[list[Any]]", bar: tqdm, done: Any) -> list[Any]:

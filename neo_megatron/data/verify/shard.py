@@ -16,7 +16,7 @@ from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.errors import RejectedSample
 from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, picture_grid, pixel_limit
 from neo_megatron.data.settings import Settings
-from neo_megatron.data.shards import SAMPLE
+from neo_megatron.data.shards import MEDIA, SAMPLE
 from neo_megatron.data.storage import Directory, open_directory
 
 SEQUENCES = {"tokens": np.dtype("<i4"), "spans": np.dtype("<i4"), "pictures": np.dtype("u1")}
@@ -63,10 +63,11 @@ class _Sequences:
         return self._data[self._starts[sequence] : self._starts[sequence + 1]]
 
 
-def expected_files(shard: str) -> set[str]:
-    """Names of the files of a shard."""
+def expected_files(shard: str, version: int) -> set[str]:
+    """Names of the files of a shard in a version of the format."""
     pairs = {f"{shard}.{kind}.{suffix}" for kind in SEQUENCES for suffix in ("bin", "idx")}
-    return pairs | {f"{shard}.grids.npy", f"{shard}.samples.npy"}
+    arrays = ("grids", "samples", "media") if version > 2 else ("grids", "samples")
+    return pairs | {f"{shard}.{kind}.npy" for kind in arrays}
 
 
 def check_file(
@@ -121,6 +122,8 @@ class _ShardCheck:
             self._damage += found
             self._state[name] = found[0].kind if found else "sound"
         self._rows, grids = self._samples(), self._grids()
+        if self._name("media.npy") in self._entry["files"]:
+            self._check_media()
         tokens, spans, pictures = (self._sequences(kind) for kind in SEQUENCES)
         if pictures is not None and grids is not None:
             self._check_pictures(pictures, grids)
@@ -160,6 +163,16 @@ class _ShardCheck:
             self._add("samples.npy", "a sample comes from a source that the manifest does not have")
             return None
         return samples
+
+    def _check_media(self) -> None:
+        media = self._array("media.npy", MEDIA, (self._entry["media"],))
+        if media is None or not len(media):
+            return
+        owners = media["sample"]
+        if owners.min() < 0 or owners.max() >= self._entry["samples"] or (np.diff(owners) < 0).any():
+            self._add("media.npy", "its samples are not in order, or not those of the shard")
+        elif self._rows is not None and (self._rows["pictures"][owners] == 0).any():
+            self._add("media.npy", "it names files of a sample that has no image")
 
     def _grids(self) -> np.ndarray | None:
         grids = self._array("grids.npy", np.dtype("<i4"), (self._entry["pictures"], 2))

@@ -1,0 +1,141 @@
+"""How a program begins and ends: path mistakes are found first, and an error is the last line and only a sentence.
+
+    if __name__ == "__main__":
+        command_line.begin("evaluate", {"--model": Wanted.NEO})  # before imports that take seconds
+    ...
+    if __name__ == "__main__":
+        command_line.run("evaluate", main, ValueError)
+
+Needs nothing but the standard library, so that Ctrl-C while libraries are loaded leaves no traceback either.
+"""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from neo_megatron.data.errors import DataError
+from neo_megatron.packages import OPTIONAL, install
+from neo_megatron.paths import Wanted, WrongPath, check_flags
+
+INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a program that Ctrl-C has ended
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def begin(name: str, flags: Mapping[str, Wanted]) -> None:
+    """To be called before slow imports: checks paths, and turns what goes wrong in these imports into a sentence.
+
+    Args:
+        flags: the flags of the command line that take paths.
+    """
+    sys.excepthook = lambda kind, error, trace: _say_uncaught(name, error)
+    try:
+        check_flags(sys.argv[1:], flags)
+    except WrongPath as wrong:
+        sys.exit(f"{name}: {wrong}")
+
+
+def run(name: str, main: Callable[[], Any], *expected: type[Exception], interrupted: str = "") -> None:
+    """Runs the program.
+
+    Args:
+        expected: errors whose text is a sentence for the user, besides `DataError` and `OSError`.
+        interrupted: what to say after Ctrl-C, such as how to continue.
+
+    Raises:
+        SystemExit: with the sentence.
+        Exception: what is a bug, with its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        end_interrupted(name, interrupted)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        sentence = sentence_of(error, *expected)
+        if sentence is None:
+            raise
+        sys.exit(f"{name}: {sentence}")
+
+
+def end_interrupted(name: str, hint: str = "") -> NoReturn:
+    """Ends the process as after Ctrl-C. Another Ctrl-C while it ends kills it, without a traceback either."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print(f"{name}: interrupted{hint and '; '}{hint}", file=sys.stderr, flush=True)
+    sys.exit(INTERRUPTED)
+
+
+def sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
+    """What to tell the user of an error, on one line; ``None`` for a bug, of which the traceback tells more."""
+    if (full := _full_disk(error)) is not None:
+        where = f"{full.filename} cannot be written" if full.filename else "the output cannot be written"
+        return f"{where} ({full.strerror}): free space, then run the same command again"
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_package(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (DataError, OSError, *expected)):
+        return _without_worker_traceback(error)
+    return None
+
+
+def _full_disk(error: BaseException) -> OSError | None:
+    """The error of a full disk that is the reason of an error, or that a library has wrapped in one of its own."""
+    return next((e for e in _reasons(error) if isinstance(e, OSError) and e.errno in _FULL and e.strerror), None)
+
+
+def _reasons(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        waiting += [error.__cause__, error.__context__]
+        failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint, by rank
+        waiting += [wrapped[0] for wrapped in failures.values()] if isinstance(failures, dict) else []
+
+
+def _missing_package(error: ModuleNotFoundError) -> str | None:
+    if not error.name:
+        return str(error)  # raised by us, with a remedy
+    package = error.name.partition(".")[0]
+    if package in ("neo_megatron", "megatron") and package != error.name:
+        return None  # a part of a package that is there
+    remedy = install(package) if package in OPTIONAL else "run pip install . in the checkout of neo_megatron"
+    return f"the package {package} is not installed in {sys.executable}: {remedy}"
+
+
+def _without_worker_traceback(error: BaseException) -> str:
+    """PyTorch's data loader puts the traceback of its worker into the text of the error."""
+    text = str(error)
+    if "\nOriginal Traceback (most recent call last):\n" in text:
+        text = text.rstrip().rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split("\n")).strip()
+
+
+def _say_uncaught(name: str, error: BaseException) -> None:
+    """What Python calls for an error that nobody has caught, as in an import."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{name}: interrupted", file=sys.stderr)
+        return
+    sentence = sentence_of(error)
+    if sentence is None:
+        traceback.print_exception(error)
+    else:
+        print(f"{name}: {sentence}", file=sys.stderr)
+
+
+if multiprocessing.parent_process() is not None:
+    # This process is one of a pool and has just been started: it imports the program, which takes seconds. Ctrl-C is
+    # for the process that the user sees, which ends the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

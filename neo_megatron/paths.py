@@ -1,0 +1,287 @@
+"""Says what a given path is, and what to do where another kind of path is wanted.
+
+Looks at file names and at the small JSON files beside them, so that a mistyped path is found before models and slow
+libraries are loaded. Needs nothing but the standard library.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.data.errors import DataError
+
+REMOTE = ("s3://", "msc://")
+_TRACKER = "latest_checkpointed_iteration.txt"
+_ANNOTATIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+_IMAGES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_NAMES_LOOKED_AT = 1000  # of a directory; one of images may have millions
+
+
+class WrongPath(DataError, ValueError):
+    """A path is of another kind than is wanted; the text is one sentence with the path and a remedy."""
+
+
+class Kind(Enum):
+    """What a path can be; the value follows the path in a sentence."""
+
+    MISSING = "does not exist"
+    EMPTY = "is an empty directory"
+    SHARDS = "holds shards"
+    PACKS = "holds packs"
+    NO_MANIFEST = "holds a data set without its manifest.json"
+    UNFINISHED_SHARDS = "holds an unfinished data set of preprocess_data.py"
+    UNFINISHED_PACKS = "holds unfinished packs of pack_data.py"
+    MEGATRON = "is a Megatron checkpoint"
+    ITERATION = "is one iteration of a Megatron checkpoint"
+    UNFINISHED_SAVE = "holds only unfinished saves of a training"
+    NEO = "is a Hugging Face checkpoint of a NEO"
+    QWEN3 = "is a Hugging Face checkpoint of a Qwen3"
+    OTHER_MODEL = "is a Hugging Face checkpoint"
+    PRE_BUFFER = "is a pre-buffer that extract-pre-buffer wrote"
+    TOKENIZER = "holds a tokenizer without a model"
+    ANSWERS = "holds answers of generate.py or evaluate.py"
+    IMAGES = "is a directory of images"
+    DIRECTORY = "is a directory of other files"
+    ANNOTATIONS = "is an annotation file"
+    YAML = "is a YAML file"
+    IMAGE = "is an image file"
+    FILE = "is a file, not a directory"
+
+
+_FILES = frozenset({Kind.ANNOTATIONS, Kind.YAML, Kind.IMAGE, Kind.FILE})
+_MODELS = frozenset({Kind.NEO, Kind.QWEN3, Kind.OTHER_MODEL})
+
+
+class Wanted(Enum):
+    """What a flag takes: words for it, and the kinds that do."""
+
+    PACKS = "packs", {Kind.PACKS}
+    SHARDS = "shards", {Kind.SHARDS}
+    DATA_SET = "shards or packs", {Kind.SHARDS, Kind.PACKS}
+    NEO = "a NEO in Hugging Face form", {Kind.NEO, Kind.OTHER_MODEL}  # a published one may be labelled otherwise
+    QWEN3 = "a Qwen3", {Kind.QWEN3, Kind.OTHER_MODEL}
+    MEGATRON = "a Megatron checkpoint", {Kind.MEGATRON, Kind.ITERATION}
+    EITHER_FORM = "a checkpoint", {Kind.MEGATRON, Kind.ITERATION, Kind.PRE_BUFFER, *_MODELS}
+    START = "a Megatron checkpoint", {Kind.MEGATRON}
+    RUN = (
+        "a run to resume",
+        {Kind.MISSING, Kind.EMPTY, Kind.MEGATRON, Kind.UNFINISHED_SAVE, Kind.IMAGES, Kind.DIRECTORY},
+    )
+    SIZES = "a preset or the config.json of a NEO", {Kind.NEO, Kind.OTHER_MODEL}
+    PRE_BUFFER = "a pre-buffer", {Kind.PRE_BUFFER}
+    TOKENIZER = "a tokenizer", {Kind.TOKENIZER, *_MODELS}
+    ANNOTATIONS = "an annotation file", {Kind.ANNOTATIONS, Kind.FILE}
+    REGISTRY = "a registry", {Kind.YAML, Kind.FILE}
+    IMAGE_ROOT = "the directory of the images", set(Kind) - _FILES - {Kind.MISSING}
+    IMAGE = "an image file", {Kind.IMAGE, Kind.FILE}
+    OUTPUT = "a directory to write to", set(Kind) - _FILES
+
+    def __init__(self, words: str, kinds: set[Kind]) -> None:
+        self.words = words
+        self.kinds = frozenset(kinds)
+
+
+_HUB = frozenset({Wanted.NEO, Wanted.QWEN3, Wanted.EITHER_FORM, Wanted.SIZES, Wanted.TOKENIZER, Wanted.PRE_BUFFER})
+
+_PREPROCESS = "run tools/preprocess_data.py first"
+_PACK = "run tools/pack_data.py first"
+_EXPORT = "export it first (tools/convert_checkpoint.py megatron-to-hf)"
+_CONVERT = "convert it first (tools/convert_checkpoint.py hf-to-megatron)"
+_MAKE_NEO = "make a NEO of it first (tools/convert_checkpoint.py qwen3-to-neo)"
+_COPY = "copy it again in full, or write it again"
+_CONTINUE_SHARDS = "run the same preprocess_data.py command again, which continues it"
+_CONTINUE_PACKS = "run the same pack_data.py command again"
+
+# What to do with a path of one kind where another is wanted.
+_REMEDIES: dict[Wanted, dict[Kind, str]] = {
+    Wanted.PACKS: {
+        Kind.SHARDS: _PACK,
+        Kind.ANNOTATIONS: "run tools/preprocess_data.py and tools/pack_data.py first",
+        Kind.UNFINISHED_SHARDS: f"{_CONTINUE_SHARDS}, then tools/pack_data.py",
+        Kind.UNFINISHED_PACKS: _CONTINUE_PACKS,
+        Kind.NO_MANIFEST: _COPY,
+    },
+    Wanted.SHARDS: {
+        Kind.PACKS: "give the shards that they were packed from",
+        Kind.ANNOTATIONS: _PREPROCESS,
+        Kind.UNFINISHED_SHARDS: _CONTINUE_SHARDS,
+        Kind.NO_MANIFEST: _COPY,
+    },
+    Wanted.DATA_SET: {
+        Kind.ANNOTATIONS: _PREPROCESS,
+        Kind.UNFINISHED_SHARDS: _CONTINUE_SHARDS,
+        Kind.UNFINISHED_PACKS: _CONTINUE_PACKS,
+        Kind.NO_MANIFEST: _COPY,
+    },
+    Wanted.NEO: {Kind.MEGATRON: _EXPORT, Kind.ITERATION: _EXPORT, Kind.QWEN3: _MAKE_NEO},
+    Wanted.QWEN3: {
+        Kind.NEO: "it has a pre-buffer already; give the Qwen3 to put one in front of",
+        Kind.MEGATRON: "give the Qwen3 as it was downloaded",
+    },
+    Wanted.MEGATRON: {Kind.NEO: _CONVERT, Kind.OTHER_MODEL: _CONVERT, Kind.QWEN3: f"{_MAKE_NEO}, then hf-to-megatron"},
+    Wanted.TOKENIZER: {
+        kind: "give the --tokenizer that preprocess_data.py was given" for kind in (Kind.MEGATRON, Kind.ITERATION)
+    },
+    Wanted.SIZES: {
+        kind: "give the Hugging Face checkpoint that it was converted from, or a preset"
+        for kind in (Kind.MEGATRON, Kind.ITERATION)
+    }
+    | {Kind.QWEN3: _MAKE_NEO},
+    Wanted.ANNOTATIONS: {Kind.YAML: "give a registry with --registry and --datasets"},
+    Wanted.REGISTRY: {Kind.ANNOTATIONS: "give an annotation file with --input"},
+    Wanted.PRE_BUFFER: {
+        kind: "take its pre-buffer out first (tools/convert_checkpoint.py extract-pre-buffer)"
+        for kind in (Kind.NEO, Kind.MEGATRON, Kind.ITERATION)
+    },
+}
+_PARENT = "give the directory that it lies in, with --ckpt-step for another iteration than the newest"
+_REMEDIES[Wanted.START] = _REMEDIES[Wanted.MEGATRON] | {Kind.ITERATION: _PARENT}
+_REMEDIES[Wanted.RUN] = {
+    kind: f"{remedy} and give it as --pretrained-checkpoint" for kind, remedy in _REMEDIES[Wanted.MEGATRON].items()
+} | {Kind.ITERATION: _PARENT}
+
+# Where no remedy above fits.
+_GIVE = {
+    Wanted.PACKS: "give a directory that tools/pack_data.py has written",
+    Wanted.SHARDS: "give a directory that tools/preprocess_data.py has written",
+    Wanted.DATA_SET: "give a directory that tools/preprocess_data.py or tools/pack_data.py has written",
+    Wanted.NEO: "give the directory of a NEO checkpoint in Hugging Face form, or its hub id",
+    Wanted.QWEN3: "give the directory of a Qwen3 checkpoint, or its hub id",
+    Wanted.MEGATRON: "give a directory that tools/convert_checkpoint.py has written or --save has filled",
+    Wanted.EITHER_FORM: "give the directory of a checkpoint, or its hub id",
+    Wanted.START: "give a directory that tools/convert_checkpoint.py has written or --save has filled",
+    Wanted.RUN: "give the --save directory of the run",
+    Wanted.SIZES: "give a preset (neo-2b, neo-9b, tiny), a directory with the config.json of a NEO, or a hub id",
+    Wanted.PRE_BUFFER: "give a directory that extract-pre-buffer has written",
+    Wanted.TOKENIZER: "give a directory with a tokenizer, or its hub id",
+    Wanted.ANNOTATIONS: "give a JSON or JSONL file of records",
+    Wanted.REGISTRY: "give a YAML file of data sets",
+    Wanted.IMAGE_ROOT: "give the directory that the records' image paths are relative to",
+    Wanted.IMAGE: "give an image file",
+    Wanted.OUTPUT: "choose another directory",
+}
+
+
+def kind_of(path: str | Path) -> Kind:
+    """What lies at a local path."""
+    path = Path(path)
+    if path.is_file():
+        return _kind_of_file(path)
+    if not path.is_dir():
+        return Kind.MISSING
+    names = {entry.name for entry in islice(path.iterdir(), _NAMES_LOOKED_AT)}
+    if not names:
+        return Kind.EMPTY
+    return _kind_of_data_set(path) or _kind_of_checkpoint(path, names) or _kind_of_other(names)
+
+
+def _kind_of_file(path: Path) -> Kind:
+    name = path.name.lower()
+    if name.endswith(".json"):  # JSON is YAML too: a registry is an object, annotations are an array
+        with path.open("rb") as file:
+            return Kind.FILE if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else Kind.ANNOTATIONS
+    if name.endswith(_ANNOTATIONS):
+        return Kind.ANNOTATIONS
+    if name.endswith((".yaml", ".yml")):
+        return Kind.YAML
+    return Kind.IMAGE if name.endswith(_IMAGES) else Kind.FILE
+
+
+def _kind_of_data_set(path: Path) -> Kind | None:
+    files = {Kind.SHARDS: "00000.tokens.idx", Kind.PACKS: "patterns.npy"}
+    known = next((kind for kind, file in files.items() if (path / file).is_file()), None)
+    if (path / "manifest.json").is_file():
+        # A damaged manifest does not hide what the directory holds: its reader says what is wrong with it.
+        formats = {"neo-shards": Kind.SHARDS, "neo-packs": Kind.PACKS}
+        return formats.get(str(_json(path / "manifest.json").get("format")), known)
+    if (path / "run.json").is_file():
+        return Kind.UNFINISHED_SHARDS
+    if (path / "neo-packs.partial").is_file():
+        return Kind.UNFINISHED_PACKS
+    return Kind.NO_MANIFEST if known else None
+
+
+def _kind_of_checkpoint(path: Path, names: set[str]) -> Kind | None:
+    if (path / "config.json").is_file():
+        model_types = {"neo_chat": Kind.NEO, "qwen3": Kind.QWEN3, "neo_pre_buffer": Kind.PRE_BUFFER}
+        return model_types.get(str(_json(path / "config.json").get("model_type")), Kind.OTHER_MODEL)
+    if (path / _TRACKER).is_file():
+        return Kind.MEGATRON
+    if (path / "metadata.json").is_file():
+        return Kind.ITERATION
+    if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|index\.json)", name) for name in names):
+        return Kind.OTHER_MODEL  # its reader says that config.json is missing
+    if any(re.fullmatch(r"iter_\d{7,}", name) for name in names):
+        return Kind.UNFINISHED_SAVE
+    return Kind.TOKENIZER if names & {"tokenizer.json", "tokenizer_config.json", "vocab.json"} else None
+
+
+def _kind_of_other(names: set[str]) -> Kind:
+    if names & {"answers.jsonl", "answers.partial.jsonl"}:
+        return Kind.ANSWERS
+    return Kind.IMAGES if any(name.lower().endswith(_IMAGES) for name in names) else Kind.DIRECTORY
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a small JSON file says; nothing where it is broken, which is for its reader to say."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
+    """Raises where a local path is not of the wanted kind. Object storage and hub ids are left to their readers.
+
+    Args:
+        flag: that the path was given to, for the sentence.
+
+    Raises:
+        WrongPath: with the path, what it is, and what to do.
+    """
+    text = str(path)
+    if text.startswith(REMOTE):
+        return
+    found = kind_of(path)
+    elsewhere = wanted is Wanted.SIZES or (wanted in _HUB and text.count("/") == 1)  # a preset, or on a hub
+    if found in wanted.kinds or (found is Kind.MISSING and elsewhere):
+        return
+    raise WrongPath(f"{flag} {wrong_kind(text, found, wanted)}".strip())
+
+
+def wrong_kind(location: str, found: Kind, wanted: Wanted) -> str:
+    """The sentence about a location that is of another kind than is wanted."""
+    what = found.value
+    if found is Kind.MISSING and Path(f"{location}.partial").exists():
+        return f"{location} does not exist, only {location}.partial, which is unfinished: run the same command again"
+    if found not in (Kind.MISSING, Kind.EMPTY, Kind.FILE):
+        what += f", not {wanted.words}"
+    return f"{location} {what}: {_REMEDIES.get(wanted, {}).get(found) or _GIVE[wanted]}"
+
+
+def check_flags(arguments: Sequence[str], flags: Mapping[str, Wanted]) -> None:
+    """Checks the paths on a command line before it is parsed, which may need slow imports.
+
+    Args:
+        arguments: without the program's name.
+        flags: the flags that take paths. One that is abbreviated or comes after ``--`` is checked by its reader alone.
+
+    Raises:
+        WrongPath: as `check_path`.
+    """
+    flag = None
+    for word in arguments:
+        if word == "--":
+            return
+        value: str | None = word
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            value = value if equals else None
+        if flag in flags and value:
+            share = re.fullmatch(r"(.+)%[\d./]+", value)
+            check_path(share[1] if share and not Path(value).exists() else value, flags[flag], flag)

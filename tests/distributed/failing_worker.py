@@ -1,0 +1,43 @@
+"""Runs `python -m neo_megatron.pretrain_neo` of which one rank, or all, fail in the second step in a given way.
+
+Arguments: the way, the rank or "all", then the flags of pretrain_neo.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+
+from neo_megatron import pretrain_neo
+from neo_megatron.data.errors import DataError
+from neo_megatron.run.start import start
+
+way, who = sys.argv[1:3]
+sys.argv[1:3] = []
+forward_step, calls = pretrain_neo.forward_step, 0
+
+
+def failing_step(*arguments):
+    global calls
+    calls += 1
+    if calls == 4 and who in ("all", os.environ["RANK"]):
+        print("the last line before the end")
+        if way == "sentence":
+            raise DataError("a sentence with a remedy")
+        if way == "bug":
+            raise TypeError("a bug")
+        if way == "full disk":
+            raise RuntimeError("a library's words") from OSError(errno.ENOSPC, "No space left on device", "/some/file")
+        if way == "package":
+            import no_such_package  # noqa: F401
+        if way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if way == "hang":
+            os.write(2, b"words of C++\n")
+            time.sleep(600)
+    return forward_step(*arguments)
+
+
+pretrain_neo.forward_step = failing_step
+start()

@@ -1,0 +1,222 @@
+"""Every kind of path given to every flag that takes one: accepted, or one sentence with a remedy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+from neo_megatron.checkpoint.either_form import open_either
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
+from neo_megatron.data.errors import DataError
+from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.preprocess import preprocess
+from neo_megatron.data.registry import Source
+from neo_megatron.data.settings import Settings
+from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.verify import verify
+from neo_megatron.paths import Kind, Wanted, WrongPath, check_flags, check_path, kind_of
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """One path of every kind, under the kind's name; data sets and checkpoints are made with the tools' functions."""
+    room = tmp_path_factory.mktemp("paths")
+    documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
+    (room / "annotations.json").write_text(json.dumps(documents))
+    source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    for made, left, kept in (
+        ("shards", "unfinished_shards", "run.json"),
+        ("packs", "unfinished_packs", "neo-packs.partial"),
+    ):
+        shutil.copytree(room / made, room / left)
+        (room / left / "manifest.json").unlink()
+        (room / left / kept).write_text("{}\n")
+    shutil.copytree(room / "shards", room / "no_manifest")
+    (room / "no_manifest" / "manifest.json").unlink()
+    convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "megatron")
+    shutil.copytree(room / "megatron" / "release", room / "iteration")
+    (room / "unfinished_save" / "iter_0000010").mkdir(parents=True)
+    shutil.copytree(GOLDEN / "ckpt_untied", room / "neo")
+    shutil.copytree(GOLDEN / "qwen3_untied", room / "qwen3")
+    shutil.copytree(GOLDEN / "qwen3_untied", room / "other_model")
+    (room / "other_model" / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(GOLDEN / "tokenizer", room / "tokenizer")
+    for name, file in (("answers", "answers.jsonl"), ("directory", "notes.txt")):
+        (room / name).mkdir()
+        (room / name / file).write_text("")
+    shutil.copytree(GOLDEN / "images", room / "images")
+    (room / "empty").mkdir()
+    (room / "registry.yaml").write_text("golden: {annotation_path: annotations.json}\n")
+    (room / "notes.txt").write_text("words")
+    neo = shutil.copytree(room / "neo", room / "neo-with-tokenizer")
+    shutil.copytree(GOLDEN / "tokenizer", neo, dirs_exist_ok=True)
+    extract_pre_buffer(open_either(neo), room / "pre_buffer", 1 << 30)
+    return room
+
+
+FILES = {
+    Kind.MISSING: "nowhere",
+    Kind.ANNOTATIONS: "annotations.json",
+    Kind.YAML: "registry.yaml",
+    Kind.IMAGE: "images/a.png",
+    Kind.FILE: "notes.txt",
+}
+
+
+def example(room: Path, kind: Kind) -> Path:
+    return room / FILES.get(kind, kind.name.lower())
+
+
+@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+def test_every_kind_is_recognised(room, kind):
+    assert kind_of(example(room, kind)) is kind
+
+
+@pytest.mark.parametrize("wanted", Wanted, ids=lambda wanted: wanted.name)
+def test_every_kind_where_each_is_wanted(room, wanted):
+    for kind in Kind:
+        path = example(room, kind)
+        if kind in wanted.kinds:
+            check_path(path, wanted, "--flag")
+            continue
+        with pytest.raises(WrongPath) as raised:
+            check_path(path, wanted, "--flag")
+        sentence = str(raised.value)
+        assert sentence.startswith(f"--flag {path} {kind.value}") and "\n" not in sentence
+        assert ": " in sentence.removeprefix(f"--flag {path}"), "a remedy"
+        assert "damaged" not in sentence
+
+
+SENTENCES = {
+    ("PACKS", "SHARDS"): "holds shards, not packs: run tools/pack_data.py first",
+    ("PACKS", "UNFINISHED_SHARDS"): "run the same preprocess_data.py command again",
+    ("PACKS", "UNFINISHED_PACKS"): "run the same pack_data.py command again",
+    ("PACKS", "ANNOTATIONS"): "is an annotation file, not packs: run tools/preprocess_data.py and tools/pack_data.py",
+    ("PACKS", "MISSING"): "does not exist: give a directory that tools/pack_data.py has written",
+    ("SHARDS", "PACKS"): "holds packs, not shards: give the shards that they were packed from",
+    ("SHARDS", "NO_MANIFEST"): "holds a data set without its manifest.json, not shards: copy it again in full",
+    ("NEO", "MEGATRON"): "export it first (tools/convert_checkpoint.py megatron-to-hf)",
+    ("NEO", "QWEN3"): "make a NEO of it first (tools/convert_checkpoint.py qwen3-to-neo)",
+    ("MEGATRON", "NEO"): "convert it first (tools/convert_checkpoint.py hf-to-megatron)",
+    ("START", "NEO"): "convert it first (tools/convert_checkpoint.py hf-to-megatron)",
+    ("START", "ITERATION"): "is one iteration of a Megatron checkpoint, not a Megatron checkpoint: give the directory",
+    ("RUN", "NEO"): "hf-to-megatron) and give it as --pretrained-checkpoint",
+    ("QWEN3", "NEO"): "it has a pre-buffer already",
+    ("SIZES", "MEGATRON"): "give the Hugging Face checkpoint that it was converted from",
+    ("TOKENIZER", "MEGATRON"): "give the --tokenizer that preprocess_data.py was given",
+    ("ANNOTATIONS", "YAML"): "give a registry with --registry and --datasets",
+    ("REGISTRY", "ANNOTATIONS"): "give an annotation file with --input",
+    ("IMAGE_ROOT", "FILE"): "is a file, not a directory",
+    ("OUTPUT", "FILE"): "is a file, not a directory",
+}
+
+
+@pytest.mark.parametrize(("wanted", "kind"), SENTENCES)
+def test_the_remedy_fits_what_is_there(room, wanted, kind):
+    with pytest.raises(WrongPath) as raised:
+        check_path(example(room, Kind[kind]), Wanted[wanted])
+    assert SENTENCES[wanted, kind] in str(raised.value)
+
+
+def test_the_readers_say_the_same(room):
+    """Also where no command line was looked at, as for the second data set of a mixture."""
+    for read, path, sentence in (
+        (PackIndex.open, "shards", "holds shards, not packs: run tools/pack_data.py first"),
+        (ShardSet, "packs", "holds packs, not shards"),
+        (PackIndex.open, "nowhere", "nowhere does not exist"),
+        (ShardSet, "unfinished_shards", "holds an unfinished data set"),
+        (verify, "megatron", "is a Megatron checkpoint, not shards or packs"),
+        (lambda path: write_packs([PackInput(path)], room / "out", 192), "packs", "holds packs, not shards"),
+        (lambda path: Source("web", path), "images", "data set web: .* is a directory of images, not an annotation"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            read(str(room / path))
+    for read, path, sentence in (
+        (open_either, "nowhere", "nowhere does not exist"),
+        (lambda path: convert_hf_to_megatron(path, room / "out"), "megatron", "export it first"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            read(str(room / path))
+
+
+def test_an_unfinished_conversion_is_named(room):
+    (room / "half.partial").mkdir()
+    with pytest.raises(WrongPath, match="half does not exist, only .*half.partial, which is unfinished"):
+        check_path(room / "half", Wanted.NEO)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--data {room}/shards%50 {room}/shards%12.5", Wanted.SHARDS),
+        ("--data s3://bucket/shards msc://profile/shards", Wanted.SHARDS),
+        ("--data org/name", Wanted.NEO),
+        ("--data {room}/neo --other {room}/nowhere", Wanted.NEO),
+        ("-- --data {room}/nowhere", Wanted.NEO),
+    ],
+)
+def test_a_right_command_line_passes(room, words, wanted):
+    check_flags(words.format(room=room).split(), {"--data": wanted})
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--data={room}/nowhere", "--data {room}/shards {room}/nowhere", "--data {room}/shards --data {room}/nowhere%50"],
+)
+def test_a_wrong_path_is_found_wherever_it_stands(room, words):
+    with pytest.raises(WrongPath, match="--data .*nowhere does not exist"):
+        check_flags(words.format(room=room).split(), {"--data": Wanted.SHARDS})
+
+
+# Every tool, with one path that is of the wrong kind.
+COMMANDS = {
+    "preprocess_data --input @/shards --tokenizer @/tokenizer --output @/o": "--input",
+    "preprocess_data --input @/annotations.json --tokenizer @/megatron --output @/o": "--tokenizer",
+    "preprocess_data --registry @/annotations.json --datasets a --tokenizer t --output @/o": "--registry",
+    "preprocess_data --input @/annotations.json --image-root @/notes.txt --tokenizer t --output o": "--image-root",
+    "pack_data --data @/shards @/packs --output @/o --seq-length 192": "--data",
+    "pack_data --data @/shards --output @/notes.txt --seq-length 192": "--output",
+    "inspect_data --packs @/shards --output @/o.html": "--packs",
+    "inspect_data --data @/packs --output @/o.html": "--data",
+    "verify_data --data @/annotations.json": "--data",
+    "plan --neo-model @/megatron": "--neo-model",
+    "plan --neo-model tiny --packs @/shards": "--packs",
+    "convert_checkpoint hf-to-megatron --hf @/megatron --output @/o": "--hf",
+    "convert_checkpoint megatron-to-hf --megatron @/neo --tokenizer @/tokenizer --output @/o": "--megatron",
+    "convert_checkpoint qwen3-to-neo --qwen3 @/neo --pre-buffer-layers 1 --output @/o": "--qwen3",
+    "convert_checkpoint attach-pre-buffer --pre-buffer @/neo --qwen3 @/qwen3 --output @/o": "--pre-buffer",
+    "convert_checkpoint extract-pre-buffer --neo @/packs --output @/o": "--neo",
+    "generate --model @/megatron --prompt a": "--model",
+    "generate --model @/neo --prompt a --image @/nowhere.png": "--image",
+    "evaluate --model @/neo --input @/nowhere.json --output @/o": "--input",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_tool_ends_with_the_sentence_before_it_loads_anything(room, command):
+    tool, *arguments = command.replace("@", str(room)).split()
+    slow = ("torch", "transformers", "megatron", "numpy", "PIL")
+    code = (
+        "import runpy, sys\n"
+        f"for name in {slow}: sys.modules[name] = None\n"  # an import of one of them ends in an error
+        f"sys.argv = {[tool, *arguments]!r}\n"
+        f"runpy.run_path({str(ROOT / 'tools' / tool) + '.py'!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 1
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"{tool}: {COMMANDS[command]} {room}/"), sentence
+    assert not (room / "o").exists()

@@ -1,0 +1,49 @@
+"""The locks of tools/locks hold what setup.py asks for, in the same versions wherever they share a directory."""
+
+import re
+from pathlib import Path
+
+import pytest
+from distutils.core import run_setup  # setuptools provides it
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+LOCKS = ROOT / "tools" / "locks"
+PIN = re.compile(r"^(\S+)==(\S+?)(?: ;[^\\]*)? \\$")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Version by canonical name of the package."""
+    found = [PIN.match(line) for line in (LOCKS / f"{name}.lock").read_text().splitlines()]
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """What setup.py asks for, with one extra."""
+    distribution = run_setup(str(ROOT / "setup.py"), stop_after="init")
+    return [Requirement(line) for line in [*distribution.install_requires, *distribution.extras_require[extra]]]
+
+
+@pytest.mark.parametrize("name", ["test", "quickstart", "demo", "lmms-eval"])
+def test_a_lock_has_what_setup_py_asks_for(name):
+    locked = pins(name)
+    for requirement in requirements(name):
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version and requirement.specifier.contains(version), f"{requirement}: {name}.lock has {version}"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "demo", "transformer-engine"])
+def test_what_shares_an_environment_has_the_same_versions(name):
+    shared = pins("test")
+    differing = {package: version for package, version in pins(name).items() if shared.get(package, version) != version}
+    assert not differing
+
+
+@pytest.mark.parametrize("lock", sorted(LOCKS.glob("*.lock")), ids=lambda lock: lock.stem)
+def test_every_package_is_pinned_with_hashes_and_comes_from_any_index(lock):
+    text = lock.read_text()
+    entries = re.split(r"\n(?=\S)", re.sub(r"(?m)^#.*\n", "", text).strip())
+    assert len(entries) == len(pins(lock.stem)) > 0
+    assert all(" --hash=sha256:" in entry for entry in entries)
+    assert "://" not in text and "--find-links" not in text
