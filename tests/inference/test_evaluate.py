@@ -287,6 +287,12 @@ def test_the_page_escapes_everything(tmp_path):
     assert "<script" not in html and "<img" not in html and html.count("</style>") == 1
 
 
+def test_a_question_is_shown_as_the_model_reads_it():
+    line = case(question="<image>\n" + r"Is \<image> a tag?")
+    html = page(Evaluation([line], [], Scores.of([line]), {}), "neo")
+    assert "<p>Is &lt;image&gt; a tag?</p>" in html
+
+
 def test_the_worst_come_first(tmp_path):
     lines = [case(record=number, anls=number % 10 / 10) for number in range(200)]
     shown = worst_cases(lines, 30)

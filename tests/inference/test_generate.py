@@ -111,4 +111,4 @@ def test_a_missing_model_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(generate.__file__, run_name="__main__")
-    assert ended.value.code.startswith(f"generate: {tmp_path}/gone/config.json: no such file")
+    assert ended.value.code.startswith(f"generate: --model {tmp_path}/gone does not exist: give the directory of a NEO")

@@ -119,14 +119,6 @@ def _card(line: dict[str, Any], pictures: str) -> str:
     )
 
 
-def _words(question: str) -> str:
-    """The text as the model reads it, without the tags of images that stand on lines of their own."""
-    words, *others = split_tags(question)
-    for tag, text in zip(others[::2], others[1::2], strict=True):
-        words += text[1:] if tag == IMAGE_TAG and text.startswith("\n") else tag + text
-    return words
-
-
 def _pixels(path: str) -> np.ndarray | str:
     """A small version of a picture, or why it cannot be shown: it may have gone since it was asked about."""
     try:
