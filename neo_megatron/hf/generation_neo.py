@@ -10,9 +10,12 @@ import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .positions_neo import document_numbers, image_numbers, one_grid, valid_tokens
 
+# What this version of transformers calls the cache.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 GROWING_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
 NO_STATIC_CACHE = "NEO generates over a cache that grows, not a static one: leave cache_implementation unset"
 
@@ -156,6 +159,9 @@ class NEOGenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        given = one_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if given is not None:
+            model_kwargs[CACHE] = given
         if config.prefill_chunk_size is not None:
             raise ValueError(
                 "NEO computes a prompt at once, as its images must not be cut: leave prefill_chunk_size unset"

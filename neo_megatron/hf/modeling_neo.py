@@ -19,7 +19,7 @@ from .attention_neo import kernel_mask
 from .chat_neo import NEOChatMixin
 from .configuration_neo import NEOChatConfig
 from .decoder_neo import NEOLanguageModel
-from .generation_neo import NEOGenerationMixin, one_cache
+from .generation_neo import CACHE, NEOGenerationMixin, one_cache
 from .loss_neo import trained_labels, weighted_loss
 from .mask_neo import AttentionRule
 from .positions_neo import (
@@ -36,8 +36,6 @@ from .positions_neo import (
 from .tags_neo import IMAGE_TAG  # noqa: F401 - for chat_neo
 from .vision_neo import NEOVisionModel
 
-# What this version of transformers calls the cache in outputs.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Stands for every token that is given as a vector.
 TEXT = -1
 

@@ -56,8 +56,10 @@ def test_the_name_of_the_cache(model, document, monkeypatch):
 def test_either_name(model, document):
     """Of the argument, in every version; and an output has what this version and those before call it."""
     ids, images = document["input_ids"], {key: document[key] for key in ("pixel_values", "grid_hw")}
-    whole = model(**document).logits[:, 60:]
+    whole, answer = model(**document).logits[:, 60:], model.generate(**document, **GREEDY)
     for name in ("cache", "past_key_values"):
+        first = model(ids[:, :60], **images, use_cache=True)
+        assert torch.equal(model.generate(**document, **GREEDY, **{name: first.past_key_values}), answer)
         first = model(ids[:, :60], **images, use_cache=True)
         assert first[NAME] is first.past_key_values
         rest = model(ids[:, 60:], **{name: first.past_key_values})
