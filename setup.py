@@ -62,7 +62,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"],
+        "console_scripts": ["pretrain-neo = neo_megatron.run.start:start"],
         "lmms_eval.models": ["neo = neo_megatron.lmms_eval_plugin:manifest"],
     },
 )
