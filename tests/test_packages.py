@@ -1,15 +1,13 @@
 """Every hint to install something names an extra of setup.py, or a package that setup.py asks for."""
 
-import ast
 import re
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from setup_py import ROOT, setup_requirements
 
 from neo_megatron.packages import OPTIONAL, install
 
-ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
     for folder in ("neo_megatron", "tools", "examples", "docs")
@@ -22,24 +20,8 @@ SOURCES = [
 ALONE = {"flash-attn-4", "gradio"}
 
 
-def setup_arguments() -> dict:
-    """What setup.py hands to setuptools."""
-    constants, given = {}, {}
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign):
-            constants[node.targets[0].id] = eval(
-                compile(ast.Expression(node.value), "setup.py", "eval"), dict(constants)
-            )
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            for keyword in node.value.keywords:
-                if keyword.arg in ("extras_require", "install_requires"):
-                    code = compile(ast.Expression(keyword.value), "setup.py", "eval")
-                    given[keyword.arg] = eval(code, dict(constants))
-    return given
-
-
-GIVEN = setup_arguments()
-REQUIREMENTS = [*GIVEN["install_requires"], *(text for extra in GIVEN["extras_require"].values() for text in extra)]
+INSTALLED, EXTRAS = setup_requirements()
+REQUIREMENTS = [*INSTALLED, *(text for extra in EXTRAS.values() for text in extra)]
 
 
 def hints() -> list[tuple[str, str]]:
@@ -61,7 +43,7 @@ def test_there_are_hints():
 @pytest.mark.parametrize(("file", "words"), sorted(set(hints())))
 def test_every_hint_names_what_there_is(file, words):
     if extra := re.fullmatch(r"\.\[([\w,-]+)\]", words):  # of a checkout
-        assert set(extra[1].split(",")) <= set(GIVEN["extras_require"]), file
+        assert set(extra[1].split(",")) <= set(EXTRAS), file
         return
     if words == ".":
         return
@@ -72,5 +54,5 @@ def test_every_hint_names_what_there_is(file, words):
 
 @pytest.mark.parametrize("module", sorted(set(OPTIONAL) - {"flash_attn"}))
 def test_the_versions_are_those_of_the_extras(module):
-    assert OPTIONAL[module] in REQUIREMENTS
+    assert Requirement(OPTIONAL[module]) in map(Requirement, REQUIREMENTS)
     assert install(module) == f"pip install '{OPTIONAL[module]}'"

@@ -1,14 +1,12 @@
 """The locks of tools/locks hold what setup.py asks for, in the same versions wherever they share a directory."""
 
 import re
-from pathlib import Path
 
 import pytest
-from distutils.core import run_setup  # setuptools provides it
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setup_py import ROOT, setup_requirements
 
-ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "tools" / "locks"
 PIN = re.compile(r"^(\S+)==(\S+?)(?: ;[^\\]*)? \\$")
 
@@ -21,8 +19,8 @@ def pins(name: str) -> dict[str, str]:
 
 def requirements(extra: str) -> list[Requirement]:
     """What setup.py asks for, with one extra."""
-    distribution = run_setup(str(ROOT / "setup.py"), stop_after="init")
-    return [Requirement(line) for line in [*distribution.install_requires, *distribution.extras_require[extra]]]
+    installed, extras = setup_requirements()
+    return [Requirement(line) for line in [*installed, *extras[extra]]]
 
 
 @pytest.mark.parametrize("name", ["test", "quickstart", "demo", "lmms-eval"])

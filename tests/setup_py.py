@@ -1,0 +1,13 @@
+"""What setup.py asks for, read by setuptools."""
+
+from pathlib import Path
+
+from distutils.core import run_setup  # setuptools provides it
+
+ROOT = Path(__file__).parents[1]
+
+
+def setup_requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """``install_requires``, and the requirements of each extra."""
+    distribution = run_setup(str(ROOT / "setup.py"), stop_after="init")
+    return distribution.install_requires, distribution.extras_require
