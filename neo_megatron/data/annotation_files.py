@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,6 @@ def check_annotation_file(path: str) -> None:
     Raises:
         DataError: with what the file is, and what to do.
     """
-    if os.path.isdir(path):
-        raise DataError(f"{path} is a directory; name the annotation file in it")
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
         is_complete = len(head) < _HEAD_BYTES

@@ -157,7 +157,7 @@ def test_what_json_writes_passes_under_its_own_name(tmp_path_factory, records):
 
 
 def test_a_source_is_checked_before_anything_else(tmp_path):
-    with pytest.raises(DataError, match="is a directory; name the annotation file"):
+    with pytest.raises(DataError, match="is an empty directory: give a JSON or JSONL file"):
         Source("a", str(tmp_path))
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(LINES))
     with pytest.raises(DataError, match=r"a\.jsonl is compressed with gzip"):
