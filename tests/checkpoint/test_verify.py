@@ -8,6 +8,7 @@ import torch
 import verify_checkpoint
 from conftest import run_python
 
+from neo_megatron import command_line
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.model.config import NeoSizes
 
@@ -25,7 +26,7 @@ def verify(megatron, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["verify_checkpoint", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            verify_checkpoint.main()
+            command_line.run("verify_checkpoint", verify_checkpoint.main, ValueError)
         return stopped.value.code, capsys.readouterr().out
 
     return run
@@ -92,7 +93,7 @@ def test_other_sizes_are_named(verify, golden, variant, tmp_path):
     code, _ = verify(golden / "ckpt_untied", tmp_path / "megatron")
     assert "differ in image_start_token_id (897, 5)" in code
     code, _ = verify(golden, tmp_path / "megatron")
-    assert code.startswith("verify_checkpoint: ") and "config.json: no such file" in code
+    assert code.startswith("verify_checkpoint: ") and "is a directory of other files, not a NEO" in code
 
 
 def test_a_damaged_checkpoint_is_not_compared(verify, golden, tmp_path):

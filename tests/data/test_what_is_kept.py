@@ -61,7 +61,7 @@ def test_too_many_rejects_leave_shards_that_the_same_call_completes(bench, new_s
     assert raised.value.counts["rejected_by_reason"] == {"empty conversation": 1, "missing picture": 2}
     assert "2 of them name an image or video that is not found, so check --image-root" in str(raised.value)
     assert len(bench.rejects()) == 3
-    with pytest.raises(DataError, match="no complete data set"):
+    with pytest.raises(DataError, match="holds an unfinished data set"):
         write_packs([PackInput(str(bench.path / "shards"))], bench.path / "packs", 64)
     monkeypatch.setattr("neo_megatron.data.slice_worker.SliceWorker.run", None)  # nothing is done a second time
     assert run(bench, file, max_rejected=3)["counts"]["samples_rejected"] == 3
