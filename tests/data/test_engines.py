@@ -116,5 +116,5 @@ def test_a_ray_cluster_makes_the_same_bytes(bench, new_sample, directory_bytes, 
 def test_without_ray_a_sentence_says_how_to_install_it(bench, new_sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     source, settings = mixed(bench, new_sample)
-    with pytest.raises(DataError, match="--engine ray needs Ray: pip install 'ray>=2.40'"):
+    with pytest.raises(DataError, match="--engine ray needs Ray: pip install 'ray>=2.40,<2.61'"):
         preprocess([source], bench.tokenizer, bench.path / "ray", settings, engine="ray")
