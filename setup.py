@@ -9,13 +9,13 @@ RAY = ["ray>=2.40,<2.61"]
 # What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/lock.sh adds Gradio
 # itself to the environments of this repository.
 DEMO = [
-    *("anyio>=4,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
+    *("anyio>=4.8,<5", "brotli>=1.2.1", "fastapi>=0.115.2,<1", "gradio-client==2.7.2", "groovy~=0.1", "hf-gradio~=0.4"),
     *("httpx>=0.27,<1", "jinja2>=3.1,<4", "markupsafe>=2.1.5,<4", "orjson~=3.10", "packaging>=24", "pandas>=2.2,<4"),
     *("pydantic>=2.11,<=3", "pydub>=0.25,<1", "python-multipart>=0.0.18,<1", "pytz>=2024.1", "safehttpx>=0.1.7,<0.2"),
     *("semantic-version~=2.10", "starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1"),
     *("typing-extensions~=4.12", "uvicorn>=0.30"),
 ]
-BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5", *S3]
+BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5.1", *S3]
 
 setup(
     name="neo-megatron",
@@ -38,7 +38,7 @@ setup(
         "huggingface_hub>=0.34,<3",
         "tokenizers>=0.22,<0.24",
         "pillow>=13,<14",  # earlier ones resize some images to other pixels than the published ones
-        "numpy>=2,<2.6",
+        "numpy>=2.1,<2.6",
         "psutil>=5.9.8,<8",  # Megatron saves checkpoints with it and does not ask for it
         "pyyaml>=6.0.2,<7",
         "tqdm>=4.66,<5",
@@ -57,7 +57,14 @@ setup(
         "test": [
             "accelerate>=1.1",  # the Trainer of transformers and device_map ask for it
             *("trl>=1.16", "peft>=0.21", "datasets>=4"),  # what people fine-tune exports with
-            *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "requests>=2.32", "moto[server]>=5", "dashscope==2.0.2"),
+            *(
+                "pytest>=8",
+                "pytest-xdist>=3.6",
+                "hypothesis>=6.100",
+                "requests>=2.32",
+                "moto[server]>=5.1",
+                "dashscope==2.0.2",
+            ),
             *("ruff>=0.12", "easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
         ],
     },

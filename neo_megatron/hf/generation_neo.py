@@ -81,7 +81,9 @@ class NEOGenerationMixin(GenerationMixin):
         if unknown := [name for name, value in others.items() if value is not None]:
             raise TypeError(f"generate() got {', '.join(unknown)}, which NEO does not take: leave it out")
         cache = one_cache(past_key_values, cache)
-        if use_cache and cache is None:
+        # The first step may come without: `forward` makes a cache then, and some versions count on that.
+        has_generated = prompt_length is not None and input_ids.shape[1] > prompt_length
+        if use_cache and cache is None and has_generated:
             raise RuntimeError(
                 f"generate() of transformers {transformers.__version__} hands no cache to NEO, so that every token "
                 "would compute the sequence again: install a version from 4.57 to 5.24, or pass use_cache=False"
