@@ -83,10 +83,13 @@ def test_a_cache_of_a_name_to_come_is_an_error(model, document, monkeypatch):
 
 
 def test_no_cache_where_one_is_to_be_used(model, document):
+    """`forward` makes the cache of the first step where a version gives none; the second step must have it."""
+    length = document["input_ids"].shape[1]
+    assert model.prepare_inputs_for_generation(**document, use_cache=True, prompt_length=length)["use_cache"]
     with pytest.raises(RuntimeError, match="hands no cache to NEO.* 4.57 to 5.24"):
-        model.prepare_inputs_for_generation(**document, use_cache=True, prompt_length=document["input_ids"].shape[1] - 1)
+        model.prepare_inputs_for_generation(**document, use_cache=True, prompt_length=length - 1)
     trained = copy.deepcopy(model).train()
-    assert trained(**document, use_cache=True).past_key_values.get_seq_length() == document["input_ids"].shape[1]
+    assert trained(**document, use_cache=True).past_key_values.get_seq_length() == length
     assert trained(**document).past_key_values is None
     trained.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="allows no cache: pass use_cache=False"):
