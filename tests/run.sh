@@ -19,7 +19,7 @@ for version in 4.57 5.23; do
   overlay=$(dirname "$(dirname "$PYTHON")")/transformers-$version
   if [ ! -d "$overlay" ]; then
     echo "installing transformers $version into ${overlay##*/}"
-    install_lock "tools/locks/transformers-$version.lock" -q --target "$overlay.partial"
+    install_lock "tools/locks/transformers-$version.lock" -q --no-compile --target "$overlay.partial"
     mv "$overlay.partial" "$overlay"
   fi
   export "NEO_TEST_TRANSFORMERS_${version/./}=$overlay"

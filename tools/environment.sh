@@ -10,8 +10,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Installs exactly what a lock says.     usage: install_lock LOCK [pip arguments]
 install_lock() {
-  # Python compiles what it imports; compiling all of it here would take longer than unpacking it.
-  "$PYTHON" -m pip install --disable-pip-version-check --no-compile --no-deps --require-hashes -r "$@" |
+  "$PYTHON" -m pip install --disable-pip-version-check --no-deps --require-hashes -r "$@" |
     sed '/^Requirement already/d; /^Collecting/d; /^ *Using cached/d'
 }
 
