@@ -10,7 +10,6 @@ Needs nothing but the standard library, so that Ctrl-C while libraries are loade
 """
 
 import errno
-import multiprocessing
 import os
 import signal
 import sys
@@ -133,9 +132,3 @@ def _say_uncaught(name: str, error: BaseException) -> None:
         traceback.print_exception(error)
     else:
         print(f"{name}: {sentence}", file=sys.stderr)
-
-
-if multiprocessing.parent_process() is not None:
-    # This process is one of a pool and has just been started: it imports the program, which takes seconds. Ctrl-C is
-    # for the process that the user sees, which ends the pool.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

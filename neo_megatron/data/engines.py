@@ -10,7 +10,7 @@ import secrets
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing import connection, get_context
+from multiprocessing import connection
 from typing import Any, Literal, Protocol
 
 from neo_megatron.data.annotations import Slice
@@ -18,6 +18,7 @@ from neo_megatron.data.errors import DataError
 from neo_megatron.data.slice_worker import SliceWorker, Task
 from neo_megatron.data.unfinished import Outcome
 from neo_megatron.packages import install
+from neo_megatron.processes import SPAWN
 
 EngineName = Literal["local", "ray"]
 Report = Callable[[int, int], Any]  # as of SliceWorker
@@ -101,10 +102,9 @@ class LocalEngine:
         self._report = report
         self._idle: list[tuple[Any, connection.Connection]] = []
         self._busy: dict[connection.Connection, tuple[Any, Slice]] = {}
-        context = get_context("spawn")  # a fork of a process with threads may hang
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(task, theirs), daemon=True)
+            ours, theirs = SPAWN.Pipe()
+            process = SPAWN.Process(target=_serve, args=(task, theirs), daemon=True)
             process.start()
             theirs.close()
             self._idle.append((process, ours))
@@ -141,7 +141,6 @@ class LocalEngine:
 
 def _serve(task: Task, pipe: connection.Connection) -> None:
     """One process of the pool. It ends when the other end of the pipe is gone, were it by a kill."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the person sees
     try:
         worker = SliceWorker(task, lambda samples, size: pipe.send((samples, size)))
         while True:

@@ -7,7 +7,6 @@ memory that is too small shows at once. A sampled answer depends on the seed and
 import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answer, Answerer
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample
 from neo_megatron.inference.questions import Ask, Question
+from neo_megatron.processes import SPAWN
 
 Result = dict[str, Any]
 """``prediction`` and ``finished`` of an answer, or ``rejected``, a line of ``rejects.jsonl``."""
@@ -187,13 +187,12 @@ def _on_processes(
     task: Task, batches: Sequence[Batch], workers: int
 ) -> Iterator[tuple[Sequence[Question], list[Result]]]:
     """Batches as they come to their end."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    devices = context.SimpleQueue()
+    devices = SPAWN.SimpleQueue()
     for number in range(workers):
         devices.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None)
     others = set(multiprocessing.active_children())
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    executor = ProcessPoolExecutor(workers, context, _start, (task, devices, threads))
+    executor = ProcessPoolExecutor(workers, SPAWN, _start, (task, devices, threads))
     try:
         waiting = {executor.submit(_answer, *batch): batch[0] for batch in batches}
         for future in as_completed(waiting):
@@ -216,7 +215,6 @@ _worker: Worker | None = None
 def _start(task: Task, devices: Any, threads: int) -> None:
     """A process of the pool. Its model is loaded with its first batch, where an error finds its way back."""
     global _task, _device
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the person sees
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)

@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from neo_megatron.processes import SPAWN
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class _Process:
     def __init__(self, job: Job, logs: Path) -> None:
         self.job, self.log = job, logs / f"{job.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        context = get_context("spawn")
-        self.connection, there = context.Pipe()
-        self.process = context.Process(target=_work, args=(job, there, self.log), daemon=True)
+        self.connection, there = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=_work, args=(job, there, self.log), daemon=True)
         self.process.start()
         there.close()
 

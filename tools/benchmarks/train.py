@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ from benchmarks import train_ours, train_plain
 from benchmarks.table import Row
 from benchmarks.train_inputs import LENGTH, write_inputs
 from benchmarks.train_step import Step
+from neo_megatron.processes import SPAWN
 
 VOCABULARIES = {1024: ">= 1.3", 32768: ">= 1.8"}
 WARM_UP, STEPS = 2, 9
@@ -82,9 +82,8 @@ def _rows(what: str, ours: Sequence[Step], plain: Sequence[Step], target: str) -
 @contextmanager
 def worker(run: Callable[..., None], *arguments: object) -> Iterator[Connection]:
     """A fresh process; what it prints goes to `LOG` beside its inputs."""
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_run_silently, args=(run, there, *arguments))
+    here, there = SPAWN.Pipe()
+    process = SPAWN.Process(target=_run_silently, args=(run, there, *arguments))
     process.start()
     there.close()
     try:

@@ -4,12 +4,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
 from typing import Any
 
 from tqdm import tqdm
 
 from neo_megatron.data.errors import DataError
+from neo_megatron.processes import SPAWN
 
 Check = Callable[..., list[Any]]
 _STEP = 1 << 20  # bytes after which a worker tells how far it is; asking for the lock each time would cost more
@@ -24,11 +25,10 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
     if workers == 1:
         yield from (check(*task, bar.update) for task in tasks)
         return
-    context = get_context("spawn")  # a fork of a process with threads may hang
-    done = context.Value("q", 0)
+    done = SPAWN.Value("q", 0)
     waiting: deque[Future[list[Any]]] = deque()
     others = set(active_children())
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
+    pool = ProcessPoolExecutor(workers, SPAWN, _start_worker, (done,))
     try:
         for task in tasks:
             waiting.append(pool.submit(_run, check, task))
