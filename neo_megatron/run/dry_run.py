@@ -5,7 +5,6 @@ reads them, the checkpoint to start from, and what every pipeline rank will hold
 """
 
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,28 +12,26 @@ import torch
 from neo_megatron import cpu_platform
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.broken import watch_broken_samples
-from neo_megatron.data.dataset import GlobalBatch, PackDataset
+from neo_megatron.data.dataset import GlobalBatch
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.hardware import GPUS, Gpu
 from neo_megatron.planning.layout import Layout, Precision
 from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
+from neo_megatron.run.loaders import open_packs
 from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint
-
-OpenPacks = Callable[..., PackDataset | None]
 
 # Layouts that only Megatron's own split knows.
 _UNPLANNED = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 _UNPLANNED += ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
-def dry_run(args: Namespace, open_packs: OpenPacks) -> None:
+def dry_run(args: Namespace) -> None:
     """Prints what it finds.
 
     Args:
         args: checked already; `world_size` is the number of processes that the run is to have.
-        open_packs: as in `pretrain_neo`.
 
     Raises:
         ConfigError, DataError: what would stop the run too, in the same words.
@@ -42,7 +39,7 @@ def dry_run(args: Namespace, open_packs: OpenPacks) -> None:
     if args.rank != 0:
         return
     consumed = _check_checkpoint(args)
-    workload = _check_packs(args, open_packs, consumed)
+    workload = _check_packs(args, consumed)
     if any(getattr(args, flag) for flag in _UNPLANNED):
         print("no plan: Megatron alone knows this split; write it as --pipeline-model-parallel-layout to see one")
     else:
@@ -81,7 +78,7 @@ def _check_checkpoint(args: Namespace) -> int:
     return TorchDistDirectory(path).common_state()["args"].consumed_train_samples if goes_on else 0
 
 
-def _check_packs(args: Namespace, open_packs: OpenPacks, consumed: int) -> Workload:
+def _check_packs(args: Namespace, consumed: int) -> Workload:
     """Reads the first global batch, of other splits the first pack; pictures are decoded."""
     size = args.global_batch_size
     train = args.train_samples or args.train_iters * size
