@@ -69,8 +69,9 @@ class NEOGenerationMixin(GenerationMixin):
         Args:
             input_ids: `[B, K]`, those of the cache among them.
             prompt_length: tokens from here on were generated, so an image token among them is text.
-            position_ids, cache_position, next_sequence_length, is_first_iteration: what versions of transformers count
-                as well; it follows from the tokens and the cache.
+            position_ids, cache_position, next_sequence_length: what versions of transformers count as well; it follows
+                from the tokens and the cache.
+            is_first_iteration: this is the first step, which begins with more than the prompt if a draft was made of it.
             labels: which Trainers leave among the inputs; not used.
 
         Raises:
@@ -83,7 +84,7 @@ class NEOGenerationMixin(GenerationMixin):
         cache = one_cache(past_key_values, cache)
         # The first step may come without: `forward` makes a cache then, and some versions count on that.
         has_generated = prompt_length is not None and input_ids.shape[1] > prompt_length
-        if use_cache and cache is None and has_generated:
+        if use_cache and cache is None and has_generated and not is_first_iteration:
             raise RuntimeError(
                 f"generate() of transformers {transformers.__version__} hands no cache to NEO, so that every token "
                 "would compute the sequence again: install a version from 4.57 to 5.24, or pass use_cache=False"
@@ -164,6 +165,9 @@ class NEOGenerationMixin(GenerationMixin):
         given = one_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
         if given is not None:
             model_kwargs[CACHE] = given
+        if getattr(config, "is_assistant", False):
+            # 5.0 and 5.1 call `generate` of a draft model with what it has prepared for its first forward.
+            model_kwargs.pop("positions_thw", None)
         if config.prefill_chunk_size is not None:
             raise ValueError(
                 "NEO computes a prompt at once, as its images must not be cut: leave prefill_chunk_size unset"
