@@ -71,7 +71,7 @@ class NEOGenerationMixin(GenerationMixin):
             prompt_length: tokens from here on were generated, so an image token among them is text.
             position_ids, cache_position, next_sequence_length: what versions of transformers count as well; it follows
                 from the tokens and the cache.
-            is_first_iteration: this is the first step, which begins with more than the prompt if a draft was made of it.
+            is_first_iteration: the first step begins with more than the prompt if a draft was made of it.
             labels: which Trainers leave among the inputs; not used.
 
         Raises:

@@ -17,15 +17,15 @@ from benchmarks.gpu_window import Windows
 from gpu import test_training
 from megatron.training import arguments
 
-from neo_megatron import pretrain_neo
+from neo_megatron.run import training_arguments
 
 
 def parsed(flags: list[str]):
     sys.argv = ["pretrain_neo", *flags]
-    return pretrain_neo.parse_arguments()
+    return training_arguments.parse_arguments()
 
 
-pretrain_neo.set_global_variables = lambda args: None  # of which a process has one set
+training_arguments.set_global_variables = lambda args: None  # of which a process has one set
 cpu_platform.argument_defaults = dict  # a GPU needs none
 arguments.get_device_arch_version = lambda: 9
 
