@@ -79,6 +79,8 @@ def main() -> None:
                 "report.html": page(evaluation, str(arguments.model)).encode(errors="backslashreplace"),
             }
         )
+    for sentence in listed.noticed.sentences():
+        print(sentence)
     print_scores(evaluation)
     print(f"the page to look at: {(arguments.output / 'report.html').resolve()}")
 

@@ -124,6 +124,8 @@ def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> No
         lines = [line for line, _ in answer_lines(listed.questions, run.done)]
         rejects = all_rejects(listed, run.done)
         run.finish({ANSWERS: b"".join(map(json_line, lines)), REJECTS: b"".join(map(json_line, rejects))})
+    for sentence in listed.noticed.sentences():
+        print(sentence)
     print(f"{len(lines):,} answers in {arguments.output / ANSWERS}")
     if cut := sum(not line["finished"] for line in lines):
         print(f"{cut:,} answers were cut at --max-new-tokens")

@@ -39,6 +39,7 @@ from typing import Any
 from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
 from neo_megatron.data.errors import TooManyRejected
 from neo_megatron.data.files import REJECTS
+from neo_megatron.data.noticed import Noticed
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source, data_list
 from neo_megatron.data.settings import Settings
@@ -160,16 +161,9 @@ def report(counts: dict[str, Any], rejects: Path) -> None:
     print(f"kept {kept} samples: {with_images} with images, {kept - with_images} without")
     if counts["empty_answers"]:
         print(f"kept {counts['empty_answers']} samples with an empty answer")
-    if keys := counts["ignored_keys"]:
-        named = ", ".join(f"{key!r} in {count}" for key, count in keys.items())
-        print(f"ignored keys of samples kept, which nothing reads: {named}")
-    for name, found in counts["foreign_placeholders"].items():
-        where = f"{found['file']}, record {found['record']}"
-        where += "" if found["element"] is None else f", sample {found['element']}"
-        print(
-            f"warning: {name!r} stays text in {found['samples']} samples without <image> tags (the first: {where}); "
-            "if it is the place of an image, write <image> instead"
-        )
+    noticed = Noticed(ignored_keys=counts["ignored_keys"], placeholders=counts["foreign_placeholders"])
+    for sentence in noticed.sentences():
+        print(sentence)
     print(f"rejected {counts['samples_rejected']} samples")
     for reason, count in counts["rejected_by_reason"].items():
         print(f"rejected {count}: {reason}")

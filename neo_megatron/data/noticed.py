@@ -57,6 +57,21 @@ class Noticed:
             "foreign_placeholders": dict(sorted(entries["placeholders"].items())),
         }
 
+    def sentences(self) -> list[str]:
+        """What to tell the user of keys that nothing reads and of placeholders that stay text."""
+        lines = []
+        if self.ignored_keys:
+            named = ", ".join(f"{key!r} in {count}" for key, count in sorted(self.ignored_keys.items()))
+            lines.append(f"ignored keys of samples kept, which nothing reads: {named}")
+        for name, found in sorted(self.placeholders.items()):
+            where = f"{found['file']}, record {found['record']}"
+            where += "" if found["element"] is None else f", sample {found['element']}"
+            lines.append(
+                f"warning: {name!r} stays text in {found['samples']} samples without <image> tags "
+                f"(the first: {where}); if it is the place of an image, write <image> instead"
+            )
+        return lines
+
     def _add_key(self, key: str, count: int) -> None:
         key = _name_within(key, self.ignored_keys)
         self.ignored_keys[key] = self.ignored_keys.get(key, 0) + count

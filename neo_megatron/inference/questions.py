@@ -10,6 +10,7 @@ from tqdm import tqdm
 from neo_megatron.data.annotations import read_slice, slices
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_picture
+from neo_megatron.data.noticed import Noticed
 from neo_megatron.data.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.registry import Source
 from neo_megatron.data.settings import Settings
@@ -60,6 +61,7 @@ class QuestionList:
 
     questions: list[Question] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    noticed: Noticed = field(default_factory=Noticed)
 
 
 def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> QuestionList:
@@ -117,6 +119,9 @@ def _read_record(
         except RejectedSample as rejected:
             result.rejects.append(rejected.row(source.annotations, record, element))
             continue
+        place = {"file": source.annotations, "record": record, "element": element}
+        read = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
+        result.noticed.note(sample, read, sample.pictures, place)
         for turn, references in asked:
             length = cells + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
             result.questions.append(

@@ -140,3 +140,13 @@ def test_answers_are_unicode(read):
 def test_a_file_without_questions_is_refused(read):
     with pytest.raises(DataError, match="no question in .*asked.jsonl; the first of 2 rejected: the record is not"):
         read(["{broken", "more"])
+
+
+def test_what_nothing_reads_is_told(read):
+    """As in preprocessing; `prompt` is read where it is asked."""
+    records = [{"prompt": "One?", "lang": "en"}, {"prompt": "Two <|image_pad|>?", "lang": "en"}]
+    keys, warning = read(records, "next turn").noticed.sentences()
+    assert keys == "ignored keys of samples kept, which nothing reads: 'lang' in 2"
+    assert warning.startswith("warning: '<|image_pad|>' stays text in 1 samples") and "record 1" in warning
+    (keys,) = read([{"prompt": "3", "conversations": [human("Two?"), gpt("2")]}]).noticed.sentences()
+    assert keys.endswith("'prompt' in 1")
