@@ -1,7 +1,9 @@
-"""Processes of a pool: Ctrl-C is for the process that the user sees, which ends the others."""
+"""Processes of a pool: Ctrl-C is for the process that the user sees, and none outlives it."""
 
+import os
 import signal
-from multiprocessing import resource_tracker
+import threading
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 
@@ -17,9 +19,19 @@ class _Process(SpawnProcess):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def run(self) -> None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        super().run()
+
 
 class _Context(SpawnContext):
     Process = _Process
+
+
+def _end_with_parent() -> None:
+    """A pool would wait forever for the tasks of a process that a signal has ended."""
+    parent_process().join()
+    os._exit(1)
 
 
 SPAWN = _Context()  # not fork, since a fork of a process with threads may hang

@@ -140,7 +140,7 @@ class LocalEngine:
 
 
 def _serve(task: Task, pipe: connection.Connection) -> None:
-    """One process of the pool. It ends when the other end of the pipe is gone, were it by a kill."""
+    """One process of the pool. It ends when the other end of the pipe is gone."""
     try:
         worker = SliceWorker(task, lambda samples, size: pipe.send((samples, size)))
         while True:

@@ -7,7 +7,6 @@ memory that is too small shows at once. A sampled answer depends on the seed and
 import contextlib
 import multiprocessing
 import os
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -215,18 +214,11 @@ _worker: Worker | None = None
 def _start(task: Task, devices: Any, threads: int) -> None:
     """A process of the pool. Its model is loaded with its first batch, where an error finds its way back."""
     global _task, _device
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     _task, _device = task, devices.get()
-
-
-def _end_with_parent() -> None:
-    """The pool alone would wait for ever for the batches of a process that was killed, with a model in memory."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _answer(questions: Sequence[Question], seed: int) -> list[Result]:
