@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neo_megatron.checkpoint.streaming import BLOCK_BYTES, StoredTensor, read_into, write_from
+from neo_megatron.locks import lock
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -227,25 +228,34 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: ``output`` exists and is not an empty directory.
+        DataError: another run is writing to it.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists already: give another --output or delete it")
+    _refuse_full(output)
     partial = output.with_name(output.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    held = lock(partial, output, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        _refuse_full(output)  # by another run that has just ended
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _to_disk(path)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+        _to_disk(output.parent)
     except OSError as error:
         error.filename = error.filename or str(partial)  # a failed write, such as on a full disk, does not say of what
         raise
-    for path in [*partial.rglob("*"), partial]:
-        _to_disk(path)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-    _to_disk(output.parent)
+    finally:
+        os.close(held)
+
+
+def _refuse_full(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists already: give another --output or delete it")
 
 
 def _to_disk(path: Path) -> None:

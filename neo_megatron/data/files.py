@@ -5,12 +5,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.storage import Directory, join, open_directory
+from neo_megatron.locks import lock
 from neo_megatron.paths import Kind, Wanted, WrongPath, check_path, wrong_kind
 
 PARTIAL = ".partial"
@@ -19,6 +22,7 @@ REJECTS = "rejects.jsonl"
 # The formats of manifests.
 _WANTED = {"neo-shards": Wanted.SHARDS, "neo-packs": Wanted.PACKS}
 _KINDS = {"neo-shards": Kind.SHARDS, "neo-packs": Kind.PACKS}
+_PARTIAL_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 _CHECKSUM = b',\n "sha256": "'
 
 
@@ -66,6 +70,11 @@ class WholeFile:
         with contextlib.suppress(OSError):  # closing writes what is buffered, which nobody wants any more
             self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file is what a kill has left of a `WholeFile`."""
+    return _PARTIAL_NAME.fullmatch(name) is not None
 
 
 def _refused(path: Path, error: OSError) -> DataError:
@@ -135,21 +144,64 @@ def parse_manifest(text: bytes, location: str, kind: str, *versions: int) -> dic
     return manifest
 
 
-def prepare_output(directory: Path, kind: str) -> None:
-    """Makes an empty directory. Remains of a run of ours that was interrupted are removed, nothing else ever is."""
-    directory.mkdir(parents=True, exist_ok=True)
+class NewOutputs:
+    """Empty directories, locked, that become complete together: for the readers, or for the same command after a kill.
+
+    Use it in a ``with`` statement. What an interrupted run of ours has left is removed, and nothing else.
+
+    Raises:
+        DataError: a directory holds a data set or something else, or another run is writing to it.
+    """
+
+    def __init__(self, directories: Sequence[Path], kind: str) -> None:
+        self._directories, self._kind = directories, kind
+        self._locks: list[int] = []
+
+    def __enter__(self) -> "NewOutputs":
+        fresh = []
+        try:
+            for directory in self._directories:
+                directory.mkdir(parents=True, exist_ok=True)
+                marker = self._marker(directory)
+                if not marker.exists():
+                    _refuse_full(directory)
+                    fresh.append(marker)
+                self._locks.append(lock(marker, directory))
+            if all((directory / MANIFEST).exists() for directory in self._directories):
+                self._remove_marks()  # a kill came when all was done but this
+                _refuse_full(self._directories[0])
+        except BaseException:
+            for marker in fresh:
+                marker.unlink(missing_ok=True)
+            self.__exit__()
+            raise
+        for directory in self._directories:
+            (directory / MANIFEST).unlink(missing_ok=True)  # first, as it says that all the others are there
+            for path in directory.iterdir():
+                if path != self._marker(directory):
+                    path.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._locks:
+            os.close(descriptor)
+
+    def finish(self, manifests: Sequence[dict[str, Any]]) -> None:
+        """Writes the manifests, and then removes the marks of an unfinished run."""
+        for directory, manifest in zip(self._directories, manifests, strict=True):
+            write_manifest(directory, {"format": self._kind, **manifest})
+        self._remove_marks()
+
+    def _marker(self, directory: Path) -> Path:
+        return directory / f"{self._kind}{PARTIAL}"
+
+    def _remove_marks(self) -> None:
+        for directory in self._directories:
+            self._marker(directory).unlink()
+
+
+def _refuse_full(directory: Path) -> None:
     if (directory / MANIFEST).exists():
         raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
-    marker = directory / f"{kind}{PARTIAL}"
-    if any(directory.iterdir()) and not marker.exists():
+    if any(directory.iterdir()):
         raise DataError(f"{directory} is not empty; choose another --output")
-    marker.touch()
-    for path in directory.iterdir():
-        if path != marker:
-            path.unlink()
-
-
-def finish_output(directory: Path, kind: str, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, and removes the mark of an unfinished run."""
-    write_manifest(directory, {"format": kind, **manifest})
-    (directory / f"{kind}{PARTIAL}").unlink()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from neo_megatron.data.balance import balanced_order, imbalance
 from neo_megatron.data.draw import key_of
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
-from neo_megatron.data.files import REJECTS, WholeFile, finish_output, json_line, prepare_output, write_whole
+from neo_megatron.data.files import REJECTS, NewOutputs, WholeFile, json_line, write_whole
 from neo_megatron.data.held_out import Split, SplitBy
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.origins import Origins
@@ -104,8 +104,6 @@ def write_packs(
                 f"{side.directory} would hold nothing: no sample of at most {sequence_length} tokens is left to pack; "
                 "raise --seq-length or the share"
             )
-    for side in sides:
-        prepare_output(side.directory, FORMAT)
     common = {
         "version": VERSION,
         "seq_length": sequence_length,
@@ -114,7 +112,10 @@ def write_packs(
         "split": split.report() if split else None,
     }
     rejects = [over_long, []]
-    return [_write(side, data, common, listed) for side, listed in zip(sides, rejects, strict=False)]
+    with NewOutputs([side.directory for side in sides], FORMAT) as outputs:
+        manifests = [_write(side, data, common, listed) for side, listed in zip(sides, rejects, strict=False)]
+        outputs.finish(manifests)
+    return manifests
 
 
 class _Side:
@@ -163,7 +164,7 @@ def _read(
 
 
 def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Writes one directory; returns its manifest."""
+    """Writes the files of one directory; returns what its manifest is to say."""
     length = common["seq_length"]
     rejects = WholeFile(side.directory / REJECTS)
     origins = Origins(data)
@@ -176,7 +177,7 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
     files |= write_table(side.directory, units, length)
     table = open_table(side.directory, files)
     tokens = sum(entry["tokens"] for entry in side.data)
-    manifest = {
+    return {
         **common,
         "data": side.data,
         "counts": {
@@ -190,8 +191,6 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
         "imbalance": reported_imbalance(table),
         "files": files,
     }
-    finish_output(side.directory, FORMAT, manifest)
-    return manifest
 
 
 def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ that a finished run removes. ``NNNNN.outcome.json`` says what became of a slice;
 shard, so the slices that have one need not be done again.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from neo_megatron.data.annotations import Place
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST, PARTIAL, REJECTS, json_line, sync_directory, write_whole
 from neo_megatron.data.noticed import Noticed
+from neo_megatron.locks import lock
 
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
@@ -139,18 +139,7 @@ def _lock(directory: Path) -> Any:
             raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
         if any(directory.iterdir()) and not path.exists():
             raise DataError(f"{directory} is not empty; choose another --output")
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - closed by Run
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise DataError(
-            f"another run is writing to {directory}; wait for its end, or choose another --output"
-        ) from error
-    if os.fstat(file.fileno()).st_nlink == 0:  # the other run has just finished, and removed it
-        file.close()
-        return _lock(directory)
-    return file
+    return open(lock(path, directory), "r+b")  # noqa: SIM115 - closed by Run
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -6,15 +6,14 @@ complete.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import json_line, sync_directory, write_whole
+from neo_megatron.data.files import is_partial, json_line, sync_directory, write_whole
+from neo_megatron.locks import lock
 
 ANSWERS, PROGRESS = "answers.jsonl", "answers.partial.jsonl"
 
@@ -42,15 +41,9 @@ class AnswerRun:
             raise DataError(f"{directory} already holds answers; remove it, or choose another --output")
         if any(directory.iterdir()) and not path.exists():
             raise DataError(f"{directory} is not empty; choose another --output")
-        self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - closed by __exit__
+        self._file = open(lock(path, directory), "r+b")  # noqa: SIM115 - closed by __exit__
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._begin(json.loads(json_line(plan)))
-        except BlockingIOError as error:
-            self._file.close()
-            raise DataError(
-                f"another run writes to {directory}; wait for its end, or choose another --output"
-            ) from error
         except BaseException:
             self._file.close()
             raise
@@ -97,6 +90,9 @@ class AnswerRun:
                     f"{self.directory} holds an unfinished run with another {key}; "
                     "repeat its command to continue it, or remove the directory to start anew"
                 )
+        for left in self.directory.iterdir():
+            if is_partial(left.name):  # of a run that was killed while it finished
+                left.unlink()
         self.done = {tuple(place): result for entry in entries for place, result in entry["results"]}
         kept = lines if entries else [json_line(plan)]
         self._file.seek(0)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kills import in_child, kill_at_step
 
 from neo_megatron.data import engines, files
 from neo_megatron.data.chat import load_tokenizer
@@ -21,7 +22,6 @@ from neo_megatron.data.registry import Source
 from neo_megatron.data.unfinished import PLAN, Run
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-STEPS = ("replace", "unlink")
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -44,39 +44,6 @@ def small(bench, new_sample, monkeypatch):
 def run(bench, output: str, **changes) -> None:
     settings = dataclasses.replace(bench.settings, **changes.pop("settings", {}))
     preprocess(bench.sources, bench.tokenizer, bench.path / output, settings, **changes)
-
-
-def in_child(action) -> int:
-    """Runs in a fork, so that a test can be killed; the status as of `os.waitpid`."""
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            action()
-        finally:
-            os._exit(0 if sys.exc_info()[0] is None else 1)
-    return os.waitpid(child, 0)[1]
-
-
-def kill_at_step(step: int, before: bool) -> None:
-    """Kills this process at the n-th rename or removal from now on."""
-    left = step
-    originals = {name: getattr(os, name) for name in STEPS}
-
-    def counted(name):
-        def call(*arguments, **keywords):
-            nonlocal left
-            left -= 1
-            if left == 0 and before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            originals[name](*arguments, **keywords)
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return call
-
-    for name in STEPS:
-        setattr(os, name, counted(name))
 
 
 def test_killed_at_any_step_and_continued(small, directory_bytes):

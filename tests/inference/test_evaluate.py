@@ -169,8 +169,19 @@ def test_a_directory_has_one_run(run, evaluated, tmp_path):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(DataError, match="is not empty; choose another --output"):
         run(tmp_path / "mine")
-    with AnswerRun(tmp_path / "busy", {}), pytest.raises(DataError, match="another run writes to"):
+    with AnswerRun(tmp_path / "busy", {}), pytest.raises(DataError, match="another run is writing to"):
         run(tmp_path / "busy")
+
+
+def test_the_next_run_removes_what_a_kill_has_left(tmp_path):
+    """Of the files that were being written when the run ended, but nothing else."""
+    with AnswerRun(tmp_path, {}) as run:
+        pass
+    for name in ("answers.jsonl.0123abcd.partial", "report.html.ffffffff.partial", "mine.partial"):
+        (tmp_path / name).touch()
+    with AnswerRun(tmp_path, {}) as run:
+        run.finish({"answers.jsonl": b""})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "mine.partial"]
 
 
 def test_a_torn_batch_is_asked_again_as_a_whole(tmp_path):

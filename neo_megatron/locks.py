@@ -1,0 +1,40 @@
+"""One writer at a time: a lock on a file or directory of an unfinished output, which ends with its process."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from neo_megatron.data.errors import DataError
+
+
+def lock(path: Path, output: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Opens and locks a file or directory; the lock is held until the descriptor that is returned is closed.
+
+    Args:
+        path: of what an unfinished ``output`` has, and a finished one has not.
+        flags: as of `os.open`; ``os.O_DIRECTORY`` for a directory.
+
+    Raises:
+        DataError: another process holds the lock.
+    """
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = path.stat(follow_symlinks=False)
+        except FileNotFoundError:  # its holder has just finished, and removed or renamed it
+            os.close(descriptor)
+            if not flags & os.O_CREAT:
+                raise
+            continue
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise DataError(
+                f"another run is writing to {output}; wait for its end, or choose another --output"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if os.path.samestat(found, os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
