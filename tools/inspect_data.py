@@ -19,7 +19,7 @@ from bisect import bisect_right
 from pathlib import Path
 
 from inspection.pack_view import Origin, Pack, pack_parts
-from inspection.page import pack_part, page
+from inspection.page import GENERATOR, pack_part, page
 from inspection.statistics import count, count_packs
 from inspection.token_text import Decode
 
@@ -27,8 +27,11 @@ from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
 from neo_megatron.data.chat import load_tokenizer, tokenizer_fingerprint
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.errors import DataError
+from neo_megatron.data.files import write_whole
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.storage import open_directory
+
+_HEAD = 1024  # bytes of a page within which it says what has made it
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,12 +52,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    refuse_others(arguments.output)
     if arguments.packs:
         html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
     else:
         html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
-    arguments.output.write_text(html, encoding="utf-8")
+    write_whole(arguments.output, html.encode())
     print(f"the page to look at: {arguments.output.resolve()}")
+
+
+def refuse_others(output: Path) -> None:
+    """Raises DataError where the page would take the place of something that is not such a page."""
+    if output.is_symlink() or output.exists():
+        if not output.is_file():
+            raise DataError(f"{output} is not a file that can be written; choose another --output")
+        with open(output, "rb") as file:
+            if GENERATOR not in file.read(_HEAD):
+                raise DataError(f"{output} exists and is not a page of this tool; choose another --output")
 
 
 def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str | None) -> str:

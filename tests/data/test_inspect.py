@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inspect_data import packs_page
+from inspect_data import packs_page, refuse_others
 from inspection.mask_image import ALL, NONE, SOME, mask_levels
 from inspection.pack_view import Origin, Pack, pack_parts
 from inspection.page import pack_part, page
@@ -319,3 +319,17 @@ def test_tokens_that_share_a_character_show_it_once():
 
 def test_control_characters_are_shown_and_turn_nothing():
     assert visible("a\nb\0\x7f\u202ec") == "a↵\nb␀␡[U+202E]c"
+
+
+def test_only_a_page_is_replaced(inspected, tmp_path):
+    page, other, link = tmp_path / "page.html", tmp_path / "thesis.html", tmp_path / "link.html"
+    page.write_text(inspected[0], encoding="utf-8")
+    refuse_others(page)
+    refuse_others(tmp_path / "new.html")
+    other.write_text("<!doctype html><title>My thesis</title>")
+    with pytest.raises(DataError, match="exists and is not a page of this tool; choose another --output"):
+        refuse_others(other)
+    link.symlink_to(tmp_path / "missing")
+    for path in (link, tmp_path):
+        with pytest.raises(DataError, match="is not a file that can be written; choose another --output"):
+            refuse_others(path)

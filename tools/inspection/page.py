@@ -14,6 +14,7 @@ from inspection.pack_view import PADDING, PICTURE, TRAINED, Pack
 from inspection.statistics import SourceCounts, Statistics
 
 _FOLDER = Path(__file__).parent
+GENERATOR = b'<meta name="generator" content="neo_megatron">'
 STYLE = _FOLDER / "style.css"
 
 
