@@ -230,7 +230,7 @@ def _json(path: Path) -> dict[str, Any]:
     """What a small JSON file says; nothing where it is broken, which is for its reader to say."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -102,9 +102,9 @@ class SafetensorsDirectory:
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
-        if single.exists():  # first, as transformers: it leaves an old index beside what it saves in one file
+        if single.is_file():  # first, as transformers: it leaves an old index beside what it saves in one file
             return [single]
-        if not index.exists():
+        if not index.is_file():
             raise ValueError(f"{self.directory}: neither {WEIGHTS} nor {INDEX} in it: give a directory with either")
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict):
@@ -115,7 +115,7 @@ class SafetensorsDirectory:
                 raise ValueError(
                     f"{index}: {shard!r} is no safetensors file of this directory: download the index again"
                 )
-            if not (self.directory / shard).exists():
+            if not (self.directory / shard).is_file():
                 raise ValueError(f"{index}: its file {shard} is missing: download that file too")
         return [self.directory / shard for shard in shards]
 
@@ -154,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file: give a directory that holds it")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # too deep, too many digits, no UTF-8, no JSON
         raise ValueError(f"{path}: not JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object: copy or download it again")

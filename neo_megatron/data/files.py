@@ -133,7 +133,7 @@ def parse_manifest(text: bytes, location: str, kind: str, *versions: int) -> dic
     path = join(location, MANIFEST)
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); write the data set again") from error
     written = manifest.get("format") if isinstance(manifest, dict) else None
     if written != kind and isinstance(written, str) and written in _KINDS:

@@ -67,7 +67,7 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
     text = manifest_bytes(directory, Wanted.DATA_SET)
     try:
         packed = json.loads(text).get("format") == pack_index.FORMAT
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         packed = False  # what is wrong is said below
     if packed:
         manifest = parse_manifest(text, directory.location, pack_index.FORMAT, *pack_index.READABLE)
@@ -215,7 +215,7 @@ def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Da
         for number, line in enumerate(lines, start=1):
             try:
                 listed[str(json.loads(line)["kind"])] += 1
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 yield Damage(REJECTS, f"line {number} is no entry of a rejected sample", "changed")
     for reason in sorted({*listed, *counted}):
         found, count = listed[reason], counted.get(reason, 0)
