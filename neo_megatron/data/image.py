@@ -26,7 +26,10 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 MAX_FILE_BYTES = 256 << 20
 # 134 megapixels: any phone's camera passes, and decoding takes at most about 1.3 gigabytes.
 MAX_DECODED_PIXELS = 1 << 27
-MAX_JPEG2000_PIXELS = 1 << 26  # its decoder takes twice as much
+# Of formats whose decoders take twice as much memory; a WebP of 34 bytes may have as many pixels as it likes.
+_MAX_PIXELS = {"JPEG2000": 1 << 26, "WEBP": 1 << 26}
+# Each scan of a JPEG takes the time of a whole one, however few bytes it has: cameras and programs write up to 14.
+_USUAL_SCANS, _MAX_SCANNED_PIXELS = 16, 1 << 30
 # Formats that Pillow decodes itself. Others are left out because they start programs (EPS) or nobody maintains them.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -158,7 +161,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise RejectedSample(Reason.UNREADABLE_PICTURE, sentence) from error
     except Exception as error:  # as in decode
         raise _unreadable(name, error) from error
-    most = MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_DECODED_PIXELS
+    most = _MAX_PIXELS.get(image.format, MAX_DECODED_PIXELS)
     if image.width * image.height > most:
         raise RejectedSample(
             Reason.DECOMPRESSION_BOMB,
@@ -175,11 +178,11 @@ def _without_end(jpeg: bytes) -> bytes:
     several scans, as in progressive files, the last ones are found missing; a cut within the last cannot be told.
 
     Raises:
-        ValueError: scans are missing.
+        ValueError: scans are missing, or so many that decoding takes minutes.
     """
     if not jpeg.startswith(b"\xff\xd8"):
         return jpeg
-    place, frame, components, scans = 2, 0, b"", []
+    place, frame, components, pixels, scans = 2, 0, b"", 0, []
     while marker := _JPEG_MARKER.match(jpeg, place):
         kind, place = marker[1][0], marker.end()
         if kind == 0xD9:
@@ -192,8 +195,11 @@ def _without_end(jpeg: bytes) -> bytes:
         body, place = jpeg[place + 2 : place + length], place + length
         if kind in _JPEG_FRAMES:
             frame, components = kind, body[6::3]
+            pixels = int.from_bytes(body[1:3], "big") * int.from_bytes(body[3:5], "big")
         elif kind == 0xDA:
             scans.append(body)
+            if len(scans) > _USUAL_SCANS and len(scans) * pixels > _MAX_SCANNED_PIXELS:
+                raise ValueError(f"more than {_USUAL_SCANS} scans of {pixels} pixels take too long to decode")
             end = _JPEG_SCAN_END.search(jpeg, place)
             if not end or len(body) < 4 or len(body) != 4 + 2 * body[0]:
                 break  # the decoder says what is wrong

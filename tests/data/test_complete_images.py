@@ -193,3 +193,28 @@ def test_training_and_verify_find_what_a_header_check_let_through(bench, new_sam
     item = PackDataset(bench.pack(512), 1, seed=0)[0]
     assert item["samples"] == 2 and len(item["broken"]) == 1 and "record 1" in item["broken"][0]
     assert len(bench.preprocess(records, "decoded")) == 1
+
+
+def with_scans(more: int, size: tuple[int, int]) -> bytes:
+    """A progressive JPEG whose last scan follows so many times more."""
+    data = jpeg(Image.new("RGB", size, "red"), progressive=True)
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[start:end] * more + data[end:]
+
+
+def test_scans_without_end_are_refused_before_they_are_decoded():
+    decode(with_scans(6, (4000, 3000)), "usual.jpg")
+    decode(with_scans(500, (320, 240)), "small.jpg")
+    with pytest.raises(RejectedSample, match="slow.jpg .* more than 16 scans of 12000000 pixels take too long"):
+        decode(with_scans(100, (4000, 3000)), "slow.jpg")
+    Image.open(io.BytesIO(with_scans(100, (4000, 3000)))).load()  # Pillow takes it
+
+
+def test_a_webp_of_few_bytes_has_fewer_pixels():
+    """Its decoder takes twice the memory of the others."""
+    file = io.BytesIO()
+    Image.new("RGB", (16383, 4200), "white").save(file, "WEBP", lossless=True, quality=0, method=0)
+    assert len(file.getvalue()) < 1000
+    for read in (decode, header_size):
+        with pytest.raises(RejectedSample, match="bomb.webp has 16383 x 4200 pixels, more than 67108864"):
+            read(file.getvalue(), "bomb.webp")
