@@ -271,6 +271,23 @@ def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
 
 
 @cache
+def call_before_saving(hook: Callable[[Any], None]) -> None:
+    """Has Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
+    from megatron.training import training
+
+    save = training.save_checkpoint
+    if list(inspect.signature(save).parameters)[:3] != ["iteration", "model", "optimizer"]:
+        raise _changed("training.save_checkpoint")
+
+    @wraps(save)
+    def save_checkpoint(iteration, model, optimizer, *arguments, **keywords):
+        hook(optimizer)
+        return save(iteration, model, optimizer, *arguments, **keywords)
+
+    _patch(training, "save_checkpoint", save_checkpoint)
+
+
+@cache
 def log_each_interval_once() -> None:
     """Has the log line of an interval cover that interval alone, on a GPU too.
 

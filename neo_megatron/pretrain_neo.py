@@ -42,13 +42,14 @@ from neo_megatron.run.after_loading import after_loading
 from neo_megatron.run.checkpoints import RunCheckpoints
 from neo_megatron.run.dry_run import dry_run
 from neo_megatron.run.loaders import datasets_provider
+from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.training_arguments import parse_arguments
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
 
-
 cpu_platform.call_after_loading(after_loading)
+cpu_platform.call_before_saving(allocate_moments)
 cpu_platform.log_each_interval_once()
 
 

@@ -27,6 +27,7 @@ from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 
 STATE = "optimizer.state."
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_TORCH_ADAM = (torch.optim.AdamW, torch.optim.Adam)
 # The plain and the distributed optimizer name a master differently; last, the weight of the model itself.
 _MASTERS = (f"{STATE}fp32_param.", f"{STATE}param.", "")
 
@@ -102,6 +103,18 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
             one.grad_scaler.load_state_dict(scaler)
     known = sum(f"{STATE}exp_avg.{entry.key}" in saved.shapes for entry in sharded.values())
     return Loaded(known, len(sharded) - known, step)
+
+
+def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
+    """Gives the moments of parameters that no step has updated yet, as where all steps so far were skipped.
+
+    Megatron's distributed optimizer cannot be saved without.
+    """
+    for one in getattr(optimizer, "chained_optimizers", ()):
+        if not isinstance(one, DistributedOptimizer) or one.is_stub_optimizer or one.init_state_fn is None:
+            continue
+        if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot go on from moments without a count of steps
+            one.init_state_fn(one.optimizer, one.config)
 
 
 def saved_optimizers(common_state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -196,7 +209,7 @@ def _step(state: dict[str, Any]) -> int:
 
 def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
     inner = optimizer.optimizer
-    if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
+    if isinstance(inner, _TORCH_ADAM):
         for state in inner.state.values():
             state["step"] = torch.tensor(float(step))
     else:
