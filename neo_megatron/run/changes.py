@@ -26,7 +26,7 @@ _TOLD = {
     "seed": "samples come in another order from here on, some again and others not in this epoch",
     "loss_weighting": "",
     "min_jpeg_quality": "",
-    "global_batch_size": "",
+    "global_batch_size": "the schedule goes on from where it stands",
     "adam_beta1": "",
     "adam_beta2": "",
     "adam_eps": "",
@@ -86,8 +86,8 @@ def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Pa
     if differences := _differences(saved_schedule(args, common_state), _schedule(args), _SCHEDULE_FLAGS):
         raise ConfigError(
             f"the checkpoint {checkpoint} follows another schedule (in packs: {differences}), as after a change of "
-            "--train-iters or --lr: add --override-opt-param-scheduler to follow the new one from here on, or "
-            "--use-checkpoint-opt-param-scheduler to keep the old one"
+            "--train-iters, --lr or --weight-decay: add --override-opt-param-scheduler to follow the new one from here "
+            "on, or --use-checkpoint-opt-param-scheduler to keep the old one"
         )
 
 

@@ -88,14 +88,27 @@ class OutputLock:
             if there is None and not self.path.exists():
                 continue
             if self._is_alive(there):
-                raise ConfigError(
-                    f"--save {self.path.parent} belongs to a run that is alive ({there or 'still starting'}): end it "
-                    "first, or give this one another --save and --load"
-                )
+                raise self._refusal(there)
             self._remove_of(there)
         self._ended.clear()
         self._thread = threading.Thread(target=self._keep_fresh, name="output lock", daemon=True)
         self._thread.start()
+
+    def refuse_visible(self) -> None:
+        """To be called before slow imports: a look that changes nothing and does not wait.
+
+        Raises:
+            ConfigError: a process that can be seen from here holds the lock.
+        """
+        there = self._read()
+        if there is not None and there.is_alive():
+            raise self._refusal(there)
+
+    def _refusal(self, there: Owner | None) -> ConfigError:
+        return ConfigError(
+            f"--save {self.path.parent} belongs to a run that is alive ({there or 'still starting'}): end it first, "
+            "or give this one another --save and --load"
+        )
 
     def check(self) -> None:
         """To be called before anything is changed in the directory.
@@ -128,7 +141,8 @@ class OutputLock:
         try:
             os.link(draft, self.path)
         except FileExistsError:
-            return False
+            there = self._read()  # a network file system may do it, lose the answer and try once more
+            return there is not None and there.token == self._mine.token
         except OSError:  # no hard links here
             try:
                 with self.path.open("x") as file:

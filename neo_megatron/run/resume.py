@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint to go on from, proved whole by all ranks, and nothing of a killed run in the way.
+"""Where a run starts: the checkpoint to go on from, verified by all ranks; leftovers of killed runs are removed.
 
 Megatron loads what the tracker file names, whatever state it is in. This comes before: a damaged checkpoint is passed
 over for the one before it, and what the run would save over is moved.
@@ -32,6 +32,7 @@ from neo_megatron.run.changes import (
     told_changes,
 )
 from neo_megatron.run.console import say
+from neo_megatron.run.pretrained_optimizer import check_state
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
@@ -68,7 +69,8 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
                 "a directory that tools/convert_checkpoint.py has written or --save has filled"
             )
         if damage := _verify_together(path, read_tensors):
-            raise ConfigError(f"--pretrained-checkpoint {directory.root}: {damage}: copy or convert it again")
+            other = "" if path.name == "release" else ", or choose another iteration of it with --ckpt-step"
+            raise ConfigError(f"--pretrained-checkpoint {directory.root}: {damage}: copy or convert it again{other}")
         return path
     return None
 
@@ -149,8 +151,12 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     common_state = TorchDistDirectory(checkpoint).common_state()
     check_model(args, common_state, checkpoint)
     if _loaded_iteration(args, checkpoint) is None or args.finetune:
+        if args.pretrained_optimizer:
+            check_state(TorchDistDirectory(checkpoint))
         return
     check_training(args, common_state, checkpoint)
+    if not args.no_load_optim:
+        needs_state_by_names(args, checkpoint)  # raises where it can be loaded neither way
     if told := told_changes(args, common_state):
         _say_on_rank_0(f"going on from {checkpoint} with changes: {'; '.join(told)}")
 

@@ -13,6 +13,7 @@ import pytest
 
 from neo_megatron.model.config import ConfigError
 from neo_megatron.run.output_lock import NAME, OutputLock, Owner
+from neo_megatron.run.start import check_paths
 
 ROOT = Path(__file__).parents[2]
 # Takes the lock, says so and waits to be ended.
@@ -58,6 +59,9 @@ def test_the_second_run_is_refused_until_the_first_ends(tmp_path):
     first.acquire()
     with pytest.raises(ConfigError, match=rf"belongs to a run that is alive \(process {os.getpid()} on "):
         second.acquire()
+    with pytest.raises(ConfigError, match="is alive"):
+        check_paths(["--save", str(tmp_path / "run")])  # before slow imports
+    check_paths(["--save", str(tmp_path / "run"), "--dry-run"])
     second.release()  # of a run that was refused
     first.check()
     first.release()
