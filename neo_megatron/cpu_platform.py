@@ -9,6 +9,7 @@ one sentence instead of training wrongly. That the patched stack trains rightly 
 
 import ctypes
 import importlib.metadata
+import inspect
 import logging
 import os
 import warnings
@@ -267,6 +268,47 @@ def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
         return loaded
 
     _patch(training, "load_checkpoint", load_checkpoint)
+
+
+@cache
+def call_before_saving(hook: Callable[[Any], None]) -> None:
+    """Has Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
+    from megatron.training import training
+
+    save = training.save_checkpoint
+    if list(inspect.signature(save).parameters)[:3] != ["iteration", "model", "optimizer"]:
+        raise _changed("training.save_checkpoint")
+
+    @wraps(save)
+    def save_checkpoint(iteration, model, optimizer, *arguments, **keywords):
+        hook(optimizer)
+        return save(iteration, model, optimizer, *arguments, **keywords)
+
+    _patch(training, "save_checkpoint", save_checkpoint)
+
+
+@cache
+def log_each_interval_once() -> None:
+    """Has the log line of an interval cover that interval alone, on a GPU too.
+
+    Megatron logs the first step after a start without resetting its sums. Where that step also ends an interval, as
+    with ``--log-interval 1``, it would be in the next line again: in its loss, its time and its throughput.
+    """
+    from megatron.training import training
+
+    log = training.training_log
+    if "is_first_iteration" not in inspect.signature(log).parameters:
+        raise _changed("training.training_log")
+
+    @wraps(log)
+    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *arguments, is_first_iteration, **keywords):
+        ends_interval = iteration % training.get_args().log_interval == 0
+        first = is_first_iteration and not ends_interval
+        return log(
+            loss_dict, total_loss_dict, learning_rate, iteration, *arguments, is_first_iteration=first, **keywords
+        )
+
+    _patch(training, "training_log", training_log)
 
 
 def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:

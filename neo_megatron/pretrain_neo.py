@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds; it i
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 from neo_megatron import cpu_platform
 
@@ -26,16 +25,12 @@ cpu_platform.install_training()
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.checkpointing import checkpoint_exists
 from torch import Tensor
 
-from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.errors import DataError
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
@@ -43,34 +38,19 @@ from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import context_share, model_inputs, to_device
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
+from neo_megatron.run.after_loading import after_loading
 from neo_megatron.run.checkpoints import RunCheckpoints
-from neo_megatron.run.console import say
 from neo_megatron.run.dry_run import dry_run
 from neo_megatron.run.loaders import datasets_provider
-from neo_megatron.run.pretrained_optimizer import take_over_state
+from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.training_arguments import parse_arguments
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
 
-
-def after_loading(
-    model: list[torch.nn.Module], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None
-) -> None:
-    """Takes over an optimizer's state that Megatron does not load: of another kind of optimizer, or of another run."""
-    args = get_args()
-    if optimizer is None:
-        return
-    if args.take_optimizer_from:
-        _say_on_rank_0(take_over_state(optimizer, model, args.take_optimizer_from))
-        scheduler.load_state_dict(TorchDistDirectory(args.take_optimizer_from).common_state()["opt_param_scheduler"])
-        args.no_load_optim = False  # was set to keep Megatron from trying
-    elif args.pretrained_optimizer and not checkpoint_exists(args.load):
-        step = f"iter_{args.ckpt_step:07d}" if args.ckpt_step else ""
-        _say_on_rank_0(take_over_state(optimizer, model, Path(args.pretrained_checkpoint) / step))
-
-
 cpu_platform.call_after_loading(after_loading)
+cpu_platform.call_before_saving(allocate_moments)
+cpu_platform.log_each_interval_once()
 
 
 def main() -> None:
@@ -92,11 +72,6 @@ def main() -> None:
     finally:
         if writer := get_tensorboard_writer():
             writer.close()  # Megatron does not, and what was logged last would be lost
-
-
-def _say_on_rank_0(sentence: str) -> None:
-    if get_args().rank == 0:
-        say(sentence)
 
 
 def model_provider(

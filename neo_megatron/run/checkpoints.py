@@ -15,8 +15,17 @@ from neo_megatron.checkpoint.integrity import (
 from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.model.config import ConfigError
+from neo_megatron.paths import REMOTE
 from neo_megatron.run.console import say
-from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
+from neo_megatron.run.output_lock import OutputLock
+from neo_megatron.run.resume import (
+    check_model_and_schedule,
+    choose_checkpoint,
+    make_way,
+    note_packs,
+    on_rank_0,
+    rank_and_ranks,
+)
 
 
 def check_save_flags(args: Namespace) -> None:
@@ -29,6 +38,14 @@ def check_save_flags(args: Namespace) -> None:
         raise ConfigError(
             f"--ckpt-format {args.ckpt_format}: only torch_dist can be verified and loaded on any layout: leave it out"
         )
+    if args.ckpt_step and not args.load and not args.pretrained_checkpoint:
+        raise ConfigError(f"--ckpt-step {args.ckpt_step} needs --load or --pretrained-checkpoint, in which it lies")
+    for flag in ("load", "save", "pretrained_checkpoint"):
+        if str(getattr(args, flag)).startswith(REMOTE):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: checkpoints are read and written on file systems "
+                "alone: give a directory (a mounted bucket is one)"
+            )
     if args.save_total_limit < 0:
         raise ConfigError(f"--save-total-limit {args.save_total_limit}: give 1 or more, or leave it out to keep all")
     if args.save_total_limit and args.save_retain_interval:
@@ -40,13 +57,14 @@ def check_save_flags(args: Namespace) -> None:
 class RunCheckpoints:
     """Sees to a run's checkpoints: where it starts, checksums of what it saves, and which are kept.
 
-    A context around training: on leaving, the last save is seen to.
+    A context around training: on leaving, the last save is seen to, and the directory is free for another run.
     """
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
         self._directory = RunDirectory(args.save) if args.save else None
         self._limit = args.save_total_limit
+        self._lock = OutputLock(args.save) if args.save else None
         self._started = False
         self._seen: tuple[int, int] | None = None
         self._deleting: threading.Thread | None = None
@@ -55,10 +73,13 @@ class RunCheckpoints:
         """Makes Megatron load a whole checkpoint. To be called on all ranks before it does; later calls do nothing.
 
         Raises:
-            ConfigError: no checkpoint is whole, or it is not of this run.
+            ConfigError: another run saves into the same directory, or no checkpoint is whole, or it is not of this run.
         """
         if self._started:
             return
+        if self._lock is not None:
+            on_rank_0(self._lock.acquire)
+        note_packs(self._args)
         checkpoint = choose_checkpoint(self._args)
         if checkpoint is not None:
             check_model_and_schedule(self._args, checkpoint)
@@ -70,16 +91,28 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.look()
+        try:
+            self.look()
+            self._finish(kind)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _finish(self, kind: type[BaseException] | None) -> None:
         # At the end there is time; a run that was told to stop may have little, and the next start deletes as well.
         if kind is None and self._deleting:
             self._deleting.join()
             self._delete_surplus()
 
     def look(self) -> None:
-        """Sees to a checkpoint that was finished since the last look."""
+        """Sees to a checkpoint that was finished since the last look.
+
+        Raises:
+            ConfigError: another run has taken the directory over.
+        """
         if self._directory is None or not self._started or rank_and_ranks()[0] != 0:
             return
+        self._lock.check()
         stamp = self._stamp()
         if stamp == self._seen:
             return

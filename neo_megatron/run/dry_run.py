@@ -19,8 +19,9 @@ from neo_megatron.planning.layout import Layout, Precision
 from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
+from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.loaders import open_packs
-from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint
+from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, note_packs
 
 # Layouts that only Megatron's own split knows.
 _UNPLANNED = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
@@ -38,8 +39,9 @@ def dry_run(args: Namespace) -> None:
     """
     if args.rank != 0:
         return
-    consumed = _check_checkpoint(args)
-    workload = _check_packs(args, consumed)
+    note_packs(args)
+    iteration, consumed = _check_checkpoint(args)
+    workload = _check_packs(args, iteration, consumed)
     if any(getattr(args, flag) for flag in _UNPLANNED):
         print("no plan: Megatron alone knows this split; write it as --pipeline-model-parallel-layout to see one")
     else:
@@ -66,22 +68,25 @@ def _gpu() -> Gpu:
     return gpu.with_memory(device.total_memory)
 
 
-def _check_checkpoint(args: Namespace) -> int:
-    """Packs consumed where the run starts."""
+def _check_checkpoint(args: Namespace) -> tuple[int, int]:
+    """Iteration and packs consumed where the run starts."""
     path = choose_checkpoint(args, read_tensors=False)
     if path is None:
         print("checkpoint   none: the run starts from random numbers")
-        return 0
+        return 0, 0
     check_model_and_schedule(args, path)
     print(f"checkpoint   {path}: of this model, its files whole (their bytes are compared when the run starts)")
     goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune
-    return TorchDistDirectory(path).common_state()["args"].consumed_train_samples if goes_on else 0
+    if not goes_on:
+        return 0, 0
+    common_state = TorchDistDirectory(path).common_state()
+    return common_state["iteration"], common_state["args"].consumed_train_samples
 
 
-def _check_packs(args: Namespace, consumed: int) -> Workload:
+def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
     """Reads the first global batch, of other splits the first pack; pictures are decoded."""
     size = args.global_batch_size
-    train = args.train_samples or args.train_iters * size
+    train = packs_to_read(args, iteration, consumed)
     batch = GlobalBatch(size, args.data_parallel_size, args.micro_batch_size, start=consumed)
     workload = None
     for split, first, count, global_batch in (

@@ -15,6 +15,7 @@ from neo_megatron import cpu_platform
 from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
 from neo_megatron.model.config import ConfigError
+from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.console import say
 from neo_megatron.run.loader_signals import heed_only_parent
 
@@ -33,7 +34,8 @@ def datasets_provider(
         pictures = "patches"
     elif parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
         pictures = "check"
-    train, valid, test = num_samples
+    _, valid, test = num_samples
+    train = packs_to_read(args, args.iteration, args.consumed_train_samples)
     if 0 < train <= args.consumed_train_samples:
         if args.rank == 0:
             say(f"training has ended before: all of its {train} packs were read; a longer one needs more steps")

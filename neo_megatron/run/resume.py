@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint to go on from, proved whole by all ranks, and nothing of a killed run in the way.
+"""Where a run starts: the checkpoint to go on from, verified by all ranks; leftovers of killed runs are removed.
 
 Megatron loads what the tracker file names, whatever state it is in. This comes before: a damaged checkpoint is passed
 over for the one before it, and what the run would save over is moved.
@@ -8,11 +8,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.training.training import get_optimizer_param_scheduler
 
 from neo_megatron.checkpoint.integrity import (
     DamagedCheckpoint,
@@ -23,9 +21,18 @@ from neo_megatron.checkpoint.integrity import (
 from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.errors import DataError
 from neo_megatron.model.config import ConfigError
-from neo_megatron.paths import Wanted, WrongPath, check_path
+from neo_megatron.paths import Kind, Wanted, check_path, kind_of
+from neo_megatron.run.changes import (
+    check_model,
+    check_training,
+    identity_of_packs,
+    needs_state_by_names,
+    told_changes,
+)
 from neo_megatron.run.console import say
+from neo_megatron.run.pretrained_optimizer import check_state
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
@@ -38,7 +45,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
         ConfigError: there are checkpoints but none is whole, or the one asked for is not.
     """
     if args.load:
-        paths = _on_rank_0(lambda: _candidates(args))
+        paths = on_rank_0(lambda: _candidates(args))
         damages = []
         for path in paths:
             damage = _verify_together(path, read_tensors)
@@ -54,15 +61,16 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             )
     if args.pretrained_checkpoint:
         directory = RunDirectory(args.pretrained_checkpoint)
-        _on_rank_0(partial(check_path, directory.root, Wanted.START, "--pretrained-checkpoint"))
-        path = _on_rank_0(directory.named_path)
+        on_rank_0(partial(check_path, directory.root, Wanted.START, "--pretrained-checkpoint"))
+        path = directory.path_of(args.ckpt_step) if args.ckpt_step else on_rank_0(directory.named_path)
         if path is None:
             raise ConfigError(
                 f"--pretrained-checkpoint {directory.root}: {directory.tracker.name} in it names no checkpoint: give "
                 "a directory that tools/convert_checkpoint.py has written or --save has filled"
             )
         if damage := _verify_together(path, read_tensors):
-            raise ConfigError(f"--pretrained-checkpoint {directory.root}: {damage}: copy or convert it again")
+            other = "" if path.name == "release" else ", or choose another iteration of it with --ckpt-step"
+            raise ConfigError(f"--pretrained-checkpoint {directory.root}: {damage}: copy or convert it again{other}")
         return path
     return None
 
@@ -70,15 +78,43 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
 def _candidates(args: Namespace) -> list[Path]:
     directory = RunDirectory(args.load)
     check_path(directory.root, Wanted.RUN, "--load")
-    if args.ckpt_step:
-        return [directory.path_of(args.ckpt_step)]  # asked for, so no other will do
     paths = directory.candidates()
     if not paths and directory.tracker.exists():
         raise ConfigError(
             f"--load {args.load}: {directory.tracker.name} names {directory.named()}, and no finished checkpoint is "
             "there: bring one back from a copy, or start anew with other directories for --load and --save"
         )
+    if not paths and not _saves_where_it_loads(args):  # else it is the first start of a run
+        found = kind_of(directory.root)
+        what = found.value if found in (Kind.MISSING, Kind.EMPTY) else "holds no finished checkpoint"
+        raise ConfigError(
+            f"--load {args.load} {what}: give the --save directory of the run to resume, or leave --load out to "
+            "start a new run"
+        )
+    if args.ckpt_step and (paths or not args.pretrained_checkpoint) and not _began_there(args, paths):
+        return [directory.path_of(args.ckpt_step)]  # asked for, so no other will do
     return paths
+
+
+def _began_there(args: Namespace, paths: list[Path]) -> bool:
+    """Whether `--ckpt-step` names the checkpoint of `--pretrained-checkpoint` that the run in `--load` began from.
+
+    The same command starts and resumes a run, so that it must not go back to its own iteration of this number.
+    """
+    if not args.pretrained_checkpoint or not paths:
+        return False
+    start = RunDirectory(args.pretrained_checkpoint).path_of(args.ckpt_step)
+    for path in paths:
+        try:
+            saved = TorchDistDirectory(path).common_state()["args"]
+        except (ValueError, OSError):  # a damaged one; another of the same run will tell
+            continue
+        return getattr(saved, "started_from", None) == str(start.resolve())
+    return False
+
+
+def _saves_where_it_loads(args: Namespace) -> bool:
+    return bool(args.load and args.save) and Path(args.load).resolve() == Path(args.save).resolve()
 
 
 def _verify_together(path: Path, read_tensors: bool) -> str | None:
@@ -98,62 +134,31 @@ def _verify_together(path: Path, read_tensors: bool) -> str | None:
     return next(filter(None, damages), None)
 
 
+def note_packs(args: Namespace) -> None:
+    """Adds to the arguments, which are saved, which packs train; a run that goes on compares. A call on all ranks."""
+    args.train_packs = None
+    if args.train_data_path:
+        args.train_packs = on_rank_0(partial(identity_of_packs, args.train_data_path[0]))
+
+
 def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
-    """Compares sizes, stage and learning-rate schedule with the run's; Megatron asserts some and ignores others.
+    """Compares the run with the checkpoint that it starts from, see `changes`; says what changes from here on.
 
     Raises:
         ConfigError: the checkpoint is of another model, or a run that goes on would change what it trains or its
             schedule.
     """
     common_state = TorchDistDirectory(checkpoint).common_state()
-    saved = common_state["args"].neo_sizes
-    # The others are limits and labels, which a run may choose anew.
-    free = {"min_pixels", "max_pixels", "max_positions", "max_positions_hw"}
-    sizes = {name: value for name, value in args.neo_sizes.items() if name not in free}
-    if differences := _differences(saved, sizes):
-        raise ConfigError(
-            f"the checkpoint {checkpoint} is of another model ({differences}): "
-            "choose --neo-model and the size flags that it was made with"
-        )
-    if not _loads_optimizer(args, checkpoint):
+    check_model(args, common_state, checkpoint)
+    if _loaded_iteration(args, checkpoint) is None or args.finetune:
+        if args.pretrained_optimizer:
+            check_state(TorchDistDirectory(checkpoint))
         return
-    stage = common_state["args"].training_stage
-    if (stage == 1) != (args.training_stage == 1):  # of the others each trains everything
-        raise ConfigError(
-            f"the checkpoint {checkpoint} is of --training-stage {stage} and this run, which goes on from it, of "
-            f"{args.training_stage}: to begin a stage, give it as --pretrained-checkpoint, with --pretrained-optimizer "
-            "to keep the optimizer's state, and another --load and --save"
-        )
-    if args.override_opt_param_scheduler:
-        return
-    schedule = common_state.get("opt_param_scheduler", {})
-    if not args.use_checkpoint_opt_param_scheduler and (differences := _differences(schedule, _schedule(args))):
-        raise ConfigError(
-            f"the checkpoint {checkpoint} follows another schedule (in packs: {differences}), as after a change of "
-            "--train-iters or --lr: add --override-opt-param-scheduler to follow the new one from here on, or "
-            "--use-checkpoint-opt-param-scheduler to keep the old one"
-        )
-
-
-def _loads_optimizer(args: Namespace, checkpoint: Path) -> bool:
-    return _loaded_iteration(args, checkpoint) is not None and not args.finetune and not args.no_load_optim
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name} {there[name]} there, {value} here"
-        for name, value in here.items()
-        if name in there and there[name] != value
-    )
-
-
-def _schedule(args: Namespace) -> dict[str, Any]:
-    """The schedule that Megatron will build from the arguments, which it also changes; they are put back."""
-    before = dict(vars(args))
-    schedule = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
-    vars(args).clear()
-    vars(args).update(before)
-    return {name: value for name, value in schedule.items() if name != "num_steps"}
+    check_training(args, common_state, checkpoint)
+    if not args.no_load_optim:
+        needs_state_by_names(args, checkpoint)  # raises where it can be loaded neither way
+    if told := told_changes(args, common_state):
+        _say_on_rank_0(f"going on from {checkpoint} with changes: {'; '.join(told)}")
 
 
 def _loaded_iteration(args: Namespace, checkpoint: Path | None) -> int | None:
@@ -170,38 +175,40 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
         ConfigError: the run would save over what it starts from, or a directory cannot be changed.
     """
     loaded = _loaded_iteration(args, checkpoint)
-    same = bool(args.load and args.save) and Path(args.load).resolve() == Path(args.save).resolve()
+    same = _saves_where_it_loads(args)
     if same and args.finetune and loaded is not None:
         raise ConfigError(
             f"--finetune starts at iteration 0 and would save over {args.load}, from which it starts: give another "
             "--save, or leave --finetune out to go on"
         )
-    if loaded is not None and not same:
-        _point_megatron_to(args, loaded)
-    args.take_optimizer_from = None
-    if checkpoint is not None and _loads_optimizer(args, checkpoint) and _other_kind_of_optimizer(args, checkpoint):
-        args.take_optimizer_from, args.no_load_optim = str(checkpoint), True
+    args.ckpt_step = None
+    args.resume_from, args.load_state_by_names = None, False
+    if loaded is None or args.finetune:
+        args.started_from = str(checkpoint.resolve()) if checkpoint is not None else None
+    else:
+        saved = TorchDistDirectory(checkpoint).common_state()["args"]
+        args.started_from = getattr(saved, "started_from", None)
+        args.resume_from = str(checkpoint)
+        if not args.no_load_optim and needs_state_by_names(args, checkpoint):
+            args.load_state_by_names = args.no_load_optim = True
+    if checkpoint is not None and not (same and loaded is not None):
+        _point_megatron_to(args, checkpoint)
     if args.save:
         start = 0 if loaded is None or args.finetune else loaded
-        for sentence in _on_rank_0(lambda: _clear(RunDirectory(args.save), start, same)):
+        for sentence in on_rank_0(lambda: _clear(RunDirectory(args.save), start, same)):
             _say_on_rank_0(sentence)
 
 
-def _other_kind_of_optimizer(args: Namespace, checkpoint: Path) -> bool:
-    """Whether the state is stored by the other of the plain and the distributed optimizer; Megatron loads its own."""
-    state = TorchDistDirectory(checkpoint).common_state()
-    saved = state["args"].use_distributed_optimizer
-    return "optimizer" in state and saved != args.use_distributed_optimizer
-
-
-def _point_megatron_to(args: Namespace, iteration: int) -> None:
+def _point_megatron_to(args: Namespace, checkpoint: Path) -> None:
     """Without touching a directory that may be someone else's."""
-    directory = RunDirectory(args.load)
-    named = _on_rank_0(directory.named)
-    if named is None:  # Megatron reads the tracker even where it is told the iteration
-        raise ConfigError(f"{directory.tracker} names no checkpoint: write {iteration} into it")
-    if named != iteration:
-        args.ckpt_step = iteration
+    directory = RunDirectory(checkpoint.parent)
+    named = on_rank_0(directory.named)
+    if on_rank_0(directory.named_path) == checkpoint:
+        return
+    iteration = int(checkpoint.name.removeprefix("iter_"))
+    if not isinstance(named, int):  # Megatron reads the tracker even where it is told the iteration
+        raise ConfigError(f"{directory.tracker} names {named or 'no checkpoint'}: write {iteration} into it")
+    args.ckpt_step = iteration
 
 
 def _clear(directory: RunDirectory, start: int, starts_here: bool) -> list[str]:
@@ -229,7 +236,7 @@ def _say_on_rank_0(sentence: str) -> None:
         say(sentence)
 
 
-def _on_rank_0(action: Callable[[], Any]) -> Any:
+def on_rank_0(action: Callable[[], Any]) -> Any:
     """Its result, or its error, on every rank: they may see a shared file system at different times.
 
     Raises:
@@ -240,7 +247,7 @@ def _on_rank_0(action: Callable[[], Any]) -> Any:
     if rank == 0:
         try:
             outcome[0] = action()
-        except (ConfigError, WrongPath, OSError) as error:
+        except (ConfigError, DataError, OSError) as error:
             outcome[1] = str(error)
     if ranks > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)

@@ -13,6 +13,7 @@ from neo_megatron.model.config import ConfigError
 from neo_megatron.paths import Wanted, check_flags
 from neo_megatron.run.console import Console, ShortLines
 from neo_megatron.run.failure import Failure
+from neo_megatron.run.output_lock import OutputLock
 
 PROGRAM = "pretrain_neo"
 PATHS = {
@@ -58,11 +59,13 @@ def stand_alone() -> None:
 
 
 def check_paths(arguments: Sequence[str]) -> None:
-    """Raises WrongPath or ConfigError for a path of a command line that cannot be what its flag takes."""
+    """Raises WrongPath or ConfigError for a path of a command line that cannot be what its flag takes, or is taken."""
     check_flags(arguments, PATHS)
     given = _parse(arguments)
     if given.neo_model and not Path(given.neo_model).exists():
         presets.sizes(given.neo_model)
+    if given.save and not given.dry_run and not given.help:
+        OutputLock(given.save).refuse_visible()
 
 
 def open_console(arguments: Sequence[str]) -> Console | None:

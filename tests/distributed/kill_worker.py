@@ -37,6 +37,7 @@ if __name__ == "__main__":  # the writer of an asynchronous save imports this fi
     from megatron.training import training
 
     from neo_megatron import pretrain_neo
+    from neo_megatron.run import loaders
 
 
 class Moments:
@@ -101,7 +102,7 @@ def run(job: dict, moment: tuple[str, int] | None) -> None:
     directory = Path(job["directory"])
     moments = Moments(job["root"], directory / "log", moment)
     moments.note("start")
-    collate, training_log = pretrain_neo.collate, training.training_log
+    collate, training_log = loaders.collate, training.training_log
 
     def noted_collate(packs):
         batch = collate(packs)
@@ -113,7 +114,7 @@ def run(job: dict, moment: tuple[str, int] | None) -> None:
         moments.note(f"loss {pretrain_neo.get_args().curr_iteration + 1} {float(loss_dict['lm loss']).hex()}")
         return training_log(loss_dict, *args, **kwargs)
 
-    pretrain_neo.collate, training.training_log = noted_collate, noted_log
+    loaders.collate, training.training_log = noted_collate, noted_log
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

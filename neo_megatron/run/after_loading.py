@@ -1,0 +1,104 @@
+"""What is left to do when Megatron has loaded a checkpoint: state that it does not load, and where the run stands."""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import get_args
+
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.run.changes import saved_schedule
+from neo_megatron.run.console import say
+from neo_megatron.run.optimizer_state import Loaded, load_state, saved_groups
+from neo_megatron.run.pretrained_optimizer import take_over_state
+
+# Of a saved parameter group: what tells which of the run's it is.
+_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+
+
+def after_loading(
+    model: list[torch.nn.Module], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None
+) -> None:
+    """Loads the optimizer's state where `make_way` kept Megatron from it. A call on all ranks."""
+    args = get_args()
+    if args.resume_from is not None:
+        _go_on(args, model, optimizer, scheduler)
+    elif args.pretrained_optimizer and args.started_from and optimizer is not None:
+        _say_on_rank_0(take_over_state(optimizer, model, args.started_from))
+
+
+def packs_to_read(args: Namespace, iteration: int, consumed: int) -> int:
+    """Packs that a run reads from its first step to its last, those before a change of the batch size included."""
+    if args.train_samples:
+        return args.train_samples
+    return consumed + max(0, args.train_iters - iteration) * args.global_batch_size
+
+
+def _go_on(
+    args: Namespace,
+    model: list[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+) -> None:
+    common_state = TorchDistDirectory(args.resume_from).common_state()
+    if args.load_state_by_names:
+        args.no_load_optim = False  # was set to keep Megatron from trying
+        if optimizer is not None:
+            _say_on_rank_0(_sentence(args, load_state(optimizer, model, args.resume_from)))
+            _place(args, scheduler, optimizer, common_state)
+    elif args.no_load_optim and scheduler is not None:
+        _place(args, scheduler, optimizer, common_state)
+        _say_on_rank_0("--no-load-optim: moments begin at zero; iteration, samples and schedule go on")
+    if args.train_samples:  # iterations so far may have been of another size
+        left = args.train_samples - args.consumed_train_samples
+        args.train_iters = common_state["iteration"] + max(0, left) // args.global_batch_size
+
+
+def _sentence(args: Namespace, loaded: Loaded) -> str:
+    if not loaded.known:
+        return (
+            f"{args.resume_from} has no optimizer state (saved with --no-save-optim, or before any step was taken): "
+            "moments begin at zero"
+        )
+    fresh = f", zero for {loaded.fresh}" if loaded.fresh else ""
+    return (
+        f"optimizer state of {args.resume_from} after {loaded.step} steps, on the first rank: loaded for "
+        f"{loaded.known} parameters{fresh}"
+    )
+
+
+def _place(
+    args: Namespace, scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer, common_state: dict[str, Any]
+) -> None:
+    """Puts the schedule where the run stands."""
+    there = saved_schedule(args, common_state)
+    if "num_steps" in there:
+        steps = there["num_steps"]
+    elif args.train_samples:
+        steps = args.consumed_train_samples
+    else:
+        steps = common_state["iteration"] * args.global_batch_size
+    if args.use_checkpoint_opt_param_scheduler and there:
+        _keep_rates(optimizer, common_state)
+        scheduler.load_state_dict(there)
+    else:
+        scheduler.load_state_dict({**scheduler.state_dict(), "num_steps": steps})
+    scheduler.step(0)  # with all that was loaded
+
+
+def _keep_rates(optimizer: MegatronOptimizer, common_state: dict[str, Any]) -> None:
+    """The rates of parameter groups, which win over those of the schedule."""
+    rates = {
+        tuple(group.get(name) for name in _GROUP): {name: group[name] for name in ("max_lr", "min_lr")}
+        for group in saved_groups(common_state)
+        if "max_lr" in group
+    }
+    for group in optimizer.param_groups:
+        group.update(rates.get(tuple(group.get(name) for name in _GROUP), {}))
+
+
+def _say_on_rank_0(sentence: str) -> None:
+    if get_args().rank == 0:
+        say(sentence)

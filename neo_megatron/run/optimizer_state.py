@@ -1,0 +1,220 @@
+"""An optimizer's state by the names of parameters: from any of Megatron's Adam optimizers into any other.
+
+Megatron loads the state that its own optimizer of the same kind and precision has saved, with the hyperparameters of
+then, and fails or loads wrongly otherwise. Here every parameter gets its moments and, where the optimizer keeps a
+float32 copy apart from the model (the master weight), exactly that copy: of the checkpoint's optimizer, or of the
+weights of a model in float32. Hyperparameters stay those of the command line.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.nn import Parameter
+
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+
+STATE = "optimizer.state."
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_TORCH_ADAM = (torch.optim.AdamW, torch.optim.Adam)
+# The plain and the distributed optimizer name a master differently; last, the weight of the model itself.
+_MASTERS = (f"{STATE}fp32_param.", f"{STATE}param.", "")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded on this rank.
+
+    Args:
+        known, fresh: how many of the parameters that train have moments in the checkpoint, and how many have not.
+        step: Adam's count of steps.
+    """
+
+    known: int
+    fresh: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """What this rank's optimizer holds of a parameter.
+
+    Args:
+        tensors: "exp_avg", "exp_avg_sq" and "master", the last one only where it is kept apart from the parameter.
+        part: of the flattened parameter; the distributed optimizer holds a part on each rank.
+    """
+
+    tensors: dict[str, Tensor]
+    part: slice
+
+
+def has_moments(saved: TorchDistDirectory) -> bool:
+    """Whether a checkpoint has optimizer state by the names of parameters."""
+    return any(key.startswith(f"{STATE}exp_avg.") for key in saved.shapes)
+
+
+def is_by_ranks(saved: TorchDistDirectory) -> bool:
+    """Whether its optimizer state fits the layout of ranks that saved it alone."""
+    return any(key.startswith("optimizer.distributed.") for key in saved.shapes)
+
+
+@torch.no_grad()
+def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], checkpoint: str | Path) -> Loaded:
+    """Fills an optimizer from a checkpoint. A call on all ranks, after the model was loaded.
+
+    Moments that the checkpoint lacks are zero. Parameters in float32 become the checkpoint's masters.
+
+    Args:
+        model: this rank's chunks.
+        checkpoint: one iteration.
+    """
+    saved = TorchDistDirectory(checkpoint)
+    sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
+    optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
+    states = [(one, p, state) for one in optimizers for p, state in _states(one)]
+    for moment in MOMENTS:
+        values = _read(saved, sharded, (f"{STATE}{moment}.",))
+        for one, parameter, state in states:
+            _fill(one, parameter, state, moment, values.get(parameter))
+    masters = _read(saved, sharded, _MASTERS)
+    for parameter, value in masters.items():
+        if parameter.dtype == torch.float32:
+            parameter.copy_(value)
+    for one, parameter, state in states:
+        if "master" in state.tensors and parameter in masters:
+            _fill(one, parameter, state, "master", masters[parameter])
+    common = saved_optimizers(saved.common_state())
+    step = max((_step(state) for state in common), default=0)
+    for one in optimizers:
+        _set_step(one, step)
+        scaler = next((state["grad_scaler"] for state in common if "grad_scaler" in state), None)
+        if scaler is not None and getattr(one, "grad_scaler", None) is not None:
+            one.grad_scaler.load_state_dict(scaler)
+    known = sum(f"{STATE}exp_avg.{entry.key}" in saved.shapes for entry in sharded.values())
+    return Loaded(known, len(sharded) - known, step)
+
+
+def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
+    """Gives the moments of parameters that no step has updated yet, as where all steps so far were skipped.
+
+    Megatron's distributed optimizer cannot be saved without.
+    """
+    for one in getattr(optimizer, "chained_optimizers", ()):
+        if not isinstance(one, DistributedOptimizer) or one.is_stub_optimizer or one.init_state_fn is None:
+            continue
+        if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot go on from moments without a count of steps
+            one.init_state_fn(one.optimizer, one.config)
+
+
+def saved_optimizers(common_state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a checkpoint says of its optimizers that is no tensor; of one, or of several under their numbers."""
+    state = common_state.get("optimizer", {})
+    if state and all(isinstance(key, int) for key in state):
+        return list(state.values())
+    return [state] if state else []
+
+
+def saved_groups(common_state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups of a checkpoint's optimizers: their hyperparameters."""
+    states = (state.get("optimizer", state) for state in saved_optimizers(common_state))
+    return [group for state in states for group in state.get("param_groups", ())]
+
+
+def _read(
+    saved: TorchDistDirectory,
+    sharded: dict[Parameter, ShardedTensor | ShardedTensorFactory],
+    prefixes: tuple[str, ...],
+) -> dict[Parameter, Tensor]:
+    """This rank's part of one tensor per parameter, the first of the names that the checkpoint has."""
+    wanted = {}
+    for parameter, entry in sharded.items():
+        prefix = next((prefix for prefix in prefixes if f"{prefix}{entry.key}" in saved.shapes), None)
+        if prefix is not None:
+            key = f"{prefix}{entry.key}"
+            empty = torch.empty(parameter.shape, dtype=saved.dtype(key), device="cpu")
+            wanted[id(parameter)] = make_sharded_optimizer_tensor(entry, empty, "")
+            wanted[id(parameter)].key = key
+    loaded = dist_checkpointing.load(wanted, str(saved.directory))
+    return {p: loaded[id(p)] for p in sharded if id(p) in wanted}  # it has the common state too
+
+
+def _fill(optimizer: MegatronOptimizer, parameter: Parameter, state: _State, kind: str, value: Tensor | None) -> None:
+    target = state.tensors[kind]
+    if value is None:
+        target.zero_()
+    else:
+        target.copy_(value.flatten()[state.part].view_as(target))
+    if isinstance(optimizer, DistributedOptimizer):
+        # It may keep states in few bits; `_states` then gave copies of them.
+        tensors = dict(state.tensors)
+        optimizer._set_main_param_and_optimizer_states(parameter, {"param": tensors.pop("master"), **tensors})
+
+
+def _sharded_parameters(
+    model: list[torch.nn.Module],
+) -> Iterator[tuple[Parameter, ShardedTensor | ShardedTensorFactory]]:
+    """Every parameter with its name and its split in a checkpoint."""
+    for chunk in unwrap_model(model):
+        state, _ = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())
+        for entry in nested_values(state):
+            if isinstance(entry.data, Parameter):
+                yield entry.data, entry
+
+
+def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, _State]]:
+    """This rank's state of every parameter that it updates, allocated where it was not."""
+    inner = optimizer.optimizer
+    optimizer.init_state_fn(inner, optimizer.config)
+    all_of_it = slice(None)
+    if isinstance(optimizer, DistributedOptimizer):
+        for parameter in optimizer.model_param_group_index_map:
+            tensors = dict(optimizer._get_main_param_and_optimizer_states(parameter))
+            held = optimizer._get_model_param_range_map(parameter)["param"]
+            yield parameter, _State({"master": tensors.pop("param"), **tensors}, slice(held.start, held.end))
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        groups = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        for parameters, masters in groups:
+            for parameter, master in zip(parameters, masters, strict=True):
+                yield parameter, _State({"master": master.data, **_moments(inner.state[master])}, all_of_it)
+        for parameters in optimizer.fp32_from_fp32_groups:
+            for parameter in parameters:
+                yield parameter, _State(_moments(inner.state[parameter]), all_of_it)
+    else:
+        for parameter in optimizer.get_parameters():
+            yield parameter, _State(_moments(inner.state[parameter]), all_of_it)
+
+
+def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {moment: state[moment] for moment in MOMENTS}
+
+
+def _step(state: dict[str, Any]) -> int:
+    """Adam's count of steps, one for all parameters: in a group of them, or outside the groups."""
+    state = state.get("optimizer", state)
+    if "common_step" in state.get("state", {}):
+        return int(state["state"]["common_step"])
+    return max((int(group.get("step", 0)) for group in state.get("param_groups", ())), default=0)
+
+
+def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    inner = optimizer.optimizer
+    if isinstance(inner, _TORCH_ADAM):
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(step))
+    else:
+        for group in inner.param_groups:
+            # A CUDA graph reads it on the device.
+            group["step"] = (
+                torch.tensor([step], dtype=torch.int, device="cuda") if optimizer.config.optimizer_cuda_graph else step
+            )
