@@ -9,6 +9,7 @@ one sentence instead of training wrongly. That the patched stack trains rightly 
 
 import ctypes
 import importlib.metadata
+import inspect
 import logging
 import os
 import warnings
@@ -237,10 +238,16 @@ def install_training() -> None:
 
     # On a GPU too: runs `make` in site-packages, but the wheel ships the compiled helper and no Makefile.
     _patch(dataset_utils, "compile_helpers", lambda: None)
+    from megatron.training import training
+
+    # On a GPU too: reads past a step's data as GPT's loaders give it, on one tensor-parallel rank and for one chunk.
+    if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
+        raise _changed("megatron.training.training.dummy_train_step")
+    _patch(training, "dummy_train_step", skip_step)
     if not on_cpu():
         return
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from megatron.training import arguments, training
+    from megatron.training import arguments
 
     # Copies from the GPU before training goes on; on a CPU it copies nothing, and later steps would be saved.
     _patch(FileSystemWriterAsync, "preload_tensors", staticmethod(copy_before_writing))
@@ -267,6 +274,18 @@ def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
         return loaded
 
     _patch(training, "load_checkpoint", load_checkpoint)
+
+
+def skip_step(data_iterator: Any) -> None:
+    """Reads past the micro-batches of a step of ``--iterations-to-skip``, for every virtual stage of this rank."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        for iterator in iterators:
+            for _ in range(get_num_microbatches()):
+                next(iterator)
 
 
 def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:

@@ -44,7 +44,7 @@ def datasets_provider(
         args.micro_batch_size,
         start=args.consumed_train_samples,
     )
-    if args.rampup_batch_size:
+    if args.step_batch_size_schedule:
         even = None  # steps have many sizes
     eval_size = getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size
     return (
