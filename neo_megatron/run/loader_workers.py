@@ -7,6 +7,7 @@ A worker hands a pack over in shared memory, from a thread of its own. Where /de
 this thread and drops the pack, and the rank would wait for it for ever; here the worker ends, and the rank says why.
 """
 
+import multiprocessing
 import multiprocessing.queues
 import os
 import re
@@ -14,14 +15,19 @@ import signal
 import threading
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
+
+from torch.utils.data import DataLoader
 
 from neo_megatron.data.errors import DataError
 
 SHARED_MEMORY = "/dev/shm"
 _CANNOT_HAND_OVER = 74  # the exit code of a worker; EX_IOERR of sysexits.h
-_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
+_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ")
 _MORE_ROOM = "give the container more (docker run --shm-size=8g, or --ipc=host), or fewer --num-workers"
+_workers: dict[int, BaseProcess] = {}  # by process number
 
 
 def begin_worker(number: int, worker: int = 0) -> None:
@@ -71,20 +77,30 @@ def late(worker: int, workers: int, packs: str, seconds: float) -> DataError:
     )
 
 
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; its workers are remembered, so that their ends can be told."""
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    _workers.update({worker.pid: worker for worker in set(multiprocessing.active_children()) - before})
+    return batches
+
+
 def describe_ended_worker(error: BaseException) -> str | None:
     """A sentence about the worker whose end PyTorch reports by this error; `None` for another error."""
-    match = _ENDED.search(str(error)) if isinstance(error, RuntimeError) else None
+    match = _ENDED.match(str(error)) if isinstance(error, RuntimeError) else None
     if match is None:
         return None
-    who, how = f"a worker of the data loader (process {match[1]})", match[2]
-    if f"exit code {_CANNOT_HAND_OVER}." in how or "Bus error" in how:
+    ended = [_workers[pid] for pid in map(int, match[1].split(",")) if pid in _workers]
+    for worker in ended:
+        worker.join(timeout=1)  # else its exit code may not be known yet
+    worker = next((worker for worker in ended if worker.exitcode), None)
+    who, code = f"a worker of the data loader (process {match[1]})", worker.exitcode if worker else 0
+    if code in (_CANNOT_HAND_OVER, -signal.SIGBUS):
         return f"{who} could not hand over a pack: {SHARED_MEMORY} is full; {_MORE_ROOM}"
-    if killed := re.match(r"is killed by signal: (.*?)\.", how):
-        memory = ", as the system does where memory runs out: use fewer --num-workers" if killed[1] == "Killed" else ""
-        return f"{who} was ended by a signal ({killed[1]}){memory or ': its log has more'}"
-    if code := re.search(r"exit code (\d+)", how):
-        return f"{who} ended with exit code {code[1]}: its log has more"
-    return f"{who} ended unexpectedly: its log has more"
+    if code == -signal.SIGKILL:
+        return f"{who} was ended by SIGKILL, as the system does where memory runs out: use fewer --num-workers"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"{who} {how}; the log of this rank has more"
 
 
 def check_room(pack_bytes: int, packs: int) -> None:

@@ -18,7 +18,7 @@ from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collat
 from neo_megatron.model.config import ConfigError
 from neo_megatron.run.console import say
 from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
-from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait
+from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers
 
 _MOST = 4  # packs that a sentence describes, files of a pack and records of a file
 
@@ -121,7 +121,7 @@ class MicroBatches:
         # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
         ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
         report = pictures == "patches" and ranks_alike == (0, 0)
-        self._batches = watch_broken_samples(iter(loader), args.max_broken_samples, report)
+        self._batches = watch_broken_samples(start_workers(loader), args.max_broken_samples, report)
         self._numbers = enumerate(sampler)
 
     def __iter__(self) -> "MicroBatches":
