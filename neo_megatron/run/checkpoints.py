@@ -60,6 +60,8 @@ class RunCheckpoints:
         if self._started:
             return
         checkpoint = choose_checkpoint(self._args)
+        if checkpoint is None and self._args.skip_train:
+            raise ConfigError(f"--skip-train: --load {self._args.load} has no checkpoint to evaluate: give another")
         if checkpoint is not None:
             check_model_and_schedule(self._args, checkpoint)
         make_way(self._args, checkpoint)

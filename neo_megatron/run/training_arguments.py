@@ -20,8 +20,10 @@ from neo_megatron.model.transformer_config import megatron_arguments, sizes_from
 from neo_megatron.parallel_layout import check_layout, context_parallel_way
 from neo_megatron.pipeline_layout import choose_layout
 from neo_megatron.planning.packs import measure_packs
+from neo_megatron.run.bad_numbers import check_rerun_flags
 from neo_megatron.run.checkpoints import check_save_flags
 from neo_megatron.run.console import say
+from neo_megatron.run.evaluation import check_evaluation_flags
 from neo_megatron.run.flag_table import given_flags, gpu_refusals, refusals, without_effect
 from neo_megatron.run.help_text import prepare_help
 from neo_megatron.run.learning_rate import fill_min_lr, schedule_refusals
@@ -60,10 +62,11 @@ def parse_arguments() -> Namespace:
     _raise_first(schedule_refusals(args))
     sizes = sizes_from_arguments(args, preset)
     args.neo_sizes = dataclasses.asdict(sizes)
-    if args.seq_length is None and args.train_data_path:
-        args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
-    if not args.valid_data_path:
-        args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
+    paths = args.train_data_path or args.valid_data_path or args.test_data_path
+    if args.seq_length is None and paths:
+        args.seq_length = PackIndex.open(paths[0]).sequence_length
+    check_evaluation_flags(args)
+    check_rerun_flags(args)
     packs = None
     if args.train_data_path and args.pipeline_model_parallel_size > 1:
         packs = measure_packs(PackIndex.open(args.train_data_path[0]))
