@@ -33,8 +33,16 @@ if [[ " $* " == *" --dry-run "* ]]; then  # one process looks for all, on a mach
   gpus=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 8))}
   export RANK=0 WORLD_SIZE=$((${NNODES:-1} * gpus))
 fi
+# Of two ways to say the same thing Megatron takes one, so that a flag takes the place of what is set here.
+flags=" $* "
+given() { [[ "$flags" == *" $1 "* || "$flags" == *" $1="* ]]; }
 precision=()
 [ "$gpus" -eq 0 ] || precision=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+! given --fp16 || precision=("${precision[@]:1}")
+length=(--train-iters "${ITERATIONS:-10000}")
+! given --train-samples || length=()
+batch=(--global-batch-size "${GLOBAL_BATCH:-128}")
+! given --step-batch-size-schedule || batch=()
 
 start=(
   python -m neo_megatron.launch
@@ -47,7 +55,7 @@ start=(
 exec "${start[@]}" -m neo_megatron.pretrain_neo \
   --neo-model "$size" --training-stage "$stage" \
   --train-data-path "$PACKS" ${VALID_PACKS:+--valid-data-path "$VALID_PACKS"} \
-  --micro-batch-size 1 --global-batch-size "${GLOBAL_BATCH:-128}" --train-iters "${ITERATIONS:-10000}" \
+  --micro-batch-size 1 ${batch[@]+"${batch[@]}"} ${length[@]+"${length[@]}"} \
   ${CHECKPOINT:+--pretrained-checkpoint "$CHECKPOINT"} --save "$OUTPUT" --load "$OUTPUT" \
   --tensorboard-dir "$OUTPUT/tensorboard" --log-interval 10 --log-throughput \
   ${layout[@]+"${layout[@]}"} ${precision[@]+"${precision[@]}"} "$@"

@@ -238,10 +238,15 @@ def install_training() -> None:
 
     # On a GPU too: runs `make` in site-packages, but the wheel ships the compiled helper and no Makefile.
     _patch(dataset_utils, "compile_helpers", lambda: None)
+    from megatron.training import arguments, training
+
+    # On a GPU too: it broadcasts the tensors of a GPT between tensor-parallel ranks, and knows one data iterator.
+    if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
+        raise _changed("dummy_train_step")
+    _patch(training, "dummy_train_step", _skip_step)
     if not on_cpu():
         return
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from megatron.training import arguments, training
 
     # Copies from the GPU before training goes on; on a CPU it copies nothing, and later steps would be saved.
     _patch(FileSystemWriterAsync, "preload_tensors", staticmethod(copy_before_writing))
@@ -309,6 +314,56 @@ def log_each_interval_once() -> None:
         )
 
     _patch(training, "training_log", training_log)
+
+
+@cache
+def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
+    """Has Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
+
+    It evaluates where there is no data, and evaluates all splits by one number of iterations.
+    """
+    from megatron.training import training
+
+    original = training.evaluate_and_print_results
+    if list(inspect.signature(original).parameters)[:3] != ["prefix", "forward_step_func", "data_iterator"]:
+        raise _changed("evaluate_and_print_results")
+
+    def evaluate_and_print_results(prefix, forward_step_func, data_iterator, *arguments, **keywords):
+        hook(partial(original, prefix, forward_step_func, data_iterator, *arguments, **keywords), data_iterator)
+
+    _patch(training, "evaluate_and_print_results", evaluate_and_print_results)
+
+
+def take_over_rerun_state_machine(
+    machine: Any, should_checkpoint_and_exit: Callable[[], tuple[bool, bool, int]], validate_result: Callable[..., None]
+) -> tuple[Callable[[], tuple[bool, bool, int]], Callable[..., None]]:
+    """Has Megatron's rerun state machine look at every step, and others decide; gives back its own two methods.
+
+    On a GPU too. It passes over the first step of a start, because it could not save there, and takes up from a
+    checkpoint what `RerunState` it was in.
+    """
+    originals = machine.should_checkpoint_and_exit, machine.validate_result
+    for name, value in (
+        ("should_checkpoint_and_exit", should_checkpoint_and_exit),
+        ("validate_result", validate_result),
+        ("first_iteration_complete", True),
+        ("validate_state_dict", lambda state: False),  # there is none to load
+    ):
+        if not hasattr(machine, name):
+            raise _changed(f"RerunStateMachine.{name}")
+        setattr(machine, name, value)
+    return originals
+
+
+def _skip_step(data_iterator: Any) -> None:
+    """Reads the micro-batches of a step, of every virtual pipeline stage, for `--iterations-to-skip`."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        for iterator in data_iterator if isinstance(data_iterator, list) else [data_iterator]:
+            for _ in range(get_num_microbatches()):
+                next(iterator)
 
 
 def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:

@@ -5,6 +5,7 @@ libraries are loaded. Needs nothing but the standard library.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -245,6 +246,8 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
         WrongPath: with the path, what it is, and what to do.
     """
     text = str(path)
+    if wanted is Wanted.OUTPUT and (reason := _unwritable(text)):
+        raise WrongPath(f"{flag} {text} {reason}".strip())
     if text.startswith(REMOTE):
         return
     found = kind_of(path)
@@ -252,6 +255,21 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
     if found in wanted.kinds or (found is Kind.MISSING and elsewhere):
         return
     raise WrongPath(f"{flag} {wrong_kind(text, found, wanted)}".strip())
+
+
+def _unwritable(text: str) -> str | None:
+    """Why nothing can be written to a directory, which may have to be made; `None` where something can."""
+    if text.startswith(REMOTE):
+        return "is object storage, which is only read: choose a directory of a mounted file system"
+    path = Path(text)
+    existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    if not os.path.isdir(existing):
+        return None if existing == path else f"lies under {existing}, which is a file: {_GIVE[Wanted.OUTPUT]}"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = "is on a read-only file system" if read_only else f"cannot be written: {existing} gives no right to"
+        return f"{reason}: {_GIVE[Wanted.OUTPUT]}"
+    return None
 
 
 def wrong_kind(location: str, found: Kind, wanted: Wanted) -> str:

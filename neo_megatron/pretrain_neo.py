@@ -39,26 +39,34 @@ from neo_megatron.model.micro_batch import context_share, model_inputs, to_devic
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.run.after_loading import after_loading
+from neo_megatron.run.bad_numbers import BadNumbers
 from neo_megatron.run.checkpoints import RunCheckpoints
 from neo_megatron.run.dry_run import dry_run
-from neo_megatron.run.loaders import datasets_provider
+from neo_megatron.run.evaluation import evaluate_split
+from neo_megatron.run.loader_workers import describe_ended_worker
+from neo_megatron.run.loaders import check_loader_memory, datasets_provider
 from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.training_arguments import parse_arguments
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
+_bad_numbers = BadNumbers()
 
 cpu_platform.call_after_loading(after_loading)
 cpu_platform.call_before_saving(allocate_moments)
 cpu_platform.log_each_interval_once()
+cpu_platform.call_around_evaluation(evaluate_split)
 
 
 def main() -> None:
+    global _bad_numbers
+    _bad_numbers = BadNumbers()
     try:
         args = parse_arguments()
         if args.dry_run:
             dry_run(args)
             return
+        check_loader_memory(args)
         with RunCheckpoints(args) as run_checkpoints:
             pretrain(
                 pretrain_cfg_container_from_args(args),
@@ -69,6 +77,15 @@ def main() -> None:
             )
     except (ConfigError, DataError) as error:
         sys.exit(f"pretrain_neo: {error}")
+    except SystemExit:
+        if _bad_numbers.sentence:
+            sys.exit(f"pretrain_neo: {_bad_numbers.sentence}")
+        raise
+    except RuntimeError as error:
+        sentence = describe_ended_worker(error)
+        if sentence is None:
+            raise
+        sys.exit(f"pretrain_neo: {sentence}")
     finally:
         if writer := get_tensorboard_writer():
             writer.close()  # Megatron does not, and what was logged last would be lost
@@ -92,6 +109,7 @@ def model_provider(
         config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
     )
     freeze_for_stage(model, args.training_stage)
+    _bad_numbers.watch(model)
     if _first_of_its_stage():
         stage = parallel_state.get_pipeline_model_parallel_rank()
         print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
@@ -106,6 +124,7 @@ def _first_of_its_stage() -> bool:
 def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
     """What Megatron calls once in every step on all ranks: normalises the gradients, and sees to finished saves."""
     run_checkpoints.look()
+    _bad_numbers.look_at_loss()
     _loss.finalize_model_grads(model, num_tokens, **groups)
 
 
@@ -115,6 +134,8 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     timers("batch-generator", log_level=2).start()
     args = get_args()
     packs = next(data_iterator)
+    if torch.is_grad_enabled():
+        _bad_numbers.note(packs["packs"], packs["describe"])
     if args.context_parallel_size > 1:
         packs = context_share(
             packs,
@@ -146,6 +167,8 @@ def loss_and_report(
     Megatron sums up both numbers of an entry over the global batch, divides them, and reads the result when it logs.
     """
     loss, count, report = _loss(weight_M, nll_M)
+    if torch.is_grad_enabled():
+        _bad_numbers.note_loss(loss)
     pairs = get_attr_wrapped_model(model, "attention_pairs")
     if pairs is not None:
         report["attention pairs computed per allowed"] = pairs

@@ -26,11 +26,13 @@ class Job:
         directory: where it logs; made by the run.
         flags: the command line of `pretrain_neo`; a TensorBoard directory is added.
         gradients: whether to keep the gradients of the last step.
+        spoilt: numbers of packs, and the weight that their tokens get.
     """
 
     directory: Path
     flags: Sequence[str]
     gradients: bool = False
+    spoilt: tuple[Sequence[int], float] | None = None
 
     def printed(self, rank: int = 0) -> str:
         return (self.directory / f"rank{rank}.log").read_text()
@@ -77,6 +79,7 @@ def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | 
             "argv": [*map(str, job.flags), "--tensorboard-dir", f"{job.directory}/events", *PATIENCE],
             "directory": str(job.directory),
             "gradients": job.gradients,
+            "spoilt": job.spoilt,
         }
         for job in jobs
     ]

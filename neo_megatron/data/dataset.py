@@ -1,6 +1,6 @@
 """Packs -> tensors. The state of the data set is one integer: item ``i`` depends on (packs, seed, batch, i) alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.draw import key_of
 from neo_megatron.data.errors import DataError, RejectedSample
 from neo_megatron.data.image import PATCH_VALUES, decode, patches_from_image, recompress
-from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.data.pack_index import Drawn, PackIndex
 from neo_megatron.data.shards import ShardSet, StoredSample, patches_of
 
 LossWeighting = Literal["square", "sample", "token"]
@@ -45,7 +45,7 @@ class PackDataset(torch.utils.data.Dataset):
 
     Args:
         location: written by ``tools/pack_data.py``: a directory or ``s3://bucket/prefix``.
-        num_samples: number of items; more than there are packs means several epochs.
+        num_samples: number of items; more than there are packs means several epochs. `None`: one epoch.
         seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
         pictures: "patches" gives them. A rank that embeds no picture need not read them; but one that weighs losses has
@@ -58,7 +58,7 @@ class PackDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         location: str | Path,
-        num_samples: int,
+        num_samples: int | None,
         seed: int,
         loss_weighting: LossWeighting = "square",
         pictures: Pictures = "patches",
@@ -66,7 +66,7 @@ class PackDataset(torch.utils.data.Dataset):
         min_jpeg_quality: int = 100,
     ) -> None:
         self.packs = PackIndex.open(location)
-        self._num_samples = num_samples
+        self._num_samples = len(self.packs) if num_samples is None else num_samples
         self._seed = seed
         self._power = _WEIGHT_POWER[loss_weighting]
         self._pictures: Pictures = pictures
@@ -106,6 +106,17 @@ class PackDataset(torch.utils.data.Dataset):
         epoch, samples = self._pack(index)
         return self._assemble(samples.tolist(), epoch)
 
+    def describe(self, index: int) -> list[tuple[str, int]]:
+        """Where the samples of an item come from: annotation file and record of each."""
+        return list(map(self.packs.data.describe, self._pack(index)[1].tolist()))
+
+    def largest(self, first: int, count: int) -> int:
+        """Bytes of the tensors of the largest of ``count`` items from ``first`` on, at most; no sample is read."""
+        cells = max(int(costs[:, 1].max()) for _, _, costs in self._drawn(np.arange(first, first + count)))
+        # Per token 28 bytes, and 20 more where it is trained; see `pack_tensors`.
+        bytes_of_tokens = self.packs.sequence_length * 48
+        return bytes_of_tokens + cells * (8 + 4 * PATCH_VALUES if self._pictures == "patches" else 0)
+
     def _pack(self, index: int) -> tuple[int, np.ndarray]:
         """The epoch and the samples of an item. Global batches are looked up whole, because balance needs them so."""
         size = self._batch.size if self._batch else 64
@@ -117,19 +128,23 @@ class PackDataset(torch.utils.data.Dataset):
 
     def _draw(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
         """The epoch and the samples of ``count`` consecutive items."""
-        numbers = np.arange(first, first + count)
-        epochs = numbers // len(self.packs)
         packs, costs = [], []
-        for epoch in np.unique(epochs).tolist():
-            drawn = self.packs.table.draw(self._seed, epoch, numbers[epochs == epoch] % len(self.packs))
-            self.packs.table.read_ahead(drawn)
+        for epoch, drawn, cost in self._drawn(np.arange(first, first + count)):
             ends = drawn.offsets.tolist()
             packs += [(epoch, self.packs.table.samples(drawn.units[a:b])) for a, b in zip(ends, ends[1:], strict=False)]
-            costs.append(self.packs.table.costs(drawn))
+            costs.append(cost)
         if self._batch is None:
             return packs
         order = balanced_order(np.concatenate(costs), self._batch.ranks, self._batch.micro_batch_size)
         return [packs[number] for number in order.tolist()]
+
+    def _drawn(self, numbers: np.ndarray) -> Iterator[tuple[int, Drawn, np.ndarray]]:
+        """Items by their epochs: the epoch, the packs drawn, and their costs."""
+        epochs = numbers // len(self.packs)
+        for epoch in np.unique(epochs).tolist():
+            drawn = self.packs.table.draw(self._seed, epoch, numbers[epochs == epoch] % len(self.packs))
+            self.packs.table.read_ahead(drawn)
+            yield epoch, drawn, self.packs.table.costs(drawn)
 
     def _assemble(self, samples: Sequence[int], epoch: int) -> dict[str, Any]:
         """The given samples behind one another, padded. See ``__getitem__``."""

@@ -119,6 +119,7 @@ def megatron_arguments(sizes: NeoSizes) -> dict[str, Any]:
         "add_bias_linear": False,
         "qk_layernorm": True,
         "position_embedding_type": "none",
+        "rotary_base": sizes.rope_theta,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "calculate_per_token_loss": True,

@@ -81,6 +81,8 @@ class RunCheckpoints:
             on_rank_0(self._lock.acquire)
         note_packs(self._args)
         checkpoint = choose_checkpoint(self._args)
+        if checkpoint is None and self._args.skip_train:
+            raise ConfigError(f"--skip-train: --load {self._args.load} has no checkpoint to evaluate: give another")
         if checkpoint is not None:
             check_model_and_schedule(self._args, checkpoint)
         make_way(self._args, checkpoint)

@@ -90,7 +90,7 @@ def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
     batch = GlobalBatch(size, args.data_parallel_size, args.micro_batch_size, start=consumed)
     workload = None
     for split, first, count, global_batch in (
-        ("train", consumed, train, None if args.rampup_batch_size else batch),
+        ("train", consumed, train, None if args.step_batch_size_schedule else batch),
         ("valid", 0, 1, None),
         ("test", 0, 1, None),
     ):

@@ -1,8 +1,9 @@
 """Iterators over the packs of a run."""
 
+import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,16 +18,19 @@ from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collat
 from neo_megatron.model.config import ConfigError
 from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.console import say
-from neo_megatron.run.loader_signals import heed_only_parent
+from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
+from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers
+
+_MOST = 4  # packs that a sentence describes, files of a pack and records of a file
 
 
 def datasets_provider(
-    num_samples: tuple[int, int, int], vp_stage: int | None = None
-) -> tuple[Iterator | None, Iterator | None, Iterator | None]:
+    num_samples: tuple[int, int | None, int], vp_stage: int | None = None
+) -> tuple["MicroBatches | None", "MicroBatches | None", "MicroBatches | None"]:
     """Iterators over micro-batches of packs, for training, validation and test.
 
-    Every rank reads for itself what it needs of a pack, so nothing is broadcast. Where training stands is one number,
-    Megatron's count of consumed samples.
+    Every rank reads for itself what it needs of a pack, so nothing is broadcast. Where training and validation stand is
+    one number each, Megatron's counts of consumed samples.
     """
     args = get_args()
     pictures: Pictures = "none"
@@ -34,70 +38,164 @@ def datasets_provider(
         pictures = "patches"
     elif parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
         pictures = "check"
-    _, valid, test = num_samples
-    train = packs_to_read(args, args.iteration, args.consumed_train_samples)
-    if 0 < train <= args.consumed_train_samples:
+    train, consumed = packs_to_read(args, args.iteration, args.consumed_train_samples), args.consumed_train_samples
+    if 0 < train <= consumed and not args.skip_train:
         if args.rank == 0:
             say(f"training has ended before: all of its {train} packs were read; a longer one needs more steps")
         sys.exit()
-    even = GlobalBatch(
-        args.global_batch_size,
-        parallel_state.get_data_parallel_world_size(),
-        args.micro_batch_size,
-        start=args.consumed_train_samples,
-    )
-    if args.rampup_batch_size:
-        even = None  # steps have many sizes
-    eval_size = getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size
     return (
-        pack_iterator("train", train, args.consumed_train_samples, args.micro_batch_size, pictures, even),
-        pack_iterator("valid", valid, args.consumed_valid_samples, eval_size, pictures),
-        pack_iterator("test", test, 0, eval_size, pictures),
+        None if args.skip_train else _training(args, train, consumed, pictures),
+        _evaluation(args, "valid", 0 if args.skip_train else args.consumed_valid_samples, pictures),
+        _evaluation(args, "test", 0, pictures),
     )
 
 
 datasets_provider.is_distributed = True
 
 
-def pack_iterator(
-    split: str,
-    num_samples: int,
-    consumed: int,
-    micro_batch_size: int,
-    pictures: Pictures,
-    global_batch: GlobalBatch | None = None,
-) -> Iterator[dict[str, Any]] | None:
-    """Micro-batches of this data-parallel rank from pack number `consumed` on; `None` where the split has no packs."""
-    args = get_args()
-    dataset = open_packs(args, split, num_samples, pictures, global_batch)
+def _training(args: Namespace, num_samples: int, consumed: int, pictures: Pictures) -> "MicroBatches | None":
+    """From pack number `consumed` on; `None` without packs."""
+    ranks = parallel_state.get_data_parallel_world_size()
+    even = GlobalBatch(args.global_batch_size, ranks, args.micro_batch_size, start=consumed)
+    # With a ramp-up steps have many sizes.
+    dataset = open_packs(args, "train", num_samples, pictures, None if args.step_batch_size_schedule else even)
     if dataset is None:
         return None
     sampler = MegatronPretrainingSampler(
         total_samples=num_samples,
         consumed_samples=consumed,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=args.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_size=ranks,
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=not cpu_platform.on_cpu(),
-        persistent_workers=args.num_workers > 0,
-        worker_init_fn=partial(heed_only_parent, args.exit_signal),
+    return MicroBatches(args, dataset, sampler, pictures)
+
+
+def _evaluation(args: Namespace, split: str, consumed: int, pictures: Pictures) -> "MicroBatches | None":
+    """Without end, after `consumed` packs; `None` without packs, or where none are to be evaluated."""
+    dataset = open_packs(args, split, None, pictures) if args.eval_iters else None
+    if dataset is None:
+        return None
+    order = EvaluationRound(len(dataset), args.eval_global_batch_size, args.evaluates_all_packs, args.eval_iters)
+    sampler = order.sampler(
+        consumed,
+        args.eval_micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
     )
-    # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
-    ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
-    report = pictures == "patches" and ranks_alike == (0, 0)
-    return watch_broken_samples(iter(loader), args.max_broken_samples, report)
+    return MicroBatches(args, EvaluationPacks(dataset), sampler, pictures, order.iterations_of_an_evaluation)
+
+
+class MicroBatches:
+    """Micro-batches of packs for this rank, as `dataset.collate` makes them.
+
+    Each also has the numbers of its ``packs``, and a function to ``describe`` numbers.
+
+    Args:
+        dataset: the packs.
+        sampler: the numbers of the packs of each micro-batch; iterating again gives the same.
+        pictures: what this rank reads of them.
+        iterations: of an evaluation.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        dataset: PackDataset | EvaluationPacks,
+        sampler: Iterable[list[int]],
+        pictures: Pictures,
+        iterations: int = 0,
+    ) -> None:
+        self.iterations = iterations
+        self._dataset = dataset
+        self._workers, self._seconds = args.num_workers, seconds_to_wait(args)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=args.num_workers,
+            pin_memory=not cpu_platform.on_cpu(),
+            persistent_workers=args.num_workers > 0,
+            worker_init_fn=partial(begin_worker, args.exit_signal),
+            timeout=self._seconds,
+        )
+        # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
+        ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+        report = pictures == "patches" and ranks_alike == (0, 0)
+        self._batches = watch_broken_samples(start_workers(loader), args.max_broken_samples, report)
+        self._numbers = enumerate(sampler)
+
+    def __iter__(self) -> "MicroBatches":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """Raises DataError where the loader cannot deliver, with the packs that were waited for."""
+        count, numbers = next(self._numbers)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            # Workers take turns.
+            raise late(count % self._workers, self._workers, self.describe(numbers), self._seconds) from error
+        return {**batch, "packs": numbers, "describe": self.describe}
+
+    def describe(self, numbers: Sequence[int]) -> str:
+        """Packs by their numbers and the records in them; of many the first ones."""
+        return describe_packs({number: self._dataset.describe(number) for number in numbers[:_MOST]}, len(numbers))
+
+
+def describe_packs(records: dict[int, list[tuple[str, int]]], count: int) -> str:
+    """``pack 7 (a.json records 3, 4; b.json record 1) and 2 more packs``.
+
+    Args:
+        records: annotation file and record of each sample, by the number of the pack.
+        count: of packs, some of which may be left out.
+    """
+    described = []
+    for number, samples in records.items():
+        by_file: dict[str, list[int]] = {}
+        for file, record in samples:
+            by_file.setdefault(file, []).append(record)
+        files = [
+            f"{file} record{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:_MOST]))}"
+            f"{', ...' * (len(numbers) > _MOST)}"
+            for file, numbers in list(by_file.items())[:_MOST]
+        ]
+        described.append(f"pack {number} ({'; '.join(files)}{'; ...' * (len(by_file) > _MOST)})")
+    more = count - len(records)
+    if more > 0:
+        described.append(f"{more} more pack{'s' * (more > 1)}")
+    return " and ".join(described)
+
+
+def check_loader_memory(args: Namespace) -> None:
+    """Raises DataError where the packs that workers hold ready do not fit into the shared memory of this machine.
+
+    To be called before any rank starts workers. PyTorch's workers hold two micro-batches ready each, and a rank one
+    more; without a GPU, which would get them at once, it holds those of a step.
+    """
+    if not args.num_workers:
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    pack_bytes = packs = 0
+    for split in ("train", "valid", "test"):
+        wanted = not args.skip_train if split == "train" else args.eval_iters
+        dataset = open_packs(args, split, None, "patches") if wanted else None
+        if dataset is None:
+            continue
+        pack_bytes = max(pack_bytes, dataset.largest(0, min(len(dataset), 256)))
+        size = args.micro_batch_size if split == "train" else args.eval_micro_batch_size
+        held = step if split == "train" and cpu_platform.on_cpu() else 1
+        packs += ranks * size * (2 * args.num_workers + held)
+    check_room(pack_bytes, packs)
 
 
 def open_packs(
-    args: Namespace, split: str, num_samples: int, pictures: Pictures, global_batch: GlobalBatch | None = None
+    args: Namespace, split: str, num_samples: int | None, pictures: Pictures, global_batch: GlobalBatch | None = None
 ) -> PackDataset | None:
-    """The packs of a split; `None` where it has none.
+    """The packs of a split, of one epoch or `num_samples`; `None` where it has none.
 
     Raises:
         ConfigError: they do not fit the model or the sequence length.

@@ -16,6 +16,7 @@ from neo_megatron.run.failure import Failure
 from neo_megatron.run.output_lock import OutputLock
 
 PROGRAM = "pretrain_neo"
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATHS = {
     "--train-data-path": Wanted.PACKS,
     "--valid-data-path": Wanted.PACKS,
@@ -30,12 +31,15 @@ PATHS = {
 
 def start() -> None:
     """Trains, and ends the process with a sentence where the user can put right what is wrong."""
+    try:
+        stand_alone(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"{PROGRAM}: {error}")
     failure = Failure(PROGRAM)
     try:
         check_paths(sys.argv[1:])
         failure.console = open_console(sys.argv[1:])
         failure.watch()
-        stand_alone()
         from neo_megatron import pretrain_neo
 
         pretrain_neo.main()
@@ -49,13 +53,57 @@ def start() -> None:
         failure.tell(error, sentence_of(error, ConfigError))
 
 
-def stand_alone() -> None:
-    """What a launcher tells each rank, for one process that was started by itself."""
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" not in os.environ:
+def stand_alone(arguments: Sequence[str]) -> None:
+    """Sets what a launcher tells each rank where there is none: one process that was started by itself trains alone.
+
+    Args:
+        arguments: of the command line. With ``--dry-run`` one process looks for all ranks, and needs no address.
+
+    Raises:
+        ConfigError: this is one of several processes, and is not told which, or where the others are.
+    """
+    rank, ranks = _number("RANK"), _number("WORLD_SIZE")
+    if ranks is None and not rank:
+        if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+            raise ConfigError(
+                f"srun has started {tasks} processes, and each would train alone because WORLD_SIZE is not set: start "
+                "them with examples/slurm.sbatch, which sets RANK, WORLD_SIZE and LOCAL_RANK"
+            )
+        for name in LAUNCHER_VARIABLES:  # an address that is left over is of another run
+            os.environ.pop(name, None)
+        ranks = 1
+    if ranks == 1 and not rank:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    elif ranks is not None and "--dry-run" in arguments:
+        os.environ.setdefault("RANK", "0")
+    elif missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
+        given = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+        raise ConfigError(
+            f"{' and '.join(given)} says that this is one of several processes, but there is no {', '.join(missing)}: "
+            "start them with python -m neo_megatron.launch --nproc-per-node N, which sets all five, or unset RANK and "
+            "WORLD_SIZE to train on one process"
+        )
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= ranks:
+        raise ConfigError(f"RANK={rank} is not one of the WORLD_SIZE={ranks} processes: they are counted from 0")
+
+
+def _number(variable: str) -> int | None:
+    """An environment variable that counts processes; `None` where it is not set or empty."""
+    text = os.environ.get(variable, "")
+    if not text:
+        os.environ.pop(variable, None)
+        return None
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{variable}={text} is not a number of processes: unset it, or start with neo_megatron.launch"
+        )
+    return int(text)
 
 
 def check_paths(arguments: Sequence[str]) -> None:

@@ -1,9 +1,13 @@
 """The command line of a training: Megatron's flags and NEO's, with presets as defaults, checked before a run starts."""
 
 import dataclasses
+import sys
+import traceback
 from argparse import ArgumentParser, Namespace
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import has_nvrx_checkpointing_async_support
@@ -11,19 +15,25 @@ from megatron.training.utils import has_nvrx_checkpointing_async_support
 from neo_megatron import cpu_platform, presets
 from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
 from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.model.config import ConfigError
+from neo_megatron.model.config import ConfigError, NeoSizes
 from neo_megatron.model.transformer_config import megatron_arguments, sizes_from_arguments
 from neo_megatron.parallel_layout import check_layout, context_parallel_way
 from neo_megatron.pipeline_layout import choose_layout
 from neo_megatron.planning.packs import measure_packs
+from neo_megatron.run.bad_numbers import check_rerun_flags
 from neo_megatron.run.checkpoints import check_save_flags
 from neo_megatron.run.console import say
+from neo_megatron.run.evaluation import check_evaluation_flags
+from neo_megatron.run.flag_table import given_flags, gpu_refusals, refusals, without_effect
+from neo_megatron.run.help_text import prepare_help
+from neo_megatron.run.learning_rate import fill_min_lr, schedule_refusals
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
 
 
 def parse_arguments() -> Namespace:
     """Megatron's and NEO's arguments; presets are defaults, so that a flag on the command line always wins."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.error = _refuse_flags
     early.add_argument("--neo-model", default=NeoModelArguments.neo_model)
     early.add_argument("--training-stage", type=int, default=NeoTrainingArguments.training_stage)
     early.add_argument("--lr-warmup-iters")
@@ -31,39 +41,32 @@ def parse_arguments() -> Namespace:
     chosen, _ = early.parse_known_args()
     preset = presets.sizes(chosen.neo_model)
 
-    stage = dict(presets.STAGES.get(chosen.training_stage, {}))
-    if chosen.lr_warmup_iters or chosen.lr_warmup_samples:
-        del stage["lr_warmup_fraction"]  # Megatron takes one of the three
+    stage = presets.STAGES.get(chosen.training_stage, {})
+    given: dict[str, Any] = {}
 
     def extra_arguments(parser: ArgumentParser) -> ArgumentParser:
         add_neo_arguments(parser)
         parser.error = _refuse_flags
-        parser.set_defaults(
-            **megatron_arguments(preset),
-            **stage,
-            **cpu_platform.argument_defaults(),
-            # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
-            dataloader_type="external",
-            exit_signal_handler=True,
-            # The other one is a package of its own.
-            async_strategy="nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
-            # Another layout can then take over the optimizer's state.
-            dist_ckpt_optim_fully_reshardable=True,
-            # Chosen by `context_parallel_way`; Megatron's own default is none that NEO's mask has.
-            cp_comm_type=None,
-            # Megatron has no defaults for these, and fails without them.
-            save_interval=1000,
-            eval_interval=1000,
-        )
+        parser.set_defaults(**run_defaults(preset), **{**stage, "min_lr": None})  # a share of --lr, see `fill_min_lr`
+        if chosen.lr_warmup_iters or chosen.lr_warmup_samples:
+            parser.set_defaults(lr_warmup_fraction=None)  # Megatron takes one of the three
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            prepare_help(parser)
+        parsed = parser.parse_args()  # Megatron, which parses again, begins to act on some flags at once
+        given.update(given_flags(parser, parsed, sys.argv[1:]))
+        _raise_first(refusals(given, parsed))
         return parser
 
     args = parse_args(extra_arguments)
+    fill_min_lr(args, stage)
+    _raise_first(schedule_refusals(args))
     sizes = sizes_from_arguments(args, preset)
     args.neo_sizes = dataclasses.asdict(sizes)
-    if args.seq_length is None and args.train_data_path:
-        args.seq_length = PackIndex.open(args.train_data_path[0]).sequence_length
-    if not args.valid_data_path:
-        args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
+    paths = args.train_data_path or args.valid_data_path or args.test_data_path
+    if args.seq_length is None and paths:
+        args.seq_length = PackIndex.open(paths[0]).sequence_length
+    check_evaluation_flags(args)
+    check_rerun_flags(args)
     packs = None
     if args.train_data_path and args.pipeline_model_parallel_size > 1:
         packs = measure_packs(PackIndex.open(args.train_data_path[0]))
@@ -75,20 +78,80 @@ def parse_arguments() -> Namespace:
         say(stages)
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron warns, and saves while training waits
+        if args.async_strategy == "nvrx" and not has_nvrx_checkpointing_async_support():
+            raise ConfigError(
+                "--async-strategy nvrx needs the package nvidia-resiliency-ext: install it, or choose mcore"
+            )
     check_layout(args)
+    if cpu_platform.on_cpu() and not args.dry_run:
+        _raise_first(gpu_refusals(given))
+    if args.rank == 0 and (idle := without_effect(given)):
+        say(idle)
     args.cp_comm_type = [context_parallel_way(args)]
     try:
         validate_args(args)
-    except AssertionError as error:
-        if not str(error):
-            raise
-        raise ConfigError(" ".join(str(error).split())) from error
+        complete_last_step(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(_sentence(error)) from error
     check_save_flags(args)
     check_optimizer_flags(args)
     if args.dry_run:
         args.tensorboard_dir = args.wandb_project = None  # it leaves no file behind
     set_global_variables(args)
     return args
+
+
+def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
+    """Defaults of Megatron's arguments that a training of NEO changes, beside those of its stage."""
+    return {
+        **megatron_arguments(sizes),
+        **cpu_platform.argument_defaults(),
+        # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
+        "dataloader_type": "external",
+        "exit_signal_handler": True,
+        # The other one is a package of its own.
+        "async_strategy": "nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
+        # Another layout can then take over the optimizer's state.
+        "dist_ckpt_optim_fully_reshardable": True,
+        # Chosen by `context_parallel_way`; Megatron's own default is none that NEO's mask has.
+        "cp_comm_type": None,
+        # Megatron has no defaults for these, and fails without them.
+        "save_interval": 1000,
+        "eval_interval": 1000,
+    }
+
+
+def complete_last_step(args: Namespace) -> None:
+    """Raises ``args.train_samples`` to the end of a step where ``--step-batch-size-schedule`` sets their sizes.
+
+    Megatron takes a step for the last samples as well, and reads as many as the step has.
+
+    Raises:
+        ValueError, AssertionError: the schedule cannot be read, or a batch does not divide.
+    """
+    if not args.step_batch_size_schedule or args.skip_train:
+        return
+    sizes = StepBatchsizeNumMicroBatchesCalculator(
+        args.micro_batch_size, args.data_parallel_size, False, args.rank, args.step_batch_size_schedule, args.seq_length
+    )
+    samples = 0
+    while samples < args.train_samples:
+        sizes.update(samples, consistency_check=True)
+        samples += sizes.get_current_global_batch_size()
+    args.train_samples = samples
+
+
+def _raise_first(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        raise ConfigError(sentence)
+
+
+def _sentence(error: Exception) -> str:
+    """What Megatron's checks say, or without words what they ask for."""
+    if text := " ".join(str(error).split()):
+        return text
+    asked = traceback.extract_tb(error.__traceback__)[-1].line.removeprefix("assert ")
+    return f"Megatron does not take these flags together: it asks for `{asked}`"
 
 
 def _refuse_flags(message: str) -> NoReturn:

@@ -99,6 +99,14 @@ def test_a_run_resumed_with_another_global_batch_reads_the_packs_that_are_left(p
         assert [documents_of(before[n]) for n in range(36, 60)] == items[36:60]
 
 
+@pytest.mark.parametrize("pictures", ["patches", "none"])
+def test_the_largest_of_items_is_known_without_reading_them(packs, pictures):
+    """At most a byte count: what is trained is not known, so all tokens are counted as trained."""
+    dataset = PackDataset(packs, 100, seed=5, pictures=pictures)
+    read = [sum(part.nbytes for part in dataset[n].values() if torch.is_tensor(part)) for n in range(10, 60)]
+    assert max(read) <= dataset.largest(10, 50) <= max(read) + 20 * dataset.packs.sequence_length
+
+
 def test_items_end(packs):
     dataset = PackDataset(packs, 7, seed=0)
     assert len(dataset) == len(list(dataset)) == 7

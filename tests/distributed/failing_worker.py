@@ -4,6 +4,7 @@ Arguments: the way, the rank or "all", then the flags of pretrain_neo.
 """
 
 import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,6 +34,10 @@ def failing_step(*arguments):
             import no_such_package  # noqa: F401
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "kill loader":
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            time.sleep(60)
         if way == "hang":
             os.write(2, b"words of C++\n")
             time.sleep(600)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N pretrain_worker.py JOBS.json
 
-The file is written by `pretrain_jobs.run_jobs`: a list of {"argv", "directory", "gradients"}. Importing Megatron
-costs more than most jobs do. Nothing is mocked: between two jobs everything global is put back as it is on import, but
-for the default process group, which Megatron takes over as it finds it.
+The file is written by `pretrain_jobs.run_jobs`: a list of {"argv", "directory", "gradients", "spoilt"}. Importing
+Megatron costs more than most jobs do. Nothing is mocked, but for packs that are spoilt: between two jobs everything
+global is put back as it is on import, but for the default process group, which Megatron takes over as it finds it.
 
 In its directory every rank of a job leaves `rank<N>.log`, all that it printed, and rank 0 `result.json` with `exit`,
 what the job ended with: null, or the code or sentence given to `sys.exit`. Where gradients are asked for, those of the
@@ -36,6 +36,7 @@ from megatron.training import async_utils, checkpointing, global_vars, training
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from neo_megatron import pretrain_neo
+from neo_megatron.data.dataset import PackDataset
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.neo_model import NeoModel
 
@@ -88,6 +89,20 @@ class InputRecorder:
         self.uninstall = lambda: setattr(NeoModel, "forward", original)
 
 
+@contextlib.contextmanager
+def spoilt_packs(numbers: list[int], weight: float) -> Iterator[None]:
+    """Gives the trained tokens of these packs a weight, such as one that is not a number."""
+    original = PackDataset.__getitem__
+
+    def get(dataset: PackDataset, number: int) -> dict:
+        item = original(dataset, number)
+        return {**item, "target_weight": torch.full_like(item["target_weight"], weight)} if number in numbers else item
+
+    PackDataset.__getitem__ = get
+    yield
+    PackDataset.__getitem__ = original
+
+
 def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
     """By name; under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered."""
     if chunk.ddp_config.use_distributed_optimizer:
@@ -105,7 +120,8 @@ def run(job: dict) -> None:
     recorder, inputs = GradientRecorder() if job["gradients"] else None, InputRecorder()
     sys.argv = ["pretrain_neo", *job["argv"]]
     code = None
-    with printing_to(directory / f"rank{os.environ['RANK']}.log"):
+    spoilt = spoilt_packs(*job["spoilt"]) if job["spoilt"] else contextlib.nullcontext()
+    with spoilt, printing_to(directory / f"rank{os.environ['RANK']}.log"):
         try:
             pretrain_neo.main()
             if recorder:

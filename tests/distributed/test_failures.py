@@ -55,11 +55,13 @@ def run(words: list[str]) -> tuple[int, list[str]]:
             "1",
             "pretrain_neo: rank 1 was ended by SIGKILL, as the system does where memory runs out; its log is ",
         ),
+        ("kill loader", "1", "pretrain_neo: a worker of the data loader (process "),
     ],
 )
 def test_the_sentence_is_the_last_line_and_told_once(room, tmp_path, way, who, sentence):
     began = time.monotonic()
-    code, lines = run(command(WORKER, way, who, *flags(room, tmp_path / "run")))
+    workers = ("--num-workers", "1") if way == "kill loader" else ()
+    code, lines = run(command(WORKER, way, who, *flags(room, tmp_path / "run"), *workers))
     assert code == 1 and lines[-1].startswith(sentence), lines
     assert sum(line.startswith("pretrain_neo: ") for line in lines) == 1
     assert not any("Traceback" in line for line in lines), lines

@@ -399,8 +399,15 @@ class TestKeeping:
         cpu_platform.install_training()
         from neo_megatron.run.checkpoints import RunCheckpoints
 
-        arguments = dict(load=None, save=str(tmp_path), pretrained_checkpoint=None, save_total_limit=1, finetune=False)
-        arguments["train_data_path"] = None
+        arguments = dict(
+            load=None,
+            save=str(tmp_path),
+            pretrained_checkpoint=None,
+            save_total_limit=1,
+            finetune=False,
+            skip_train=False,
+            train_data_path=None,
+        )
         with RunCheckpoints(SimpleNamespace(**arguments)) as run:
             run.start()
             yield run

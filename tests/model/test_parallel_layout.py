@@ -109,6 +109,7 @@ ACCEPTED = [
     (8, f"{CP} 8", "a2a"),
     (16, f"{TP} 4 {CP} 4", "allgather"),
     (3, f"{PP} 3 --global-batch-size 3", None),
+    (3, f"{PP} 3 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split", None),
     (4, f"{PP} 4 {CHUNKS} 2", None),
     (4, f"{PP} 4 {LAYERS_OF_CHUNK} 5", None),
     (4, f"{PP} 4 {FIRST} 6 {LAST} 6 {CHUNKS} 2", None),

@@ -63,6 +63,7 @@ def pinned(pack: dict[str, Any]) -> dict[str, Any]:
     """As the loader of pretrain_neo gives it."""
     import torch
 
+    pack = {**pack, "packs": [0], "describe": str}
     if not torch.cuda.is_available():
         return pack
     return {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in pack.items()}

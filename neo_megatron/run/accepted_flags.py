@@ -1,0 +1,402 @@
+"""Flags of Megatron that a training of NEO takes, and for some of them which values, or which other flag they need."""
+
+from argparse import Namespace
+from collections.abc import Callable
+
+from neo_megatron.run.flag_table import OnlyValues, OnlyWith, Status, Verdict
+
+
+def _works(test: str, flags: str) -> Verdict:
+    return Verdict(Status.WORKS, test, tuple(flags.split()))
+
+
+def _on_gpu(what: str, flags: str) -> Verdict:
+    return Verdict(Status.WORKS_ON_GPU, what, tuple(flags.split()))
+
+
+def _no_effect(why: str, flags: str) -> Verdict:
+    return Verdict(Status.NO_EFFECT, why, tuple(flags.split()))
+
+
+# By the test that shows it.
+WORKS = (
+    _works(
+        "tests/distributed/test_failures.py",
+        """
+        --distributed-timeout-minutes
+        """,
+    ),
+    _works(
+        "tests/distributed/test_evaluation.py",
+        """
+        --start-eval-at-iter --skip-train --full-validation --test-data-path
+        """,
+    ),
+    _works(
+        "tests/distributed/test_flags.py",
+        """
+        --no-initialization --use-cpu-initialization --fp16 --cross-entropy-loss-fusion
+        --microbatch-group-size-per-virtual-pipeline-stage --hidden-dropout --init-method-std
+        --embedding-init-method-std --distribute-saved-activations --recompute-modules
+        --no-clone-scatter-output-in-embedding --mlp-chunks-for-training --adam-eps --sgd-momentum --profile
+        --profile-step-start --profile-step-end --use-pytorch-profiler --pytorch-profiler-collect-shapes
+        --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra --profile-ranks
+        --step-batch-size-schedule --check-weight-hash-across-dp-replicas-interval --train-samples
+        --exit-duration-in-mins --manual-gc --manual-gc-interval --no-manual-gc-eval --iterations-to-skip
+        --recompute-activations --no-check-for-nan-in-loss-and-grad --check-for-large-grads --no-bias-swiglu-fusion
+        --no-bias-dropout-fusion --dump-param-to-param-group-map --seed --data-parallel-random-init --decoupled-lr
+        --save-params-interval --save-wgrads-interval --exit-on-missing-checkpoint --no-ckpt-fully-parallel-save
+        --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo --ckpt-assume-constant-structure
+        --no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
+        --distrib-optim-fully-reshardable-mem-efficient --no-save-rng --no-load-rng --dist-ckpt-workers
+        --grad-reduce-in-bf16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis
+        --accumulate-allreduce-grads-in-fp32 --no-align-grad-reduce --disable-gloo-process-groups
+        --distributed-timeout-seconds-after-init --disable-jit-fuser --ddp-num-buckets --ddp-bucket-size
+        --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
+        --ddp-param-name-patterns-for-fp32-local-accumulation --no-align-param-gather --eval-global-batch-size
+        --eval-micro-batch-size --log-params-norm --log-throughput --log-progress --timing-log-level
+        --timing-log-option --tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard
+        --no-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-num-zeros-in-grad
+        --no-barrier-with-level-1-timing --log-world-size-to-tensorboard --logging-level --rerun-mode
+        """,
+    ),
+    _works(
+        "tests/distributed/test_layouts.py",
+        """
+        --pipeline-model-parallel-size --sequence-parallel --context-parallel-size --bf16 --recompute-granularity
+        --recompute-method --recompute-num-layers --micro-batch-size --global-batch-size --train-iters --save
+        --pretrained-checkpoint --num-virtual-stages-per-pipeline-rank --overlap-grad-reduce --overlap-param-gather
+        --use-distributed-optimizer --cp-comm-type --eval-iters --eval-interval --train-data-path --valid-data-path
+        --num-workers --log-interval
+        """,
+    ),
+    _works(
+        "tests/distributed/test_pretrain.py",
+        """
+        --seq-length
+        """,
+    ),
+    _works(
+        "tests/distributed/test_resume_changes.py",
+        """
+        --no-save-optim --no-load-optim
+        """,
+    ),
+    _works(
+        "tests/distributed/test_run_checkpoints.py",
+        """
+        --tensor-model-parallel-size --exit-interval --override-opt-param-scheduler
+        --use-checkpoint-opt-param-scheduler --save-interval --save-retain-interval --load --finetune --ckpt-step
+        --ckpt-format --async-save --vocab-size --tensorboard-dir
+        """,
+    ),
+    _works(
+        "tests/distributed/test_stages.py",
+        """
+        --weight-decay --clip-grad --adam-beta1 --adam-beta2
+        """,
+    ),
+    _works(
+        "tests/examples/test_slurm.py",
+        """
+        --exit-signal
+        """,
+    ),
+    _works(
+        "tests/gpu/test_training.py",
+        """
+        --fp8-format --fp8-recipe --fp8-param-gather
+        """,
+    ),
+    _works(
+        "tests/model/test_flex_kernel.py",
+        """
+        --deterministic-mode --attention-backend
+        """,
+    ),
+    _works(
+        "tests/model/test_parallel_layout.py",
+        """
+        --account-for-loss-in-pipeline-split --first-last-layers-bf16 --num-layers-at-end-in-bf16
+        --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
+        --num-layers-per-virtual-pipeline-stage --no-overlap-p2p-communication
+        --account-for-embedding-in-pipeline-split
+        """,
+    ),
+    _works(
+        "tests/run/test_learning_rate.py",
+        """
+        --lr-decay-style --lr-wsd-decay-style --lr-decay-iters --lr-decay-samples --lr-wsd-decay-iters
+        --lr-wsd-decay-samples --lr-warmup-fraction --lr-warmup-iters --lr-warmup-samples --lr-warmup-init
+        --start-weight-decay --end-weight-decay --weight-decay-incr-style --lr --min-lr
+        """,
+    ),
+    _works(
+        "tests/run/test_training_arguments.py",
+        """
+        --num-layers --hidden-size --num-attention-heads --num-query-groups --ffn-hidden-size --kv-channels
+        --norm-epsilon --transformer-impl --max-position-embeddings --untie-embeddings-and-output-weights --optimizer
+        --dataloader-type --distributed-backend --wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity
+        --async-strategy --decoupled-min-lr
+        """,
+    ),
+)
+
+# By what acts on them.
+WORKS_ON_GPU = (
+    _on_gpu(
+        "Transformer Engine: overlaps tensor-parallel traffic with products",
+        """
+        --tp-comm-overlap --tp-comm-overlap-rs-dgrad --tp-comm-bootstrap-backend --tp-comm-overlap-cfg
+        --no-tp-comm-bulk-wgrad --no-tp-comm-bulk-dgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs
+        --no-tp-comm-split-ag --no-tp-comm-split-rs
+        """,
+    ),
+    _on_gpu(
+        "Transformer Engine: activations and gradients of its layers, written to files",
+        """
+        --save-activations-interval --save-dgrads-interval
+        """,
+    ),
+    _on_gpu(
+        "Transformer Engine: FP8",
+        """
+        --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --reuse-grad-buf-for-mxfp8-param-ag
+        --no-stream-ckpt-dequant --num-layers-at-start-in-bf16
+        """,
+    ),
+    _on_gpu(
+        "Transformer Engine: random state",
+        """
+        --te-rng-tracker
+        """,
+    ),
+    _on_gpu(
+        "apex or Transformer Engine: optimizer state in few bits, and steps in CUDA graphs",
+        """
+        --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
+        --optimizer-cuda-graph
+        """,
+    ),
+    _on_gpu(
+        "apex or Transformer Engine: products that add to gradients",
+        """
+        --no-gradient-accumulation-fusion
+        """,
+    ),
+    _on_gpu(
+        "cuBLAS",
+        """
+        --disable-bf16-reduced-precision-matmul
+        """,
+    ),
+    _on_gpu(
+        "NCCL, SHARP and streams",
+        """
+        --pipeline-model-parallel-comm-backend --overlap-p2p-communication-warmup-flush
+        --nccl-communicator-config-path --use-sharp --sharp-enabled-group --high-priority-stream-groups --use-nccl-ub
+        --flight-recorder-dump-path --flight-recorder-trace-buffer-size --flight-recorder-include-stack-trace
+        --no-flight-recorder-dump-on-timeout --no-flight-recorder-include-only-active
+        --no-flight-recorder-extra-dump-on-exec
+        """,
+    ),
+    _on_gpu(
+        "the profiler of CUDA",
+        """
+        --nvtx-ranges --record-shapes
+        """,
+    ),
+    _on_gpu(
+        "test products that find a faulty GPU",
+        """
+        --gpu-sniff-test-interval
+        """,
+    ),
+    _on_gpu(
+        "waits for the GPU",
+        """
+        --train-sync-interval
+        """,
+    ),
+    _on_gpu(
+        "PyTorch's GPU memory",
+        """
+        --empty-unused-memory-level --log-memory-to-tensorboard --log-device-memory-used --log-memory-interval
+        """,
+    ),
+    _on_gpu(
+        "NVIDIA's management library",
+        """
+        --log-energy --log-straggler --straggler-ctrlr-port --straggler-minmax-count --disable-straggler-on-startup
+        """,
+    ),
+    _on_gpu(
+        "NVIDIA's resiliency extension",
+        """
+        --async-ckpt-cpu-priority --async-ckpt-io-priority --async-ckpt-use-cpu-shm
+        """,
+    ),
+)
+
+NO_EFFECT = (
+    _no_effect(
+        "deprecated in Megatron, which does it anyway",
+        """
+        --use-mcore-models --ckpt-fully-parallel-save --use-dist-ckpt --dist-ckpt-format --disable-msc
+        """,
+    ),
+    _no_effect(
+        "belongs to layers that NEO does not have",
+        """
+        --no-masked-softmax-fusion --no-bias-gelu-fusion --no-persist-layer-norm --no-rope-fusion
+        --disable-bias-linear
+        """,
+    ),
+    _no_effect(
+        "NEO's softmax is always in float32",
+        """
+        --attention-softmax-in-fp32
+        """,
+    ),
+    _no_effect(
+        "NEO's loader never makes a dense mask",
+        """
+        --no-create-attention-mask-in-dataloader
+        """,
+    ),
+    _no_effect(
+        "NVIDIA's package is not public and never used",
+        """
+        --no-one-logger
+        """,
+    ),
+    _no_effect(
+        "always so in NEO",
+        """
+        --qk-layernorm --calculate-per-token-loss --group-query-attention --swiglu --exit-signal-handler
+        --dist-ckpt-optim-fully-reshardable --use-persistent-ckpt-worker
+        """,
+    ),
+)
+
+ONLY_VALUES = (
+    OnlyValues("--optimizer", ("adam", "sgd"), "NEO has AdamW and SGD: choose --optimizer adam or sgd"),
+    OnlyValues(
+        "--dataloader-type",
+        ("external",),
+        "NEO reads packs with a loader of its own, reshuffled every epoch: leave it out",
+    ),
+    OnlyValues(
+        "--attention-backend",
+        ("auto", "flash", "unfused"),
+        "none of its kernels has NEO's mask: choose auto, flash or unfused",
+    ),
+    OnlyValues(
+        "--transformer-impl",
+        ("local", "transformer_engine"),
+        "NEO's layers are Megatron's or Transformer Engine's: choose local or transformer_engine",
+    ),
+    OnlyValues(
+        "--fp8-recipe",
+        ("delayed", "tensorwise", "blockwise", "mxfp8"),
+        "NEO has no recipe of its own: choose delayed, tensorwise or blockwise",
+    ),
+)
+
+
+def _only_with(needed: str, where: Callable[[Namespace], object], flags: str) -> OnlyWith:
+    return OnlyWith(needed, where, tuple(flags.split()))
+
+
+ONLY_WITH = (
+    _only_with(
+        "--profile",
+        lambda args: args.profile,
+        """
+        --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler --nvtx-ranges --record-shapes
+        """,
+    ),
+    _only_with(
+        "--use-pytorch-profiler",
+        lambda args: args.use_pytorch_profiler,
+        """
+        --pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra
+        """,
+    ),
+    _only_with("--optimizer sgd", lambda args: args.optimizer == "sgd", "--sgd-momentum"),
+    _only_with("--optimizer adam", lambda args: args.optimizer == "adam", "--adam-beta1 --adam-beta2 --adam-eps"),
+    _only_with(
+        "--lr-decay-style WSD",
+        lambda args: args.lr_decay_style == "WSD",
+        "--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples",
+    ),
+    _only_with("--decoupled-lr", lambda args: args.decoupled_lr is not None, "--decoupled-min-lr"),
+    _only_with("--manual-gc", lambda args: args.manual_gc, "--manual-gc-interval --no-manual-gc-eval"),
+    _only_with("--fp16", lambda args: args.fp16, "--loss-scale --initial-loss-scale"),
+    _only_with(
+        "--fp16 with a dynamic loss scale",
+        lambda args: args.fp16 and not args.loss_scale,
+        "--min-loss-scale --loss-scale-window --hysteresis",
+    ),
+    _only_with("--bf16", lambda args: args.bf16, "--grad-reduce-in-bf16"),
+    _only_with(
+        "--save",
+        lambda args: args.save,
+        """
+        --save-interval --save-retain-interval --save-params-interval --save-activations-interval
+        --save-wgrads-interval --save-dgrads-interval --async-save --log-progress --no-save-optim --no-save-rng
+        --no-ckpt-fully-parallel-save --dist-ckpt-workers --ckpt-assume-constant-structure
+        """,
+    ),
+    _only_with(
+        "--async-save",
+        lambda args: args.async_save,
+        "--async-strategy --async-ckpt-cpu-priority --async-ckpt-io-priority --async-ckpt-use-cpu-shm",
+    ),
+    _only_with(
+        "--load or --pretrained-checkpoint",
+        lambda args: args.load or args.pretrained_checkpoint,
+        "--ckpt-step --no-load-optim --no-load-rng --finetune --exit-on-missing-checkpoint",
+    ),
+    _only_with(
+        "--ckpt-fully-parallel-load",
+        lambda args: args.ckpt_fully_parallel_load,
+        "--ckpt-fully-parallel-load-exchange-algo",
+    ),
+    _only_with(
+        "--valid-data-path",
+        lambda args: args.valid_data_path,
+        "--log-validation-ppl-to-tensorboard",
+    ),
+    _only_with(
+        "--tensorboard-dir",
+        lambda args: args.tensorboard_dir or args.wandb_project,
+        """
+        --tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard
+        --no-log-loss-scale-to-tensorboard --log-world-size-to-tensorboard
+        """,
+    ),
+    _only_with("--wandb-project", lambda args: args.wandb_project, "--wandb-exp-name --wandb-save-dir --wandb-entity"),
+    _only_with(
+        "--overlap-grad-reduce",
+        lambda args: args.overlap_grad_reduce,
+        "--ddp-num-buckets --ddp-bucket-size --no-align-grad-reduce",
+    ),
+    _only_with("--overlap-param-gather", lambda args: args.overlap_param_gather, "--no-align-param-gather"),
+    _only_with(
+        "--use-distributed-optimizer",
+        lambda args: args.use_distributed_optimizer,
+        """
+        --distrib-optim-fully-reshardable-mem-efficient --ddp-pad-buckets-for-high-nccl-busbw
+        --ddp-reduce-scatter-with-fp32-accumulation
+        """,
+    ),
+    _only_with("--fp8-format", lambda args: args.fp8, "--fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo"),
+    _only_with("--log-straggler", lambda args: args.log_straggler, "--straggler-ctrlr-port --straggler-minmax-count"),
+    _only_with("--use-sharp", lambda args: args.use_sharp, "--sharp-enabled-group"),
+    _only_with(
+        "--use-precision-aware-optimizer",
+        lambda args: args.use_precision_aware_optimizer,
+        "--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+    ),
+)

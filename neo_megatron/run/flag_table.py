@@ -1,0 +1,156 @@
+"""What becomes of every flag of Megatron's parser: it works, has no effect here, or ends the start in a sentence.
+
+The table itself is in `accepted_flags.py`, `rejected_model_flags.py` and `rejected_run_flags.py`; `flags_page.py`
+writes docs/flags.md from it. tests/run/test_flag_table.py holds that it has every flag of the pinned Megatron.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Status(Enum):
+    """What a flag does in a training of NEO."""
+
+    WORKS = "works"
+    WORKS_ON_GPU = "passed on"
+    """Megatron gets it as it is; it acts on GPUs alone, where no test of this repository has run it."""
+    NO_EFFECT = "no effect"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One status for several flags.
+
+    Args:
+        why: of a flag that works the test that shows it; of a rejected one the reason and the remedy.
+    """
+
+    status: Status
+    why: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OnlyValues:
+    """A flag that works with some of the values that Megatron takes.
+
+    Args:
+        values: as they are written on the command line.
+        remedy: what to do instead of giving another one.
+    """
+
+    flag: str
+    values: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """Flags that Megatron reads only where another one is given, and would ignore without it.
+
+    Args:
+        needed: the other flag, as it is to be written.
+        where: whether it is given, from the arguments as parsed.
+        flags: the flags that need it.
+    """
+
+    needed: str
+    where: Callable[[Namespace], object]
+    flags: tuple[str, ...]
+
+
+# Megatron has some flags only where an optional package is installed.
+_UNKNOWN = Verdict(Status.REJECTED, "no run of NEO has tried it: leave it out", ())
+
+
+def rejected(why: str, flags: str) -> Verdict:
+    """A verdict of `Status.REJECTED` on flags with spaces between them."""
+    return Verdict(Status.REJECTED, why, tuple(flags.split()))
+
+
+def verdicts() -> dict[str, Verdict]:
+    """The verdict on every flag of Megatron, by the flag."""
+    from neo_megatron.run import accepted_flags, rejected_model_flags, rejected_run_flags
+
+    accepted = (*accepted_flags.WORKS, *accepted_flags.WORKS_ON_GPU, *accepted_flags.NO_EFFECT)
+    rejected = (*rejected_model_flags.REJECTED, *rejected_run_flags.REJECTED)
+    return {flag: verdict for verdict in (*accepted, *rejected) for flag in verdict.flags}
+
+
+def given_flags(parser: ArgumentParser, args: Namespace, command_line: Sequence[str]) -> dict[str, Any]:
+    """The value of every flag of Megatron on the command line that is not the default; `--a=b` and aliases are known.
+
+    Args:
+        args: as this parser made them of the command line.
+
+    Returns:
+        By the flag as the table has it. A flag that is set to its default changes nothing and is left out.
+    """
+    groups = [group for group in parser._action_groups if not group.title.startswith("NEO")]
+    known = {name: action for group in groups for action in group._group_actions for name in action.option_strings}
+    defaults = parser.parse_args([])
+    given = {}
+    for word in command_line:
+        action = known.get(word.partition("=")[0])
+        if action is not None and getattr(args, action.dest, None) != getattr(defaults, action.dest, None):
+            given[table_name(action.option_strings)] = getattr(args, action.dest)
+    return given
+
+
+def table_name(option_strings: Sequence[str]) -> str:
+    """The one of a flag's names that the table has: the first without an underscore."""
+    return next((name for name in option_strings if "_" not in name), option_strings[0])
+
+
+def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
+    """A sentence for every flag given that would be ignored or crash."""
+    from neo_megatron.run.accepted_flags import ONLY_VALUES, ONLY_WITH
+
+    table = verdicts()
+    for flag, value in given.items():
+        verdict = table.get(flag, _UNKNOWN)
+        if verdict.status is Status.REJECTED:
+            yield f"{as_written(flag, value)}: {verdict.why}"
+    for only in ONLY_VALUES:
+        if only.flag in given and _text(given[only.flag]) not in only.values:
+            yield f"{as_written(only.flag, given[only.flag])}: {only.remedy}"
+    if "--wandb-project" in given and not (args.save or args.wandb_save_dir):
+        yield f"{as_written('--wandb-project', args.wandb_project)} writes files: add --wandb-save-dir or --save"
+    for only in ONLY_WITH:
+        for flag in only.flags:
+            if flag in given and not only.where(args):
+                yield f"{as_written(flag, given[flag])} is for {only.needed}: add it, or leave {flag} out"
+
+
+def gpu_refusals(given: dict[str, Any]) -> Iterator[str]:
+    """A sentence for every flag given that acts on GPUs alone."""
+    table = verdicts()
+    for flag, value in given.items():
+        if flag in table and table[flag].status is Status.WORKS_ON_GPU:
+            yield f"{as_written(flag, value)} needs a GPU, and this machine has none: leave it out"
+    if given.get("--profile") and "--use-pytorch-profiler" not in given:
+        yield "--profile needs --use-pytorch-profiler on this machine, where CUDA's own profiler is not: add it"
+    if given.get("--distributed-backend") == "nccl":
+        yield "--distributed-backend nccl needs GPUs, and this machine has none: leave it out to use gloo"
+
+
+def without_effect(given: dict[str, Any]) -> str:
+    """A sentence that names the flags given that have no effect, or an empty one."""
+    table = verdicts()
+    idle = [flag for flag in given if flag in table and table[flag].status is Status.NO_EFFECT]
+    return "; ".join(f"{flag} has no effect here: {table[flag].why}" for flag in idle)
+
+
+def as_written(flag: str, value: Any) -> str:
+    """A flag and its value as they are written on a command line."""
+    return flag if isinstance(value, bool) else f"{flag} {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
+    return value.name if isinstance(value, Enum) else str(value)

@@ -1,0 +1,141 @@
+"""The schedule of every command line, against its formula; what no schedule can be made of ends in a sentence."""
+
+import math
+import sys
+from argparse import Namespace
+from collections import defaultdict
+
+import pytest
+
+from neo_megatron import pretrain_neo
+from neo_megatron.model.config import ConfigError
+from neo_megatron.presets import STAGES
+
+# Megatron builds flags in a way that argparse is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
+
+BATCH = 4
+MODEL = f"--neo-model tiny --seq-length 192 --micro-batch-size 1 --global-batch-size {BATCH}"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """What `pretrain_neo` makes of a command line, on one process."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    # Megatron parses its own source for the texts of --help, which takes a second.
+    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
+    monkeypatch.setattr("neo_megatron.run.training_arguments.set_global_variables", lambda args: None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+
+    def parse_arguments(flags: str) -> Namespace:
+        monkeypatch.setattr(sys, "argv", ["pretrain_neo", *MODEL.split(), *flags.split()])
+        return pretrain_neo.parse_arguments()
+
+    return parse_arguments
+
+
+@pytest.fixture
+def schedule(parse, monkeypatch):
+    """Learning rate and weight decay at a step, as Megatron's scheduler has them."""
+    from megatron.training import training
+
+    def at(flags: str, step: int) -> tuple[float, float]:
+        args = parse(flags)
+        monkeypatch.setattr(training, "get_args", lambda: args)
+        scheduler = training.get_optimizer_param_scheduler(Namespace(param_groups=[{"params": []}]))
+        scheduler.step(step * BATCH)
+        return scheduler.get_lr({}), scheduler.get_wd()
+
+    return at
+
+
+def cosine(peak: float, lowest: float, share: float) -> float:
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lr_alone_keeps_the_share_of_the_lowest_rate(parse, stage):
+    """Lower than the stage's lowest rate too, where Megatron would refuse it."""
+    published = STAGES[stage]
+    for lr in (published["lr"], 3e-3, 1e-6):
+        args = parse(f"--training-stage {stage} --train-iters 100 --lr {lr}")
+        assert args.lr == lr and args.min_lr == pytest.approx(lr * published["min_lr"] / published["lr"])
+    assert parse(f"--training-stage {stage} --train-iters 100").min_lr == pytest.approx(published["min_lr"])
+    assert parse(f"--training-stage {stage} --train-iters 100 --lr 1e-3 --min-lr 1e-5").min_lr == 1e-5
+    assert parse(f"--training-stage {stage} --train-iters 100 --lr 1e-3 --min-lr 0").min_lr == 0
+
+
+LR = "--lr 1e-3 --min-lr 1e-4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "rate"),
+    [
+        (f"{LR} --train-iters 100", 50, cosine(1e-3, 1e-4, (50 - 3) / 97)),  # the warm-up of stage 2 is 3 %
+        (f"{LR} --train-iters 100 --lr-warmup-fraction 0.2", 10, 0.5e-3),
+        (f"{LR} --train-iters 100 --lr-warmup-iters 20", 10, 0.5e-3),
+        (f"{LR} --train-iters 100 --lr-warmup-iters=20 --lr-warmup-init 5e-4", 10, 0.75e-3),
+        (f"{LR} --train-iters 100 --lr-warmup-iters 0", 25, cosine(1e-3, 1e-4, 0.25)),
+        (f"{LR} --train-iters 100 --lr-warmup-iters 0 --lr-decay-iters 50", 25, cosine(1e-3, 1e-4, 0.5)),
+        (f"{LR} --train-iters 100 --lr-warmup-iters 0 --lr-decay-style constant", 80, 1e-3),
+        (f"{LR} --train-iters 100 --lr-warmup-iters 0 --lr-decay-style linear", 50, 5.5e-4),
+        (
+            f"{LR} --train-iters 100 --lr-warmup-iters 4 --lr-decay-style inverse-square-root",
+            64,
+            1e-3 * (4 / 64) ** 0.5,
+        ),
+        (
+            f"{LR} --train-iters 100 --lr-warmup-iters 0 --lr-decay-style WSD --lr-wsd-decay-iters 20 "
+            "--lr-wsd-decay-style linear",
+            90,
+            5.5e-4,
+        ),
+        (f"{LR} --train-samples 400", 50, cosine(1e-3, 1e-4, (50 - 3) / 97)),
+        (f"{LR} --train-samples 400 --lr-warmup-samples 80 --lr-decay-samples 200", 10, 0.5e-3),
+        (
+            f"{LR} --train-samples 400 --lr-warmup-samples 0 --lr-decay-style WSD --lr-wsd-decay-samples 80 "
+            "--lr-wsd-decay-style linear",
+            90,
+            5.5e-4,
+        ),
+    ],
+)
+def test_the_rate_at_a_step(schedule, flags, step, rate):
+    assert schedule(flags, step)[0] == pytest.approx(rate, rel=1e-6)
+
+
+def test_weight_decay_may_grow(schedule):
+    grows = "--weight-decay-incr-style linear --start-weight-decay 0.1 --end-weight-decay 0.3"
+    assert schedule(f"--train-iters 100 {grows}", 50)[1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("", "how long to train is missing: give --train-iters"),
+        ("--train-iters 0", "how long to train is missing"),
+        ("--train-iters 10 --train-samples 40", "both say how long to train"),
+        ("--training-stage 4 --train-iters 10", "argument --training-stage: invalid choice: 4"),
+        ("--training-stage 4 --lr-warmup-iters 0 --train-iters 10", "argument --training-stage: invalid choice: 4"),
+        ("--training-stage two --train-iters 10", "argument --training-stage: invalid int value: 'two'"),
+        ("--train-iters 10 --lr-warmup-iters 10", "leaves nothing of --train-iters 10"),
+        ("--train-iters 10 --lr-warmup-iters 5 --lr-decay-iters 5", "leaves nothing of --lr-decay-iters 5"),
+        ("--train-samples 10 --lr-warmup-iters 1", "--lr-warmup-iters does not go with --train-samples"),
+        ("--train-iters 10 --lr-decay-samples 9", "give --lr-decay-iters"),
+        ("--train-iters 10 --lr-warmup-fraction 0.1 --lr-warmup-iters 1", "both say how long to warm up"),
+        ("--train-iters 10 --lr-warmup-fraction 1.5", "--lr-warmup-fraction 1.5: give a share"),
+        ("--train-iters 10 --lr-decay-style WSD", "add --lr-wsd-decay-iters"),
+        ("--train-iters 10 --lr 1e-4 --min-lr 1e-3", "--min-lr 0.001 is not between 0 and --lr 0.0001"),
+        ("--train-iters 10 --lr-warmup-iters 0 --lr-warmup-init 1e-6", "is where a warm-up begins"),
+        ("--train-iters 10 --start-weight-decay 0.1", "add --weight-decay-incr-style"),
+        ("--train-iters 10 --weight-decay-incr-style linear", "needs --start-weight-decay"),
+        ("--train-iters 10 --step-batch-size-schedule 0:4", "--step-batch-size-schedule counts packs, not steps"),
+        ("--rampup-batch-size 1 1 100 --train-iters 10", "use that"),
+    ],
+)
+def test_what_no_schedule_can_be_made_of_ends_in_a_sentence(parse, flags, sentence):
+    with pytest.raises(ConfigError) as refused:
+        parse(flags)
+    assert sentence in str(refused.value)

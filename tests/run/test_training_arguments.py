@@ -1,0 +1,148 @@
+"""The command line of a training: sizes and choices reach the run, Megatron's refusals are sentences, --help helps."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import run_python
+
+from neo_megatron import pretrain_neo
+from neo_megatron.model.config import ConfigError
+
+# Megatron builds flags in a way that argparse is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+RUN = "--neo-model tiny --seq-length 192 --micro-batch-size 1 --global-batch-size 4 --train-iters 10"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """What `pretrain_neo` makes of a command line, on one process."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    # Megatron parses its own source for the texts of --help, which takes a second.
+    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
+    monkeypatch.setattr("neo_megatron.run.training_arguments.set_global_variables", lambda args: None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+
+    def parse_arguments(flags: str) -> Namespace:
+        monkeypatch.setattr(sys, "argv", ["pretrain_neo", *RUN.split(), *flags.split()])
+        return pretrain_neo.parse_arguments()
+
+    return parse_arguments
+
+
+def test_size_flags_change_the_preset(parse):
+    sizes = parse(
+        "--num-layers 6 --hidden-size 96 --ffn-hidden-size 160 --num-attention-heads 4 --num-query-groups 1 "
+        "--kv-channels 24 --norm-epsilon 1e-5 --max-position-embeddings 400 --untie-embeddings-and-output-weights"
+    ).neo_sizes
+    assert {name: sizes[name] for name in ("pre_buffer_layers", "post_llm_layers", "hidden_size")} == {
+        "pre_buffer_layers": 2,
+        "post_llm_layers": 4,
+        "hidden_size": 96,
+    }
+    assert (sizes["ffn_hidden_size"], sizes["num_attention_heads"], sizes["num_query_groups"]) == (160, 4, 1)
+    assert (sizes["head_dim"], sizes["norm_epsilon"], sizes["max_positions"]) == (24, 1e-5, 400)
+    assert not sizes["tie_word_embeddings"]
+
+
+def test_choices_reach_megatron(parse):
+    args = parse("--optimizer sgd --dataloader-type external --transformer-impl local --distributed-backend gloo")
+    assert (args.optimizer, args.transformer_impl, args.distributed_backend) == ("sgd", "local", "gloo")
+
+
+def test_embedding_and_head_have_a_schedule_of_their_own(parse):
+    from megatron.training.training import get_megatron_optimizer_config
+
+    _, overrides = get_megatron_optimizer_config(parse("--decoupled-lr 1e-2 --decoupled-min-lr 1e-3"))
+    assert {"max_lr": 1e-2, "min_lr": 1e-3} in overrides.values()
+
+
+def test_weights_and_biases(parse, monkeypatch, tmp_path):
+    """What its package is told at the start."""
+    from megatron.training import global_vars
+
+    wandb, told = ModuleType("wandb"), {}
+    wandb.init = lambda **settings: told.update(settings)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", None)
+    args = parse(f"--wandb-project neo --wandb-exp-name first --wandb-save-dir {tmp_path}/wandb --wandb-entity us")
+    global_vars._set_wandb_writer(args)
+    assert (told["project"], told["name"], told["entity"]) == ("neo", "first", "us")
+    assert told["dir"] == f"{tmp_path}/wandb" and told["config"]["lr"] == 4e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--fp16 --bf16", "Megatron does not take these flags together: it asks for `not args."),
+        ("--num-experts 8", "--num-experts 8: NEO's decoder is dense"),
+        ("--yaml-cfg run.yaml", "--yaml-cfg run.yaml: a run is configured by flags"),
+        ("--enable-msc", "--enable-msc: s3:// and msc:// addresses"),
+        ("--use-checkpoint-args", "--use-checkpoint-args: a run takes its sizes from --neo-model"),
+        ("--data-path shards", "--data-path shards: packs are made by tools/preprocess_data.py"),
+        ("--log-memory-to-tensorboard --tensorboard-dir x", "--log-memory-to-tensorboard needs a GPU"),
+        ("--profile", "--profile needs --use-pytorch-profiler on this machine"),
+        ("--distributed-backend nccl", "--distributed-backend nccl needs GPUs"),
+        ("--wandb-project neo", "--wandb-project neo writes files: add --wandb-save-dir or --save"),
+        ("--save-interval 10", "--save-interval 10 is for --save: add it, or leave --save-interval out"),
+        ("--save x --async-save --async-strategy nvrx", "needs the package nvidia-resiliency-ext"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists all flags"),
+    ],
+)
+def test_it_ends_in_a_sentence(parse, flags, sentence):
+    with pytest.raises(ConfigError) as refused:
+        parse(flags)
+    assert str(refused.value).startswith(sentence) or sentence in str(refused.value)
+
+
+def test_a_flag_without_effect_is_said(parse, capsys):
+    parse("--use-mcore-models --attention-softmax-in-fp32 --no-rope-fusion")
+    said = capsys.readouterr().out
+    assert "--use-mcore-models has no effect here: deprecated in Megatron" in said
+    assert "--attention-softmax-in-fp32 has no effect here: NEO's softmax is always in float32" in said
+    assert "--no-rope-fusion has" not in said, "the default on a machine without a GPU"
+
+
+def test_help_begins_with_neos_flags():
+    done = run_python("-m", "neo_megatron.pretrain_neo", "--help", environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-2000:]
+    usage, text = done.stdout[done.stdout.index("usage:") :].split("\n\n", 1)
+    assert len(usage.splitlines()) < 5, "in short"
+    assert text.index("--neo-model") < text.index("--training-stage") < text.index("--micro-batch-size")
+    assert "--tensor-model-parallel-size" in text
+    assert "--num-experts" not in text and "docs/flags.md" in text, "what a start refuses is in the page"
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "left_out"),
+    [
+        ("", "--train-iters 10000 --global-batch-size 128", "--train-samples"),
+        ("--train-samples 500", "--train-samples 500 --global-batch-size 128", "--train-iters"),
+        ("--train-samples=500", "--global-batch-size 128 --train-samples=500", "--train-iters"),
+        ("--step-batch-size-schedule 0:8 --train-samples 9", "--step-batch-size-schedule 0:8", "--global-batch-size"),
+        ("--train-iters 7", "--train-iters 7", "--train-samples"),
+    ],
+)
+def test_flags_win_over_what_train_sh_sets(tmp_path, monkeypatch, flags, given, left_out):
+    """The command that train.sh starts, told by a python of our own; the last of two equal flags counts."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PACKS", "packs")
+    monkeypatch.setenv("OUTPUT", "run")
+    words = ["bash", ROOT / "examples" / "train.sh", "neo-2b", "1", *flags.split()]
+    started = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    last = {word: value for word, value in zip(started, [*started[1:], ""], strict=True) if word.startswith("--")}
+    words = given.split()
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        if flag.startswith("--"):
+            assert flag in last and (value.startswith("--") or last[flag] == value), flag
+    assert not any(flag.startswith(left_out) for flag in last)
