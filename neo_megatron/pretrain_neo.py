@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from neo_megatron import cpu_platform
+from neo_megatron import cpu_platform, megatron_patches
 
 cpu_platform.install_training()
 
@@ -48,10 +48,13 @@ from neo_megatron.run.console import say
 from neo_megatron.run.dry_run import dry_run
 from neo_megatron.run.loaders import datasets_provider
 from neo_megatron.run.pretrained_optimizer import take_over_state
+from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
+_log = StepLog()
+megatron_patches.log_with(_log)
 
 
 def after_loading(
@@ -79,6 +82,7 @@ def main() -> None:
         if args.dry_run:
             dry_run(args)
             return
+        _log.begin(args)
         with RunCheckpoints(args) as run_checkpoints:
             pretrain(
                 pretrain_cfg_container_from_args(args),
@@ -140,6 +144,9 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     timers("batch-generator", log_level=2).start()
     args = get_args()
     packs = next(data_iterator)
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    if torch.is_grad_enabled() and not vp_stage:  # virtual stages read the same packs one after another
+        _log.note(packs)
     if args.context_parallel_size > 1:
         packs = context_share(
             packs,
@@ -147,7 +154,6 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
             args.context_parallel_size,
             gather_keys=args.cp_comm_type == ["allgather"],
         )
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     inputs = model_inputs(
         packs,

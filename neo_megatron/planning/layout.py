@@ -12,6 +12,11 @@ from neo_megatron.model.context_traffic import Way
 Precision = Literal["bf16", "fp8", "fp32"]
 
 
+def precision_of(args: Namespace) -> Precision:
+    """Of the matrix products of a run, by Megatron's arguments; fp16 runs at the rate of bf16."""
+    return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive layers on one pipeline rank: one virtual stage, or all of a rank where there are none."""

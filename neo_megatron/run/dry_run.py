@@ -14,8 +14,8 @@ from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.planning.hardware import GPUS, Gpu
-from neo_megatron.planning.layout import Layout, Precision
+from neo_megatron.planning.hardware import GPUS, Gpu, gpu_named
+from neo_megatron.planning.layout import Layout, precision_of
 from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
@@ -49,8 +49,7 @@ def dry_run(args: Namespace) -> None:
 
 def plan_of(args: Namespace, workload: Workload) -> Plan:
     """The plan of a run, for the GPU of this machine or, without one, an H100."""
-    precision: Precision = "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
-    layout = Layout.from_arguments(args, precision)
+    layout = Layout.from_arguments(args, precision_of(args))
     return Plan.make(NeoSizes(**args.neo_sizes), layout, workload, args.training_stage, _gpu())
 
 
@@ -59,7 +58,7 @@ def _gpu() -> Gpu:
         print("no GPU here: planned for h100")
         return GPUS["h100"]
     device = torch.cuda.get_device_properties(0)
-    gpu = next((gpu for name, gpu in GPUS.items() if name in device.name.lower()), None)
+    gpu = gpu_named(device.name)
     if gpu is None:
         print(f"{device.name} has no stated rates: time is planned for h100")
         gpu = GPUS["h100"]

@@ -54,6 +54,9 @@ def parse_arguments() -> Namespace:
             # Megatron has no defaults for these, and fails without them.
             save_interval=1000,
             eval_interval=1000,
+            # With NEO's operations, see `step_log`.
+            log_throughput=True,
+            log_timers_to_tensorboard=True,
         )
         return parser
 

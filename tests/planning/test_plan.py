@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 
-from neo_megatron.planning.hardware import GPUS
+from neo_megatron.planning.hardware import GPUS, gpu_named
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.memory import peak_in_flight, pipeline_memory
 from neo_megatron.planning.report import Plan
@@ -94,3 +94,22 @@ def test_a_search_ranks_what_fits():
     small = list(candidates(sizes, 4, WORKLOAD, 2, 8, "bf16", gpu.gpus_per_machine))[::20]
     fitting = {layout for layout in small if Plan.make(sizes, layout, WORKLOAD, 2, gpu).fits}
     assert fitting and fitting <= {plan.layout for plan in plans}
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA H100 PCIe", None),  # slower, and not stated
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_rates_of_a_device_are_stated_or_unknown(device, name):
+    gpu = gpu_named(device)
+    assert (gpu and gpu.name) == name
