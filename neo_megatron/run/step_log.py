@@ -36,37 +36,31 @@ class Counted:
 
     Args:
         weight: the sum of all loss weights; known on the last pipeline stage, as `broken` is.
-        samples, broken: how many samples there were, and how many of them have a broken image.
+        broken: samples with a broken image.
     """
 
     packs: PackCounts = PackCounts()
     weight: float = 0.0
-    samples: int = 0
     broken: int = 0
 
     @classmethod
     def of(cls, micro_batch: dict[str, Any]) -> "Counted":
         weight = micro_batch["target_weight"].double().sum().item()
-        return cls(count_packs(micro_batch), weight, micro_batch["samples"], len(micro_batch["broken"]))
+        return cls(count_packs(micro_batch), weight, len(micro_batch["broken"]))
 
     def __add__(self, other: "Counted") -> "Counted":
-        return Counted(
-            self.packs + other.packs,
-            self.weight + other.weight,
-            self.samples + other.samples,
-            self.broken + other.broken,
-        )
+        return Counted(self.packs + other.packs, self.weight + other.weight, self.broken + other.broken)
 
     def over_ranks(self) -> "Counted":
         """Summed over data-parallel ranks, which read different packs; all other ranks read the same as one of them."""
         group = parallel_state.get_data_parallel_group()
         if group.size() == 1:
             return self
-        numbers = [*astuple(self.packs), self.weight, self.samples, self.broken]
+        numbers = [*astuple(self.packs), self.weight, self.broken]
         sums = torch.tensor(numbers, dtype=torch.float64, device="cuda")
         torch.distributed.all_reduce(sums, group=group)
-        *packs, weight, samples, broken = sums.tolist()
-        return Counted(PackCounts(*map(round, packs)), weight, round(samples), round(broken))
+        *packs, weight, broken = sums.tolist()
+        return Counted(PackCounts(*map(round, packs)), weight, round(broken))
 
 
 class StepLog:

@@ -44,6 +44,28 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, of which 4 is no multiple"),
         ("--gpu a100 --precision fp8", "--gpu a100 has no fp8"),
         ("--gpu-memory 1 --search --gpus 1 --global-batch-size 4", "none of the"),
+        ("--seq-length -5", "argument --seq-length: -5 is not a whole number from 1 on"),
+        ("--micro-batch-size 0", "argument --micro-batch-size: 0 is not a whole number from 1 on"),
+        ("--gpus 1e9", "argument --gpus: 1e9 is not a whole number from 1 on"),
+        ("--picture-share 1.5", "argument --picture-share: 1.5 is not a share from 0 to 1"),
+        ("--gpu-memory nan", "argument --gpu-memory: nan is not a number of gigabytes from 0 on"),
+        ("--training-stage 4", "argument --training-stage: invalid choice: 4"),
+        ("--gpus 100000", "--global-batch-size 256 is no multiple of"),
+        (
+            "--gpus 100000 --search",
+            "--global-batch-size 256 cannot be shared out to the data-parallel ranks of any layout",
+        ),
+        (
+            "--search --tensor-model-parallel-size 16",
+            "--tensor-model-parallel-size 16 is 16 GPUs, of which --gpus 8 is no",
+        ),
+        (
+            "--search --pipeline-model-parallel-layout Ett|tL",
+            "needs 2 stages with the embeddings E, 42 layers t and the",
+        ),
+        ("--recompute-modules mlp", "--recompute-modules is for --recompute-granularity selective"),
+        ("--recompute-granularity full", "needs to know which layers: add --recompute-method"),
+        ("--precision fp8 --seq-length 16392", "--fp8-recipe delayed needs a multiple of 16 tokens on a rank"),
     ],
 )
 def test_what_cannot_be_planned_ends_in_a_sentence(flags, sentence):
