@@ -16,7 +16,8 @@ from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.model.config import ConfigError
 from neo_megatron.run.console import say
-from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, make_way, rank_and_ranks
+from neo_megatron.run.resume import make_way, rank_and_ranks
+from neo_megatron.run.start_checks import check_checkpoint
 
 
 def check_save_flags(args: Namespace) -> None:
@@ -59,9 +60,7 @@ class RunCheckpoints:
         """
         if self._started:
             return
-        checkpoint = choose_checkpoint(self._args)
-        if checkpoint is not None:
-            check_model_and_schedule(self._args, checkpoint)
+        checkpoint = check_checkpoint(self._args, read_tensors=True)
         make_way(self._args, checkpoint)
         self._seen = self._stamp()
         self._started = True  # not before: what is in the directory of a run that is refused is left as it is

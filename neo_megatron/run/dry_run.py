@@ -20,7 +20,7 @@ from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
 from neo_megatron.run.loaders import open_packs
-from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint
+from neo_megatron.run.start_checks import check_checkpoint
 
 # Layouts that only Megatron's own split knows.
 _UNPLANNED = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
@@ -67,11 +67,10 @@ def _gpu() -> Gpu:
 
 def _check_checkpoint(args: Namespace) -> int:
     """Packs consumed where the run starts."""
-    path = choose_checkpoint(args, read_tensors=False)
+    path = check_checkpoint(args, read_tensors=False)
     if path is None:
         print("checkpoint   none: the run starts from random numbers")
         return 0
-    check_model_and_schedule(args, path)
     print(f"checkpoint   {path}: of this model, its files whole (their bytes are compared when the run starts)")
     goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune
     return TorchDistDirectory(path).common_state()["args"].consumed_train_samples if goes_on else 0

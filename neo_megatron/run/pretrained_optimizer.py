@@ -79,7 +79,7 @@ def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], 
         ConfigError: the checkpoint has no state, or only one that fits its own layout.
     """
     saved = TorchDistDirectory(checkpoint)
-    _check(saved)
+    check_state(saved)
     sharded = dict(_sharded_parameters(model))
     optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
     for kind, names in KINDS.items():
@@ -105,7 +105,8 @@ def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], 
     )
 
 
-def _check(saved: TorchDistDirectory) -> None:
+def check_state(saved: TorchDistDirectory) -> None:
+    """Raises ConfigError where a checkpoint has no state to take over."""
     if any(key.startswith(STATE + "exp_avg.") for key in saved.shapes):
         return
     if any(key.startswith("optimizer.distributed.") for key in saved.shapes):

@@ -19,6 +19,7 @@ from neo_megatron.planning.packs import measure_packs
 from neo_megatron.run.checkpoints import check_save_flags
 from neo_megatron.run.console import say
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
+from neo_megatron.run.start_checks import check_settings
 
 
 def parse_arguments() -> Namespace:
@@ -88,6 +89,7 @@ def parse_arguments() -> Namespace:
         raise ConfigError(" ".join(str(error).split())) from error
     check_save_flags(args)
     check_optimizer_flags(args)
+    check_settings(args)
     if args.dry_run:
         args.tensorboard_dir = args.wandb_project = None  # it leaves no file behind
     set_global_variables(args)
