@@ -22,13 +22,6 @@ from neo_megatron.packages import OPTIONAL, install
 from neo_megatron.run.pretrained_optimizer import check_state
 from neo_megatron.run.resume import check_model_and_schedule, check_way, choose_checkpoint
 
-# Megatron's configs of a run, which check what goes together when they are built.
-_CONFIGS = (
-    lambda args: core_transformer_config_from_args(args, NeoConfig),
-    get_megatron_optimizer_config,
-    get_megatron_ddp_config,
-)
-
 
 def check_settings(args: Namespace) -> None:
     """Checks flags that Megatron itself looks at long after the start.
@@ -37,10 +30,14 @@ def check_settings(args: Namespace) -> None:
         ConfigError: with the flag and a remedy.
     """
     _check_wandb(args)
-    _check_packages(args)
+    absent = _check_packages(args)
     if args.attention_backend != AttnBackend.flash:  # else a package is looked for, see above
         check_backend(args.attention_backend)
-    for build in _CONFIGS:
+    # Megatron's configs, which check what goes together when they are built; the model's asks Transformer Engine.
+    configs = [get_megatron_optimizer_config, get_megatron_ddp_config]
+    if "transformer_engine" not in absent:
+        configs.append(lambda args: core_transformer_config_from_args(args, NeoConfig))
+    for build in configs:
         try:
             build(copy.copy(args))
         except (AssertionError, ValueError) as error:
@@ -85,12 +82,16 @@ def _needed(args: Namespace) -> Iterator[tuple[str, str, bool]]:
         yield "--attention-backend flash", "flash_attn", True
 
 
-def _check_packages(args: Namespace) -> None:
+def _check_packages(args: Namespace) -> set[str]:
+    """The packages that are absent here; but for those that a dry run without a GPU need not have, they are refused."""
+    absent = set()
     for flag, package, on_gpus in _needed(args):
         if importlib.util.find_spec(package) is not None:
             continue
+        absent.add(package)
         remedy = install(package) if package in OPTIONAL else f"pip install {package}"
         if on_gpus and cpu_platform.on_cpu() and args.dry_run:
             print(f"packages     {package} is not installed here; the run needs it for {flag} ({remedy})")
         else:
             raise ConfigError(f"{flag} needs the package {package}, which is not installed: {remedy}, or leave it out")
+    return absent
