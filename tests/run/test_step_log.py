@@ -2,6 +2,8 @@
 
 import json
 import re
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from golden_packs import make_packs
 from pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.preprocess import preprocess
 from neo_megatron.data.registry import Source
@@ -19,6 +21,9 @@ from neo_megatron.model.mask import AttentionRule
 from neo_megatron.planning.flops import model_flops
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import sizes
+from neo_megatron.run import step_log
+from neo_megatron.run.console import ShortLines
+from neo_megatron.run.step_log import StepLog
 
 WANDB = """
 import json, os
@@ -165,3 +170,32 @@ def test_weights_and_biases_needs_no_tensorboard(room, runs):
     assert any(name.endswith("-time") and name != "iteration-time" for name in names)  # of Megatron's timers
     assert not any("samples vs" in name or "vs samples" in name for name in names)
     assert not (runs["wandb"].directory / "events").exists()
+
+
+def test_mfu_is_of_the_rate_of_a_gpu(room, megatron, monkeypatch):
+    """On four GPUs of 1 GFLOP/s that take 10 seconds for a step of two micro-batches; and what the screen shows."""
+    monkeypatch.setattr(step_log, "_peak", lambda args: 1e9)
+    monkeypatch.setattr(step_log, "_training_seconds", lambda: clock)
+    args = Namespace(neo_sizes=asdict(SIZES), training_stage=1, world_size=4)
+    args.log_interval = args.tensorboard_log_interval = 1
+    clock, log = 0.0, StepLog()
+    log.begin(args)
+    packs = PackDataset(room / "packs", 4, SEED, pictures="none")
+    for pair in (0, 2):
+        log.note(collate([packs[pair], packs[pair + 1]]))
+    log.end_step()
+    operations, _ = expected(room, 0, 4, stage=1)
+    assert log.operations(args, 4) == pytest.approx(operations)
+    shown = []
+
+    def megatrons(losses, first):
+        nonlocal clock
+        clock = 10.0
+        shown.append(log.line(" [now] iteration 1/ 1 | consumed samples:            4 | global batch size:     4 |"))
+
+    log.training_log(megatrons, {}, {}, iteration=1, skipped=0, first=True)
+    assert "consumed packs:            4 |" in shown[0]
+    tokens, mfu = 4 * LENGTH / 10 / 4, operations / 10 / 4 / 1e9
+    assert f"| tokens per second per GPU: {tokens:.1f} | MFU (%): {100 * mfu:.1f} |" in shown[0]
+    assert mfu > 0.01
+    assert ShortLines(warnings=False)(shown[0]) == f"iteration 1/1 | tokens/s/GPU {tokens:g} | MFU % {100 * mfu:.1f}"
