@@ -15,13 +15,17 @@ size=$1 stage=$2
 shift 2
 : "${PACKS:?directory written by tools/pack_data.py}" "${OUTPUT:?directory for checkpoints and TensorBoard}"
 
-# For machines with 8 GPUs of 80 GB and the pack lengths of the README, from tools/plan.py --search --gpus 8.
+# For machines with 8 GPUs of 80 GB and the longest packs of the README: the first choices of tools/plan.py --search
+# --gpus 8 --global-batch-size 128.
 layout=()
 case $size:$stage in
   neo-2b:1) ;;
-  neo-2b:*) layout=(--context-parallel-size 4) ;;
-  neo-9b:1) layout=(--context-parallel-size 4) ;;
-  neo-9b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4) ;;
+  neo-2b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2) ;;
+  neo-9b:1) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2
+    --pipeline-model-parallel-layout 'Ettt|ttt|tttt|tttt|tttt|ttttt|ttttt|ttttt|ttttt|ttttL') ;;
+  neo-9b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel
+    --pipeline-model-parallel-size 2 --context-parallel-size 2
+    --pipeline-model-parallel-layout 'Ettt|ttt|ttt|ttt|ttt|tttt|tttt|tttt|tttt|tttt|tttt|tttL') ;;
 esac
 
 # Megatron asks for it where tensor or context parallelism runs on GPUs before Blackwell; CUDA reads it once, at start.

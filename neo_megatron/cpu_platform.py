@@ -293,30 +293,6 @@ def call_before_saving(hook: Callable[[Any], None]) -> None:
 
 
 @cache
-def log_each_interval_once() -> None:
-    """Has the log line of an interval cover that interval alone, on a GPU too.
-
-    Megatron logs the first step after a start without resetting its sums. Where that step also ends an interval, as
-    with ``--log-interval 1``, it would be in the next line again: in its loss, its time and its throughput.
-    """
-    from megatron.training import training
-
-    log = training.training_log
-    if "is_first_iteration" not in inspect.signature(log).parameters:
-        raise _changed("training.training_log")
-
-    @wraps(log)
-    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *arguments, is_first_iteration, **keywords):
-        ends_interval = iteration % training.get_args().log_interval == 0
-        first = is_first_iteration and not ends_interval
-        return log(
-            loss_dict, total_loss_dict, learning_rate, iteration, *arguments, is_first_iteration=first, **keywords
-        )
-
-    _patch(training, "training_log", training_log)
-
-
-@cache
 def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
     """Has Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
 

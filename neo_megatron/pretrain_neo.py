@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from neo_megatron import cpu_platform
+from neo_megatron import cpu_platform, megatron_patches
 
 cpu_platform.install_training()
 
@@ -46,16 +46,19 @@ from neo_megatron.run.evaluation import evaluate_split
 from neo_megatron.run.loader_workers import describe_ended_worker
 from neo_megatron.run.loaders import check_loader_memory, datasets_provider
 from neo_megatron.run.optimizer_state import allocate_moments
+from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
 
 # One per process: with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
 _bad_numbers = BadNumbers()
+_log = StepLog()
+
 
 cpu_platform.call_after_loading(after_loading)
 cpu_platform.call_before_saving(allocate_moments)
-cpu_platform.log_each_interval_once()
 cpu_platform.call_around_evaluation(evaluate_split)
+megatron_patches.log_with(_log)
 
 
 def main() -> None:
@@ -67,6 +70,7 @@ def main() -> None:
             dry_run(args)
             return
         check_loader_memory(args)
+        _log.begin(args)
         with RunCheckpoints(args) as run_checkpoints:
             pretrain(
                 pretrain_cfg_container_from_args(args),
@@ -134,8 +138,11 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     timers("batch-generator", log_level=2).start()
     args = get_args()
     packs = next(data_iterator)
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if torch.is_grad_enabled():
         _bad_numbers.note(packs["packs"], packs["describe"])
+        if not vp_stage:  # virtual stages read the same packs one after another
+            _log.note(packs)
     if args.context_parallel_size > 1:
         packs = context_share(
             packs,
@@ -143,7 +150,6 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
             args.context_parallel_size,
             gather_keys=args.cp_comm_type == ["allgather"],
         )
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     inputs = model_inputs(
         packs,

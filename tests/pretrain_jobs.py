@@ -27,12 +27,14 @@ class Job:
         flags: the command line of `pretrain_neo`; a TensorBoard directory is added.
         gradients: whether to keep the gradients of the last step.
         spoilt: numbers of packs, and the weight that their tokens get.
+        tensorboard: whether to add one.
     """
 
     directory: Path
     flags: Sequence[str]
     gradients: bool = False
     spoilt: tuple[Sequence[int], float] | None = None
+    tensorboard: bool = True
 
     def printed(self, rank: int = 0) -> str:
         return (self.directory / f"rank{rank}.log").read_text()
@@ -46,7 +48,7 @@ class Job:
         return json.loads((self.directory / "result.json").read_text())["exit"]
 
     def scalars(self, tag: str) -> dict[int, list[float]]:
-        """What was logged at each step; after the last one Megatron evaluates twice, on different packs."""
+        """What was logged at each step."""
         events = EventAccumulator(str(self.directory / "events"))
         events.Reload()
         values = defaultdict(list)
@@ -76,7 +78,11 @@ def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | 
     """
     written = [
         {
-            "argv": [*map(str, job.flags), "--tensorboard-dir", f"{job.directory}/events", *PATIENCE],
+            "argv": [
+                *map(str, job.flags),
+                *(("--tensorboard-dir", f"{job.directory}/events") if job.tensorboard else ()),
+                *PATIENCE,
+            ],
             "directory": str(job.directory),
             "gradients": job.gradients,
             "spoilt": job.spoilt,

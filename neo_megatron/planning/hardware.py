@@ -1,5 +1,6 @@
 """GPUs by name: the makers' peak rates, and how much of them is assumed to be reached."""
 
+import re
 from dataclasses import dataclass, replace
 
 from neo_megatron.model.config import ConfigError
@@ -53,6 +54,16 @@ GPUS = {
         Gpu("b200", 2250e12, 4500e12, 75e12, 180e9, 8e12, 900e9, 50e9),
     )
 }
+
+
+def gpu_named(device: str) -> Gpu | None:
+    """The stated rates of a device by the name that its driver gives it, such as ``NVIDIA H100 80GB HBM3``.
+
+    ``None`` for one without: of the Hopper cards for PCIe, which run slower, none are stated.
+    """
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    gpu = next((gpu for name, gpu in GPUS.items() if name in words), None)
+    return None if gpu is not None and gpu.name.startswith("h") and {"pcie", "nvl"} & set(words) else gpu
 
 
 @dataclass(frozen=True)

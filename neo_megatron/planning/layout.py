@@ -6,10 +6,16 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Literal
 
+from neo_megatron.fp8_layout import check_fp8
 from neo_megatron.model.config import ConfigError, NeoSizes
 from neo_megatron.model.context_traffic import Way
 
 Precision = Literal["bf16", "fp8", "fp32"]
+
+
+def precision_of(args: Namespace) -> Precision:
+    """Of the matrix products of a run, by Megatron's arguments; fp16 runs at the rate of bf16."""
+    return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,11 @@ class Layout:
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     @property
+    def fp8_recipe(self) -> str:
+        """Megatron's default, unless it would not go with the recomputation."""
+        return "tensorwise" if self.recomputes("layernorm") else "delayed"
+
+    @property
     def parameter_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
@@ -149,7 +160,27 @@ class Layout:
                 f"{virtual} virtual stages need a pipeline, and micro-batches in multiples of its {pipeline} ranks, "
                 f"not {self.micro_batches}: choose another --global-batch-size"
             )
+        if self.precision == "fp8":
+            return next(check_fp8(self._fp8_arguments(sizes, sequence_length)), None)
         return None
+
+    def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int) -> Namespace:
+        """What `check_fp8` looks at, under Megatron's names."""
+        return Namespace(
+            **vars(self),
+            fp8="hybrid",
+            bf16=True,
+            fp8_recipe=self.fp8_recipe,
+            fp8_param_gather=False,
+            first_last_layers_bf16=False,
+            eval_micro_batch_size=None,
+            seq_length=sequence_length,
+            num_attention_heads=sizes.num_attention_heads,
+            num_query_groups=sizes.num_query_groups,
+            hidden_size=sizes.hidden_size,
+            ffn_hidden_size=sizes.ffn_hidden_size,
+            kv_channels=sizes.head_dim,
+        )
 
     def recomputes(self, module: str) -> bool:
         """Whether a module of every layer is recomputed on its own."""

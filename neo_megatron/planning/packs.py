@@ -1,15 +1,62 @@
 """The workload of real packs, measured on some of them."""
 
 from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.planning.workload import Workload, mean_keys
+from neo_megatron.planning.workload import Workload, allowed_pairs
 
 PACKS = 64
+
+
+@dataclass(frozen=True)
+class PackCounts:
+    """What packs hold, as far as their work depends on it; counts of several packs add up.
+
+    Args:
+        tokens: of all packs, padding included.
+        image_tokens: tokens of images.
+        trained: positions whose next token is trained.
+        pairs: of query and key that the mask allows; padding sees itself alone.
+    """
+
+    packs: int = 0
+    tokens: int = 0
+    padding: int = 0
+    image_tokens: int = 0
+    trained: int = 0
+    pairs: int = 0
+
+    def __add__(self, other: "PackCounts") -> "PackCounts":
+        return PackCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def workload(self, source: str = "given") -> Workload:
+        """The mean pack."""
+        return Workload(
+            sequence_length=self.tokens // self.packs,
+            mean_keys=self.pairs / self.tokens,
+            picture_share=self.image_tokens / self.tokens,
+            trained_share=self.trained / self.tokens,
+            source=source,
+        )
+
+
+def count_packs(item: dict[str, Any]) -> PackCounts:
+    """What a pack of `PackDataset`, or a micro-batch of `collate`, holds."""
+    rows = [np.atleast_2d(item[name].numpy()) for name in ("document", "image")]
+    pairs = padding = image_tokens = 0
+    for document, image in zip(*rows, strict=True):
+        documents = np.bincount(document[document >= 0]).tolist()
+        images = np.bincount(image[image >= 0]).tolist()
+        empty = len(document) - sum(documents)
+        pairs += allowed_pairs(documents, images) + empty
+        padding += empty
+        image_tokens += sum(images)
+    return PackCounts(len(rows[0]), rows[0].size, padding, image_tokens, len(item["targets"]), pairs)
 
 
 def measure_packs(index: PackIndex, count: int = PACKS) -> Workload:
@@ -19,22 +66,6 @@ def measure_packs(index: PackIndex, count: int = PACKS) -> Workload:
 
 
 def measure_items(items: Iterable[dict[str, Any]]) -> Workload:
-    """The mean of packs as `PackDataset` gives them, or of micro-batches of one."""
-    documents: list[int] = []
-    images: list[int] = []
-    packs = length = trained = 0
-    for item in items:
-        document, image = item["document"].numpy().ravel(), item["image"].numpy().ravel()
-        length, packs, trained = len(document), packs + 1, trained + len(item["targets"])
-        documents += np.bincount(document[document >= 0]).tolist()
-        # Padding sees itself alone.
-        documents += [1] * int((document < 0).sum())
-        images += np.bincount(image[image >= 0]).tolist()
-    tokens = packs * length
-    return Workload(
-        sequence_length=length,
-        mean_keys=mean_keys(documents, images),
-        picture_share=sum(images) / tokens,
-        trained_share=trained / tokens,
-        source=f"measured on {packs} packs",
-    )
+    """The mean of packs as `PackDataset` gives them, or of micro-batches of them."""
+    counts = sum(map(count_packs, items), PackCounts())
+    return counts.workload(f"measured on {counts.packs} packs")

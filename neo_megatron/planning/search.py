@@ -1,20 +1,24 @@
 """All layouts of a number of GPUs that can work and fit, ranked by the tokens per second that they are estimated at."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import product
+from math import isqrt, prod
+from typing import Any
 
 from neo_megatron.model.config import ConfigError, NeoSizes
-from neo_megatron.pipeline_layout import Costs, balanced_split, layout_string
+from neo_megatron.pipeline_layout import Costs, balanced_split, layout_string, split_pre_buffer
 from neo_megatron.planning.hardware import Efficiency, Gpu
-from neo_megatron.planning.layout import Layout, Precision
+from neo_megatron.planning.layout import Layout, Precision, layout_stages
 from neo_megatron.planning.memory import pipeline_memory
 from neo_megatron.planning.report import RECOMPUTATION, Plan, layout_text, recomputation_text, table
 from neo_megatron.planning.workload import Workload
 
 MICRO_BATCH_SIZES = (1, 2, 4)
 VIRTUAL_SIZES = (1, 2, 3, 4, 5, 6)
+# Two plans of the same parallel sizes are near-duplicates unless one saves this share of the other's memory.
+WORTH_SAVING = 0.1
 
 
 def search(
@@ -26,19 +30,37 @@ def search(
     global_batch_size: int,
     precision: Precision = "bf16",
     efficiency: Efficiency | None = None,
+    given: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Plan], int]:
     """Plans that fit, best first, and how many layouts were looked at.
 
     The distributed optimizer and its overlaps are always on: they cost nothing. Layers that a pipeline does not divide
     evenly are cut by what they cost, as `pretrain_neo` cuts them.
+
+    Args:
+        given: flags of the command line that all layouts shall have, by Megatron's names.
+        progress: is told how many layouts were looked at and how many of them fit, now and then.
+
+    Raises:
+        ConfigError: there is no layout to look at; or the GPU lacks the precision.
     """
-    plans, count = [], 0
-    for layout in candidates(sizes, gpus, workload, training_stage, global_batch_size, precision, gpu.gpus_per_machine):
+    plans, count, refusals = [], 0, []
+    every = candidates(
+        *(sizes, gpus, workload, training_stage, global_batch_size, precision, gpu.gpus_per_machine),
+        given=given,
+        refusals=refusals,
+    )
+    reserved = (efficiency or Efficiency()).reserved_bytes
+    for layout in every:
         count += 1
         memory = pipeline_memory(sizes, layout, workload, training_stage)
-        reserved = (efficiency or Efficiency()).reserved_bytes
         if max(rank.total for rank in memory) + reserved <= gpu.memory:
             plans.append(Plan.make(sizes, layout, workload, training_stage, gpu, efficiency, memory))
+        if progress and count % 50 == 0:
+            progress(count, len(plans))
+    if not count:
+        raise ConfigError(_nothing_to_look_at(gpus, global_batch_size, given or {}, refusals))
     return sorted(plans, key=lambda plan: -plan.time.tokens_per_second), count
 
 
@@ -50,57 +72,155 @@ def candidates(
     global_batch_size: int,
     precision: Precision,
     gpus_per_machine: int,
+    given: Mapping[str, Any] | None = None,
+    refusals: list[str] | None = None,
 ) -> Iterator[Layout]:
-    """Every combination of sizes that Megatron and NEO's layers can work with; tensor ranks stay in one machine."""
+    """Every combination of sizes that Megatron and NEO's layers can work with; tensor ranks stay in one machine.
 
-    @cache
-    def pipeline_cut(stages: int, full: bool) -> str | None:
-        if sizes.num_layers % stages == 0:
-            return None  # Megatron cuts evenly
-        costs = Costs.of(sizes, training_stage, workload, recompute_layers=full)
-        return layout_string(balanced_split(costs.layers, stages, costs.patch_embedding, costs.head))
-
+    Args:
+        given: see `search`.
+        refusals: takes why combinations cannot work.
+    """
+    given, refusals = given or {}, [] if refusals is None else refusals
+    choices = _Choices(given, sizes, training_stage, workload)
     tensor_sizes = [size for size in _divisors(gpus) if size <= gpus_per_machine]
-    for tensor, context in product(tensor_sizes, _divisors(gpus)):
+    for tensor, context in product(
+        choices.of("tensor_model_parallel_size", tensor_sizes), choices.of("context_parallel_size", _divisors(gpus))
+    ):
         if gpus % (tensor * context):
             continue
-        for pipeline, virtual in product(_divisors(gpus // (tensor * context)), VIRTUAL_SIZES):
-            data = gpus // (tensor * context * pipeline)
-            if pipeline * virtual > sizes.num_layers:
+        pipelines = choices.of("pipeline_model_parallel_size", _divisors(gpus // (tensor * context)))
+        for pipeline, virtual in product(pipelines, choices.virtual_sizes):
+            data, rest = divmod(gpus, tensor * context * pipeline)
+            if rest or not data or pipeline * virtual > sizes.num_layers:
                 continue
             for micro_batch, recomputation, sequence_parallel in product(
-                MICRO_BATCH_SIZES, RECOMPUTATION.values(), (True, False)
+                choices.of("micro_batch_size", MICRO_BATCH_SIZES),
+                choices.recomputations,
+                choices.sequence_parallel(tensor),
             ):
                 if global_batch_size % (micro_batch * data):
                     continue
-                layout = Layout(
-                    tensor_model_parallel_size=tensor,
-                    sequence_parallel=sequence_parallel,
-                    pipeline_model_parallel_size=pipeline,
-                    virtual_pipeline_model_parallel_size=virtual,
-                    pipeline_model_parallel_layout=pipeline_cut(
-                        pipeline * virtual, recomputation["recompute_granularity"] == "full"
-                    ),
-                    context_parallel_size=context,
-                    data_parallel_size=data,
-                    micro_batch_size=micro_batch,
-                    global_batch_size=global_batch_size,
-                    use_distributed_optimizer=True,
-                    overlap_grad_reduce=True,
-                    overlap_param_gather=True,
-                    precision=precision,
-                    **recomputation,
-                )
-                if layout.refusal(sizes, workload.sequence_length) is None:
+                try:
+                    layout = Layout(
+                        tensor_model_parallel_size=tensor,
+                        sequence_parallel=sequence_parallel,
+                        pipeline_model_parallel_size=pipeline,
+                        virtual_pipeline_model_parallel_size=choices.virtual(pipeline, virtual),
+                        pipeline_model_parallel_layout=choices.pipeline_cut(
+                            pipeline, virtual, recomputation["recompute_granularity"] == "full"
+                        ),
+                        context_parallel_size=context,
+                        cp_comm_type=given.get("cp_comm_type") if context > 1 else None,
+                        data_parallel_size=data,
+                        micro_batch_size=micro_batch,
+                        global_batch_size=global_batch_size,
+                        use_distributed_optimizer=True,
+                        overlap_grad_reduce=True,
+                        overlap_param_gather=True,
+                        precision=precision,
+                        transformer_impl=given.get("transformer_impl", "transformer_engine"),
+                        **recomputation,
+                    )
+                    layout.chunks(sizes)
+                except ConfigError as error:  # such a pipeline cannot be cut as the flags say
+                    refusals.append(str(error))
+                    continue
+                if refusal := layout.refusal(sizes, workload.sequence_length):
+                    refusals.append(refusal)
+                else:
                     yield layout
 
 
+class _Choices:
+    """What a search tries of each flag: all, or what is given."""
+
+    def __init__(self, given: Mapping[str, Any], sizes: NeoSizes, training_stage: int, workload: Workload) -> None:
+        self._given = given
+        self._sizes = sizes
+        self._costs = cache(lambda full: Costs.of(sizes, training_stage, workload, recompute_layers=full))
+        self._layout: str | None = given.get("pipeline_model_parallel_layout")
+        self._pre_buffer_stages: int = given.get("pre_buffer_pipeline_stages", 0)
+        virtual = given.get("num_virtual_stages_per_pipeline_rank")
+        self.virtual_sizes = (1,) if self._layout else VIRTUAL_SIZES if virtual is None else (virtual,)
+        recomputation = {name: value for name, value in given.items() if name.startswith("recompute_")}
+        self.recomputations = [recomputation] if recomputation else list(RECOMPUTATION.values())
+        self._cut = cache(self._cut_by_costs)
+
+    def of(self, name: str, values: Any) -> Any:
+        return (self._given[name],) if name in self._given else values
+
+    def sequence_parallel(self, tensor: int) -> tuple[bool, ...]:
+        if self._given.get("sequence_parallel"):
+            return (True,)
+        return (True, False) if tensor > 1 else (False,)
+
+    def virtual(self, pipeline: int, virtual: int) -> int:
+        """Virtual stages of a rank; a layout that is given says how many stages there are."""
+        return len(layout_stages(self._layout)) // pipeline if self._layout else virtual
+
+    def pipeline_cut(self, pipeline: int, virtual: int, full: bool) -> str | None:
+        """Raises ConfigError where there is none."""
+        return self._layout or self._cut(pipeline, virtual, full)
+
+    def _cut_by_costs(self, pipeline: int, virtual: int, full: bool) -> str | None:
+        sizes, stages = self._sizes, pipeline * virtual
+        if self._pre_buffer_stages:
+            layers = sizes.pre_buffer_layers
+            return layout_string(
+                split_pre_buffer(self._costs(full), layers, self._pre_buffer_stages, pipeline, virtual)
+            )
+        if sizes.num_layers % stages == 0:
+            return None  # Megatron cuts evenly
+        costs = self._costs(full)
+        return layout_string(balanced_split(costs.layers, stages, costs.patch_embedding, costs.head))
+
+
+def _nothing_to_look_at(gpus: int, global_batch_size: int, given: Mapping[str, Any], refusals: list[str]) -> str:
+    sizes = {name: size for name, size in given.items() if name in _PARALLEL}
+    ranks = prod(sizes.values())
+    if gpus % ranks:
+        flags = " x ".join(f"{_flag(name)} {size}" for name, size in sizes.items())
+        return f"{flags} is {ranks} GPUs, of which --gpus {gpus} is no multiple: choose other sizes"
+    if given and refusals:
+        return f"no layout of --gpus {gpus} and the given flags can work; the first reason: {refusals[0]}"
+    return (
+        f"--global-batch-size {global_batch_size} cannot be shared out to the data-parallel ranks of any layout of "
+        f"--gpus {gpus}: choose a larger batch, fewer GPUs, or numbers with more common divisors"
+    )
+
+
+def distinct(plans: list[Plan]) -> list[Plan]:
+    """The plans, best first, without near-duplicates.
+
+    Left out is what differs from a faster one only in virtual stages, sequence parallelism or recomputation and saves
+    less than a tenth of its memory.
+    """
+    kept: dict[tuple[int, ...], list[Plan]] = {}
+    for plan in plans:
+        layout = plan.layout
+        alike = kept.setdefault(
+            (
+                layout.tensor_model_parallel_size,
+                layout.pipeline_model_parallel_size,
+                layout.context_parallel_size,
+                layout.micro_batch_size,
+            ),
+            [],
+        )
+        if all(plan.needed <= (1 - WORTH_SAVING) * other.needed for other in alike):
+            alike.append(plan)
+    listed = {id(plan) for alike in kept.values() for plan in alike}
+    return [plan for plan in plans if id(plan) in listed]
+
+
 def describe_search(plans: list[Plan], count: int, top: int) -> str:
-    """The best plans as a table.
+    """The best plans as a table, without near-duplicates.
 
     Raises:
         ConfigError: none fits.
     """
+    listed = distinct(plans)
     if not plans:
         raise ConfigError(
             f"none of the {count:,} layouts fits: take more GPUs, GPUs with more memory, or shorter packs"
@@ -118,33 +238,45 @@ def describe_search(plans: list[Plan], count: int, top: int) -> str:
                 f"{plan.time.mfu:.1%}",
                 f"{plan.time.tokens_per_second:,.0f}",
             ]
-            for plan in plans[:top]
+            for plan in listed[:top]
         ),
     ]
-    return f"{len(plans):,} of {count:,} layouts fit; GB with what is kept free\n\n{table(rows, left=3)}"
+    return (
+        f"{len(plans):,} of {count:,} layouts fit; the first {min(top, len(listed)):,} of {len(listed):,} that differ; "
+        f"GB with what is kept free\n\n{table(rows, left=3)}"
+    )
 
 
 def flags(layout: Layout) -> list[str]:
-    """The layout as flags of `pretrain_neo`."""
+    """The layout as flags of `pretrain_neo`, complete: to be quoted for a shell."""
     written = []
     for field in dataclasses.fields(layout):
         value = getattr(layout, field.name)
-        if field.name in _NOT_FLAGS or value == field.default or value is None:
+        if field.name in _NOT_FLAGS or value is None or (value == field.default and field.name not in _NEEDED):
             continue
         if field.name == "virtual_pipeline_model_parallel_size" and layout.pipeline_model_parallel_layout:
             continue  # the layout says it
         name = _OTHER_NAMES.get(field.name, field.name)
-        written.append(f"--{name.replace('_', '-')}")
+        written.append(_flag(name))
         if value is not True:
             written += [str(part) for part in (value if isinstance(value, tuple) else (value,))]
     if layout.recompute_granularity == "full" and layout.recompute_num_layers == 1:
         written += ["--recompute-num-layers", "1"]
+    if layout.precision == "fp8":
+        written += ["--fp8-format", "hybrid", "--fp8-recipe", layout.fp8_recipe]
     return written + (["--bf16"] if layout.precision != "fp32" else [])
 
 
-_NOT_FLAGS = {"data_parallel_size", "precision", "transformer_impl"}
+_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+_NOT_FLAGS = {"data_parallel_size", "precision"}
+_NEEDED = {"micro_batch_size", "global_batch_size"}
 _OTHER_NAMES = {"virtual_pipeline_model_parallel_size": "num_virtual_stages_per_pipeline_rank"}
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]

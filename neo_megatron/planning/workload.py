@@ -45,15 +45,16 @@ class Workload:
 
 
 def mean_keys(document_lengths: Iterable[int], image_cells: Iterable[int]) -> float:
-    """Keys that a query may see, over the tokens of the given documents and of the pictures in them.
+    """Keys that a query may see, over the tokens of the given documents and of the images in them."""
+    lengths = list(document_lengths)
+    return allowed_pairs(lengths, image_cells) / sum(lengths)
 
-    Causal: token i of a document sees i + 1 keys. Bidirectional: a cell of a picture of m sees the m - 1 others too, of
+
+def allowed_pairs(document_lengths: Iterable[int], image_tokens: Iterable[int]) -> int:
+    """Pairs of query and key that the mask allows.
+
+    Causal: token i of a document sees i + 1 keys. Bidirectional: a token of an image of m sees the m - 1 others too, of
     which half stand before it.
     """
-    tokens = pairs = 0
-    for length in document_lengths:
-        tokens += length
-        pairs += length * (length + 1) // 2
-    for cells in image_cells:
-        pairs += cells * (cells - 1) // 2
-    return pairs / tokens
+    pairs = sum(length * (length + 1) // 2 for length in document_lengths)
+    return pairs + sum(tokens * (tokens - 1) // 2 for tokens in image_tokens)

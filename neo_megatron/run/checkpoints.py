@@ -18,14 +18,8 @@ from neo_megatron.model.config import ConfigError
 from neo_megatron.paths import REMOTE
 from neo_megatron.run.console import say
 from neo_megatron.run.output_lock import OutputLock
-from neo_megatron.run.resume import (
-    check_model_and_schedule,
-    choose_checkpoint,
-    make_way,
-    note_packs,
-    on_rank_0,
-    rank_and_ranks,
-)
+from neo_megatron.run.resume import make_way, note_packs, on_rank_0, rank_and_ranks
+from neo_megatron.run.start_checks import check_checkpoint
 
 
 def check_save_flags(args: Namespace) -> None:
@@ -80,11 +74,9 @@ class RunCheckpoints:
         if self._lock is not None:
             on_rank_0(self._lock.acquire)
         note_packs(self._args)
-        checkpoint = choose_checkpoint(self._args)
+        checkpoint = check_checkpoint(self._args, read_tensors=True)
         if checkpoint is None and self._args.skip_train:
             raise ConfigError(f"--skip-train: --load {self._args.load} has no checkpoint to evaluate: give another")
-        if checkpoint is not None:
-            check_model_and_schedule(self._args, checkpoint)
         make_way(self._args, checkpoint)
         self._seen = self._stamp()
         self._started = True  # not before: what is in the directory of a run that is refused is left as it is

@@ -28,7 +28,11 @@ _QUANTITIES = {
     "grad norm": "grad norm",
     "learning rate": "lr",
     "throughput per GPU (TFLOP/s/GPU)": "TFLOP/s/GPU",
+    "tokens per second per GPU": "tokens/s/GPU",
+    "MFU (%)": "MFU %",
     "elapsed time per iteration (ms)": "ms",
+    "broken samples": "broken samples",
+    "steps without loss weight": "steps without loss weight",
     "number of skipped iterations": "skipped",
     "number of nan iterations": "nan",
 }
@@ -75,7 +79,7 @@ def _quantities(text: str) -> str:
     shown = {}
     for name, short in _QUANTITIES.items():
         value = values.get(name, "").strip()
-        if value and not (short in ("skipped", "nan") and value == "0"):
+        if value and not (short in ("skipped", "nan", "broken samples") and value == "0"):
             shown[short] = f"{float(value):g}" if re.fullmatch(r"[-+\d.eE]+", value) else value
     return "".join(f" | {value} {short}" if short == "ms" else f" | {short} {value}" for short, value in shown.items())
 

@@ -14,14 +14,15 @@ from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.planning.hardware import GPUS, Gpu
-from neo_megatron.planning.layout import Layout, Precision
+from neo_megatron.planning.hardware import GPUS, Gpu, gpu_named
+from neo_megatron.planning.layout import Layout, precision_of
 from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
 from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.loaders import open_packs
-from neo_megatron.run.resume import check_model_and_schedule, choose_checkpoint, note_packs
+from neo_megatron.run.resume import note_packs
+from neo_megatron.run.start_checks import check_checkpoint
 
 # Layouts that only Megatron's own split knows.
 _UNPLANNED = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
@@ -51,8 +52,7 @@ def dry_run(args: Namespace) -> None:
 
 def plan_of(args: Namespace, workload: Workload) -> Plan:
     """The plan of a run, for the GPU of this machine or, without one, an H100."""
-    precision: Precision = "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
-    layout = Layout.from_arguments(args, precision)
+    layout = Layout.from_arguments(args, precision_of(args))
     return Plan.make(NeoSizes(**args.neo_sizes), layout, workload, args.training_stage, _gpu())
 
 
@@ -61,7 +61,7 @@ def _gpu() -> Gpu:
         print("no GPU here: planned for h100")
         return GPUS["h100"]
     device = torch.cuda.get_device_properties(0)
-    gpu = next((gpu for name, gpu in GPUS.items() if name in device.name.lower()), None)
+    gpu = gpu_named(device.name)
     if gpu is None:
         print(f"{device.name} has no stated rates: time is planned for h100")
         gpu = GPUS["h100"]
@@ -70,11 +70,10 @@ def _gpu() -> Gpu:
 
 def _check_checkpoint(args: Namespace) -> tuple[int, int]:
     """Iteration and packs consumed where the run starts."""
-    path = choose_checkpoint(args, read_tensors=False)
+    path = check_checkpoint(args, read_tensors=False)
     if path is None:
         print("checkpoint   none: the run starts from random numbers")
         return 0, 0
-    check_model_and_schedule(args, path)
     print(f"checkpoint   {path}: of this model, its files whole (their bytes are compared when the run starts)")
     goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune
     if not goes_on:

@@ -168,19 +168,28 @@ def _loaded_iteration(args: Namespace, checkpoint: Path | None) -> int | None:
     return int(checkpoint.name.removeprefix("iter_"))
 
 
+def check_way(args: Namespace, checkpoint: Path | None) -> None:
+    """Raises ConfigError where a run would save over what it starts from."""
+    if args.finetune and _saves_where_it_loads(args) and _loaded_iteration(args, checkpoint) is not None:
+        raise ConfigError(
+            f"--finetune starts at iteration 0 and would save over {args.load}, from which it starts: give another "
+            "--save, or leave --finetune out to go on"
+        )
+
+
+def _saves_where_it_loads(args: Namespace) -> bool:
+    return bool(args.load and args.save) and Path(args.load).resolve() == Path(args.save).resolve()
+
+
 def make_way(args: Namespace, checkpoint: Path | None) -> None:
     """Makes Megatron load this checkpoint, and clears what it would save over. A call on all ranks.
 
     Raises:
         ConfigError: the run would save over what it starts from, or a directory cannot be changed.
     """
+    check_way(args, checkpoint)
     loaded = _loaded_iteration(args, checkpoint)
     same = _saves_where_it_loads(args)
-    if same and args.finetune and loaded is not None:
-        raise ConfigError(
-            f"--finetune starts at iteration 0 and would save over {args.load}, from which it starts: give another "
-            "--save, or leave --finetune out to go on"
-        )
     args.ckpt_step = None
     args.resume_from, args.load_state_by_names = None, False
     if loaded is None or args.finetune:

@@ -28,6 +28,7 @@ from neo_megatron.run.flag_table import given_flags, gpu_refusals, refusals, wit
 from neo_megatron.run.help_text import prepare_help
 from neo_megatron.run.learning_rate import fill_min_lr, schedule_refusals
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
+from neo_megatron.run.start_checks import check_settings
 
 
 def parse_arguments() -> Namespace:
@@ -95,6 +96,7 @@ def parse_arguments() -> Namespace:
         raise ConfigError(_sentence(error)) from error
     check_save_flags(args)
     check_optimizer_flags(args)
+    check_settings(args)
     if args.dry_run:
         args.tensorboard_dir = args.wandb_project = None  # it leaves no file behind
     set_global_variables(args)
@@ -118,6 +120,9 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         # Megatron has no defaults for these, and fails without them.
         "save_interval": 1000,
         "eval_interval": 1000,
+        # With NEO's operations, see `step_log`.
+        "log_throughput": True,
+        "log_timers_to_tensorboard": True,
     }
 
 

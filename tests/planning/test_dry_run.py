@@ -22,6 +22,9 @@ from neo_megatron.planning.workload import Workload
 SIZES = presets.sizes(str(GOLDEN / "ckpt_untied"))
 ALL = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "bf16", gpus_per_machine=8))
 FOUND = ALL[len(ALL) // 8 :: len(ALL) // 4]
+FP8 = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "fp8", gpus_per_machine=8))
+FOUND += [layout for layout in FP8 if layout.pipeline_model_parallel_size > 1][:1]
+FOUND += [layout for layout in FP8 if layout.recomputes("layernorm")][:1]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,8 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     }
     for number, layout in enumerate(FOUND):
         batch = ["--train-iters", "1", "--global-batch-size", "32"]
-        jobs[f"found {number}"] = (16, " ".join([common + whole, *batch, *flags(layout)]))
+        kernels = ["--transformer-impl", layout.transformer_impl]  # without a GPU the default is another
+        jobs[f"found {number}"] = (16, " ".join([common + whole, *batch, *flags(layout), *kernels]))
     argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
     done = run_python(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]

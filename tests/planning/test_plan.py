@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 
-from neo_megatron.planning.hardware import GPUS
+from neo_megatron.planning.hardware import GPUS, gpu_named
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.memory import peak_in_flight, pipeline_memory
 from neo_megatron.planning.report import Plan
@@ -44,6 +44,28 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, of which 4 is no multiple"),
         ("--gpu a100 --precision fp8", "--gpu a100 has no fp8"),
         ("--gpu-memory 1 --search --gpus 1 --global-batch-size 4", "none of the"),
+        ("--seq-length -5", "argument --seq-length: -5 is not a whole number from 1 on"),
+        ("--micro-batch-size 0", "argument --micro-batch-size: 0 is not a whole number from 1 on"),
+        ("--gpus 1e9", "argument --gpus: 1e9 is not a whole number from 1 on"),
+        ("--picture-share 1.5", "argument --picture-share: 1.5 is not a share from 0 to 1"),
+        ("--gpu-memory nan", "argument --gpu-memory: nan is not a number of gigabytes from 0 on"),
+        ("--training-stage 4", "argument --training-stage: invalid choice: 4"),
+        ("--gpus 100000", "--global-batch-size 256 is no multiple of"),
+        (
+            "--gpus 100000 --search",
+            "--global-batch-size 256 cannot be shared out to the data-parallel ranks of any layout",
+        ),
+        (
+            "--search --tensor-model-parallel-size 16",
+            "--tensor-model-parallel-size 16 is 16 GPUs, of which --gpus 8 is no",
+        ),
+        (
+            "--search --pipeline-model-parallel-layout Ett|tL",
+            "needs 2 stages with the embeddings E, 42 layers t and the",
+        ),
+        ("--recompute-modules mlp", "--recompute-modules is for --recompute-granularity selective"),
+        ("--recompute-granularity full", "needs to know which layers: add --recompute-method"),
+        ("--precision fp8 --seq-length 16392", "--fp8-recipe delayed needs a multiple of 16 tokens on a rank"),
     ],
 )
 def test_what_cannot_be_planned_ends_in_a_sentence(flags, sentence):
@@ -94,3 +116,22 @@ def test_a_search_ranks_what_fits():
     small = list(candidates(sizes, 4, WORKLOAD, 2, 8, "bf16", gpu.gpus_per_machine))[::20]
     fitting = {layout for layout in small if Plan.make(sizes, layout, WORKLOAD, 2, gpu).fits}
     assert fitting and fitting <= {plan.layout for plan in plans}
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA H100 PCIe", None),  # slower, and not stated
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_rates_of_a_device_are_stated_or_unknown(device, name):
+    gpu = gpu_named(device)
+    assert (gpu and gpu.name) == name

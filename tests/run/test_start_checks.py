@@ -1,0 +1,92 @@
+"""What a start refuses, its dry run refuses in the same sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, run_python
+from golden_packs import make_packs
+from pretrain_jobs import Job, run_jobs
+
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+
+WORKER = Path(__file__).parents[1] / "planning" / "dry_run_worker.py"
+BEGIN = "--pretrained-checkpoint {room}/golden"
+GO_ON = "--load {room}/saved --save {room}/saved"
+REFUSED = {
+    "no optimizer state": (f"{BEGIN} --pretrained-optimizer", "release has no optimizer state (converted, or saved"),
+    "another learning rate": (f"{GO_ON} --lr 5e-4", "follows another schedule"),
+    "saves over its start": (f"{GO_ON} --finetune", "--finetune starts at iteration 0 and would save over"),
+    "another model": (f"{GO_ON} --ffn-hidden-size 128", "is of another model"),
+    "attention backend": (f"{BEGIN} --attention-backend fused", "none of its kernels has NEO's mask; choose auto"),
+    "configs of Megatron": (
+        f"{BEGIN} --use-precision-aware-optimizer",
+        "these flags do not go together: --use-precision-aware-optimizer only supported with distributed optimizer",
+    ),
+    "name for W&B": (f"{BEGIN} --wandb-project neo", "--wandb-project needs the name of the run: add --wandb-exp-name"),
+    "directory for W&B": (
+        f"{BEGIN} --wandb-project neo --wandb-exp-name one",
+        "--wandb-project needs a directory for its files: add --wandb-save-dir, or --save",
+    ),
+    "package for W&B": (
+        f"{BEGIN} --wandb-project neo --wandb-exp-name one --wandb-save-dir {{room}}/wandb",
+        "--wandb-project needs the package wandb, which is not installed: pip install wandb",
+    ),
+}
+FINE = {
+    "goes on": GO_ON,
+    "packages for GPUs": f"{BEGIN} --bf16 --transformer-impl transformer_engine --attention-backend flash",
+}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Packs, and a run of one step."""
+    room = tmp_path_factory.mktemp("start_checks")
+    make_packs(room, repeats=2, seq_length=192)
+    convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
+    return room
+
+
+@pytest.fixture(scope="module")
+def started(room) -> dict[str, Job]:
+    """All starts that are refused, after one that saves a checkpoint."""
+    first = Job(room / "first", command(room, f"{BEGIN} --exit-interval 1 --save {{room}}/saved"))
+    jobs = {name: Job(room / f"start {name}", command(room, flags)) for name, (flags, _) in REFUSED.items()}
+    run_jobs(1, [first, *jobs.values()])
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def dry(room, started) -> dict[str, tuple[str, str | None]]:
+    """What dry runs of the same print, and end with."""
+    flags = {name: flags for name, (flags, _) in REFUSED.items()} | FINE
+    jobs = [{"argv": [*command(room, text), "--dry-run"], "world_size": 1} for text in flags.values()]
+    done = run_python(WORKER, json.dumps(jobs))
+    assert done.returncode == 0, done.stdout[-6000:]
+    return dict(zip(flags, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def command(room: Path, flags: str) -> list[str]:
+    common = f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --micro-batch-size 1 "
+    common += "--global-batch-size 4 --train-iters 3 --num-workers 0 --lr 1e-4 --min-lr 1e-5 "
+    return (common + flags.format(room=room)).split()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_dry_run_refuses_what_the_start_refuses(name, started, dry):
+    sentence = started[name].exit()
+    assert isinstance(sentence, str) and REFUSED[name][1] in sentence, sentence
+    assert dry[name][1] == sentence
+
+
+def test_a_run_that_can_go_on_is_not_refused(dry, room):
+    printed, end = dry["goes on"]
+    assert end is None and "iter_0000001: of this model" in printed, (printed, end)
+
+
+def test_packages_that_only_machines_with_gpus_have_are_named(dry):
+    printed, end = dry["packages for GPUs"]
+    assert end is None
+    for package in ("transformer_engine", "flash_attn"):
+        assert f"packages     {package} is not installed here; the run needs it for" in printed
