@@ -16,7 +16,8 @@ from typing import Any, TextIO
 _ITERATION = re.compile(r" \[[^]]*\] iteration +(\d+)/ *(\d+) \|(.*)")
 _VALIDATION = re.compile(r" (validation|test) loss at iteration (\d+)(?: on (\w+) set)?.*? \| lm loss value: ([^ ]+)")
 _SAVED = re.compile(r" *\[[^]]*\] successfully saved checkpoint from iteration +(\d+) to (.*?)(?: \[.*)?")
-_LOADED = re.compile(r" *successfully loaded checkpoint from (.*?)(?: \[.*\])? at iteration (\d+)")
+# At 0 a new run starts, from whichever iteration of another; `RunCheckpoints` says from which.
+_LOADED = re.compile(r" *successfully loaded checkpoint from (.*?)(?: \[.*\])? at iteration ([1-9]\d*)")
 _STAGE = re.compile(r"(training stage \d+, pipeline stage \d+): trainable parameters on this rank:")
 _TRAINABLE = re.compile(r" *([\d,]+) of +([\d,]+)  all")
 _OURS = re.compile(r"broken sample|.*exiting program |.*scheduled an async checkpoint save ")

@@ -200,6 +200,8 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
         args.resume_from = str(checkpoint)
         if not args.no_load_optim and needs_state_by_names(args, checkpoint):
             args.load_state_by_names = args.no_load_optim = True
+    if checkpoint is not None and args.resume_from is None:
+        _say_on_rank_0(f"a new run, starting from {checkpoint}")
     if checkpoint is not None and not (same and loaded is not None):
         _point_megatron_to(args, checkpoint)
     if args.save:

@@ -294,6 +294,7 @@ def test_what_cannot_go_on_ends_in_a_sentence(room, one):
 
 def test_a_stage_starts_from_any_iteration_and_the_same_command_resumes_it(room, one):
     assert f"loading distributed checkpoint from {room}/reference-saved at iteration {START}" in one["step"].printed()
+    assert f"a new run, starting from {room}/reference-saved/iter_{START:07d}\n" in one["step"].printed()
     assert list(one["step"].scalars("lm loss")) == [1, 2]
     assert list(one["step-on"].scalars("lm loss")) == list(range(3, STEPS + 1))
 
