@@ -27,6 +27,12 @@ WORKS = (
         """,
     ),
     _works(
+        "tests/distributed/test_bad_numbers.py",
+        """
+        --error-injection-rate
+        """,
+    ),
+    _works(
         "tests/distributed/test_evaluation.py",
         """
         --start-eval-at-iter --skip-train --full-validation --test-data-path
@@ -57,7 +63,8 @@ WORKS = (
         --eval-micro-batch-size --log-params-norm --log-throughput --log-progress --timing-log-level
         --timing-log-option --tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard
         --no-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-num-zeros-in-grad
-        --no-barrier-with-level-1-timing --log-world-size-to-tensorboard --logging-level --rerun-mode
+        --no-barrier-with-level-1-timing --log-world-size-to-tensorboard --logging-level --rerun-mode --no-save-optim
+        --no-load-optim
         """,
     ),
     _works(
@@ -74,12 +81,6 @@ WORKS = (
         "tests/distributed/test_pretrain.py",
         """
         --seq-length
-        """,
-    ),
-    _works(
-        "tests/distributed/test_resume_changes.py",
-        """
-        --no-save-optim --no-load-optim
         """,
     ),
     _works(

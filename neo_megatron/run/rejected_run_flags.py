@@ -149,6 +149,12 @@ REJECTED = (
         """,
     ),
     rejected(
+        "only transient errors, the default, are tested: leave it out",
+        """
+        --error-injection-type
+        """,
+    ),
+    rejected(
         "Megatron no longer has it: use --micro-batch-size and --global-batch-size",
         """
         --batch-size
@@ -308,10 +314,9 @@ REJECTED = (
     rejected(
         "faults are for testing Megatron: leave it out",
         """
-        --error-injection-rate --error-injection-type --fault-injector-ranks --fault-injector-num-ranks
-        --fault-injector-fault-types --fault-injector-fault-probabilities --fault-injector-fault-delay
-        --fault-injector-delay-start-iteration --fault-injector-mtti-seconds --fault-injector-offset-seconds
-        --fault-injector-seed
+        --fault-injector-ranks --fault-injector-num-ranks --fault-injector-fault-types
+        --fault-injector-fault-probabilities --fault-injector-fault-delay --fault-injector-delay-start-iteration
+        --fault-injector-mtti-seconds --fault-injector-offset-seconds --fault-injector-seed
         """,
     ),
     rejected(
