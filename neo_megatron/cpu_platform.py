@@ -242,6 +242,10 @@ def install_training() -> None:
 
     # On a GPU too: it broadcasts the tensors of a GPT between tensor-parallel ranks, and knows one data iterator.
     _patch(training, "dummy_train_step", _skip_step)
+    from neo_megatron import saving_patches
+
+    for owner, name, value in saving_patches.PATCHES:
+        _patch(owner, name, value)
     if not on_cpu():
         return
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
