@@ -244,6 +244,10 @@ def install_training() -> None:
     if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
         raise _changed("dummy_train_step")
     _patch(training, "dummy_train_step", _skip_step)
+    from neo_megatron import saving_patches
+
+    for owner, name, value in saving_patches.PATCHES:
+        _patch(owner, name, value)
     if not on_cpu():
         return
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync

@@ -30,7 +30,9 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
+from neo_megatron.command_line import sentence_of
 from neo_megatron.data.errors import DataError
 from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
@@ -85,8 +87,8 @@ def main() -> None:
         if _bad_numbers.sentence:
             sys.exit(f"pretrain_neo: {_bad_numbers.sentence}")
         raise
-    except RuntimeError as error:
-        sentence = describe_ended_worker(error)
+    except (RuntimeError, CheckpointException) as error:
+        sentence = describe_ended_worker(error) or sentence_of(error)
         if sentence is None:
             raise
         sys.exit(f"pretrain_neo: {sentence}")

@@ -118,8 +118,6 @@ def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
     for only in ONLY_VALUES:
         if only.flag in given and _text(given[only.flag]) not in only.values:
             yield f"{as_written(only.flag, given[only.flag])}: {only.remedy}"
-    if "--wandb-project" in given and not (args.save or args.wandb_save_dir):
-        yield f"{as_written('--wandb-project', args.wandb_project)} writes files: add --wandb-save-dir or --save"
     for only in ONLY_WITH:
         for flag in only.flags:
             if flag in given and not only.where(args):

@@ -49,7 +49,7 @@ def start() -> None:
         if isinstance(stop.code, str):
             failure.tell(stop, stop.code.removeprefix(f"{PROGRAM}: "))
         raise
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         failure.tell(error, sentence_of(error, ConfigError))
 
 

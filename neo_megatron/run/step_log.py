@@ -66,6 +66,9 @@ class Counted:
 class StepLog:
     """The log of a run: one per process, begun for each run."""
 
+    def __init__(self) -> None:
+        self._writers: LogWriters | None = None
+
     def begin(self, args: Namespace) -> None:
         """To be called when Megatron has its arguments and its writers, before it trains."""
         self._args = args
@@ -168,6 +171,8 @@ class StepLog:
 
     def line(self, message: str) -> str:
         """A line of Megatron's log, with figures and in our words."""
+        if self._writers is None:  # of a dry run
+            return message
         if message.startswith("Evaluating on "):
             return message.removesuffix(" samples") + " packs"
         if self._writers.split == "test":

@@ -1,0 +1,87 @@
+"""Megatron's writing of checkpoints, patched so that a failure is told: on a GPU too.
+
+torch's zip writer hides the error of a full disk in one of its own ("unexpected pos 704 vs 598"), and Megatron keeps no
+more than the type of that one. Where it saves in the background, it waits for ever for a process that has ended.
+"""
+
+import io
+import queue
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from neo_megatron.data.errors import DataError
+
+# As imported: in the process that saves in the background nothing is patched.
+_write: Callable[..., None] = FileSystemWriterAsync.write_preloaded_data_multithread
+_retrieve = FileSystemWriterAsync.retrieve_write_results
+_is_done = PersistentAsyncCaller.is_current_async_call_done
+_failed: list[OSError] = []
+
+
+class _RawFile(io.FileIO):
+    """A file that remembers why it could not be written."""
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            error.filename = self.name
+            _failed.append(error)
+            raise
+
+
+def _open(path: str | Path, mode: str) -> io.BufferedWriter:
+    """In place of the built-in function, for files that are written."""
+    return io.BufferedWriter(_RawFile(str(path), mode))
+
+
+def write_and_report(transforms: Any, use_msc: bool, rank: int, buckets: Any, results: Any) -> None:
+    """Writes as Megatron does; what failed is reported as the error of the file system. Public, so that it is found."""
+    filesystem_async.open = _open
+    _failed.clear()
+    reported: queue.SimpleQueue = queue.SimpleQueue()
+    try:
+        _write(transforms, use_msc, rank, buckets, reported)
+        outcome = reported.get()
+    except AssertionError as error:  # from a thread that writes
+        outcome = RuntimeError(f"a file could not be written: {error}")
+    results.put(_failed[0] if isinstance(outcome, Exception) and _failed else outcome)
+
+
+def retrieve_write_results(writer: FileSystemWriterAsync) -> Any:
+    """As Megatron's, but for the cause of an error, which would be lost on the way to another rank."""
+    outcome = _retrieve(writer)
+    if isinstance(outcome, tuple) and isinstance(outcome[0].__cause__, OSError):
+        return outcome[0].__cause__, outcome[1]
+    return outcome
+
+
+def is_current_async_call_done(caller: PersistentAsyncCaller, blocking: bool = False, no_dist: bool = False) -> bool:
+    """As Megatron's, but for a process that has ended.
+
+    Raises:
+        DataError: it will not finish.
+    """
+    while True:
+        if caller.process is not None and not caller.process.is_alive():
+            raise DataError(
+                "the process that saves in the background has ended (exit code "
+                f"{caller.process.exitcode}; -9 where memory runs out): run the same command again, which goes on "
+                "from the checkpoint before, or leave out --async-save"
+            )
+        if (done := _is_done(caller, False, no_dist)) or not blocking:
+            return done
+        time.sleep(0.1)
+
+
+PATCHES = (
+    (FileSystemWriterAsync, "write_preloaded_data_multithread", staticmethod(write_and_report)),
+    (FileSystemWriterAsync, "retrieve_write_results", retrieve_write_results),
+    (async_utils.PersistentAsyncCaller, "is_current_async_call_done", is_current_async_call_done),
+)
