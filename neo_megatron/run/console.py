@@ -32,7 +32,7 @@ _QUANTITIES = {
     "tokens per second per GPU": "tokens/s/GPU",
     "MFU (%)": "MFU %",
     "elapsed time per iteration (ms)": "ms",
-    "broken samples": "broken samples",
+    "samples with a broken image": "broken samples",
     "steps without loss weight": "steps without loss weight",
     "number of skipped iterations": "skipped",
     "number of nan iterations": "nan",

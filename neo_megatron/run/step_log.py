@@ -182,7 +182,7 @@ class StepLog:
         for kind in ("consumed", "skipped"):
             message = message.replace(f" {kind} samples:", f" {kind} packs:")
         figures = [f"{name}: {value:.1f}" for name, value in self._performance().items()]
-        figures += [f"pack fill: {_fill(self._interval):.4f}", f"broken samples: {self._interval.broken}"]
+        figures += [f"pack fill: {_fill(self._interval):.4f}", f"samples with a broken image: {self._interval.broken}"]
         if self._weightless:
             figures.append(f"steps without loss weight: {self._weightless}")
         return message.replace(_BEFORE, "".join(f" {figure} |" for figure in figures) + _BEFORE, 1)

@@ -157,7 +157,7 @@ def test_steps_without_loss_weight_leave_the_interval_its_loss(room, runs):
     assert 1 <= len(losses) < 4, "the packs must hold steps of both kinds"
     last = lines(job)[-1]
     assert float(last["lm loss"]) == pytest.approx(sum(loss for (loss,) in losses.values()) / len(losses), rel=1e-5)
-    assert int(last["steps without loss weight"]) == int(last["broken samples"]) == 4 - len(losses)
+    assert int(last["steps without loss weight"]) == int(last["samples with a broken image"]) == 4 - len(losses)
     assert sum(value for (value,) in job.scalars("data/broken samples").values()) == 4 - len(losses)
 
 
