@@ -39,7 +39,8 @@ MOVES = [
 # A step that hardly moves what it starts from.
 STILL = "--lr 1e-12 --min-lr 1e-12 --weight-decay 0 --adam-beta1 0.999999 --adam-beta2 0.999999 --clip-grad 1e-3"
 HEAD_ALONE = (
-    "--training-stage 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*5|L --train-iters 4"
+    "--training-stage 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*5|L --train-iters 4 "
+    "--save-interval 2"
 )
 
 
@@ -69,7 +70,7 @@ def command(room: Path, saved: Path, flags: str) -> list[str]:
         *("--micro-batch-size", "1", "--global-batch-size", str(BATCH), "--lr", "1e-4", "--min-lr", "1e-5"),
         *("--lr-warmup-iters", "0", "--num-workers", "0", "--log-interval", "1"),
         *("--pretrained-checkpoint", f"{room}/golden", "--load", str(saved), "--save", str(saved)),
-        *("--save-interval", "2", *flags.split()),
+        *("--save-interval", "4", *flags.split()),
     ]
 
 
