@@ -150,7 +150,7 @@ def test_what_is_logged(runs, room):
     norm = torch.stack([before.read(name).double().square().sum() for name in before.shapes]).sum().sqrt()
     assert norms[2][0] == pytest.approx(float(norm), rel=1e-2), "after two small steps"
     assert logged.scalars("world-size") == {2: [1.0]}
-    assert set(logged.scalars("iteration-time")) == {2, 3} and set(logged.scalars("throughput")) == {2, 3}
+    assert {2, 3} <= set(logged.scalars("iteration-time")) and {2, 3} <= set(logged.scalars("throughput"))
     with pytest.raises(KeyError):
         logged.scalars("loss-scale")
     validation, perplexity = logged.scalars("lm loss validation"), logged.scalars("lm loss validation ppl")
