@@ -150,7 +150,7 @@ def test_what_is_logged(runs, room):
     norm = torch.stack([before.read(name).double().square().sum() for name in before.shapes]).sum().sqrt()
     assert norms[2][0] == pytest.approx(float(norm), rel=1e-2), "after two small steps"
     assert logged.scalars("world-size") == {2: [1.0]}
-    assert set(logged.scalars("iteration-time")) == {2, 3} and set(logged.scalars("throughput")) == {2, 3}
+    assert {2, 3} <= set(logged.scalars("iteration-time")) and {2, 3} <= set(logged.scalars("throughput"))
     with pytest.raises(KeyError):
         logged.scalars("loss-scale")
     validation, perplexity = logged.scalars("lm loss validation"), logged.scalars("lm loss validation ppl")
@@ -206,7 +206,8 @@ def test_gradients_and_parameters_are_written(runs):
     chunk = torch.load(written / "saved" / "params" / "iter_0000001" / "mp_rank_00.pth")["model_chunk0"]
     torch.testing.assert_close(chunk[embedding], weights(runs["written"], 1).read(embedding))
     assert list((written / "groups").iterdir())
-    assert "optimizer" not in weights(runs["written"], 1).common_state(), "as --no-save-optim asks"
+    kept = [any(key.startswith("optimizer.") for key in weights(runs[name], 1).shapes) for name in ("adam", "written")]
+    assert kept == [True, False], "as --no-save-optim asks"
 
 
 def test_dropout_and_its_seed(runs):
