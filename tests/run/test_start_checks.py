@@ -19,10 +19,6 @@ REFUSED = {
     "saves over its start": (f"{GO_ON} --finetune", "--finetune starts at iteration 0 and would save over"),
     "another model": (f"{GO_ON} --ffn-hidden-size 128", "is of another model"),
     "attention backend": (f"{BEGIN} --attention-backend fused", "none of its kernels has NEO's mask: choose auto"),
-    "configs of Megatron": (
-        f"{BEGIN} --recompute-granularity selective --recompute-modules nonsense",
-        "these flags do not go together: Invalid choices for recompute_modules",
-    ),
     "name for W&B": (f"{BEGIN} --wandb-project neo", "--wandb-project needs the name of the run: add --wandb-exp-name"),
     "directory for W&B": (
         f"{BEGIN} --wandb-project neo --wandb-exp-name one",
