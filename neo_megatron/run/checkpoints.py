@@ -75,8 +75,6 @@ class RunCheckpoints:
             on_rank_0(self._lock.acquire)
         note_packs(self._args)
         checkpoint = check_checkpoint(self._args, read_tensors=True)
-        if checkpoint is None and self._args.skip_train:
-            raise ConfigError(f"--skip-train: --load {self._args.load} has no checkpoint to evaluate: give another")
         make_way(self._args, checkpoint)
         self._seen = self._stamp()
         self._started = True  # not before: what is in the directory of a run that is refused is left as it is

@@ -51,6 +51,8 @@ def check_checkpoint(args: Namespace, read_tensors: bool) -> Path | None:
         ConfigError: none is whole, or it is not of this run, or lacks what the run shall take from it.
     """
     checkpoint = choose_checkpoint(args, read_tensors)
+    if checkpoint is None and args.skip_train:
+        raise ConfigError(f"--skip-train: --load {args.load} has no checkpoint to evaluate: give another")
     if checkpoint is not None:
         check_model_and_schedule(args, checkpoint)
     check_way(args, checkpoint)
