@@ -24,16 +24,39 @@ _is_done = PersistentAsyncCaller.is_current_async_call_done
 _failed: list[OSError] = []
 
 
-class _RawFile(io.FileIO):
+class _RawFile(io.RawIOBase):
     """A file that remembers why it could not be written."""
+
+    def __init__(self, path: str, mode: str) -> None:
+        self._path = path
+        self._file = open(path, mode, buffering=0)  # noqa: SIM115 - closed by `close`
 
     def write(self, content: Any) -> int | None:
         try:
-            return super().write(content)
+            return self._file.write(content)
         except OSError as error:
-            error.filename = self.name
+            error.filename = self._path
             _failed.append(error)
             raise
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
 
 
 def _open(path: str | Path, mode: str) -> io.BufferedWriter:

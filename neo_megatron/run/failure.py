@@ -125,5 +125,7 @@ class Failure:
 
 
 def _be_endable() -> None:
-    """Megatron takes SIGTERM for an order to save after this step."""
+    """Megatron takes SIGTERM for an order to save after this step. Children would outlive it and hold the terminal."""
+    for child in multiprocessing.active_children():
+        child.kill()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,6 +6,7 @@ Arguments: the way, the rank or "all", then the flags of pretrain_neo.
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -14,8 +15,6 @@ from neo_megatron import pretrain_neo
 from neo_megatron.data.errors import DataError
 from neo_megatron.run.start import start
 
-way, who = sys.argv[1:3]
-sys.argv[1:3] = []
 forward_step, calls = pretrain_neo.forward_step, 0
 
 
@@ -34,6 +33,12 @@ def failing_step(*arguments):
             import no_such_package  # noqa: F401
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "no more room":  # no file may grow beyond a megabyte, as if the disk were full
+            for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                resource.prlimit(process, resource.RLIMIT_FSIZE, (2**20, 2**20))
+        if way == "kill savers":
+            for child in multiprocessing.active_children():
+                child.kill()
         if way == "kill loader":
             for worker in multiprocessing.active_children():
                 worker.kill()
@@ -44,5 +49,8 @@ def failing_step(*arguments):
     return forward_step(*arguments)
 
 
-pretrain_neo.forward_step = failing_step
-start()
+if __name__ == "__main__":  # processes that save in the background import this file too
+    way, who = sys.argv[1:3]
+    sys.argv[1:3] = []
+    pretrain_neo.forward_step = failing_step
+    start()

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 
+from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
+from neo_megatron.checkpoint.run_directory import RunDirectory
+
 WORKER = Path(__file__).parent / "failing_worker.py"
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +72,29 @@ def test_the_sentence_is_the_last_line_and_told_once(room, tmp_path, way, who, s
     logs = [(tmp_path / "run" / "logs" / f"rank_0000{rank}.log").read_text() for rank in (0, 1)]
     for rank, log in enumerate(logs):
         assert ("the last line before the end" in log) == (who in ("all", str(rank)))
+
+
+@pytest.mark.parametrize(
+    ("way", "who", "how", "sentence"),
+    [
+        ("no more room", "1", (), "iter_0000002/__1_0.distcp cannot be written (File too large): free space, then run"),
+        (
+            "no more room",
+            "0",
+            ("--async-save",),
+            "__0_0.distcp cannot be written (File too large): free space, then run",
+        ),
+        ("kill savers", "0", ("--async-save",), "the process that saves in the background has ended (exit code -9"),
+    ],
+)
+def test_a_save_that_fails_is_told_and_the_one_before_stays_complete(room, tmp_path, way, who, how, sentence):
+    """In the second step; the first one was saved."""
+    saved = tmp_path / "run"
+    code, lines = run(command(WORKER, way, who, *flags(room, saved), "--save-interval", "1", *how))
+    assert code == 1 and lines[-1].startswith("pretrain_neo: ") and sentence in lines[-1], lines
+    assert not any("Traceback" in line for line in lines), lines
+    assert RunDirectory(saved).named() == 1
+    verify_pieces(stored_pieces(saved / "iter_0000001"))
 
 
 def test_a_bug_keeps_its_traceback(room, tmp_path):
