@@ -12,7 +12,6 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from torch import Tensor
 from neo_megatron import cpu_platform
 from neo_megatron.data.errors import DataError
 from neo_megatron.model.config import ConfigError
-
-_SPIKE = 10  # how many times the largest loss so far, as in Megatron's pretrain_gpt.py
 
 
 def check_rerun_flags(args: Namespace) -> None:
@@ -109,9 +106,6 @@ class BadNumbers:
         total = torch.stack(losses).sum()
         if args.check_for_nan_in_loss_and_grad:
             self._machine.validate_result(total, _is_bad, "found NaN or Inf in the loss", tolerance=0.001)
-        if args.check_for_spiky_loss:
-            spike = partial(self._machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
-            self._machine.validate_result(total, spike, "found a spike of the loss", fatal=False)
 
     def _look_at(self, result: Any, rejection_func: Callable[[Any], bool], message: str, *rest, **keywords) -> None:
         """In place of the machine's `validate_result`."""

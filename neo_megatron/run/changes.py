@@ -112,7 +112,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     Raises:
         ConfigError: and neither can we.
     """
-    if args.optimizer != "adam" or args.optimizer_cpu_offload or args.use_megatron_fsdp:
+    if args.optimizer != "adam":
         return False
     saved = TorchDistDirectory(checkpoint)
     common_state = saved.common_state()

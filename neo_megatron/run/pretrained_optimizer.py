@@ -25,11 +25,8 @@ def check_flags(args: Namespace) -> None:
         return
     if not args.pretrained_checkpoint:
         raise ConfigError("--pretrained-optimizer needs --pretrained-checkpoint, whose optimizer state it takes over")
-    if args.optimizer != "adam" or args.optimizer_cpu_offload or args.use_megatron_fsdp:
-        raise ConfigError(
-            "--pretrained-optimizer takes over the state of --optimizer adam on the device, without "
-            "--optimizer-cpu-offload and --use-megatron-fsdp: leave it out"
-        )
+    if args.optimizer != "adam":
+        raise ConfigError("--pretrained-optimizer takes over the state of --optimizer adam: leave it out")
 
 
 def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], checkpoint: str | Path) -> str:

@@ -20,12 +20,10 @@ def test_a_checkpoint_without_state_ends_in_a_sentence(golden, tmp_path):
     [
         ({"pretrained_checkpoint": None}, "needs --pretrained-checkpoint"),
         ({"optimizer": "sgd"}, "takes over the state of --optimizer adam"),
-        ({"optimizer_cpu_offload": True}, "without --optimizer-cpu-offload"),
     ],
 )
 def test_flags_that_leave_nothing_to_take_over_are_refused(flags, sentence):
     fine = {"pretrained_optimizer": True, "pretrained_checkpoint": "stage1", "optimizer": "adam"}
-    fine |= {"optimizer_cpu_offload": False, "use_megatron_fsdp": False}
     check_flags(Namespace(**fine))
     with pytest.raises(ConfigError, match=sentence):
         check_flags(Namespace(**{**fine, **flags}))
