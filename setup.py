@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 # Upper bounds are what was tested (docs/compatibility.md); a release that came later may break a promise silently.
-VIDEO = ["av>=18,<20"]  # earlier ones crash on some files
+VIDEO = ["av>=19,<20"]  # earlier ones crash on some files
 S3 = ["multi-storage-client[boto3]>=1.3"]
 RAY = ["ray>=2.40,<2.61"]
 # What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/lock.sh adds Gradio

@@ -6,7 +6,7 @@ OPTIONAL = {
     "flash_attn": "flash-attn-4",
     "easy_vqa": "easy-vqa==1.0",
     "lmms_eval": "lmms-eval==0.7.3",
-    "av": "av>=18,<20",
+    "av": "av>=19,<20",
     "multistorageclient": "multi-storage-client[boto3]>=1.3",
     "ray": "ray>=2.40,<2.61",
 }

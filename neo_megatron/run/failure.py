@@ -22,7 +22,7 @@ from neo_megatron.run.console import Console
 
 _CLAIM = "first-failure"
 _SECONDS_TO_BE_ENDED = 15  # by torchrun or srun
-_SECONDS_BEHIND_KILLED = 3
+_SECONDS_BEHIND_KILLED = 6  # a busy machine takes that long to see it
 _SECONDS_BEHIND_RANK_0 = 5  # where nobody else says which rank failed first
 
 

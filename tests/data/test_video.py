@@ -340,7 +340,7 @@ def test_videos_go_through_the_tool(bench, new_sample):
 
 def test_without_pyav_the_tool_stops_and_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(DataError, match="pip install 'av>=18,<20'"):
+    with pytest.raises(DataError, match="pip install 'av>=19,<20'"):
         load_media(sample(tmp_path, "<video>", videos=["a.mp4"]), Settings())
 
 
