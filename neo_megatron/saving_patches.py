@@ -6,11 +6,14 @@ more than the type of that one. Where it saves in the background, it waits for e
 
 import io
 import queue
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -20,6 +23,7 @@ from neo_megatron.data.errors import DataError
 # As imported: in the process that saves in the background nothing is patched.
 _write: Callable[..., None] = FileSystemWriterAsync.write_preloaded_data_multithread
 _retrieve = FileSystemWriterAsync.retrieve_write_results
+_schedule = PersistentAsyncCaller.schedule_async_call
 _is_done = PersistentAsyncCaller.is_current_async_call_done
 _failed: list[OSError] = []
 
@@ -92,19 +96,46 @@ def is_current_async_call_done(caller: PersistentAsyncCaller, blocking: bool = F
         DataError: it will not finish.
     """
     while True:
-        if caller.process is not None and not caller.process.is_alive():
-            raise DataError(
-                "the process that saves in the background has ended (exit code "
-                f"{caller.process.exitcode}; -9 where memory runs out): run the same command again, which goes on "
-                "from the checkpoint before, or leave out --async-save"
-            )
+        _refuse_ended(caller)
         if (done := _is_done(caller, False, no_dist)) or not blocking:
             return done
         time.sleep(0.1)
 
 
+def schedule_async_call(caller: PersistentAsyncCaller, async_req: async_utils.AsyncRequest) -> None:
+    """As Megatron's, but for a process that has ended, or ends while it takes the tensors.
+
+    Raises:
+        DataError: it will not finish.
+    """
+    if async_req.async_fn is not None and async_req.preload_fn is not None:
+        if caller.process is None:
+            caller.process = PersistentAsyncCaller._get_process(torch.distributed.get_rank())
+        _refuse_ended(caller)
+        tensors = caller._persistent_preload_q
+        tensors.join = partial(_join, caller, type(tensors).join.__get__(tensors))
+    _schedule(caller, async_req)
+
+
+def _join(caller: PersistentAsyncCaller, join: Callable[[], None]) -> None:
+    waiting = threading.Thread(target=join, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.1)
+        _refuse_ended(caller)
+
+
+def _refuse_ended(caller: PersistentAsyncCaller) -> None:
+    if caller.process is not None and not caller.process.is_alive():
+        raise DataError(
+            f"the process that saves in the background has ended (exit code {caller.process.exitcode}; -9 where memory "
+            "runs out): run the same command again, which goes on from the checkpoint before, or leave out --async-save"
+        )
+
+
 PATCHES = (
     (FileSystemWriterAsync, "write_preloaded_data_multithread", staticmethod(write_and_report)),
     (FileSystemWriterAsync, "retrieve_write_results", retrieve_write_results),
+    (async_utils.PersistentAsyncCaller, "schedule_async_call", schedule_async_call),
     (async_utils.PersistentAsyncCaller, "is_current_async_call_done", is_current_async_call_done),
 )

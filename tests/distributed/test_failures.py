@@ -84,7 +84,6 @@ def test_the_sentence_is_the_last_line_and_told_once(room, tmp_path, way, who, s
             ("--async-save",),
             "__0_0.distcp cannot be written (File too large): free space, then run",
         ),
-        ("kill savers", "0", ("--async-save",), "the process that saves in the background has ended (exit code -9"),
     ],
 )
 def test_a_save_that_fails_is_told_and_the_one_before_stays_complete(room, tmp_path, way, who, how, sentence):
@@ -95,6 +94,14 @@ def test_a_save_that_fails_is_told_and_the_one_before_stays_complete(room, tmp_p
     assert not any("Traceback" in line for line in lines), lines
     assert RunDirectory(saved).named() == 1
     verify_pieces(stored_pieces(saved / "iter_0000001"))
+
+
+def test_a_killed_background_save_is_told(room, tmp_path):
+    """It may come before the first save has ended, so nothing is said of what is there."""
+    way = flags(room, tmp_path / "run")
+    code, lines = run(command(WORKER, "kill savers", "0", *way, "--save-interval", "1", "--async-save"))
+    assert code == 1 and "the process that saves in the background has ended (exit code -9" in lines[-1], lines
+    assert lines[-1].startswith("pretrain_neo: ") and not any("Traceback" in line for line in lines), lines
 
 
 def test_a_bug_keeps_its_traceback(room, tmp_path):
