@@ -46,7 +46,7 @@ MISTAKES = {
     "skip": ("--skip-train", "--skip-train only evaluates: it needs --valid-data-path or --test-data-path"),
     "skip-nowhere": (
         "--skip-train --valid-data-path {packs} --load {packs}/none --save {packs}/none --pretrained-checkpoint=",
-        "none has no checkpoint to evaluate",
+        "none does not exist: give the --save directory of the run",
     ),
     "skip-nothing": ("--skip-train --valid-data-path {packs} --eval-iters 0", "with --eval-iters 0 does nothing"),
 }

@@ -80,7 +80,9 @@ def test_every_rank_is_a_task_with_its_place(job):
     assert lines[:2] == ["scontrol show hostnames node[7-8]", "srun --kill-on-bad-exit=1"]
     for rank, line in enumerate(sorted(lines[2:])):
         assert line.startswith(f"rank {rank} of 2 local 0 at node7:20123: -m neo_megatron.pretrain_neo")
-        assert "--context-parallel-size 4" in line and line.endswith("--lr 1e-4 --exit-signal SIGUSR1")
+        assert "--context-parallel-size 2 --pipeline-model-parallel-layout Ettt|" in line and line.endswith(
+            "--lr 1e-4 --exit-signal SIGUSR1"
+        )
     assert len(lines) == 4, "ended by itself, so it is not queued again"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from neo_megatron import pretrain_neo
 from neo_megatron.model.config import ConfigError
+from neo_megatron.run import start_checks
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
@@ -133,6 +134,9 @@ def parse(monkeypatch):
 
     # Megatron parses its own source for the texts of --help, which takes a second.
     monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
+
+    # A machine with GPUs has the packages that the flags need.
+    monkeypatch.setattr(start_checks, "_check_packages", lambda args: {"transformer_engine"})
 
     def parse_arguments(processes: int, flags: str) -> Namespace:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
