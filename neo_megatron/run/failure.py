@@ -57,6 +57,8 @@ class Failure:
         if not sentence and self._error_file is not None:
             # Perhaps only because another rank was killed, of which torchrun tells more: it then ends this one.
             _be_endable()
+            if _was_told_to_end():
+                self._end(1)
             time.sleep(_SECONDS_BEHIND_KILLED)
         if not self._is_first():
             self._wait_to_be_ended()
@@ -122,6 +124,13 @@ class Failure:
             with contextlib.suppress(OSError, ValueError):  # a closed screen or a full disk
                 stream.flush()
         os._exit(code)
+
+
+def _was_told_to_end() -> bool:
+    """Whether SIGTERM came while it was still Megatron's, which has only taken a note of it."""
+    variables = sys.modules.get("megatron.training.global_vars")
+    handler = variables and variables._GLOBAL_SIGNAL_HANDLER
+    return handler is not None and handler._signal_received
 
 
 def _be_endable() -> None:
