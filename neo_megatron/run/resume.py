@@ -177,10 +177,6 @@ def check_way(args: Namespace, checkpoint: Path | None) -> None:
         )
 
 
-def _saves_where_it_loads(args: Namespace) -> bool:
-    return bool(args.load and args.save) and Path(args.load).resolve() == Path(args.save).resolve()
-
-
 def make_way(args: Namespace, checkpoint: Path | None) -> None:
     """Makes Megatron load this checkpoint, and clears what it would save over. A call on all ranks.
 
