@@ -22,6 +22,8 @@ from neo_megatron.packages import OPTIONAL, install
 from neo_megatron.paths import Wanted, WrongPath, check_flags
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a program that Ctrl-C has ended
+_LONGEST = 4000
+_ALLOCATION = "DefaultCPUAllocator: can't allocate memory"  # of PyTorch, a RuntimeError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -73,13 +75,28 @@ def end_interrupted(name: str, hint: str = "") -> NoReturn:
 
 def sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
     """What to tell the user of an error, on one line; ``None`` for a bug, of which the traceback tells more."""
+    sentence = _sentence_of(error, *expected)
+    return sentence and _printable(sentence)
+
+
+def _printable(text: str) -> str:
+    """Names in files of others may hold anything: commands to a terminal, or a million characters."""
+    text = "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def _sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
     if (full := _full_disk(error)) is not None:
         where = f"{full.filename} cannot be written" if full.filename else "the output cannot be written"
         return f"{where} ({full.strerror}): free space, then run the same command again"
     if isinstance(error, ModuleNotFoundError):
         return _missing_package(error)
+    if isinstance(error, MemoryError) or _ALLOCATION in str(error):
+        return f"out of memory ({str(error) or 'no more is given'}): use a machine with more, or fewer --workers"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if getattr(error, "failures", None) and (told := _told(error)):
+        return told
     if isinstance(error, (DataError, OSError, *expected)):
         return _without_worker_traceback(error)
     return None
@@ -88,6 +105,11 @@ def sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
 def _full_disk(error: BaseException) -> OSError | None:
     """The error of a full disk that is the reason of an error, or that a library has wrapped in one of its own."""
     return next((e for e in _reasons(error) if isinstance(e, OSError) and e.errno in _FULL and e.strerror), None)
+
+
+def _told(error: BaseException) -> str | None:
+    """The sentence of an error of ours that torch.distributed.checkpoint has wrapped."""
+    return next((str(reason) for reason in _reasons(error) if isinstance(reason, DataError)), None)
 
 
 def _reasons(error: BaseException | None) -> Iterator[BaseException]:

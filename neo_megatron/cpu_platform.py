@@ -244,9 +244,9 @@ def install_training() -> None:
     if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
         raise _changed("dummy_train_step")
     _patch(training, "dummy_train_step", _skip_step)
-    from neo_megatron import saving_patches
+    from neo_megatron import loading_patches, saving_patches
 
-    for owner, name, value in saving_patches.PATCHES:
+    for owner, name, value in (*loading_patches.PATCHES, *saving_patches.PATCHES):
         _patch(owner, name, value)
     if not on_cpu():
         return

@@ -4,7 +4,6 @@ Looks at file names and at the small JSON files beside them, so that a mistyped 
 libraries are loaded. Needs nothing but the standard library.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from neo_megatron.checked_files import UnreadableFile, read_json
 from neo_megatron.data.errors import DataError
 
 REMOTE = ("s3://", "msc://")
@@ -230,10 +230,9 @@ def _kind_of_other(names: set[str]) -> Kind:
 def _json(path: Path) -> dict[str, Any]:
     """What a small JSON file says; nothing where it is broken, which is for its reader to say."""
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        return read_json(path)
+    except UnreadableFile:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:

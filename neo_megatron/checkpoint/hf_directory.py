@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from neo_megatron.checked_files import check_file, read_json
 from neo_megatron.checkpoint.streaming import BLOCK_BYTES, StoredTensor, read_into, write_from
 from neo_megatron.locks import lock
 
@@ -35,12 +36,16 @@ class SafetensorsDirectory:
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, _Place] = {}
+        self._listed: dict[str, str] = {}  # by an index: tensor -> file
         for path in self._files():
             for name, place in _places(path).items():
                 if name in self._places:
                     raise ValueError(f"{path}: tensor {name} is also in {self._places[name].path.name}: delete one")
                 self._places[name] = place
                 self.shapes[name] = place.shape
+        for name, file in self._listed.items():
+            if name not in self._places or self._places[name].path.name != file:
+                raise ValueError(f"{self.directory / file}: {name} is not in it, as {INDEX} says: download both again")
         if not self.shapes:
             raise ValueError(f"{self.directory}: no tensors in its files: copy or download it again")
 
@@ -102,22 +107,12 @@ class SafetensorsDirectory:
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
-        if single.is_file():  # first, as transformers: it leaves an old index beside what it saves in one file
+        if os.path.lexists(single):  # first, as transformers: it leaves an old index beside what it saves in one file
             return [single]
-        if not index.is_file():
+        if not os.path.lexists(index):
             raise ValueError(f"{self.directory}: neither {WEIGHTS} nor {INDEX} in it: give a directory with either")
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{index}: no weight_map in it: download the index again")
-        shards = sorted({str(shard) for shard in names.values()})
-        for shard in shards:
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ValueError(
-                    f"{index}: {shard!r} is no safetensors file of this directory: download the index again"
-                )
-            if not (self.directory / shard).is_file():
-                raise ValueError(f"{index}: its file {shard} is missing: download that file too")
-        return [self.directory / shard for shard in shards]
+        self._listed = read_index(index, ".safetensors")
+        return [self.directory / name for name in sorted(set(self._listed.values()))]
 
 
 class _Place(NamedTuple):
@@ -132,10 +127,11 @@ class _Place(NamedTuple):
 
 def _places(path: Path) -> dict[str, _Place]:
     """The header of a file, after safetensors itself has checked that it is one and describes the whole file."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
         raise ValueError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -148,17 +144,25 @@ def _places(path: Path) -> dict[str, _Place]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one sentence that names the file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: give a directory that holds it")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # too deep, too many digits, no UTF-8, no JSON
-        raise ValueError(f"{path}: not JSON ({error}): copy or download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object: copy or download it again")
-    return value
+def read_index(index: Path, ending: str) -> dict[str, str]:
+    """Tensor -> file of the directory, as an index of Hugging Face says.
+
+    Raises:
+        ValueError: not an index; it names a file of another kind or directory, or one that is not there.
+    """
+    contents = read_json(index)
+    names = contents.get("weight_map")
+    if not isinstance(names, dict) or not isinstance(contents.get("metadata", {}), dict):
+        raise ValueError(f"{index}: no weight_map in it: download the index again")
+    for name in sorted({str(name) for name in names.values()}):
+        if Path(name).name != name or not name.endswith(ending) or len(name) > 255:
+            what = (
+                "safetensors file of this directory" if ending == ".safetensors" else f"file of it ending in {ending}"
+            )
+            raise ValueError(f"{index}: {name!r} is no {what}: download the index again")
+        if not os.path.lexists(index.parent / name):
+            raise ValueError(f"{index}: its file {name} is missing: download that file too")
+    return {tensor: str(name) for tensor, name in names.items()}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ def model_directory(name: str, allow_pickle: bool = False) -> Path:
     """
     if (local := _local(name)) is not None:
         return local
-    from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, read_json
+    from neo_megatron.checked_files import read_json
+    from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS
     from neo_megatron.checkpoint.pickled_directory import PICKLED_INDEX, PICKLED_WEIGHTS
     from neo_megatron.checkpoint.published_config import code_files
 

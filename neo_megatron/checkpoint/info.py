@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.either_form import is_megatron, open_either
-from neo_megatron.checkpoint.hf_directory import read_json
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import MODEL_TYPE, added_token_ids, is_neo
@@ -56,7 +56,8 @@ def contents(directory: str | Path, allow_pickle: bool = False) -> Contents:
     config, source = read_json(directory / "config.json"), open_weights(directory, allow_pickle)
     stored = [StoredTensor(name, shape, source.dtype(name)) for name, shape in sorted(source.shapes.items())]
     lines = {"checkpoint": f"{directory}, of the type {config.get('model_type')!r}"}
-    lines |= {key: str(config[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size") if key in config}
+    counts = {key: config.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    lines |= {key: str(count) for key, count in counts.items() if type(count) is int}
     lines |= _totals(stored)
     return Contents(lines, stored, lambda names: map(source.read, names))
 
@@ -139,6 +140,8 @@ def _tokens(sizes: NeoSizes, added: dict[str, int]) -> str:
 
 def _training(state: dict[str, Any]) -> str:
     packs, length = (getattr(state["args"], name, None) or 0 for name in ("consumed_train_samples", "seq_length"))
+    if type(packs) is not int or type(length) is not int:
+        raise ValueError(f"a checkpoint whose arguments count {packs!r} packs of {length!r} tokens: copy it again")
     if not packs:
         return "none: converted from Hugging Face form"
     return f"iteration {state.get('iteration')}, {packs:,} packs of {length:,} tokens: {packs * length:,} tokens"

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, read_json, whole_directory, write_safetensors
+from neo_megatron.checked_files import read_json
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_safetensors
 from neo_megatron.checkpoint.names import (
     DECODER,
     LM_HEAD,

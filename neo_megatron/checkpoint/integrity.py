@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import FileWindow
 

@@ -1,11 +1,13 @@
 """A NEO in Hugging Face form, opened and known to be whole: its sizes, its tensors, and what had to be put right."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory, read_json
+from neo_megatron.checked_files import read_json
+from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import complete_config
@@ -41,7 +43,7 @@ def read_sizes(directory: str | Path) -> NeoSizes:
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    if any((directory / name).exists() for name in (WEIGHTS, INDEX)):
+    if any(os.path.lexists(directory / name) for name in (WEIGHTS, INDEX)):
         config, _ = complete_config(config, SafetensorsDirectory(directory).shapes, directory)
     return sizes_of(config, directory)
 

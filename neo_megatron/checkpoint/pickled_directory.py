@@ -1,12 +1,14 @@
 """Weights in `pytorch_model.bin` or shards of it, for those who ask: a pickle can run anything, unless it may build
 nothing but tensors, which is what `weights_only` means."""
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES, INDEX, WEIGHTS, SafetensorsDirectory, read_json
+from neo_megatron.checked_files import check_file
+from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES, INDEX, WEIGHTS, SafetensorsDirectory, read_index
 from neo_megatron.checkpoint.streaming import copy_exactly
 
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -54,17 +56,11 @@ class PickledDirectory(SafetensorsDirectory):
         return dtype
 
     def _files(self) -> list[Path]:
-        index = self.directory / PICKLED_INDEX
-        names = [PICKLED_WEIGHTS]
-        if index.exists() and not (self.directory / PICKLED_WEIGHTS).exists():  # as with safetensors
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index}: no weight_map in it: download the index again")
-            names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name or not (self.directory / name).is_file():
-                raise ValueError(f"{self.directory}: {name!r} is no file of it: download the model again")
-        return [self.directory / name for name in names]
+        single = self.directory / PICKLED_WEIGHTS
+        if os.path.lexists(single):
+            return [single]
+        names = read_index(self.directory / PICKLED_INDEX, ".bin").values()
+        return [self.directory / name for name in sorted(set(names))]
 
 
 def open_weights(directory: str | Path, allow_pickle: bool = False) -> SafetensorsDirectory:
@@ -74,8 +70,8 @@ def open_weights(directory: str | Path, allow_pickle: bool = False) -> Safetenso
         ValueError: as either class; pickled weights alone that are not allowed.
     """
     directory = Path(directory)
-    safe = any((directory / name).exists() for name in (WEIGHTS, INDEX))
-    pickled = any((directory / name).exists() for name in (PICKLED_WEIGHTS, PICKLED_INDEX))
+    safe = any(os.path.lexists(directory / name) for name in (WEIGHTS, INDEX))
+    pickled = any(os.path.lexists(directory / name) for name in (PICKLED_WEIGHTS, PICKLED_INDEX))
     if safe or not pickled:
         return SafetensorsDirectory(directory)
     if not allow_pickle:
@@ -87,6 +83,7 @@ def open_weights(directory: str | Path, allow_pickle: bool = False) -> Safetenso
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    check_file(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:

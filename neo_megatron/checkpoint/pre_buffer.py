@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.either_form import EitherForm
-from neo_megatron.checkpoint.hf_directory import (
-    SafetensorsDirectory,
-    read_json,
-    whole_directory,
-    write_json,
-    write_safetensors,
-)
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING, WORD_EMBEDDING, Shape, check_shapes, hf_shapes
 from neo_megatron.checkpoint.neo_directory import sizes_of
 from neo_megatron.checkpoint.published_config import added_token_ids

@@ -5,11 +5,12 @@ whose code is not there. The tensors decide what a checkpoint is. What no tensor
 from the published models. Everything that was added or put right is said.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
 from neo_megatron.hf.kinds_neo import refuse_other_kinds
 from neo_megatron.model.config import NeoSizes, scalar
@@ -209,7 +210,7 @@ def added_token_ids(directory: Path) -> dict[str, int]:
     }
     ids: dict[str, int] = {}
     for name, read in readers.items():
-        if (directory / name).is_file():
+        if os.path.lexists(directory / name):
             contents = read_json(directory / name)
             try:
                 ids = {token: int(number) for token, number in read(contents)} | ids

@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from neo_megatron.checkpoint.torch_dist import TRACKER
+from neo_megatron.checkpoint.torch_dist import TRACKER, tracked
 
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
 _DELETING, _SET_ASIDE = ".deleting", ".set-aside"
@@ -33,12 +33,7 @@ class RunDirectory:
 
     def named(self) -> int | str | None:
         """What the tracker names: an iteration or "release"; `None` where there is none, or a half-written one."""
-        if not self.tracker.is_file():
-            return None
-        text = self.tracker.read_bytes()[:32].decode("ascii", "replace").strip()
-        if text == "release":
-            return text
-        return int(text) if text.isascii() and text.isdigit() else None
+        return tracked(self.tracker) if os.path.lexists(self.tracker) else None
 
     def named_path(self) -> Path | None:
         """The directory that the tracker names, whether it is there or not."""

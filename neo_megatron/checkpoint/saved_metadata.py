@@ -7,19 +7,20 @@ It is a pickle, so it is read by an unpickler that builds DCP's records alone. N
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checked_files import check_file, read_file, read_json
 
 CHECKSUMS = "checksums.json"
 _COVERED = (".metadata", "metadata.json")
+_METADATA_BYTES = 1 << 30  # some kilobytes for each tensor and rank
+_LARGEST = 1 << 60  # of a count that is stored as int64
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -29,31 +30,53 @@ def read_metadata(directory: Path) -> Metadata:
         ValueError: it is missing, not as it was written, holds more than DCP's records, or names a file that is not
             there.
     """
-    if (directory / CHECKSUMS).exists():
+    if os.path.lexists(directory / "common.pt"):
+        raise ValueError(
+            f"{directory / 'common.pt'}: as megatron-core before 0.19 writes it: load and save the checkpoint with 0.19"
+        )
+    if os.path.lexists(directory / CHECKSUMS):
         _compare_checksums(directory)
     path = directory / ".metadata"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"{path}: no such file: the save was interrupted, use an earlier iteration")
+    pickled = read_file(path, _METADATA_BYTES)
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        names = _file_names(metadata)
+        metadata = _MetadataUnpickler(io.BytesIO(pickled)).load()
+        ends = _checked_ends(metadata)
     except Exception as error:  # damaged bytes can make a pickle raise anything
         raise ValueError(f"{path}: not the metadata of a checkpoint ({error}): copy it again") from error
-    for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+    for name, end in ends.items():
+        if Path(name).name != name:
             raise ValueError(f"{path}: names {name!r}, which is no file of this directory: copy the checkpoint again")
+        if (size := check_file(directory / name)) < end:
+            raise ValueError(f"{directory / name}: has {size} bytes instead of {end}: copy the checkpoint again")
     return metadata
 
 
-def _file_names(metadata: Metadata) -> set[str]:
-    """The files that hold the pieces, after a look at all that a conversion reads: what lacks is missed here."""
+def _checked_ends(metadata: Metadata) -> dict[str, int]:
+    """File -> where its last piece ends, after a look at all that a reader takes for granted."""
     for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
+            raise ValueError(f"an entry {key!r} of another kind")
         if isinstance(entry, TensorStorageMetadata):
-            math.prod(entry.size) * entry.properties.dtype.itemsize
+            if not isinstance(entry.properties.dtype, torch.dtype) or not _are_counts(entry.size):
+                raise ValueError(f"{key} has no type or no shape")
             for piece in entry.chunks:
-                if any(len(numbers) != len(entry.size) for numbers in (piece.offsets, piece.sizes)):
-                    raise ValueError(f"a piece of {key} has other dimensions")
-    return {str(place.relative_path) for place in metadata.storage_data.values() if place.offset + place.length >= 0}
+                for numbers in (piece.offsets, piece.sizes):
+                    if not _are_counts(numbers) or len(numbers) != len(entry.size):
+                        raise ValueError(f"a piece of {key} has other dimensions")
+    ends: dict[str, int] = {}
+    for index, place in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(place.relative_path, str):
+            raise ValueError("a piece that lies nowhere")
+        if not _are_counts((place.offset, place.length)):
+            raise ValueError(f"a piece of {index.fqn} at no place of a file")
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    return ends
+
+
+def _are_counts(numbers: Any) -> bool:
+    return isinstance(numbers, (tuple, list)) and all(type(it) is int and 0 <= it < _LARGEST for it in numbers)
 
 
 def write_checksums(directory: Path) -> None:
@@ -72,8 +95,7 @@ def _compare_checksums(directory: Path) -> None:
     if not isinstance(sums, dict) or set(sums) != set(_COVERED):
         raise ValueError(f"{directory / CHECKSUMS} is not as it was written: copy the checkpoint again")
     for name in _COVERED:
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory / name} is missing: copy the checkpoint again")
+        check_file(directory / name)
         if _sha256(directory / name) != sums[name]:
             raise ValueError(
                 f"{directory / name} has another checksum than {CHECKSUMS} says: copy the checkpoint again"

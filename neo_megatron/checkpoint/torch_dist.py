@@ -8,7 +8,7 @@ tensor. Neither a process group nor a GPU is needed.
 import argparse
 import io
 import math
-import pickle
+import os
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
@@ -27,13 +28,16 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from neo_megatron.checkpoint.hf_directory import read_json, write_json
+from neo_megatron.checked_files import read_file, read_json
+from neo_megatron.checkpoint.hf_directory import write_json
 from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import BlockWriter, FileWindow, StoredTensor, read_into
 from neo_megatron.paths import Wanted, check_path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_TRACKER_BYTES = 4096
+_COMMON_BYTES = 256 << 20  # arguments and schedules, some kilobytes
 COMMON_STATE = "common_state/shard_0_1"  # Megatron's name of piece 0 of 1
 
 
@@ -103,6 +107,18 @@ def write_torch_dist(
     write_json(directory / "metadata.json", FORMAT)
 
 
+def tracked(tracker: Path) -> int | str | None:
+    """What a tracker file names: an iteration or "release"; `None` where it names neither, as a half-written one.
+
+    Raises:
+        ValueError: not a file.
+    """
+    text = read_file(tracker, _TRACKER_BYTES).decode("ascii", "replace").strip()
+    if text == "release":
+        return text
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
 class TorchDistDirectory:
     """The tensors and the common state of one saved iteration.
 
@@ -142,13 +158,8 @@ class TorchDistDirectory:
             ValueError: pieces of it are missing or damaged.
         """
         entry = self._entries[key]
-        inside = all(
-            0 <= begin <= begin + length <= size
-            for piece in entry.chunks
-            for begin, length, size in zip(piece.offsets, piece.sizes, entry.size, strict=True)
-        )
         # What no piece covers would stay as it was: memory of whatever was there before.
-        if not inside or sum(math.prod(piece.sizes) for piece in entry.chunks) != math.prod(entry.size):
+        if not pieces_make_up(entry.size, [(piece.offsets, piece.sizes) for piece in entry.chunks]):
             raise ValueError(
                 f"{self.directory}: the pieces of {key} do not make up the tensor: the save was incomplete"
             )
@@ -160,25 +171,32 @@ class TorchDistDirectory:
                 _read_archive(archive, part, entry.properties.dtype)
 
     def common_state(self) -> dict[str, Any]:
-        """What is no tensor. Only the classes that Megatron itself allows are unpickled."""
+        """What is no tensor. Only the classes that Megatron itself allows are unpickled.
+
+        Raises:
+            ValueError: there is none; it is damaged, or holds something else.
+        """
         if not isinstance(self._entries.get(COMMON_STATE), BytesStorageMetadata):
             raise ValueError(f"{self.directory}: has no common state: save it with megatron-core 0.19")
         with self._opened(COMMON_STATE) as archive:
-            state = io.BytesIO(archive.read())
+            state = io.BytesIO(archive.read(_COMMON_BYTES + 1))
+            if state.getbuffer().nbytes > _COMMON_BYTES:
+                raise ValueError(f"more than {_COMMON_BYTES:,} bytes: copy the checkpoint again")
+            _plain_records(state)
             if damaged := zipfile.ZipFile(state).testzip():
                 raise ValueError(f"the checksum of {damaged} differs: copy the checkpoint again")
-            state.seek(0)
-            # Only what was trained holds classes of Megatron's, whose import takes seconds.
-            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(state)) - {"argparse.Namespace"}
+        state.seek(0)
         try:
-            with torch.serialization.safe_globals([argparse.Namespace, *(_megatron_classes() if named else [])]):
-                state.seek(0)
-                return torch.load(state, weights_only=True)[0]
-        except pickle.UnpicklingError as error:
-            what = str(error).splitlines()[0]
+            loaded = load_allowed(state)
+        except Exception as error:  # damaged bytes can make a pickle raise anything
+            what = str(error).split("\n")[0]
             raise ValueError(
                 f"{self.directory}: its arguments hold more than Megatron allows ({what}): not loaded"
             ) from error
+        common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
+        if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace | None):
+            raise ValueError(f"{self.directory}: its common state is of another kind: copy the checkpoint again")
+        return common
 
     @contextmanager
     def _opened(self, key: str, offsets: torch.Size | None = None) -> Iterator[FileWindow]:
@@ -193,6 +211,42 @@ class TorchDistDirectory:
             except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
                 what = str(error).split("\n")[0]
                 raise ValueError(f"{path}: {key}: {what}") from error
+
+
+def pieces_make_up(size: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether pieces, given as offsets and sizes, cover every value of a tensor exactly once."""
+    inside = all(
+        begin + length <= whole
+        for offsets, sizes in pieces
+        for begin, length, whole in zip(offsets, sizes, size, strict=True)
+    )
+    if not inside or sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
+        return False
+    # As many values as the tensor has: then each is covered once unless two pieces overlap.
+    filled = [(np.array(offsets), np.array(sizes)) for offsets, sizes in pieces if math.prod(sizes)]
+    if len(filled) < 2:
+        return True
+    begins, lengths = (np.stack(numbers) for numbers in zip(*filled, strict=True))
+    ends = begins + lengths
+    return all(not ((begins[:n] < ends[n]) & (begins[n] < ends[:n])).all(axis=1).any() for n in range(1, len(begins)))
+
+
+def _plain_records(archive: Any) -> None:
+    """Refuses what torch.save never writes: compressed records may be a thousand times as large as the file."""
+    with zipfile.ZipFile(archive) as records:
+        for record in records.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+                raise ValueError(f"{record.filename} is compressed: copy the checkpoint again")
+    archive.seek(0)
+
+
+def load_allowed(file: BinaryIO) -> Any:
+    """What `torch.save` wrote, of tensors, plain values and the classes that Megatron itself allows."""
+    # Only what was trained holds classes of Megatron's, whose import takes seconds.
+    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
+    with torch.serialization.safe_globals([argparse.Namespace, *(_megatron_classes() if named else [])]):
+        file.seek(0)
+        return torch.load(file, weights_only=True)
 
 
 def _megatron_classes() -> list[Any]:
@@ -211,6 +265,7 @@ def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None
         zipfile.BadZipFile: its bytes are not those of its checksum.
     """
     try:
+        _plain_records(archive)
         stored = torch.load(archive, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes can make a pickle raise anything
         raise ValueError(f"is no tensor ({error}): copy the checkpoint again") from error
@@ -229,16 +284,15 @@ def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None
 
 
 def _iteration_directory(path: Path) -> Path:
-    if (path / "metadata.json").is_file():
+    if os.path.lexists(path / "metadata.json"):
         return path
     tracker = path / TRACKER
     check_path(path, Wanted.MEGATRON)
-    if not tracker.is_file():
+    if not os.path.lexists(tracker):
         raise ValueError(f"{path}: neither {TRACKER} nor metadata.json in it: give a directory that --save has filled")
-    iteration = tracker.read_text().strip()
-    if iteration != "release" and not (iteration.isascii() and iteration.isdigit()):
-        raise ValueError(f"{tracker}: {iteration!r} is no iteration: write the number of a saved iteration into it")
-    directory = path / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
+    if (named := tracked(tracker)) is None:
+        raise ValueError(f"{tracker}: what it names is no iteration: write the number of a saved iteration into it")
+    directory = path / (named if isinstance(named, str) else f"iter_{named:07d}")
     if not directory.is_dir():
         raise ValueError(
             f"{tracker}: its iteration {directory.name} is missing: write the number of a saved one into it"

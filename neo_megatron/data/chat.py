@@ -8,6 +8,7 @@ pieces of text in which no special token is recognised: what a user types stays 
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.records import Turn
 from neo_megatron.data.tags import IMAGE_TAG, split_tags
+from neo_megatron.data.tokenizer_checks import check_built, check_tokenizer_files
 
 # In the order of their ids; a Qwen3 tokenizer has <|im_start|> and <|im_end|> already.
 NEO_TOKENS = (
@@ -56,13 +58,15 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer of a local directory, with NEO's tokens.
 
     Raises:
-        DataError: where there is none, it cannot be read, has no fast form, or names no pad token.
+        DataError: where there is none, it cannot be read, has no fast form, or names no pad token; a part of it is
+            not safe to use, see `tokenizer_checks`.
     """
     # Imported here: transformers brings torch, and the workers of preprocessing import this module without either.
     from transformers import AutoTokenizer
 
-    if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(os.path.lexists(Path(directory) / name) for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"{directory} holds no tokenizer; give a Hugging Face directory with a tokenizer.json")
+    check_tokenizer_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises the bare type for a broken tokenizer.json
@@ -70,6 +74,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise DataError(f"the tokenizer of {directory} cannot be read ({reason}); copy or download it again") from error
     if not tokenizer.is_fast:
         raise DataError(f"the tokenizer of {directory} has no fast form; save it as tokenizer.json first")
+    check_built(tokenizer.backend_tokenizer.to_str(), directory)
     if tokenizer.pad_token_id is None:
         raise DataError(f"the tokenizer of {directory} has no pad token; name one in its tokenizer_config.json")
     add_neo_tokens(tokenizer)

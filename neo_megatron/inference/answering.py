@@ -4,6 +4,7 @@ No code of the checkpoint's directory runs: the modelling code is this package's
 is, so what a user types is text even where it reads `<|im_end|>`.
 """
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from neo_megatron.data.settings import Settings
 from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
 from neo_megatron.hf.processing_neo import row_major
+from neo_megatron.inference.generation_settings import check_generation_config
 from neo_megatron.inference.prompts import Picture, Prompt, new_prompt
 
 MAX_NEW_TOKENS = 512
@@ -86,6 +88,7 @@ class Answerer:
         for sentence in neo.said:
             warnings.warn(f"{directory}/config.json: {sentence}", stacklevel=2)
         sizes = neo.sizes
+        check_generation_config(directory, sizes.vocab_size)
         self.tokenizer = load_tokenizer(directory)
         self._ids = special_ids(self.tokenizer)
         if (self._ids.image_start, self._ids.image_context) != (
@@ -228,6 +231,8 @@ def _check_device(device: str) -> None:
 def _weights(neo: NeoDirectory) -> dict[str, Any]:
     """Where `from_pretrained` finds the tensors: in safetensors, or in pickles that were opened with care."""
     source = neo.source
+    if os.path.lexists(adapter := source.directory / "adapter_config.json"):
+        raise ValueError(f"{adapter}: peft would change the model by it, unchecked: merge the adapter, or remove it")
     if isinstance(source, PickledDirectory):
         return {
             "pretrained_model_name_or_path": None,

@@ -1,11 +1,12 @@
 """The sizes of a NEO: one description for flags, modules, converters and tests; to and from the HF `config.json`."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from neo_megatron.checked_files import read_json
 
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
 # words these are 1,766 positions: large enough a product.
@@ -13,6 +14,8 @@ LOGIT_BYTES = 1 << 30
 
 # More are a broken config.json, and a table of all their tensors would fill the memory before one is looked for.
 MAX_LAYERS = 10_000
+MAX_PIXELS = 1 << 27  # of a resized image: as many as are decoded
+_LARGEST_COUNT = (1 << 31) - 1
 
 
 class ConfigError(ValueError):
@@ -67,6 +70,8 @@ class NeoSizes:
             _check_field(field.name, getattr(self, field.name))
         if not 0 < self.num_layers <= MAX_LAYERS:
             raise ConfigError(f"{self.num_layers} layers: give 1 to {MAX_LAYERS}")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: lower it")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups "
@@ -136,7 +141,7 @@ class NeoSizes:
 
     @classmethod
     def from_hf_directory(cls, directory: str | Path) -> "NeoSizes":
-        return cls.from_hf(json.loads((Path(directory) / "config.json").read_text()))
+        return cls.from_hf(read_json(Path(directory) / "config.json"))
 
     def to_hf(self) -> dict[str, Any]:
         """The published `config.json`, all values plain scalars."""
@@ -216,8 +221,9 @@ def _check_field(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}: it must be a positive number")
         return
     smallest = 0 if name.endswith(("_layers", "_token_id")) else 1
-    if type(value) is not int or value < smallest:
-        raise ConfigError(f"{name} is {value!r}: it must be a whole number, {smallest} or more")
+    largest = MAX_PIXELS if name.endswith("_pixels") else _LARGEST_COUNT
+    if type(value) is not int or not smallest <= value <= largest:
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number, {smallest} to {largest}")
 
 
 def scalar(value: Any) -> Any:

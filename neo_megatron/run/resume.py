@@ -149,8 +149,10 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
             schedule.
     """
     common_state = TorchDistDirectory(checkpoint).common_state()
+    goes_on = _loaded_iteration(args, checkpoint) is not None and not args.finetune
+    _check_state(common_state, checkpoint, goes_on)
     check_model(args, common_state, checkpoint)
-    if _loaded_iteration(args, checkpoint) is None or args.finetune:
+    if not goes_on:
         if args.pretrained_optimizer:
             check_state(TorchDistDirectory(checkpoint))
         return
@@ -159,6 +161,20 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
         needs_state_by_names(args, checkpoint)  # raises where it can be loaded neither way
     if told := told_changes(args, common_state):
         _say_on_rank_0(f"going on from {checkpoint} with changes: {'; '.join(told)}")
+
+
+def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) -> None:
+    """Raises ConfigError where a checkpoint lacks what a run of ours has written into it."""
+    saved = common_state.get("args")
+    numbers = {name: getattr(saved, name, None) for name in ("training_stage", "global_batch_size")}
+    numbers["iteration"] = common_state.get("iteration")
+    wrong = [name for name, number in numbers.items() if goes_on and (type(number) is not int or number < 0)]
+    wrong += [] if isinstance(getattr(saved, "neo_sizes", None), dict) else ["neo_sizes"]
+    if wrong:
+        raise ConfigError(
+            f"the checkpoint {checkpoint} says nothing of {', '.join(wrong)}: give one that pretrain_neo or "
+            "tools/convert_checkpoint.py has written"
+        )
 
 
 def _loaded_iteration(args: Namespace, checkpoint: Path | None) -> int | None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import GOLDEN
 
-from neo_megatron.checkpoint.hf_directory import read_json
+from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.shards import ShardSet
