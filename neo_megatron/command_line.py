@@ -9,6 +9,7 @@
 Needs nothing but the standard library, so that Ctrl-C while libraries are loaded leaves no traceback either.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -52,24 +53,46 @@ def run(name: str, main: Callable[[], Any], *expected: type[Exception], interrup
         Exception: what is a bug, with its traceback.
     """
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        except SystemExit as stop:  # also after --help
+            if stop.code:
+                raise
+        _flush()
     except KeyboardInterrupt:
         end_interrupted(name, interrupted)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         sentence = sentence_of(error, *expected)
         if sentence is None:
             raise
         sys.exit(f"{name}: {sentence}")
+    finally:
+        _drop_output()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where it was closed before the start
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """What cannot be written any more would be tried again at the end of Python, and leave its own traceback."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_interrupted(name: str, hint: str = "") -> NoReturn:
     """Ends the process as after Ctrl-C. Another Ctrl-C while it ends kills it, without a traceback either."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    print(f"{name}: interrupted{hint and '; '}{hint}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a pipe whose reader has been interrupted, too
+        print(f"{name}: interrupted{hint and '; '}{hint}", file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)
 
 

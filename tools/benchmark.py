@@ -4,6 +4,11 @@ python tools/benchmark.py data|train|convert [--only packing loader ...] [--scra
 python tools/benchmark.py gpu [--only attention steps] [--scratch DIR] [--out FILE.json]
 """
 
+from neo_megatron import command_line
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("benchmark", {})
+
 import argparse
 import importlib
 import os
@@ -56,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run("benchmark", main, ValueError)

@@ -6,6 +6,12 @@ Trains a Qwen3 of the quickstart's size on texts, makes a NEO of it in each way,
 on the quickstart's pictures and texts. Writes `key_hw_init.svg`, and prints the table of `docs/key_hw_init.md`.
 """
 
+from neo_megatron import command_line
+from neo_megatron.paths import Wanted
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("compare_key_hw_init", {"--output": Wanted.OUTPUT})
+
 import argparse
 import os
 import subprocess
@@ -130,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run("compare_key_hw_init", main, ValueError)

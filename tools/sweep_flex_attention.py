@@ -6,6 +6,11 @@ The choice in use comes first, then the fastest; write a faster one into `neo_me
 choice is compiled: count on half an hour.
 """
 
+from neo_megatron import command_line
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_line.begin("sweep_flex_attention", {})
+
 import argparse
 import json
 import sys
@@ -104,4 +109,4 @@ def _words(options: Options) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run("sweep_flex_attention", main, ValueError)

@@ -18,7 +18,7 @@ from neo_megatron.data.errors import DataError
 from neo_megatron.data.slice_worker import SliceWorker, Task
 from neo_megatron.data.unfinished import Outcome
 from neo_megatron.packages import install
-from neo_megatron.processes import SPAWN
+from neo_megatron.processes import SPAWN, StoppedWorkers
 
 EngineName = Literal["local", "ray"]
 Report = Callable[[int, int], Any]  # as of SliceWorker
@@ -102,6 +102,7 @@ class LocalEngine:
         self._report = report
         self._idle: list[tuple[Any, connection.Connection]] = []
         self._busy: dict[connection.Connection, tuple[Any, Slice]] = {}
+        self._stopped = StoppedWorkers()
         for _ in range(workers):
             ours, theirs = SPAWN.Pipe()
             process = SPAWN.Process(target=_serve, args=(task, theirs), daemon=True)
@@ -117,7 +118,10 @@ class LocalEngine:
 
     def wait(self) -> tuple[int, _Result]:
         while True:
-            for pipe in connection.wait(list(self._busy)):
+            ready = connection.wait(list(self._busy), timeout=1.0)
+            if not ready:
+                self._stopped.look(process.pid for process, _ in self._busy.values())
+            for pipe in ready:
                 process, piece = self._busy[pipe]
                 try:
                     message = pipe.recv()

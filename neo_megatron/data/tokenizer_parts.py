@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,12 +35,18 @@ def load_parts(directory: str | Path) -> TokenizerParts:
     """
     if "transformers" in sys.modules:
         return _load(directory)
-    # In a session of its own: Ctrl-C is for this process, which then ends that one.
+    # In a session of its own: Ctrl-C is for this process, which then ends that one. Its input ends with this process.
     command = [sys.executable, "-m", __name__, str(directory)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, start_new_session=True)
-    if done.returncode:
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    with reader:
+        try:
+            printed = reader.stdout.read()
+        except BaseException:
+            reader.kill()
+            raise
+    if reader.returncode:
         raise DataError(f"the tokenizer of {directory} cannot be read; what its library says stands above")
-    answer = json.loads(done.stdout)
+    answer = json.loads(printed)
     if "error" in answer:
         raise DataError(answer["error"])
     return TokenizerParts(answer["json"], SpecialIds(**answer["ids"]), answer["size"])
@@ -50,7 +57,14 @@ def _load(directory: str | Path) -> TokenizerParts:
     return TokenizerParts(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer), len(tokenizer))
 
 
+def _end_with_input() -> None:
+    """The process that reads the answer may be ended by a signal at any moment."""
+    os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock Python waits for at its end
+    os._exit(1)
+
+
 def _main() -> None:
+    threading.Thread(target=_end_with_input, daemon=True).start()
     # A tokenizer needs no torch, whose import takes four seconds; transformers takes it for not installed, and would
     # warn of what one cannot do without it.
     sys.modules["torch"] = None

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answer, Answerer
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample
 from neo_megatron.inference.questions import Ask, Question
-from neo_megatron.processes import SPAWN
+from neo_megatron.processes import SPAWN, StoppedWorkers
 
 Result = dict[str, Any]
 """``prediction`` and ``finished`` of an answer, or ``rejected``, a line of ``rejects.jsonl``."""
@@ -194,8 +194,11 @@ def _on_processes(
     executor = ProcessPoolExecutor(workers, SPAWN, _start, (task, devices, threads))
     try:
         waiting = {executor.submit(_answer, *batch): batch[0] for batch in batches}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+        stopped = StoppedWorkers()
+        while waiting:
+            for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+            stopped.look(process.pid for process in multiprocessing.active_children())
     except BrokenProcessPool as error:
         raise DataError(
             "a worker died; run the same command again to continue, with fewer --workers where memory ran out"

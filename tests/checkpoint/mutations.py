@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metadata_mutations import metadata_mutations
+
 MISSING = object()
 VALUES = {
     "missing": MISSING,
@@ -51,6 +53,10 @@ def mutations(directory: Path) -> list[Mutation]:
     found = [*_of_keys(directory), *_of_files(directory)]
     if (directory / "tokenizer.json").exists():
         found += _of_tokenizers()
+    for metadata in directory.glob("*/.metadata"):
+        release = metadata.parent.name
+        for name, change in metadata_mutations().items():
+            found.append(Mutation(name, name, lambda root, change=change: change(root / release), True))
     return found
 
 
@@ -61,7 +67,9 @@ def _of_keys(directory: Path) -> Iterator[Mutation]:
         for keys in _places(contents, few=path.name in ("vocab.json", "added_tokens.json")):
             for kind, value in VALUES.items():
                 name = f"{file}: {'.'.join(map(str, keys))} {kind}"
-                yield Mutation(name, file, lambda root, file=file, keys=keys, value=value: _set(root / file, keys, value))
+                yield Mutation(
+                    name, file, lambda root, file=file, keys=keys, value=value: _set(root / file, keys, value)
+                )
 
 
 def _places(value: Any, keys: tuple[Any, ...] = (), few: bool = False) -> Iterator[tuple[Any, ...]]:

@@ -27,6 +27,7 @@ def hf(checkpoint, tmp_path_factory) -> Path:
 def megatron(hf, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("converted") / "megatron"
     convert_hf_to_megatron(hf, directory)
+    (directory / "release" / "checksums.json").unlink()  # those of other programs have none, and it hides what is wrong
     return directory
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from neo_megatron.data.errors import DataError
-from neo_megatron.processes import SPAWN
+from neo_megatron.processes import SPAWN, StoppedWorkers
 
 Check = Callable[..., list[Any]]
 _STEP = 1 << 20  # bytes after which a worker tells how far it is; asking for the lock each time would cost more
@@ -28,14 +28,15 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
     done = SPAWN.Value("q", 0)
     waiting: deque[Future[list[Any]]] = deque()
     others = set(active_children())
+    stopped = StoppedWorkers()
     pool = ProcessPoolExecutor(workers, SPAWN, _start_worker, (done,))
     try:
         for task in tasks:
             waiting.append(pool.submit(_run, check, task))
             if len(waiting) >= 2 * workers:
-                yield _await(waiting.popleft(), bar, done)
+                yield _await(waiting.popleft(), bar, done, stopped)
         while waiting:
-            yield _await(waiting.popleft(), bar, done)
+            yield _await(waiting.popleft(), bar, done, stopped)
     except BrokenProcessPool as error:
         raise DataError(
             "a worker was killed, most likely for want of memory; run again with fewer --workers"
@@ -46,9 +47,10 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
             process.kill()  # whatever it is at: a check that nobody waits for
 
 
-def _await(future: "Future[list[Any]]", bar: tqdm, done: Any) -> list[Any]:
+def _await(future: "Future[list[Any]]", bar: tqdm, done: Any, stopped: StoppedWorkers) -> list[Any]:
     while not future.done():
         wait([future], timeout=0.5)
+        stopped.look(process.pid for process in active_children())
         bar.update(done.value - bar.n)
     bar.update(done.value - bar.n)
     return future.result()
