@@ -154,6 +154,8 @@ class PackDataset(torch.utils.data.Dataset):
         joined = self._tokens(samples, fetched)
         tokens = np.full(length, ids.pad, np.int64)
         tokens[: len(joined)] = joined
+        # Shards of earlier versions have images in assistant turns within their trained spans.
+        text = (joined != ids.image_start) & (joined != ids.image_context) & (joined != ids.image_end)
         document = np.full(length, -1, np.int32)
         trained = np.zeros(length, bool)
         weight = np.zeros(length, np.float32)
@@ -166,9 +168,7 @@ class PackDataset(torch.utils.data.Dataset):
             start, end = end, end + len(stored.tokens)
             document[start:end] = number
             for span_start, span_end in stored.spans.tolist():
-                trained[start + span_start : start + span_end] = True
-            # Shards of earlier versions have images in assistant turns within their trained spans.
-            trained[start:end] &= ~np.isin(stored.tokens, (ids.image_start, ids.image_context, ids.image_end))
+                trained[start + span_start : start + span_end] = text[start + span_start : start + span_end]
             count = int(trained[start:end].sum())
             first, cell = cell, cell + (int(stored.grids.prod(axis=1).sum()) // 4 if cells else 0)
             try:
