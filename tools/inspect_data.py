@@ -57,7 +57,7 @@ def main() -> None:
         html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
     else:
         html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
-    write_whole(arguments.output, html.encode())
+    write_whole(arguments.output, html.encode(errors="backslashreplace"))
     print(f"the page to look at: {arguments.output.resolve()}")
 
 

@@ -6,6 +6,7 @@ Each mutation is tried in a process of limited memory that is ended when it hang
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_directories import Mutation, Unpickled, mutations, some_of
+from hostile_directories import Mutation, Unpickled, mutations, rewrite, some_of
+from torch.utils.data import DataLoader
 
+from neo_megatron.command_line import sentence_of
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import write_manifest
@@ -212,3 +215,38 @@ def test_a_sample_of_all_kinds_of_mutations(room, monkeypatch):
 @pytest.mark.thorough
 def test_all_mutations(room, monkeypatch):
     check(room, None, monkeypatch)
+
+
+@pytest.mark.parametrize("room", ["encoded"], indirect=True)
+def test_the_tool_names_what_is_not_unicode_and_a_fifo(room, run_tool, tmp_path):
+    """As a file name may be, which a manifest keeps as an escape."""
+    shards = tmp_path / "shards"
+    shutil.copytree(room.sound / "shards", shards)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["sources"][0]["annotations"] = "odd\udcff.json"
+    write_manifest(shards, manifest)
+    tokens = bytearray((shards / "00000.tokens.bin").read_bytes())
+    tokens[3] = 1
+    rewrite(shards, "00000.tokens.bin", bytes(tokens))
+    done = run_tool("verify_data.py", "--data", shards, "--workers", 1)
+    assert done.returncode == 1 and "odd\\udcff.json, record 0): it has the token" in done.stdout
+    (shards / "00000.tokens.bin").unlink()
+    os.mkfifo(shards / "00000.tokens.bin")
+    done = run_tool("verify_data.py", "--data", shards, "--workers", 1)
+    assert done.returncode == 1 and "00000.tokens.bin is not a regular file" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("room", ["encoded"], indirect=True)
+def test_a_damaged_file_is_a_data_error_from_the_process_of_a_loader(room, tmp_path):
+    for name in ("shards", "packs"):
+        shutil.copytree(room.sound / name, tmp_path / name)
+    spans = tmp_path / "shards" / "00000.spans.idx"
+    content = bytearray(spans.read_bytes())
+    content[18] += 1  # the number of sequences
+    spans.write_bytes(content)
+    loader = DataLoader(PackDataset(tmp_path / "packs", None, seed=0), batch_size=None, num_workers=1)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert re.fullmatch(r"\S*00000\.spans\.idx is damaged: .*; preprocess again", sentence_of(caught.value))
