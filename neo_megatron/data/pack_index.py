@@ -105,17 +105,17 @@ class PackTable:
 
     def samples(self, units: np.ndarray) -> np.ndarray:
         """The samples of units, int64 [n]."""
-        chosen = self._chosen(units)
+        chosen = self.rows(units)
         return _expand(chosen["samples"].astype(np.int64), chosen["first"])[1]
 
     def costs(self, drawn: Drawn) -> np.ndarray:
         """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and cells of pictures."""
-        chosen = self._chosen(drawn.units)
+        chosen = self.rows(drawn.units)
         work = np.stack([chosen["squares"], chosen["cells"].astype(np.int64)], axis=1)
         return np.add.reduceat(work, drawn.offsets[:-1], axis=0)
 
-    def _chosen(self, units: np.ndarray) -> np.ndarray:
-        """``UNIT`` [n] of the given numbers, none of which claims what does not fit into a pack."""
+    def rows(self, units: np.ndarray) -> np.ndarray:
+        """``UNIT`` [n] of the given numbers. Raises DamagedFile where one claims more than there is."""
         chosen, length = self.units[units], self._sequence_length
         first, samples, last = chosen["first"], chosen["samples"].astype(np.int64), self._samples
         wrong = (first < 0) | (samples < 1) | (samples > length) | (chosen["cells"] < 0) | (chosen["cells"] > length)

@@ -18,14 +18,19 @@ from typing import Any
 
 import pytest
 from hostile_directories import Mutation, Unpickled, mutations, rewrite, some_of
+from inspection.page import page
+from inspection.statistics import count, count_packs
 from torch.utils.data import DataLoader
 
 from neo_megatron.command_line import sentence_of
-from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.dataset import GlobalBatch, PackDataset
 from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import write_manifest
+from neo_megatron.data.mixture import Mixture
+from neo_megatron.data.pack_index import PackIndex
 from neo_megatron.data.pack_writer import PackInput, write_packs
 from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.storage import open_directory
 from neo_megatron.data.verify import verify
 
 _MEMORY = 1 << 30  # bytes above what the process had; the data have some thousand
@@ -47,8 +52,8 @@ def texts(directory: Path) -> list[Any]:
 def items(directory: Path) -> list[Any]:
     """What a training reads of a directory of packs, as `run/loaders.py` does; the ids of padding do not matter."""
     found = []
-    for pictures in ("patches", "check", "none"):
-        dataset = PackDataset(directory, None, seed=1, pictures=pictures)
+    for pictures, batch in (("patches", None), ("check", GlobalBatch(4, 2, 1)), ("none", None)):
+        dataset = PackDataset(directory, None, seed=1, pictures=pictures, global_batch=batch)
         assert dataset.packs.sequence_length == 64, "as the training checks"
         for number in range(len(dataset)):
             item = dataset[number]
@@ -97,7 +102,12 @@ class Room:
         mutation.apply(shards)
         _adopt(packs, shards)
         found, read = attempt(verify, shards), attempt(texts, shards)
-        others = [attempt(items, packs), attempt(verify, packs), attempt(_pack, shards)]
+        others = [
+            attempt(items, packs),
+            attempt(verify, packs),
+            attempt(_pack, shards),
+            attempt(_inspect_shards, shards),
+        ]
         return self._judge(mutation, shards, found, [(read, self.texts), (others[0], self.items)], others[1:])
 
     def try_packs(self, mutation: Mutation) -> str:
@@ -106,7 +116,7 @@ class Room:
         packs = self.copy / "packs"
         mutation.apply(packs)
         found, read = attempt(verify, packs), attempt(items, packs)
-        return self._judge(mutation, packs, found, [(read, self.items)], [])
+        return self._judge(mutation, packs, found, [(read, self.items)], [attempt(_inspect_packs, packs)])
 
     def _copy(self) -> None:
         shutil.rmtree(self.copy, ignore_errors=True)
@@ -148,6 +158,15 @@ def _adopt(packs: Path, shards: Path) -> None:
 def _pack(shards: Path) -> None:
     shutil.rmtree(shards.parent / "again", ignore_errors=True)
     write_packs([PackInput(str(shards))], shards.parent / "again", 64)
+
+
+def _inspect_shards(shards: Path) -> None:
+    page("title", "", count(Mixture([str(shards)])), None, "")
+
+
+def _inspect_packs(packs: Path) -> None:
+    index = PackIndex.open(packs)
+    page("title", "", count_packs(index, open_directory(packs)), index.manifest, "")
 
 
 def try_all(attempts: list[tuple[str, Callable[[], str]]]) -> list[str]:

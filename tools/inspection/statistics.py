@@ -92,7 +92,7 @@ def uses_in_epoch(packs: PackIndex) -> np.ndarray:
     """How often each sample is in an epoch of packs: int32 [samples]."""
     units, steps = packs.table.units, np.zeros(len(packs.data) + 1, np.int32)
     for start in range(0, len(units), _CHUNK):
-        chosen = units[start : start + _CHUNK]
+        chosen = packs.table.rows(np.arange(start, min(start + _CHUNK, len(units))))
         np.add.at(steps, chosen["first"], 1)
         np.add.at(steps, chosen["first"] + chosen["samples"], -1)
     return np.cumsum(steps[:-1], out=steps[:-1])
