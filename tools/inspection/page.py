@@ -116,8 +116,6 @@ def _figures(statistics: Statistics, manifest: dict[str, Any] | None) -> list[st
 
 def _length_text(lengths: np.ndarray) -> str:
     samples, ends = int(lengths.sum()), np.cumsum(lengths)
-    if not samples:
-        return "There is no sample: all were rejected."
     median, most = (int(np.searchsorted(ends, samples * share)) for share in (0.5, 0.95))
     mean = float(lengths @ np.arange(len(lengths))) / samples
     longest = int(np.flatnonzero(lengths)[-1])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from neo_megatron.data.errors import DataError
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.pack_index import PackIndex
 from neo_megatron.data.rejects import read_rejects
@@ -51,7 +52,11 @@ class Statistics:
 
 
 def count(data: Mixture, times: np.ndarray | None = None) -> Statistics:
-    """Counts all samples, each as often as ``times``, int32 [samples], says; ``None``: once."""
+    """Counts all samples, each as often as ``times``, int32 [samples], says; ``None``: once.
+
+    Raises:
+        DataError: there is no sample, or a file is damaged.
+    """
     result = Statistics([], np.zeros(1, np.int64))
     with tqdm(total=len(data), unit=" samples", desc="count", unit_scale=True, mininterval=0.5) as bar:
         for shards, start in zip(data.sets, data.starts, strict=False):
@@ -66,6 +71,10 @@ def count(data: Mixture, times: np.ndarray | None = None) -> Statistics:
                 bar.update(entry["samples"])
             result.sources += sources
             _count_rejects(shards.storage, shards.manifest["counts"]["rejected_by_reason"], result)
+    if not result.lengths.any():
+        raise DataError(
+            f"{data.sets[0].location} holds no sample to show; its rejects.jsonl says why each was rejected"
+        )
     return result
 
 
