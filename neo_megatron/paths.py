@@ -19,6 +19,7 @@ REMOTE = ("s3://", "msc://")
 _TRACKER = "latest_checkpointed_iteration.txt"
 _ANNOTATIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
 _IMAGES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_LARGEST_JSON = 1 << 29  # bytes
 _NAMES_LOOKED_AT = 1000  # of a directory; one of images may have millions
 
 
@@ -170,9 +171,9 @@ _GIVE = {
 def kind_of(path: str | Path) -> Kind:
     """What lies at a local path."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # False for a name that is too long too, unlike the method of Path
         return _kind_of_file(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return Kind.MISSING
     names = {entry.name for entry in islice(path.iterdir(), _NAMES_LOOKED_AT)}
     if not names:
@@ -229,6 +230,8 @@ def _kind_of_other(names: set[str]) -> Kind:
 
 def _json(path: Path) -> dict[str, Any]:
     """What a small JSON file says; nothing where it is broken, which is for its reader to say."""
+    if path.stat().st_size > _LARGEST_JSON:
+        return {}
     try:
         return read_json(path)
     except UnreadableFile:

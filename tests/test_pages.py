@@ -1,4 +1,4 @@
-"""The pages that the tools and the quickstart write, on a phone: nothing is wider than the screen.
+"""The pages of the tools and the quickstart: on a phone nothing is wider than the screen, and no text is markup.
 
 The demo's page is tested in `examples/test_demo.py`.
 """
@@ -19,6 +19,15 @@ from neo_megatron.inference.evaluation import Evaluation, Scores
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = 390  # CSS pixels
 LONG = "a_name_without_any_place_to_break_it_" * 4
+NAME = "<img src=x onerror=window.ran=1>"  # a file may be called so
+MARKUP = " ".join(
+    [
+        NAME,
+        "<script>window.ran=1</script></script><script>window.ran=1</script>",
+        "'\"><svg onload=window.ran=1></textarea></title></style><iframe srcdoc='<script>parent.ran=1</script>'>",
+        "--><a href=javascript:window.ran=1 autofocus onfocus=window.ran=1>$title ${model}",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +49,58 @@ def browser():
         opened.close()
 
 
-def inspected(room: Path) -> Path:
+@pytest.fixture(scope="module")
+def marked_room(tmp_path_factory) -> Path:
+    """Packs of records whose every text and name is markup, one of which is rejected."""
+    room = tmp_path_factory.mktemp("markup") / NAME
+    room.mkdir()
+    shutil.copy(GOLDEN / "images" / "c.png", room / f"{NAME}.png")
+    records = [
+        {
+            "image": image,
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{MARKUP}"},
+                {"from": "gpt", "value": MARKUP},
+            ],
+        }
+        for image in (f"{NAME}.png", MARKUP)
+    ]
+    (room / f"{NAME}.json").write_text(json.dumps(records))
+    for tool, *words in (
+        ("preprocess_data.py", "--input", f"{NAME}.json", "--image-root", ".", "--tokenizer", GOLDEN / "tokenizer")
+        + ("--output", "shards", "--min-pixels", 4096, "--max-pixels", 65536, "--workers", 1, "--max-rejected", 99),
+        ("pack_data.py", "--data", "shards", "--output", "packs", "--seq-length", 2048),
+    ):
+        subprocess.run([sys.executable, TOOLS / tool, *map(str, words)], check=True, cwd=room)
+    return room
+
+
+def inspected(room: Path, text: str) -> Path:
     output = room / "inspect.html"
     words = [TOOLS / "inspect_data.py", "--packs", room / "packs", "--tokenizer", GOLDEN / "tokenizer"]
     subprocess.run([sys.executable, *map(str, words), "--output", str(output)], check=True)
     return output
 
 
-def evaluated(room: Path) -> Path:
+def evaluated(room: Path, text: str) -> Path:
     def line(number: int) -> dict:
         return {
-            **{"data_set": LONG, "file": f"/data/{LONG}.json", "record": number, "element": None, "turn": 1},
-            **{"question": f"What is in the image? {LONG}", "prediction": LONG, "references": ["b", LONG]},
+            **{"data_set": text, "file": f"/data/{text}.json", "record": number, "element": None, "turn": 1},
+            **{"question": f"What is in the image? {text}", "prediction": text, "references": ["b", text]},
             **{"pictures": [str(GOLDEN / "images" / "c.png")], "finished": True, "exact_match": False, "anls": 0.1},
         }
 
     lines = [line(number) for number in range(6)]
     scores = Scores.of(lines)
-    rejects = [{"file": f"/data/{LONG}.json", "record": 1, "element": None, "kind": "missing picture", "reason": LONG}]
+    rejects = [{"file": f"/data/{text}.json", "record": 1, "element": None, "kind": "missing picture", "reason": text}]
     output = room / "report.html"
     output.write_text(
-        answers_page(Evaluation(lines, rejects, scores, {LONG: scores, "docvqa": scores}), f"runs/{LONG}")
+        answers_page(Evaluation(lines, rejects, scores, {text: scores, "docvqa": scores}), f"runs/{text}")
     )
     return output
 
 
-def learned(room: Path) -> Path:
+def learned(room: Path, text: str) -> Path:
     """The report of the quickstart."""
     sys.path.insert(0, str(TOOLS.parent / "examples" / "quickstart"))
     import report
@@ -76,7 +111,7 @@ def learned(room: Path) -> Path:
     loss = [(step, 1 / step) for step in range(1, 200)]
     runs = [TrainingRun(name, settings, loss, [(100, 0.01)]) for name in ("shapes", "questions")]
     images = room / "images"
-    images.mkdir()
+    images.mkdir(exist_ok=True)
     kinds = [
         ("what shape is in the image?", "circle"),
         ("what color is the shape?", "red"),
@@ -86,8 +121,9 @@ def learned(room: Path) -> Path:
     answers = []
     for number in range(60):
         shutil.copy(GOLDEN / "images" / "c.png", images / f"{number}.png")
-        text, answer = kinds[number % 4]
-        answers.append(report.Answer(Question(f"{number}.png", text, answer), answer if number % 5 else "no", "no"))
+        question, answer = kinds[number % 4]
+        answered = answer if number % 5 else text
+        answers.append(report.Answer(Question(f"{number}.png", question, answer), answered, "no"))
     output = room / "quickstart.html"
     seconds = [("Training on questions (pp2), which takes longest", 61)]
     output.write_text(report.page(answers, images, runs, seconds, 1234567))
@@ -96,7 +132,7 @@ def learned(room: Path) -> Path:
 
 @pytest.mark.parametrize("write", [inspected, evaluated, learned], ids=lambda write: write.__name__)
 def test_a_page_fits_a_phone(browser, room, write):
-    path = write(room)
+    path = write(room, LONG)
     page = browser.new_page(viewport={"width": PHONE, "height": 844})
     page.goto(path.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE, wider_than_the_screen(page)
@@ -104,6 +140,24 @@ def test_a_page_fits_a_phone(browser, room, write):
     assert json.loads(page.evaluate(CUT_OFF)) == []
     page.screenshot(path=str(room / f"{path.stem}.png"), full_page=True)
     page.close()
+
+
+@pytest.mark.parametrize("write", [inspected, evaluated, learned], ids=lambda write: write.__name__)
+def test_what_others_wrote_is_shown_as_text(browser, marked_room, write):
+    page = browser.new_page(java_script_enabled=True)
+    said = []
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.goto(write(marked_room, MARKUP).as_uri())
+    page.evaluate(POINT_AT_EVERYTHING)
+    assert page.evaluate("window.ran") is None and said == []
+    assert page.evaluate("document.querySelectorAll('iframe, [onload], [onerror], [onfocus], [src=x]').length") == 0
+    assert "onerror=window.ran=1" in page.inner_text("body").replace("·", " ")
+    page.close()
+
+
+POINT_AT_EVERYTHING = """for (const element of document.querySelectorAll('body *'))
+  for (const name of ['pointermove', 'pointerenter', 'mouseover', 'focus', 'click'])
+    if (!element.href) element.dispatchEvent(new Event(name, { bubbles: true }))"""
 
 
 def wider_than_the_screen(page) -> str:

@@ -57,7 +57,7 @@ def main() -> None:
         html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
     else:
         html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
-    write_whole(arguments.output, html.encode())
+    write_whole(arguments.output, html.encode(errors="backslashreplace"))
     print(f"the page to look at: {arguments.output.resolve()}")
 
 
@@ -101,10 +101,8 @@ def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:
 def origin(data: Mixture, sample: int) -> Origin:
     """The data set, file and record that a sample comes from."""
     number = bisect_right(data.starts, sample) - 1
-    shard, local = data.sets[number].locate(sample - data.starts[number])
-    row = shard.samples[local]
-    source = data.sets[number].manifest["sources"][row["source"]]
-    return Origin(source["name"], source["annotations"], int(row["record"]))
+    source, record = data.sets[number].source(sample - data.starts[number])
+    return Origin(source["name"], source["annotations"], record)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # manifests may hold paths that are not Unicode
     started = time.monotonic()
     result = verify(arguments.data, arguments.workers)
     seconds = time.monotonic() - started

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 import transformers
 
@@ -66,7 +67,8 @@ def main() -> None:
         from server import page_app, serve
         from talk import Talk
 
-        app = page_app(Talk(answerer), arguments.model, arguments.max_new_tokens, arguments.max_upload_mb << 20)
+        largest_upload = arguments.max_upload_mb << 20
+        app = page_app(Talk(answerer), Path(uploads), arguments.model, arguments.max_new_tokens, largest_upload)
         print(f"the page: http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         serve(app, listener)
 

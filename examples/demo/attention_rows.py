@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 KERNEL = "sdpa_keeping_last_row"
+_TENSOR_BYTES = 600  # of a tensor without its numbers
 
 
 class AttentionRows:
@@ -24,8 +25,21 @@ class AttentionRows:
     def __init__(self, columns: Tensor, layers: int) -> None:
         self._columns = columns
         self._rows: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.forgotten = False
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the rows, about."""
+        return sum(row.nbytes + _TENSOR_BYTES for rows in self._rows for row in rows)
+
+    def forget(self) -> None:
+        """Frees the rows; those of every layer are empty from now on."""
+        self.forgotten = True
+        self._rows = [[] for _ in self._rows]
 
     def add(self, layer: int, weights_K: Tensor) -> None:
+        if self.forgotten or not len(self._columns):
+            return
         self._rows[layer].append(weights_K[self._columns.to(weights_K.device)])
 
     def of_layer(self, layer: int) -> Tensor:

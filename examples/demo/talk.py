@@ -3,6 +3,7 @@
 import base64
 import io
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from neo_megatron.inference.answering import Answerer, Piece
 
 # A page needs no more pixels than a screen has.
 LONGEST_SIDE_SHOWN = 1600
+# The rows of attention kept for the answers of all visitors together, in bytes; an answer may have 300 MB of them.
+MOST_ROWS = 1 << 30
 
 
 @dataclass
@@ -44,10 +47,12 @@ class Answer:
         """What answer.js draws."""
         words = words_of(self.pieces)
         rows = self.rows.of_layer(self.layer)
-        means = [rows[word.tokens].mean(dim=0) for word in words]
+        means = [rows[word.tokens].mean(dim=0) if len(rows) else rows.new_empty(0) for word in words]
         return {
             "running": self.running,
-            "note": self.note,
+            "note": "The heat maps of older answers are not kept: ask again to see it."
+            if self.rows.forgotten
+            else self.note,
             "words": [{"text": word.text, **_heat(mean)} for word, mean in zip(words, means, strict=True)],
             "whole": _heat(torch.stack(means).mean(dim=0)) if means else {},
         }
@@ -69,6 +74,7 @@ class Talk:
         self._answerer = answerer
         self._watch = AttentionWatch(answerer.model)
         self._alone = threading.Lock()  # an answer that nobody reads any more may not have stopped yet
+        self._kept: deque[AttentionRows] = deque()
         parameters = sum(parameter.numel() for parameter in answerer.model.parameters())
         self.facts = f"{_short(parameters)} parameters, {answerer.model.dtype} on {answerer.model.device}".replace(
             "torch.", ""
@@ -105,6 +111,7 @@ class Talk:
         columns = (tokens == self._answerer.config.img_context_token_id).nonzero()[:, 0]
         with self._alone, closing(self._answerer.stream(prompt, max_new_tokens)) as pieces:
             answer = Answer(self._watch.begin(columns), layer)
+            self._keep(answer.rows)
             yield answer
             for piece in pieces:
                 answer.pieces.append(piece)
@@ -115,6 +122,12 @@ class Talk:
         if sum(len(piece.tokens) for piece in answer.pieces) == max_new_tokens:
             answer.note = f"Cut at {max_new_tokens} tokens."
         yield answer
+
+    def _keep(self, rows: AttentionRows) -> None:
+        """Forgets the oldest answers' rows where there are too many; of the two newest answers they stay."""
+        self._kept.append(rows)
+        while len(self._kept) > 2 and sum(kept.bytes for kept in self._kept) > MOST_ROWS:
+            self._kept.popleft().forget()
 
 
 def _short(number: int) -> str:

@@ -44,6 +44,7 @@ CODE = (
 # Training and inference do these things by one text; only the import of a sibling changes with the place.
 SHARED_CODE = {
     "data/image.py": "pictures_neo.py",
+    "data/image_limits.py": "image_limits_neo.py",
     "data/errors.py": "errors_neo.py",
     "data/tags.py": "tags_neo.py",
     "model/mask.py": "mask_neo.py",
@@ -169,9 +170,10 @@ def _write_code(directory: Path) -> None:
         (directory / name).write_text((package / "hf" / name).read_text())
     for name, exported in SHARED_CODE.items():
         text = (package / name).read_text()
-        (directory / exported).write_text(
-            text.replace("from neo_megatron.data.errors import", "from .errors_neo import")
-        )
+        for shared, sibling in SHARED_CODE.items():
+            module = shared.removesuffix(".py").replace("/", ".")
+            text = text.replace(f"from neo_megatron.{module} import", f"from .{sibling.removesuffix('.py')} import")
+        (directory / exported).write_text(text)
 
 
 def _write_processor(directory: Path, sizes: NeoSizes, tokenizer: Any) -> None:

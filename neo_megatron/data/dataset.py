@@ -15,6 +15,7 @@ from neo_megatron.data.draw import key_of
 from neo_megatron.data.errors import DataError, RejectedSample
 from neo_megatron.data.image import PATCH_VALUES, decode, patches_from_image, recompress
 from neo_megatron.data.pack_index import Drawn, PackIndex
+from neo_megatron.data.sample_checks import are_sound, what_is_wrong
 from neo_megatron.data.shards import ShardSet, StoredSample, patches_of
 
 LossWeighting = Literal["square", "sample", "token"]
@@ -150,7 +151,11 @@ class PackDataset(torch.utils.data.Dataset):
         """The given samples behind one another, padded. See ``__getitem__``."""
         length, ids = self.packs.sequence_length, self.packs.data.ids
         fetched = self.packs.data.fetch(samples, pictures=self._fetch_pictures)
+        joined = self._tokens(samples, fetched)
         tokens = np.full(length, ids.pad, np.int64)
+        tokens[: len(joined)] = joined
+        # Shards of earlier versions have images in assistant turns within their trained spans.
+        text = (joined != ids.image_start) & (joined != ids.image_context) & (joined != ids.image_end)
         document = np.full(length, -1, np.int32)
         trained = np.zeros(length, bool)
         weight = np.zeros(length, np.float32)
@@ -161,17 +166,14 @@ class PackDataset(torch.utils.data.Dataset):
         end = cell = 0
         for number, (sample, (stored, shards)) in enumerate(zip(samples, fetched, strict=True)):
             start, end = end, end + len(stored.tokens)
-            tokens[start:end] = stored.tokens
             document[start:end] = number
             for span_start, span_end in stored.spans.tolist():
-                trained[start + span_start : start + span_end] = True
-            # Shards of earlier versions have images in assistant turns within their trained spans.
-            trained[start:end] &= ~np.isin(stored.tokens, (ids.image_start, ids.image_context, ids.image_end))
+                trained[start + span_start : start + span_end] = text[start + span_start : start + span_end]
             count = int(trained[start:end].sum())
             first, cell = cell, cell + (int(stored.grids.prod(axis=1).sum()) // 4 if cells else 0)
             try:
                 self._read_pictures(stored, shards, patches[first:cell], key_of(self._seed, epoch, sample))
-                weight[start:end] = float(count) ** self._power
+                weight[start:end] = float(max(count, 1)) ** self._power
             except RejectedSample as rejected:
                 patches[first:cell] = 0
                 file, record = self.packs.data.describe(sample)
@@ -179,6 +181,30 @@ class PackDataset(torch.utils.data.Dataset):
         targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
         tensors = pack_tensors(tokens, document, grids, ids, targets, weight[targets], patches)
         return {**tensors, "samples": len(samples), "broken": broken}
+
+    def _tokens(self, samples: Sequence[int], fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
+        """The tokens of the samples, int32 [n]: no model sees a sample that its files do not describe in one way.
+
+        Raises:
+            DataError: a file is damaged, so that a sample cannot be used or the pack would be too long.
+        """
+        ids, vocabulary, length = self.packs.data.ids, self.packs.data.tokenizer["size"], self.packs.sequence_length
+        tokens = np.concatenate([stored.tokens for stored, _ in fetched])
+        if len(tokens) > length:
+            raise DataError(
+                f"{self.packs.location} is damaged: a pack has {len(tokens)} tokens, not {length} at most; "
+                "check it with tools/verify_data.py and pack again"
+            )
+        if are_sound([stored for stored, _ in fetched], tokens, ids, vocabulary):
+            return tokens
+        checked = ((what_is_wrong(stored, ids, vocabulary), number) for number, (stored, _) in enumerate(fetched))
+        wrong, number = next(found for found in checked if found[0])
+        sample, shards = samples[number], fetched[number][1]
+        file, record = self.packs.data.describe(sample)
+        raise DataError(
+            f"{shards.location} is damaged: of the sample from {file}, record {record}: {wrong}; "
+            "check it with tools/verify_data.py and copy or preprocess it again"
+        )
 
     def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
         """Writes the patches of a sample to ``out``, uint8 [cells, 4, 768]; or only sees that they can be had.
@@ -192,6 +218,11 @@ class PackDataset(torch.utils.data.Dataset):
         for number, (picture, grid) in enumerate(zip(stored.pictures, stored.grids.tolist(), strict=False)):
             start, end = end, end + grid[0] * grid[1] // 4
             if shards.image_store == "patches":
+                if len(picture) != (end - start) * 4 * PATCH_VALUES:
+                    raise DataError(
+                        f"{shards.location} is damaged: the patches of an image do not fit its grid; check it with "
+                        "tools/verify_data.py and copy or preprocess it again"
+                    )
                 if self._pictures == "patches":
                     out[start:end] = patches_of(picture)
                 continue

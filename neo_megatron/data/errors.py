@@ -33,6 +33,24 @@ class DataError(Exception):
     """A tool cannot go on; its text is one sentence for the person who started it."""
 
 
+class DamagedFile(DataError):
+    """A file of a data set says what cannot be; made by `damaged_file`, as a loader's process sends the text alone.
+
+    Attributes:
+        path: of the file.
+        what: is wrong.
+    """
+
+    path = what = ""
+
+
+def damaged_file(path: str, what: str, remedy: str) -> DamagedFile:
+    """The error for a damaged file; ``remedy`` follows what is wrong."""
+    error = DamagedFile(f"{path} is damaged: {what}; {remedy}")
+    error.path, error.what = path, what
+    return error
+
+
 class TooManyRejected(DataError):
     """More samples were rejected than --max-rejected allows; ``counts`` is what the manifest would say of them."""
 

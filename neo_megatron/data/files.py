@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.data.errors import DataError
+from neo_megatron.data.manifest_schema import REJECTS as REJECTS  # of both formats
+from neo_megatron.data.manifest_schema import check_manifest
 from neo_megatron.data.storage import Directory, join, open_directory
 from neo_megatron.locks import lock
 from neo_megatron.paths import Kind, Wanted, WrongPath, check_path, wrong_kind
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
-REJECTS = "rejects.jsonl"
 # The formats of manifests.
 _WANTED = {"neo-shards": Wanted.SHARDS, "neo-packs": Wanted.PACKS}
 _KINDS = {"neo-shards": Kind.SHARDS, "neo-packs": Kind.PACKS}
 _PARTIAL_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 _CHECKSUM = b',\n "sha256": "'
+_MAX_MANIFEST = 1 << 29  # bytes; of 300,000 shards
 
 
 class WholeFile:
@@ -122,26 +124,49 @@ def read_manifest(directory: Directory | str | Path, kind: str, *versions: int) 
 
 def manifest_bytes(directory: Directory, wanted: Wanted) -> bytes:
     """The manifest as it was written. Raises DataError where there is none."""
-    if directory.size(MANIFEST) is None:
+    size = directory.size(MANIFEST)
+    if size is None:
         check_path(directory.location, wanted)  # says what a local directory is instead
         raise DataError(f"{directory.location} does not hold {wanted.words}: it has no {MANIFEST}; correct the address")
+    if size > _MAX_MANIFEST:
+        path = join(directory.location, MANIFEST)
+        raise DataError(
+            f"{path} has {size} bytes, more than {_MAX_MANIFEST}; copy it again, or write the data set again"
+        )
     return directory.read(MANIFEST)
 
 
 def parse_manifest(text: bytes, location: str, kind: str, *versions: int) -> dict[str, Any]:
-    """What the manifest at a location says. Raises DataError where it is of another kind or version."""
+    """What the manifest at a location says.
+
+    Raises:
+        DataError: it is of another kind or version, or says what cannot be; see `manifest_schema`.
+    """
     path = join(location, MANIFEST)
     try:
-        manifest = json.loads(text)
+        manifest = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); write the data set again") from error
     written = manifest.get("format") if isinstance(manifest, dict) else None
     if written != kind and isinstance(written, str) and written in _KINDS:
         raise WrongPath(wrong_kind(location, _KINDS[written], _WANTED[kind]))
-    if written != kind or manifest.get("version") not in versions:
+    version = manifest.get("version") if written == kind else None
+    if type(version) is not int or version not in versions:
         known = " or ".join(map(str, versions))
         raise DataError(f"{path} does not describe {kind} of version {known}; write it again with this release")
+    try:
+        check_manifest(manifest, kind)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); copy it again, or write the data set again") from error
     return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key that stands twice: readers would differ on what it says."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return entries
 
 
 class NewOutputs:

@@ -138,7 +138,9 @@ class Split:
 
 def _shards(sets: Sequence[ShardSet]) -> Iterator[Shard]:
     for shards in sets:
-        yield from map(shards.shard, range(len(shards.manifest["shards"])))
+        for shard in map(shards.shard, range(len(shards.manifest["shards"]))):
+            shard.check_text()
+            yield shard
 
 
 def _files_of_records(shard: Shard, by: SplitBy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,14 +8,14 @@ is one token. Patches are uint8 ``[cells, 4, 768]``: cells row-major, in a cell 
 import io
 import math
 import os
-import re
 import stat
 import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.image_limits import MAX_FILE_BYTES, TooCostly, check_bytes, check_opened, without_end
 
 PATCH = 16
 CELL = 2 * PATCH
@@ -23,13 +23,6 @@ PATCH_VALUES = 3 * PATCH * PATCH
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
-MAX_FILE_BYTES = 256 << 20
-# 134 megapixels: any phone's camera passes, and decoding takes at most about 1.3 gigabytes.
-MAX_DECODED_PIXELS = 1 << 27
-# Of formats whose decoders take twice as much memory; a WebP of 34 bytes may have as many pixels as it likes.
-_MAX_PIXELS = {"JPEG2000": 1 << 26, "WEBP": 1 << 26}
-# Each scan of a JPEG takes the time of a whole one, however few bytes it has: cameras and programs write up to 14.
-_USUAL_SCANS, _MAX_SCANNED_PIXELS = 16, 1 << 30
 # Formats that Pillow decodes itself. Others are left out because they start programs (EPS) or nobody maintains them.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -47,11 +40,6 @@ _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _COMPRESSION_TAG, _PHOTOMETRIC_TAG, _FILL_ORDER_TAG, _PLANAR_TAG = 0x0102, 0x0103, 0x0106, 0x010A, 0x011C
 _COLORMAP_TAG, _INK_SET_TAG, _SAMPLE_FORMAT_TAG, _SUBSAMPLING_TAG = 0x0140, 0x014C, 0x0153, 0x0212
-# The data of a scan hold FF 00 and restart markers; any other marker ends them.
-_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
-_JPEG_SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # baseline, extended, progressive; the last two with arithmetic coding
-_JPEG_PADDING = bytes(64)  # a decoder looks a few bytes ahead of the last pixel
 # Texts that may hold the orientation; Pillow refuses compressed ones of over a megabyte.
 _PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _MAX_ORIENTATION_TEXT = 64 << 20
@@ -102,24 +90,48 @@ def read_picture(path: str) -> bytes:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The picture in the bytes of a file, as `upright_rgb` shows it; its size is checked before it is decoded.
+    """The picture in the bytes of a file, as `upright_rgb` shows it; what it takes is checked before it is decoded.
 
     Raises:
-        RejectedSample: for what cannot be decoded to the end, or has too many pixels.
+        RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
     """
     try:
-        data = _without_end(data)
+        data = without_end(data)
     except ValueError as error:
         raise _unreadable(name, error) from error
-    return decode_opened(_open(data, name), name)
+    return _shown(_open(data, name), name)
 
 
 def decode_opened(image: Image.Image, name: str) -> Image.Image:
     """A picture that Pillow opened, and may not have read yet, as `upright_rgb` shows it.
 
     Raises:
-        RejectedSample: for what cannot be decoded to the end.
+        RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
     """
+    if isinstance(image, ImageFile.ImageFile) and image.fp is not None:  # not read yet, or one of several frames
+        try:
+            data = _file_of(image)
+            check_bytes(data)
+            check_opened(image, data)
+        except TooCostly as error:
+            raise _too_costly(name, error) from error
+        except Exception as error:  # a file that was closed, among others
+            raise _unreadable(name, error) from error
+    return _shown(image, name)
+
+
+def _file_of(image: ImageFile.ImageFile) -> bytes:
+    """The bytes that an image is read from, whose position stays."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read(MAX_FILE_BYTES + 1)
+    image.fp.seek(place)
+    if len(data) > MAX_FILE_BYTES:
+        raise TooCostly(f"has over {MAX_FILE_BYTES >> 20} MiB")
+    return data
+
+
+def _shown(image: Image.Image, name: str) -> Image.Image:
     try:
         return upright_rgb(image)
     # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this picture cannot be shown.
@@ -134,11 +146,10 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
         RejectedSample: for what is no image that `decode` takes by its header, or has too many pixels.
     """
     image = _open(data, name)
-    if image.format == "TIFF":
-        try:
-            _check_tiff(image)
-        except ValueError as error:
-            raise _unreadable(name, error) from error
+    try:
+        _check_form(image)
+    except ValueError as error:
+        raise _unreadable(name, error) from error
     if image.format == "PNG" and _metadata_behind_pixels(data):
         image = decode(data, name)
         return image.height, image.width
@@ -149,8 +160,13 @@ def header_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
+    """Opens what is within the limits."""
     try:
+        check_bytes(data)
         image = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
+        check_opened(image, data)
+    except TooCostly as error:
+        raise _too_costly(name, error) from error
     except Image.DecompressionBombError as error:
         raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the picture {name}: {error}") from error
     except UnidentifiedImageError as error:
@@ -161,74 +177,23 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise RejectedSample(Reason.UNREADABLE_PICTURE, sentence) from error
     except Exception as error:  # as in decode
         raise _unreadable(name, error) from error
-    most = _MAX_PIXELS.get(image.format, MAX_DECODED_PIXELS)
-    if image.width * image.height > most:
-        raise RejectedSample(
-            Reason.DECOMPRESSION_BOMB,
-            f"the picture {name} has {image.width} x {image.height} pixels, more than {most}",
-        )
     return image
-
-
-def _without_end(jpeg: bytes) -> bytes:
-    """Of a JPEG, bytes that decode alike if it is complete, and do not if it was cut off and closed with a marker.
-
-    libjpeg fills missing pixels with grey where it meets the end marker, and Pillow hides its warning. Where one scan
-    has all components, zeros take the place of the marker, and a decoder that needs more data runs out of them. Of
-    several scans, as in progressive files, the last ones are found missing; a cut within the last cannot be told.
-
-    Raises:
-        ValueError: scans are missing, or so many that decoding takes minutes.
-    """
-    if not jpeg.startswith(b"\xff\xd8"):
-        return jpeg
-    place, frame, components, pixels, scans = 2, 0, b"", 0, []
-    while marker := _JPEG_MARKER.match(jpeg, place):
-        kind, place = marker[1][0], marker.end()
-        if kind == 0xD9:
-            if components and scans and not _is_covered(components, scans):
-                raise ValueError("it is cut off: scans are missing")
-            break
-        if 0xD0 <= kind <= 0xD8 or kind == 0x01:  # markers alone
-            continue
-        length = int.from_bytes(jpeg[place : place + 2], "big")
-        body, place = jpeg[place + 2 : place + length], place + length
-        if kind in _JPEG_FRAMES:
-            frame, components = kind, body[6::3]
-            pixels = int.from_bytes(body[1:3], "big") * int.from_bytes(body[3:5], "big")
-        elif kind == 0xDA:
-            scans.append(body)
-            if len(scans) > _USUAL_SCANS and len(scans) * pixels > _MAX_SCANNED_PIXELS:
-                raise ValueError(f"more than {_USUAL_SCANS} scans of {pixels} pixels take too long to decode")
-            end = _JPEG_SCAN_END.search(jpeg, place)
-            if not end or len(body) < 4 or len(body) != 4 + 2 * body[0]:
-                break  # the decoder says what is wrong
-            if frame in (0xC0, 0xC1) and body[:1] == bytes([len(components)]) and end[0][-1] == 0xD9:
-                return jpeg[: end.start()] + _JPEG_PADDING
-            place = end.start()
-    return jpeg
-
-
-def _is_covered(components: bytes, scans: list[bytes]) -> bool:
-    """Whether the headers of all scans give every coefficient of every component, to its last bit."""
-    missing = {(component, coefficient) for component in components for coefficient in range(64)}
-    for scan in scans:
-        first, last, bits = scan[-3:]
-        if bits & 15 == 0:  # the lowest bit that the scan gives
-            missing -= {(component, k) for component in scan[1:-3:2] for k in range(first, last + 1)}
-    return not missing
 
 
 def _without_text(data: bytes) -> bytes:
     """A PNG without texts and colour profile, which nothing here uses and Pillow limits; other bytes as they are."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
-    kept, place = [data[:8]], 8
+    kept, place, texts = [data[:8]], 8, 0
     while place + 12 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
         kind = data[place + 4 : place + 8]
         if kind in (b"tEXt", b"zTXt", b"iTXt") and end <= len(data):
-            kept.append(_orientation_text(kind, data[place + 8 : end - 4], data[place:end]))
+            text = _orientation_text(kind, data[place + 8 : end - 4], data[place:end])
+            kept.append(text)
+            texts += len(text)
+            if texts > _MAX_ORIENTATION_TEXT:
+                raise TooCostly(f"has over {_MAX_ORIENTATION_TEXT >> 20} MiB of text that may turn it")
         elif kind != b"iCCP":
             kept.append(data[place:end])
         place = end
@@ -251,6 +216,10 @@ def _orientation_text(kind: bytes, body: bytes, chunk: bytes) -> bytes:
     kind, body = (b"tEXt", keyword + b"\0") if kind == b"zTXt" else (b"iTXt", keyword + bytes(5))
     body = kind + body + text
     return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def _too_costly(name: str, error: TooCostly) -> RejectedSample:
+    return RejectedSample(Reason.DECOMPRESSION_BOMB, f"the image {name} {error}")
 
 
 def _unreadable(name: str, error: Exception) -> RejectedSample:
@@ -278,12 +247,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for pixels that are no colours. Pillow raises many other types for a broken picture.
     """
-    if image.format == "TIFF":
-        _check_tiff(image)
+    _check_form(image)
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
-    if image.mode == "F":
-        raise ValueError("pixels that are fractions have no colour")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.has_transparency_data:
@@ -310,6 +276,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             scaled = 255 - scaled
         grey[top : top + rows] = scaled if transparent is None else np.where(strip == transparent, 255, scaled)
     return Image.fromarray(grey).convert("RGB")
+
+
+def _check_form(image: Image.Image) -> None:
+    """Raises ValueError for an opened image whose pixels are no colours, or would be shown wrong."""
+    if image.format == "TIFF":
+        _check_tiff(image)
+    if image.mode == "F":
+        raise ValueError("pixels that are fractions have no colour")
 
 
 def _check_tiff(image: Image.Image) -> None:

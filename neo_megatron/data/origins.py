@@ -1,11 +1,11 @@
 """Where the samples of data sets come from: annotation file, record, and place in a list-packed record."""
 
-import json
 from bisect import bisect_right
 from collections import defaultdict
 
-from neo_megatron.data.files import REJECTS
+from neo_megatron.data.errors import DataError
 from neo_megatron.data.mixture import Mixture
+from neo_megatron.data.rejects import read_rejects
 
 
 class Origins:
@@ -34,14 +34,15 @@ class Origins:
         rejected = self._rejected_elements(owner).get((file, record), set())
         if count == 1 and not rejected:
             return file, record, None
-        kept = (number for number in range(count + len(rejected)) if number not in rejected)
-        return file, record, [*kept][local - first]
+        kept = [number for number in range(count + len(rejected)) if number not in rejected]
+        if len(kept) != count:  # a rejected sample that the record cannot have
+            raise DataError(f"{shards.location}: rejects.jsonl and the shards contradict each other; copy it again")
+        return file, record, kept[local - first]
 
     def _rejected_elements(self, owner: int) -> dict[tuple[str, int], set[int]]:
         if owner not in self._rejected:
             found: dict[tuple[str, int], set[int]] = defaultdict(set)
-            for line in self._data.sets[owner].storage.read(REJECTS).splitlines():
-                row = json.loads(line)
+            for row in read_rejects(self._data.sets[owner].storage):
                 if row["element"] is not None:
                     found[row["file"], row["record"]].add(row["element"])
             self._rejected[owner] = dict(found)

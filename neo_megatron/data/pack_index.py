@@ -6,25 +6,27 @@ can be evaluated at one place (`draw.shuffled`), so every epoch has new neighbou
 advance, and the state is the number of the pack alone.
 """
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neo_megatron.data.arrays import array_of
 from neo_megatron.data.draw import key_of, shuffled
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.errors import DamagedFile, DataError, damaged_file
 from neo_megatron.data.files import read_manifest
+from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH, PACK_ARRAYS
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.storage import join, open_directory, read_ahead
 
 FORMAT, VERSION = "neo-packs", 3
 READABLE = (2, VERSION)  # version 2 held records out by the names of their images
-UNITS, PATTERNS, RUNS = "units.npy", "patterns.npy", "runs.npy"
+UNITS, PATTERNS, RUNS = PACK_ARRAYS
 UNIT = np.dtype([("first", "<i8"), ("samples", "<i4"), ("cells", "<i4"), ("squares", "<i8")])
 PATTERN = np.dtype([("packs", "<i8"), ("runs", "<i8")])
 RUN = np.dtype([("length", "<i8"), ("count", "<i8")])
+_AGAIN = "copy it again, or pack again"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,27 @@ class PackTable:
         units: ``UNIT`` [U], by length ascending.
         patterns: ``PATTERN`` [P]: how many packs are alike, and how many of the runs are theirs.
         runs: ``RUN`` [R]: a length, and how many units of it are in each pack of the pattern.
+        location: of the index, for messages.
+        sequence_length: tokens of a pack.
+        samples: that the units are of, numbered from 0; ``None`` where that is not known.
+
+    Raises:
+        DataError: here where the arrays do not fit each other; from methods where a unit cannot be. Units are checked
+            when they are drawn, because there may be gigabytes of them.
     """
 
-    def __init__(self, units: np.ndarray, patterns: np.ndarray, runs: np.ndarray) -> None:
+    def __init__(
+        self,
+        units: np.ndarray,
+        patterns: np.ndarray,
+        runs: np.ndarray,
+        location: str = "",
+        sequence_length: int = MAX_SEQUENCE_LENGTH,
+        samples: int | None = None,
+    ) -> None:
+        check_patterns(patterns, runs, len(units), location, sequence_length)
         self.units = units
+        self._location, self._sequence_length, self._samples = location, sequence_length, samples
         self._first_pack = np.concatenate([[0], np.cumsum(patterns["packs"])])
         self._first_run = np.concatenate([[0], np.cumsum(patterns["runs"])])
         self._run_length, self._run_count = runs["length"], runs["count"]
@@ -86,14 +105,53 @@ class PackTable:
 
     def samples(self, units: np.ndarray) -> np.ndarray:
         """The samples of units, int64 [n]."""
-        chosen = self.units[units]
+        chosen = self.rows(units)
         return _expand(chosen["samples"].astype(np.int64), chosen["first"])[1]
 
     def costs(self, drawn: Drawn) -> np.ndarray:
         """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and cells of pictures."""
-        chosen = self.units[drawn.units]
+        chosen = self.rows(drawn.units)
         work = np.stack([chosen["squares"], chosen["cells"].astype(np.int64)], axis=1)
         return np.add.reduceat(work, drawn.offsets[:-1], axis=0)
+
+    def rows(self, units: np.ndarray) -> np.ndarray:
+        """``UNIT`` [n] of the given numbers. Raises DamagedFile where one claims more than there is."""
+        chosen, length = self.units[units], self._sequence_length
+        first, samples, last = chosen["first"], chosen["samples"].astype(np.int64), self._samples
+        wrong = (first < 0) | (samples < 1) | (samples > length) | (chosen["cells"] < 0) | (chosen["cells"] > length)
+        wrong |= (chosen["squares"] < 1) | (chosen["squares"] > length**2)
+        if last is not None:
+            wrong |= first > last - samples
+        if wrong.any():
+            number = int(units[wrong.argmax()])
+            what = f"unit {number} has {self.units[number].tolist()} (first sample, samples, cells, squares)"
+            raise damaged_file(join(self._location, UNITS), f"{what}, which is not within the data or a pack", _AGAIN)
+        return chosen
+
+
+def check_patterns(patterns: np.ndarray, runs: np.ndarray, units: int, location: str, sequence_length: int) -> None:
+    """Raises DataError where patterns and runs are not those of packs with the given number of units."""
+
+    def damaged(file: str, what: str) -> DamagedFile:
+        return damaged_file(join(location, file), what, _AGAIN)
+
+    if len(runs) and (runs["length"].min() < 1 or runs["length"].max() > sequence_length):
+        raise damaged(RUNS, f"a length is below 1, or more than the {sequence_length} tokens of a pack")
+    if len(runs) and (runs["count"].min() < 1 or runs["count"].max() > sequence_length):
+        raise damaged(RUNS, f"a pack does not have from 1 to {sequence_length} units of a length")
+    # Before sums are taken, which could overflow: no number is above that of all units.
+    if not len(patterns) or min(patterns["packs"].min(), patterns["runs"].min()) < 1:
+        raise damaged(PATTERNS, "there is no pattern, or one of no packs or runs")
+    if max(patterns["packs"].max(), patterns["runs"].max()) > max(units, len(runs)):
+        raise damaged(PATTERNS, f"it has packs or runs for more than the {units} units that there are")
+    if patterns["runs"].sum() != len(runs):
+        raise damaged(PATTERNS, "the patterns do not fit the runs")
+    filled = np.add.reduceat(runs["length"] * runs["count"], np.cumsum(patterns["runs"]) - patterns["runs"])
+    if filled.max() > sequence_length:
+        raise damaged(RUNS, f"a pack has {filled.max()} tokens, more than the {sequence_length} of a pack")
+    places = (np.repeat(patterns["packs"], patterns["runs"]) * runs["count"].astype(np.float64)).sum()
+    if places != units:
+        raise damaged(PATTERNS, f"the packs have places for {places:.0f} units, not for the {units} that there are")
 
 
 class PackIndex:
@@ -133,7 +191,7 @@ class PackIndex:
         for shards, entry in zip(data.sets, manifest["data"], strict=True):
             if shards.fingerprint != entry["sha256"]:
                 raise DataError(f"{shards.location} is not the data set that {location} was packed from; pack it again")
-        table = open_table(location, manifest["files"])
+        table = open_table(location, manifest["files"], manifest["seq_length"], len(data))
         if len(table) != manifest["counts"]["packs"]:
             raise DataError(f"{location} is damaged: its files do not fit each other; copy it again, or pack again")
         return cls(str(location), manifest, table, data)
@@ -143,28 +201,31 @@ class PackIndex:
         return PackIndex.open, (self.location,)
 
 
-def open_table(location: str | Path, files: dict[str, dict[str, Any]]) -> PackTable:
-    """Maps the three arrays of an index; their sizes are held against those of the manifest."""
+def open_table(
+    location: str | Path,
+    files: dict[str, dict[str, Any]],
+    sequence_length: int = MAX_SEQUENCE_LENGTH,
+    samples: int | None = None,
+) -> PackTable:
+    """Maps the three arrays of an index; their sizes are held against those of the manifest.
+
+    Args:
+        sequence_length, samples: see `PackTable`.
+
+    Raises:
+        DataError: a file is missing or damaged, or they do not fit each other.
+    """
+    return PackTable(*read_arrays(location, files), str(location), sequence_length, samples)
+
+
+def read_arrays(location: str | Path, files: dict[str, dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays ``UNIT`` [U], ``PATTERN`` [P] and ``RUN`` [R], mapped. Raises DataError where a file is damaged."""
     directory = open_directory(location)
-    return PackTable(
-        *(
-            _rows(directory.map(name, files[name]["bytes"]), dtype, join(location, name))
-            for name, dtype in ((UNITS, UNIT), (PATTERNS, PATTERN), (RUNS, RUN))
-        )
+    units, patterns, runs = (
+        array_of(directory.map(name, files[name]["bytes"]), dtype, None, join(location, name), _AGAIN)
+        for name, dtype in ((UNITS, UNIT), (PATTERNS, PATTERN), (RUNS, RUN))
     )
-
-
-def _rows(content: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
-    """The array of a ``.npy`` file of which the bytes are mapped."""
-    file = io.BytesIO(content[:256].tobytes())
-    try:
-        np.lib.format.read_magic(file)
-        (count,), _, found = np.lib.format.read_array_header_1_0(file)
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); copy it again, or pack again") from error
-    if found != dtype or len(content) != file.tell() + count * dtype.itemsize:
-        raise DataError(f"{path} is damaged: it holds other fields or rows; copy it again, or pack again")
-    return np.frombuffer(content, dtype, offset=file.tell())
+    return units, patterns, runs
 
 
 def _expand(sizes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

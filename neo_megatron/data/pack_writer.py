@@ -16,6 +16,7 @@ from neo_megatron.data.draw import key_of
 from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.files import REJECTS, NewOutputs, WholeFile, json_line, write_whole
 from neo_megatron.data.held_out import Split, SplitBy
+from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.origins import Origins
 from neo_megatron.data.pack_index import (
@@ -77,8 +78,8 @@ def write_packs(
     Raises:
         DataError: nothing is left to pack; with ``on_error="fail"`` for the first over-long sample.
     """
-    if sequence_length < 2:
-        raise DataError(f"--seq-length must be at least 2, not {sequence_length}")
+    if not 2 <= sequence_length <= MAX_SEQUENCE_LENGTH:
+        raise DataError(f"--seq-length must be from 2 to {MAX_SEQUENCE_LENGTH}, not {sequence_length}")
     if held_out and os.path.realpath(held_out.output) == os.path.realpath(output):
         raise DataError(f"--held-out and --output both name {output}; give the held-out packs a directory of their own")
     data = Mixture([entry.shards for entry in inputs])
@@ -175,7 +176,7 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
     units = Units.join(side.parts)
     side.parts.clear()  # they are as large as what they were joined to
     files |= write_table(side.directory, units, length)
-    table = open_table(side.directory, files)
+    table = open_table(side.directory, files, length, len(data))
     tokens = sum(entry["tokens"] for entry in side.data)
     return {
         **common,

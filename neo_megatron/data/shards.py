@@ -4,7 +4,6 @@ The files are described in ``docs/shard_format.md``.
 """
 
 import hashlib
-import math
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
@@ -17,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from neo_megatron.data.arrays import array_of
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.errors import DamagedFile, damaged_file
 from neo_megatron.data.files import manifest_bytes, parse_manifest
 from neo_megatron.data.image import PATCH_VALUES
 from neo_megatron.data.indexed import SequenceReader
@@ -34,7 +34,9 @@ _MAPPED_FILES = ("tokens.idx", "spans.idx", "spans.bin", "pictures.idx", "grids.
 _FILES_OF_A_SHARD = 9
 # A process may have 65,530 maps (Linux, vm.max_map_count), and each holds a file descriptor.
 _MOST_MAPS = 32768
-_NPY_PREFIX = 10  # bytes of an .npy file before its header text
+_SPAN_BYTES = 8
+_MAX_GRID = 1 << 16  # patches along a side: a million pixels
+_AGAIN = "preprocess again"
 
 
 @dataclass(frozen=True)
@@ -59,67 +61,97 @@ def shard_name(number: int) -> str:
 
 
 class Shard:
-    """One shard; its files are mapped. Sizes are held against the manifest, so a cut copy is found when it is read."""
+    """One shard; its files are mapped. Sizes are held against the manifest, so a cut copy is found when it is read.
+
+    Raises:
+        DataError: from any method or property, where a file is missing or says what cannot be.
+    """
 
     def __init__(self, directory: Directory, entry: dict[str, Any]) -> None:
         self._directory = directory
-        self._name = shard_name(int(entry["name"]))
+        self.name = shard_name(int(entry["name"]))
         self._files, self._samples, self._pictures = entry["files"], entry["samples"], entry["pictures"]
         self._media = entry.get("media", 0)
-        self.tokens = self._sequences("tokens", np.int32, directory.open)
-        self.spans = self._sequences("spans", np.int32, directory.map)
-        self.pictures = self._sequences("pictures", np.uint8, directory.open)
+        self.tokens = self._sequences("tokens", np.int32, directory.open, self._samples)
+        self.spans = self._sequences("spans", np.int32, directory.map, self._samples)
+        self.pictures = self._sequences("pictures", np.uint8, directory.open, self._pictures, self._samples)
 
     @cached_property
     def samples(self) -> np.ndarray:
         """``SAMPLE`` [samples]"""
-        return self._rows("samples.npy", SAMPLE, (self._samples,))
+        rows = self._rows("samples.npy", SAMPLE, (self._samples,))
+        if (rows["pictures"] < 0).any() or rows["pictures"].sum(dtype=np.int64) != self._pictures:
+            raise self._damaged("samples.npy", f"its samples do not have the {self._pictures} images of the shard")
+        return rows
 
     @cached_property
     def grids(self) -> np.ndarray:
-        """int32 [pictures, 2]"""
+        """int32 [pictures, 2]; values are checked where they are used, see `check_grids`."""
         return self._rows("grids.npy", np.dtype("<i4"), (self._pictures, 2))
 
     @cached_property
     def media(self) -> np.ndarray:
         """``MEDIA`` [files], by ``sample`` ascending: identities of the image and video files of the samples."""
-        return self._rows("media.npy", MEDIA, (self._media,))
+        rows = self._rows("media.npy", MEDIA, (self._media,))
+        owners = rows["sample"]
+        if len(rows) and (owners[0] < 0 or owners[-1] >= self._samples or (owners[1:] < owners[:-1]).any()):
+            raise self._damaged("media.npy", "its samples are not in order, or not those of the shard")
+        return rows
 
     @property
     def cells(self) -> np.ndarray:
         """int64 [samples]: cells of the pictures of each sample, which are tokens of it."""
         ends = np.cumsum(self.samples["pictures"], dtype=np.int64)
+        if wrong := check_grids(self.grids):
+            raise self._damaged("grids.npy", wrong)
         up_to = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1, dtype=np.int64) // 4)])
         return np.diff(up_to[ends], prepend=0)
 
+    def check_text(self) -> None:
+        """Raises DamagedFile where the token index is not consistent; opening a shard does not read all of it."""
+        self.tokens.check()
+
     def picture_range(self, sample: int) -> range:
         """Numbers of the pictures of a sample, within the shard."""
-        return range(self.pictures.documents.item(sample), self.pictures.documents.item(sample + 1))
+        return self.pictures.range_of_document(sample)
 
     def picture(self, number: int) -> np.ndarray:
         """uint8 [n]: the file's bytes or the flattened patches, as ``ShardSet.image_store`` says."""
         return self.pictures[number]
 
-    def _sequences(self, kind: str, dtype: type, open_data: Callable[[str, int], Content]) -> SequenceReader:
-        index, data = f"{self._name}.{kind}.idx", f"{self._name}.{kind}.bin"
+    def _sequences(
+        self,
+        kind: str,
+        dtype: type,
+        open_data: Callable[[str, int], Content],
+        count: int,
+        documents: int | None = None,
+    ) -> SequenceReader:
+        index, data = f"{self.name}.{kind}.idx", f"{self.name}.{kind}.bin"
         return SequenceReader(
-            f"{self._directory.location}/{self._name}.{kind}",
+            f"{self._directory.location}/{self.name}.{kind}",
             self._directory.map(index, self._files[index]["bytes"]),
             open_data(data, self._files[data]["bytes"]),
             dtype,
+            count,
+            documents,
         )
 
     def _rows(self, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """A mapped array of the shape that the manifest says; ``numpy.load`` would take longer than the whole shard."""
-        name, size = f"{self._name}.{kind}", dtype.itemsize * math.prod(shape)
+        """A mapped array of the shape that the manifest says."""
+        name = f"{self.name}.{kind}"
         content = self._directory.map(name, self._files[name]["bytes"])
-        start = len(content) - size
-        described = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {shape}, }}"
-        if content[: max(start, 0)].tobytes()[_NPY_PREFIX:].rstrip().decode("latin1") != described:
-            raise DataError(
-                f"{self._directory.location}/{name} is damaged: it is no array of {shape}; preprocess again"
-            )
-        return content[start:].view(dtype).reshape(shape)
+        return array_of(content, dtype, shape, f"{self._directory.location}/{name}", _AGAIN)
+
+    def _damaged(self, kind: str, what: str) -> DamagedFile:
+        return damaged_file(f"{self._directory.location}/{self.name}.{kind}", what, _AGAIN)
+
+
+def check_grids(grids: np.ndarray) -> str:
+    """What is wrong with the sizes of images in patches, int32 [n, 2]; "" where nothing is."""
+    if len(grids) and (grids.min() < 2 or grids.max() > _MAX_GRID or (grids & 1).any()):
+        return f"a grid is not even and positive, at most {_MAX_GRID} patches a side"
+    return ""
 
 
 class ShardSet:
@@ -131,6 +163,7 @@ class ShardSet:
     Attributes:
         fingerprint: SHA-256 of the manifest, which has those of all files.
         version: of the format.
+        vocabulary: tokens of the tokenizer.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -140,6 +173,7 @@ class ShardSet:
         self.fingerprint = hashlib.sha256(text).hexdigest()
         self.manifest = parse_manifest(text, self.location, FORMAT, *READABLE)
         self.version: int = self.manifest["version"]
+        self.vocabulary: int = self.manifest["tokenizer"]["size"]
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
         self._entries = self.manifest["shards"]
@@ -177,6 +211,9 @@ class ShardSet:
         ranges: list[Range] = []
         for (shard, local), wanted in zip(located, numbers, strict=True):
             ranges += [shard.tokens.range(local), shard.spans.range(local)]
+            if ranges[-1].size % _SPAN_BYTES:
+                path = f"{self.location}/{shard.name}.spans.idx"
+                raise damaged_file(path, f"a range of sample {local} has no end", _AGAIN)
             ranges += [shard.pictures.range(number) for number in wanted] if pictures else []
         arrays = iter(self.storage.read_ranges(ranges))
         return [
@@ -197,9 +234,18 @@ class ShardSet:
 
     def describe(self, sample: int) -> tuple[str, int]:
         """(annotation file, record number) that a sample came from."""
+        source, record = self.source(sample)
+        return source["annotations"], record
+
+    def source(self, sample: int) -> tuple[dict[str, Any], int]:
+        """(entry of the manifest, record number) that a sample came from."""
         shard, local = self.locate(sample)
-        row = shard.samples[local]
-        return self.manifest["sources"][row["source"]]["annotations"], int(row["record"])
+        source, record = int(shard.samples["source"][local]), int(shard.samples["record"][local])
+        sources = self.manifest["sources"]
+        if not 0 <= source < len(sources):
+            path = f"{self.location}/{shard.name}.samples.npy"
+            raise damaged_file(path, f"sample {local} comes from a source that the manifest does not have", _AGAIN)
+        return sources[source], record
 
 
 @cache

@@ -56,6 +56,7 @@ def units_of_shard(shard: Shard, first_sample: int, capacity: int) -> Units:
         first_sample: the number of its first sample among all that are packed together.
         capacity: tokens of a pack.
     """
+    shard.check_text()
     lengths = np.asarray(shard.tokens.lengths, np.int64)
     starts = _unit_starts(lengths, np.asarray(shard.tokens.documents[:-1]), capacity)
     lengths_of_units = np.add.reduceat(lengths, starts) if len(starts) else lengths

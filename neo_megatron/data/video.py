@@ -4,6 +4,7 @@ A video is read twice: without decoding, to know from its packets how long it is
 then decoded as far as the last frame that is wanted.
 """
 
+import io
 import math
 import os
 import stat
@@ -24,6 +25,9 @@ MAX_FILE_BYTES = 8 << 30
 MAX_FRAME_PIXELS = 1 << 25
 # 36 minutes at 30 frames a second, of 1920 x 1080 pixels.
 MAX_FRAMES, MAX_VIDEO_PIXELS = 1 << 16, 1 << 37
+# Packets of all streams, and times that FFmpeg reads or seeks to look at a file once: of 8 GiB in pieces of 32 KiB, or
+# of frames and sound that lie far apart, it does so 400,000 times; of millions of empty boxes it would for hours.
+MAX_PACKETS, MAX_ACCESSES = 1 << 20, 1 << 20
 
 # Bytes near the start of a file (at which offset) -> FFmpeg's reader for it. None of these opens other files or
 # addresses, as readers of playlists do; FFmpeg is not left to choose.
@@ -103,9 +107,12 @@ def read_frames(clip: Clip) -> Iterator[Image.Image]:
 def _extent(container: Any, stream: Any, path: str) -> tuple[Fraction, Fraction]:
     """(time of the last packet, end of the video) in seconds since the first packet; checks what will be decoded."""
     _check_size(stream.codec_context.width, stream.codec_context.height, path)
-    frames = 0
+    frames = packets = 0
     spans: dict[int, list[Fraction]] = {}  # of each stream: its first and last time, and its end
     for packet in container.demux():
+        packets += 1
+        if packets > MAX_PACKETS:
+            raise _unreadable(path, f"it has over {MAX_PACKETS} packets; cut it into clips")
         if packet.size == 0 or packet.is_discard or (packet.pts is None and packet.dts is None):
             continue
         if packet.is_corrupt:
@@ -162,12 +169,16 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
         with _regular_file(path) as file:
             reader = _reader(file.read(256), path)
             file.seek(0)
-            with av.open(file, format=reader, options=OPTIONS) as container:
-                stream = container.streams.best("video")
-                if stream is None or stream.codec_context is None:
-                    raise _unreadable(path, "it has no pictures that FFmpeg decodes")
-                stream.codec_context.thread_count = 1  # one process is one worker
-                yield container, stream
+            try:
+                with av.open(file, format=reader, options=OPTIONS) as container:
+                    stream = container.streams.best("video")
+                    if stream is None or stream.codec_context is None:
+                        raise _unreadable(path, "it has no pictures that FFmpeg decodes")
+                    stream.codec_context.thread_count = 1  # one process is one worker
+                    yield container, stream
+            finally:
+                if file.is_exhausted:  # the reason of whatever else is said
+                    raise _unreadable(path, f"FFmpeg reads or seeks in it over {MAX_ACCESSES} times to find its frames")
     except (RejectedSample, DataError):
         raise
     # Bytes of strangers make FFmpeg and PyAV raise many types; each means that this video cannot be shown.
@@ -175,14 +186,34 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
         raise _unreadable(path, getattr(error, "strerror", None) or type(error).__name__) from error
 
 
-def _regular_file(path: str) -> Any:
+class _CountedFile(io.FileIO):
+    """A file that FFmpeg may read and seek in so many times; then it seems to end, which FFmpeg does not ignore."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "rb")
+        self._accesses = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._accesses > MAX_ACCESSES
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._accesses += 1
+        return b"" if self.is_exhausted else super().read(size)
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        self._accesses += 1
+        return super().seek(place, whence)
+
+
+def _regular_file(path: str) -> _CountedFile:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is no regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise _unreadable(path, f"it has over {MAX_FILE_BYTES >> 30} GiB; cut it into clips")
-        return open(path, "rb")
+        return _CountedFile(path)
     except OSError as error:
         raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path}: {error.strerror}") from error
 

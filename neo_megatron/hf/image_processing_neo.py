@@ -20,6 +20,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ImagesKwargs
 
 from .errors_neo import RejectedSample
+from .image_limits_neo import check_bytes
 from .pictures_neo import (
     decode,
     decode_opened,
@@ -135,9 +136,17 @@ class NEOImageProcessor(ImageProcessingMixin):
 
 def write_shared_code(directory: Path) -> None:
     """Writes the files that training shares as a checkpoint has them, in place of those that import a package."""
-    for name, part in (("errors_neo", RejectedSample), ("pictures_neo", decode), ("tags_neo", split_tags)):
+    shared = {
+        "errors_neo": RejectedSample,
+        "image_limits_neo": check_bytes,
+        "pictures_neo": decode,
+        "tags_neo": split_tags,
+    }
+    for name, part in shared.items():
         text = Path(inspect.getsourcefile(part)).read_text(encoding="utf-8")
-        text = re.sub(r"^from neo_megatron\.data\.errors import", "from .errors_neo import", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^from neo_megatron\.data\.(errors|image_limits) import", r"from .\1_neo import", text, flags=re.M
+        )
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .errors_neo import RejectedSample  # noqa: F401 - for image_processing_neo
+from .image_limits_neo import check_bytes  # noqa: F401 - for image_processing_neo
 from .image_processing_neo import MERGE_SIZE, NEOImageProcessor, Picture, check_tensors, row_major
 from .messages_neo import as_conversations, checked_messages, images_of, template_has_variable
 from .pictures_neo import decode  # noqa: F401 - for image_processing_neo

@@ -57,15 +57,17 @@ def _go_on(
 
 
 def _sentence(args: Namespace, loaded: Loaded) -> str:
+    if not loaded.known and not loaded.fresh:
+        return "--optimizer sgd without momentum keeps no state, and none was loaded"
     if not loaded.known:
         return (
             f"{args.resume_from} has no optimizer state (saved with --no-save-optim, or before any step was taken): "
             "moments begin at zero"
         )
     fresh = f", zero for {loaded.fresh}" if loaded.fresh else ""
+    steps = f" after {loaded.step} steps" if loaded.step else ""
     return (
-        f"optimizer state of {args.resume_from} after {loaded.step} steps, on the first rank: loaded for "
-        f"{loaded.known} parameters{fresh}"
+        f"optimizer state of {args.resume_from}{steps}, on the first rank: loaded for {loaded.known} parameters{fresh}"
     )
 
 

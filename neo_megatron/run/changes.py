@@ -30,6 +30,7 @@ _TOLD = {
     "adam_beta1": "",
     "adam_beta2": "",
     "adam_eps": "",
+    "sgd_momentum": "",
     "clip_grad": "",
     "bf16": "",
     "fp16": "",
@@ -112,8 +113,6 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     Raises:
         ConfigError: and neither can we.
     """
-    if args.optimizer != "adam":
-        return False
     saved = TorchDistDirectory(checkpoint)
     common_state = saved.common_state()
     there = common_state["args"]
@@ -122,6 +121,8 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     # A pipeline stage may hold nothing that trains in stage 1; Megatron looks for its state all the same.
     idle_stages = args.training_stage == 1 and args.pipeline_model_parallel_size > 1
     schedule_flags = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if args.optimizer == "sgd":  # Megatron cannot
+        return True
     if has_moments(saved):
         return bool(changed or idle_stages or schedule_flags)
     if not is_by_ranks(saved):

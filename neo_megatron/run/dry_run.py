@@ -20,7 +20,7 @@ from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
 from neo_megatron.run.after_loading import packs_to_read
-from neo_megatron.run.loaders import open_packs
+from neo_megatron.run.loaders import check_loader_memory, ended_before, open_packs
 from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint
 
@@ -41,6 +41,7 @@ def dry_run(args: Namespace) -> None:
     if args.rank != 0:
         return
     note_packs(args)
+    check_loader_memory(args)
     iteration, consumed = _check_checkpoint(args)
     workload = _check_packs(args, iteration, consumed)
     if any(getattr(args, flag) for flag in _UNPLANNED):
@@ -86,6 +87,8 @@ def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
     """Reads the first global batch, of other splits the first pack; pictures are decoded."""
     size = args.global_batch_size
     train = packs_to_read(args, iteration, consumed)
+    if sentence := ended_before(args, train, consumed):
+        print(sentence)
     batch = GlobalBatch(size, args.data_parallel_size, args.micro_batch_size, start=consumed)
     workload = None
     for split, first, count, global_batch in (

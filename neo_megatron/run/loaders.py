@@ -39,9 +39,9 @@ def datasets_provider(
     elif parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
         pictures = "check"
     train, consumed = packs_to_read(args, args.iteration, args.consumed_train_samples), args.consumed_train_samples
-    if 0 < train <= consumed and not args.skip_train:
+    if sentence := ended_before(args, train, consumed):
         if args.rank == 0:
-            say(f"training has ended before: all of its {train} packs were read; a longer one needs more steps")
+            say(sentence)
         sys.exit()
     return (
         None if args.skip_train else _training(args, train, consumed, pictures),
@@ -51,6 +51,13 @@ def datasets_provider(
 
 
 datasets_provider.is_distributed = True
+
+
+def ended_before(args: Namespace, packs: int, consumed: int) -> str:
+    """A sentence about a run that has read all of its packs and has nothing left to do; empty for any other."""
+    if args.skip_train or not 0 < packs <= consumed:
+        return ""
+    return f"training has ended before: all of its {packs} packs were read; a longer one needs more steps"
 
 
 def _training(args: Namespace, num_samples: int, consumed: int, pictures: Pictures) -> "MicroBatches | None":

@@ -1,9 +1,9 @@
-"""An optimizer's state by the names of parameters: from any of Megatron's Adam optimizers into any other.
+"""An optimizer's state by the names of parameters: into another wrapper or precision of the same optimizer.
 
-Megatron loads the state that its own optimizer of the same kind and precision has saved, with the hyperparameters of
-then, and fails or loads wrongly otherwise. Here every parameter gets its moments and, where the optimizer keeps a
-float32 copy apart from the model (the master weight), exactly that copy: of the checkpoint's optimizer, or of the
-weights of a model in float32. Hyperparameters stay those of the command line.
+Megatron loads the state that its own optimizer of the same wrapper and precision has saved, with the hyperparameters
+of then, and fails or loads wrongly otherwise; SGD's it cannot load at all. Here every parameter gets its moments and,
+where the optimizer keeps a float32 copy apart from the model (the master weight), exactly that copy: of the
+checkpoint's optimizer, or of the weights of a model in float32. Hyperparameters stay those of the command line.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,8 @@ from torch.nn import Parameter
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 
 STATE = "optimizer.state."
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# By Megatron's name of the optimizer.
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 _TORCH_ADAM = (torch.optim.AdamW, torch.optim.Adam)
 # The plain and the distributed optimizer name a master differently; last, the weight of the model itself.
 _MASTERS = (f"{STATE}fp32_param.", f"{STATE}param.", "")
@@ -38,7 +39,7 @@ class Loaded:
 
     Args:
         known, fresh: how many of the parameters that train have moments in the checkpoint, and how many have not.
-        step: Adam's count of steps.
+        step: Adam's count of steps; 0 for SGD, which does not count.
     """
 
     known: int
@@ -51,7 +52,7 @@ class _State:
     """What this rank's optimizer holds of a parameter.
 
     Args:
-        tensors: "exp_avg", "exp_avg_sq" and "master", the last one only where it is kept apart from the parameter.
+        tensors: the moments and "master", the latter only where it is kept apart from the parameter.
         part: of the flattened parameter; the distributed optimizer holds a part on each rank.
     """
 
@@ -59,9 +60,9 @@ class _State:
     part: slice
 
 
-def has_moments(saved: TorchDistDirectory) -> bool:
-    """Whether a checkpoint has optimizer state by the names of parameters."""
-    return any(key.startswith(f"{STATE}exp_avg.") for key in saved.shapes)
+def has_moments(saved: TorchDistDirectory, optimizer: str = "adam") -> bool:
+    """Whether a checkpoint has state of this kind of optimizer by the names of parameters."""
+    return any(key.startswith(f"{STATE}{MOMENTS[optimizer][0]}.") for key in saved.shapes)
 
 
 def is_by_ranks(saved: TorchDistDirectory) -> bool:
@@ -83,7 +84,8 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
     sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
     optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
     states = [(one, p, state) for one in optimizers for p, state in _states(one)]
-    for moment in MOMENTS:
+    moments = _moments(optimizers[0]) if optimizers else ()
+    for moment in moments:
         values = _read(saved, sharded, (f"{STATE}{moment}.",))
         for one, parameter, state in states:
             _fill(one, parameter, state, moment, values.get(parameter))
@@ -101,8 +103,8 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
         scaler = next((state["grad_scaler"] for state in common if "grad_scaler" in state), None)
         if scaler is not None and getattr(one, "grad_scaler", None) is not None:
             one.grad_scaler.load_state_dict(scaler)
-    known = sum(f"{STATE}exp_avg.{entry.key}" in saved.shapes for entry in sharded.values())
-    return Loaded(known, len(sharded) - known, step)
+    known = sum(f"{STATE}{moment}.{entry.key}" in saved.shapes for moment in moments[:1] for entry in sharded.values())
+    return Loaded(known, len(sharded) - known if moments else 0, step)
 
 
 def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
@@ -174,8 +176,7 @@ def _sharded_parameters(
 
 def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, _State]]:
     """This rank's state of every parameter that it updates, allocated where it was not."""
-    inner = optimizer.optimizer
-    optimizer.init_state_fn(inner, optimizer.config)
+    _allocate(optimizer)
     all_of_it = slice(None)
     if isinstance(optimizer, DistributedOptimizer):
         for parameter in optimizer.model_param_group_index_map:
@@ -186,17 +187,34 @@ def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, _State]]:
         groups = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
         for parameters, masters in groups:
             for parameter, master in zip(parameters, masters, strict=True):
-                yield parameter, _State({"master": master.data, **_moments(inner.state[master])}, all_of_it)
+                yield parameter, _State({"master": master.data, **_held(optimizer, master)}, all_of_it)
         for parameters in optimizer.fp32_from_fp32_groups:
             for parameter in parameters:
-                yield parameter, _State(_moments(inner.state[parameter]), all_of_it)
+                yield parameter, _State(_held(optimizer, parameter), all_of_it)
     else:
         for parameter in optimizer.get_parameters():
-            yield parameter, _State(_moments(inner.state[parameter]), all_of_it)
+            yield parameter, _State(_held(optimizer, parameter), all_of_it)
 
 
-def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {moment: state[moment] for moment in MOMENTS}
+def _moments(optimizer: MegatronOptimizer) -> tuple[str, ...]:
+    """The moments that an optimizer keeps of each parameter; SGD without momentum keeps none."""
+    kind = optimizer.config.optimizer
+    return () if kind == "sgd" and not optimizer.config.sgd_momentum else MOMENTS[kind]
+
+
+def _held(optimizer: MegatronOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    return {moment: optimizer.optimizer.state[parameter][moment] for moment in _moments(optimizer)}
+
+
+def _allocate(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter its moments; Megatron does not know how to for SGD."""
+    inner = optimizer.optimizer
+    if optimizer.init_state_fn is not None:
+        optimizer.init_state_fn(inner, optimizer.config)
+        return
+    for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+        for moment in _moments(optimizer):
+            inner.state[parameter].setdefault(moment, torch.zeros_like(parameter))
 
 
 def _step(state: dict[str, Any]) -> int:
@@ -209,6 +227,8 @@ def _step(state: dict[str, Any]) -> int:
 
 def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
     inner = optimizer.optimizer
+    if optimizer.config.optimizer == "sgd":  # it does not count
+        return
     if isinstance(inner, _TORCH_ADAM):
         for state in inner.state.values():
             state["step"] = torch.tensor(float(step))

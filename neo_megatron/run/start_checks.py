@@ -28,6 +28,10 @@ def check_settings(args: Namespace) -> None:
         ConfigError: with the flag and a remedy.
     """
     _check_wandb(args)
+    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+        raise ConfigError(
+            "--use-distributed-optimizer shards the state of --optimizer adam alone: leave one of them out"
+        )
     absent = _check_packages(args)
     if args.attention_backend != AttnBackend.flash:  # else a package is looked for, see above
         check_backend(args.attention_backend)

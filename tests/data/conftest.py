@@ -109,7 +109,13 @@ def bench(tmp_path: Path, tokenizer: Path) -> Workbench:
     return Workbench(tmp_path, tokenizer)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def new_bench(tokenizer: Path) -> Callable[[Path], Workbench]:
+    """Makes a workbench in a directory that several tests share."""
+    return lambda path: Workbench(path, tokenizer)
+
+
+@pytest.fixture(scope="session")
 def new_sample() -> Callable[..., dict[str, Any]]:
     return sample
 

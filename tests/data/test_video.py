@@ -269,6 +269,21 @@ def test_long_videos_are_refused(tmp_path, monkeypatch):
     assert "too long; cut it into clips" in refusal(write_video(tmp_path / "a.mp4"))[1]
 
 
+def test_many_packets_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("neo_megatron.data.video.MAX_PACKETS", 30)
+    assert "over 30 packets; cut it into clips" in refusal(write_video(tmp_path / "a.mkv", "mpeg4"))[1]
+
+
+def test_boxes_without_end_are_refused(tmp_path, monkeypatch):
+    """Each is a place that FFmpeg goes to."""
+    monkeypatch.setattr("neo_megatron.data.video.MAX_ACCESSES", 10_000)
+    path = write_video(tmp_path / "a.mp4")
+    assert len(list(read_frames(plan_clip(str(path), 1.0, 8)))) == 4  # as often as a usual file needs
+    with path.open("ab") as file:
+        file.write((b"\0\0\0\x08free") * 50_000)
+    assert "FFmpeg reads or seeks in it over 10000 times" in refusal(path)[1]
+
+
 def sample(tmp_path: Path, *texts: str, pictures=(), videos=()) -> Sample:
     turns = tuple(Turn("user" if number % 2 == 0 else "assistant", text, False) for number, text in enumerate(texts))
     return Sample(turns, tuple(str(tmp_path / name) for name in pictures), tuple(str(tmp_path / n) for n in videos))

@@ -118,6 +118,7 @@ def one(room) -> dict[str, Job]:
     """Runs of one process."""
     first = [
         start(room, "reference", ITERATIONS),
+        start(room, "sgd-reference", f"{ITERATIONS} --optimizer sgd"),
         start(room, "samples", f"--train-samples {STEPS * BATCH} --exit-interval {START}"),
         start(room, "no-optimizer", f"{ITERATIONS} --no-save-optim --exit-interval {START}"),
         start(room, "skipped", f"{ITERATIONS} {DISTRIBUTED} --fp16 --initial-loss-scale 1e30 --exit-interval 2"),
@@ -130,6 +131,9 @@ def one(room) -> dict[str, Job]:
         Job(room / name, command(room, copy_of(room, "reference", START, name), flags.format(room=room)))
         for name, flags in CHANGES.items()
     ]
+    for name, flags in {"sgd-on": "", "sgd-momentum": "--sgd-momentum 0.5", "sgd-alone": "--sgd-momentum 0"}.items():
+        saved = copy_of(room, "sgd-reference", START, name)
+        second.append(Job(room / name, command(room, saved, f"{ITERATIONS} --optimizer sgd {flags}")))
     source = f"{ITERATIONS} --pretrained-checkpoint {room}/reference-saved --ckpt-step {START} --exit-interval 2"
     damaged = shutil.copytree(room / "reference-saved", room / "damaged")
     piece = next((damaged / f"iter_{START:07d}").glob("*.distcp"))
@@ -241,6 +245,16 @@ def test_hyperparameters_are_those_of_the_command_line(room, one):
         for run, iteration in (("reference-saved", 4), ("beta2-saved", 6))
     )
     assert (six >= 0.25 * four * (1 - 1e-6)).all() and (six < 0.9 * four).any(), "0.95 would leave 0.9025 of it"
+
+
+def test_sgd_goes_on_with_its_momentum(one):
+    expected = one["sgd-reference"].scalars("lm loss")
+    losses = {name: one[name].scalars("lm loss") for name in ("sgd-on", "sgd-momentum", "sgd-alone")}
+    assert losses["sgd-on"] == {step: expected[step] for step in range(START + 1, STEPS + 1)}
+    for name, momentum in (("sgd-momentum", 0.5), ("sgd-alone", 0.0)):
+        assert f"--sgd-momentum 0.9 there, {momentum} here" in one[name].printed()
+        assert losses[name][START + 1] == expected[START + 1] and losses[name][STEPS] != expected[STEPS]
+    assert "without momentum keeps no state" in one["sgd-alone"].printed()
 
 
 def test_another_learning_rate_needs_a_word_and_then_works(one):

@@ -1,42 +1,24 @@
 """The demo in a browser: upload, ask, words and heat map come; weights against a dense computation; what is refused."""
 
 import base64
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import requests
 import torch
+from demo_server import served
 from PIL import Image
 from talk import Talk
 from words import words_of
 
 from neo_megatron.inference.answering import Answerer, Piece
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
 QUESTION = "What is in the picture? <img src=x onerror=alert(1)>"
 MAX_NEW_TOKENS = 160
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "neo"
-    shutil.copytree(golden / "ckpt_untied", directory)
-    for path in (golden / "tokenizer").iterdir():
-        shutil.copy(path, directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def picture(golden: Path) -> Path:
-    return golden / "images" / "c.png"
 
 
 @pytest.fixture(scope="module")
@@ -110,23 +92,10 @@ def test_words():
 def address(checkpoint: Path) -> Iterator[str]:
     """The page, served by the command that a user runs, with a limit of 1 MB."""
     pytest.importorskip("gradio", reason="gradio is not installed: tools/environment.sh adds it")
-    flags = ["--port", "0", "--max-upload-mb", "1", "--max-new-tokens", str(MAX_NEW_TOKENS)]
-    command = [sys.executable, DEMO / "app.py", "--model", checkpoint, "--device", "cpu", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        try:
-            output = []
-            for line in server.stdout:
-                output.append(line)
-                if found := re.match("the page: (.*)", line):
-                    break
-            else:
-                pytest.fail("".join(output))
-            listening = [c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == "LISTEN"]
-            assert listening == ["127.0.0.1"]
-            yield found[1]
-        finally:
-            server.terminate()
-    assert server.returncode == 0
+    with served(checkpoint, "--max-upload-mb", "1", "--max-new-tokens", str(MAX_NEW_TOKENS)) as server:
+        listening = [c.laddr.ip for c in server.process.net_connections() if c.status == "LISTEN"]
+        assert listening == ["127.0.0.1"]
+        yield server.address
 
 
 @pytest.fixture(scope="module")

@@ -1,39 +1,17 @@
 """The schedule of every command line, against its formula; what no schedule can be made of ends in a sentence."""
 
 import math
-import sys
 from argparse import Namespace
-from collections import defaultdict
 
 import pytest
 
-from neo_megatron import pretrain_neo
 from neo_megatron.model.config import ConfigError
 from neo_megatron.presets import STAGES
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
 
-BATCH = 4
-MODEL = f"--neo-model tiny --seq-length 192 --micro-batch-size 1 --global-batch-size {BATCH}"
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """What `pretrain_neo` makes of a command line, on one process."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    # Megatron parses its own source for the texts of --help, which takes a second.
-    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
-    monkeypatch.setattr("neo_megatron.run.training_arguments.set_global_variables", lambda args: None)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
-
-    def parse_arguments(flags: str) -> Namespace:
-        monkeypatch.setattr(sys, "argv", ["pretrain_neo", *MODEL.split(), *flags.split()])
-        return pretrain_neo.parse_arguments()
-
-    return parse_arguments
+BATCH = 4  # packs of a step, see `parse`
 
 
 @pytest.fixture

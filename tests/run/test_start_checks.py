@@ -1,6 +1,7 @@
-"""What a start refuses, its dry run refuses in the same sentence."""
+"""What a start refuses, its dry run refuses in the same sentence; what a start takes, its dry run takes."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ from conftest import GOLDEN, run_python
 from golden_packs import make_packs
 from pretrain_jobs import Job, run_jobs
 
+from neo_megatron import pretrain_neo
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.data.errors import DataError
+from neo_megatron.run import loader_workers
+
+# Megatron builds flags in a way that argparse is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
 
 WORKER = Path(__file__).parents[1] / "planning" / "dry_run_worker.py"
 BEGIN = "--pretrained-checkpoint {room}/golden"
@@ -29,8 +36,20 @@ REFUSED = {
         "--wandb-project needs the package wandb, which is not installed: pip install wandb",
     ),
 }
-FINE = {
+CHANGE = "--load {room}/saved --save {room}/changed"
+VALIDATE = "--valid-data-path {room}/packs --eval-interval 1"
+TAKEN = {
+    "bf16": f"{CHANGE}-bf16 --bf16",
+    "smaller batch": f"{CHANGE}-batch --global-batch-size 2",
+    "distributed optimizer": f"{CHANGE}-optimizer --use-distributed-optimizer",
+    "fewer evaluations": f"{CHANGE}-evaluations {VALIDATE} --eval-iters 1",
+    "full validation": f"{CHANGE}-validation {VALIDATE} --full-validation",
+    "a new schedule": f"{CHANGE}-rate --lr 5e-4 --override-opt-param-scheduler",
+    "evaluation alone": "--load {room}/saved --valid-data-path {room}/packs --eval-iters 2 --skip-train",
+}
+FINE = TAKEN | {
     "goes on": GO_ON,
+    "has ended": "--load {room}/saved --save {room}/saved --train-iters 1 --override-opt-param-scheduler",
     "packages for GPUs": f"{BEGIN} --bf16 --transformer-impl transformer_engine --attention-backend flash",
 }
 
@@ -46,9 +65,12 @@ def room(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def started(room) -> dict[str, Job]:
-    """All starts that are refused, after one that saves a checkpoint."""
-    first = Job(room / "first", command(room, f"{BEGIN} --exit-interval 1 --save {{room}}/saved"))
-    jobs = {name: Job(room / f"start {name}", command(room, flags)) for name, (flags, _) in REFUSED.items()}
+    """All starts, those that are refused and others, after one that saves a checkpoint."""
+    first = Job(
+        room / "first", command(room, f"{BEGIN} {VALIDATE} --eval-iters 2 --exit-interval 1 --save {{room}}/saved")
+    )
+    flags = {name: flags for name, (flags, _) in REFUSED.items()} | TAKEN
+    jobs = {name: Job(room / f"start {name}", command(room, text)) for name, text in flags.items()}
     run_jobs(1, [first, *jobs.values()])
     return jobs
 
@@ -76,9 +98,30 @@ def test_a_dry_run_refuses_what_the_start_refuses(name, started, dry):
     assert dry[name][1] == sentence
 
 
-def test_a_run_that_can_go_on_is_not_refused(dry, room):
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_dry_run_takes_what_the_start_takes(name, started, dry):
+    assert started[name].exit() is None
+    printed, end = dry[name]
+    assert end is None and "dry run: nothing was found that would stop this run" in printed, (printed, end)
+
+
+def test_a_run_that_can_go_on_is_not_refused(dry):
     printed, end = dry["goes on"]
     assert end is None and "iter_0000001: of this model" in printed, (printed, end)
+
+
+def test_a_run_that_has_nothing_left_to_do_is_named(dry):
+    printed, end = dry["has ended"]
+    assert end is None and "training has ended before: all of its 4 packs were read" in printed, (printed, end)
+
+
+def test_a_dry_run_looks_for_room_for_the_loader(room, parse, monkeypatch):
+    args = parse(
+        f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --train-iters 3 --num-workers 2 --dry-run"
+    )
+    monkeypatch.setattr(loader_workers.os, "statvfs", lambda path: Namespace(f_bavail=0, f_frsize=4096))
+    with pytest.raises(DataError, match="/dev/shm has 0 MB free, .* --shm-size=1g"):
+        pretrain_neo.dry_run(args)
 
 
 def test_packages_that_only_machines_with_gpus_have_are_named(dry):

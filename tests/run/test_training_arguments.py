@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-from argparse import Namespace
-from collections import defaultdict
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -11,32 +9,18 @@ from types import ModuleType
 import pytest
 from conftest import run_python
 
-from neo_megatron import pretrain_neo
 from neo_megatron.model.config import ConfigError
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
 
 ROOT = Path(__file__).parents[2]
-RUN = "--neo-model tiny --seq-length 192 --micro-batch-size 1 --global-batch-size 4 --train-iters 10"
 
 
 @pytest.fixture
-def parse(monkeypatch):
-    """What `pretrain_neo` makes of a command line, on one process."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    # Megatron parses its own source for the texts of --help, which takes a second.
-    monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
-    monkeypatch.setattr("neo_megatron.run.training_arguments.set_global_variables", lambda args: None)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
-
-    def parse_arguments(flags: str) -> Namespace:
-        monkeypatch.setattr(sys, "argv", ["pretrain_neo", *RUN.split(), *flags.split()])
-        return pretrain_neo.parse_arguments()
-
-    return parse_arguments
+def parse(parse):
+    """Of a run of ten steps."""
+    return lambda flags: parse(f"--train-iters 10 {flags}")
 
 
 def test_size_flags_change_the_preset(parse):
@@ -95,6 +79,10 @@ def test_weights_and_biases(parse, monkeypatch, tmp_path):
         ("--distributed-backend nccl", "--distributed-backend nccl needs GPUs"),
         ("--save-interval 10", "--save-interval 10 is for --save: add it, or leave --save-interval out"),
         ("--save x --async-save --async-strategy nvrx", "needs the package nvidia-resiliency-ext"),
+        (
+            "--optimizer sgd --use-distributed-optimizer",
+            "--use-distributed-optimizer shards the state of --optimizer adam alone: leave one of them out",
+        ),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists all flags"),
     ],
 )

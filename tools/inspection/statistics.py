@@ -1,6 +1,5 @@
 """What a data set holds, counted over its indices; no token and no picture is read."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,9 +8,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from neo_megatron.data.files import REJECTS
+from neo_megatron.data.errors import DataError
 from neo_megatron.data.mixture import Mixture
 from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.data.rejects import read_rejects
 from neo_megatron.data.storage import Directory
 
 EXAMPLES = 3  # rejected samples shown for each reason
@@ -52,24 +52,34 @@ class Statistics:
 
 
 def count(data: Mixture, times: np.ndarray | None = None) -> Statistics:
-    """Counts all samples, each as often as ``times``, int32 [samples], says; ``None``: once."""
+    """Counts all samples, each as often as ``times``, int32 [samples], says; ``None``: once.
+
+    Raises:
+        DataError: there is no sample, or a file is damaged.
+    """
     result = Statistics([], np.zeros(1, np.int64))
     with tqdm(total=len(data), unit=" samples", desc="count", unit_scale=True, mininterval=0.5) as bar:
         for shards, start in zip(data.sets, data.starts, strict=False):
             sources = [SourceCounts(source["name"]) for source in shards.manifest["sources"]]
             for number, entry in enumerate(shards.manifest["shards"]):
+                shard = shards.shard(number)  # first, as it finds a number of samples that is not true
                 uses = np.ones(entry["samples"], np.int64)
                 if times is not None:
                     uses = times[start : start + entry["samples"]].astype(np.int64)
-                _count_shard(shards.shard(number), uses, sources, result)
+                _count_shard(shard, uses, sources, result)
                 start += entry["samples"]
                 bar.update(entry["samples"])
             result.sources += sources
             _count_rejects(shards.storage, shards.manifest["counts"]["rejected_by_reason"], result)
+    if not result.lengths.any():
+        raise DataError(
+            f"{data.sets[0].location} holds no sample to show; its rejects.jsonl says why each was rejected"
+        )
     return result
 
 
 def _count_shard(shard: Any, uses: np.ndarray, sources: list[SourceCounts], result: Statistics) -> None:
+    shard.check_text()
     rows, lengths = shard.samples, np.asarray(shard.tokens.lengths)
     histogram = np.bincount(lengths, uses).astype(np.int64)
     if len(histogram) > len(result.lengths):
@@ -91,7 +101,7 @@ def uses_in_epoch(packs: PackIndex) -> np.ndarray:
     """How often each sample is in an epoch of packs: int32 [samples]."""
     units, steps = packs.table.units, np.zeros(len(packs.data) + 1, np.int32)
     for start in range(0, len(units), _CHUNK):
-        chosen = units[start : start + _CHUNK]
+        chosen = packs.table.rows(np.arange(start, min(start + _CHUNK, len(units))))
         np.add.at(steps, chosen["first"], 1)
         np.add.at(steps, chosen["first"] + chosen["samples"], -1)
     return np.cumsum(steps[:-1], out=steps[:-1])
@@ -100,8 +110,7 @@ def uses_in_epoch(packs: PackIndex) -> np.ndarray:
 def count_packs(packs: PackIndex, directory: Directory) -> Statistics:
     """Counts one epoch of packs; what packing rejected comes to what preprocessing rejected."""
     result = count(packs.data, uses_in_epoch(packs))
-    with open(directory.local(REJECTS), encoding="utf-8") as lines:
-        kinds = Counter(json.loads(line)["kind"] for line in lines)
+    kinds = Counter(entry["kind"] for entry in read_rejects(directory))
     _count_rejects(directory, kinds, result)
     return result
 
@@ -111,8 +120,7 @@ def _count_rejects(directory: Directory, counts: dict[str, int], result: Statist
     wanted = {kind: min(EXAMPLES, number) for kind, number in counts.items()}
     if not wanted:
         return
-    with open(directory.local(REJECTS), encoding="utf-8") as lines:
-        _take_examples(map(json.loads, lines), wanted, result.examples)
+    _take_examples(read_rejects(directory), wanted, result.examples)
 
 
 def _take_examples(

@@ -6,6 +6,7 @@ Nothing of object storage is imported before such a location is opened; see ``ob
 import mmap
 import os
 import posixpath
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -47,7 +48,7 @@ class Directory(Protocol):
         ...
 
     def local(self, name: str) -> Path:
-        """A whole file on the local disk."""
+        """A whole file on the local disk. Raises DataError where it is not a regular file that is there."""
         ...
 
     def map(self, name: str, size: int | None = None) -> np.ndarray:
@@ -78,27 +79,23 @@ class LocalDirectory:
         self.location = str(location)
 
     def read(self, name: str) -> bytes:
-        try:
-            return self.local(name).read_bytes()
-        except FileNotFoundError as error:
-            raise DataError(f"{self.local(name)} is missing; copy the data set again") from error
+        return self.local(name).read_bytes()
 
     def size(self, name: str) -> int | None:
-        path = self.local(name)
-        return path.stat().st_size if path.is_file() else None
+        path = os.path.join(self.location, name)
+        return regular_file(path).st_size if os.path.lexists(path) else None
 
     def local(self, name: str) -> Path:
-        return Path(self.location, name)
+        path = os.path.join(self.location, name)
+        regular_file(path)
+        return Path(path)
 
     def map(self, name: str, size: int | None = None) -> np.ndarray:
         path = os.path.join(self.location, name)
-        try:
-            array = map_file(path)
-        except FileNotFoundError as error:
-            raise DataError(f"{path} is missing; copy or preprocess it again") from error
-        if size is not None and len(array) != size:
-            raise DataError(f"{path} has {len(array)} bytes, not {size}; copy or preprocess it again")
-        return array
+        found = regular_file(path).st_size
+        if size is not None and found != size:
+            raise DataError(f"{path} has {found} bytes, not {size}; copy or preprocess it again")
+        return map_file(path)
 
     def open(self, name: str, size: int) -> np.ndarray:
         return self.map(name, size)
@@ -139,6 +136,23 @@ def join(location: str | Path, relative: str) -> str:
     if joined.split("/")[0] != path.split("/")[0]:
         raise DataError(f"{relative} leads out of the bucket of {location}; pack where the shards lie beside the packs")
     return f"{scheme}://{joined}"
+
+
+def regular_file(path: str) -> os.stat_result:
+    """What the file system says of a file of a data set. To open a FIFO could take for ever, and a device does things.
+
+    Raises:
+        DataError: it is missing, a link to nothing, a directory, or not a regular file.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; copy or preprocess it again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); copy or preprocess it again") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not a regular file; copy or preprocess it again")
+    return status
 
 
 def map_file(path: str | Path) -> np.ndarray:

@@ -2,26 +2,26 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tqdm import tqdm
 
 from neo_megatron.data import pack_index, shards
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.errors import DataError
 from neo_megatron.data.files import MANIFEST, REJECTS, is_as_written, manifest_bytes, parse_manifest
-from neo_megatron.data.held_out import SplitBy
-from neo_megatron.data.settings import ImageStore, Settings
-from neo_megatron.data.storage import Directory, is_remote, join, open_directory
-from neo_megatron.data.verify.packs import ARRAYS, check_packs
+from neo_megatron.data.rejects import reject_lines
+from neo_megatron.data.settings import Settings
+from neo_megatron.data.storage import Directory, is_remote, open_directory
+from neo_megatron.data.verify.packs import check_packs
 from neo_megatron.data.verify.pool import run_checks
-from neo_megatron.data.verify.shard import Damage, DataSet, check_file, check_shard, expected_files
+from neo_megatron.data.verify.shard import Damage, DataSet, check_file, check_shard
 from neo_megatron.paths import Wanted
+
+_LISTED = 100  # lines of the list of rejects that are not entries, one by one
 
 
 @dataclass
@@ -82,7 +82,7 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
 
 
 def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int) -> Verification:
-    data = _understood(directory, manifest, _data_set)
+    data = _data_set(directory, manifest)
     entries, counts = manifest["shards"], manifest["counts"]
     result = Verification(
         damage=_wrong_sums(counts, entries),
@@ -105,7 +105,6 @@ def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int)
 
 
 def _verify_packs(directory: Directory, manifest: dict[str, Any]) -> Verification:
-    _understood(directory, manifest, _check_pack_manifest)
     files = manifest["files"]
     total = sum(file["bytes"] for file in files.values())
     work = total + files[pack_index.UNITS]["bytes"]  # the units are held against the shards afterwards
@@ -122,76 +121,15 @@ def _verify_packs(directory: Directory, manifest: dict[str, Any]) -> Verificatio
     )
 
 
-def _understood[T](directory: Directory, manifest: dict[str, Any], read: Callable[[Directory, dict[str, Any]], T]) -> T:
-    """What ``read`` makes of a manifest; a form that is not ours is damage of the manifest itself."""
-    try:
-        return read(directory, manifest)
-    except KeyError as error:
-        raise DataError(f"{join(directory.location, MANIFEST)} is damaged: it lacks {error}; copy it again") from error
-    except (TypeError, ValueError, AttributeError, DataError) as error:
-        raise DataError(f"{join(directory.location, MANIFEST)} is damaged ({error}); copy it again") from error
-
-
 def _data_set(directory: Directory, manifest: dict[str, Any]) -> DataSet:
-    """What all shards have in common; the form of all that is relied on is checked."""
-    ids = SpecialIds(**manifest["tokenizer"]["ids"])
-    data = DataSet(
+    """What all shards have in common."""
+    return DataSet(
         location=directory.location,
-        ids=ids,
-        vocabulary=_natural(manifest["tokenizer"]["size"]),
+        ids=SpecialIds(**manifest["tokenizer"]["ids"]),
+        vocabulary=manifest["tokenizer"]["size"],
         settings=Settings(**manifest["settings"]),
-        annotations=tuple(str(source["annotations"]) for source in manifest["sources"]),
+        annotations=tuple(source["annotations"] for source in manifest["sources"]),
     )
-    if data.settings.image_store not in get_args(ImageStore):
-        raise ValueError(f"pictures cannot be stored as {data.settings.image_store!r}")
-    if max(map(_natural, asdict(ids).values())) >= data.vocabulary:
-        raise ValueError("an id lies outside the tokenizer")
-    counts = manifest["counts"]
-    for key in ("records_read", "samples_read", "samples_kept", "samples_rejected", "pictures"):
-        _natural(counts[key])
-    for count in counts["rejected_by_reason"].values():
-        _natural(count)
-    _check_files(manifest["files"], {REJECTS})
-    for entry in manifest["shards"]:
-        _natural(entry["samples"])
-        _natural(entry["pictures"])
-        if entry["name"] != shards.shard_name(int(entry["name"])):
-            raise ValueError(f"{entry['name']!r} is no name of a shard")
-        if manifest["version"] > 2:
-            _natural(entry["media"])
-        _check_files(entry["files"], expected_files(entry["name"], manifest["version"]))
-    return data
-
-
-def _check_pack_manifest(directory: Directory, manifest: dict[str, Any]) -> None:
-    """Raises for a form that is not ours."""
-    for key in ("samples_read", "samples_packed", "samples_rejected", "packs", "tokens"):
-        _natural(manifest["counts"][key])
-    _natural(manifest["seq_length"])
-    Fraction(manifest["held_out"] or 0)
-    if manifest["version"] > 2 and manifest["held_out"] and manifest["split"]["by"] not in get_args(SplitBy):
-        raise ValueError(f"records cannot be held out by {manifest['split']['by']!r}")
-    for entry in manifest["data"]:
-        join(directory.location, entry["shards"])
-        Fraction(entry["share"])
-        bytes.fromhex(entry["sha256"])
-        _natural(entry["samples"])
-        _natural(entry["tokens"])
-    _check_files(manifest["files"], {*ARRAYS, REJECTS})
-
-
-def _check_files(files: dict[str, Any], expected: set[str]) -> None:
-    if set(files) != expected:
-        raise ValueError(f"it names the files {', '.join(sorted(files))}, not {', '.join(sorted(expected))}")
-    for file in files.values():
-        _natural(file["bytes"])
-        bytes.fromhex(file["sha256"])
-
-
-def _natural(number: Any) -> int:
-    if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no count")
-    return number
 
 
 def _wrong_sums(counts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> list[Damage]:
@@ -211,12 +149,16 @@ def _wrong_sums(counts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> li
 def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Damage]:
     """The list of rejected samples against the manifest's counts of each reason."""
     listed: Counter[str] = Counter()
-    with open(directory.local(REJECTS), "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                listed[str(json.loads(line)["kind"])] += 1
-            except (ValueError, KeyError, TypeError, RecursionError):
-                yield Damage(REJECTS, f"line {number} is no entry of a rejected sample", "changed")
+    wrong = 0
+    for number, entry in enumerate(reject_lines(directory), start=1):
+        if entry is not None:
+            listed[entry["kind"]] += 1
+            continue
+        wrong += 1
+        if wrong <= _LISTED:
+            yield Damage(REJECTS, f"line {number} is not an entry of a rejected sample", "changed")
+    if wrong > _LISTED:
+        yield Damage(REJECTS, f"so are {wrong - _LISTED} more lines", "changed")
     for reason in sorted({*listed, *counted}):
         found, count = listed[reason], counted.get(reason, 0)
         if found != count:

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.errors import DamagedFile, DataError, damaged_file
 from neo_megatron.data.files import MANIFEST, REJECTS
 from neo_megatron.data.held_out import Split
+from neo_megatron.data.manifest_schema import PACK_ARRAYS
 from neo_megatron.data.mixture import Mixture
-from neo_megatron.data.pack_index import PATTERN, PATTERNS, RUN, RUNS, UNIT, UNITS
+from neo_megatron.data.pack_index import PATTERNS, UNITS, check_patterns, read_arrays
+from neo_megatron.data.rejects import reject_lines
 from neo_megatron.data.shards import Shard
 from neo_megatron.data.storage import Directory, join
 from neo_megatron.data.verify.shard import Damage, check_file
-
-ARRAYS = {UNITS: UNIT, PATTERNS: PATTERN, RUNS: RUN}
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,20 @@ def check_packs(directory: Directory, manifest: dict[str, Any], report: Callable
     damaged = {entry.file for entry in damage}
     counts = manifest["counts"]
     if REJECTS not in damaged:
-        with open(directory.local(REJECTS), "rb") as lines:
-            listed = sum(1 for _ in lines)
-        if listed != counts["samples_rejected"]:
-            damage.append(_of_manifest(f"it counts {counts['samples_rejected']:,} rejected samples, not {listed:,}"))
+        entries = list(map(bool, reject_lines(directory)))
+        if not all(entries):
+            damage.append(Damage(REJECTS, f"line {entries.index(False) + 1} is not an entry of a rejected sample"))
+        if len(entries) != counts["samples_rejected"]:
+            damage.append(
+                _of_manifest(f"it counts {counts['samples_rejected']:,} rejected samples, not {len(entries):,}")
+            )
     for key, field in (("samples_packed", "samples"), ("tokens", "tokens")):
         total = sum(entry[field] for entry in manifest["data"])
         if counts[key] != total:
             damage.append(_of_manifest(f"it counts {counts[key]:,} {key}, but the parts add up to {total:,}"))
+    fill = counts["tokens"] / (counts["packs"] * manifest["seq_length"])
+    if not math.isclose(manifest["fill"], fill, rel_tol=1e-9):
+        damage.append(_of_manifest(f"it says that {manifest['fill']} of the packs is filled, but it is {fill}"))
     try:
         mixture = Mixture([join(directory.location, entry["shards"]) for entry in manifest["data"]])
     except DataError as error:
@@ -74,12 +80,14 @@ def check_packs(directory: Directory, manifest: dict[str, Any], report: Callable
         if shards.fingerprint != entry["sha256"]
     ]
     damage += others
-    if damaged & set(ARRAYS) or others:
+    if not others and counts["samples_read"] != len(mixture):
+        damage.append(_of_manifest(f"it counts {counts['samples_read']:,} samples_read, not {len(mixture):,}"))
+    if damaged & set(PACK_ARRAYS) or others:
         return damage
     try:
         table = _read_table(directory, manifest)
-    except ValueError as error:
-        return [*damage, Damage(UNITS, str(error), "content")]
+    except DamagedFile as wrong:
+        return [*damage, Damage(wrong.path, wrong.what, "content")]
     return damage + list(_check_samples(table, mixture, manifest, report))
 
 
@@ -91,28 +99,27 @@ def _read_table(directory: Directory, manifest: dict[str, Any]) -> _Table:
     """The three arrays, which fit each other.
 
     Raises:
-        ValueError: they do not.
+        DamagedFile: they do not; its path is the name of the file.
     """
-    units, patterns, runs = (np.load(directory.local(name), mmap_mode="r", allow_pickle=False) for name in ARRAYS)
-    if (units.dtype, patterns.dtype, runs.dtype) != (UNIT, PATTERN, RUN):
-        raise ValueError("the arrays hold other fields than those of an index of packs")
-    if patterns["runs"].sum() != len(runs) or patterns["packs"].sum() != manifest["counts"]["packs"]:
-        raise ValueError("the patterns do not fit the runs, or the number of packs")
-    filled = np.add.reduceat(runs["length"] * runs["count"], np.cumsum(patterns["runs"]) - patterns["runs"])
-    if filled.max() > manifest["seq_length"]:
-        raise ValueError(f"a pack has {filled.max()} tokens, more than the {manifest['seq_length']} of a pack")
-    used = np.bincount(runs["length"], np.repeat(patterns["packs"], patterns["runs"]) * runs["count"]).astype(np.int64)
-    if used.sum() != len(units):
-        raise ValueError(f"the packs have places for {used.sum()} units, not for the {len(units)} that there are")
+    units, patterns, runs = read_arrays(directory.location, manifest["files"])
+    check_patterns(patterns, runs, len(units), "", manifest["seq_length"])
+    packs = int(patterns["packs"].sum())
+    if packs != manifest["counts"]["packs"]:
+        raise damaged_file(PATTERNS, f"it has {packs} packs, not {manifest['counts']['packs']}", "pack again")
+    lengths, run_of = np.unique(runs["length"], return_inverse=True)
+    used = np.zeros(len(lengths), np.int64)
+    np.add.at(used, run_of, np.repeat(patterns["packs"], patterns["runs"]) * runs["count"])
     order = np.argsort(units["first"], kind="stable")
-    lengths = np.flatnonzero(used)
-    return _Table(units, order, units["first"][order], lengths, np.cumsum(used[lengths]))
+    return _Table(units, order, units["first"][order], lengths, np.cumsum(used))
 
 
 def _check_samples(
     table: _Table, mixture: Mixture, manifest: dict[str, Any], report: Callable[[int], Any]
 ) -> Iterator[Damage]:
     """Shard by shard: the units that begin in it, against the samples that it has."""
+    if not 0 <= table.first[0] <= table.first[-1] < len(mixture):
+        yield Damage(UNITS, "units are of samples that no data set has", "content")
+        return
     seen, is_held = 0, _is_held(mixture, manifest)
     side = is_held and _side(table, mixture, is_held)
     for shards, entry, start in zip(mixture.sets, manifest["data"], mixture.starts, strict=False):
@@ -148,6 +155,7 @@ def _check_shard(
     shard: Shard, units: np.ndarray, claimed: np.ndarray, start: int, least: np.ndarray, most: np.ndarray
 ) -> list[tuple[int, str]]:
     """(sample, what is wrong), at most one for each kind of mistake: one mistake may touch every sample of a shard."""
+    shard.check_text()
     lengths = np.asarray(shard.tokens.lengths, np.int64)
     first, last = units["first"] - start, units["first"] - start + units["samples"]
     beyond = np.flatnonzero((units["samples"] < 1) | (last > len(lengths)))

@@ -12,17 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from neo_megatron.data.arrays import array_of
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.errors import RejectedSample
+from neo_megatron.data.errors import DamagedFile, DataError, RejectedSample
 from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, picture_grid, pixel_limit
+from neo_megatron.data.indexed import SequenceReader
+from neo_megatron.data.sample_checks import wrong_spans, wrong_tokens
 from neo_megatron.data.settings import Settings
-from neo_megatron.data.shards import MEDIA, SAMPLE
+from neo_megatron.data.shards import MEDIA, SAMPLE, check_grids
 from neo_megatron.data.storage import Directory, open_directory
 
 SEQUENCES = {"tokens": np.dtype("<i4"), "spans": np.dtype("<i4"), "pictures": np.dtype("u1")}
-_HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
-_CODES = {"tokens": 4, "spans": 4, "pictures": 1}
 _CHUNK = 4 << 20
+_AGAIN = "preprocess again"
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,15 @@ class DataSet:
     annotations: tuple[str, ...]
 
 
-class _Sequences:
-    """An ``.idx`` that is consistent, and its ``.bin``; see ``indexed.py``."""
-
-    def __init__(self, lengths: np.ndarray, documents: np.ndarray, data: np.ndarray) -> None:
-        self.lengths, self.documents, self._data = lengths, documents, data
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-    def __getitem__(self, sequence: int) -> np.ndarray:
-        return self._data[self._starts[sequence] : self._starts[sequence + 1]]
-
-
-def expected_files(shard: str, version: int) -> set[str]:
-    """Names of the files of a shard in a version of the format."""
-    pairs = {f"{shard}.{kind}.{suffix}" for kind in SEQUENCES for suffix in ("bin", "idx")}
-    arrays = ("grids", "samples", "media") if version > 2 else ("grids", "samples")
-    return pairs | {f"{shard}.{kind}.npy" for kind in arrays}
-
-
 def check_file(
     directory: Directory, name: str, entry: dict[str, Any], report: Callable[[int], Any]
 ) -> Iterator[Damage]:
     """Size and SHA-256 of a file against its entry in the manifest; ``report`` hears of bytes as they are read."""
-    size = directory.size(name)
+    try:
+        size = directory.size(name)
+    except DataError as error:
+        yield Damage(name, str(error))
+        return
     if size != entry["bytes"]:
         yield Damage(name, "it is missing" if size is None else f"it has {size:,} bytes, not {entry['bytes']:,}")
         return
@@ -145,14 +133,10 @@ class _ShardCheck:
         if self._state[self._name(kind)] != "sound":
             return None
         try:
-            array = np.load(self._directory.local(self._name(kind)), mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            self._add(kind, f"it is no NumPy array ({error})")
+            return array_of(self._directory.map(self._name(kind)), dtype, shape, self._name(kind), _AGAIN)
+        except DamagedFile as damaged:
+            self._add(kind, damaged.what)
             return None
-        if array.dtype != dtype or array.shape != shape:
-            self._add(kind, f"it holds {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}")
-            return None
-        return array
 
     def _samples(self) -> np.ndarray | None:
         samples = self._array("samples.npy", SAMPLE, (self._entry["samples"],))
@@ -162,6 +146,9 @@ class _ShardCheck:
         if not known.all():
             self._add("samples.npy", "a sample comes from a source that the manifest does not have")
             return None
+        if (samples["record"] < 0).any() or (samples["pictures"] < 0).any() or (samples["trained"] < 0).any():
+            self._add("samples.npy", "a record, or a number of pictures or trained tokens, is negative")
+            return None
         return samples
 
     def _check_media(self) -> None:
@@ -169,39 +156,38 @@ class _ShardCheck:
         if media is None or not len(media):
             return
         owners = media["sample"]
-        if owners.min() < 0 or owners.max() >= self._entry["samples"] or (np.diff(owners) < 0).any():
+        if owners.min() < 0 or owners.max() >= self._entry["samples"] or (owners[1:] < owners[:-1]).any():
             self._add("media.npy", "its samples are not in order, or not those of the shard")
         elif self._rows is not None and (self._rows["pictures"][owners] == 0).any():
             self._add("media.npy", "it names files of a sample that has no image")
 
     def _grids(self) -> np.ndarray | None:
         grids = self._array("grids.npy", np.dtype("<i4"), (self._entry["pictures"], 2))
-        if grids is not None and ((grids <= 0) | (grids % 2 != 0)).any():
-            self._add("grids.npy", "a grid is not even and positive")
+        if grids is not None and (wrong := check_grids(grids)):
+            self._add("grids.npy", wrong)
             return None
         return grids
 
-    def _sequences(self, kind: str) -> _Sequences | None:
+    def _sequences(self, kind: str) -> SequenceReader | None:
         """A pair of files, where the index is consistent and the data are as long as it says."""
         index_name, data_name = self._name(f"{kind}.idx"), self._name(f"{kind}.bin")
         if self._state[index_name] != "sound" or self._state[data_name] == "lost":
             return None
-        index = np.fromfile(self._directory.local(index_name), np.uint8)
-        sentence, found = _read_index(index, SEQUENCES[kind], _CODES[kind])
-        if found is None:
-            self._add(f"{kind}.idx", sentence)
+        of_pictures = kind == "pictures"
+        try:
+            reader = SequenceReader(
+                self._name(kind),
+                self._directory.map(index_name),
+                self._directory.map(data_name),
+                SEQUENCES[kind],
+                self._entry["pictures" if of_pictures else "samples"],
+                self._entry["samples"] if of_pictures else None,
+            )
+            reader.check()
+        except DamagedFile as damaged:
+            self._add(f"{kind}.{damaged.path.rpartition('.')[2]}", damaged.what)
             return None
-        lengths, documents = found
-        sequences, owners = self._entry["pictures" if kind == "pictures" else "samples"], len(documents) - 1
-        if len(lengths) != sequences or (kind == "pictures" and owners != self._entry["samples"]):
-            self._add(f"{kind}.idx", f"it has {len(lengths)} sequences in {owners} documents, not {sequences}")
-            return None
-        size = int(lengths.sum(dtype=np.int64)) * SEQUENCES[kind].itemsize
-        data = self._directory.map(data_name)
-        if len(data) != size:
-            self._add(f"{kind}.bin", f"it has {len(data):,} bytes, not the {size:,} of its index")
-            return None
-        return _Sequences(lengths, documents, data.view(SEQUENCES[kind]))
+        return reader
 
     def _add_sample(self, kind: str, sample: int, sentence: str) -> None:
         where = f"sample {self._first + sample}"
@@ -210,7 +196,7 @@ class _ShardCheck:
             where += f" ({self._data.annotations[row['source']]}, record {row['record']})"
         self._add(kind, f"{where}: {sentence}")
 
-    def _check_pictures(self, pictures: _Sequences, grids: np.ndarray) -> None:
+    def _check_pictures(self, pictures: SequenceReader, grids: np.ndarray) -> None:
         if self._rows is not None and (np.diff(pictures.documents) != self._rows["pictures"]).any():
             self._add("samples.npy", "its numbers of pictures are not those of the picture index")
         cells = grids.prod(axis=1, dtype=np.int64) // 4
@@ -226,42 +212,21 @@ class _ShardCheck:
                 if sentence:
                     self._add_sample("pictures.bin", sample, sentence)
 
-    def _check_tokens(self, tokens: _Sequences, pictures: _Sequences | None, grids: np.ndarray | None) -> None:
+    def _check_tokens(self, tokens: SequenceReader, pictures: SequenceReader | None, grids: np.ndarray | None) -> None:
         for sample in range(len(tokens.lengths)):
             owned = None
             if pictures is not None and grids is not None:
                 owned = grids[pictures.documents[sample] : pictures.documents[sample + 1]]
-            if sentence := _check_tokens(tokens[sample], owned, self._data.ids, self._data.vocabulary):
+            if sentence := wrong_tokens(tokens[sample], owned, self._data.ids, self._data.vocabulary):
                 self._add_sample("tokens.bin", sample, sentence)
 
-    def _check_spans(self, tokens: _Sequences, spans: _Sequences) -> None:
+    def _check_spans(self, tokens: SequenceReader, spans: SequenceReader) -> None:
         if not np.array_equal(tokens.documents, spans.documents):
             self._add("spans.idx", "its records are not those of the token index")
         for sample, length in enumerate(tokens.lengths.tolist()):
             trained = None if self._rows is None else int(self._rows["trained"][sample])
-            if sentence := _check_spans(spans[sample], length, trained):
+            if sentence := wrong_spans(spans[sample], length, trained):
                 self._add_sample("spans.bin", sample, sentence)
-
-
-def _read_index(index: np.ndarray, dtype: np.dtype, code: int) -> tuple[str, tuple[np.ndarray, np.ndarray] | None]:
-    """(what is wrong, None) or ("", (lengths, documents)) of the bytes of an ``.idx``."""
-    if len(index) < _HEADER.itemsize:
-        return "it is shorter than its header", None
-    header = index[: _HEADER.itemsize].view(_HEADER)[0]
-    count, documents = int(header["sequences"]), int(header["documents"])
-    known = (header["magic"], int(header["version"]), int(header["code"])) == (b"MMIDIDX", 1, code)
-    if not known or len(index) != _HEADER.itemsize + 12 * count + 8 * documents or documents < 1:
-        return "its header does not fit the file", None
-    body = index[_HEADER.itemsize :]
-    lengths = body[: 4 * count].view("<i4")
-    offsets = body[4 * count : 12 * count].view("<i8")
-    starts = body[12 * count :].view("<i8")
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    if (lengths <= 0).any() or (offsets != ends - lengths * np.int64(dtype.itemsize)).any():
-        return "its lengths and offsets contradict each other", None
-    if starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] != count:
-        return "its documents are not in order", None
-    return "", (lengths, starts)
 
 
 def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: Settings) -> str:
@@ -276,34 +241,4 @@ def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, 
     # A frame of a video is stored in the size of its grid.
     if expected != tuple(grid.tolist()) and (image.height, image.width) != (height, width):
         return f"the picture {name} makes a grid of {expected}, not of {tuple(grid.tolist())}"
-    return ""
-
-
-def _check_tokens(tokens: np.ndarray, grids: np.ndarray | None, ids: SpecialIds, vocabulary: int) -> str:
-    """What is wrong with the tokens of a sample; ``grids`` int32 [p, 2] of its pictures, ``None`` where unknown."""
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        return f"it has the token {low if low < 0 else high}, outside the {vocabulary:,} of the tokenizer"
-    if grids is None:
-        return ""
-    starts = np.flatnonzero(tokens == ids.image_start)
-    if len(starts) != len(grids):
-        return f"it has {len(starts)} <img> tokens for {len(grids)} pictures"
-    cells = grids.prod(axis=1, dtype=np.int64) // 4
-    if cells.sum() > len(tokens):
-        return "its pictures have more cells than it has tokens"
-    expected = np.arange(cells.sum()) + np.repeat(starts + 1 - (np.cumsum(cells) - cells), cells)
-    context = np.flatnonzero(tokens == ids.image_context)
-    ends = np.flatnonzero(tokens == ids.image_end)
-    if not np.array_equal(context, expected) or not np.array_equal(ends, starts + 1 + cells):
-        return "its <IMG_CONTEXT> tokens are not those of its pictures"
-    return ""
-
-
-def _check_spans(spans: np.ndarray, length: int, trained: int | None) -> str:
-    """What is wrong with the trained ranges of a sample of ``length`` tokens, ``trained`` of them by samples.npy."""
-    if len(spans) % 2 or spans[0] < 1 or spans[-1] > length or (np.diff(spans) <= 0).any():
-        return "its trained ranges do not lie within the sample in ascending order"
-    if trained is not None and int((spans[1::2] - spans[::2]).sum()) != trained:
-        return f"its trained ranges are not of the {trained} tokens that samples.npy says"
     return ""
