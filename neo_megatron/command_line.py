@@ -56,8 +56,9 @@ def run(name: str, main: Callable[[], Any], *expected: type[Exception], interrup
         try:
             main()
         except SystemExit as stop:  # also after --help
-            if stop.code:
-                raise
+            if not stop.code:
+                _flush()
+            raise
         _flush()
     except KeyboardInterrupt:
         end_interrupted(name, interrupted)

@@ -264,6 +264,8 @@ def _unwritable(text: str) -> str | None:
     if text.startswith(REMOTE):
         return "is object storage, which is only read: choose a directory of a mounted file system"
     path = Path(text)
+    if (link := _dangling(path)) is not None:
+        return _leads_nowhere(path, link)
     existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
     if not os.path.isdir(existing):
         return None if existing == path else f"lies under {existing}, which is a file: {_GIVE[Wanted.OUTPUT]}"
@@ -272,6 +274,29 @@ def _unwritable(text: str) -> str | None:
         reason = "is on a read-only file system" if read_only else f"cannot be written: {existing} gives no right to"
         return f"{reason}: {_GIVE[Wanted.OUTPUT]}"
     return None
+
+
+def _dangling(path: Path) -> Path | None:
+    """The link among a path and its parents that leads nowhere; `None` where all of them lead somewhere."""
+    places = (path, *path.absolute().parents)
+    return next((place for place in places if os.path.islink(place) and not os.path.exists(place)), None)
+
+
+def _leads_nowhere(path: Path, link: Path) -> str:
+    place = "is" if link == path else f"lies under {link},"
+    return f"{place} a link that leads nowhere: make what it leads to, or remove the link"
+
+
+def output_place(path: str | Path, flag: str = "--output") -> Path:
+    """Where an output is written that is put in place as a whole: links are followed, as for any other output.
+
+    Raises:
+        WrongPath: the path, or a parent, is a link that leads nowhere.
+    """
+    path = Path(path)
+    if (link := _dangling(path)) is not None:
+        raise WrongPath(f"{flag} {path} {_leads_nowhere(path, link)}")
+    return path.resolve() if path.is_symlink() else path
 
 
 def wrong_kind(location: str, found: Kind, wanted: Wanted) -> str:

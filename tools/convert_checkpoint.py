@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
             "--megatron": Wanted.MEGATRON,
             "--pre-buffer": Wanted.PRE_BUFFER,
             "--tokenizer": Wanted.TOKENIZER,
+            "--output": Wanted.OUTPUT,
         },
     )
 

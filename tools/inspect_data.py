@@ -5,7 +5,7 @@ python tools/inspect_data.py --data shards --output page.html        # a data se
 """
 
 from neo_megatron import command_line
-from neo_megatron.paths import Wanted
+from neo_megatron.paths import Wanted, output_place
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     command_line.begin(
@@ -52,18 +52,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_others(arguments.output)
+    output = output_place(arguments.output)
+    refuse_others(output)
     if arguments.packs:
         html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
     else:
         html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
-    write_whole(arguments.output, html.encode(errors="backslashreplace"))
-    print(f"the page to look at: {arguments.output.resolve()}")
+    write_whole(output, html.encode(errors="backslashreplace"))
+    print(f"the page to look at: {output.resolve()}")
 
 
 def refuse_others(output: Path) -> None:
     """Raises DataError where the page would take the place of something that is not such a page."""
-    if output.is_symlink() or output.exists():
+    if output.exists():
         if not output.is_file():
             raise DataError(f"{output} is not a file that can be written; choose another --output")
         with open(output, "rb") as file:

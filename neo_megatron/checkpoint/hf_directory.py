@@ -17,6 +17,7 @@ from torch import Tensor
 from neo_megatron.checked_files import check_file, read_json
 from neo_megatron.checkpoint.streaming import BLOCK_BYTES, StoredTensor, read_into, write_from
 from neo_megatron.locks import lock
+from neo_megatron.paths import output_place
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -231,10 +232,10 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
     An interrupted run leaves ``OUTPUT.partial``, which no reader takes for a checkpoint and the next run replaces.
 
     Raises:
-        ValueError: ``output`` exists and is not an empty directory.
+        ValueError: ``output`` exists and is not an empty directory, or is a link that leads nowhere.
         DataError: another run is writing to it.
     """
-    output = Path(output)
+    output = output_place(output)
     _refuse_full(output)
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.saved_metadata import read_metadata
@@ -24,11 +25,12 @@ class DamagedCheckpoint(ValueError):
 
 
 class Piece(NamedTuple):
-    """Where one stored piece of a tensor, or one object, lies."""
+    """Where one stored piece of a tensor, or one object, lies; ``shape`` of a tensor's piece."""
 
     path: Path
     offset: int
     length: int
+    shape: tuple[int, ...] | None
 
 
 def stored_pieces(directory: Path) -> list[Piece]:
@@ -46,10 +48,20 @@ def stored_pieces(directory: Path) -> list[Piece]:
     try:
         if read_json(directory / "metadata.json").get("sharded_backend") != "torch_dist":
             raise DamagedCheckpoint(f"{directory / 'metadata.json'} does not name the format torch_dist")
-        places = read_metadata(directory).storage_data.values()
+        metadata = read_metadata(directory)
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
-    pieces = sorted({Piece(directory / place.relative_path, place.offset, place.length) for place in places})
+    shapes = {
+        (key, tuple(piece.offsets)): tuple(piece.sizes)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+        for piece in entry.chunks
+    }
+    pieces = [
+        Piece(directory / place.relative_path, place.offset, place.length, shapes.get((index.fqn, index.offset)))
+        for index, place in metadata.storage_data.items()
+    ]
+    pieces = sorted({piece[:3]: piece for piece in pieces}.values(), key=lambda piece: piece[:3])
     ends = dict.fromkeys((piece.path for piece in pieces), 0)
     for piece in pieces:
         if piece.offset != ends[piece.path] or piece.length <= 0:
@@ -82,12 +94,12 @@ def verify_pieces(pieces: Sequence[Piece]) -> None:
     for path in dict.fromkeys(piece.path for piece in pieces):
         with path.open("rb") as file:
             for piece in pieces:
-                if piece.path == path and (what := _damage(FileWindow(file, piece.offset, piece.length))):
+                if piece.path == path and (what := _damage(FileWindow(file, piece.offset, piece.length), piece)):
                     end = piece.offset + piece.length
                     raise DamagedCheckpoint(f"{path} is damaged between bytes {piece.offset} and {end} ({what})")
 
 
-def _damage(archive: FileWindow) -> str | None:
+def _damage(archive: FileWindow, piece: Piece) -> str | None:
     """What is wrong with an archive of `torch.save`; `None` where every record is as it was written."""
     try:
         torch._C.PyTorchFileReader(archive)  # compares the parts of the table of contents; zipfile leaves some unread
@@ -97,6 +109,11 @@ def _damage(archive: FileWindow) -> str | None:
                 if not plain or record.flag_bits != _TORCH_ZIP_FLAGS or record.volume or record.comment:
                     return f"{record.filename} is not as torch.save writes it"
             wrong = records.testzip()
+        if piece.shape is not None and not wrong:
+            archive.seek(0)
+            shape = tuple(torch.load(archive, map_location="meta", weights_only=True).shape)
+            if shape != piece.shape:
+                return f"it holds a tensor of shape {shape} instead of {piece.shape}"
     except Exception as error:  # damaged bytes can make the readers raise anything
         return str(error).split("\n")[0].split(". ")[0]
     return wrong and f"the checksum of {wrong} differs"

@@ -7,11 +7,14 @@ It is a pickle, so it is read by an unpickler that builds DCP's records alone. N
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
@@ -55,6 +58,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 def _checked_ends(metadata: Metadata) -> dict[str, int]:
     """File -> where its last piece ends, after a look at all that a reader takes for granted."""
+    missing: set[tuple[str, tuple[int, ...] | None]] = set()  # pieces of which no place is known yet
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
             raise ValueError(f"an entry {key!r} of another kind")
@@ -65,14 +69,47 @@ def _checked_ends(metadata: Metadata) -> dict[str, int]:
                 for numbers in (piece.offsets, piece.sizes):
                     if not _are_counts(numbers) or len(numbers) != len(entry.size):
                         raise ValueError(f"a piece of {key} has other dimensions")
+            # What no piece covers would stay as it was: memory of whatever was there before.
+            if not pieces_make_up(entry.size, [(piece.offsets, piece.sizes) for piece in entry.chunks]):
+                raise ValueError(f"the pieces of {key} do not make up the tensor")
+            missing |= {(key, tuple(piece.offsets)) for piece in entry.chunks}
+        else:
+            missing.add((key, None))
     ends: dict[str, int] = {}
     for index, place in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place.relative_path, str):
             raise ValueError("a piece that lies nowhere")
+        piece = (index.fqn, None if index.offset is None else tuple(index.offset))
+        if piece not in missing:
+            raise ValueError(f"a place of {index.fqn} of which nothing else is said")
+        missing.remove(piece)
         if not _are_counts((place.offset, place.length)):
             raise ValueError(f"a piece of {index.fqn} at no place of a file")
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    if missing:
+        raise ValueError(f"nothing says where {min(key for key, _ in missing)} lies")
     return ends
+
+
+def pieces_make_up(size: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether pieces, given as offsets and sizes, cover every value of a tensor exactly once."""
+    inside = all(
+        begin + length <= whole
+        for offsets, sizes in pieces
+        for begin, length, whole in zip(offsets, sizes, size, strict=True)
+    )
+    if not inside or sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
+        return False
+    # As many values as the tensor has: then each is covered once unless two pieces overlap.
+    filled = [(np.array(offsets), np.array(sizes)) for offsets, sizes in pieces if math.prod(sizes)]
+    if len(filled) < 2:
+        return True
+    begins, lengths = (np.stack(numbers) for numbers in zip(*filled, strict=True))
+    ends = begins + lengths
+    if len(cut := np.flatnonzero((begins != begins[0]).any(axis=0) | (lengths != lengths[0]).any(axis=0))) == 1:
+        order = np.argsort(begins[:, cut[0]])  # as tensor parallelism cuts; a check of all pairs takes long for many
+        return bool((ends[order[:-1], cut[0]] <= begins[order[1:], cut[0]]).all())
+    return all(not ((begins[:n] < ends[n]) & (begins[n] < ends[:n])).all(axis=1).any() for n in range(1, len(begins)))
 
 
 def _are_counts(numbers: Any) -> bool:

@@ -7,7 +7,6 @@ tensor. Neither a process group nor a GPU is needed.
 
 import argparse
 import io
-import math
 import os
 import warnings
 import zipfile
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
@@ -29,7 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from neo_megatron.checked_files import read_file, read_json
-from neo_megatron.checkpoint.hf_directory import write_json
+from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES, write_json
 from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import BlockWriter, FileWindow, StoredTensor, read_into
 from neo_megatron.paths import Wanted, check_path
@@ -140,7 +138,14 @@ class TorchDistDirectory:
         }
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._entries[key].properties.dtype
+        """Raises ValueError for a weight of a type that none of NEO has."""
+        dtype = self._entries[key].properties.dtype
+        if dtype not in DTYPE_NAMES and not key.startswith("optimizer."):
+            known = ", ".join(map(str, DTYPE_NAMES))
+            raise ValueError(
+                f"{self.directory / '.metadata'}: {key} is of {dtype}, not {known}: copy the checkpoint again"
+            )
+        return dtype
 
     def read(self, key: str) -> Tensor:
         """One whole tensor, put together from however many ranks saved pieces of it.
@@ -158,11 +163,6 @@ class TorchDistDirectory:
             ValueError: pieces of it are missing or damaged.
         """
         entry = self._entries[key]
-        # What no piece covers would stay as it was: memory of whatever was there before.
-        if not pieces_make_up(entry.size, [(piece.offsets, piece.sizes) for piece in entry.chunks]):
-            raise ValueError(
-                f"{self.directory}: the pieces of {key} do not make up the tensor: the save was incomplete"
-            )
         for piece in entry.chunks:
             part = view
             for dim, (begin, length) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
@@ -211,24 +211,6 @@ class TorchDistDirectory:
             except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
                 what = str(error).split("\n")[0]
                 raise ValueError(f"{path}: {key}: {what}") from error
-
-
-def pieces_make_up(size: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether pieces, given as offsets and sizes, cover every value of a tensor exactly once."""
-    inside = all(
-        begin + length <= whole
-        for offsets, sizes in pieces
-        for begin, length, whole in zip(offsets, sizes, size, strict=True)
-    )
-    if not inside or sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
-        return False
-    # As many values as the tensor has: then each is covered once unless two pieces overlap.
-    filled = [(np.array(offsets), np.array(sizes)) for offsets, sizes in pieces if math.prod(sizes)]
-    if len(filled) < 2:
-        return True
-    begins, lengths = (np.stack(numbers) for numbers in zip(*filled, strict=True))
-    ends = begins + lengths
-    return all(not ((begins[:n] < ends[n]) & (begins[n] < ends[:n])).all(axis=1).any() for n in range(1, len(begins)))
 
 
 def _plain_records(archive: Any) -> None:

@@ -10,10 +10,11 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metadata_mutations import metadata_mutations
+from metadata_mutations import HARMLESS, metadata_mutations
 
 MISSING = object()
 VALUES = {
@@ -56,8 +57,13 @@ def mutations(directory: Path) -> list[Mutation]:
     for metadata in directory.glob("*/.metadata"):
         release = metadata.parent.name
         for name, change in metadata_mutations().items():
-            found.append(Mutation(name, name, lambda root, change=change: change(root / release), True))
+            change = partial(_in_release, release, change)
+            found.append(Mutation(name, name, change, name not in HARMLESS))
     return found
+
+
+def _in_release(release: str, change: Callable[[Path], None], root: Path) -> None:
+    change(root / release)
 
 
 def _of_keys(directory: Path) -> Iterator[Mutation]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from neo_megatron.checkpoint.torch_dist import load_allowed, pieces_make_up
+from neo_megatron.checkpoint.saved_metadata import pieces_make_up
+from neo_megatron.checkpoint.torch_dist import load_allowed
 from neo_megatron.data.errors import DataError
 from neo_megatron.loading_patches import load_bytes
 
@@ -55,6 +56,8 @@ def test_damaged_objects_are_a_sentence():
     [
         ([((0, 0), (4, 6))], True),
         ([((0, 0), (2, 6)), ((2, 0), (2, 3)), ((2, 3), (2, 3))], True),
+        ([((3, 0), (1, 6)), ((0, 0), (3, 6))], True),
+        ([((1, 0), (2, 6)), ((0, 0), (1, 6)), ((1, 0), (1, 6))], False),
         ([((0, 0), (2, 6)), ((0, 0), (2, 6))], False),  # twice the same, and nothing of the rest
         ([((0, 0), (2, 6)), ((1, 0), (2, 6))], False),
         ([((0, 0), (2, 6))], False),

@@ -322,14 +322,12 @@ def test_control_characters_are_shown_and_turn_nothing():
 
 
 def test_only_a_page_is_replaced(inspected, tmp_path):
-    page, other, link = tmp_path / "page.html", tmp_path / "thesis.html", tmp_path / "link.html"
+    page, other = tmp_path / "page.html", tmp_path / "thesis.html"
     page.write_text(inspected[0], encoding="utf-8")
     refuse_others(page)
     refuse_others(tmp_path / "new.html")
     other.write_text("<!doctype html><title>My thesis</title>")
     with pytest.raises(DataError, match="exists and is not a page of this tool; choose another --output"):
         refuse_others(other)
-    link.symlink_to(tmp_path / "missing")
-    for path in (link, tmp_path):
-        with pytest.raises(DataError, match="is not a file that can be written; choose another --output"):
-            refuse_others(path)
+    with pytest.raises(DataError, match="is not a file that can be written; choose another --output"):
+        refuse_others(tmp_path)
