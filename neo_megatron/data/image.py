@@ -108,7 +108,8 @@ def decode_opened(image: Image.Image, name: str) -> Image.Image:
     Raises:
         RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
     """
-    if isinstance(image, ImageFile.ImageFile) and image.fp is not None:  # not read yet, or one of several frames
+    # Without a file it was read already; a copy that was deep or pickled does not even have the attribute.
+    if isinstance(image, ImageFile.ImageFile) and getattr(image, "fp", None) is not None:
         try:
             data = _file_of(image)
             check_bytes(data)
@@ -292,7 +293,9 @@ def _check_tiff(image: Image.Image) -> None:
     Raises:
         ValueError: with what the file has.
     """
-    tags = image.tag_v2
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:  # a copy of an opened image that was deep or pickled has pixels alone
+        return
     bits, photometric = tags.get(_BITS_TAG, (1,)), tags.get(_PHOTOMETRIC_TAG, 0)
     uncompressed, planar = tags.get(_COMPRESSION_TAG, 1) == 1, tags.get(_PLANAR_TAG, 1) == 2
     if set(tags.get(_SAMPLE_FORMAT_TAG, (1,))) != {1} or max(bits) > 16:

@@ -1,7 +1,9 @@
 """Pictures against the published numbers, and what a viewer would show."""
 
+import copy
 import io
 import json
+import pickle
 import struct
 import zlib
 
@@ -199,6 +201,17 @@ def test_recompression_loses_by_its_quality(new_png):
 def test_other_modes_become_rgb(mode):
     image = Image.new(mode, (8, 8))
     assert picture.decode(encoded(image, "TIFF"), "x").mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_copies_of_an_opened_picture_are_decoded(kind, new_png):
+    """As data loaders and trainers make them; Pillow's copies have no file, and deep ones not even the attribute."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(new_png(40, 30))).save(file, kind)
+    expected = np.array(picture.decode(file.getvalue(), "a"))
+    for copied in (lambda image: image, copy.copy, copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))):
+        opened = Image.open(io.BytesIO(file.getvalue()))
+        assert (np.array(picture.decode_opened(copied(opened), "a")) == expected).all()
 
 
 def test_first_frame_of_an_animation():
