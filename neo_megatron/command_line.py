@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from neo_megatron.data.errors import DataError
 from neo_megatron.packages import OPTIONAL, install
 from neo_megatron.paths import Wanted, WrongPath, check_flags
+from neo_megatron.redaction import redacted
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a program that Ctrl-C has ended
 _LONGEST = 4000
@@ -100,7 +101,7 @@ def end_interrupted(name: str, hint: str = "") -> NoReturn:
 def sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
     """What to tell the user of an error, on one line; ``None`` for a bug, of which the traceback tells more."""
     sentence = _sentence_of(error, *expected)
-    return sentence and _printable(sentence)
+    return sentence and _printable(redacted(sentence))
 
 
 def _printable(text: str) -> str:

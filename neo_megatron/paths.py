@@ -14,6 +14,7 @@ from typing import Any
 
 from neo_megatron.checked_files import UnreadableFile, read_json
 from neo_megatron.data.errors import DataError
+from neo_megatron.redaction import credentials_refusal, has_credentials
 
 REMOTE = ("s3://", "msc://")
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -248,6 +249,8 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
         WrongPath: with the path, what it is, and what to do.
     """
     text = str(path)
+    if text.startswith(REMOTE) and has_credentials(text):
+        raise WrongPath(f"{flag} {credentials_refusal(text)}".strip())
     if wanted is Wanted.OUTPUT and (reason := _unwritable(text)):
         raise WrongPath(f"{flag} {text} {reason}".strip())
     if text.startswith(REMOTE):

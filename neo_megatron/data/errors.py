@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import Any
 
+from neo_megatron.redaction import redacted
+
 
 class Reason(StrEnum):
     """Why a sample was left out: the keys under which a manifest counts rejected samples."""
@@ -63,6 +65,7 @@ class RejectedSample(Exception):
     """One sample cannot be used; ``sentence`` says why, without naming the file and the record."""
 
     def __init__(self, reason: Reason, sentence: str) -> None:
+        sentence = redacted(sentence)  # it is written into rejects.jsonl and shown on pages
         super().__init__(reason, sentence)
         self.reason = reason
         self.sentence = sentence

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from neo_megatron.command_line import INTERRUPTED
+from neo_megatron.redaction import redacted
 from neo_megatron.run.console import Console
 
 _CLAIM = "first-failure"
@@ -52,6 +53,7 @@ class Failure:
             sentence: what to tell the user; without one the traceback is shown.
         """
         text = f"{self._name}: {sentence}" if sentence else "".join(traceback.format_exception(error)).rstrip()
+        text = redacted(text)
         if self.console is not None:
             print(text, file=sys.stderr)  # into the log
         if not sentence and self._error_file is not None:

@@ -81,8 +81,26 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches; its workers are remembered, so that their ends can be told."""
     before = set(multiprocessing.active_children())
     batches = iter(loader)
-    _workers.update({worker.pid: worker for worker in set(multiprocessing.active_children()) - before})
-    return batches
+    workers = set(multiprocessing.active_children()) - before
+    _workers.update({worker.pid: worker for worker in workers})
+    return _batches(batches, workers)
+
+
+def _batches(batches: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]:
+    """The same, and the error that PyTorch has for a worker that ended, also where it ends while it hands over."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            for worker in workers:
+                worker.join(timeout=1)
+            ended = next((worker for worker in workers if worker.exitcode is not None), None)
+            if ended is None:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {ended.pid}) ended while it handed over a pack") from error
+        yield batch
 
 
 def describe_ended_worker(error: BaseException) -> str | None:

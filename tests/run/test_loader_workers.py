@@ -1,5 +1,7 @@
 """Workers of the data loaders that hang, are killed, or find no shared memory: the rank says so instead of waiting."""
 
+import errno
+import multiprocessing
 import os
 import re
 import resource
@@ -173,3 +175,23 @@ def test_the_room_is_compared_with_the_packs(monkeypatch):
         "there: give the container more (docker run --shm-size=3g, or --ipc=host), or fewer --num-workers (0 needs "
         "none)"
     )
+
+
+def test_a_worker_that_is_killed_while_it_hands_over_is_a_sentence():
+    """The rank then sees a broken connection before it can see that the process has ended."""
+    worker = multiprocessing.get_context("spawn").Process(target=kill)
+    worker.start()
+    worker.join()
+
+    def broken():
+        yield 1
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    batches = loader_workers._batches(broken(), {worker})
+    loader_workers._workers[worker.pid] = worker
+    assert next(batches) == 1
+    with pytest.raises(RuntimeError) as raised:
+        next(batches)
+    assert "was ended by SIGKILL" in describe_ended_worker(raised.value)
+    with pytest.raises(ConnectionResetError):
+        list(loader_workers._batches(broken(), set()))

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from neo_megatron.data.errors import DataError
+from neo_megatron.redaction import credentials_refusal, has_credentials
 
 _SCHEMES = ("s3://", "msc://")
 
@@ -111,9 +112,15 @@ class LocalDirectory:
 
 
 def open_directory(location: str | Path) -> Directory:
-    """The directory at a local path, at ``s3://bucket/prefix``, or at ``msc://profile/prefix``."""
+    """The directory at a local path, at ``s3://bucket/prefix``, or at ``msc://profile/prefix``.
+
+    Raises:
+        DataError: the address has credentials in it.
+    """
     if not is_remote(location):
         return LocalDirectory(location)
+    if has_credentials(str(location)):
+        raise DataError(credentials_refusal(str(location)))
     from neo_megatron.data.storage.object_storage import ObjectDirectory
 
     return ObjectDirectory(str(location))

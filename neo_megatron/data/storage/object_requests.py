@@ -183,6 +183,8 @@ def _raise_if_permanent(error: Exception, url: str) -> None:
             f"{place} needs credentials and there are none; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "configure multi-storage-client"
         ) from error
+    if any(type(cause).__name__ == "ParamValidationError" for cause in _causes(error)):
+        raise DataError(f"{place} is not the address of a bucket: {_reason(error)}; check its name") from error
     if status == 416:
         raise DataError(f"{url} is shorter than its manifest says; copy it again") from error
     if status and 400 <= status < 500 and status not in (408, 429):
