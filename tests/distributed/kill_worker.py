@@ -5,7 +5,8 @@
 The job has `argv`, `directory` to log in, `root`, the directory that the run saves into, and `moments`: at which file
 operation under it to kill, once for each start; afterwards the run is started once more and left alone. A moment is
 [label, number]: the number-th time that an operation with this label is about to happen, or, for "opened", has happened
-and the file is still empty. Labels are as in "rename .metadata.tmp"; numbers of iterations are left out of them.
+and the file is still empty. Labels are as in "rename .metadata.tmp"; numbers of iterations are left out of them. Or it
+is a number of seconds since the start; where the run ends before, no other moments follow.
 
 Megatron is imported once and every start is a fork. The whole process group of a start is killed, the writer of an
 asynchronous save included, whose own operations are not counted. Each start appends to `log`: a line for every
@@ -23,6 +24,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import traceback
 import zlib
 from pathlib import Path
@@ -129,6 +131,24 @@ def run(job: dict, moment: tuple[str, int] | None) -> None:
     moments.note("end")
 
 
+def directory_log(job: dict) -> Path:
+    return Path(job["directory"]) / "log"
+
+
+def end_after(child: int, seconds: float, log: Path) -> int:
+    """Kills a start at a moment, unless it has ended before; its status as of `os.waitpid`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    with log.open("a") as file:
+        file.write("killed\n")
+    return os.waitpid(child, 0)[1]
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     Path(job["directory"]).mkdir(parents=True, exist_ok=True)
@@ -138,7 +158,7 @@ def main() -> None:
             status = 1
             with contextlib.suppress(BaseException):
                 try:
-                    run(job, moment and tuple(moment))
+                    run(job, tuple(moment) if isinstance(moment, list) else None)
                     status = 0
                 except SystemExit as stop:
                     status = int(stop.code != 0)
@@ -147,10 +167,15 @@ def main() -> None:
                     traceback.print_exc()
             sys.stdout.flush()
             os._exit(status)
-        _, status = os.waitpid(child, 0)
+        if isinstance(moment, float):
+            status = end_after(child, moment, directory_log(job))
+        else:
+            _, status = os.waitpid(child, 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # a writer that its start has left behind
         ended = os.waitstatus_to_exitcode(status)
+        if ended == 0 and isinstance(moment, float):
+            break
         if ended != (-signal.SIGKILL if moment else 0):
             sys.exit(
                 f"moment {moment}: ended with {ended}\n{Path(job['directory'], 'printed.log').read_text()[-4000:]}"

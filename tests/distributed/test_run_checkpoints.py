@@ -5,6 +5,7 @@ One uninterrupted run is the reference. Few launches serve all tests, because im
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from pretrain_jobs import Job, run_jobs
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.saved_metadata import CHECKSUMS
 from neo_megatron.checkpoint.streaming import StoredTensor
-from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
+from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory, write_torch_dist
 
 STEPS, EVERY = 20, 2
 # Each goes on where the one before it stopped, in the same directory: a chain of pairs.
@@ -284,10 +285,10 @@ FINISHING = [
 ]
 
 
-def killed_run(room: Path, name: str, moments: list, flags: str = "") -> dict[str, list[list[str]]]:
+def killed_run(room: Path, name: str, moments: list, flags: str, steps: int = STEPS) -> list[list[list[str]]]:
     """Kills a run at one moment after another; gives what each of its starts logged, by kind."""
     directory, saved = room / name, room / f"{name}-saved"
-    argv = command(room, saved, f"--save-total-limit 1 {flags}")
+    argv = command(room, saved, flags, steps)
     directory.mkdir()
     job = {"argv": argv, "directory": str(directory), "root": str(saved), "moments": moments}
     (directory / "job.json").write_text(json.dumps(job))
@@ -306,7 +307,11 @@ def killed_run(room: Path, name: str, moments: list, flags: str = "") -> dict[st
 
 
 @pytest.mark.parametrize(
-    "name, moments, flags", [("killed", SAVING + KEEPING, ""), ("async", FINISHING, "--async-save")]
+    "name, moments, flags",
+    [
+        ("killed", SAVING + KEEPING, "--save-total-limit 1"),
+        ("async", FINISHING, "--save-total-limit 1 --async-save"),
+    ],
 )
 def test_a_run_killed_at_any_moment_of_a_save_goes_on_with_the_same_batches_and_losses(
     room, first, name, moments, flags
@@ -328,6 +333,30 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_with_the_same_batches_and_
     assert sorted(batches) == list(range(4 * STEPS)) and all(len(seen) == 1 for seen in batches.values())
     left = sorted(path.name for path in (room / f"{name}-saved").iterdir() if ".set-aside" not in path.name)
     assert left == [LAST, TRACKER]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("limit", ["", "--save-total-limit 1"], ids=["all", "limit"])
+@pytest.mark.parametrize("how", ["", "--async-save"], ids=["sync", "async"])
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(room, how, limit):
+    """To the last bit, the optimizer's state included; every line of the log covers its own step."""
+    steps, name = 120, f"random{how}{limit}".replace(" ", "")
+    run_jobs(1, [Job(room / f"{name}-whole", command(room, room / f"{name}-whole-saved", how, steps))])
+    draw = random.Random(name)
+    starts = killed_run(room, name, [draw.uniform(0.5, 7.0) for _ in range(40)], f"{how} {limit}", steps)
+    kills = sum(start[-1] == ["killed"] for start in starts)
+    print(f"{name}: {kills} kills")
+    assert kills > 15 and starts[-1][-1] == ["end"]
+    expected, actual = (TorchDistDirectory(room / f"{name}{part}-saved") for part in ("-whole", ""))
+    assert expected.shapes == actual.shapes
+    for key in expected.shapes:
+        assert torch.equal(expected.read(key), actual.read(key)), key
+    losses = defaultdict(set)
+    for start in starts:
+        for kind, *rest in start:
+            if kind == "loss":
+                losses[int(rest[0].split()[0])].add(rest[0].split()[1])
+    assert sorted(losses) == list(range(1, steps + 1)) and all(len(seen) == 1 for seen in losses.values())
 
 
 def test_a_killed_job_of_two_ranks_goes_on(room, first):
