@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,6 +358,44 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(room, how, li
             if kind == "loss":
                 losses[int(rest[0].split()[0])].add(rest[0].split()[1])
     assert sorted(losses) == list(range(1, steps + 1)) and all(len(seen) == 1 for seen in losses.values())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("limit", ["", "--save-total-limit 1"], ids=["all", "limit"])
+@pytest.mark.parametrize("how", ["", "--async-save"], ids=["sync", "async"])
+def test_a_job_of_two_ranks_killed_at_random_moments_ends_with_the_same_weights(room, how, limit):
+    """All of its processes at once, some time after its first step."""
+    steps, name = 60, f"two-ranks{how}{limit}".replace(" ", "")
+    flags = f"{how} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --console-log full"
+    run_jobs(2, [Job(room / f"{name}-whole", command(room, room / f"{name}-whole-saved", flags, steps))])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = command(room, room / f"{name}-saved", f"{flags} {limit}", steps)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    draw, kills = random.Random(name), 0
+    for left_alone in (*[False] * 10, True):
+        how_to = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen([*launch, "-m", "neo_megatron.pretrain_neo", *argv], **how_to)
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if not left_alone and " iteration " in line and "elapsed time" in line:
+                time.sleep(draw.uniform(0, 2.5))
+                for doomed in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    doomed.kill()
+                break
+        process.stdout.read()
+        code = process.wait(timeout=120)
+        assert code in (0, -signal.SIGKILL), "".join(printed)[-3000:]
+        kills += code != 0
+        if code == 0:
+            break
+    print(f"{name}: {kills} kills")
+    assert kills > 4
+    expected, actual = (TorchDistDirectory(room / f"{name}{part}-saved") for part in ("-whole", ""))
+    assert expected.shapes == actual.shapes
+    for key in expected.shapes:
+        one, other = expected.read(key).double(), actual.read(key).double()
+        assert (one - other).norm() <= 2e-6 * one.norm(), key
 
 
 def test_a_killed_job_of_two_ranks_goes_on(room, first):
