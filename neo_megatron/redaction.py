@@ -1,26 +1,18 @@
-"""Keeps credentials out of what is printed and written: those in addresses, and access keys, known by their form.
+"""Keeps credentials out of the addresses of data sets, which are stored in manifests and printed.
 
-Needs nothing but the standard library.
+What is printed and written otherwise goes through `redacted`. Needs nothing but the standard library.
 """
 
 import re
 
-_USER = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_QUERY = re.compile(r"(\b\w+://[^\s?'\"]+\?)[^\s'\"]+")
-# Access key ids of AWS and tokens of Hugging Face, GitHub and GitLab.
-_KEYS = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:hf|ghp|gho|ghs|glpat)[_-][0-9A-Za-z_-]{16,}")
+from neo_megatron.data.errors import redacted
 
-
-def redacted(text: str) -> str:
-    """The text with ``***`` for the user and the query of every address in it, and for every access key."""
-    if "://" in text:
-        text = _QUERY.sub(r"\1***", _USER.sub("***@", text))
-    return _KEYS.sub("***", text)
+__all__ = ["credentials_refusal", "has_credentials", "redacted"]
 
 
 def has_credentials(address: str) -> bool:
     """Whether an address of object storage has a user or a query; buckets and keys of objects need neither."""
-    return _USER.search(address) is not None or re.search(r"\?[^/]*=", address) is not None
+    return re.search(r"://[^/\s]+@|\?[^/]*=", address) is not None
 
 
 def credentials_refusal(address: str) -> str:

@@ -299,7 +299,7 @@ def test_what_cannot_go_on_ends_in_a_sentence(room, one):
         ("missing", f"--load {room}/nowhere does not exist: give the --save directory of the run to resume, or leave"),
         ("step-alone", f"--pretrained-checkpoint {room}/golden: {room}/golden/iter_0000003 is missing"),
         ("sgd", "holds the state of --optimizer adam, this run has sgd: add --no-load-optim"),
-        ("step-damaged", f"iter_{START:07d}/__0_0.distcp has"),
+        ("step-damaged", f"iter_{START:07d}/__0_0.distcp: has"),
         ("held", f"--save {room}/held-saved belongs to a run that is alive (process "),
     ):
         sentence = one[name].exit()

@@ -122,10 +122,14 @@ def flip(path: Path) -> None:
 LAST, BEFORE = f"iter_{STEPS:07d}", f"iter_{STEPS - EVERY:07d}"
 # What is done to a copy of the reference's last two checkpoints; the file that is named; where the run goes on.
 DAMAGES = {
-    "cut": (lambda run: cut(run / LAST / "__0_0.distcp"), f"{LAST}/__0_0.distcp has", STEPS - EVERY),
+    "cut": (lambda run: cut(run / LAST / "__0_0.distcp"), f"{LAST}/__0_0.distcp: has", STEPS - EVERY),
     "flipped": (lambda run: flip(run / LAST / "__0_0.distcp"), f"{LAST}/__0_0.distcp is damaged", STEPS - EVERY),
-    "missing": (lambda run: (run / LAST / "__0_0.distcp").unlink(), "names '__0_0.distcp'", STEPS - EVERY),
-    "no-metadata": (lambda run: (run / LAST / ".metadata").unlink(), f"{LAST}/.metadata is missing", STEPS - EVERY),
+    "missing": (
+        lambda run: (run / LAST / "__0_0.distcp").unlink(),
+        f"{LAST}/__0_0.distcp: no such file",
+        STEPS - EVERY,
+    ),
+    "no-metadata": (lambda run: (run / LAST / ".metadata").unlink(), f"{LAST}/.metadata: no such file", STEPS - EVERY),
     "metadata": (lambda run: flip(run / LAST / ".metadata"), f"{LAST}/.metadata has another", STEPS - EVERY),
     "format": (lambda run: (run / LAST / "metadata.json").write_text("{"), f"{LAST}/metadata.json", STEPS - EVERY),
     "tracker": (lambda run: (run / TRACKER).write_text(""), f"{TRACKER} named nothing", STEPS),
