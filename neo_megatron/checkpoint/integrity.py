@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.saved_metadata import read_metadata
+from neo_megatron.checkpoint.saved_metadata import AGAIN, read_metadata
 from neo_megatron.checkpoint.streaming import FileWindow
 
 _TORCH_ZIP_FLAGS = 0x808  # sizes behind the data, names in UTF-8
@@ -50,7 +50,7 @@ def stored_pieces(directory: Path) -> list[Piece]:
             raise DamagedCheckpoint(f"{directory / 'metadata.json'} does not name the format torch_dist")
         metadata = read_metadata(directory)
     except ValueError as error:
-        raise DamagedCheckpoint(str(error)) from error
+        raise DamagedCheckpoint(str(error).removesuffix(AGAIN)) from error  # who asks knows another remedy
     shapes = {
         (key, tuple(piece.offsets)): tuple(piece.sizes)
         for key, entry in metadata.state_dict_metadata.items()

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from neo_megatron.checked_files import check_file, read_file, read_json
 
 CHECKSUMS = "checksums.json"
+AGAIN = ": copy the checkpoint again"  # the remedy at the end of a sentence
 _COVERED = (".metadata", "metadata.json")
 _METADATA_BYTES = 1 << 30  # some kilobytes for each tensor and rank
 _LARGEST = 1 << 60  # of a count that is stored as int64
@@ -47,12 +48,12 @@ def read_metadata(directory: Path) -> Metadata:
         metadata = _MetadataUnpickler(io.BytesIO(pickled)).load()
         ends = _checked_ends(metadata)
     except Exception as error:  # damaged bytes can make a pickle raise anything
-        raise ValueError(f"{path}: not the metadata of a checkpoint ({error}): copy it again") from error
+        raise ValueError(f"{path}: not the metadata of a checkpoint ({error}){AGAIN}") from error
     for name, end in ends.items():
         if Path(name).name != name:
-            raise ValueError(f"{path}: names {name!r}, which is no file of this directory: copy the checkpoint again")
+            raise ValueError(f"{path}: names {name!r}, which is no file of this directory{AGAIN}")
         if (size := check_file(directory / name)) < end:
-            raise ValueError(f"{directory / name}: has {size} bytes instead of {end}: copy the checkpoint again")
+            raise ValueError(f"{directory / name}: has {size} bytes instead of {end}{AGAIN}")
     return metadata
 
 
@@ -130,13 +131,11 @@ def write_checksums(directory: Path) -> None:
 def _compare_checksums(directory: Path) -> None:
     sums = read_json(directory / CHECKSUMS).get("sha256")
     if not isinstance(sums, dict) or set(sums) != set(_COVERED):
-        raise ValueError(f"{directory / CHECKSUMS} is not as it was written: copy the checkpoint again")
+        raise ValueError(f"{directory / CHECKSUMS} is not as it was written{AGAIN}")
     for name in _COVERED:
         check_file(directory / name)
         if _sha256(directory / name) != sums[name]:
-            raise ValueError(
-                f"{directory / name} has another checksum than {CHECKSUMS} says: copy the checkpoint again"
-            )
+            raise ValueError(f"{directory / name} has another checksum than {CHECKSUMS} says{AGAIN}")
 
 
 def _sha256(path: Path) -> str:
