@@ -116,12 +116,15 @@ def test_a_run_that_has_nothing_left_to_do_is_named(dry):
 
 
 def test_a_dry_run_looks_for_room_for_the_loader(room, parse, monkeypatch):
+    """Of a run on this machine; more ranks may run on others."""
     args = parse(
         f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --train-iters 3 --num-workers 2 --dry-run"
     )
     monkeypatch.setattr(loader_workers.os, "statvfs", lambda path: Namespace(f_bavail=0, f_frsize=4096))
     with pytest.raises(DataError, match="/dev/shm has 0 MB free, .* --shm-size=1g"):
         pretrain_neo.dry_run(args)
+    args.world_size = 2
+    pretrain_neo.dry_run(args)
 
 
 def test_packages_that_only_machines_with_gpus_have_are_named(dry):
