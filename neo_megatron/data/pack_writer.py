@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -127,13 +128,16 @@ class _Side:
         self.parts: list[Units] = []
         self.data: list[dict[str, Any]] = []
         self._due = Fraction(0)  # units that the shares of the data sets so far add up to
+        self._turns: Counter[str] = Counter()  # how often a data set was drawn from
 
     def add(self, entry: PackInput, shards: ShardSet, parts: list[Units], seed: int) -> None:
         if entry.share != 1:
             together = Units.join(parts)
-            # The same draw whatever a data set is mixed with; one that is named twice is drawn from twice.
-            turn = sum(earlier["sha256"] == shards.fingerprint for earlier in self.data)
-            key = key_of(seed, shards.fingerprint, turn)
+            # The same draw whatever a data set is mixed with and wherever it lies; one that is named twice is drawn
+            # from twice.
+            turn = self._turns[shards.text_fingerprint]
+            self._turns[shards.text_fingerprint] += 1
+            key = key_of(seed, shards.text_fingerprint, turn)
             parts = [together.take(draw_share(len(together), entry.share, key, self._due))]
             self._due += len(together) * entry.share
         self.parts += parts

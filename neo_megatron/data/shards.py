@@ -161,7 +161,8 @@ class ShardSet:
         location: a local directory, or what else ``storage.open_directory`` takes.
 
     Attributes:
-        fingerprint: SHA-256 of the manifest, which has those of all files.
+        fingerprint: SHA-256 of the manifest, which has those of all files, and the paths that were preprocessed.
+        text_fingerprint: SHA-256 of the tokens alone: the same wherever the annotations and images were.
         version: of the format.
         vocabulary: tokens of the tokenizer.
     """
@@ -177,6 +178,8 @@ class ShardSet:
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
         self._entries = self.manifest["shards"]
+        tokens = [entry["files"][f"{entry['name']}.tokens.bin"]["sha256"] for entry in self._entries]
+        self.text_fingerprint = hashlib.sha256("".join(tokens).encode()).hexdigest()
         self._starts = np.cumsum([0] + [entry["samples"] for entry in self._entries]).tolist()
         self._opened: OrderedDict[int, Shard] = OrderedDict()
 

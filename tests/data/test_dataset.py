@@ -347,6 +347,16 @@ def test_a_share_is_drawn_the_same_whatever_it_is_mixed_with(bench, new_sample):
     assert drawn == samples_of(bench.path / "alone") and len(drawn) == 20
 
 
+def test_a_share_is_drawn_the_same_wherever_the_data_lie(bench, new_sample):
+    drawn = []
+    for name in ("here", "there", "elsewhere"):
+        annotations = bench.annotations([new_sample(f"a{n}", "b") for n in range(40)], f"{name}.json")
+        shards = bench.preprocess(annotations, f"{name}-shards")
+        write_packs([PackInput(str(shards.location), Fraction(1, 2))], bench.path / f"{name}-packs", 64)
+        drawn.append(samples_of(bench.path / f"{name}-packs"))
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 @pytest.mark.parametrize(("percent", "total"), [(50, 6), (130, 16)])
 def test_shares_of_many_small_data_sets_add_up(bench, new_sample, percent, total):
     inputs = []
