@@ -4,6 +4,7 @@ Deterministic: the same directory gives the same mutations. `Mutation.true_check
 would leave, the others what copying or a disk does.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -199,6 +200,15 @@ def _keys(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from _keys(entry, (*path, key))
 
 
+def changed_values(value: Any) -> Iterator[tuple[str, Any]]:
+    """(what was changed, the value with one key missing or of another value), for every key of a JSON value."""
+    for path in _keys(value):
+        for name, other in _VALUES.items():
+            changed = copy.deepcopy(value)
+            _set(changed, path, other)
+            yield f"{'.'.join(map(str, path))}: {name}", changed
+
+
 def _of_manifest(directory: Path) -> Iterator[Mutation]:
     manifest = _manifest(directory)
     for path in _keys(manifest):
@@ -243,14 +253,18 @@ def _at(manifest: Any, path: tuple) -> Any:
 def _setting(path: tuple, value: Any) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         manifest = _manifest(directory)
-        owner = _at(manifest, path[:-1])
-        if value is _DELETED:
-            del owner[path[-1]]
-        else:
-            owner[path[-1]] = value
+        _set(manifest, path, value)
         write_manifest(directory, manifest)
 
     return apply
+
+
+def _set(manifest: Any, path: tuple, value: Any) -> None:
+    owner = _at(manifest, path[:-1])
+    if value is _DELETED:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = value
 
 
 def _changing(path: tuple, change: Callable[[Any], Any]) -> Callable[[Path], None]:

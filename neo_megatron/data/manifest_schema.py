@@ -1,4 +1,4 @@
-"""What a manifest of shards or packs may say: every key that anything reads, its type and its range.
+"""What a manifest of shards or packs, or the state of unfinished shards, may say: every key, its type and its range.
 
 A checksum proves that a manifest is as it was written, not that a sound program wrote it. Where this check passes, a
 reader may rely on types and ranges; whether numbers are true is found when the files are opened, or by `verify`.
@@ -58,6 +58,39 @@ def check_manifest(manifest: dict[str, Any], kind: str) -> None:
         raise ValueError(str(wrong)) from wrong
 
 
+def check_outcome(outcome: Any, number: int, version: int) -> None:
+    """Checks what a file of unfinished shards says of slice ``number``.
+
+    Args:
+        version: of the shard format.
+
+    Raises:
+        ValueError: with the key and what is wrong with its value.
+    """
+    try:
+        _OUTCOME(outcome)
+        if outcome["next"]["number"] != number + 1:
+            raise _WrongValue(f"is of slice {outcome['next']['number'] - 1}")
+        if outcome["shard"] is not None:
+            _at("shard", lambda shard: _check_shard(shard, number - 1, version), outcome["shard"])
+            if int(outcome["shard"]["name"]) != number:
+                raise _WrongValue(f"has the shard {outcome['shard']['name']}")
+    except _WrongValue as wrong:
+        raise ValueError(str(wrong)) from wrong
+
+
+def check_plan(plan: Any) -> None:
+    """Checks the form of ``run.json``, which is compared with the plan of the run that goes on.
+
+    Raises:
+        ValueError: with the key and what is wrong with its value.
+    """
+    try:
+        _PLAN(plan)
+    except _WrongValue as wrong:
+        raise ValueError(str(wrong)) from wrong
+
+
 def expected_files(shard: str, version: int) -> set[str]:
     """Names of the files of a shard in a version of the format."""
     pairs = {f"{shard}.{kind}.{suffix}" for kind in SEQUENCE_KINDS for suffix in ("bin", "idx")}
@@ -87,9 +120,13 @@ def _number(value: Any) -> None:
         raise _WrongValue(f"is {_shown(value)}, not a finite number")
 
 
-def _text(value: Any) -> None:
+def _any_text(value: Any) -> None:
     if not isinstance(value, str):
         raise _WrongValue(f"is {_shown(value)}, not a string")
+
+
+def _text(value: Any) -> None:
+    _any_text(value)
     if len(value) > _MAX_TEXT:
         raise _WrongValue(f"is a string of {len(value)} characters, more than {_MAX_TEXT}")
 
@@ -119,6 +156,13 @@ def _share(value: Any) -> None:
     above, below = map(int, (*value.split("/"), "1")[:2])
     if not 0 < above <= below * _MAX_SHARE:
         raise _WrongValue(f"is {_shown(value)}, not a fraction above 0, at most {_MAX_SHARE}")
+
+
+def _due(value: Any) -> None:
+    if value != "0":
+        _share(value)
+        if Fraction(value) >= 1:
+            raise _WrongValue(f"is {_shown(value)}, not a fraction below 1")
 
 
 def _held_out(value: Any) -> None:
@@ -244,6 +288,8 @@ def _tokenizer(value: Any) -> None:
 
 _SOURCE = _object({"name": _text, "annotations": _text}, {"image_root": _text, "share": _share, "follow_links": _flag})
 _PLACEHOLDER = _object({"samples": _COUNT, "file": _text, "record": _COUNT, "element": _optional(_COUNT)})
+_NOTICED = {"ignored_keys": _mapping_of(_COUNT), "placeholders": _mapping_of(_PLACEHOLDER)}
+_SHARD = _object({"name": _text, "samples": _ROWS, "pictures": _ROWS}, {"media": _ROWS})
 _SHARDS = _object(
     {
         "settings": _settings,
@@ -262,7 +308,7 @@ _SHARDS = _object(
                 "foreign_placeholders": _mapping_of(_PLACEHOLDER),
             },
         ),
-        "shards": _list_of(_object({"name": _text, "samples": _ROWS, "pictures": _ROWS}, {"media": _ROWS})),
+        "shards": _list_of(_SHARD),
         "files": lambda value: _files(value, {REJECTS}),
     }
 )
@@ -293,6 +339,28 @@ def _check_shard(entry: dict[str, Any], last: int, version: int) -> None:
     _files(entry["files"], expected_files(name, version))
 
 
+_REJECT = _object(
+    {"file": _any_text, "record": _COUNT, "element": _optional(_COUNT), "kind": _text, "reason": _any_text}
+)
+_OUTCOME = _object(
+    {
+        "next": _object(
+            {**dict.fromkeys(("number", "source", "part", "first", "offset"), _COUNT), "due": _due}, closed=True
+        ),
+        **dict.fromkeys(("bytes", "records", "samples"), _COUNT),
+        "rejects": _list_of(_REJECT),
+        "shard": _optional(_SHARD),
+        "noticed": _object({**dict.fromkeys(("with_images", "empty_answers"), _COUNT), **_NOTICED}, closed=True),
+    },
+    closed=True,
+)
+_PLAN = _object(
+    {
+        "settings": _mapping_of(lambda value: None),
+        "sources": _list_of(_object({"annotations": _any_text})),
+        "tokenizer": _mapping_of(lambda value: None),
+    }
+)
 _WORK = _object({"attention": _number, "pictures": _number})
 _PACKS = _object(
     {

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.data.annotations import Place
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.errors import DataError, damaged_file
 from neo_megatron.data.files import MANIFEST, PARTIAL, REJECTS, json_line, sync_directory, write_whole
+from neo_megatron.data.manifest_schema import check_outcome, check_plan
 from neo_megatron.data.noticed import Noticed
+from neo_megatron.data.shards import VERSION
 from neo_megatron.locks import lock
 
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
+_PLAN_REMEDY = "remove the directory to start anew"
+_SAVED = re.compile(rf"(\d{{5}}|[1-9]\d{{5,17}}){re.escape(_OUTCOME)}", re.ASCII)
+_LARGEST = 1 << 30  # bytes; a million rejected records have about a quarter of this
 # What a run of ours may have left behind; a file of any other name is not ours to remove.
 _OURS = re.compile(rf"\d{{5,}}\.(tokens|spans|pictures|grids|samples|media)\..*|{REJECTS}|.*{re.escape(PARTIAL)}")
 
@@ -58,7 +63,18 @@ def save_outcome(directory: Path, outcome: Outcome) -> None:
 
 
 def load_outcome(directory: Path, number: int) -> Outcome:
-    fields = json.loads(_path(directory, number).read_bytes())
+    """What an earlier run, or this one, has saved of a slice.
+
+    Raises:
+        DamagedFile: it is not what `save_outcome` writes.
+    """
+    path = _path(directory, number)
+    remedy = "remove it, and the same command does this slice again"
+    fields = _read_json(path, remedy)
+    try:
+        check_outcome(fields, number, VERSION)
+    except ValueError as error:
+        raise damaged_file(str(path), str(error), remedy) from error
     return Outcome(**fields | {"next": Place(**fields["next"]), "noticed": Noticed(**fields["noticed"])})
 
 
@@ -90,9 +106,14 @@ class Run:
         Raises:
             DataError: where it is not; says what differs.
         """
-        written = self._file.read()
-        if written.endswith(b"\n"):
-            if difference := _difference(json.loads(written), json.loads(json_line(plan))):
+        if self._file.read().endswith(b"\n"):
+            path = self.directory / PLAN
+            written = _read_json(path, _PLAN_REMEDY)
+            try:
+                check_plan(written)
+            except ValueError as error:
+                raise damaged_file(str(path), str(error), _PLAN_REMEDY) from error
+            if difference := _difference(written, json.loads(json_line(plan))):
                 raise DataError(
                     f"{self.directory} holds an unfinished run {difference}; "
                     "repeat its command to continue it, or remove the directory to start anew"
@@ -108,6 +129,8 @@ class Run:
     def outcomes(self) -> Iterator[Outcome]:
         """Of the slices whose shards are there, in no order."""
         for path in self.directory.glob(f"*{_OUTCOME}"):
+            if not _SAVED.fullmatch(path.name):
+                continue
             outcome = load_outcome(self.directory, int(path.name.removesuffix(_OUTCOME)))
             files = outcome.shard["files"] if outcome.shard else {}
             if all(_size(self.directory / name) == file["bytes"] for name, file in files.items()):
@@ -118,23 +141,45 @@ class Run:
         for path in list(self.directory.iterdir()):
             number = path.name.partition(".")[0]
             kept = number.isdigit() and int(number) in done and not path.name.endswith(PARTIAL)
-            if not kept and (_OURS.fullmatch(path.name) or path.name.endswith(_OUTCOME)):
+            if not kept and (_OURS.fullmatch(path.name) or _SAVED.fullmatch(path.name)):
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Leaves the data set alone; the plan goes last, so that a kill before that is put right by the next run."""
         for path in list(self.directory.iterdir()):
-            if path.name.endswith((_OUTCOME, PARTIAL)):
+            if _SAVED.fullmatch(path.name) or path.name.endswith(PARTIAL):
                 path.unlink(missing_ok=True)
         sync_directory(self.directory)
         (self.directory / PLAN).unlink(missing_ok=True)
+
+
+def _check_regular(path: Path, remedy: str) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise damaged_file(str(path), "it is not a regular file", remedy)
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    """What one of our files says.
+
+    Raises:
+        DamagedFile: it is not a file of its own, larger than any of ours, or not JSON.
+    """
+    _check_regular(path, remedy)
+    if path.stat().st_size > _LARGEST:
+        raise damaged_file(str(path), f"it has more than {_LARGEST:,} bytes", remedy)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(str(path), f"it is not JSON ({error})", remedy) from error
 
 
 def _lock(directory: Path) -> Any:
     """The open file of the plan, locked."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PLAN
-    if not path.exists():
+    if path.is_symlink() or path.exists():
+        _check_regular(path, _PLAN_REMEDY)
+    else:
         if (directory / MANIFEST).exists():
             raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
         if any(directory.iterdir()) and not path.exists():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hostile_directories import changed_values
 from kills import in_child, kill_at_step
 
 from neo_megatron.data import engines, files
@@ -193,6 +196,46 @@ def test_a_run_that_skipped_and_now_may_not_stops_at_what_it_skipped(small):
     unfinished(small)
     with pytest.raises(DataError, match=r"array\.json, record 2:"):
         run(small, "killed", on_error="fail")
+
+
+@pytest.mark.parametrize("name", [PLAN, "00000.outcome.json", "00001.outcome.json"])
+def test_a_changed_state_of_an_unfinished_run_is_a_sentence_with_the_file(small, name):
+    """Or the run goes on: a number may be wrong without being impossible."""
+    unfinished(small)
+    state = (small.path / "killed" / name).read_bytes()
+    texts = {
+        "no JSON": b"{\n",
+        "deep": b"[" * 100_000 + b"\n",
+        "a list": b"[]\n",
+        "no UTF-8": b'"\xff"\n',
+        "empty": b"",
+    }
+    changes = [(label, json.dumps(changed).encode() + b"\n") for label, changed in changed_values(json.loads(state))]
+    assert len(changes) > 200
+    failed = []
+    for number, (label, text) in enumerate([*texts.items(), *changes[:: 1 + len(changes) // 150]]):
+        output = small.path / f"changed{number}"
+        shutil.copytree(small.path / "killed", output)
+        (output / name).write_bytes(text)
+        try:
+            run(small, output.name)
+        except DataError as error:
+            if not re.search(rf"changed{number}\b.*(; remove|to continue it, or remove)", str(error)):
+                failed.append(f"{label}: {error}")
+        except Exception as error:
+            failed.append(f"{label}: {error!r}")
+        shutil.rmtree(output)
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("name", [PLAN, "00001.outcome.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_in_the_place_of_the_state_is_not_read(small, name, make):
+    unfinished(small)
+    (small.path / "killed" / name).unlink()
+    make(small.path / "killed" / name)
+    with pytest.raises(DataError, match=f"{re.escape(name)} is damaged: it is not a regular file; remove"):
+        run(small, "killed")
 
 
 def test_foreign_files_stay(small, directory_bytes):
