@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 
 JSON_BYTES = 128 << 20  # the index of a large model and the largest tokenizers have about a quarter of this
 _DEPTH = 64

@@ -4,7 +4,7 @@
         command_line.begin("evaluate", {"--model": Wanted.NEO})  # before imports that take seconds
     ...
     if __name__ == "__main__":
-        command_line.run("evaluate", main, ValueError)
+        command_line.run("evaluate", main)
 
 Needs nothing but the standard library, so that Ctrl-C while libraries are loaded leaves no traceback either.
 """
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import NeoError
 from neo_megatron.packages import OPTIONAL, install
 from neo_megatron.paths import Wanted, WrongPath, check_flags
 from neo_megatron.redaction import redacted
@@ -42,11 +42,10 @@ def begin(name: str, flags: Mapping[str, Wanted]) -> None:
         sys.exit(f"{name}: {wrong}")
 
 
-def run(name: str, main: Callable[[], Any], *expected: type[Exception], interrupted: str = "") -> None:
+def run(name: str, main: Callable[[], Any], interrupted: str = "") -> None:
     """Runs the program.
 
     Args:
-        expected: errors whose text is a sentence for the user, besides `DataError` and `OSError`.
         interrupted: what to say after Ctrl-C, such as how to continue.
 
     Raises:
@@ -67,7 +66,7 @@ def run(name: str, main: Callable[[], Any], *expected: type[Exception], interrup
         _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        sentence = sentence_of(error, *expected)
+        sentence = sentence_of(error)
         if sentence is None:
             raise
         sys.exit(f"{name}: {sentence}")
@@ -98,9 +97,9 @@ def end_interrupted(name: str, hint: str = "") -> NoReturn:
     sys.exit(INTERRUPTED)
 
 
-def sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
+def sentence_of(error: BaseException) -> str | None:
     """What to tell the user of an error, on one line; ``None`` for a bug, of which the traceback tells more."""
-    sentence = _sentence_of(error, *expected)
+    sentence = _sentence_of(error)
     return sentence and _printable(redacted(sentence))
 
 
@@ -110,7 +109,7 @@ def _printable(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
-def _sentence_of(error: BaseException, *expected: type[Exception]) -> str | None:
+def _sentence_of(error: BaseException) -> str | None:
     if (full := _full_disk(error)) is not None:
         where = f"{full.filename} cannot be written" if full.filename else "the output cannot be written"
         return f"{where} ({full.strerror}): free space, then run the same command again"
@@ -122,7 +121,7 @@ def _sentence_of(error: BaseException, *expected: type[Exception]) -> str | None
         return f"{error.filename}: {error.strerror}"
     if getattr(error, "failures", None) and (told := _told(error)):
         return told
-    if isinstance(error, (DataError, OSError, *expected)):
+    if isinstance(error, (NeoError, OSError)):
         return _without_worker_traceback(error)
     return None
 
@@ -134,7 +133,7 @@ def _full_disk(error: BaseException) -> OSError | None:
 
 def _told(error: BaseException) -> str | None:
     """The sentence of an error of ours that torch.distributed.checkpoint has wrapped."""
-    return next((str(reason) for reason in _reasons(error) if isinstance(reason, DataError)), None)
+    return next((str(reason) for reason in _reasons(error) if isinstance(reason, NeoError)), None)
 
 
 def _reasons(error: BaseException | None) -> Iterator[BaseException]:

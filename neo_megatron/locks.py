@@ -4,7 +4,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 
 
 def lock(path: Path, output: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.checked_files import UnreadableFile, read_json
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 from neo_megatron.redaction import credentials_refusal, has_credentials
 
 REMOTE = ("s3://", "msc://")

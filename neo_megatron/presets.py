@@ -3,7 +3,8 @@
 from typing import Any
 
 from neo_megatron.checkpoint.hub import config_directory
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.published_sizes import PUBLISHED_SIZES
 from neo_megatron.paths import Wanted, check_path
 

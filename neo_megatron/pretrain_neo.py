@@ -1,183 +1,44 @@
-"""Trains NEO: model, data and loss, handed to `megatron.training.pretrain`.
+"""Trains NEO.
 
     python -m neo_megatron.launch --nproc-per-node 8 -m neo_megatron.pretrain_neo --neo-model neo-2b \
         --training-stage 1 --train-data-path PACKS ...
 
-Every flag of Megatron's `pretrain_gpt.py` works here; `arguments.py` has the few that NEO adds. `launch` takes the
-flags of torchrun, which works too.
+docs/flags.md says what becomes of each flag of Megatron; `arguments.py` has the few that NEO adds. `launch` takes the
+flags of torchrun, which works too, and one process needs no launcher.
 """
 
-if __name__ == "__main__":  # before the imports below, which take seconds; it imports this file under its own name
-    import sys
-
-    from neo_megatron.run.start import start
-
-    sys.exit(start())
-
 import sys
-from collections.abc import Iterator
-from functools import partial
-
-from neo_megatron import cpu_platform, megatron_patches
-
-cpu_platform.install_training()
-
-import torch
-from megatron.core import parallel_state
-from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
-from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 
 from neo_megatron.command_line import sentence_of
-from neo_megatron.data.errors import DataError
-from neo_megatron.model.config import ConfigError
-from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
-from neo_megatron.model.loss import WeightedLoss
-from neo_megatron.model.micro_batch import context_share, model_inputs, to_device
-from neo_megatron.model.neo_model import NeoModel
-from neo_megatron.model.transformer_config import NeoConfig
-from neo_megatron.run.after_loading import after_loading
-from neo_megatron.run.bad_numbers import BadNumbers
-from neo_megatron.run.checkpoints import RunCheckpoints
-from neo_megatron.run.dry_run import dry_run
-from neo_megatron.run.evaluation import evaluate_split
-from neo_megatron.run.loader_workers import describe_ended_worker
-from neo_megatron.run.loaders import check_loader_memory, datasets_provider
-from neo_megatron.run.optimizer_state import allocate_moments
-from neo_megatron.run.step_log import StepLog
-from neo_megatron.run.training_arguments import parse_arguments
-
-# One per process: with virtual pipeline stages several model chunks share it.
-_loss = WeightedLoss()
-_bad_numbers = BadNumbers()
-_log = StepLog()
-
-
-cpu_platform.call_after_loading(after_loading)
-cpu_platform.call_before_saving(allocate_moments)
-cpu_platform.call_around_evaluation(evaluate_split)
-megatron_patches.log_with(_log)
+from neo_megatron.errors import ConfigError
+from neo_megatron.run.failure import Failure
+from neo_megatron.run.start import PROGRAM, check_paths, open_console, stand_alone
 
 
 def main() -> None:
-    global _bad_numbers
-    _bad_numbers = BadNumbers()
+    """Trains, and ends the process with a sentence where the user can put right what is wrong."""
+    arguments = sys.argv[1:]
     try:
-        args = parse_arguments()
-        if args.dry_run:
-            dry_run(args)
-            return
-        check_loader_memory(args)
-        _log.begin(args)
-        with RunCheckpoints(args) as run_checkpoints:
-            pretrain(
-                pretrain_cfg_container_from_args(args),
-                datasets_provider,
-                ModelType.encoder_or_decoder,
-                forward_step,
-                model_provider=partial(model_provider, run_checkpoints=run_checkpoints),
-            )
-    except (ConfigError, DataError) as error:
-        sys.exit(f"pretrain_neo: {error}")
-    except SystemExit:
-        if _bad_numbers.sentence:
-            sys.exit(f"pretrain_neo: {_bad_numbers.sentence}")
+        stand_alone(arguments)
+    except ConfigError as error:
+        sys.exit(f"{PROGRAM}: {error}")
+    failure = Failure(PROGRAM)
+    try:
+        check_paths(arguments)
+        failure.console = open_console(arguments)
+        failure.watch()
+        from neo_megatron.run.pretraining import train  # takes seconds, and prepares torch and Megatron for the machine
+
+        train()
+    except KeyboardInterrupt:
+        failure.interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            failure.tell(stop, stop.code.removeprefix(f"{PROGRAM}: "))
         raise
-    except (RuntimeError, CheckpointException) as error:
-        sentence = describe_ended_worker(error) or sentence_of(error)
-        if sentence is None:
-            raise
-        sys.exit(f"pretrain_neo: {sentence}")
-    finally:
-        if writer := get_tensorboard_writer():
-            writer.close()  # Megatron does not, and what was logged last would be lost
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        failure.tell(error, sentence_of(error, ConfigError))
 
 
-def model_provider(
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: NeoConfig | None = None,
-    pg_collection: ProcessGroupCollection | None = None,
-    *,
-    run_checkpoints: RunCheckpoints,
-) -> NeoModel:
-    """Builds this rank's part of the model, frozen as the training stage asks, and lists what trains."""
-    run_checkpoints.start()  # here all ranks can talk to each other, and Megatron has not loaded yet
-    args = get_args()
-    config = config or core_transformer_config_from_args(args, NeoConfig)
-    config.finalize_model_grads_func = partial(finalize_step, run_checkpoints)
-    model = NeoModel(
-        config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
-    )
-    freeze_for_stage(model, args.training_stage)
-    _bad_numbers.watch(model)
-    if _first_of_its_stage():
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
-    return model
-
-
-def _first_of_its_stage() -> bool:
-    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return data_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
-
-
-def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
-    """What Megatron calls once in every step on all ranks: normalises the gradients, and sees to finished saves."""
-    run_checkpoints.look()
-    _bad_numbers.look_at_loss()
-    _loss.finalize_model_grads(model, num_tokens, **groups)
-
-
-def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, partial]:
-    """One micro-batch: the model's output, and the function that reduces it to a loss on the last pipeline stage."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    args = get_args()
-    packs = next(data_iterator)
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    if torch.is_grad_enabled():
-        _bad_numbers.note(packs["packs"], packs["describe"])
-        if not vp_stage:  # virtual stages read the same packs one after another
-            _log.note(packs)
-    if args.context_parallel_size > 1:
-        packs = context_share(
-            packs,
-            parallel_state.get_context_parallel_rank(),
-            args.context_parallel_size,
-            gather_keys=args.cp_comm_type == ["allgather"],
-        )
-    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    inputs = model_inputs(
-        packs,
-        first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        last_stage=last_stage,
-        sequence_rank=parallel_state.get_tensor_model_parallel_rank() if args.sequence_parallel else 0,
-        sequence_ranks=args.tensor_model_parallel_size if args.sequence_parallel else 1,
-    )
-    device = torch.device("cpu" if cpu_platform.on_cpu() else "cuda")
-    weights = {"target_weight": packs["target_weight"]} if last_stage else {}
-    inputs, weights = to_device(inputs, device), to_device(weights, device)
-    timers("batch-generator").stop()
-    return model(**inputs), partial(loss_and_report, model, weights.get("target_weight"))
-
-
-def loss_and_report(
-    model: torch.nn.Module, weight_M: Tensor, nll_M: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `WeightedLoss` gives for the micro-batch that has just gone through ``model``, and more to log.
-
-    Megatron sums up both numbers of an entry over the global batch, divides them, and reads the result when it logs.
-    """
-    loss, count, report = _loss(weight_M, nll_M)
-    if torch.is_grad_enabled():
-        _bad_numbers.note_loss(loss)
-    pairs = get_attr_wrapped_model(model, "attention_pairs")
-    if pairs is not None:
-        report["attention pairs computed per allowed"] = pairs
-    return loss, count, report
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ What is printed and written otherwise goes through `redacted`. Needs nothing but
 
 import re
 
-from neo_megatron.data.errors import redacted
+from neo_megatron.errors import redacted
 
 __all__ = ["credentials_refusal", "has_credentials", "redacted"]
 

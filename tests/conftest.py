@@ -31,7 +31,7 @@ def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def megatron():
     """A process group of one without a GPU, with Megatron's groups and random states."""
-    from neo_megatron import cpu_platform
+    from neo_megatron.megatron_compat import cpu_platform
 
     cpu_platform.install()
     import torch

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.data.files import write_manifest, write_whole
+from neo_megatron.atomic_files import write_whole
+from neo_megatron.data.manifest import write_manifest
 
 
 @dataclass(frozen=True)

@@ -289,8 +289,8 @@ def measured(data: bytes, seconds: int = 60) -> tuple[str, float, int]:
     if not child:
         import signal
 
-        from neo_megatron.data.errors import RejectedSample
         from neo_megatron.data.image import decode
+        from neo_megatron.errors import RejectedSample
 
         signal.alarm(seconds)
         before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

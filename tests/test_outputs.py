@@ -11,11 +11,11 @@ from conftest import GOLDEN
 from golden_packs import TOOLS, make_packs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import DataError
 
 DIRECTORY_TOOLS = {
     "preprocess_data": "--input {room}/annotations.json --image-root {golden} --tokenizer {golden}/tokenizer",

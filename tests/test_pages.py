@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from answers.page import page as answers_page
 from conftest import GOLDEN
 from golden_packs import TOOLS, make_packs
 
 from neo_megatron.inference.evaluation import Evaluation, Scores
+from neo_megatron.inference.report_page import page as answers_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = 390  # CSS pixels

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 
-from neo_megatron.checkpoint.either_form import open_either
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.checkpoint.reader import open_either
+from neo_megatron.data.config import Settings
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import DataError
 from neo_megatron.paths import Kind, Wanted, WrongPath, check_flags, check_path, kind_of
 
 ROOT = Path(__file__).parents[1]

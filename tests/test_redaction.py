@@ -10,10 +10,10 @@ import pytest
 from conftest import GOLDEN
 
 from neo_megatron.command_line import sentence_of
-from neo_megatron.data.errors import DataError, Reason, RejectedSample
-from neo_megatron.data.storage import open_directory
+from neo_megatron.errors import DataError, Reason, RejectedSample
 from neo_megatron.paths import Wanted, WrongPath, check_path
 from neo_megatron.redaction import redacted
+from neo_megatron.storage.open import open_directory
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SECRETS = ("hunter2", "SECRET")

@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("benchmark", main, ValueError)
+    command_line.run("benchmark", main)

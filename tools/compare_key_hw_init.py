@@ -136,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("compare_key_hw_init", main, ValueError)
+    command_line.run("compare_key_hw_init", main)

@@ -29,7 +29,6 @@ from typing import Any, get_args
 
 import torch
 
-from neo_megatron.checkpoint.either_form import open_either
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES
 from neo_megatron.checkpoint.hub import model_directory, tokenizer_directory
@@ -37,6 +36,7 @@ from neo_megatron.checkpoint.info import contents, weights_hash
 from neo_megatron.checkpoint.init_qwen3 import KeyHwInit, init_from_qwen3
 from neo_megatron.checkpoint.names import Start
 from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer, open_pre_buffer
+from neo_megatron.checkpoint.reader import open_either
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 
@@ -249,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("convert_checkpoint", main, ValueError)
+    command_line.run("convert_checkpoint", main)

@@ -29,15 +29,15 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import argparse
 from pathlib import Path
 
-from answers.options import add_batches, add_model, check_arguments, quiet, task_of
-from answers.page import page
-
-from neo_megatron.data.files import REJECTS, json_line
-from neo_megatron.data.registry import Source, data_list
+from neo_megatron.atomic_files import json_line
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.prepare.registry import Source, data_list
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
 from neo_megatron.inference.batches import answer_all, plan_of
 from neo_megatron.inference.evaluation import Evaluation, evaluate_answers
+from neo_megatron.inference.model_options import add_batches, add_model, check_arguments, quiet, task_of
 from neo_megatron.inference.questions import read_questions
+from neo_megatron.inference.report_page import page
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,4 +96,4 @@ def print_scores(evaluation: Evaluation) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("evaluate", main, ValueError, interrupted="the same command continues")
+    command_line.run("evaluate", main, interrupted="the same command continues")

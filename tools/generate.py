@@ -31,17 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers.options import add_batches, add_model, check_arguments, quiet, task_of
 
-from neo_megatron.data.errors import DataError, RejectedSample
-from neo_megatron.data.files import REJECTS, json_line
-from neo_megatron.data.records import Turn
-from neo_megatron.data.registry import Source
+from neo_megatron.atomic_files import json_line
+from neo_megatron.data.conversation import Turn
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.tags import IMAGE_TAG, as_literal
+from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
 from neo_megatron.inference.answering import MAX_NEW_TOKENS
 from neo_megatron.inference.batches import answer_all, plan_of
 from neo_megatron.inference.evaluation import all_rejects, answer_lines
+from neo_megatron.inference.model_options import add_batches, add_model, check_arguments, quiet, task_of
 from neo_megatron.inference.prompts import new_prompt, user_turn
 from neo_megatron.inference.questions import read_questions
 
@@ -134,4 +135,4 @@ def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> No
 
 
 if __name__ == "__main__":
-    command_line.run("generate", main, ValueError)
+    command_line.run("generate", main)

@@ -18,18 +18,17 @@ import sys
 from bisect import bisect_right
 from pathlib import Path
 
-from inspection.pack_view import Origin, Pack, pack_parts
-from inspection.page import GENERATOR, pack_part, page
-from inspection.statistics import count, count_packs
-from inspection.token_text import Decode
-
-from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
+from neo_megatron.atomic_files import write_whole
+from neo_megatron.checkpoint.hub import tokenizer_directory
 from neo_megatron.data.chat import load_tokenizer, tokenizer_fingerprint
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import write_whole
-from neo_megatron.data.mixture import Mixture
-from neo_megatron.data.storage import open_directory
+from neo_megatron.data.shards.mixture import Mixture
+from neo_megatron.errors import DataError
+from neo_megatron.inspection.pack_view import Origin, Pack, pack_parts
+from neo_megatron.inspection.page import GENERATOR, pack_part, page
+from neo_megatron.inspection.statistics import count, count_packs
+from neo_megatron.inspection.token_text import Decode
+from neo_megatron.storage.open import open_directory
 
 _HEAD = 1024  # bytes of a page within which it says what has made it
 
@@ -107,4 +106,4 @@ def origin(data: Mixture, sample: int) -> Origin:
 
 
 if __name__ == "__main__":
-    command_line.run("inspect_data", main, HubError)
+    command_line.run("inspect_data", main)

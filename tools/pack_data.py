@@ -15,10 +15,10 @@ import argparse
 from fractions import Fraction
 from pathlib import Path
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import REJECTS
-from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.registry import split_path_share, split_share
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.prepare.registry import split_path_share, split_share
+from neo_megatron.errors import DataError
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,10 +24,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from neo_megatron import presets
-from neo_megatron.model.config import ConfigError, NeoSizes
-from neo_megatron.pipeline_layout import UNEVEN_SPLIT_FLAGS, choose_layout
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.hardware import GPUS, Efficiency, Gpu
 from neo_megatron.planning.layout import Layout
+from neo_megatron.planning.pipeline_split import UNEVEN_SPLIT_FLAGS, choose_layout
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.search import describe_search, distinct, flags, search
 from neo_megatron.planning.workload import Workload
@@ -215,7 +216,7 @@ class Progress:
 def workload_of(args: argparse.Namespace) -> Workload:
     if args.packs:
         # Reading packs takes torch, which nothing else here does.
-        from neo_megatron.data.pack_index import PackIndex
+        from neo_megatron.data.packs.index import PackIndex
         from neo_megatron.planning.packs import measure_packs
 
         index = PackIndex.open(args.packs)
@@ -246,4 +247,4 @@ def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> 
 
 
 if __name__ == "__main__":
-    command_line.run("plan", main, ConfigError)
+    command_line.run("plan", main)

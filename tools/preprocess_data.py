@@ -36,13 +36,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.checkpoint.hub import HubError, tokenizer_directory
-from neo_megatron.data.errors import TooManyRejected
-from neo_megatron.data.files import REJECTS
-from neo_megatron.data.noticed import Noticed
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source, data_list
-from neo_megatron.data.settings import Settings
+from neo_megatron.checkpoint.hub import tokenizer_directory
+from neo_megatron.data.config import Settings
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source, data_list
+from neo_megatron.data.prepare.tallies import Noticed
+from neo_megatron.errors import TooManyRejected
 
 TOO_MANY_REJECTED = 3  # exit code
 
@@ -172,4 +172,4 @@ def report(counts: dict[str, Any], rejects: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("preprocess_data", main, HubError, interrupted="the same command continues")
+    command_line.run("preprocess_data", main, interrupted="the same command continues")

@@ -109,4 +109,4 @@ def _words(options: Options) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run("sweep_flex_attention", main, ValueError)
+    command_line.run("sweep_flex_attention", main)

@@ -14,7 +14,7 @@ import argparse
 import sys
 import warnings
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 # Both remark that one process loads alone, and in which order torch takes arguments.
@@ -22,14 +22,14 @@ warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed\.checkpoi
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from verification.comparison import TOLERANCE, compare, describe
-from verification.models import check_tensors, run_megatron, run_transformers
-from verification.pack import made_pack
 
 from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.parity.comparison import TOLERANCE, compare, describe
+from neo_megatron.parity.models import check_tensors, run_megatron, run_transformers
+from neo_megatron.parity.pack import made_pack
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,4 +78,4 @@ def _one_process() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("verify_checkpoint", main, ValueError)
+    command_line.run("verify_checkpoint", main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import transformers
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from talk import Answer, Talk
 
-from neo_megatron.data.errors import RejectedSample
+from neo_megatron.errors import RejectedSample
 
 # An answer is drawn so often at most, in seconds: a small model says a hundred words in that time.
 REDRAW_SECONDS = 0.1

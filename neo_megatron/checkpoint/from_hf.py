@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neo_megatron.checkpoint.dcp_metadata import write_checksums
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory
+from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import Start, hf_tensors, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
-from neo_megatron.checkpoint.saved_metadata import write_checksums
-from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
+from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes
 
 
@@ -38,7 +39,7 @@ def convert_hf_to_megatron(
         The missing tensors, and what they start as.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
+        CheckpointError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
     """
     neo = open_neo(hf_directory, allow_pickle, allow_missing)
     for sentence in neo.said:
@@ -73,7 +74,7 @@ def _dtype(source: SafetensorsDirectory, names: list[str]) -> torch.dtype:
     """The one type of the parts of a Megatron tensor, or the checkpoint's where all of them are missing."""
     dtypes = {source.dtype(name) for name in names} or {source.main_dtype}
     if len(dtypes) > 1:
-        raise ValueError(f"{source.directory}: {', '.join(names)} differ in dtype: choose one with --dtype")
+        raise CheckpointError(f"{source.directory}: {', '.join(names)} differ in dtype: choose one with --dtype")
     return dtypes.pop()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neo_megatron.checked_files import check_file, read_json
 from neo_megatron.checkpoint.streaming import BLOCK_BYTES, StoredTensor, read_into, write_from
+from neo_megatron.errors import CheckpointError
 from neo_megatron.locks import lock
 from neo_megatron.paths import output_place
 
@@ -30,7 +31,7 @@ class SafetensorsDirectory:
     never opened.
 
     Raises:
-        ValueError: no safetensors in it, a broken file or index, an index that points outside the directory.
+        CheckpointError: no safetensors in it, a broken file or index, an index that points outside the directory.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -41,14 +42,18 @@ class SafetensorsDirectory:
         for path in self._files():
             for name, place in _places(path).items():
                 if name in self._places:
-                    raise ValueError(f"{path}: tensor {name} is also in {self._places[name].path.name}: delete one")
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is also in {self._places[name].path.name}: delete one"
+                    )
                 self._places[name] = place
                 self.shapes[name] = place.shape
         for name, file in self._listed.items():
             if name not in self._places or self._places[name].path.name != file:
-                raise ValueError(f"{self.directory / file}: {name} is not in it, as {INDEX} says: download both again")
+                raise CheckpointError(
+                    f"{self.directory / file}: {name} is not in it, as {INDEX} says: download both again"
+                )
         if not self.shapes:
-            raise ValueError(f"{self.directory}: no tensors in its files: copy or download it again")
+            raise CheckpointError(f"{self.directory}: no tensors in its files: copy or download it again")
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -61,7 +66,7 @@ class SafetensorsDirectory:
             if dtype_name == place.dtype_name:
                 return dtype
         known = ", ".join(DTYPE_NAMES.values())
-        raise ValueError(f"{place.path}: {name} is stored as {place.dtype_name}: store it as one of {known}")
+        raise CheckpointError(f"{place.path}: {name} is stored as {place.dtype_name}: store it as one of {known}")
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtype(name))
@@ -76,19 +81,19 @@ class SafetensorsDirectory:
             try:
                 read_into(view, file, self.dtype(name))
             except ValueError as error:
-                raise ValueError(f"{place.path}: {name}: {error}") from error
+                raise CheckpointError(f"{place.path}: {name}: {error}") from error
 
     def shapes_with_tied_head(self, head: str, embedding: str, tied: bool) -> dict[str, tuple[int, ...]]:
         """All shapes; where the configuration ties them, without a head that repeats the embedding.
 
         Raises:
-            ValueError: a tied head that differs from the embedding.
+            CheckpointError: a tied head that differs from the embedding.
         """
         shapes = dict(self.shapes)
         if tied and head in shapes:
             same = shapes.pop(head) == shapes.get(embedding) and self.same_values(head, embedding)
             if not same:
-                raise ValueError(
+                raise CheckpointError(
                     f"{self.directory}: {head} differs from {embedding}, yet config.json ties them: "
                     "set tie_word_embeddings to false there or delete the head"
                 )
@@ -111,7 +116,9 @@ class SafetensorsDirectory:
         if os.path.lexists(single):  # first, as transformers: it leaves an old index beside what it saves in one file
             return [single]
         if not os.path.lexists(index):
-            raise ValueError(f"{self.directory}: neither {WEIGHTS} nor {INDEX} in it: give a directory with either")
+            raise CheckpointError(
+                f"{self.directory}: neither {WEIGHTS} nor {INDEX} in it: give a directory with either"
+            )
         self._listed = read_index(index, ".safetensors")
         return [self.directory / name for name in sorted(set(self._listed.values()))]
 
@@ -133,7 +140,7 @@ def _places(path: Path) -> dict[str, _Place]:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
-        raise ValueError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -149,20 +156,20 @@ def read_index(index: Path, ending: str) -> dict[str, str]:
     """Tensor -> file of the directory, as an index of Hugging Face says.
 
     Raises:
-        ValueError: not an index; it names a file of another kind or directory, or one that is not there.
+        CheckpointError: not an index; it names a file of another kind or directory, or one that is not there.
     """
     contents = read_json(index)
     names = contents.get("weight_map")
     if not isinstance(names, dict) or not isinstance(contents.get("metadata", {}), dict):
-        raise ValueError(f"{index}: no weight_map in it: download the index again")
+        raise CheckpointError(f"{index}: no weight_map in it: download the index again")
     for name in sorted({str(name) for name in names.values()}):
         if Path(name).name != name or not name.endswith(ending) or len(name) > 255:
             what = (
                 "safetensors file of this directory" if ending == ".safetensors" else f"file of it ending in {ending}"
             )
-            raise ValueError(f"{index}: {name!r} is no {what}: download the index again")
+            raise CheckpointError(f"{index}: {name!r} is no {what}: download the index again")
         if not os.path.lexists(index.parent / name):
-            raise ValueError(f"{index}: its file {name} is missing: download that file too")
+            raise CheckpointError(f"{index}: its file {name} is missing: download that file too")
     return {tensor: str(name) for tensor, name in names.items()}
 
 
@@ -191,10 +198,12 @@ def write_safetensors(directory: Path, stored: list[StoredTensor], values: Itera
             for tensor in shard:
                 value = next(values)
                 if (value.nbytes, value.dtype) != (tensor.nbytes, tensor.dtype):
-                    raise ValueError(f"{name}: {tensor.name} came as {value.dtype} {list(value.shape)}, not {tensor}")
+                    raise CheckpointError(
+                        f"{name}: {tensor.name} came as {value.dtype} {list(value.shape)}, not {tensor}"
+                    )
                 write_from(value, file)
     if next(values, None) is not None:
-        raise ValueError(f"{directory}: more tensors came than {len(stored)}")
+        raise CheckpointError(f"{directory}: more tensors came than {len(stored)}")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in stored)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -232,7 +241,7 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
     An interrupted run leaves ``OUTPUT.partial``, which no reader takes for a checkpoint and the next run replaces.
 
     Raises:
-        ValueError: ``output`` exists and is not an empty directory, or is a link that leads nowhere.
+        CheckpointError: ``output`` exists and is not an empty directory, or is a link that leads nowhere.
         DataError: another run is writing to it.
     """
     output = output_place(output)
@@ -260,7 +269,7 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
 
 def _refuse_full(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists already: give another --output or delete it")
+        raise CheckpointError(f"{output}: exists already: give another --output or delete it")
 
 
 def _to_disk(path: Path) -> None:

@@ -7,6 +7,7 @@ pickled weights are not even fetched unless asked for.
 # Libraries are imported where a hub is asked: local directories, the usual case, need none of them.
 from pathlib import Path
 
+from neo_megatron.errors import HubError
 from neo_megatron.paths import Wanted, check_path
 
 CONFIG = "config.json"
@@ -15,10 +16,6 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.jinja"),
 )
-
-
-class HubError(ValueError):
-    """A hub does not give what was asked for; the text is one sentence with a remedy."""
 
 
 def model_directory(name: str, allow_pickle: bool = False) -> Path:

@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.either_form import is_megatron, open_either
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import MODEL_TYPE, added_token_ids, is_neo
+from neo_megatron.checkpoint.reader import is_megatron, open_either
 from neo_megatron.checkpoint.streaming import StoredTensor
+from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.paths import Wanted, check_path
 
@@ -47,7 +48,7 @@ def contents(directory: str | Path, allow_pickle: bool = False) -> Contents:
     """Reads headers only: a NEO in either form, or any directory with safetensors, such as a Qwen3.
 
     Raises:
-        ValueError: no checkpoint there, or a broken one.
+        CheckpointError: no checkpoint there, or a broken one.
     """
     directory = Path(directory)
     check_path(directory, Wanted.EITHER_FORM)
@@ -141,7 +142,7 @@ def _tokens(sizes: NeoSizes, added: dict[str, int]) -> str:
 def _training(state: dict[str, Any]) -> str:
     packs, length = (getattr(state["args"], name, None) or 0 for name in ("consumed_train_samples", "seq_length"))
     if type(packs) is not int or type(length) is not int:
-        raise ValueError(f"a checkpoint whose arguments count {packs!r} packs of {length!r} tokens: copy it again")
+        raise CheckpointError(f"a checkpoint whose arguments count {packs!r} packs of {length!r} tokens: copy it again")
     if not packs:
         return "none: converted from Hugging Face form"
     return f"iteration {state.get('iteration')}, {packs:,} packs of {length:,} tokens: {packs * length:,} tokens"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_safetensors
+from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import (
     DECODER,
     LM_HEAD,
@@ -33,9 +34,9 @@ from neo_megatron.checkpoint.names import (
 )
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.pre_buffer import PreBuffer, TrainedPart
-from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
+from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes, beyond_qwen3
 from neo_megatron.paths import Wanted, check_path
 
@@ -79,7 +80,7 @@ def init_from_qwen3(
         The missing tensors by their names in the new NEO, and what they start as.
 
     Raises:
-        ValueError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
+        CheckpointError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
             pre-buffer of another shape.
     """
     check_path(qwen3_directory, Wanted.QWEN3)
@@ -145,9 +146,9 @@ def _neo_sizes(
     asked = beyond_qwen3(config)
     if config.get("model_type") != "qwen3" or asked:
         what = f"sets {asked}" if asked else f"has the model_type {config.get('model_type')!r}"
-        raise ValueError(f"{where}/config.json {what}: NEO starts from a plain Qwen3, such as Qwen3-1.7B-Base")
+        raise CheckpointError(f"{where}/config.json {what}: NEO starts from a plain Qwen3, such as Qwen3-1.7B-Base")
     if pre_buffer_layers < 0:
-        raise ValueError(f"{pre_buffer_layers} pre-buffer layers: give 0 or more")
+        raise CheckpointError(f"{pre_buffer_layers} pre-buffer layers: give 0 or more")
     ids = {}
     if tokenizer is not None:
         ids["image_start_token_id"] = tokenizer.convert_tokens_to_ids("<img>")
@@ -171,9 +172,11 @@ def _neo_sizes(
             **ids,
         )
     except KeyError as missing:
-        raise ValueError(f"{where}/config.json: key {missing} is missing: give the config.json of a Qwen3") from missing
+        raise CheckpointError(
+            f"{where}/config.json: key {missing} is missing: give the config.json of a Qwen3"
+        ) from missing
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{where}/config.json: {error}: give the config.json of a Qwen3") from error
+        raise CheckpointError(f"{where}/config.json: {error}: give the config.json of a Qwen3") from error
 
 
 def _rows(qwen3_rows: int, tokenizer: Any | None) -> int:

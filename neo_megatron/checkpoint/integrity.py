@@ -14,14 +14,11 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.saved_metadata import AGAIN, read_metadata
+from neo_megatron.checkpoint.dcp_metadata import AGAIN, read_metadata
 from neo_megatron.checkpoint.streaming import FileWindow
+from neo_megatron.errors import DamagedCheckpoint
 
 _TORCH_ZIP_FLAGS = 0x808  # sizes behind the data, names in UTF-8
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint is not as it was written; the text is one sentence that names the file."""
 
 
 class Piece(NamedTuple):

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
 
+from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes
 
 if TYPE_CHECKING:  # the planner counts without torch
@@ -144,7 +145,7 @@ def check_shapes(
         The missing names that a pattern allows, in the order of ``expected``.
 
     Raises:
-        ValueError: one sentence with ``where``, at most five names of each kind, and what to do.
+        CheckpointError: one sentence with ``where``, at most five names of each kind, and what to do.
     """
     absent = [name for name in expected if name not in found]
     allowed = [name for name in absent if any(fnmatchcase(name, pattern) for pattern in allow_missing)]
@@ -161,7 +162,7 @@ def check_shapes(
     if wrong:
         complaints.append(f"has {_some(wrong)}")
     if complaints:
-        raise ValueError(f"{where} {'; '.join(complaints)}: give the checkpoint that belongs to these model sizes")
+        raise CheckpointError(f"{where} {'; '.join(complaints)}: give the checkpoint that belongs to these model sizes")
     return allowed
 
 

@@ -11,7 +11,8 @@ from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDire
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.published_config import complete_config
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.paths import Wanted, check_path
 
 
@@ -39,7 +40,7 @@ def read_sizes(directory: str | Path) -> NeoSizes:
     """The sizes that `config.json` tells, completed from the tensors where some lie beside it; reads headers only.
 
     Raises:
-        ValueError: no NEO's configuration, or a broken file.
+        CheckpointError: no NEO's configuration, or a broken file.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
@@ -64,7 +65,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
         allow_missing: patterns of names that may be missing.
 
     Raises:
-        ValueError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
+        CheckpointError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
     """
     directory = Path(directory)
     check_path(directory, Wanted.NEO)

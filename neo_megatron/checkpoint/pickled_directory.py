@@ -10,6 +10,7 @@ from torch import Tensor
 from neo_megatron.checked_files import check_file
 from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES, INDEX, WEIGHTS, SafetensorsDirectory, read_index
 from neo_megatron.checkpoint.streaming import copy_exactly
+from neo_megatron.errors import CheckpointError
 
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -18,8 +19,8 @@ class PickledDirectory(SafetensorsDirectory):
     """The same for pickled weights; their values stay on the disk until one is read.
 
     Raises:
-        ValueError: no weights; a file that is broken, holds anything else than tensors, or is of the form of before
-            PyTorch 1.6; an index that points outside the directory.
+        CheckpointError: no weights; a file that is broken, holds anything else than tensors, or is of the form of
+            before PyTorch 1.6; an index that points outside the directory.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -28,15 +29,15 @@ class PickledDirectory(SafetensorsDirectory):
         for path in self._files():
             for name, tensor in _load(path).items():
                 if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                    raise ValueError(f"{path}: {name!r} is no tensor: give a file that holds a state_dict alone")
+                    raise CheckpointError(f"{path}: {name!r} is no tensor: give a file that holds a state_dict alone")
                 # A file of bytes can claim a shape of terabytes by strides of zero.
                 if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-                    raise ValueError(f"{path}: {name} does not hold all of its values: save it as a plain tensor")
+                    raise CheckpointError(f"{path}: {name} does not hold all of its values: save it as a plain tensor")
                 if name in self._tensors:
-                    raise ValueError(f"{path}: tensor {name} is also in another file of the directory: delete one")
+                    raise CheckpointError(f"{path}: tensor {name} is also in another file of the directory: delete one")
                 self._tensors[name] = tensor
         if not self._tensors:
-            raise ValueError(f"{self.directory}: no tensors in its files: copy or download it again")
+            raise CheckpointError(f"{self.directory}: no tensors in its files: copy or download it again")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
@@ -52,7 +53,7 @@ class PickledDirectory(SafetensorsDirectory):
         dtype = self._tensors[name].dtype
         if dtype not in DTYPE_NAMES:
             known = ", ".join(map(str, DTYPE_NAMES))
-            raise ValueError(f"{self.directory}: {name} is stored as {dtype}: store it as one of {known}")
+            raise CheckpointError(f"{self.directory}: {name} is stored as {dtype}: store it as one of {known}")
         return dtype
 
     def _files(self) -> list[Path]:
@@ -67,7 +68,7 @@ def open_weights(directory: str | Path, allow_pickle: bool = False) -> Safetenso
     """The safetensors of a directory; where there are none, and only if allowed, its pickled weights.
 
     Raises:
-        ValueError: as either class; pickled weights alone that are not allowed.
+        CheckpointError: as either class; pickled weights alone that are not allowed.
     """
     directory = Path(directory)
     safe = any(os.path.lexists(directory / name) for name in (WEIGHTS, INDEX))
@@ -75,7 +76,7 @@ def open_weights(directory: str | Path, allow_pickle: bool = False) -> Safetenso
     if safe or not pickled:
         return SafetensorsDirectory(directory)
     if not allow_pickle:
-        raise ValueError(
+        raise CheckpointError(
             f"{directory}: its weights are pickled, and a pickle can run anything: give a directory with safetensors, "
             "or --allow-pickle to load nothing but tensors from it"
         )
@@ -90,9 +91,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # damaged bytes can make a pickle raise anything
         reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: no plain state_dict of PyTorch 1.6 or later ({reason}): save it as safetensors where you trust it"
         ) from error
     if not isinstance(tensors, dict):
-        raise ValueError(f"{path}: holds a {type(tensors).__name__}: give a file that holds a state_dict alone")
+        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}: give a file that holds a state_dict alone")
     return tensors

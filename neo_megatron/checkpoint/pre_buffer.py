@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.either_form import EitherForm
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING, WORD_EMBEDDING, Shape, check_shapes, hf_shapes
 from neo_megatron.checkpoint.neo_directory import sizes_of
 from neo_megatron.checkpoint.published_config import added_token_ids
+from neo_megatron.checkpoint.reader import EitherForm
 from neo_megatron.checkpoint.streaming import StoredTensor
+from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.paths import Wanted, check_path
 
@@ -42,10 +43,10 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
     """Writes ``output``; values and types stay as they are.
 
     Raises:
-        ValueError: a NEO without a pre-buffer; nothing tells the id of ``</img>``; ``output`` exists.
+        CheckpointError: a NEO without a pre-buffer; nothing tells the id of ``</img>``; ``output`` exists.
     """
     if not neo.sizes.pre_buffer_layers:
-        raise ValueError(
+        raise CheckpointError(
             f"{neo.directory}: has no pre-buffer: give a NEO that has one (extra_num_layers in its config.json)"
         )
     rows = picture_token_ids(neo.sizes, added_token_ids(neo.directory), neo.directory)
@@ -76,7 +77,9 @@ def picture_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> li
     if end is None and start == sizes.image_context_token_id + 1:
         end = start + 1  # <IMG_CONTEXT>, <img> and </img> were added one behind the other
     if end is None or max(start, end) >= sizes.vocab_size:
-        raise ValueError(f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json beside it")
+        raise CheckpointError(
+            f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json beside it"
+        )
     return [start, end]
 
 
@@ -96,7 +99,7 @@ class PreBuffer:
         """Those of a new NEO with what this pre-buffer decides about pictures.
 
         Raises:
-            ValueError: layers of this pre-buffer are no layers of such a NEO; it names what differs.
+            CheckpointError: layers of this pre-buffer are no layers of such a NEO; it names what differs.
         """
         differing = [
             f"{key} {getattr(self.sizes, key)} (there {getattr(sizes, key)})"
@@ -104,7 +107,7 @@ class PreBuffer:
             if getattr(self.sizes, key) != getattr(sizes, key)
         ]
         if differing:
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.source.directory} does not fit in front of {where}: the pre-buffer has {', '.join(differing)}; "
                 "give a Qwen3 of the same shape"
             )
@@ -130,7 +133,7 @@ def open_pre_buffer(directory: str | Path) -> PreBuffer:
     """Reads headers only.
 
     Raises:
-        ValueError: not what `extract_pre_buffer` writes, or a tensor is missing, unexpected or of another shape.
+        CheckpointError: not what `extract_pre_buffer` writes, or a tensor is missing, unexpected or of another shape.
     """
     directory = Path(directory)
     check_path(directory, Wanted.PRE_BUFFER)

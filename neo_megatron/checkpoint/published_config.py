@@ -12,6 +12,7 @@ from typing import Any
 
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
+from neo_megatron.errors import CheckpointError
 from neo_megatron.hf.kinds_neo import refuse_other_kinds
 from neo_megatron.model.config import NeoSizes, scalar
 from neo_megatron.model.published_sizes import PUBLISHED_SIZES
@@ -52,12 +53,12 @@ def complete_config(
         directory: whose tokenizer, if it has one, knows the ids of the picture tokens.
 
     Raises:
-        ValueError: no NEO by its tensors; a NEO-unify, a quantised checkpoint, an unknown template; nothing tells the
-            ids of the image tokens; a value is of another type.
+        CheckpointError: no NEO by its tensors; a NEO-unify, a quantised checkpoint, an unknown template; nothing tells
+            the ids of the image tokens; a value is of another type.
     """
     refuse_other_kinds(config, f"{directory}/config.json")
     if UNIFY_TENSOR in shapes:
-        raise ValueError(
+        raise CheckpointError(
             f"{directory}: has {UNIFY_TENSOR}: this is a NEO-unify (SenseNova-U1) checkpoint, which is another model "
             "than NEO 1.0; use the code that was published with it"
         )
@@ -67,7 +68,7 @@ def complete_config(
     if top.get("model_type") != MODEL_TYPE:
         if not is_neo(shapes):
             lacking = next(name for name in _MARKS if name not in shapes)
-            raise ValueError(
+            raise CheckpointError(
                 f"{directory}: no NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
                 "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
             )
@@ -97,7 +98,7 @@ def _check_types(llm: dict[str, Any], directory: Path) -> None:
     kinds = dict.fromkeys(("num_hidden_layers", "extra_num_layers", "vocab_size"), int) | {"rope_parameters": dict}
     for key, kind in kinds.items():
         if not isinstance(llm.get(key), kind | None):
-            raise ValueError(f"{directory}/config.json: {key} in llm_config is {llm[key]!r}: download it again")
+            raise CheckpointError(f"{directory}/config.json: {key} in llm_config is {llm[key]!r}: download it again")
 
 
 def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list[str]) -> None:
@@ -193,7 +194,7 @@ def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path
         elif qwen3_id < vocab_size:
             _fill(config, {key: qwen3_id}, "on Qwen3's tokenizer", said)
         elif config.get(key) is None:
-            raise ValueError(
+            raise CheckpointError(
                 f"{directory}/config.json lacks {key}, and no tokenizer there knows {token}: "
                 "write the id into config.json, or put the model's tokenizer.json beside it"
             )
@@ -215,7 +216,7 @@ def added_token_ids(directory: Path) -> dict[str, int]:
             try:
                 ids = {token: int(number) for token, number in read(contents)} | ids
             except (TypeError, KeyError, AttributeError, ValueError) as error:
-                raise ValueError(f"{directory / name}: its added tokens are no list of words and ids") from error
+                raise CheckpointError(f"{directory / name}: its added tokens are no list of words and ids") from error
     return ids
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from neo_megatron.errors import CheckpointError
+
 BLOCK_BYTES = 2**20  # stays in a core's cache while it is checksummed, converted or copied
 # The kernel caches a write in pages as large as it is; large ones are harder to find: 1 MiB took up to twice as long.
 WRITE_BYTES = 2**17
@@ -63,14 +65,14 @@ def read_into(view: Tensor, file: Readable, dtype: torch.dtype) -> None:
     """Fills a view of any strides and type with the values of type ``dtype`` that come next in a file.
 
     Raises:
-        ValueError: the file ends before; a finite value exceeds the range of the view's type.
+        CheckpointError: the file ends before; a finite value exceeds the range of the view's type.
     """
     for block, stored in _blocks(view, dtype):
         buffer = _bytes(stored)
         while buffer:
             count = file.readinto(buffer)
             if not count:
-                raise ValueError("the file ends in the middle of a tensor")
+                raise CheckpointError("the file ends in the middle of a tensor")
             buffer = buffer[count:]
         if stored is not block:
             copy_exactly(block, stored)
@@ -89,12 +91,12 @@ def copy_exactly(target: Tensor, source: Tensor) -> None:
     """Copies into another type; rounding is what a smaller type is for, overflow is not.
 
     Raises:
-        ValueError: a finite value exceeds the range of the type of ``target``.
+        CheckpointError: a finite value exceeds the range of the type of ``target``.
     """
     target.copy_(source)
     narrower = target.dtype != source.dtype and torch.finfo(target.dtype).max < torch.finfo(source.dtype).max
     if narrower and not torch.equal(target.isinf(), source.isinf()):
-        raise ValueError(f"a value exceeds what {target.dtype} can hold: give a --dtype of a wider range")
+        raise CheckpointError(f"a value exceeds what {target.dtype} can hold: give a --dtype of a wider range")
 
 
 def _blocks(view: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,7 +168,7 @@ class FileWindow:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         if self._place < 0:
-            raise ValueError("a place before its beginning")
+            raise CheckpointError("a place before its beginning")
         return self._place
 
     def read(self, size: int = -1) -> bytes:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 import neo_megatron
 from neo_megatron.checkpoint.hf_directory import whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import Start, TensorRow, check_shapes, hf_tensors, tensor_table
-from neo_megatron.checkpoint.start_values import StartValues, missing_starts
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.errors import CheckpointError, ConfigError
+from neo_megatron.model.config import NeoSizes
 
 SHARD_BYTES = 5 * 10**9
 MODEL_PREFIXES = ("embedding.", "patch_embedding.", "decoder.", "output_layer.")
@@ -45,7 +46,7 @@ CODE = (
 SHARED_CODE = {
     "data/image.py": "pictures_neo.py",
     "data/image_limits.py": "image_limits_neo.py",
-    "data/errors.py": "errors_neo.py",
+    "errors.py": "errors_neo.py",
     "data/tags.py": "tags_neo.py",
     "model/mask.py": "mask_neo.py",
 }
@@ -73,15 +74,15 @@ def convert_megatron_to_hf(
         The missing tensors by their Hugging Face names, and what they start as.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's; ``output``
-            exists; the checkpoint is broken.
+        CheckpointError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's;
+            ``output`` exists; the checkpoint is broken.
     """
     source = TorchDistDirectory(megatron_directory)
     sizes = saved_sizes(source)
     rows = {row.megatron: row for row in tensor_table(sizes)}
     found = {key: shape for key, shape in source.shapes.items() if key.startswith(MODEL_PREFIXES)}
     if not found:
-        raise ValueError(f"{source.directory}: no tensor of a NEO in it: give a checkpoint saved by pretrain_neo")
+        raise CheckpointError(f"{source.directory}: no tensor of a NEO in it: give a checkpoint saved by pretrain_neo")
     expected = {key: row.megatron_shape for key, row in rows.items()}
     missing = check_shapes(found, expected, str(source.directory), allow_missing)
     check_tokenizer(tokenizer, sizes)
@@ -135,12 +136,12 @@ def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
     for token, expected in (("<img>", sizes.image_start_token_id), ("<IMG_CONTEXT>", sizes.image_context_token_id)):
         found = tokenizer.convert_tokens_to_ids(token)
         if found != expected:
-            raise ValueError(
+            raise CheckpointError(
                 f"{tokenizer.name_or_path}: {token} has the id {found}, the model was trained with {expected}: "
                 "give --tokenizer the directory that preprocessing used"
             )
     if len(tokenizer) > sizes.vocab_size:
-        raise ValueError(
+        raise CheckpointError(
             f"{tokenizer.name_or_path}: {len(tokenizer)} tokens, the model has {sizes.vocab_size}: "
             "give --tokenizer the directory that preprocessing used"
         )
@@ -150,18 +151,22 @@ def saved_sizes(source: TorchDistDirectory) -> NeoSizes:
     """The sizes that a run or a conversion wrote into a Megatron checkpoint.
 
     Raises:
-        ValueError: it says nothing of them, other ones than a NEO has, or such as no NEO can have.
+        CheckpointError: it says nothing of them, other ones than a NEO has, or such as no NEO can have.
     """
     sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
     if not isinstance(sizes, dict):
-        raise ValueError(f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo")
+        raise CheckpointError(
+            f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo"
+        )
     if other := sizes.keys() ^ {field.name for field in fields(NeoSizes)}:
         names = ", ".join(sorted(map(str, other)))
-        raise ValueError(f"{source.directory}: its sizes and ours differ in {names}: use the version that saved it")
+        raise CheckpointError(
+            f"{source.directory}: its sizes and ours differ in {names}: use the version that saved it"
+        )
     try:
         return NeoSizes(**sizes)
     except ConfigError as error:
-        raise ValueError(f"{source.directory}: {error}") from error
+        raise CheckpointError(f"{source.directory}: {error}") from error
 
 
 def _write_code(directory: Path) -> None:

@@ -5,6 +5,7 @@ Megatron adds `metadata.json`, by which it knows the format, and one entry of by
 tensor. Neither a process group nor a GPU is needed.
 """
 
+
 import argparse
 import io
 import os
@@ -27,9 +28,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from neo_megatron.checked_files import read_file, read_json
+from neo_megatron.checked_pickles import load_allowed
+from neo_megatron.checkpoint.dcp_metadata import read_metadata
 from neo_megatron.checkpoint.hf_directory import DTYPE_NAMES, write_json
-from neo_megatron.checkpoint.saved_metadata import read_metadata
 from neo_megatron.checkpoint.streaming import BlockWriter, FileWindow, StoredTensor, read_into
+from neo_megatron.errors import CheckpointError
 from neo_megatron.paths import Wanted, check_path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -109,7 +112,7 @@ def tracked(tracker: Path) -> int | str | None:
     """What a tracker file names: an iteration or "release"; `None` where it names neither, as a half-written one.
 
     Raises:
-        ValueError: not a file.
+        CheckpointError: not a file.
     """
     text = read_file(tracker, _TRACKER_BYTES).decode("ascii", "replace").strip()
     if text == "release":
@@ -124,13 +127,13 @@ class TorchDistDirectory:
         path: a directory that `--save` filled (its tracker names the iteration) or one iteration of it.
 
     Raises:
-        ValueError: no torch_dist checkpoint there, or one that holds more than a checkpoint may.
+        CheckpointError: no torch_dist checkpoint there, or one that holds more than a checkpoint may.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.directory = _iteration_directory(Path(path))
         if read_json(self.directory / "metadata.json").get("sharded_backend") != FORMAT["sharded_backend"]:
-            raise ValueError(f"{self.directory}: not in torch_dist format: save it with --ckpt-format torch_dist")
+            raise CheckpointError(f"{self.directory}: not in torch_dist format: save it with --ckpt-format torch_dist")
         metadata = read_metadata(self.directory)
         self._entries, self._places = metadata.state_dict_metadata, metadata.storage_data
         self.shapes = {
@@ -142,7 +145,7 @@ class TorchDistDirectory:
         dtype = self._entries[key].properties.dtype
         if dtype not in DTYPE_NAMES and not key.startswith("optimizer."):
             known = ", ".join(map(str, DTYPE_NAMES))
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.directory / '.metadata'}: {key} is of {dtype}, not {known}: copy the checkpoint again"
             )
         return dtype
@@ -160,7 +163,7 @@ class TorchDistDirectory:
         """Reads a tensor into memory of its shape, of any strides and type, and compares it with its checksums.
 
         Raises:
-            ValueError: pieces of it are missing or damaged.
+            CheckpointError: pieces of it are missing or damaged.
         """
         entry = self._entries[key]
         for piece in entry.chunks:
@@ -174,28 +177,28 @@ class TorchDistDirectory:
         """What is no tensor. Only the classes that Megatron itself allows are unpickled.
 
         Raises:
-            ValueError: there is none; it is damaged, or holds something else.
+            CheckpointError: there is none; it is damaged, or holds something else.
         """
         if not isinstance(self._entries.get(COMMON_STATE), BytesStorageMetadata):
-            raise ValueError(f"{self.directory}: has no common state: save it with megatron-core 0.19")
+            raise CheckpointError(f"{self.directory}: has no common state: save it with megatron-core 0.19")
         with self._opened(COMMON_STATE) as archive:
             state = io.BytesIO(archive.read(_COMMON_BYTES + 1))
             if state.getbuffer().nbytes > _COMMON_BYTES:
-                raise ValueError(f"more than {_COMMON_BYTES:,} bytes: copy the checkpoint again")
+                raise CheckpointError(f"more than {_COMMON_BYTES:,} bytes: copy the checkpoint again")
             _plain_records(state)
             if damaged := zipfile.ZipFile(state).testzip():
-                raise ValueError(f"the checksum of {damaged} differs: copy the checkpoint again")
+                raise CheckpointError(f"the checksum of {damaged} differs: copy the checkpoint again")
         state.seek(0)
         try:
             loaded = load_allowed(state)
         except Exception as error:  # damaged bytes can make a pickle raise anything
             what = str(error).split("\n")[0]
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.directory}: its arguments hold more than Megatron allows ({what}): not loaded"
             ) from error
         common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else None
         if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace | None):
-            raise ValueError(f"{self.directory}: its common state is of another kind: copy the checkpoint again")
+            raise CheckpointError(f"{self.directory}: its common state is of another kind: copy the checkpoint again")
         return common
 
     @contextmanager
@@ -203,14 +206,14 @@ class TorchDistDirectory:
         """The archive of one piece, or of an object; what is wrong with it is said of the file that it lies in."""
         place = self._places.get(MetadataIndex(key, offsets))
         if place is None:
-            raise ValueError(f"{self.directory}: nothing says where {key} lies: the save was incomplete")
+            raise CheckpointError(f"{self.directory}: nothing says where {key} lies: the save was incomplete")
         path = self.directory / place.relative_path
         with path.open("rb", buffering=0) as file:
             try:
                 yield FileWindow(file, place.offset, place.length)
             except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
                 what = str(error).split("\n")[0]
-                raise ValueError(f"{path}: {key}: {what}") from error
+                raise CheckpointError(f"{path}: {key}: {what}") from error
 
 
 def _plain_records(archive: Any) -> None:
@@ -218,49 +221,32 @@ def _plain_records(archive: Any) -> None:
     with zipfile.ZipFile(archive) as records:
         for record in records.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-                raise ValueError(f"{record.filename} is compressed: copy the checkpoint again")
+                raise CheckpointError(f"{record.filename} is compressed: copy the checkpoint again")
     archive.seek(0)
-
-
-def load_allowed(file: BinaryIO) -> Any:
-    """What `torch.save` wrote, of tensors, plain values and the classes that Megatron itself allows."""
-    # Only what was trained holds classes of Megatron's, whose import takes seconds.
-    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
-    with torch.serialization.safe_globals([argparse.Namespace, *(_megatron_classes() if named else [])]):
-        file.seek(0)
-        return torch.load(file, weights_only=True)
-
-
-def _megatron_classes() -> list[Any]:
-    with warnings.catch_warnings():
-        # It warns of optional packages, none of which a conversion uses.
-        warnings.simplefilter("ignore")
-        from megatron.core.safe_globals import SAFE_GLOBALS
-    return SAFE_GLOBALS
 
 
 def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None:
     """Reads what `torch.save` wrote of one tensor, a zip of its values and a pickle that says how they lie.
 
     Raises:
-        ValueError: it is another tensor than is wanted, or not stored in one piece.
+        CheckpointError: it is another tensor than is wanted, or not stored in one piece.
         zipfile.BadZipFile: its bytes are not those of its checksum.
     """
     try:
         _plain_records(archive)
         stored = torch.load(archive, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes can make a pickle raise anything
-        raise ValueError(f"is no tensor ({error}): copy the checkpoint again") from error
+        raise CheckpointError(f"is no tensor ({error}): copy the checkpoint again") from error
     if not isinstance(stored, Tensor):
-        raise ValueError(f"is no tensor but a {type(stored).__name__}: copy the checkpoint again")
+        raise CheckpointError(f"is no tensor but a {type(stored).__name__}: copy the checkpoint again")
     if (stored.shape, stored.dtype) != (view.shape, dtype):
-        raise ValueError(f"holds {stored.dtype} {list(stored.shape)} instead of {dtype} {list(view.shape)}")
+        raise CheckpointError(f"holds {stored.dtype} {list(stored.shape)} instead of {dtype} {list(view.shape)}")
     if not stored.is_contiguous() or stored.storage_offset() or stored.untyped_storage().nbytes() != stored.nbytes:
-        raise ValueError("is not stored as a tensor of its own: save it again")
+        raise CheckpointError("is not stored as a tensor of its own: save it again")
     with zipfile.ZipFile(archive) as records:
         (values,) = (record for record in records.infolist() if record.filename.endswith("/data/0"))
         if values.file_size != stored.nbytes:
-            raise ValueError(f"holds {values.file_size} bytes of values instead of {stored.nbytes}")
+            raise CheckpointError(f"holds {values.file_size} bytes of values instead of {stored.nbytes}")
         with records.open(values) as file:
             read_into(view, file, dtype)
 
@@ -271,12 +257,16 @@ def _iteration_directory(path: Path) -> Path:
     tracker = path / TRACKER
     check_path(path, Wanted.MEGATRON)
     if not os.path.lexists(tracker):
-        raise ValueError(f"{path}: neither {TRACKER} nor metadata.json in it: give a directory that --save has filled")
+        raise CheckpointError(
+            f"{path}: neither {TRACKER} nor metadata.json in it: give a directory that --save has filled"
+        )
     if (named := tracked(tracker)) is None:
-        raise ValueError(f"{tracker}: what it names is no iteration: write the number of a saved iteration into it")
+        raise CheckpointError(
+            f"{tracker}: what it names is no iteration: write the number of a saved iteration into it"
+        )
     directory = path / (named if isinstance(named, str) else f"iter_{named:07d}")
     if not directory.is_dir():
-        raise ValueError(
+        raise CheckpointError(
             f"{tracker}: its iteration {directory.name} is missing: write the number of a saved one into it"
         )
     return directory

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.data.tags import IMAGE_TAG, split_tags
 from neo_megatron.data.tokenizer_checks import check_built, check_tokenizer_files
+from neo_megatron.errors import DataError
 
 # In the order of their ids; a Qwen3 tokenizer has <|im_start|> and <|im_end|> already.
 NEO_TOKENS = (

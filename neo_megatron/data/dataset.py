@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neo_megatron.data.balance import balanced_order
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.draw import key_of
-from neo_megatron.data.errors import DataError, RejectedSample
 from neo_megatron.data.image import PATCH_VALUES, decode, patches_from_image, recompress
-from neo_megatron.data.pack_index import Drawn, PackIndex
-from neo_megatron.data.sample_checks import are_sound, what_is_wrong
-from neo_megatron.data.shards import ShardSet, StoredSample, patches_of
+from neo_megatron.data.packs.balance import balanced_order
+from neo_megatron.data.packs.index import Drawn, PackIndex
+from neo_megatron.data.permutation import key_of
+from neo_megatron.data.shards.reader import ShardSet, StoredSample, patches_of
+from neo_megatron.data.shards.sample_checks import are_sound, what_is_wrong
+from neo_megatron.errors import DataError, RejectedSample
 
 LossWeighting = Literal["square", "sample", "token"]
 _WEIGHT_POWER: dict[str, float] = {"square": -0.5, "sample": -1.0, "token": 0.0}

@@ -14,8 +14,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.image_limits import MAX_FILE_BYTES, TooCostly, check_bytes, check_opened, without_end
+from neo_megatron.errors import Reason, RejectedSample
 
 PATCH = 16
 CELL = 2 * PATCH

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, get_args, get_type_hints
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.errors import DataError
 
 REJECTS = "rejects.jsonl"
 PACK_ARRAYS = ("units.npy", "patterns.npy", "runs.npy")

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import REJECTS
-from neo_megatron.data.storage import Directory, join
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.errors import DataError
+from neo_megatron.storage.base import Directory, join
 
 _MAX_LINE = 1 << 20  # bytes; an entry names one file
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from PIL import Image
 
-from neo_megatron.data.errors import DataError, Reason, RejectedSample
 from neo_megatron.data.image import upright_rgb
+from neo_megatron.errors import DataError, Reason, RejectedSample
 from neo_megatron.packages import install
 
 MAX_FILE_BYTES = 8 << 30

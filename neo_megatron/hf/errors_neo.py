@@ -1,5 +1,5 @@
-"""The errors of `pictures_neo`; an export has a copy of `neo_megatron/data/errors.py` in this one's place."""
+"""The errors of `pictures_neo`; an export has a copy of `neo_megatron/errors.py` in this one's place."""
 
-from neo_megatron.data.errors import RejectedSample
+from neo_megatron.errors import RejectedSample
 
 __all__ = ["RejectedSample"]

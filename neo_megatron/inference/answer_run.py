@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import is_partial, json_line, sync_directory, write_whole
+from neo_megatron.atomic_files import is_partial, json_line, sync_directory, write_whole
+from neo_megatron.errors import DataError
 from neo_megatron.locks import lock
 
 ANSWERS, PROGRESS = "answers.jsonl", "answers.partial.jsonl"

@@ -22,10 +22,10 @@ from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import NeoDirectory, open_neo
 from neo_megatron.checkpoint.pickled_directory import PickledDirectory
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.errors import DataError
+from neo_megatron.data.config import Settings
+from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import normalise
-from neo_megatron.data.records import Turn
-from neo_megatron.data.settings import Settings
+from neo_megatron.errors import CheckpointError, DataError
 from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
 from neo_megatron.hf.processing_neo import row_major
@@ -68,7 +68,7 @@ class Answerer:
         allow_pickle: take pickled weights where there are no safetensors, nothing but tensors from them.
 
     Raises:
-        ValueError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
+        CheckpointError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
         DataError: its tokenizer is missing, or is not the model's; the device is not there.
     """
 
@@ -232,7 +232,9 @@ def _weights(neo: NeoDirectory) -> dict[str, Any]:
     """Where `from_pretrained` finds the tensors: in safetensors, or in pickles that were opened with care."""
     source = neo.source
     if os.path.lexists(adapter := source.directory / "adapter_config.json"):
-        raise ValueError(f"{adapter}: peft would change the model by it, unchecked: merge the adapter, or remove it")
+        raise CheckpointError(
+            f"{adapter}: peft would change the model by it, unchecked: merge the adapter, or remove it"
+        )
     if isinstance(source, PickledDirectory):
         return {
             "pretrained_model_name_or_path": None,

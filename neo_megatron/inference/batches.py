@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 from transformers import logging
 
-from neo_megatron.data.errors import DataError, RejectedSample
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answer, Answerer
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neo_megatron.errors import DataError
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.prompts import Prompt
 
@@ -31,7 +32,7 @@ def answer_likelihoods(
         questions: for each answer, which of the prompts it answers.
 
     Raises:
-        ValueError: an answer is empty.
+        DataError: an answer is empty.
     """
     rows = [answerer.tokenizer(answer, add_special_tokens=False, split_special_tokens=True) for answer in answers]
     tokens_BA, valid_BA = _padded([row["input_ids"] for row in rows], answerer.model.device)
@@ -60,7 +61,7 @@ def answer_likelihoods(
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and, 0 on padding, validity, `[B, A]` each, padded on the right."""
     if not all(rows):
-        raise ValueError("an answer is empty: the likelihood of nothing is not defined")
+        raise DataError("an answer is empty: the likelihood of nothing is not defined")
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     valid = torch.zeros_like(tokens)
     for number, row in enumerate(rows):

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.config import Settings
+from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import (
     PATCH_VALUES,
     decode,
@@ -20,10 +21,10 @@ from neo_megatron.data.image import (
     pixel_limit,
     read_picture,
 )
-from neo_megatron.data.media import load_media
-from neo_megatron.data.records import Sample, Turn, is_unicode
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.prepare.media import load_media
+from neo_megatron.data.prepare.records import Sample, is_unicode
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, count_tags
+from neo_megatron.errors import Reason, RejectedSample
 
 Picture = Image.Image | bytes | str | Path
 """A picture: opened, the bytes of its file, or where the file lies."""

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from neo_megatron.data.annotations import read_slice, slices
-from neo_megatron.data.errors import DataError, Reason, RejectedSample
+from neo_megatron.data.config import Settings
 from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_picture
-from neo_megatron.data.noticed import Noticed
-from neo_megatron.data.records import Sample, check_sample, is_blank, is_unicode, parse_record
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.prepare.annotation_slices import read_slice, slices
+from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.tallies import Noticed
+from neo_megatron.errors import DataError, Reason, RejectedSample
 
 Ask = Literal["every answer", "next turn"]
 _RECORDS_AT_ONCE = 8192

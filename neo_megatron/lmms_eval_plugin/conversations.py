@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, replace_tags
+from neo_megatron.errors import DataError
 from neo_megatron.inference.prompts import Picture
 
 Message = dict[str, Any]
@@ -29,7 +30,7 @@ def turns_and_pictures(messages: Sequence[Message], system_prompt: str = "") -> 
         system_prompt: stands in place of the task's own, if there is any.
 
     Raises:
-        ValueError: the message holds a video or a sound; the assistant says an image.
+        DataError: the message holds a video or a sound; the assistant says an image.
     """
     turns, pictures, stray = [], [], 0
     if system_prompt:
@@ -50,7 +51,7 @@ def _in_line(content: str | Sequence[dict[str, Any]], role: str) -> tuple[str, l
     text = "".join(part["text"] for part in parts if part["type"] == "text")
     if role == "assistant":
         if pictures:
-            raise ValueError("a task of lmms-eval gives an image that the assistant says: NEO answers in text")
+            raise DataError("a task of lmms-eval gives an image that the assistant says: NEO answers in text")
         return as_literal(text), [], 0
     tags = count_tags(text, IMAGE_TAG)
     if tags == len(pictures):
@@ -73,7 +74,7 @@ def _picture(part: dict[str, Any]) -> Picture:
     """lmms-eval takes a path that does not end like a picture's for a video; sounds and clips come as dictionaries."""
     if part["type"] != "image" or isinstance(part["url"], dict):
         kind = part["type"] if part["type"] != "image" else "video or sound"
-        raise ValueError(
+        raise DataError(
             f"a task of lmms-eval gives a {kind}: the neo plug-in answers questions about pictures and text"
         )
     return part["url"]

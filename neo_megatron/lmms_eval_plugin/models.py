@@ -15,7 +15,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from neo_megatron.data.errors import RejectedSample
+from neo_megatron.errors import ConfigError, RejectedSample
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
 from neo_megatron.inference.prompts import Prompt
@@ -56,7 +56,7 @@ class NeoChat(lmms):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch size {batch_size!r}: the neo plug-in needs a number, such as --batch_size 8")
+            raise ConfigError(f"batch size {batch_size!r}: the neo plug-in needs a number, such as --batch_size 8")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

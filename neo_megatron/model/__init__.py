@@ -1,1 +1,1 @@
-"""The Megatron-Core NEO model. A program that builds it calls `neo_megatron.cpu_platform.install()` first."""
+"""The Megatron-Core NEO model. `neo_megatron.megatron_compat.cpu_platform.install()` is called before it is built."""

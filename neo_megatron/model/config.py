@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.checked_files import read_json
+from neo_megatron.errors import ConfigError
 
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
 # words these are 1,766 positions: large enough a product.
@@ -16,10 +17,6 @@ LOGIT_BYTES = 1 << 30
 MAX_LAYERS = 10_000
 MAX_PIXELS = 1 << 27  # of a resized image: as many as are decoded
 _LARGEST_COUNT = (1 << 31) - 1
-
-
-class ConfigError(ValueError):
-    """Sizes, layout or flags that cannot work; the text is one sentence for the person who chose them."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ whole, the post-LLM only in what is new to it. Stages 2 and 3 train everything. 
 
 import torch
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.model.transformer_config import NeoConfig
 
 # Modules of a post-LLM layer that stage 1 trains.

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from neo_megatron.model.native_attention import NativeSelfAttention, NativeSelfAttentionSubmodules
 from neo_megatron.model.rms_norm import RMSNorm
-from neo_megatron.model.shared_input import (
+from neo_megatron.model.shared_input_linear import (
     SharedInputColumnParallelLinear,
     TENormColumnParallelLinear,
     TESharedInputColumnParallelLinear,

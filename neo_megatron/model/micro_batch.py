@@ -10,7 +10,7 @@ tokens, M trained positions.
 import torch
 from torch import Tensor, arange, full
 
-from neo_megatron.model.sequence_split import contiguous_rows, even_rows
+from neo_megatron.model.cp_token_split import contiguous_rows, even_rows
 
 
 def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: bool) -> dict[str, Tensor]:

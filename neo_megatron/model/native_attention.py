@@ -19,12 +19,12 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import divide
 from torch import Tensor
 
-from neo_megatron.model import native_heads
+from neo_megatron.model import qkv_prepare
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.rms_norm import HeadNorm
-from neo_megatron.model.shared_input import gather_again, keeps_input, share_input
+from neo_megatron.model.shared_input_linear import gather_again, keeps_input, share_input
 from neo_megatron.model.transformer_config import NeoConfig
 
 
@@ -145,7 +145,7 @@ class NativeSelfAttention(MegatronModule):
         qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
         qkv = qkv.unflatten(-1, (self.groups_per_rank, heads + 2, self.head_dim))
         qk_hw = qk_hw.unflatten(-1, (self.groups_per_rank, heads + 1, self.head_dim))
-        return native_heads.query_key_value(
+        return qkv_prepare.query_key_value(
             qkv,
             qk_hw,
             [norm() for norm in (self.q_layernorm, self.q_layernorm_h, self.q_layernorm_w)],

@@ -10,8 +10,9 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from neo_megatron import cpu_platform
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.errors import ConfigError
+from neo_megatron.megatron_compat import cpu_platform
+from neo_megatron.model.config import NeoSizes
 
 
 @dataclass

@@ -7,7 +7,7 @@ much. Megatron's own traffic is counted; what is a few numbers a token (cross en
 from dataclasses import dataclass
 
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.model.context_traffic import default_way, sent_bytes
+from neo_megatron.model.context_parallel_cost import default_way, sent_bytes
 from neo_megatron.planning.activations import layers_by_kind, rank_tokens
 from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout

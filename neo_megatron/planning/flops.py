@@ -10,7 +10,8 @@ embedding, V vocabulary.
 
 from dataclasses import dataclass
 
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.workload import Workload
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.planning.layout import Precision
 
 

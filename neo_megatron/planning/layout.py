@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Literal
 
-from neo_megatron.fp8_layout import check_fp8
-from neo_megatron.model.config import ConfigError, NeoSizes
-from neo_megatron.model.context_traffic import Way
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.context_parallel_cost import Way
+from neo_megatron.validation.fp8 import check_fp8
 
 Precision = Literal["bf16", "fp8", "fp32"]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
-from neo_megatron.model.context_traffic import buffer_bytes, default_way
+from neo_megatron.model.context_parallel_cost import buffer_bytes, default_way
 from neo_megatron.planning.activations import chunk_bytes, layer_activations, rank_tokens
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.parameters import chunk_parameters

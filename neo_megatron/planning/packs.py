@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.pack_index import PackIndex
+from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.planning.workload import Workload, allowed_pairs
 
 PACKS = 64

@@ -7,11 +7,12 @@ from itertools import product
 from math import isqrt, prod
 from typing import Any
 
-from neo_megatron.model.config import ConfigError, NeoSizes
-from neo_megatron.pipeline_layout import Costs, balanced_split, layout_string, split_pre_buffer
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.hardware import Efficiency, Gpu
 from neo_megatron.planning.layout import Layout, Precision, layout_stages
 from neo_megatron.planning.memory import pipeline_memory
+from neo_megatron.planning.pipeline_split import Costs, balanced_split, layout_string, split_pre_buffer
 from neo_megatron.planning.report import RECOMPUTATION, Plan, layout_text, recomputation_text, table
 from neo_megatron.planning.workload import Workload
 

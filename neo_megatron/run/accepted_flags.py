@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 
-from neo_megatron.run.flag_table import OnlyValues, OnlyWith, Status, Verdict
+from neo_megatron.run.flag_status import OnlyValues, OnlyWith, Status, Verdict
 
 
 def _works(test: str, flags: str) -> Verdict:

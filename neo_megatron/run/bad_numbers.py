@@ -19,9 +19,8 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_s
 from megatron.training import get_args
 from torch import Tensor
 
-from neo_megatron import cpu_platform
-from neo_megatron.data.errors import DataError
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError, DataError
+from neo_megatron.megatron_compat import cpu_platform
 
 
 def check_rerun_flags(args: Namespace) -> None:

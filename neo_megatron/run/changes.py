@@ -16,8 +16,8 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.training.training import get_optimizer_param_scheduler
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.model.config import ConfigError
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.errors import ConfigError
 from neo_megatron.run.optimizer_state import has_moments, is_by_ranks
 
 # Flags that change the samples or the update from here on, with what that means.

@@ -7,14 +7,10 @@ whether the tracker file, which Megatron writes last, has changed: one `stat` on
 import threading
 from argparse import Namespace
 
-from neo_megatron.checkpoint.integrity import (
-    DamagedCheckpoint,
-    stored_pieces,
-    verify_pieces,
-)
+from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS, write_checksums
+from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.run_directory import RunDirectory
-from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError, DamagedCheckpoint
 from neo_megatron.paths import REMOTE
 from neo_megatron.run.console import say
 from neo_megatron.run.output_lock import OutputLock

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from neo_megatron import cpu_platform
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch
+from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.hardware import GPUS, Gpu, gpu_named
 from neo_megatron.planning.layout import Layout, precision_of
@@ -20,6 +19,7 @@ from neo_megatron.planning.packs import measure_items
 from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.workload import Workload
 from neo_megatron.run.after_loading import packs_to_read
+from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.loaders import check_loader_memory, ended_before, open_packs
 from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint

@@ -15,7 +15,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args, get_timers
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 
 
 def check_evaluation_flags(args: Namespace) -> None:

@@ -5,77 +5,19 @@ writes docs/flags.md from it. tests/run/test_flag_table.py holds that it has eve
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
-
-class Status(Enum):
-    """What a flag does in a training of NEO."""
-
-    WORKS = "works"
-    WORKS_ON_GPU = "passed on"
-    """Megatron gets it as it is; it acts on GPUs alone, where no test of this repository has run it."""
-    NO_EFFECT = "no effect"
-    REJECTED = "rejected"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One status for several flags.
-
-    Args:
-        why: of a flag that works the test that shows it; of a rejected one the reason and the remedy.
-    """
-
-    status: Status
-    why: str
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class OnlyValues:
-    """A flag that works with some of the values that Megatron takes.
-
-    Args:
-        values: as they are written on the command line.
-        remedy: what to do instead of giving another one.
-    """
-
-    flag: str
-    values: tuple[str, ...]
-    remedy: str
-
-
-@dataclass(frozen=True)
-class OnlyWith:
-    """Flags that Megatron reads only where another one is given, and would ignore without it.
-
-    Args:
-        needed: the other flag, as it is to be written.
-        where: whether it is given, from the arguments as parsed.
-        flags: the flags that need it.
-    """
-
-    needed: str
-    where: Callable[[Namespace], object]
-    flags: tuple[str, ...]
-
+from neo_megatron.run import accepted_flags, rejected_model_flags, rejected_run_flags
+from neo_megatron.run.flag_status import Status, Verdict
 
 # Megatron has some flags only where an optional package is installed.
 _UNKNOWN = Verdict(Status.REJECTED, "no run of NEO has tried it: leave it out", ())
 
 
-def rejected(why: str, flags: str) -> Verdict:
-    """A verdict of `Status.REJECTED` on flags with spaces between them."""
-    return Verdict(Status.REJECTED, why, tuple(flags.split()))
-
-
 def verdicts() -> dict[str, Verdict]:
     """The verdict on every flag of Megatron, by the flag."""
-    from neo_megatron.run import accepted_flags, rejected_model_flags, rejected_run_flags
-
     accepted = (*accepted_flags.WORKS, *accepted_flags.WORKS_ON_GPU, *accepted_flags.NO_EFFECT)
     rejected = (*rejected_model_flags.REJECTED, *rejected_run_flags.REJECTED)
     return {flag: verdict for verdict in (*accepted, *rejected) for flag in verdict.flags}
@@ -108,17 +50,15 @@ def table_name(option_strings: Sequence[str]) -> str:
 
 def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
     """A sentence for every flag given that would be ignored or crash."""
-    from neo_megatron.run.accepted_flags import ONLY_VALUES, ONLY_WITH
-
     table = verdicts()
     for flag, value in given.items():
         verdict = table.get(flag, _UNKNOWN)
         if verdict.status is Status.REJECTED:
             yield f"{as_written(flag, value)}: {verdict.why}"
-    for only in ONLY_VALUES:
+    for only in accepted_flags.ONLY_VALUES:
         if only.flag in given and _text(given[only.flag]) not in only.values:
             yield f"{as_written(only.flag, given[only.flag])}: {only.remedy}"
-    for only in ONLY_WITH:
+    for only in accepted_flags.ONLY_WITH:
         for flag in only.flags:
             if flag in given and not only.where(args):
                 yield f"{as_written(flag, given[flag])} is for {only.needed}: add it, or leave {flag} out"

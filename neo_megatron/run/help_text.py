@@ -3,7 +3,8 @@
 import re
 from argparse import SUPPRESS, ArgumentParser
 
-from neo_megatron.run.flag_table import Status, table_name, verdicts
+from neo_megatron.run.flag_status import Status
+from neo_megatron.run.flag_table import table_name, verdicts
 
 USAGE = "python -m neo_megatron.pretrain_neo --train-data-path PACKS --micro-batch-size 1 --train-iters N [flags]"
 EPILOG = "docs/flags.md lists every flag of Megatron, and says which are refused and what to use instead."

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 
 SHARED_MEMORY = "/dev/shm"
 _CANNOT_HAND_OVER = 74  # the exit code of a worker; EX_IOERR of sysexits.h

@@ -12,11 +12,11 @@ from megatron.training import get_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
-from neo_megatron import cpu_platform
-from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
+from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.run.after_loading import packs_to_read
+from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.console import say
 from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
 from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from neo_megatron import megatron_patches
+from neo_megatron.megatron_compat import hooks
 
 # Of Megatron's tags: what counts packs.
 _WORDS = {
@@ -38,7 +38,7 @@ class LogWriters:
     def take_over(cls) -> "LogWriters":
         """Puts itself in place of Megatron's writers of this process."""
         writers = cls(get_tensorboard_writer(), get_wandb_writer())
-        megatron_patches.use_writers(writers.tensorboard, writers.wandb)
+        hooks.use_writers(writers.tensorboard, writers.wandb)
         return writers
 
     def write(self, scalars: Mapping[str, float], iteration: int) -> None:

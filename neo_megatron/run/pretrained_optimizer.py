@@ -15,7 +15,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.run.optimizer_state import has_moments, is_by_ranks, load_state
 
 

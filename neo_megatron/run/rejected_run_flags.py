@@ -3,7 +3,7 @@
 Each entry reads after the flag and a colon: why it is refused, and what to do instead.
 """
 
-from neo_megatron.run.flag_table import rejected
+from neo_megatron.run.flag_status import rejected
 
 REJECTED = (
     rejected(

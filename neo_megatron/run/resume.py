@@ -12,25 +12,13 @@ from typing import Any
 
 import torch
 
-from neo_megatron.checkpoint.integrity import (
-    DamagedCheckpoint,
-    share_of,
-    stored_pieces,
-    verify_pieces,
-)
+from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS, write_checksums
+from neo_megatron.checkpoint.integrity import share_of, stored_pieces, verify_pieces
 from neo_megatron.checkpoint.run_directory import RunDirectory
-from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.errors import DataError
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError, DamagedCheckpoint, DataError
 from neo_megatron.paths import Kind, Wanted, check_path, kind_of
-from neo_megatron.run.changes import (
-    check_model,
-    check_training,
-    identity_of_packs,
-    needs_state_by_names,
-    told_changes,
-)
+from neo_megatron.run.changes import check_model, check_training, identity_of_packs, needs_state_by_names, told_changes
 from neo_megatron.run.console import say
 from neo_megatron.run.pretrained_optimizer import check_state
 

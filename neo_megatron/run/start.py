@@ -1,18 +1,15 @@
-"""The start of `python -m neo_megatron.pretrain_neo`: paths are checked and the log is opened before slow imports."""
+"""What a run does before its slow imports: ranks are found, paths checked, the log opened."""
 
 import os
 import socket
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from neo_megatron import presets
-from neo_megatron.command_line import sentence_of
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.paths import Wanted, check_flags
 from neo_megatron.run.console import Console, ShortLines
-from neo_megatron.run.failure import Failure
 from neo_megatron.run.output_lock import OutputLock
 
 PROGRAM = "pretrain_neo"
@@ -27,30 +24,6 @@ PATHS = {
     "--save": Wanted.OUTPUT,
     "--tensorboard-dir": Wanted.OUTPUT,
 }
-
-
-def start() -> None:
-    """Trains, and ends the process with a sentence where the user can put right what is wrong."""
-    try:
-        stand_alone(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"{PROGRAM}: {error}")
-    failure = Failure(PROGRAM)
-    try:
-        check_paths(sys.argv[1:])
-        failure.console = open_console(sys.argv[1:])
-        failure.watch()
-        from neo_megatron import pretrain_neo
-
-        pretrain_neo.main()
-    except KeyboardInterrupt:
-        failure.interrupted()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            failure.tell(stop, stop.code.removeprefix(f"{PROGRAM}: "))
-        raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        failure.tell(error, sentence_of(error, ConfigError))
 
 
 def stand_alone(arguments: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
-from neo_megatron import cpu_platform
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
+from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.core_attention import check_backend
 from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.packages import OPTIONAL, install

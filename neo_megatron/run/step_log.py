@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.training import get_timers
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import model_flops
 from neo_megatron.planning.hardware import gpu_named

@@ -12,14 +12,15 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import has_nvrx_checkpointing_async_support
 
-from neo_megatron import cpu_platform, presets
+from neo_megatron import presets
 from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
-from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.errors import ConfigError
+from neo_megatron.megatron_compat import cpu_platform
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.transformer_config import megatron_arguments, sizes_from_arguments
-from neo_megatron.parallel_layout import check_layout, context_parallel_way
-from neo_megatron.pipeline_layout import choose_layout
 from neo_megatron.planning.packs import measure_packs
+from neo_megatron.planning.pipeline_split import choose_layout
 from neo_megatron.run.bad_numbers import check_rerun_flags
 from neo_megatron.run.checkpoints import check_save_flags
 from neo_megatron.run.console import say
@@ -29,6 +30,7 @@ from neo_megatron.run.help_text import prepare_help
 from neo_megatron.run.learning_rate import fill_min_lr, schedule_refusals
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
 from neo_megatron.run.start_checks import check_settings
+from neo_megatron.validation.parallelism import check_layout, context_parallel_way
 
 
 def parse_arguments() -> Namespace:

@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import torch
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 

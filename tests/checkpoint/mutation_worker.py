@@ -27,7 +27,6 @@ import verify_checkpoint
 from mutations import Mutation, mutations
 
 from neo_megatron import command_line
-from neo_megatron.model.config import ConfigError
 from neo_megatron.paths import Wanted, check_flags
 from neo_megatron.run import resume
 
@@ -125,7 +124,7 @@ def _run(tool: Tool, log: Path) -> None:
     code = 1
     flags = {"--hf": Wanted.NEO, "--neo": Wanted.EITHER_FORM, "--megatron": Wanted.MEGATRON, "--model": Wanted.NEO}
     try:
-        command_line.run(name, lambda: (check_flags(words, flags), tool_main()), ValueError, ConfigError)
+        command_line.run(name, lambda: (check_flags(words, flags), tool_main()))
         code = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):

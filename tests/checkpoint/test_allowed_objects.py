@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from neo_megatron.checkpoint.saved_metadata import pieces_make_up
-from neo_megatron.checkpoint.torch_dist import load_allowed
-from neo_megatron.data.errors import DataError
-from neo_megatron.loading_patches import load_bytes
+from neo_megatron.checked_pickles import load_allowed
+from neo_megatron.checkpoint.dcp_metadata import pieces_make_up
+from neo_megatron.errors import DataError
+from neo_megatron.megatron_compat.loading import load_bytes
 
 
 class Evil:

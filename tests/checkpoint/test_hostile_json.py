@@ -8,9 +8,9 @@ from conftest import GOLDEN
 
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.neo_directory import open_neo
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import DataError
 from neo_megatron.paths import Kind, kind_of
 
 DEEP = b'{"a": ' * 100_000

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from neo_megatron import presets
 from neo_megatron.checkpoint import hub
 from neo_megatron.checkpoint.neo_directory import open_neo
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

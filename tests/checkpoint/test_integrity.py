@@ -6,15 +6,11 @@ import shutil
 import pytest
 import torch
 
-from neo_megatron.checkpoint.integrity import (
-    DamagedCheckpoint,
-    share_of,
-    stored_pieces,
-    verify_pieces,
-)
-from neo_megatron.checkpoint.saved_metadata import CHECKSUMS, write_checksums
+from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS, write_checksums
+from neo_megatron.checkpoint.integrity import share_of, stored_pieces, verify_pieces
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
+from neo_megatron.errors import DamagedCheckpoint
 
 SHAPES = {"weight": (40, 30), "bias": (3,), "embedding": (100, 8), "scalar": ()}
 

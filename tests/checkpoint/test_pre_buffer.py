@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neo_megatron.checkpoint.either_form import open_either
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
 from neo_megatron.checkpoint.pre_buffer import PICTURE_ROWS, extract_pre_buffer, open_pre_buffer
+from neo_megatron.checkpoint.reader import open_either
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES
 from neo_megatron.model.config import NeoSizes
 

@@ -6,7 +6,7 @@ import pytest
 from kills import in_child, kill_at_step
 
 from neo_megatron.checkpoint.hf_directory import whole_directory
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -15,11 +15,11 @@ import pytest
 import transformers  # noqa: F401 - or each call of preprocess would start a process to load it
 from PIL import Image
 
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.config import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.shards.reader import ShardSet
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neo_megatron.data.annotation_files import check_annotation_file
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.registry import Source
+from neo_megatron.data.prepare.annotation_files import check_annotation_file
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import DataError
 
 RECORDS = [
     {"id": number, "conversations": [{"from": "human", "value": f"a {number}"}, {"from": "gpt", "value": "b"}]}

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.errors import Reason, RejectedSample
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.records import check_sample, parse_record
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.config import Settings
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.records import check_sample, parse_record
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.tags import IMAGE_TAG, count_tags
+from neo_megatron.errors import Reason, RejectedSample
 
 SMALL = Settings(min_pixels=1024, max_pixels=4096, records_per_shard=7)
 

@@ -8,10 +8,10 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 
-from neo_megatron.data import annotations
-from neo_megatron.data.annotations import drawn_records, read_slice, slices
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.registry import Source, data_list, split_path_share
+from neo_megatron.data.prepare import annotation_slices
+from neo_megatron.data.prepare.annotation_slices import drawn_records, read_slice, slices
+from neo_megatron.data.prepare.registry import Source, data_list, split_path_share
+from neo_megatron.errors import DataError
 
 
 def read(source: Source, size: int, seed: int = 0) -> list[tuple[int, object]]:
@@ -101,7 +101,7 @@ def test_what_is_no_array_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_a_record_that_is_too_long_is_left_out_unread(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(annotations, "MAX_RECORD_BYTES", 1 << 17)
+    monkeypatch.setattr(annotation_slices, "MAX_RECORD_BYTES", 1 << 17)
     records = ['{"n": 0}', '{"x": "' + "y" * (1 << 20) + '"}', '{"n": 2}']
     (tmp_path / name).write_text("\n".join(records) if name == "a.jsonl" else "[" + ",".join(records) + "]")
     source = Source("a", str(tmp_path / name))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from neo_megatron.data.balance import balanced_order, imbalance
+from neo_megatron.data.packs.balance import balanced_order, imbalance
 
 
 def draw_costs(packs: int, seed: int = 0) -> np.ndarray:

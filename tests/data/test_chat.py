@@ -12,8 +12,8 @@ from neo_megatron.data.chat import (
     special_ids,
     tokenizer_fingerprint,
 )
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
+from neo_megatron.errors import DataError
 
 TRICKY = [
     "",

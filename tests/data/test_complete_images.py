@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.image import decode, header_size
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import Reason, RejectedSample
 
 CASES = Path(__file__).parent / "cases"
 

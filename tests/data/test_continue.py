@@ -17,12 +17,13 @@ import pytest
 from hostile_directories import changed_values
 from kills import in_child, kill_at_step
 
-from neo_megatron.data import engines, files
+from neo_megatron import atomic_files
 from neo_megatron.data.chat import load_tokenizer
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.unfinished import PLAN, Run
+from neo_megatron.data.prepare import executors
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.resume import PLAN, Run
+from neo_megatron.errors import DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -126,14 +127,14 @@ def unfinished(bench, output: str = "killed") -> None:
     """A run that was killed when it had done two slices."""
 
     def stop() -> None:
-        original = engines.SliceWorker.run
+        original = executors.SliceWorker.run
 
         def once(worker, piece):
             if piece.place.number == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(worker, piece)
 
-        engines.SliceWorker.run = once
+        executors.SliceWorker.run = once
         run(bench, output)
 
     assert os.WIFSIGNALED(in_child(stop))
@@ -144,9 +145,9 @@ def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
     run(small, "whole")
     unfinished(small)
     done = []
-    original = engines.SliceWorker.run
+    original = executors.SliceWorker.run
     monkeypatch.setattr(
-        engines.SliceWorker, "run", lambda self, piece: done.append(piece.place.number) or original(self, piece)
+        executors.SliceWorker, "run", lambda self, piece: done.append(piece.place.number) or original(self, piece)
     )
     (small.path / "killed" / "00000.spans.idx").unlink()  # somebody has tidied up
     (small.path / "killed" / "00001.grids.npy.1234.partial").touch()
@@ -296,7 +297,7 @@ def test_a_full_disk_is_named_at_any_step(tmp_path, monkeypatch, step):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    file = files.WholeFile(tmp_path / "a.bin") if step != "open" else None
+    file = atomic_files.WholeFile(tmp_path / "a.bin") if step != "open" else None
     if step == "open":
         monkeypatch.setattr("builtins.open", full)
     elif step == "write":
@@ -305,7 +306,7 @@ def test_a_full_disk_is_named_at_any_step(tmp_path, monkeypatch, step):
     else:
         monkeypatch.setattr(os, step, full)
     with pytest.raises(DataError, match=r"a\.bin cannot be written \(No space left on device\); free space, then run"):
-        file = file or files.WholeFile(tmp_path / "a.bin")
+        file = file or atomic_files.WholeFile(tmp_path / "a.bin")
         file.write(b"x")
         file.commit()
     assert list(tmp_path.iterdir()) == []

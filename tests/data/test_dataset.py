@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from neo_megatron.data.balance import imbalance
-from neo_megatron.data.broken import watch_broken_samples
 from neo_megatron.data.chat import ChatEncoder
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, collate, native_positions
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.packs.balance import imbalance
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import DataError
+from neo_megatron.run.broken_samples import watch_broken_samples
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from math import factorial
 import numpy as np
 import pytest
 
-from neo_megatron.data.draw import key_of, permutation, shuffled
+from neo_megatron.data.permutation import key_of, permutation, shuffled
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 100, 1023, 4097, 100_000])

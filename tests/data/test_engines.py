@@ -10,14 +10,14 @@ from multiprocessing import active_children
 import numpy as np
 import pytest
 
-from neo_megatron.data.annotations import Place, Slice, slices
-from neo_megatron.data.engines import LocalEngine, in_order
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.slice_worker import Task
-from neo_megatron.data.tokenizer_parts import load_parts
-from neo_megatron.data.unfinished import Outcome
+from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
+from neo_megatron.data.prepare.executors import LocalEngine, in_order
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.resume import Outcome
+from neo_megatron.data.prepare.worker import Task
+from neo_megatron.data.tokenizer_process import load_parts
+from neo_megatron.errors import DataError
 
 
 class Shuffled:

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import write_manifest
-from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.manifest import write_manifest
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import DataError
 
 
 class Splitter:
@@ -316,7 +316,7 @@ def test_the_tool_prints_what_stays_together(splitter, images, bench, new_sample
 
 def test_large_graphs_against_a_search():
     """Components of a random graph near the size at which one large component appears, and of a path."""
-    from neo_megatron.data.held_out import _connect
+    from neo_megatron.data.packs.held_out import _connect
 
     draw = np.random.default_rng(0)
     n = 20_000

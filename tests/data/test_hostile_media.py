@@ -17,8 +17,8 @@ from hostile_images import HOSTILE, measured
 from PIL import Image
 
 from neo_megatron.data import image_limits
-from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.image import decode, decode_opened, header_size
+from neo_megatron.errors import Reason, RejectedSample
 from neo_megatron.hf.image_processing_neo import NEOImageProcessor
 from neo_megatron.inference.prompts import new_prompt
 

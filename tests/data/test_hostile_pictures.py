@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import requests
 
-from neo_megatron.data.errors import Reason
+from neo_megatron.data.config import Settings
 from neo_megatron.data.image import decode
-from neo_megatron.data.settings import Settings
+from neo_megatron.errors import Reason
 
 SDIST = "pillow-13.0.0.tar.gz"
 SHA256 = "cdcd1ba258178f7356d74170c9a81ba4eab6a5d55748bc402a5a2a6fe6be3510"

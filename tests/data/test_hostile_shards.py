@@ -18,20 +18,20 @@ from typing import Any
 
 import pytest
 from hostile_directories import Mutation, Unpickled, mutations, rewrite, some_of
-from inspection.page import page
-from inspection.statistics import count, count_packs
 from torch.utils.data import DataLoader
 
 from neo_megatron.command_line import sentence_of
 from neo_megatron.data.dataset import GlobalBatch, PackDataset
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import write_manifest
-from neo_megatron.data.mixture import Mixture
-from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.shards import ShardSet
-from neo_megatron.data.storage import open_directory
+from neo_megatron.data.manifest import write_manifest
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.shards.mixture import Mixture
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import DataError
+from neo_megatron.inspection.page import page
+from neo_megatron.inspection.statistics import count, count_packs
+from neo_megatron.storage.open import open_directory
 
 _MEMORY = 1 << 30  # bytes above what the process had; the data have some thousand
 _SECONDS = 60  # of one mutation, which takes a tenth of one

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from neo_megatron.data import image as picture
-from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.errors import Reason, RejectedSample
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from inspect_data import packs_page, refuse_others
-from inspection.mask_image import ALL, NONE, SOME, mask_levels
-from inspection.pack_view import Origin, Pack, pack_parts
-from inspection.page import pack_part, page
-from inspection.pictures import Picture, jpeg_addresses, pictures_of, png_address
-from inspection.statistics import EXAMPLES, SourceCounts, Statistics, count, count_packs
-from inspection.token_text import token_texts, visible
 from PIL import Image
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.mixture import Mixture
-from neo_megatron.data.pack_index import PackIndex
-from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.storage import open_directory
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.shards.mixture import Mixture
+from neo_megatron.errors import DataError
+from neo_megatron.inspection.mask_image import ALL, NONE, SOME, mask_levels
+from neo_megatron.inspection.pack_view import Origin, Pack, pack_parts
+from neo_megatron.inspection.page import pack_part, page
+from neo_megatron.inspection.pictures import Picture, jpeg_addresses, pictures_of, png_address
+from neo_megatron.inspection.statistics import EXAMPLES, SourceCounts, Statistics, count, count_packs
+from neo_megatron.inspection.token_text import token_texts, visible
+from neo_megatron.storage.open import open_directory
 
 HOSTILE = '</i></script><script>alert(1)</script><img src="http://example.org/a.png"> & "quoted"'
 

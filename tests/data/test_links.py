@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from neo_megatron.data.errors import DataError, Reason, RejectedSample
-from neo_megatron.data.media_paths import resolve_path
-from neo_megatron.data.registry import Source, data_list
+from neo_megatron.data.prepare.media_paths import resolve_path
+from neo_megatron.data.prepare.registry import Source, data_list
+from neo_megatron.errors import DataError, Reason, RejectedSample
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neo_megatron.data.errors import Reason, RejectedSample
+from neo_megatron.data.config import Settings
+from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import decode, patches_from_image
-from neo_megatron.data.media import load_media
-from neo_megatron.data.records import Sample, Turn
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.prepare.media import load_media
+from neo_megatron.data.prepare.records import Sample
+from neo_megatron.errors import Reason, RejectedSample
 
 
 def sample(*pictures: Path) -> Sample:
@@ -64,7 +65,7 @@ def test_patches_are_those_of_the_resized_picture(photo):
 
 
 def test_a_sample_has_a_limit_of_memory(photo, monkeypatch):
-    monkeypatch.setattr("neo_megatron.data.media.MAX_SAMPLE_BYTES", 2 * photo.stat().st_size)
+    monkeypatch.setattr("neo_megatron.data.prepare.media.MAX_SAMPLE_BYTES", 2 * photo.stat().st_size)
     load_media(sample(photo, photo), Settings())
     with pytest.raises(RejectedSample) as raised:
         load_media(sample(photo, photo, photo), Settings())

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from neo_megatron.data.pack_index import Drawn, PackTable, open_table
-from neo_megatron.data.pack_writer import write_table
-from neo_megatron.data.packing import best_fit
-from neo_megatron.data.units import Units, draw_share, units_of_shard
+from neo_megatron.data.packs.best_fit import best_fit
+from neo_megatron.data.packs.index import Drawn, PackTable, open_table
+from neo_megatron.data.packs.units import Units, draw_share, units_of_shard
+from neo_megatron.data.packs.writer import write_table
 
 
 def draw(seed: int, count: int, high: int) -> np.ndarray:

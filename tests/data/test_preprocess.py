@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.errors import DataError, Reason
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source, data_list
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source, data_list
+from neo_megatron.data.shards.reader import ShardSet
+from neo_megatron.errors import DataError, Reason
 
 
 def mixed_records(new_sample, count: int) -> list:

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from neo_megatron.data.chat import load_tokenizer
+from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 
 TEXTS = [
     "Hello, world! It's 2025; don't panic.",

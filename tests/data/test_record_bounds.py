@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.record_bounds import element_bounds, line_bounds
+from neo_megatron.data.prepare.record_bounds import element_bounds, line_bounds
+from neo_megatron.errors import DataError
 
 BLOCKS = [1, 2, 3, 7, 1 << 20]
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.errors import Reason, RejectedSample
-from neo_megatron.data.record_keys import ignored_keys
-from neo_megatron.data.records import Sample, check_answers, check_sample
-from neo_megatron.data.registry import Source
+from neo_megatron.data.prepare.record_keys import ignored_keys
+from neo_megatron.data.prepare.records import Sample, check_answers, check_sample
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.tags import split_tags
+from neo_megatron.errors import Reason, RejectedSample
 
 CASES = Path(__file__).parent / "cases"
 

@@ -5,9 +5,10 @@ import os
 
 import pytest
 
-from neo_megatron.data.errors import Reason, RejectedSample
-from neo_megatron.data.records import Turn, check_sample, parse_record
-from neo_megatron.data.registry import Source
+from neo_megatron.data.conversation import Turn
+from neo_megatron.data.prepare.records import check_sample, parse_record
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import Reason, RejectedSample
 
 
 @pytest.fixture

@@ -20,9 +20,11 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.shards import ShardSet, StoredSample
-from neo_megatron.data.storage import join, object_requests, open_directory
+from neo_megatron.data.shards.reader import ShardSet, StoredSample
+from neo_megatron.errors import DataError
+from neo_megatron.storage import object_requests
+from neo_megatron.storage.base import join
+from neo_megatron.storage.open import open_directory
 
 
 class Proxy(ThreadingHTTPServer):
@@ -386,7 +388,7 @@ def test_a_profile_of_the_library(local, remote, settings, tmp_path, proxy):
 
 
 def test_whole_files_larger_than_a_request(remote, tmp_path, monkeypatch, upload):
-    monkeypatch.setattr("neo_megatron.data.storage.object_storage._CHUNK", 1000)
+    monkeypatch.setattr("neo_megatron.storage.object_storage._CHUNK", 1000)
     content = np.random.default_rng(0).bytes(12_345)
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "manifest.json").write_bytes(b"{}")

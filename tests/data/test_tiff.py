@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from neo_megatron.data.errors import Reason, RejectedSample
 from neo_megatron.data.image import decode, header_size
+from neo_megatron.errors import Reason, RejectedSample
 
 HEIGHT, WIDTH = 37, 50
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from kills import in_child, kill_at_step
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import NewOutputs
-from neo_megatron.data.pack_index import FORMAT
-from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
+from neo_megatron.data.packs.index import FORMAT
+from neo_megatron.data.packs.outputs import NewOutputs
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 MARK = f"{FORMAT}.partial"

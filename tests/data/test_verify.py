@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.files import write_manifest, write_whole
-from neo_megatron.data.pack_writer import HeldOut, PackInput, write_packs
+from neo_megatron.atomic_files import write_whole
+from neo_megatron.data.manifest import write_manifest
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.verify import verify
+from neo_megatron.errors import DataError
 
 SHARD_FILES = [
     *(f"00000.{kind}.{suffix}" for kind in ("tokens", "spans", "pictures") for suffix in ("bin", "idx")),

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neo_megatron.data.errors import DataError, Reason, RejectedSample
+from neo_megatron.data.config import Settings
+from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import decode, patches_from_image
-from neo_megatron.data.media import load_media
-from neo_megatron.data.records import Sample, Turn
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.prepare.media import load_media
+from neo_megatron.data.prepare.records import Sample
 from neo_megatron.data.tags import split_tags
 from neo_megatron.data.video import OPTIONS, plan_clip, read_frames
+from neo_megatron.errors import DataError, Reason, RejectedSample
 
 av = pytest.importorskip("av")
 

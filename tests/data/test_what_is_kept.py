@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from neo_megatron.data.errors import DataError, Reason, TooManyRejected
-from neo_megatron.data.noticed import MAX_NAMES, OTHERS
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.shards import ShardSet
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.tallies import MAX_NAMES, OTHERS
+from neo_megatron.data.shards.reader import ShardSet
+from neo_megatron.errors import DataError, Reason, TooManyRejected
 
 
 def run(bench, file, *, root="pictures", output="shards", **options):
@@ -63,7 +63,7 @@ def test_too_many_rejects_leave_shards_that_the_same_call_completes(bench, new_s
     assert len(bench.rejects()) == 3
     with pytest.raises(DataError, match="holds an unfinished data set"):
         write_packs([PackInput(str(bench.path / "shards"))], bench.path / "packs", 64)
-    monkeypatch.setattr("neo_megatron.data.slice_worker.SliceWorker.run", None)  # nothing is done a second time
+    monkeypatch.setattr("neo_megatron.data.prepare.worker.SliceWorker.run", None)  # nothing is done a second time
     assert run(bench, file, max_rejected=3)["counts"]["samples_rejected"] == 3
     monkeypatch.undo()
     run(bench, file, output="at_once")

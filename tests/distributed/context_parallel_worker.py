@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 
@@ -26,8 +26,8 @@ from megatron.core import tensor_parallel
 
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import attend, build_mask
+from neo_megatron.model.cp_token_split import contiguous_rows, even_rows
 from neo_megatron.model.mask import AttentionRule
-from neo_megatron.model.sequence_split import contiguous_rows, even_rows
 
 NAMES = ("query", "key", "value")
 

@@ -11,11 +11,11 @@ import signal
 import sys
 import time
 
-from neo_megatron import pretrain_neo
-from neo_megatron.data.errors import DataError
-from neo_megatron.run.start import start
+from neo_megatron.errors import DataError
+from neo_megatron.pretrain_neo import main
+from neo_megatron.run import pretraining
 
-forward_step, calls = pretrain_neo.forward_step, 0
+forward_step, calls = pretraining.forward_step, 0
 
 
 def failing_step(*arguments):
@@ -52,5 +52,5 @@ def failing_step(*arguments):
 if __name__ == "__main__":  # processes that save in the background import this file too
     way, who = sys.argv[1:3]
     sys.argv[1:3] = []
-    pretrain_neo.forward_step = failing_step
-    start()
+    pretraining.forward_step = failing_step
+    main()

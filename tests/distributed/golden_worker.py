@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 

@@ -29,7 +29,7 @@ import traceback
 import zlib
 from pathlib import Path
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 
@@ -38,8 +38,7 @@ if __name__ == "__main__":  # the writer of an asynchronous save imports this fi
 
     from megatron.training import training
 
-    from neo_megatron import pretrain_neo
-    from neo_megatron.run import loaders
+    from neo_megatron.run import loaders, pretraining
 
 
 class Moments:
@@ -113,7 +112,7 @@ def run(job: dict, moment: tuple[str, int] | None) -> None:
         return batch
 
     def noted_log(loss_dict, *args, **kwargs):
-        moments.note(f"loss {pretrain_neo.get_args().curr_iteration + 1} {float(loss_dict['lm loss']).hex()}")
+        moments.note(f"loss {pretraining.get_args().curr_iteration + 1} {float(loss_dict['lm loss']).hex()}")
         return training_log(loss_dict, *args, **kwargs)
 
     loaders.collate, training.training_log = noted_collate, noted_log
@@ -127,7 +126,7 @@ def run(job: dict, moment: tuple[str, int] | None) -> None:
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     moments.watch()
-    pretrain_neo.main()
+    pretraining.train()
     moments.note("end")
 
 

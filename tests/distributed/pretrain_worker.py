@@ -1,4 +1,4 @@
-"""Runs `neo_megatron.pretrain_neo.main()` many times in one set of torchrun processes, once for every job of a file.
+"""Runs `train()` of run/pretraining.py many times in one set of torchrun processes, once for every job of a file.
 
     torchrun --nproc-per-node N pretrain_worker.py JOBS.json
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install_training()
 
@@ -35,10 +35,10 @@ from megatron.core.utils import unwrap_model
 from megatron.training import async_utils, checkpointing, global_vars, training
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from neo_megatron import pretrain_neo
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.neo_model import NeoModel
+from neo_megatron.run import pretraining
 
 
 class GradientRecorder:
@@ -123,7 +123,7 @@ def run(job: dict) -> None:
     spoilt = spoilt_packs(*job["spoilt"]) if job["spoilt"] else contextlib.nullcontext()
     with spoilt, printing_to(directory / f"rank{os.environ['RANK']}.log"):
         try:
-            pretrain_neo.main()
+            pretraining.train()
             if recorder:
                 recorder.save(directory / f"rank{os.environ['RANK']}.gradients.safetensors")
         except SystemExit as stop:  # anything else ends all processes: another rank may be waiting for this one
@@ -145,7 +145,7 @@ def reset() -> None:
     initialize_rng_tracker(force_reset=True)
     checkpointing._CHECKPOINT_VERSION = checkpointing._LOADED_ITERATION = None
     async_utils._async_calls_queue = None
-    pretrain_neo._loss = WeightedLoss()
+    pretraining._loss = WeightedLoss()
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # none tears down what another still uses

@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from pretrain_jobs import Job, run_jobs
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.pack_writer import PackInput, write_packs
+from neo_megatron.data.packs.writer import PackInput, write_packs
 
 STEPS = 4
 

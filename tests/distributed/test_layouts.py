@@ -18,11 +18,11 @@ from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes, tensor_table
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
+from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.presets import SIZES
 
 # Heads for TP2 x CP2 and CP4 by all-to-all, layers for PP4; the special tokens of the golden tokenizer.

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.core_attention import attention_pairs, build_mask
 from neo_megatron.model.mask import AttentionRule

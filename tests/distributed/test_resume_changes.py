@@ -17,11 +17,11 @@ from pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
+from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import GlobalBatch, PackDataset
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.run.output_lock import OutputLock
 
 STEPS, START, BATCH = 8, 4, 4

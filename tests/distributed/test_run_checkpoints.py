@@ -23,8 +23,8 @@ import torch
 from conftest import GOLDEN, torchrun
 from pretrain_jobs import Job, run_jobs
 
+from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
-from neo_megatron.checkpoint.saved_metadata import CHECKSUMS
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory, write_torch_dist
 
@@ -466,7 +466,7 @@ class TestKeeping:
 
     @pytest.fixture
     def run(self, tmp_path):
-        from neo_megatron import cpu_platform
+        from neo_megatron.megatron_compat import cpu_platform
 
         cpu_platform.install_training()
         from neo_megatron.run.checkpoints import RunCheckpoints

@@ -10,10 +10,10 @@ from pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 # Stage 1 twice, each way of keeping the optimizer's state once; stage 2 from both, on the same layout and on others.

@@ -19,8 +19,8 @@ from training_runs import TrainingRun, loss_curves, thinned
 from transformers import AutoTokenizer
 
 from neo_megatron.data.chat import NEO_TOKENS, ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.records import check_sample
-from neo_megatron.data.registry import Source, data_list
+from neo_megatron.data.prepare.records import check_sample
+from neo_megatron.data.prepare.registry import Source, data_list
 from neo_megatron.model.config import NeoSizes
 
 TEST_PICTURES = Path(easy_vqa.get_test_image_paths()[0]).parent

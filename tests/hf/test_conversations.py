@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from neo_megatron.data.chat import ChatEncoder, special_ids
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.hf.processing_neo import NEOProcessor
 
 PT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.hf.processing_neo import NEOImageProcessor, NEOProcessor
 
 

@@ -15,7 +15,7 @@ import trl  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # noqa: E402
 
 from neo_megatron.data.chat import ChatEncoder, special_ids  # noqa: E402
-from neo_megatron.data.records import Turn  # noqa: E402
+from neo_megatron.data.conversation import Turn  # noqa: E402
 from neo_megatron.hf.processing_neo import NEOProcessor  # noqa: E402
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "q_proj_hw"], "task_type": "CAUSAL_LM"}

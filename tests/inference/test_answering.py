@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from neo_megatron.data.errors import DataError, RejectedSample
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
+from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.prompts import Prompt
 

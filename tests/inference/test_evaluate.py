@@ -13,19 +13,19 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
-from answers.page import page, worst_cases
 from PIL import Image
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.records import Turn
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.data.conversation import Turn
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import DataError
 from neo_megatron.inference import batches
 from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.evaluation import Evaluation, Scores
 from neo_megatron.inference.questions import read_questions
+from neo_megatron.inference.report_page import page, worst_cases
 
 TOKENS = 4
 HOSTILE = '</p></style><script>alert(1)</script><img src="http://example.org/a.png"> & "quoted"'

@@ -7,7 +7,7 @@ import sys
 import generate
 import pytest
 
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 
 TOKENS = 6
 

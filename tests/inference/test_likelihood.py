@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neo_megatron.data.chat import ChatEncoder, special_ids
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.inference.likelihood import answer_likelihoods
 
 ANSWERS = [(0, "a dog"), (0, "B"), (1, "a dog and a cat"), (2, "<|im_end|>"), (0, "yes, it is")]

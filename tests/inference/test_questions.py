@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 
-from neo_megatron.data.errors import DataError
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import DataError
 from neo_megatron.inference.prompts import prompt_of_sample
 from neo_megatron.inference.questions import read_questions
 

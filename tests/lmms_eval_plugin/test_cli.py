@@ -12,7 +12,7 @@ import yaml
 from conftest import run_python
 from PIL import Image
 
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neo_megatron.data.records import Turn
+from neo_megatron.data.conversation import Turn
 from neo_megatron.lmms_eval_plugin.conversations import messages_of, turns_and_pictures
 
 FIRST, SECOND = "first.png", "second.png"

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.model.block_mask import SeenKeys
 from neo_megatron.model.mask import AttentionRule
-from neo_megatron.model.native_heads import at_once
 from neo_megatron.model.native_rope import NativeRotary
+from neo_megatron.model.qkv_prepare import at_once
 
 attention = torch.compile(flex_attention, dynamic=False, backend="eager", fullgraph=True)
 x = torch.randn(1, 2, 128, 16)

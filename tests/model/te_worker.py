@@ -6,7 +6,7 @@ is there.
 
 import torch
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 

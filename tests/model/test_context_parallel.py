@@ -10,10 +10,10 @@ from random_packs import random_packs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neo_megatron.model.context_traffic import WAYS, default_way, saved_bytes, sent_bytes
+from neo_megatron.model.context_parallel_cost import WAYS, default_way, saved_bytes, sent_bytes
+from neo_megatron.model.cp_token_split import allowed_keys, contiguous_rows, even_rows
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.micro_batch import context_share
-from neo_megatron.model.sequence_split import allowed_keys, contiguous_rows, even_rows
 
 WORKER = Path(__file__).parents[1] / "distributed" / "context_parallel_worker.py"
 CASES = [(way, ranks) for way in ("a2a", "allgather") for ranks in (2, 4)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 pytestmark = pytest.mark.skipif(not cpu_platform.on_cpu(), reason="with a GPU nothing is patched")
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neo_megatron.model import core_attention, native_heads
+from neo_megatron.model import core_attention, qkv_prepare
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import to_device
 from neo_megatron.model.patch_embedding import normalise
@@ -52,7 +52,7 @@ def on_device(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: kernel)
     monkeypatch.setattr(core_attention, "_options_of", lambda *_: {})
-    monkeypatch.setattr(native_heads, "_compiled", lambda: native_heads.at_once)
+    monkeypatch.setattr(qkv_prepare, "_compiled", lambda: qkv_prepare.at_once)
 
     @contextmanager
     def both():

@@ -9,8 +9,8 @@ from megatron.core.transformer.enums import AttnBackend
 from random_packs import random_packs
 from torch.nn.attention.flex_attention import flex_attention
 
+from neo_megatron.errors import ConfigError
 from neo_megatron.model import core_attention
-from neo_megatron.model.config import ConfigError
 from neo_megatron.model.core_attention import FlexMask, attend, attention_pairs, build_mask, check_backend
 from neo_megatron.model.flex_kernel import KIB, Backward, Forward, Widths, all_that_fit, kernel_options
 

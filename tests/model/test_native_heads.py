@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_python
 
-from neo_megatron.model import native_heads
+from neo_megatron.model import qkv_prepare
 from neo_megatron.model.native_rope import NativeRotary
 
 S, B, G, R, D, EPS = 5, 2, 2, 3, 16, 1e-6
@@ -52,7 +52,7 @@ def test_both_ways_are_the_definition(given):
     tensors, rotary = given
     tables = tuple((table.cos, table.sin) for table in rotary.tables)
     expected = run(written_out, tensors, [[x.double() for x in pair] for pair in tables], torch.float64)
-    for function, last in ((native_heads.query_key_value, rotary), (native_heads.at_once, tables)):
+    for function, last in ((qkv_prepare.query_key_value, rotary), (qkv_prepare.at_once, tables)):
         actual = run(function, tensors, last, torch.float32)
         torch.testing.assert_close(actual, [x.float() for x in expected], atol=2e-5, rtol=1e-5)
 
@@ -62,7 +62,7 @@ def test_in_bfloat16_heads_are_rounded_once(given):
     tables = tuple((table.cos, table.sin) for table in rotary.tables)
     tensors = [tensor.bfloat16() for tensor in tensors]
     exact = run(written_out, tensors, [[x.double() for x in pair] for pair in tables], torch.float64)
-    heads = run(native_heads.at_once, tensors, tables, torch.bfloat16)[:3]
+    heads = run(qkv_prepare.at_once, tensors, tables, torch.bfloat16)[:3]
     for actual, expected in zip(heads, exact, strict=False):
         assert actual.dtype == torch.bfloat16
         torch.testing.assert_close(actual, expected.bfloat16(), atol=1e-6, rtol=2**-7)

@@ -6,9 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-from neo_megatron import pretrain_neo
-from neo_megatron.model.config import ConfigError
-from neo_megatron.run import start_checks
+from neo_megatron.errors import ConfigError
+from neo_megatron.run import pretraining, start_checks
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
@@ -142,7 +141,7 @@ def parse(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setattr(sys, "argv", ["pretrain_neo", *RUN.split(), *flags.split()])
-        return pretrain_neo.parse_arguments()
+        return pretraining.parse_arguments()
 
     yield parse_arguments
     if global_vars._GLOBAL_SIGNAL_HANDLER:

@@ -9,12 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from neo_megatron.errors import ConfigError
 from neo_megatron.model import native_attention
-from neo_megatron.model.config import ConfigError
 from neo_megatron.model.freeze import freeze_for_stage
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
-from neo_megatron.pipeline_layout import (
+from neo_megatron.planning.pipeline_split import (
     UNEVEN_SPLIT_FLAGS,
     Costs,
     balanced_split,

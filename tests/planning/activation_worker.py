@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
 

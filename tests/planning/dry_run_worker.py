@@ -1,4 +1,4 @@
-"""Runs `pretrain_neo.main()` once for every job of a JSON list of {"argv", "world_size"}, in this one process.
+"""Runs `pretraining.train()` once for every job of a JSON list of {"argv", "world_size"}, in this one process.
 
 The last line printed is the JSON list of what each printed and what it ended with: null, or the sentence of its exit.
 """
@@ -10,13 +10,13 @@ import json
 import os
 import sys
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install_training()
 
 from megatron.training import global_vars, training
 
-from neo_megatron import pretrain_neo
+from neo_megatron.run import pretraining
 
 
 def run(job: dict) -> tuple[str, str | None]:
@@ -25,7 +25,7 @@ def run(job: dict) -> tuple[str, str | None]:
     printed, end = io.StringIO(), None
     try:
         with contextlib.redirect_stdout(printed):
-            pretrain_neo.main()
+            pretraining.train()
     except SystemExit as stop:
         end = stop.code
     if global_vars._GLOBAL_SIGNAL_HANDLER:

@@ -11,7 +11,7 @@ from argparse import Namespace
 from functools import partial
 from types import SimpleNamespace
 
-from neo_megatron import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install_training()
 
@@ -21,7 +21,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.training import training
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from neo_megatron import pretrain_neo
+from neo_megatron.run import pretraining
 
 
 class NamedAsCuda(torch.overrides.TorchFunctionMode):
@@ -48,7 +48,7 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
     )
     with torch.device("meta"):
         no_checkpoints = SimpleNamespace(start=lambda: None)
-        chunks = training.get_model(partial(pretrain_neo.model_provider, run_checkpoints=no_checkpoints))
+        chunks = training.get_model(partial(pretraining.model_provider, run_checkpoints=no_checkpoints))
         config, _ = training.get_megatron_optimizer_config(args)
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -74,7 +74,7 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
 def case_bytes(case: dict) -> list[list[int]]:
     os.environ.update(WORLD_SIZE=str(case["world_size"]), RANK="0")
     sys.argv = ["pretrain_neo", *case["argv"], "--no-initialization"]
-    args = pretrain_neo.parse_arguments()
+    args = pretraining.parse_arguments()
     found = [rank_bytes(args, rank) for rank in case["ranks"]]
     training.destroy_global_state()
     return found

@@ -10,10 +10,10 @@ from conftest import GOLDEN, run_python
 
 from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.config import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.planning.report import layout_text, recomputation_text
 from neo_megatron.planning.search import candidates, flags
 from neo_megatron.planning.workload import Workload

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_python
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.planning.layout import Layout, layout_stages
 from neo_megatron.planning.state import rank_state
 from neo_megatron.presets import SIZES

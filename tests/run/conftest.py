@@ -15,7 +15,7 @@ def parse(monkeypatch) -> Callable[[str], Namespace]:
     """What `pretrain_neo` makes of flags added to those of a small run, on one process."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    from neo_megatron import pretrain_neo
+    from neo_megatron.run import pretraining
 
     # Megatron parses its own source for the texts of --help, which takes a second.
     monkeypatch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
@@ -25,6 +25,6 @@ def parse(monkeypatch) -> Callable[[str], Namespace]:
 
     def parse_arguments(flags: str) -> Namespace:
         monkeypatch.setattr(sys, "argv", ["pretrain_neo", *RUN.split(), *flags.split()])
-        return pretrain_neo.parse_arguments()
+        return pretraining.parse_arguments()
 
     return parse_arguments

@@ -9,7 +9,8 @@ import pytest
 
 from neo_megatron import presets
 from neo_megatron.run import accepted_flags, rejected_model_flags, rejected_run_flags
-from neo_megatron.run.flag_table import Status, given_flags, refusals, table_name, verdicts
+from neo_megatron.run.flag_status import Status
+from neo_megatron.run.flag_table import given_flags, refusals, table_name, verdicts
 from neo_megatron.run.flags_page import page
 from neo_megatron.run.training_arguments import run_defaults
 

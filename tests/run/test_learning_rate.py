@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.presets import STAGES
 
 # Megatron builds flags in a way that argparse is about to drop.

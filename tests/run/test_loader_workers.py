@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 from neo_megatron.run import loader_workers
 from neo_megatron.run.loader_workers import (
     begin_worker,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.run.output_lock import NAME, OutputLock, Owner
 from neo_megatron.run.start import check_paths
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.run.pretrained_optimizer import check_flags, take_over_state
 
 

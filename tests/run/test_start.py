@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 from neo_megatron.run.start import LAUNCHER_VARIABLES, stand_alone
 
 

@@ -9,10 +9,9 @@ from conftest import GOLDEN, run_python
 from golden_packs import make_packs
 from pretrain_jobs import Job, run_jobs
 
-from neo_megatron import pretrain_neo
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.data.errors import DataError
-from neo_megatron.run import loader_workers
+from neo_megatron.errors import DataError
+from neo_megatron.run import loader_workers, pretraining
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
@@ -122,9 +121,9 @@ def test_a_dry_run_looks_for_room_for_the_loader(room, parse, monkeypatch):
     )
     monkeypatch.setattr(loader_workers.os, "statvfs", lambda path: Namespace(f_bavail=0, f_frsize=4096))
     with pytest.raises(DataError, match="/dev/shm has 0 MB free, .* --shm-size=1g"):
-        pretrain_neo.dry_run(args)
+        pretraining.dry_run(args)
     args.world_size = 2
-    pretrain_neo.dry_run(args)
+    pretraining.dry_run(args)
 
 
 def test_packages_that_only_machines_with_gpus_have_are_named(dry):

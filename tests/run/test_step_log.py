@@ -12,11 +12,11 @@ from golden_packs import make_packs
 from pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset, collate
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.planning.flops import model_flops
 from neo_megatron.planning.workload import Workload

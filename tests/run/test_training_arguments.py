@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from conftest import run_python
 
-from neo_megatron.model.config import ConfigError
+from neo_megatron.errors import ConfigError
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")

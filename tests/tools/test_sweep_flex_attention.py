@@ -12,7 +12,7 @@ from neo_megatron.model import compiled
 
 @pytest.fixture
 def sweep(monkeypatch):
-    from neo_megatron import cpu_platform
+    from neo_megatron.megatron_compat import cpu_platform
 
     cpu_platform.install()
     import sweep_flex_attention

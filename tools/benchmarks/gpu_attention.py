@@ -14,8 +14,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from benchmarks.gpu_kernels import CAUSAL, PACKED, Report, device_and_dtype, kernel_seconds
 from benchmarks.gpu_packs import draw_packs
 from benchmarks.gpu_window import SEED
+from neo_megatron.errors import ConfigError
 from neo_megatron.model.block_mask import computed_pairs
-from neo_megatron.model.config import ConfigError, NeoSizes
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.core_attention import AttentionMask, FlexMask, attend, build_mask, check_backend
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.planning.flops import attention_core_flops

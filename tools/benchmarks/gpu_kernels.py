@@ -17,7 +17,7 @@ PACKED, CAUSAL = "packed, with pictures", "one causal document"
 
 
 def prepare() -> None:
-    from neo_megatron import cpu_platform
+    from neo_megatron.megatron_compat import cpu_platform
 
     cpu_platform.install()
     from benchmarks import gpu_attention  # noqa: F401

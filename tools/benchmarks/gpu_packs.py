@@ -14,7 +14,7 @@ from benchmarks.lengths import Sample, draw_samples
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.dataset import collate, pack_tensors
 from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD, PATCH_VALUES
-from neo_megatron.data.packing import best_fit
+from neo_megatron.data.packs.best_fit import best_fit
 from neo_megatron.model.config import NeoSizes
 
 POOL = 2048

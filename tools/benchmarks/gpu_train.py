@@ -1,4 +1,4 @@
-"""Our side: `pretrain_neo.main()` with the flags of a user, on packs that are in memory already.
+"""Our side: `pretraining.train()` with the flags of a user, on packs that are in memory already.
 
 Nothing of Megatron is replaced: the data iterator, which pretrain_neo hands to it, measures from step to step. Reading
 packs is measured elsewhere (`python tools/benchmark.py data --only loader`).
@@ -21,7 +21,7 @@ def prepare() -> None:
     # CUDA_DEVICE_MAX_CONNECTIONS as in examples/train.sh; CUDA reads it once.
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     os.environ |= {"MASTER_PORT": str(port), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    from neo_megatron import pretrain_neo  # noqa: F401
+    from neo_megatron.run import pretraining  # noqa: F401
 
 
 def run(report: Callable[[dict[str, Any]], None], windows: Windows, model: Path, flags: Sequence[str]) -> None:
@@ -31,10 +31,10 @@ def run(report: Callable[[dict[str, Any]], None], windows: Windows, model: Path,
         model: directory with the config.json of the sizes.
         flags: of pretrain_neo; they follow those that all runs have, and win.
     """
-    from neo_megatron import pretrain_neo
+    from neo_megatron.run import pretraining
 
     meter = Meter(windows, report)
-    forward_step = pretrain_neo.forward_step
+    forward_step = pretraining.forward_step
 
     def datasets_provider(*_, **__) -> tuple[Iterator, None, None]:
         return meter.batches(pinned), None, None
@@ -51,10 +51,10 @@ def run(report: Callable[[dict[str, Any]], None], windows: Windows, model: Path,
         return output, reduce
 
     datasets_provider.is_distributed = True
-    vars(pretrain_neo).update(datasets_provider=datasets_provider, forward_step=noting_losses)
+    vars(pretraining).update(datasets_provider=datasets_provider, forward_step=noting_losses)
     sys.argv = ["pretrain_neo", *arguments(windows, model), *flags]
     try:
-        pretrain_neo.main()
+        pretraining.train()
     except StopIteration:  # Megatron has asked for more steps than were to be measured
         return
 

@@ -9,11 +9,11 @@ from PIL import Image
 from benchmarks.photos import write_photos
 from benchmarks.table import Row, side_by_side
 from benchmarks.tokenizer import write_tokenizer
+from neo_megatron.data.config import ImageStore, Settings
 from neo_megatron.data.dataset import PackDataset, collate
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import ImageStore, Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 
 LENGTH = 8192
 # Samples per CPU-second of its data set and collator on these photographs, measured on the same kind of machine.

@@ -99,11 +99,11 @@ def _pack(scratch: Path, count: int) -> dict:
 
 def _hundred_million(scratch: Path) -> Path:
     """Packs of 12,208 shards of 8,192 samples, which are all the same files under many names."""
-    from neo_megatron.data.files import MANIFEST
-    from neo_megatron.data.pack_writer import PackInput, write_packs
-    from neo_megatron.data.preprocess import preprocess
-    from neo_megatron.data.registry import Source
-    from neo_megatron.data.settings import Settings
+    from neo_megatron.data.config import Settings
+    from neo_megatron.data.packs.writer import PackInput, write_packs
+    from neo_megatron.data.prepare.preprocess import preprocess
+    from neo_megatron.data.prepare.registry import Source
+    from neo_megatron.storage.base import MANIFEST
 
     packs, shards = scratch / "hundred-million-packs", scratch / "hundred-million"
     if packs.exists():

@@ -20,13 +20,13 @@ from tokenizers import Tokenizer
 from benchmarks.photos import write_photos
 from benchmarks.table import Row, side_by_side
 from benchmarks.tokenizer import write_tokenizer
-from neo_megatron.data.annotations import slices
-from neo_megatron.data.engines import LocalEngine, in_order
+from neo_megatron.data.config import Settings
 from neo_megatron.data.image import smart_resize
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
-from neo_megatron.data.slice_worker import SliceWorker, Task
-from neo_megatron.data.tokenizer_parts import load_parts
+from neo_megatron.data.prepare.annotation_slices import slices
+from neo_megatron.data.prepare.executors import LocalEngine, in_order
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.worker import SliceWorker, Task
+from neo_megatron.data.tokenizer_process import load_parts
 
 BATCH = 256
 UNIT = "samples per CPU-second"

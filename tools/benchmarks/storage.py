@@ -19,12 +19,12 @@ from benchmarks.loader import LENGTH
 from benchmarks.photos import write_photos
 from benchmarks.table import Row, cpu_seconds
 from benchmarks.tokenizer import write_tokenizer
+from neo_megatron.data.config import ImageStore, Settings
 from neo_megatron.data.dataset import PackDataset, collate
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import ImageStore, Settings
-from neo_megatron.data.storage.object_requests import connection
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.storage.object_requests import connection
 
 _BUCKET = "benchmark"
 _REPEATS = 3

@@ -14,12 +14,12 @@ from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import NEO_TOKENS, add_neo_tokens, load_tokenizer
+from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
-from neo_megatron.data.pack_writer import PackInput, write_packs
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.packs.writer import PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.mask import AttentionRule
 

@@ -1,4 +1,4 @@
-"""Our side of the training benchmark: `pretrain_neo.main()`, one step at a time.
+"""Our side of the training benchmark: `pretraining.train()`, one step at a time.
 
 Nothing of Megatron is replaced. The data iterator, the model and the functions that pretrain_neo hands to it tell where
 in a step it is; a step lasts from one call of the iterator to the next, with all that Megatron does in between.
@@ -23,7 +23,7 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, 
         free.bind(("localhost", 0))
         os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     # It prepares torch and Megatron when it is imported, and so comes before them.
-    from neo_megatron import pretrain_neo
+    from neo_megatron.run import pretraining
 
     sys.argv = ["pretrain_neo", *arguments(inputs, vocabulary, recompute, training_stage)]
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -73,13 +73,13 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, 
         return output, reduce
 
     datasets_provider.is_distributed = True
-    original = dict(vars(pretrain_neo))
-    vars(pretrain_neo).update(
+    original = dict(vars(pretraining))
+    vars(pretraining).update(
         datasets_provider=datasets_provider, model_provider=model_provider, forward_step=forward_step
     )
     register_optimizer_step_post_hook(lambda *_: clock.mark("optimizer"))
     with suppress(StopTraining):
-        pretrain_neo.main()
+        pretraining.train()
 
 
 def arguments(inputs: Path, vocabulary: int, recompute: bool, training_stage: int) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from neo_megatron import pretrain_neo
+from neo_megatron.run import pretraining
 
 
 def key_rows(weight: torch.Tensor, config) -> torch.Tensor:
@@ -33,7 +33,7 @@ def norm(tensors: list[torch.Tensor]) -> float:
 def main() -> None:
     _, output, clipping, *flags = sys.argv
     sys.argv[1:] = flags
-    reduce_gradients = pretrain_neo._loss.finalize_model_grads
+    reduce_gradients = pretraining._loss.finalize_model_grads
     with Path(output).open("w") as file:
 
         def finalize_model_grads(chunks: list[torch.nn.Module], *arguments, **groups) -> None:
@@ -45,8 +45,8 @@ def main() -> None:
                     gradient /= record["keys"]
             print(json.dumps({**record, "to_clip": norm(whole)}), file=file)
 
-        pretrain_neo._loss.finalize_model_grads = finalize_model_grads
-        pretrain_neo.main()
+        pretraining._loss.finalize_model_grads = finalize_model_grads
+        pretraining.train()
 
 
 if __name__ == "__main__":

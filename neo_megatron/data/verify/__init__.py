@@ -10,16 +10,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neo_megatron.data import pack_index, shards
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.files import MANIFEST, REJECTS, is_as_written, manifest_bytes, parse_manifest
+from neo_megatron.data.config import Settings
+from neo_megatron.data.manifest import REJECTS, is_as_written, manifest_bytes, parse_manifest
+from neo_megatron.data.packs import index
 from neo_megatron.data.rejects import reject_lines
-from neo_megatron.data.settings import Settings
-from neo_megatron.data.storage import Directory, is_remote, open_directory
+from neo_megatron.data.shards import reader
 from neo_megatron.data.verify.packs import check_packs
 from neo_megatron.data.verify.pool import run_checks
 from neo_megatron.data.verify.shard import Damage, DataSet, check_file, check_shard
 from neo_megatron.paths import Wanted
+from neo_megatron.storage.base import MANIFEST, Directory, is_remote
+from neo_megatron.storage.open import open_directory
 
 _LISTED = 100  # lines of the list of rejects that are not entries, one by one
 
@@ -66,15 +68,15 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
     directory = open_directory(location)
     text = manifest_bytes(directory, Wanted.DATA_SET)
     try:
-        packed = json.loads(text).get("format") == pack_index.FORMAT
+        packed = json.loads(text).get("format") == index.FORMAT
     except (ValueError, AttributeError, RecursionError):
         packed = False  # what is wrong is said below
     if packed:
-        manifest = parse_manifest(text, directory.location, pack_index.FORMAT, *pack_index.READABLE)
+        manifest = parse_manifest(text, directory.location, index.FORMAT, *index.READABLE)
         result = _verify_packs(directory, manifest)
     else:
         result = _verify_shards(
-            directory, parse_manifest(text, directory.location, shards.FORMAT, *shards.READABLE), workers
+            directory, parse_manifest(text, directory.location, reader.FORMAT, *reader.READABLE), workers
         )
     if not is_as_written(text):
         result.damage.insert(0, Damage(MANIFEST, "it does not fit its own checksum", "changed"))
@@ -107,7 +109,7 @@ def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int)
 def _verify_packs(directory: Directory, manifest: dict[str, Any]) -> Verification:
     files = manifest["files"]
     total = sum(file["bytes"] for file in files.values())
-    work = total + files[pack_index.UNITS]["bytes"]  # the units are held against the shards afterwards
+    work = total + files[index.UNITS]["bytes"]  # the units are held against the shards afterwards
     with tqdm(total=work, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:
         damage = check_packs(directory, manifest, bar.update)
     return Verification(

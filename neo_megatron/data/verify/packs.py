@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.data.errors import DamagedFile, DataError, damaged_file
-from neo_megatron.data.files import MANIFEST, REJECTS
-from neo_megatron.data.held_out import Split
+from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.manifest_schema import PACK_ARRAYS
-from neo_megatron.data.mixture import Mixture
-from neo_megatron.data.pack_index import PATTERNS, UNITS, check_patterns, read_arrays
+from neo_megatron.data.packs.held_out import Split
+from neo_megatron.data.packs.index import PATTERNS, UNITS, check_patterns, read_arrays
 from neo_megatron.data.rejects import reject_lines
-from neo_megatron.data.shards import Shard
-from neo_megatron.data.storage import Directory, join
+from neo_megatron.data.shards.mixture import Mixture
+from neo_megatron.data.shards.reader import Shard
 from neo_megatron.data.verify.shard import Damage, check_file
+from neo_megatron.errors import DamagedFile, DataError, damaged_file
+from neo_megatron.storage.base import MANIFEST, Directory, join
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neo_megatron.data.errors import DataError
+from neo_megatron.errors import DataError
 from neo_megatron.processes import SPAWN, StoppedWorkers
 
 Check = Callable[..., list[Any]]

@@ -12,15 +12,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neo_megatron.data.arrays import array_of
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.errors import DamagedFile, DataError, RejectedSample
+from neo_megatron.data.config import Settings
 from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, picture_grid, pixel_limit
-from neo_megatron.data.indexed import SequenceReader
-from neo_megatron.data.sample_checks import wrong_spans, wrong_tokens
-from neo_megatron.data.settings import Settings
-from neo_megatron.data.shards import MEDIA, SAMPLE, check_grids
-from neo_megatron.data.storage import Directory, open_directory
+from neo_megatron.data.shards.arrays import array_of
+from neo_megatron.data.shards.indexed import SequenceReader
+from neo_megatron.data.shards.reader import MEDIA, SAMPLE, check_grids
+from neo_megatron.data.shards.sample_checks import wrong_spans, wrong_tokens
+from neo_megatron.errors import DamagedFile, DataError, RejectedSample
+from neo_megatron.storage.base import Directory
+from neo_megatron.storage.open import open_directory
 
 SEQUENCES = {"tokens": np.dtype("<i4"), "spans": np.dtype("<i4"), "pictures": np.dtype("u1")}
 _CHUNK = 4 << 20

@@ -1,0 +1,24 @@
+"""Unpickles what a checkpoint holds beside its tensors: plain values and the classes that Megatron itself allows."""
+
+import argparse
+import warnings
+from typing import Any, BinaryIO
+
+import torch
+
+
+def load_allowed(file: BinaryIO) -> Any:
+    """What `torch.save` wrote, of tensors, plain values and the classes that Megatron itself allows."""
+    # Only what was trained holds classes of Megatron's, whose import takes seconds.
+    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
+    with torch.serialization.safe_globals([argparse.Namespace, *(_megatron_classes() if named else [])]):
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+
+def _megatron_classes() -> list[Any]:
+    with warnings.catch_warnings():
+        # It warns of optional packages, none of which a conversion uses.
+        warnings.simplefilter("ignore")
+        from megatron.core.safe_globals import SAFE_GLOBALS
+    return SAFE_GLOBALS

@@ -1,0 +1,48 @@
+"""What decides the bytes of a data set, besides its sources and its tokenizer."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from neo_megatron.errors import DataError
+
+PictureCheck = Literal["decode", "header"]
+ImageStore = Literal["encoded", "patches"]
+EmptyAnswers = Literal["reject", "keep"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a data set, besides its sources and its tokenizer.
+
+    Args:
+        min_pixels, max_pixels: limits of the area of a resized picture.
+        check: "decode" decodes every picture to its end; "header" trusts what its header says, where pixels are not
+            needed anyway.
+        image_store: "encoded" keeps the files' bytes, "patches" keeps pixels ready for the model.
+        seed: of the draw where a source is not used whole.
+        records_per_shard: records of an annotation file that make one shard.
+        video_fps: frames taken from a second of a video.
+        max_frames: of one video; of a longer one as many are taken, evenly spaced over the whole.
+        empty_answers: what happens to a sample with a blank answer to train on; those that are kept are counted.
+    """
+
+    min_pixels: int = 65536
+    max_pixels: int = 4194304
+    image_store: ImageStore = "encoded"
+    check: PictureCheck = "decode"
+    seed: int = 0
+    records_per_shard: int = 8192
+    video_fps: float = 1.0
+    max_frames: int = 32
+    empty_answers: EmptyAnswers = "reject"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise DataError(f"--min-pixels {self.min_pixels} must be above 0, at most --max-pixels {self.max_pixels}")
+        if self.records_per_shard < 1:
+            raise DataError(f"--records-per-shard must be at least 1, not {self.records_per_shard}")
+        if not (math.isfinite(self.video_fps) and self.video_fps > 0):
+            raise DataError(f"--video-fps must be a number above 0, not {self.video_fps}")
+        if self.max_frames < 1:
+            raise DataError(f"--max-frames must be at least 1, not {self.max_frames}")

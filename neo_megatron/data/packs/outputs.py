@@ -1,0 +1,75 @@
+"""Directories of packs that become complete together, by one command or by the same one after a kill."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.atomic_files import PARTIAL
+from neo_megatron.data.manifest import write_manifest
+from neo_megatron.errors import DataError
+from neo_megatron.locks import lock
+from neo_megatron.storage.base import MANIFEST
+
+
+class NewOutputs:
+    """Empty directories, locked, that become complete together: for the readers, or for the same command after a kill.
+
+    Use it in a ``with`` statement. What an interrupted run of ours has left is removed, and nothing else.
+
+    Raises:
+        DataError: a directory holds a data set or something else, or another run is writing to it.
+    """
+
+    def __init__(self, directories: Sequence[Path], kind: str) -> None:
+        self._directories, self._kind = directories, kind
+        self._locks: list[int] = []
+
+    def __enter__(self) -> "NewOutputs":
+        fresh = []
+        try:
+            for directory in self._directories:
+                directory.mkdir(parents=True, exist_ok=True)
+                marker = self._marker(directory)
+                if not marker.exists():
+                    _refuse_full(directory)
+                    fresh.append(marker)
+                self._locks.append(lock(marker, directory))
+            if all((directory / MANIFEST).exists() for directory in self._directories):
+                self._remove_marks()  # a kill came when all was done but this
+                _refuse_full(self._directories[0])
+        except BaseException:
+            for marker in fresh:
+                marker.unlink(missing_ok=True)
+            self.__exit__()
+            raise
+        for directory in self._directories:
+            (directory / MANIFEST).unlink(missing_ok=True)  # first, as it says that all the others are there
+            for path in directory.iterdir():
+                if path != self._marker(directory):
+                    path.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._locks:
+            os.close(descriptor)
+
+    def finish(self, manifests: Sequence[dict[str, Any]]) -> None:
+        """Writes the manifests, and then removes the marks of an unfinished run."""
+        for directory, manifest in zip(self._directories, manifests, strict=True):
+            write_manifest(directory, {"format": self._kind, **manifest})
+        self._remove_marks()
+
+    def _marker(self, directory: Path) -> Path:
+        return directory / f"{self._kind}{PARTIAL}"
+
+    def _remove_marks(self) -> None:
+        for directory in self._directories:
+            self._marker(directory).unlink()
+
+
+def _refuse_full(directory: Path) -> None:
+    if (directory / MANIFEST).exists():
+        raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
+    if any(directory.iterdir()):
+        raise DataError(f"{directory} is not empty; choose another --output")

@@ -1,0 +1,272 @@
+"""Shards -> the index of their packs: patterns and units, sorted by length. Only numbers are written, never tokens."""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from neo_megatron.atomic_files import WholeFile, json_line, write_whole
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
+from neo_megatron.data.packs.balance import balanced_order, imbalance
+from neo_megatron.data.packs.best_fit import best_fit
+from neo_megatron.data.packs.held_out import Split, SplitBy
+from neo_megatron.data.packs.index import (
+    FORMAT,
+    PATTERN,
+    PATTERNS,
+    RUN,
+    RUNS,
+    UNIT,
+    UNITS,
+    VERSION,
+    PackTable,
+    open_table,
+)
+from neo_megatron.data.packs.origins import Origins
+from neo_megatron.data.packs.outputs import NewOutputs
+from neo_megatron.data.packs.units import Units, draw_share, units_of_shard
+from neo_megatron.data.permutation import key_of
+from neo_megatron.data.shards.mixture import Mixture
+from neo_megatron.data.shards.reader import ShardSet
+from neo_megatron.errors import DataError, Reason, RejectedSample
+
+_CHUNK = 1 << 20
+# The manifest reports the balance of such batches, as an example.
+_RANKS, _PACKS_EACH, _BATCHES = 8, 4, 50
+
+
+@dataclass(frozen=True)
+class PackInput:
+    """A data set to pack: its directory of shards, and how often an epoch uses a record of it on average."""
+
+    shards: str
+    share: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A part that is packed apart: about ``share`` of all records, each once, into ``output``; see `held_out.Split`."""
+
+    share: Fraction
+    output: str
+    by: SplitBy = "path"
+
+
+def write_packs(
+    inputs: Sequence[PackInput],
+    output: str | Path,
+    sequence_length: int,
+    seed: int = 0,
+    on_error: Literal["skip", "fail"] = "skip",
+    held_out: HeldOut | None = None,
+) -> list[dict[str, Any]]:
+    """Packs data sets together; returns the manifest, and that of the held-out part if there is one.
+
+    Args:
+        inputs: the data sets.
+        output: a new directory.
+        sequence_length: tokens of a pack.
+        seed: of the draw from data sets that are not used whole.
+        on_error: an over-long sample is listed, or stops.
+        held_out: what to keep apart.
+
+    Raises:
+        DataError: nothing is left to pack; with ``on_error="fail"`` for the first over-long sample.
+    """
+    if not 2 <= sequence_length <= MAX_SEQUENCE_LENGTH:
+        raise DataError(f"--seq-length must be from 2 to {MAX_SEQUENCE_LENGTH}, not {sequence_length}")
+    if held_out and os.path.realpath(held_out.output) == os.path.realpath(output):
+        raise DataError(f"--held-out and --output both name {output}; give the held-out packs a directory of their own")
+    data = Mixture([entry.shards for entry in inputs])
+    sides = [_Side(Path(output))] + ([_Side(Path(held_out.output))] if held_out else [])
+    split = Split(data.sets, held_out.share, held_out.by) if held_out else None
+    over_long: list[tuple[int, int]] = []
+    with tqdm(total=len(data), unit=" samples", desc="read lengths", unit_scale=True) as bar:
+        for number, entry in enumerate(inputs):
+            parts: tuple[list[Units], list[Units]] = ([], [])
+            for units, held, too_long in _read(data, number, sequence_length, split):
+                if too_long and on_error == "fail":
+                    raise DataError(_stop(data, *too_long[0], sequence_length))
+                over_long += too_long
+                parts[0].append(units.take(~held) if split else units)
+                parts[1].append(units.take(held))
+                bar.update(int(units.samples.sum()) + len(too_long))
+            sides[0].add(entry, data.sets[number], parts[0], seed)
+            for side in sides[1:]:
+                side.add(replace(entry, share=Fraction(1)), data.sets[number], parts[1], seed)
+    for side in sides:
+        if not any(len(part) for part in side.parts):
+            raise DataError(
+                f"{side.directory} would hold nothing: no sample of at most {sequence_length} tokens is left to pack; "
+                "raise --seq-length or the share"
+            )
+    common = {
+        "version": VERSION,
+        "seq_length": sequence_length,
+        "seed": seed,
+        "held_out": str(held_out.share) if held_out else None,
+        "split": split.report() if split else None,
+    }
+    rejects = [over_long, []]
+    with NewOutputs([side.directory for side in sides], FORMAT) as outputs:
+        manifests = [_write(side, data, common, listed) for side, listed in zip(sides, rejects, strict=False)]
+        outputs.finish(manifests)
+    return manifests
+
+
+class _Side:
+    """What one directory of packs is to hold."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.parts: list[Units] = []
+        self.data: list[dict[str, Any]] = []
+        self._due = Fraction(0)  # units that the shares of the data sets so far add up to
+        self._turns: Counter[str] = Counter()  # how often a data set was drawn from
+
+    def add(self, entry: PackInput, shards: ShardSet, parts: list[Units], seed: int) -> None:
+        if entry.share != 1:
+            together = Units.join(parts)
+            # The same draw whatever a data set is mixed with and wherever it lies; one that is named twice is drawn
+            # from twice.
+            turn = self._turns[shards.text_fingerprint]
+            self._turns[shards.text_fingerprint] += 1
+            key = key_of(seed, shards.text_fingerprint, turn)
+            parts = [together.take(draw_share(len(together), entry.share, key, self._due))]
+            self._due += len(together) * entry.share
+        self.parts += parts
+        self.data.append(
+            {
+                "shards": _seen_from(self.directory, entry.shards),
+                "sha256": shards.fingerprint,
+                "share": str(entry.share),
+                "samples": sum(int(part.samples.sum(dtype=np.int64)) for part in parts),
+                "tokens": sum(int(part.lengths.sum(dtype=np.int64)) for part in parts),
+            }
+        )
+
+
+def _read(
+    data: Mixture, number: int, capacity: int, split: Split | None
+) -> Iterator[tuple[Units, np.ndarray, list[tuple[int, int]]]]:
+    """Shard by shard of a data set: its units, which of them are held out, bool [U], and (sample, length) too long."""
+    shards, first = data.sets[number], data.starts[number]
+    for shard in map(shards.shard, range(len(shards.manifest["shards"]))):
+        lengths = shard.tokens.lengths
+        units = units_of_shard(shard, first, capacity)
+        held = np.zeros(len(units), bool)
+        if split:
+            held = split.held_samples(shard)[units.first - first]
+        too_long = np.flatnonzero(lengths > capacity)
+        yield units, held, list(zip((first + too_long).tolist(), lengths[too_long].tolist(), strict=True))
+        first += len(lengths)
+
+
+def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Writes the files of one directory; returns what its manifest is to say."""
+    length = common["seq_length"]
+    rejects = WholeFile(side.directory / REJECTS)
+    origins = Origins(data)
+    for sample, tokens in over_long:
+        rejected = RejectedSample(Reason.OVER_LONG, _too_long(tokens, length))
+        rejects.write(json_line(rejected.row(*origins.of(sample))))
+    files = {REJECTS: rejects.commit()}
+    units = Units.join(side.parts)
+    side.parts.clear()  # they are as large as what they were joined to
+    files |= write_table(side.directory, units, length)
+    table = open_table(side.directory, files, length, len(data))
+    tokens = sum(entry["tokens"] for entry in side.data)
+    return {
+        **common,
+        "data": side.data,
+        "counts": {
+            "samples_read": len(data),
+            "samples_packed": sum(entry["samples"] for entry in side.data),
+            "samples_rejected": len(over_long),
+            "packs": len(table),
+            "tokens": tokens,
+        },
+        "fill": tokens / (len(table) * length),
+        "imbalance": reported_imbalance(table),
+        "files": files,
+    }
+
+
+def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[str, Any]]:
+    """Finds the patterns and writes the three arrays of an index; returns what a manifest says of the files."""
+    patterns = best_fit(np.bincount(units.lengths, minlength=capacity + 1))
+    runs = [run for pattern in patterns for run in pattern.runs]
+    file = WholeFile(directory / UNITS)
+    file.write(_header(UNIT, len(units)))
+    with tqdm(total=len(units), unit=" units", desc="sort and write packs", unit_scale=True) as bar:
+        # NumPy sorts 16-bit numbers by their digits, in linear time.
+        order = np.argsort(units.lengths.astype(np.uint16) if capacity < 1 << 16 else units.lengths, kind="stable")
+        for start in range(0, len(units), _CHUNK):
+            chosen = units.take(order[start : start + _CHUNK])
+            rows = np.empty(len(chosen), UNIT)
+            for field in UNIT.names:
+                rows[field] = getattr(chosen, field)
+            file.write(rows)
+            bar.update(len(rows))
+    return {
+        UNITS: file.commit(),
+        PATTERNS: _write_array(directory / PATTERNS, np.array([(p.packs, len(p.runs)) for p in patterns], PATTERN)),
+        RUNS: _write_array(directory / RUNS, np.array(runs, RUN)),
+    }
+
+
+def reported_imbalance(table: PackTable) -> dict[str, Any] | None:
+    """Largest over mean work of the ranks, as drawn and balanced, as an example; ``None`` for too few packs."""
+    packs = _RANKS * _PACKS_EACH
+    batches = min(len(table) // packs, _BATCHES)
+    if not batches:
+        return None
+    drawn, balanced = [], []
+    for batch in range(batches):
+        costs = table.costs(table.draw(0, 0, np.arange(batch * packs, (batch + 1) * packs)))
+        drawn.append(imbalance(costs, _RANKS, 1))
+        balanced.append(imbalance(costs[balanced_order(costs, _RANKS, 1)], _RANKS, 1))
+    kinds = ("attention", "pictures")
+    return {
+        "ranks": _RANKS,
+        "packs_per_rank": _PACKS_EACH,
+        "drawn": dict(zip(kinds, np.mean(drawn, axis=0).round(4).tolist(), strict=True)),
+        "balanced": dict(zip(kinds, np.mean(balanced, axis=0).round(4).tolist(), strict=True)),
+    }
+
+
+def _seen_from(directory: Path, location: str) -> str:
+    """A path that stays right when the directories move together; an address stays as it is."""
+    return location if "://" in location else os.path.relpath(os.path.realpath(location), os.path.realpath(directory))
+
+
+def _too_long(length: int, capacity: int) -> str:
+    return f"the sample has {length} tokens, more than the {capacity} of a pack"
+
+
+def _stop(data: Mixture, sample: int, length: int, capacity: int) -> str:
+    file, record, element = Origins(data).of(sample)
+    place = f"record {record}" if element is None else f"record {record}, sample {element}"
+    remedy = "raise --seq-length, or leave it out with --on-error skip"
+    return f"{file}, {place}: {_too_long(length, capacity)}; {remedy}"
+
+
+def _header(dtype: np.dtype, count: int) -> bytes:
+    buffer = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return write_whole(path, buffer.getbuffer())

@@ -1,0 +1,192 @@
+"""Recognises annotation files that are not what their name says, before anything is read from them."""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.errors import DataError
+
+# A file is judged by its head; a first record that is longer is judged when it is read.
+_HEAD_BYTES = 1 << 20
+# (offset, magic bytes, what the file is, what to do with it).
+_MAGIC = (
+    (0, b"\x1f\x8b", "compressed with gzip", "unpack it with: gunzip"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with Zstandard", "unpack it with: zstd -d"),
+    (0, b"BZh", "compressed with bzip2", "unpack it with: bunzip2"),
+    (0, b"\xfd7zXZ\0", "compressed with xz", "unpack it with: unxz"),
+    (0, b"\x04\x22\x4d\x18", "compressed with LZ4", "unpack it with: lz4 -d"),
+    (0, b"PK\x03\x04", "a ZIP archive", "unpack it with: unzip"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it with: 7z x"),
+    (257, b"ustar", "a tar archive", "unpack it with: tar -xf"),
+    (0, b"PAR1", "Parquet", "convert it with pandas: read_parquet(...).to_json(..., orient='records', lines=True) of"),
+    (0, b"ARROW1", "an Arrow file", "convert it with datasets: Dataset.from_file(...).to_json(...) of"),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream", "convert it with datasets: Dataset.from_file(...).to_json(...) of"),
+    (0, b"SQLite format 3\0", "an SQLite database", "write its records as JSON lines: those of"),
+    (0, b"\x89HDF", "HDF5", "write its records as JSON lines: those of"),
+    (0, b"Obj\x01", "Avro", "write its records as JSON lines: those of"),
+    (0, b"\x93NUMPY", "a NumPy array", "write its records as JSON lines: those of"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS, not the file", "fetch it with: git lfs pull --include"),
+)
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_CONVERT = "write one record a line into a .jsonl file, or a JSON array of records into a .json file"
+
+
+def check_annotation_file(path: str) -> None:
+    """Rejects a file that cannot be what its name says: one record a line in .jsonl, one JSON array else.
+
+    Only files that are wrong as a whole are rejected here; a record that is broken is left to the reader of records.
+
+    Raises:
+        DataError: with what the file is, and what to do.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+        is_complete = len(head) < _HEAD_BYTES
+    for offset, magic, kind, remedy in _MAGIC:
+        if head[offset:].startswith(magic):
+            raise DataError(f"{path} is {kind}; {remedy} {path}")
+    if encoding := _wide_encoding(head):
+        raise DataError(f"{path} is {encoding}; convert it: iconv -f {encoding} -t UTF-8 {path} > utf8{_suffix(path)}")
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
+    if not text:
+        if is_complete:
+            raise DataError(f"{path} is empty; {_CONVERT}")
+        return
+    lines = _Lines(path, text, is_complete)
+    sentence = _not_lines(lines) if path.endswith(".jsonl") else _not_array(lines)
+    if sentence:
+        raise DataError(f"{path} {sentence}")
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix
+
+
+def _wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32, by its mark or by the zero bytes of the characters of JSON; "" for anything else."""
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    start = head[:4].ljust(4, b"x")
+    zeros = [byte == 0 for byte in start]
+    return {
+        (True, True, True, False): "UTF-32BE",
+        (False, True, True, True): "UTF-32LE",
+        (True, False, True, False): "UTF-16BE",
+        (False, True, False, True): "UTF-16LE",
+    }.get(tuple(zeros), "")
+
+
+class _Lines:
+    """The first two lines that are not blank, as far as the head of a file has them.
+
+    Args:
+        path: of the file.
+        text: its head, from the first character that is not white space.
+        is_complete: whether the head reaches to the end of the file.
+    """
+
+    def __init__(self, path: str, text: bytes, is_complete: bool) -> None:
+        first, ended, rest = text.partition(b"\n")
+        rest = rest.lstrip(b" \t\r\n")
+        second, _, _ = rest.partition(b"\n")
+        self.text, self.is_complete = text, is_complete
+        self.mark = text[:1]
+        self.first, self.second = first.strip(), second.strip()
+        self.begins = repr(self.first[:40].decode(errors="backslashreplace"))
+        self.is_single = is_complete and not rest
+        if not ended and not is_complete:
+            self.is_single = self.mark == b"[" and _is_one_line(path)
+
+    @property
+    def second_is_value(self) -> bool:
+        return _value(self.second) is not _BROKEN
+
+
+_BROKEN = object()
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return _BROKEN
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Whether more lines could make JSON of a line, as of the first of a value that spans several."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _is_one_line(path: str) -> bool:
+    """Whether nothing but white space follows the first line of a file, which is long."""
+    with open(path, "rb") as file:
+        found = False
+        while block := file.read(_HEAD_BYTES):
+            _, newline, rest = (b"", b"\n", block) if found else block.partition(b"\n")
+            found = bool(newline)
+            if found and rest.strip():
+                return False
+    return True
+
+
+def _not_lines(lines: _Lines) -> str:
+    """Why a file is not one record a line, "" where it may be."""
+    value = _value(lines.first)
+    spans_lines = not lines.is_single and _is_unfinished(lines.first) and not lines.second_is_value
+    if lines.mark == b"[":
+        is_array = lines.first == b"[" or spans_lines or (lines.is_single and value is not _BROKEN)
+        is_array |= lines.is_single and not lines.is_complete
+        return "is one JSON array; rename it to .json, or write one record a line" if is_array else ""
+    if lines.mark == b"{":
+        if lines.is_single and isinstance(value, dict):
+            return _wrapped(value)
+        return "has JSON objects that span several lines; write one a line, as with: jq -c ." if spans_lines else ""
+    if value is _BROKEN and not lines.second_is_value:
+        return f"is not JSON: it begins with {lines.begins}; {_CONVERT}"
+    return ""
+
+
+def _not_array(lines: _Lines) -> str:
+    """Why a file is not one JSON array, "" where it may be."""
+    value = _value(lines.first)
+    has_lines = value is not _BROKEN and not lines.is_single and bool(lines.second)
+    if lines.mark == b"[":
+        return "has one record a line; rename it to .jsonl" if has_lines and lines.second_is_value else ""
+    if lines.mark != b"{":
+        return f"is not a JSON array: it begins with {lines.begins}; {_CONVERT}"
+    if has_lines:
+        return "is not a JSON array: it has one record a line; rename it to .jsonl"
+    whole = _value(lines.text) if lines.is_complete else None
+    wrapped = _wrapped(whole) if isinstance(whole, dict) else ""
+    return wrapped or "is one JSON object, not an array; write the list of records alone, or one record in [ ]"
+
+
+def _wrapped(value: dict[str, Any]) -> str:
+    """Where one object holds all records, under a key or by their ids; "" for an object that may be a record."""
+    if "conversations" in value:
+        return ""
+    for key, records in value.items():
+        if isinstance(records, list) and records and all(map(_is_record, records)):
+            how = f"jq '.[{json.dumps(key)}]'"
+            return f"is one JSON object with the list of records under {key!r}; write that list alone, as with: {how}"
+    if value and all(map(_is_record, value.values())):
+        return "is one JSON object with a record under each key; write a list of its values, as with: jq '[.[]]'"
+    return ""
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & {"conversations", "messages", "image", "images", "text"})

@@ -1,0 +1,78 @@
+"""Paths of images and videos as records write them -> files, none of which lies outside the root."""
+
+import os
+import re
+from functools import lru_cache
+
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.errors import Reason, RejectedSample
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.IGNORECASE)
+
+
+def resolve_path(path: str, source: Source) -> str:
+    """Where an image or video lies, symbolic links resolved: the same for all spellings of a file.
+
+    Under an image root nothing outside it is reachable, by ``..``, an absolute path or a link; with
+    ``source.follow_links`` links in the root may lead anywhere. Without a root an absolute path is taken as it stands,
+    and a relative one may not leave the directory of the annotations.
+
+    Raises:
+        RejectedSample: the path is remote, in an archive, or outside the root.
+    """
+    if _REMOTE.match(path):
+        raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is no local file; download it first")
+    root = _real_directory(os.path.join(os.getcwd(), source.image_root or os.path.dirname(source.annotations)))
+    if any(not os.path.isdir(os.path.join(root, path[: match.end()])) for match in _ARCHIVE.finditer(path)):
+        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or lies in one; unpack it first")
+    found = os.path.join(root, path)
+    directory, name = os.path.split(found)
+    if name in ("", ".", "..") or os.path.islink(found):
+        found = os.path.realpath(found)
+    else:
+        found = os.path.join(_real_directory(directory), name)
+    confined = bool(source.image_root) or not os.path.isabs(path)
+    if not confined or found.startswith(os.path.join(root, "")):
+        return found
+    link = _link_on_the_way(root, path, os.path.abspath(source.image_root or root))
+    if link and source.follow_links:
+        return found
+    if link:
+        raise RejectedSample(
+            Reason.OUTSIDE_ROOT,
+            f"{path!r:.200} lies outside {root}, because {link} is a link to {os.path.realpath(link)}; "
+            "trust the links in the root with --follow-links (follow_links: true in a registry)",
+        )
+    raise RejectedSample(Reason.OUTSIDE_ROOT, f"{path!r:.200} lies outside {root}")
+
+
+def _link_on_the_way(root: str, path: str, written_root: str) -> str | None:
+    """The first link on the way down from the root, where the path itself does not leave it; else ``None``.
+
+    A ``..`` may take back directories below the root, but not a link: what lies above its target is not in the root.
+    """
+    if os.path.isabs(path):
+        base = next((base for base in (root, written_root) if path.startswith(os.path.join(base, ""))), None)
+        if base is None:
+            return None
+        path = path[len(base) :]
+    names: list[str] = []
+    first = None
+    for name in path.split("/"):
+        if name == "..":
+            if not names or os.path.islink(os.path.join(root, *names)):
+                return None
+            names.pop()
+        elif name not in ("", "."):
+            names.append(name)
+            here = os.path.join(root, *names)
+            if first is None and os.path.islink(here):
+                first = here
+    return first
+
+
+@lru_cache(maxsize=1 << 14)
+def _real_directory(path: str) -> str:
+    """A directory with links followed; kept, because its images are many and each part of a path is a system call."""
+    return os.path.realpath(path)

@@ -1,0 +1,181 @@
+"""Annotations -> shards. Each slice of records is one task and one shard, so the bytes do not depend on the workers."""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from neo_megatron.atomic_files import WholeFile, json_line
+from neo_megatron.data.chat import tokenizer_fingerprint
+from neo_megatron.data.config import Settings
+from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
+from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
+from neo_megatron.data.prepare.executors import EngineName, in_order, open_engine
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.resume import Outcome, Run, load_outcome, without_details
+from neo_megatron.data.prepare.tallies import Noticed
+from neo_megatron.data.prepare.worker import Task
+from neo_megatron.data.shards.reader import FORMAT, VERSION
+from neo_megatron.data.tokenizer_process import load_parts
+from neo_megatron.errors import Reason, TooManyRejected
+
+_NOT_FOUND = (Reason.MISSING_PICTURE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
+
+
+def preprocess(
+    sources: Sequence[Source],
+    tokenizer_directory: str | Path,
+    output: str | Path,
+    settings: Settings,
+    on_error: Literal["skip", "fail"] = "skip",
+    workers: int = 1,
+    engine: EngineName = "local",
+    max_rejected: float = 100.0,
+) -> dict[str, Any]:
+    """Writes the shards of all sources, ``rejects.jsonl`` and, last, the manifest, which is returned.
+
+    A run that was interrupted is continued by the same call; the result has the same bytes. Several workers of the
+    engine "local" are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
+
+    Args:
+        max_rejected: percent of the samples read that may be rejected.
+
+    Raises:
+        TooManyRejected: there are more. The shards and ``rejects.jsonl`` are there, but no manifest, so nothing packs
+            them; the same call with a higher limit completes them at once.
+        DataError: for input that stops the run; with ``on_error="fail"`` that is the first sample that is rejected.
+    """
+    output = Path(output)
+    with Run(output) as run:
+        tokenizer = load_parts(tokenizer_directory)
+        head = {
+            "version": VERSION,
+            "settings": asdict(settings),
+            "tokenizer": {
+                "sha256": tokenizer_fingerprint(tokenizer.json),
+                "size": tokenizer.size,
+                "ids": asdict(tokenizer.ids),
+            },
+            "sources": [asdict(source) | {"share": str(source.share)} for source in sources],
+        }
+        run.begin(_plan(head))
+        if not run.has_manifest:
+            task = Task(sources, tokenizer.json, tokenizer.ids, settings, on_error, output)
+            count = _do_slices(run, task, workers, engine)
+            _join_outcomes(output, count, head, max_rejected)
+        run.clear()
+    return read_manifest(output, FORMAT, VERSION)
+
+
+def _plan(head: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the bytes of the data set, but for the pictures."""
+    files = [os.stat(source["annotations"]) for source in head["sources"]]
+    states = [{"bytes": file.st_size, "modified_ns": file.st_mtime_ns} for file in files]
+    return head | {"sources": [source | state for source, state in zip(head["sources"], states, strict=True)]}
+
+
+def _do_slices(run: Run, task: Task, workers: int, engine_name: EngineName) -> int:
+    """Does the slices that have no outcome yet; returns how many there are in all."""
+    # A run that stops at the first reject has to meet again those that an earlier run has skipped.
+    done = {
+        outcome.number: without_details(outcome)
+        for outcome in run.outcomes()
+        if task.on_error == "skip" or not outcome.rejects
+    }
+    run.keep(done)
+    place = Place()
+    while place.number in done:
+        place = done[place.number].next
+    count = place.number
+
+    def missing() -> Iterator[Slice]:
+        nonlocal count
+        for piece in slices(task.sources, task.settings.records_per_shard, place):
+            count += 1
+            if piece.place.number not in done:
+                yield piece
+
+    with _Progress(task.sources, sum(outcome.bytes for outcome in done.values())) as progress:
+        engine = open_engine(engine_name, task, workers, progress.add)
+        with contextlib.closing(engine):
+            for _ in in_order(engine, missing()):
+                pass
+    return count
+
+
+def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected: float) -> None:
+    """Makes the list of rejects and, where they are not too many, the manifest of the outcomes of all slices."""
+    counts: Counter[str] = Counter(records_read=0, samples_read=0)
+    reasons: Counter[str] = Counter()
+    shards, noticed, first = [], Noticed(), {}
+    rejects = WholeFile(output / REJECTS)
+    for number in range(count):
+        outcome: Outcome = load_outcome(output, number)
+        counts.update(records_read=outcome.records, samples_read=outcome.samples)
+        reasons.update(reject["kind"] for reject in outcome.rejects)
+        noticed.add(outcome.noticed)
+        for reject in outcome.rejects:
+            rejects.write(json_line(reject))
+            first.setdefault(reject["kind"], reject)
+        if outcome.shard:
+            shards.append(outcome.shard)
+    files = {REJECTS: rejects.commit()}
+    totals = {
+        **counts,
+        "samples_kept": sum(shard["samples"] for shard in shards),
+        "samples_rejected": reasons.total(),
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "pictures": sum(shard["pictures"] for shard in shards),
+        **noticed.counts(),
+    }
+    if reasons.total() * 100 > max_rejected * totals["samples_read"]:
+        raise TooManyRejected(_too_many(totals, max_rejected, output / REJECTS, first), totals)
+    write_manifest(output, {"format": FORMAT, **head, "counts": totals, "shards": shards, "files": files})
+
+
+def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[str, dict[str, Any]]) -> str:
+    """The sentence for a run with too many rejects; ``first`` is the first reject of each kind."""
+    rejected, read = counts["samples_rejected"], counts["samples_read"]
+    not_found = [kind for kind in _NOT_FOUND if kind in first]
+    lost = sum(counts["rejected_by_reason"][kind] for kind in not_found)
+    hint = ""
+    if 2 * lost > rejected:
+        entry = min((first[kind] for kind in not_found), key=lambda entry: entry["record"])
+        hint = (
+            f"{lost} of them name an image or video that is not found, so check --image-root (in a registry: "
+            f"data_path); the first is record {entry['record']} of {entry['file']}: {entry['reason']}; "
+        )
+    return (
+        f"{rejected} of {read} samples ({rejected / read:.2%}) were rejected, more than --max-rejected {limit:g} "
+        f"(percent) allows; {listed} has the reason of each; {hint}nothing can be packed yet: correct the cause and "
+        "preprocess into a new --output, or accept the rejects by the same command with a higher --max-rejected, "
+        "which only finishes what is there"
+    )
+
+
+class _Progress(tqdm):
+    """A bar over the bytes of the annotation files, with the samples per second of this run."""
+
+    def __init__(self, sources: Sequence[Source], done: int) -> None:
+        super().__init__(
+            desc="preprocess",
+            total=sum(os.path.getsize(source.annotations) for source in sources),
+            initial=done,
+            unit="B",
+            unit_scale=True,
+            mininterval=0.5,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} of annotations [{elapsed}<{remaining}{postfix}]",
+        )
+        self._samples, self._start = 0, time.monotonic()
+
+    def add(self, samples: int, size: int) -> None:
+        self._samples += samples
+        rate = self._samples / (time.monotonic() - self._start)
+        self.set_postfix_str(f"{rate:,.0f} samples/s", refresh=False)
+        self.update(size)

@@ -1,0 +1,154 @@
+"""Where the records of an annotation file begin and end, found in its bytes without parsing them.
+
+In a JSON array every comma at depth 1, outside of strings, divides two records. A block of bytes is reduced to the
+places of its quotes, brackets and commas; running sums over those give what lies in a string, and the depth. Memory is
+that of a block, whatever the length of a record.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from neo_megatron.errors import DataError
+
+BLOCK_BYTES = 1 << 18
+_WHITESPACE = b" \t\r\n"
+_QUOTE, _COMMA, _OPEN, _CLOSE = 1, 2, 3, 4
+_CLASSES = bytes.maketrans(b'",[{]}', bytes([_QUOTE, _COMMA, _OPEN, _OPEN, _CLOSE, _CLOSE]))
+# Of a byte, its class; of a byte that decides nothing, 0.
+_TABLE = bytes(_CLASSES[byte] if byte in b'",[{]}' else 0 for byte in range(256))
+_DEPTH_CHANGE = np.array([0, 0, 0, 1, -1], np.int32)
+
+# Arrays of int64 [n, 2], first byte of a record and the byte behind its last; at the end, why the file breaks off
+# behind them, "" where it ends well.
+Bounds = Generator[np.ndarray, None, str]
+
+
+def line_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
+    """The lines of a JSONL file from the offset ``start``, where one begins; blank lines are no records."""
+    begin = start
+    for base, block in _blocks(file, start, block_bytes):
+        ends = base + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+        if len(ends):
+            yield _without_blank(file, _between(np.append(begin, ends), gap=0), base, block)
+            begin = int(ends[-1])
+    size = os.fstat(file.fileno()).st_size
+    if begin < size:
+        yield _without_blank(file, np.array([[begin, size]]), size, b"")
+    return ""
+
+
+def _without_blank(file: BinaryIO, lines: np.ndarray, base: int, block: bytes) -> np.ndarray:
+    """All lines but the blank ones; every line but the first begins in the block."""
+    firsts = np.frombuffer(block, np.uint8)[lines[1:, 0] - base]
+    suspects = np.append(True, np.isin(firsts, np.frombuffer(_WHITESPACE, np.uint8)))
+    blank = [number for number in np.flatnonzero(suspects) if _is_blank(file, *lines[number].tolist())]
+    return np.delete(lines, blank, axis=0)
+
+
+def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
+    """The elements of a JSON array, white space around them included.
+
+    Args:
+        start: 0, or the end of an element, to go on behind it.
+
+    Raises:
+        DataError: for a file that holds no array.
+    """
+    first = start or _opening_bracket(file)
+    scan = _Scan(depth=1 if start else 0)
+    separator = None  # the last comma, or the opening bracket
+    for base, block in _blocks(file, first, block_bytes):
+        separators = base + scan.separators(block)
+        if len(separators):
+            places = separators if separator is None else np.append(separator, separators)
+            bounds = _between(places, gap=1)
+            empty = scan.depth == 0 and places[0] == first and not start and len(places) == 2
+            if len(bounds) and not (empty and _is_blank(file, *bounds[0].tolist())):
+                yield bounds
+            separator = int(separators[-1])
+        if scan.depth == 0:
+            well = _is_blank(file, separator + 1, os.fstat(file.fileno()).st_size)
+            return "" if well else "the JSON array ends, but the file goes on"
+    if scan.depth > 1 or scan.in_string:
+        return "the JSON array breaks off in the middle of this record"
+    size = os.fstat(file.fileno()).st_size
+    if separator is not None and not _is_blank(file, separator + 1, size):
+        yield np.array([[separator + 1, size]])
+    return "the JSON array breaks off here: it has no closing bracket"
+
+
+class _Scan:
+    """What is carried from one block of a JSON text to the next."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.in_string = False
+        self._escape = False  # whether the next byte follows a backslash that is not itself escaped
+
+    def separators(self, block: bytes) -> np.ndarray:
+        """Offsets of the brackets of the array and of the commas between its elements; none behind its end."""
+        classes = np.frombuffer(bytearray(block.translate(_TABLE)), np.uint8)
+        classes[self._escaped(block)] = 0
+        places = np.flatnonzero(classes != 0)  # many times faster on truths than on numbers
+        classes = classes[places]
+        quotes = classes == _QUOTE
+        in_string = np.logical_xor.accumulate(quotes) ^ self.in_string
+        self.in_string = bool(in_string[-1]) if len(places) else self.in_string
+        outside = np.flatnonzero(~(quotes | in_string))
+        places, classes = places[outside], classes[outside]
+        depths = self.depth + np.cumsum(_DEPTH_CHANGE[classes])
+        closed = np.flatnonzero(depths == 0)
+        if len(closed):
+            places, classes, depths = (array[: closed[0] + 1] for array in (places, classes, depths))
+        self.depth = int(depths[-1]) if len(places) else self.depth
+        return places[(depths == 0) | ((depths == 1) & (classes != _CLOSE))]
+
+    def _escaped(self, block: bytes) -> np.ndarray:
+        """Offsets of the bytes that follow an odd number of backslashes."""
+        escaped = np.zeros(int(self._escape), np.int64)
+        self._escape = False
+        if b"\\" not in block:
+            return escaped
+        slashes = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\\"))
+        if len(escaped) and slashes[0] == 0:
+            slashes = slashes[1:]
+        runs = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)
+        lengths = np.diff(runs, append=len(slashes))
+        behind = (slashes[runs] + lengths)[lengths % 2 == 1]
+        self._escape = bool(len(behind)) and behind[-1] == len(block)
+        return np.append(escaped, behind[: len(behind) - self._escape])
+
+
+def _between(places: np.ndarray, gap: int) -> np.ndarray:
+    return np.stack([places[:-1] + gap, places[1:]], axis=1)
+
+
+def _blocks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) from ``start`` to the end of the file."""
+    while block := os.pread(file.fileno(), size, start):
+        yield start, block
+        start += len(block)
+
+
+def _is_blank(file: BinaryIO, begin: int, end: int) -> bool:
+    while begin < end:
+        block = os.pread(file.fileno(), min(BLOCK_BYTES, end - begin), begin)
+        if block.strip(_WHITESPACE):
+            return False
+        begin += len(block)
+    return True
+
+
+def _opening_bracket(file: BinaryIO) -> int:
+    """Offset of the first character, which must be ``[``; a byte order mark may precede it."""
+    start = 3 if os.pread(file.fileno(), 3, 0) == b"\xef\xbb\xbf" else 0
+    for base, block in _blocks(file, start, BLOCK_BYTES):
+        if text := block.lstrip(_WHITESPACE):
+            if text.startswith(b"["):
+                return base + len(block) - len(text)
+            break
+    raise DataError(f"{Path(file.name)} holds no JSON array; a file with one record a line must be named .jsonl")

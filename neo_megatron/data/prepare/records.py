@@ -1,0 +1,235 @@
+"""One annotation record -> checked samples. A record is only read, never changed, so it can be read twice."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from neo_megatron.data.conversation import Turn
+from neo_megatron.data.prepare.foreign_media import inline_form, placeholder
+from neo_megatron.data.prepare.media_paths import resolve_path
+from neo_megatron.data.prepare.record_keys import (
+    IMAGE_KEYS,
+    VIDEO_KEYS,
+    check_keys,
+    media_value,
+    system_text,
+    training_flag,
+)
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags
+from neo_megatron.errors import Reason, RejectedSample
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation and its files: a picture for each ``<image>`` tag, a video for each ``<video>`` tag, in order.
+
+    Args:
+        turns: of an assistant all tags are escaped, because none of them is a place for media.
+        placeholder: of another project, in the text of a sample that has no tags of its own; it stays text.
+        first_turn: index in ``turns`` of the first under ``conversations``; 1 where a system prompt has its own key.
+    """
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[str, ...]
+    videos: tuple[str, ...] = ()
+    placeholder: str = ""
+    first_turn: int = 0
+
+
+def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
+    """(element, sample as written) of a record; a list-packed record has several, any other one with element ``None``.
+
+    Raises:
+        RejectedSample: where the line is no JSON, or an empty list.
+    """
+    if line is None:
+        raise RejectedSample(Reason.BROKEN_JSON, "the line is too long to be a record")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RejectedSample(Reason.BROKEN_JSON, f"the record is not valid JSON ({error})") from error
+    if not isinstance(record, list):
+        yield None, record
+    elif not record:
+        raise RejectedSample(Reason.MALFORMED, "the list of samples is empty")
+    else:
+        yield from enumerate(record)
+
+
+def _list(value: object) -> list:
+    """A value as written that may be a list, or stand alone."""
+    return value if isinstance(value, list) else [value]
+
+
+def check_sample(sample: object, source: Source) -> Sample:
+    """Checks one sample as written and resolves its paths.
+
+    Raises:
+        RejectedSample: with what is wrong.
+    """
+    if not isinstance(sample, dict):
+        raise RejectedSample(Reason.MALFORMED, f"a sample must be an object, not {type(sample).__name__}")
+    check_keys(sample)
+    turns = _check_turns(sample.get("conversations"), list(sample))
+    videos = _check_paths(*media_value(sample, VIDEO_KEYS))
+    pictures = _check_paths(*media_value(sample, IMAGE_KEYS))
+    foreign = _foreign_media([turn for turn in turns if turn.role != "assistant"])
+    turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
+    turns = _match_tags(turns, pictures, IMAGE_TAG, Reason.PICTURE_COUNT)
+    turns = tuple(_with_literal_tags(turn) if turn.role == "assistant" else turn for turn in turns)
+    _check_trained(sample, turns)
+    system = _own_system_turn(sample, turns)
+    return Sample(
+        (*system, *turns),
+        tuple(resolve_path(path, source) for path in pictures),
+        tuple(resolve_path(path, source) for path in videos),
+        foreign,
+        len(system),
+    )
+
+
+def check_answers(sample: Sample) -> None:
+    """Rejects a sample with an answer to train on that shows nothing: the model would learn to end at once.
+
+    Raises:
+        RejectedSample: with the number of the turn.
+    """
+    if (number := blank_answer(sample)) is not None:
+        raise RejectedSample(
+            Reason.EMPTY_ANSWER,
+            f"turn {number - sample.first_turn} is an empty answer; correct it, or pass --empty-answers keep",
+        )
+
+
+def blank_answer(sample: Sample) -> int | None:
+    """Number of the first turn that is trained on and shows nothing, else ``None``."""
+    return next(
+        (number for number, turn in enumerate(sample.turns) if turn.trained and is_blank(turn.text)),
+        None,
+    )
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has only white space and characters without width."""
+    return re.fullmatch(r"[\s\u200b-\u200f\u2060\ufeff]*", text) is not None
+
+
+def _check_turns(conversation: object, keys: list[str]) -> tuple[Turn, ...]:
+    if not conversation:
+        named = f"; its keys are {', '.join(map(repr, keys)):.200}: write its turns under 'conversations'"
+        raise RejectedSample(Reason.EMPTY_CONVERSATION, "'conversations' is missing or empty" + (named if keys else ""))
+    if not isinstance(conversation, list):
+        raise RejectedSample(Reason.MALFORMED, "'conversations' must be a list of turns")
+    return tuple(_check_turn(number, turn) for number, turn in enumerate(conversation))
+
+
+def _check_turn(number: int, turn: object) -> Turn:
+    if not isinstance(turn, dict):
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} must be an object with 'from' and 'value'")
+    role, text = turn.get("from"), turn.get("value")
+    if role is None and "role" in turn:
+        raise RejectedSample(
+            Reason.UNKNOWN_ROLE, f"turn {number} has 'role'; rename 'role' to 'from' and 'content' to 'value'"
+        )
+    if not isinstance(role, str) or role not in ROLES:
+        raise RejectedSample(Reason.UNKNOWN_ROLE, f"turn {number} is from {role!r:.60}, not one of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} must have a string under 'value'")
+    if not is_unicode(text):
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} holds half a surrogate pair, which is no text")
+    role, flag = ROLES[role], training_flag(turn, f"turn {number}")
+    if flag and flag[1] and role != "assistant":
+        raise RejectedSample(
+            Reason.UNSUPPORTED_KEY,
+            f"turn {number} is of the {role}, and {flag[0]!r} says to train on it; only assistant turns are trained on",
+        )
+    return Turn(role, text, trained=role == "assistant" and (flag is None or flag[1]))
+
+
+def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turn of a system prompt under a key of its own; no media belong there, so its tags are text."""
+    text = system_text(sample)
+    written = next((turn.literal for turn in turns if turn.role == "system"), text)
+    if written != text and text:
+        raise RejectedSample(Reason.MALFORMED, "'system' of the sample and its system turn differ; keep one of them")
+    if not is_unicode(text):
+        raise RejectedSample(Reason.MALFORMED, "'system' of the sample holds half a surrogate pair, which is no text")
+    has_turn = any(turn.role == "system" for turn in turns)
+    return () if has_turn or not text else (Turn("system", escape_tags(text), False),)
+
+
+def _foreign_media(asked: Sequence[Turn]) -> str:
+    """A placeholder of another project in turns that have no tags of this one, else "".
+
+    Raises:
+        RejectedSample: a path, or an encoded file, stands in the text.
+    """
+    if inline := inline_form(turn.text for turn in asked):
+        raise RejectedSample(
+            Reason.INLINE_MEDIA,
+            f"the text holds {inline!r:.120}, media in the form of another project; list the file under 'image' (or "
+            f"'video') and write {IMAGE_TAG} (or {VIDEO_TAG}) in its place; \\{IMAGE_TAG} is text",
+        )
+    has_tags = any(count_tags(turn.text, tag) for turn in asked for tag in _KINDS)
+    return "" if has_tags else placeholder(turn.literal for turn in asked)
+
+
+def _check_trained(sample: dict, turns: tuple[Turn, ...]) -> None:
+    flag = training_flag(sample, "the sample")
+    if flag and not flag[1]:
+        raise RejectedSample(Reason.NOTHING_TRAINED, f"{flag[0]!r} says that the sample is not to be trained on")
+    if not any(turn.trained for turn in turns):
+        raise RejectedSample(Reason.NOTHING_TRAINED, "no assistant turn is trained on")
+
+
+def is_unicode(text: str) -> bool:
+    """JSON can write one half of a surrogate pair, which no tokenizer and no file system takes."""
+    return text.isascii() or re.search("[\ud800-\udfff]", text) is None
+
+
+def _check_paths(key: str, value: object) -> tuple[str, ...]:
+    paths = _list(value)
+    for path in paths:
+        if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
+            raise RejectedSample(Reason.MALFORMED, f"'{key}' must be a path or a list of paths")
+    return tuple(paths)
+
+
+def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason: Reason) -> tuple[Turn, ...]:
+    """The turns with one tag for each path; a single file that no turn mentions belongs to the first human turn.
+
+    A tag of an assistant is text. It could also mean that the file belongs there, which is not trained and so not
+    done: where only that would explain the number of files, the sample is rejected.
+    """
+    tags = sum(count_tags(turn.text, tag) for turn in turns if turn.role != "assistant")
+    said = next((number for number, turn in enumerate(turns) if _says(turn, tag)), None)
+    human = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if tags == len(paths):
+        return turns
+    if len(paths) == 1 and tags == 0 and said is None and human is not None:
+        turn = turns[human]
+        return (*turns[:human], Turn(turn.role, f"{tag}\n{turn.text}", turn.trained), *turns[human + 1 :])
+    remedy = ""
+    if tags:
+        remedy = f"; a {tag} that is meant as text is written \\{tag}, in JSON \\\\{tag}"
+    elif foreign := placeholder(turn.literal for turn in turns if turn.role != "assistant"):
+        remedy = f"; its text has {foreign!r}, a placeholder of another project: write {tag} in its place"
+    if said is not None:
+        remedy = (
+            f"; the {tag} of turn {said} is in an assistant turn, where it is text: move it to the turn of a user, or "
+            f"write \\{tag} (in JSON \\\\{tag}) in the answer if it is meant as text"
+        )
+    raise RejectedSample(reason, f"the sample has {len(paths)} {_KINDS[tag]} but {tags} {tag} tags{remedy}")
+
+
+def _says(turn: Turn, tag: str) -> bool:
+    return turn.role == "assistant" and count_tags(turn.text, tag) > 0
+
+
+def _with_literal_tags(turn: Turn) -> Turn:
+    return turn if not any(tag in turn.text for tag in _KINDS) else replace(turn, text=as_literal(turn.text))

@@ -1,0 +1,138 @@
+"""Data sets by name: which annotation file, which root of pictures, and how much of it.
+
+A registry is a YAML file; relative paths in it count from its own directory:
+
+    llava_pretrain:
+      annotation_path: llava/blip_laion_cc_sbu_558k.json
+      data_path: llava/images        # joined to the paths of pictures; empty: the paths are complete
+      follow_links: true             # trust links in data_path that lead outside it; false by default
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neo_megatron.data.prepare.annotation_files import check_annotation_file
+from neo_megatron.errors import DataError
+from neo_megatron.paths import Wanted, check_path
+
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may stand several times
+
+
+@dataclass(frozen=True)
+class Source:
+    """One annotation file of a run.
+
+    Args:
+        name: part of the key of the draw, so that a data set is drawn the same whatever it is mixed with.
+        annotations: the JSON or JSONL file.
+        image_root: joined to the paths of pictures, none of which may leave it; "" where the paths are complete.
+        share: how often a record is used on average; 1/2 takes every second, 2 takes all of them twice.
+        follow_links: links in the root may lead outside it.
+    """
+
+    name: str
+    annotations: str
+    image_root: str = ""
+    share: Fraction = Fraction(1)
+    follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
+        check_annotation_file(str(self.annotations))
+        if self.image_root:
+            check_path(self.image_root, Wanted.IMAGE_ROOT, f"data set {self.name}: image root")
+
+
+def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> list[Source]:
+    """The sources behind names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
+
+    Raises:
+        DataError: for a name that the registry lacks, a percentage that is none, or a registry of another form.
+    """
+    entries = _read(Path(registry))
+    folder = Path(registry).parent
+    sources: list[Source] = []
+    for text in names:
+        name, share = split_share(text)
+        if any(source.name == name for source in sources):
+            raise DataError(
+                f"data set {name} is named twice; name it once, with its share of all: {name}%200 uses it twice"
+            )
+        if name not in entries:
+            raise DataError(f"data set {name} is not in {registry}, which holds: {', '.join(sorted(entries))}")
+        entry = entries[name]
+        root = entry.get("data_path") or ""
+        sources.append(
+            Source(
+                name=name,
+                annotations=str(folder / entry["annotation_path"]),
+                image_root=str(folder / root) if root else "",
+                share=share,
+                follow_links=entry.get("follow_links", False),
+            )
+        )
+    return sources
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Rejects a mapping with a key twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
+                key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+                if key in lines:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key!r} is in line {lines[key]} and again in line {line}; rename or remove one"
+                    )
+                lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read(registry: Path) -> dict[str, dict[str, str]]:
+    check_path(registry, Wanted.REGISTRY, "the registry")
+    try:
+        entries = yaml.load(registry.read_text(), _UniqueKeyLoader)  # noqa: S506 - a subclass of the safe loader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"the registry {registry} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict):
+        raise DataError(f"the registry {registry} must map names of data sets to annotation_path and data_path")
+    for name, entry in entries.items():
+        keys = set(entry) if isinstance(entry, dict) else set()
+        if "annotation_path" not in keys or keys - {"annotation_path", "data_path", "follow_links"}:
+            raise DataError(
+                f"data set {name} in {registry} must have annotation_path; it may have data_path and follow_links"
+            )
+        if not isinstance(entry["annotation_path"], str) or not isinstance(entry.get("data_path") or "", str):
+            raise DataError(f"data set {name} in {registry}: annotation_path and data_path must be texts")
+        if not isinstance(entry.get("follow_links", False), bool):
+            raise DataError(f"data set {name} in {registry}: follow_links must be true or false")
+        if not isinstance(name, str) or "%" in name:
+            raise DataError(f"the name {name} in {registry} must be a text without %, which starts a percentage")
+    return entries
+
+
+def split_share(text: str) -> tuple[str, Fraction]:
+    """``"name%12.5"`` -> ("name", 1/8): percent, any above 0; the share of a name alone is 1."""
+    name, percent, share = text.rpartition("%")
+    if not percent:
+        return text, Fraction(1)
+    try:
+        fraction = Fraction(share) / 100
+    except (ValueError, ZeroDivisionError):
+        fraction = Fraction(0)
+    if fraction <= 0:
+        raise DataError(f"{text}: what follows % must be a percentage above 0, such as 50, 12.5 or 200")
+    return name, fraction
+
+
+def split_path_share(text: str) -> tuple[str, Fraction]:
+    """As :func:`split_share` for a path, which may have a % itself: one that exists as it is written has no share."""
+    in_a_directory = "/" in text.rpartition("%")[2]
+    return (text, Fraction(1)) if in_a_directory or Path(text).exists() else split_share(text)

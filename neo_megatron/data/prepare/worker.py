@@ -1,0 +1,180 @@
+"""One slice of records -> one shard: reads, checks, loads pictures, tokenizes in batches, writes."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from neo_megatron.data.chat import ChatEncoder, SpecialIds
+from neo_megatron.data.config import Settings
+from neo_megatron.data.prepare.annotation_slices import Slice, read_slice
+from neo_megatron.data.prepare.file_identity import identity_of_texts
+from neo_megatron.data.prepare.media import Media, read_media
+from neo_megatron.data.prepare.records import check_answers, check_sample, parse_record
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.resume import Outcome, save_outcome, without_details
+from neo_megatron.data.shards.writer import ShardWriter
+from neo_megatron.errors import DataError, Reason, RejectedSample
+
+# Samples are tokenized together until their pictures hold this much memory.
+_BATCH_SAMPLES, _BATCH_BYTES = 256, 64 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs besides its slice; sent to it once."""
+
+    sources: Sequence[Source]
+    tokenizer_json: str
+    ids: SpecialIds
+    settings: Settings
+    on_error: Literal["skip", "fail"]
+    output: Path
+
+
+@dataclass
+class _Pending:
+    """A checked sample with its media, waiting to be tokenized with others."""
+
+    media: Media
+    record: int
+    ends_record: bool = False
+
+
+class _Batch:
+    """Samples on their way into a shard, tokenized many at a time."""
+
+    def __init__(self, encoder: ChatEncoder, writer: ShardWriter, source: int) -> None:
+        self._encoder, self._writer, self._source = encoder, writer, source
+        self._samples: list[_Pending] = []
+        self._bytes = 0
+        self._in_record = False  # whether a sample has come since the last record ended
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._samples
+
+    def add(self, sample: _Pending) -> None:
+        self._in_record = True
+        self._samples.append(sample)
+        self._bytes += sum(picture.nbytes for picture in sample.media.images)
+        if len(self._samples) >= _BATCH_SAMPLES or self._bytes >= _BATCH_BYTES:
+            self.write()
+
+    def end_record(self) -> None:
+        if self._in_record and self._samples:
+            self._samples[-1].ends_record = True
+        elif self._in_record:
+            self._writer.end_record()
+        self._in_record = False
+
+    def write(self) -> None:
+        """Hands all samples to the writer."""
+        media = [sample.media for sample in self._samples]
+        cells = [[height * width // 4 for height, width in item.grids] for item in media]
+        tokenized = self._encoder.encode([(item.turns, n) for item, n in zip(media, cells, strict=True)])
+        for sample, tokens in zip(self._samples, tokenized, strict=True):
+            item = sample.media
+            key = identity_of_texts(turn.text for turn in item.turns)
+            self._writer.add(tokens, item.images, item.grids, self._source, sample.record, key, item.identities)
+            if sample.ends_record:
+                self._writer.end_record()
+        self._samples, self._bytes = [], 0
+
+
+class _Reported:
+    """What of a slice has been reported."""
+
+    def __init__(self, offset: int) -> None:
+        self._samples, self._offset = 0, offset
+
+    def since(self, samples: int, offset: int) -> tuple[int, int]:
+        """(samples, bytes) since the last call."""
+        new = samples - self._samples, offset - self._offset
+        self._samples, self._offset = samples, offset
+        return new
+
+
+class SliceWorker:
+    """Turns slices into shards."""
+
+    def __init__(self, task: Task, report: Callable[[int, int], Any] = lambda samples, size: None) -> None:
+        """``report`` is called now and then with the samples and the bytes of annotations done since the last call."""
+        self._task = task
+        self._report = report
+        self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
+
+    def run(self, piece: Slice) -> Outcome:
+        """Writes the shard of a slice and, behind it, its outcome, which is returned without its details.
+
+        Raises:
+            DataError: for the first rejected sample, where the task says so; for a disk that is full.
+        """
+        writer = ShardWriter(self._task.output, piece.place.number)
+        try:
+            with warnings.catch_warnings():
+                # A picture is either rejected with a reason or used; what Pillow says beside that would hide the bar.
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                outcome = self._run(piece, writer)
+        except BaseException:
+            writer.discard()
+            raise
+        save_outcome(self._task.output, outcome)
+        return without_details(outcome)
+
+    def _run(self, piece: Slice, writer: ShardWriter) -> Outcome:
+        source = self._task.sources[piece.place.source]
+        outcome = Outcome(piece.next, piece.end - piece.place.offset)
+        reported = _Reported(piece.place.offset)
+        batch = _Batch(self._encoder, writer, piece.place.source)
+        for record, text in read_slice(piece, source, self._task.settings.seed):
+            outcome.records += 1
+            self._read_record(text, record, source, batch, outcome)
+            if batch.is_empty:
+                self._report(*reported.since(outcome.samples, int(piece.bounds[record - piece.place.first, 1])))
+        batch.write()
+        if piece.broken:
+            outcome.records += 1
+            outcome.samples += 1
+            broken = RejectedSample(Reason.BROKEN_JSON, piece.broken)
+            self._reject(broken, piece.place.first + len(piece.bounds), None, source, outcome)
+        if outcome.samples > len(outcome.rejects):
+            outcome.shard = writer.commit()
+        else:
+            writer.discard()
+        self._report(*reported.since(outcome.samples, piece.end))
+        return outcome
+
+    def _read_record(self, text: bytes | None, record: int, source: Source, batch: "_Batch", outcome: Outcome) -> None:
+        """Adds the usable samples of a record to the batch; the others are noted in the outcome."""
+        try:
+            elements = list(parse_record(text))
+        except RejectedSample as rejected:
+            outcome.samples += 1
+            self._reject(rejected, record, None, source, outcome)
+            return
+        for element, written in elements:
+            outcome.samples += 1
+            try:
+                sample = check_sample(written, source)
+                if self._task.settings.empty_answers == "reject":
+                    check_answers(sample)
+                media = read_media(sample, self._task.settings)
+            except RejectedSample as rejected:
+                self._reject(rejected, record, element, source, outcome)
+            else:
+                place = {"file": source.annotations, "record": record, "element": element}
+                outcome.noticed.note(sample, written, media.images, place)
+                batch.add(_Pending(media, record))
+        batch.end_record()
+
+    def _reject(
+        self, rejected: RejectedSample, record: int, element: int | None, source: Source, outcome: Outcome
+    ) -> None:
+        if self._task.on_error == "fail":
+            where = f"record {record}" if element is None else f"record {record}, sample {element}"
+            raise DataError(
+                f"{source.annotations}, {where}: {rejected.sentence}; correct it, or leave it out with --on-error skip"
+            )
+        outcome.rejects.append(rejected.row(source.annotations, record, element))

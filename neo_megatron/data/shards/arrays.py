@@ -1,0 +1,50 @@
+"""The bytes of a ``.npy`` file as an array of a type that the reader knows.
+
+``numpy.load`` would take the type and the shape from the file, evaluate its header, and take longer than all the rest
+of opening a shard. Here the header is compared with the one that the writer wrote: nothing is evaluated or unpickled.
+"""
+
+import math
+
+import numpy as np
+
+from neo_megatron.errors import damaged_file
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_PREFIX = 10  # bytes before the header text: the magic and the length of the text
+_MAX_HEADER = 4096
+_SHOWN = 160
+
+
+def array_of(content: np.ndarray, dtype: np.dtype, shape: tuple[int, ...] | None, path: str, remedy: str) -> np.ndarray:
+    """A view of the mapped bytes of a ``.npy`` file.
+
+    Args:
+        content: uint8 [n], all of the file.
+        dtype: of the array.
+        shape: of the array; ``None`` for one dimension of any length.
+        path: of the file, for messages.
+        remedy: what to do about a damaged file.
+
+    Raises:
+        DamagedFile: the file holds something else.
+    """
+    head = content[:_PREFIX].tobytes()
+    start = _PREFIX + int.from_bytes(head[8:], "little")
+    if len(head) < _PREFIX or not head.startswith(_MAGIC) or start > min(len(content), _PREFIX + _MAX_HEADER):
+        raise damaged_file(path, "it is not a NumPy array", remedy)
+    text = content[_PREFIX:start].tobytes().rstrip().decode("latin1")
+    size = len(content) - start
+    wanted = (size // dtype.itemsize,) if shape is None else shape
+    # One dimension of any length is what the size says, so a wrong number of rows differs from the header.
+    described = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {wanted}, }}"
+    if text != described:
+        raise damaged_file(path, f"it is not an array of {described}, its header says {_printable(text)}", remedy)
+    if size != dtype.itemsize * math.prod(wanted):
+        raise damaged_file(path, f"it has {size} bytes of values, not those of {described}", remedy)
+    return content[start:].view(dtype).reshape(wanted)
+
+
+def _printable(text: str) -> str:
+    shown = text[:_SHOWN].encode("ascii", "backslashreplace").decode()
+    return shown if shown.isprintable() else repr(shown)

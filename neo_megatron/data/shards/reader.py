@@ -1,0 +1,268 @@
+"""The shards of a preprocessed data set: tokenized samples and their pictures, written once, read for any pack length.
+
+The files are described in ``docs/shard_format.md``.
+"""
+
+import hashlib
+import resource
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neo_megatron.data.chat import SpecialIds
+from neo_megatron.data.config import ImageStore
+from neo_megatron.data.image import PATCH_VALUES
+from neo_megatron.data.manifest import manifest_bytes, parse_manifest
+from neo_megatron.data.shards.arrays import array_of
+from neo_megatron.data.shards.indexed import SequenceReader
+from neo_megatron.errors import DamagedFile, damaged_file
+from neo_megatron.paths import Wanted
+from neo_megatron.storage.base import Content, Directory, Range
+from neo_megatron.storage.open import open_directory
+
+FORMAT, VERSION = "neo-shards", 3
+READABLE = (2, VERSION)  # version 2 has no ``media.npy``
+SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4"), ("key", "<u8")])
+MEDIA = np.dtype([("sample", "<i4"), ("path", "<u8"), ("content", "<u8")])
+_MAPPED_FILES = ("tokens.idx", "spans.idx", "spans.bin", "pictures.idx", "grids.npy")  # needed for any sample
+_FILES_OF_A_SHARD = 9
+# A process may have 65,530 maps (Linux, vm.max_map_count), and each holds a file descriptor.
+_MOST_MAPS = 32768
+_SPAN_BYTES = 8
+_MAX_GRID = 1 << 16  # patches along a side: a million pixels
+_AGAIN = "preprocess again"
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample as its shard keeps it.
+
+    Args:
+        tokens: int32 [n].
+        spans: int32 [k, 2], half-open ranges of trained tokens.
+        grids: int32 [p, 2], in patches, one for each ``<img>`` in ``tokens``.
+        pictures: uint8 [bytes] each, as ``ShardSet.image_store`` says; empty where they were not asked for.
+    """
+
+    tokens: np.ndarray
+    spans: np.ndarray
+    grids: np.ndarray
+    pictures: list[np.ndarray]
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+class Shard:
+    """One shard; its files are mapped. Sizes are held against the manifest, so a cut copy is found when it is read.
+
+    Raises:
+        DataError: from any method or property, where a file is missing or says what cannot be.
+    """
+
+    def __init__(self, directory: Directory, entry: dict[str, Any]) -> None:
+        self._directory = directory
+        self.name = shard_name(int(entry["name"]))
+        self._files, self._samples, self._pictures = entry["files"], entry["samples"], entry["pictures"]
+        self._media = entry.get("media", 0)
+        self.tokens = self._sequences("tokens", np.int32, directory.open, self._samples)
+        self.spans = self._sequences("spans", np.int32, directory.map, self._samples)
+        self.pictures = self._sequences("pictures", np.uint8, directory.open, self._pictures, self._samples)
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """``SAMPLE`` [samples]"""
+        rows = self._rows("samples.npy", SAMPLE, (self._samples,))
+        if (rows["pictures"] < 0).any() or rows["pictures"].sum(dtype=np.int64) != self._pictures:
+            raise self._damaged("samples.npy", f"its samples do not have the {self._pictures} images of the shard")
+        return rows
+
+    @cached_property
+    def grids(self) -> np.ndarray:
+        """int32 [pictures, 2]; values are checked where they are used, see `check_grids`."""
+        return self._rows("grids.npy", np.dtype("<i4"), (self._pictures, 2))
+
+    @cached_property
+    def media(self) -> np.ndarray:
+        """``MEDIA`` [files], by ``sample`` ascending: identities of the image and video files of the samples."""
+        rows = self._rows("media.npy", MEDIA, (self._media,))
+        owners = rows["sample"]
+        if len(rows) and (owners[0] < 0 or owners[-1] >= self._samples or (owners[1:] < owners[:-1]).any()):
+            raise self._damaged("media.npy", "its samples are not in order, or not those of the shard")
+        return rows
+
+    @property
+    def cells(self) -> np.ndarray:
+        """int64 [samples]: cells of the pictures of each sample, which are tokens of it."""
+        ends = np.cumsum(self.samples["pictures"], dtype=np.int64)
+        if wrong := check_grids(self.grids):
+            raise self._damaged("grids.npy", wrong)
+        up_to = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1, dtype=np.int64) // 4)])
+        return np.diff(up_to[ends], prepend=0)
+
+    def check_text(self) -> None:
+        """Raises DamagedFile where the token index is not consistent; opening a shard does not read all of it."""
+        self.tokens.check()
+
+    def picture_range(self, sample: int) -> range:
+        """Numbers of the pictures of a sample, within the shard."""
+        return self.pictures.range_of_document(sample)
+
+    def picture(self, number: int) -> np.ndarray:
+        """uint8 [n]: the file's bytes or the flattened patches, as ``ShardSet.image_store`` says."""
+        return self.pictures[number]
+
+    def _sequences(
+        self,
+        kind: str,
+        dtype: type,
+        open_data: Callable[[str, int], Content],
+        count: int,
+        documents: int | None = None,
+    ) -> SequenceReader:
+        index, data = f"{self.name}.{kind}.idx", f"{self.name}.{kind}.bin"
+        return SequenceReader(
+            f"{self._directory.location}/{self.name}.{kind}",
+            self._directory.map(index, self._files[index]["bytes"]),
+            open_data(data, self._files[data]["bytes"]),
+            dtype,
+            count,
+            documents,
+        )
+
+    def _rows(self, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """A mapped array of the shape that the manifest says."""
+        name = f"{self.name}.{kind}"
+        content = self._directory.map(name, self._files[name]["bytes"])
+        return array_of(content, dtype, shape, f"{self._directory.location}/{name}", _AGAIN)
+
+    def _damaged(self, kind: str, what: str) -> DamagedFile:
+        return damaged_file(f"{self._directory.location}/{self.name}.{kind}", what, _AGAIN)
+
+
+def check_grids(grids: np.ndarray) -> str:
+    """What is wrong with the sizes of images in patches, int32 [n, 2]; "" where nothing is."""
+    if len(grids) and (grids.min() < 2 or grids.max() > _MAX_GRID or (grids & 1).any()):
+        return f"a grid is not even and positive, at most {_MAX_GRID} patches a side"
+    return ""
+
+
+class ShardSet:
+    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process anew.
+
+    Args:
+        location: a local directory, or what else ``storage.open_directory`` takes.
+
+    Attributes:
+        fingerprint: SHA-256 of the manifest, which has those of all files, and the paths that were preprocessed.
+        text_fingerprint: SHA-256 of the tokens alone: the same wherever the annotations and images were.
+        version: of the format.
+        vocabulary: tokens of the tokenizer.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.storage = open_directory(location)
+        self.location = self.storage.location
+        text = manifest_bytes(self.storage, Wanted.SHARDS)
+        self.fingerprint = hashlib.sha256(text).hexdigest()
+        self.manifest = parse_manifest(text, self.location, FORMAT, *READABLE)
+        self.version: int = self.manifest["version"]
+        self.vocabulary: int = self.manifest["tokenizer"]["size"]
+        self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
+        self.image_store: ImageStore = self.manifest["settings"]["image_store"]
+        self._entries = self.manifest["shards"]
+        tokens = [entry["files"][f"{entry['name']}.tokens.bin"]["sha256"] for entry in self._entries]
+        self.text_fingerprint = hashlib.sha256("".join(tokens).encode()).hexdigest()
+        self._starts = np.cumsum([0] + [entry["samples"] for entry in self._entries]).tolist()
+        self._opened: OrderedDict[int, Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": OrderedDict()}  # a mapped array would be copied to the other process
+
+    def locate(self, sample: int) -> tuple[Shard, int]:
+        """The shard of a global sample number, and the sample's number in it."""
+        number = bisect_right(self._starts, sample) - 1
+        return self.shard(number), sample - self._starts[number]
+
+    def shard(self, number: int) -> Shard:
+        """A shard, opened. The least recently used ones are closed; what was read of them stays valid."""
+        shard = self._opened.get(number)
+        if shard is None:
+            self._prepare([number])
+            shard = self._opened[number] = Shard(self.storage, self._entries[number])
+            if len(self._opened) > _most_opened():
+                self._opened.popitem(last=False)
+        else:
+            self._opened.move_to_end(number)
+        return shard
+
+    def fetch(self, samples: Sequence[int], pictures: bool = True) -> list[StoredSample]:
+        """The samples of the given numbers, in their order; from object storage all are requested at the same time."""
+        self._prepare({bisect_right(self._starts, sample) - 1 for sample in samples})
+        located = [self.locate(sample) for sample in samples]
+        numbers = [shard.picture_range(local) for shard, local in located]
+        ranges: list[Range] = []
+        for (shard, local), wanted in zip(located, numbers, strict=True):
+            ranges += [shard.tokens.range(local), shard.spans.range(local)]
+            if ranges[-1].size % _SPAN_BYTES:
+                path = f"{self.location}/{shard.name}.spans.idx"
+                raise damaged_file(path, f"a range of sample {local} has no end", _AGAIN)
+            ranges += [shard.pictures.range(number) for number in wanted] if pictures else []
+        arrays = iter(self.storage.read_ranges(ranges))
+        return [
+            StoredSample(
+                tokens=next(arrays).view(np.int32),
+                spans=next(arrays).view(np.int32).reshape(-1, 2),
+                grids=shard.grids[wanted.start : wanted.stop],
+                pictures=list(islice(arrays, len(wanted))) if pictures else [],
+            )
+            for (shard, _), wanted in zip(located, numbers, strict=True)
+        ]
+
+    def _prepare(self, numbers: Iterable[int]) -> None:
+        """Has the files of shards that are about to be opened fetched at the same time."""
+        entries = (self._entries[number] for number in numbers if number not in self._opened)
+        files = ((f"{shard_name(int(entry['name']))}.{kind}", entry) for entry in entries for kind in _MAPPED_FILES)
+        self.storage.prepare((name, entry["files"][name]["bytes"]) for name, entry in files)
+
+    def describe(self, sample: int) -> tuple[str, int]:
+        """(annotation file, record number) that a sample came from."""
+        source, record = self.source(sample)
+        return source["annotations"], record
+
+    def source(self, sample: int) -> tuple[dict[str, Any], int]:
+        """(entry of the manifest, record number) that a sample came from."""
+        shard, local = self.locate(sample)
+        source, record = int(shard.samples["source"][local]), int(shard.samples["record"][local])
+        sources = self.manifest["sources"]
+        if not 0 <= source < len(sources):
+            path = f"{self.location}/{shard.name}.samples.npy"
+            raise damaged_file(path, f"sample {local} comes from a source that the manifest does not have", _AGAIN)
+        return sources[source], record
+
+
+@cache
+def _most_opened() -> int:
+    """Shards that are open at once, at most; half of the descriptors that the process may have is left to others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2 * _MOST_MAPS if hard == resource.RLIM_INFINITY else min(2 * _MOST_MAPS, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        # The usual 1024 would leave 64 shards open; that limit protects programs that call select().
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most // 2 // _FILES_OF_A_SHARD)
+
+
+def patches_of(stored: np.ndarray) -> np.ndarray:
+    """Flattened patches as stored -> uint8 [cells, 4, 768]."""
+    return stored.reshape(-1, 4, PATCH_VALUES)

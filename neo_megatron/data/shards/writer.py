@@ -1,0 +1,81 @@
+"""Writes the shards of a preprocessed data set. The files are described in ``docs/shard_format.md``."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neo_megatron.atomic_files import write_whole
+from neo_megatron.data.chat import TokenizedSample
+from neo_megatron.data.shards.indexed import SequenceWriter
+from neo_megatron.data.shards.reader import MEDIA, SAMPLE, shard_name
+
+
+class ShardWriter:
+    """Writes one shard; its files appear when ``commit`` is called."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self._prefix = directory / shard_name(number)
+        self._tokens = SequenceWriter(self._path("tokens"), np.int32)
+        self._spans = SequenceWriter(self._path("spans"), np.int32)
+        self._pictures = SequenceWriter(self._path("pictures"), np.uint8)
+        self._grids: list[tuple[int, int]] = []
+        self._samples: list[tuple[int, int, int, int, int]] = []
+        self._media: list[tuple[int, int, int]] = []
+
+    def add(
+        self,
+        sample: TokenizedSample,
+        pictures: list[np.ndarray],
+        grids: list[tuple[int, int]],
+        source: int,
+        record: int,
+        key: int,
+        media: Sequence[tuple[int, int]],
+    ) -> None:
+        """Appends a sample.
+
+        Args:
+            pictures: uint8 [n] each, encoded bytes or flattened patches.
+            grids: of the pictures, in patches.
+            source, record: where it comes from.
+            key: identity of its text, which decides its side of a held-out split where its record has no media.
+            media: identities, by path and by content, of its image and video files.
+        """
+        self._tokens.add(sample.tokens)
+        self._spans.add(sample.spans.reshape(-1))
+        for picture in pictures:
+            self._pictures.add(picture)
+        self._pictures.end_document()
+        self._grids += grids
+        trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
+        self._media += [(len(self._samples), path, content) for path, content in media]
+        self._samples.append((source, record, trained, len(pictures), key))
+
+    def end_record(self) -> None:
+        """The samples since the last call are one record: one document of the token file."""
+        self._tokens.end_document()
+        self._spans.end_document()
+
+    def discard(self) -> None:
+        """Leaves nothing behind."""
+        for writer in (self._tokens, self._spans, self._pictures):
+            writer.discard()
+
+    def commit(self) -> dict[str, Any]:
+        """Makes the shard appear; returns its entry in the manifest."""
+        files = self._tokens.commit() | self._spans.commit() | self._pictures.commit()
+        grids = np.array(self._grids, np.int32).reshape(-1, 2)
+        media = np.array(self._media, MEDIA)
+        for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE)), ("media", media)):
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            path = self._path(kind + ".npy")
+            files[path.name] = write_whole(path, buffer.getvalue())
+        counts = {"samples": len(self._samples), "pictures": len(grids), "media": len(media)}
+        return {"name": self._prefix.name, **counts, "files": files}
+
+    def _path(self, kind: str) -> Path:
+        return self._prefix.with_name(f"{self._prefix.name}.{kind}")

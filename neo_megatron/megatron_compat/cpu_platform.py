@@ -1,0 +1,379 @@
+"""Runs Megatron on a machine without a GPU: "cuda" comes to mean "cpu". The only place that patches anything.
+
+A program calls `install()` before it imports `megatron.core`, or `install_training()` before it imports
+`megatron.training` as well. With a GPU both leave everything alone, but for the patches marked so.
+
+Every patched name is looked up first, and the versions are checked: another version of torch or Megatron-Core ends in
+one sentence instead of training wrongly. That the patched stack trains rightly is held by `tests/distributed`.
+"""
+
+import ctypes
+import importlib.metadata
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache, partial, wraps
+from typing import Any
+
+# Megatron decorates small functions with torch.compile; on a CPU each costs a minute of C++ building. Read on import.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.utils._device import _device_constructors
+
+MEGATRON_VERSION = "0.19.2"
+TORCH_VERSION = "2.11"
+
+
+def on_cpu() -> bool:
+    """Whether this process trains without a GPU. Asked of the real driver: `install` changes what torch.cuda says."""
+    return not torch.cuda.is_available()
+
+
+def argument_defaults() -> dict[str, Any]:
+    """Megatron arguments that a CPU needs, so that no user has to name one."""
+    if not on_cpu():
+        return {}
+    return {
+        "distributed_backend": "gloo",
+        "transformer_impl": "local",
+        # Fused kernels of apex and Transformer Engine.
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "no_persist_layer_norm": True,
+        "masked_softmax_fusion": False,
+    }
+
+
+# Functions of torch that make a tensor on a device.
+_FACTORIES = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
+    *("linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"),
+    *("scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like"),
+)
+
+
+def _cuda_means_cpu() -> None:
+    """Every placement on cuda becomes one on the CPU.
+
+    Only what places a tensor is wrapped: a `TorchFunctionMode` would see every call of torch, and cost a small model a
+    fifth of its time.
+    """
+    # The meta device's context knows factories by identity, from a list that it makes on first use.
+    _device_constructors()
+    for name in _FACTORIES:
+        _patch(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    @wraps(tensor_to)
+    def to(self, *args, **kwargs):
+        if args and _is_cuda(args[0]):
+            args = (torch.device("cpu"), *args[1:])
+        return tensor_to(self, *args, **_cpu_keywords(kwargs))
+
+    @wraps(tensor_type)
+    def type_(self, *args, **kwargs):
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        # Megatron's optimizers sort parameters by the name "torch.cuda.FloatTensor". Under a mode, such as that of
+        # `torch.device("meta")`, this function is called again from inside.
+        name = tensor_type(self)
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+
+    _patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _patch(torch.Tensor, "to", to)
+    _patch(torch.Tensor, "type", type_)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(factory)
+    def on_cpu(*args, **kwargs):
+        return factory(*args, **_cpu_keywords(kwargs))
+
+    return on_cpu
+
+
+def _cpu_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if _is_cuda(kwargs.get("device")):
+        kwargs["device"] = torch.device("cpu")
+    if kwargs.get("pin_memory"):  # pinned memory is a matter between host and GPU
+        kwargs["pin_memory"] = False
+    return kwargs
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW that keeps its state as the FusedAdam of apex and Transformer Engine do: `step` per group, not per tensor.
+
+    Over `torch.optim.AdamW` Megatron's distributed optimizer saves checkpoints that it cannot load.
+    """
+
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, capturable=False):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.update = adamw if adam_w_mode else adam
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            first, second = ([self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq"))
+            steps = [torch.tensor(float(group.get("step", 0))) for _ in parameters]
+            self.update(
+                parameters,
+                [p.grad for p in parameters],
+                first,
+                second,
+                [],
+                steps,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                fused=True,
+            )
+            group["step"] = group.get("step", 0) + 1
+
+
+def _keep_freed_memory() -> None:
+    """Keeps what a step frees for the next one, as the allocator of a GPU does.
+
+    glibc would give it back to the system, and every page of it would be faulted in again: 7 % of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)  # what is mapped by itself, as large tensors are, is always given back
+
+
+def _multi_tensor_scale(_chunk_size, _overflow, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    """Megatron scales gradients in place: both lists are the same."""
+    sources, destinations = tensor_lists
+    for source, destination in zip(sources, destinations, strict=True):
+        torch.mul(source, scale, out=destination)
+
+
+def _swiglu_back(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``silu(gate) * up`` with respect to ``x = [gate | up]``."""
+    gate, up = x.chunk(2, dim=-1)
+    d_x = torch.empty_like(x)
+    d_gate, d_up = d_x.chunk(2, dim=-1)
+    torch.mul(torch.nn.functional.silu(gate), d_out, out=d_up)
+    torch.mul(d_out, up, out=d_gate)
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    return d_x
+
+
+@cache
+def install() -> None:
+    """Prepares torch and `megatron.core`.
+
+    Raises:
+        RuntimeError: another version of torch or Megatron-Core is installed than this module was written for.
+    """
+    if not on_cpu():
+        return
+    _check_versions()
+    _cuda_means_cpu()
+    _keep_freed_memory()
+    # torch.cpu is torch's own stand-in: current_device() is "cpu", streams do nothing. Wrapped, because torch refuses
+    # one function object under two names.
+    for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
+        stand_in = getattr(torch.cpu, name)
+        _patch(torch.cuda, name, lambda *args, _stand_in=stand_in, **kwargs: _stand_in(*args, **kwargs))
+    _patch(torch.cuda, "Stream", type("Stream", (torch.cpu.Stream,), {}))  # a class: libraries annotate with it
+    _patch(torch.cuda, "empty_cache", lambda: None)
+    # The CPU's generator is "the" generator of the device.
+    for module in (torch.cuda, torch.cuda.random):
+        _patch(module, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+        _patch(module, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _patch(torch.cuda, "manual_seed", torch.manual_seed)
+
+    # Megatron says in ten places that apex and Transformer Engine are absent; here they are absent by design.
+    for message in ("Transformer Engine and Apex are not", "Apex is not installed", "Only transformer-engine"):
+        warnings.filterwarnings("ignore", message=message)
+    # It would also warn, at every random initialisation, that the two generators which are one here changed together.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+    import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
+    import megatron.core.optimizer as optimizer
+    import megatron.core.tensor_parallel.random as random
+
+    # Writes into torch.cuda.default_generators, which are absent.
+    _patch(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # Tests `fp8 is not None` over a default of False, and would then need Transformer Engine.
+    if random.CheckpointWithoutOutput.__init__.__defaults__ != (False,):
+        raise _changed("CheckpointWithoutOutput.__init__'s default")
+    random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+    _patch(optimizer, "Adam", Adam)
+    _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    # Stand-ins for kernels that are fused on a GPU; Megatron's own make several passes over new tensors.
+    _patch(optimizer.clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)
+    _patch(fused_bias_swiglu, "swiglu_back", _swiglu_back)
+
+
+def require() -> None:
+    """Raises RuntimeError, with the remedy, where Megatron would run on a CPU without `install`."""
+    if on_cpu() and not install.cache_info().currsize:
+        raise RuntimeError("no GPU: call neo_megatron.cpu_platform.install() before importing megatron.core")
+
+
+@cache
+def install_training() -> None:
+    """Prepares `megatron.training`, on top of `install`."""
+    install()
+    import megatron.core.datasets.utils as dataset_utils
+
+    # On a GPU too: runs `make` in site-packages, but the wheel ships the compiled helper and no Makefile.
+    _patch(dataset_utils, "compile_helpers", lambda: None)
+    from megatron.training import arguments, training
+
+    # On a GPU too: it broadcasts the tensors of a GPT between tensor-parallel ranks, and knows one data iterator.
+    if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
+        raise _changed("dummy_train_step")
+    _patch(training, "dummy_train_step", _skip_step)
+    from neo_megatron.megatron_compat import loading, saving
+
+    for owner, name, value in (*loading.PATCHES, *saving.PATCHES):
+        _patch(owner, name, value)
+    if not on_cpu():
+        return
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    # Copies from the GPU before training goes on; on a CPU it copies nothing, and later steps would be saved.
+    _patch(FileSystemWriterAsync, "preload_tensors", staticmethod(copy_before_writing))
+
+    # Reads device properties. From 10 on Megatron also drops its rule about CUDA_DEVICE_MAX_CONNECTIONS.
+    _patch(arguments, "get_device_arch_version", lambda: 10)
+    # Asserts a GPU unless told not to.
+    _patch(training, "initialize_megatron", partial(training.initialize_megatron, allow_no_cuda=True))
+
+
+@cache
+def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
+    """Has Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
+
+    It has no place of its own for what follows the loading and needs the optimizer.
+    """
+    from megatron.training import training
+
+    load = training.load_checkpoint
+
+    def load_checkpoint(model, optimizer, scheduler, *arguments, **keywords):
+        loaded = load(model, optimizer, scheduler, *arguments, **keywords)
+        hook(model, optimizer, scheduler)
+        return loaded
+
+    _patch(training, "load_checkpoint", load_checkpoint)
+
+
+@cache
+def call_before_saving(hook: Callable[[Any], None]) -> None:
+    """Has Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
+    from megatron.training import training
+
+    save = training.save_checkpoint
+    if list(inspect.signature(save).parameters)[:3] != ["iteration", "model", "optimizer"]:
+        raise _changed("training.save_checkpoint")
+
+    @wraps(save)
+    def save_checkpoint(iteration, model, optimizer, *arguments, **keywords):
+        hook(optimizer)
+        return save(iteration, model, optimizer, *arguments, **keywords)
+
+    _patch(training, "save_checkpoint", save_checkpoint)
+
+
+@cache
+def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
+    """Has Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
+
+    It evaluates where there is no data, and evaluates all splits by one number of iterations.
+    """
+    from megatron.training import training
+
+    original = training.evaluate_and_print_results
+    if list(inspect.signature(original).parameters)[:3] != ["prefix", "forward_step_func", "data_iterator"]:
+        raise _changed("evaluate_and_print_results")
+
+    def evaluate_and_print_results(prefix, forward_step_func, data_iterator, *arguments, **keywords):
+        hook(partial(original, prefix, forward_step_func, data_iterator, *arguments, **keywords), data_iterator)
+
+    _patch(training, "evaluate_and_print_results", evaluate_and_print_results)
+
+
+def take_over_rerun_state_machine(
+    machine: Any, should_checkpoint_and_exit: Callable[[], tuple[bool, bool, int]], validate_result: Callable[..., None]
+) -> tuple[Callable[[], tuple[bool, bool, int]], Callable[..., None]]:
+    """Has Megatron's rerun state machine look at every step, and others decide; gives back its own two methods.
+
+    On a GPU too. It passes over the first step of a start, because it could not save there, and takes up from a
+    checkpoint what `RerunState` it was in.
+    """
+    originals = machine.should_checkpoint_and_exit, machine.validate_result
+    for name, value in (
+        ("should_checkpoint_and_exit", should_checkpoint_and_exit),
+        ("validate_result", validate_result),
+        ("first_iteration_complete", True),
+        ("validate_state_dict", lambda state: False),  # there is none to load
+    ):
+        if not hasattr(machine, name):
+            raise _changed(f"RerunStateMachine.{name}")
+        setattr(machine, name, value)
+    return originals
+
+
+def _skip_step(data_iterator: Any) -> None:
+    """Reads the micro-batches of a step, of every virtual pipeline stage, for `--iterations-to-skip`."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        for iterator in data_iterator if isinstance(data_iterator, list) else [data_iterator]:
+            for _ in range(get_num_microbatches()):
+                next(iterator)
+
+
+def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:
+    """What an asynchronous save writes: copies, which no later step changes. Public, so that its process finds it."""
+    return [
+        (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for path, key, (data, tensors) in write_buckets
+    ]
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _patch(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        raise _changed(f"{owner.__name__}.{name}")
+    setattr(owner, name, value)
+
+
+def _check_versions() -> None:
+    megatron = importlib.metadata.version("megatron-core")
+    if megatron != MEGATRON_VERSION or not torch.__version__.startswith(TORCH_VERSION + "."):
+        raise _changed(f"megatron-core {megatron} with torch {torch.__version__}")
+
+
+def _changed(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"cannot run Megatron on a CPU: {what} is not what neo_megatron was written for; "
+        f"pip install 'megatron-core=={MEGATRON_VERSION}' 'torch=={TORCH_VERSION}.*'"
+    )

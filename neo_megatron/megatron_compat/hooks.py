@@ -1,0 +1,125 @@
+"""What of Megatron is replaced on any machine, so that its log is NEO's; `cpu_platform.py` has what a CPU needs.
+
+Every patch looks for the lines of Megatron that it relies on, so that another version ends in one sentence.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, Protocol
+
+from neo_megatron.megatron_compat.cpu_platform import MEGATRON_VERSION
+
+# Lines of megatron/training/training.py that call what is replaced, or print what is looked for.
+_TRAINING = (
+    "            consume_seqlen_stats_in_iteration()\n",
+    "num_floating_point_operations_in_batch = num_floating_point_operations(\n",
+    "        throughput = num_floating_point_operations(\n",
+    "elapsed_time = timers('interval-time').elapsed(barrier=True, reset=should_reset)",
+    "avg = total_loss_dict[key].item() / float(\n                    max(1, total_loss_dict[advanced_iters_key])",
+    "    should_reset = not is_first_iteration\n",
+    "        report_memory_flag = training_log(\n            loss_dict,\n            total_loss_dict,\n"
+    "            learning_rate,\n            iteration,\n            loss_scale,\n            report_memory_flag,\n"
+    "            skipped_iter,\n",
+    "            is_first_iteration=is_first_iteration,\n",
+    "log_string += ' consumed samples: {:12d} |'",
+    "log_string += ' skipped samples: {:12d} |'",
+    "log_string += f' global batch size: {batch_size:5d} |'",
+    "        print_rank_last(log_string)\n",
+    "print_rank_0(f'Evaluating on {eval_iters * eval_batch_size} samples')",
+    "prefix = f'iteration {iteration} on validation set'",
+    "prefix = f'iteration {iteration} on test set'",
+    "string = f' validation{suffix} loss at {prefix} | '",
+)
+
+
+class StepLog(Protocol):
+    """What Megatron's training loop logs through; see `run.step_log`."""
+
+    def training_log(
+        self, log: Callable, losses: Any, total_losses: Any, iteration: int, skipped: int, first: bool
+    ) -> Any: ...
+
+    def evaluate(self, evaluate: Callable[[], None], prefix: str, iteration: int) -> None: ...
+
+    def end_step(self, *arguments: Any, **keywords: Any) -> Any: ...
+
+    def operations(self, *arguments: Any, **keywords: Any) -> Any: ...
+
+    def line(self, text: str) -> str: ...
+
+
+@cache
+def log_with(step_log: StepLog) -> None:
+    """Has Megatron's training loop log through ``step_log``; its reasons are there."""
+    from megatron.training import training
+
+    _require(training, _TRAINING)
+    log, evaluate = training.training_log, training.evaluate_and_print_results
+    print_last, print_first = training.print_rank_last, training.print_rank_0
+
+    @wraps(log)
+    def training_log(
+        loss_dict,
+        total_loss_dict,
+        learning_rate,
+        iteration,
+        loss_scale,
+        report_memory_flag,
+        skipped_iter,
+        *rest,
+        **more,
+    ):
+        first = more.pop("is_first_iteration")
+
+        def megatrons(losses, first):
+            return log(
+                *(losses, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter),
+                *rest,
+                is_first_iteration=first,
+                **more,
+            )
+
+        return step_log.training_log(megatrons, loss_dict, total_loss_dict, iteration, skipped_iter, first)
+
+    @wraps(evaluate)
+    def evaluate_and_print_results(prefix, forward_step_func, data_iterator, model, iteration, *rest, **more):
+        def megatrons():
+            evaluate(prefix, forward_step_func, data_iterator, model, iteration, *rest, **more)
+
+        step_log.evaluate(megatrons, prefix, iteration)
+
+    training.consume_seqlen_stats_in_iteration = step_log.end_step
+    training.num_floating_point_operations = step_log.operations
+    training.training_log = training_log
+    training.evaluate_and_print_results = evaluate_and_print_results
+    training.print_rank_last = _rewritten(print_last, step_log.line)
+    training.print_rank_0 = _rewritten(print_first, step_log.line)
+
+
+def use_writers(tensorboard: Any, wandb: Any) -> None:
+    """Has Megatron log scalars through these from now on."""
+    from megatron.training import global_vars
+
+    _require(global_vars, ("_GLOBAL_TENSORBOARD_WRITER = SummaryWriter(", "_GLOBAL_WANDB_WRITER = wandb\n"))
+    global_vars._GLOBAL_TENSORBOARD_WRITER = tensorboard
+    global_vars._GLOBAL_WANDB_WRITER = wandb
+
+
+def _rewritten(show: Callable[[str], None], line: Callable[[str], str]) -> Callable[[str], None]:
+    @wraps(show)
+    def shows(message: str) -> None:
+        show(line(message) if isinstance(message, str) else message)
+
+    return shows
+
+
+@cache
+def _require(module: Any, lines: tuple[str, ...]) -> None:
+    source = inspect.getsource(module)
+    for line in lines:
+        if line not in source:
+            raise RuntimeError(
+                f"{module.__name__} has changed: it lacks {line.strip()!r}, which neo_megatron was written for; "
+                f"pip install 'megatron-core=={MEGATRON_VERSION}'"
+            )

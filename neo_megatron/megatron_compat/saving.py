@@ -1,0 +1,141 @@
+"""Megatron's writing of checkpoints, patched so that a failure is told: on a GPU too.
+
+torch's zip writer hides the error of a full disk in one of its own ("unexpected pos 704 vs 598"), and Megatron keeps no
+more than the type of that one. Where it saves in the background, it waits for ever for a process that has ended.
+"""
+
+import io
+import queue
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from neo_megatron.errors import DataError
+
+# As imported: in the process that saves in the background nothing is patched.
+_write: Callable[..., None] = FileSystemWriterAsync.write_preloaded_data_multithread
+_retrieve = FileSystemWriterAsync.retrieve_write_results
+_schedule = PersistentAsyncCaller.schedule_async_call
+_is_done = PersistentAsyncCaller.is_current_async_call_done
+_failed: list[OSError] = []
+
+
+class _RawFile(io.RawIOBase):
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, path: str, mode: str) -> None:
+        self._path = path
+        self._file = open(path, mode, buffering=0)  # noqa: SIM115 - closed by `close`
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            error.filename = self._path
+            _failed.append(error)
+            raise
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+def _open(path: str | Path, mode: str) -> io.BufferedWriter:
+    """In place of the built-in function, for files that are written."""
+    return io.BufferedWriter(_RawFile(str(path), mode))
+
+
+def write_and_report(transforms: Any, use_msc: bool, rank: int, buckets: Any, results: Any) -> None:
+    """Writes as Megatron does; what failed is reported as the error of the file system. Public, so that it is found."""
+    filesystem_async.open = _open
+    _failed.clear()
+    reported: queue.SimpleQueue = queue.SimpleQueue()
+    try:
+        _write(transforms, use_msc, rank, buckets, reported)
+        outcome = reported.get()
+    except AssertionError as error:  # from a thread that writes
+        outcome = RuntimeError(f"a file could not be written: {error}")
+    results.put(_failed[0] if isinstance(outcome, Exception) and _failed else outcome)
+
+
+def retrieve_write_results(writer: FileSystemWriterAsync) -> Any:
+    """As Megatron's, but for the cause of an error, which would be lost on the way to another rank."""
+    outcome = _retrieve(writer)
+    if isinstance(outcome, tuple) and isinstance(outcome[0].__cause__, OSError):
+        return outcome[0].__cause__, outcome[1]
+    return outcome
+
+
+def is_current_async_call_done(caller: PersistentAsyncCaller, blocking: bool = False, no_dist: bool = False) -> bool:
+    """As Megatron's, but for a process that has ended.
+
+    Raises:
+        DataError: it will not finish.
+    """
+    while True:
+        _refuse_ended(caller)
+        if (done := _is_done(caller, False, no_dist)) or not blocking:
+            return done
+        time.sleep(0.1)
+
+
+def schedule_async_call(caller: PersistentAsyncCaller, async_req: async_utils.AsyncRequest) -> None:
+    """As Megatron's, but for a process that has ended, or ends while it takes the tensors.
+
+    Raises:
+        DataError: it will not finish.
+    """
+    if async_req.async_fn is not None and async_req.preload_fn is not None:
+        if caller.process is None:
+            caller.process = PersistentAsyncCaller._get_process(torch.distributed.get_rank())
+        _refuse_ended(caller)
+        tensors = caller._persistent_preload_q
+        tensors.join = partial(_join, caller, type(tensors).join.__get__(tensors))
+    _schedule(caller, async_req)
+
+
+def _join(caller: PersistentAsyncCaller, join: Callable[[], None]) -> None:
+    waiting = threading.Thread(target=join, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.1)
+        _refuse_ended(caller)
+
+
+def _refuse_ended(caller: PersistentAsyncCaller) -> None:
+    if caller.process is not None and not caller.process.is_alive():
+        raise DataError(
+            f"the process that saves in the background has ended (exit code {caller.process.exitcode}; -9 where memory "
+            "runs out): run the same command again, which goes on from the checkpoint before, or leave out --async-save"
+        )
+
+
+PATCHES = (
+    (FileSystemWriterAsync, "write_preloaded_data_multithread", staticmethod(write_and_report)),
+    (FileSystemWriterAsync, "retrieve_write_results", retrieve_write_results),
+    (async_utils.PersistentAsyncCaller, "schedule_async_call", schedule_async_call),
+    (async_utils.PersistentAsyncCaller, "is_current_async_call_done", is_current_async_call_done),
+)

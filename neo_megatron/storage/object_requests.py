@@ -1,0 +1,223 @@
+"""Requests to object storage: configured, concurrent, repeated while the server fails, and ended by one sentence.
+
+They go through ``multi-storage-client``, the library that Megatron and Energon use, and are configured as it documents:
+by ``AWS_*`` variables, or by its configuration file. The variables below set what it leaves open.
+
+=============================  ==========================  =========================================================
+``NEO_CACHE_DIR``              ~/.cache/neo-megatron       where whole files (manifests, indices, packs) are kept
+``NEO_CACHE_GB``               64                          how much of them; those used longest ago go first
+``NEO_STORAGE_CONNECTIONS``    32                          requests at the same time, per process
+``NEO_STORAGE_RETRY_SECONDS``  300                         how long a failing request is repeated
+``NEO_STORAGE_TIMEOUT``        20                          seconds to wait for a connection, and for the next byte; a
+                                                           profile of the configuration file has its own
+=============================  ==========================  =========================================================
+"""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from neo_megatron.errors import DataError
+from neo_megatron.packages import install
+from neo_megatron.storage.file_cache import FileCache
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a repetition
+_REMEDY = "once the server answers again, start the run anew: it continues from its checkpoint"
+_log = logging.getLogger(__name__)
+
+
+class MissingObject(DataError):
+    """There is no object of that name."""
+
+
+class Connection:
+    """What one process needs to talk to object storage."""
+
+    def __init__(self) -> None:
+        try:
+            from multistorageclient.types import RetryableError
+        except ImportError as error:
+            raise DataError(f"object storage needs multi-storage-client: {install('multistorageclient')}") from error
+        # What the library raises when a request fails; anything else is a mistake in a program.
+        self._failures = (RetryableError, RuntimeError, OSError)
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = Path(os.environ.get("NEO_CACHE_DIR") or home / "neo-megatron")
+        self.cache = FileCache(directory, int(_setting("NEO_CACHE_GB", 64) * 1e9))
+        self.connections = max(1, int(_setting("NEO_STORAGE_CONNECTIONS", 32)))
+        self._retry_seconds = _setting("NEO_STORAGE_RETRY_SECONDS", 300)
+        self._timeout = _setting("NEO_STORAGE_TIMEOUT", 20)
+        self._threads = ThreadPoolExecutor(self.connections, "object-storage")
+        self._clients: dict[str, Any] = {}
+
+    def read(self, url: str, offset: int, size: int) -> bytes:
+        """One request for part of an object; fewer bytes come where it is shorter."""
+        from multistorageclient.types import Range
+
+        client, path = self._client(url)
+        return client.read(path, byte_range=Range(offset, size))
+
+    def information(self, url: str) -> Any:
+        """One request for ``content_length``, ``etag`` and ``last_modified``."""
+        client, path = self._client(url)
+        return client.info(path, strict=False)  # strict would list the prefix, which needs another permission
+
+    def map[Item, Result](self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """``work`` for all items at the same time. After a failure, returns when none is at work any more."""
+        if len(items) <= 1:
+            return [work(item) for item in items]
+        futures = [self._threads.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def repeat[Result](self, request: Callable[[], Result], url: str) -> Result:
+        """The result of a request, which is repeated with growing pauses while the server fails.
+
+        Raises:
+            MissingObject: there is no such object.
+            DataError: repeating cannot help, or has not helped.
+        """
+        start, pause, attempts = time.monotonic(), _FIRST_WAIT, 0
+        while True:
+            attempts += 1
+            try:
+                return request()
+            except self._failures as error:
+                _raise_if_permanent(error, url)
+                waited = time.monotonic() - start
+                if waited + pause > self._retry_seconds:
+                    raise DataError(
+                        f"{url} could not be read: {_reason(error)}; given up after {attempts} attempts in "
+                        f"{waited:.0f} seconds; {_REMEDY}"
+                    ) from error
+                _log.warning("%s: %s; trying again in %.1f seconds", url, _reason(error), pause)
+            time.sleep(pause * random.uniform(0.5, 1))  # many processes fail together and should not return together
+            pause = min(2 * pause, _LONGEST_WAIT)
+
+    def _client(self, url: str) -> tuple[Any, str]:
+        """The library's client for the bucket or profile of a URL, and the path that the client knows the object by."""
+        scheme, path = url.split("://", 1)
+        place = f"{scheme}://{path.split('/')[0]}"
+        if place not in self._clients:
+            self._clients[place] = self._open_client(place)
+        client, prefix = self._clients[place]
+        return client, prefix + path.partition("/")[2]
+
+    def _open_client(self, place: str) -> tuple[Any, str]:
+        """Of ``s3://bucket`` or ``msc://profile``: the client, and the path of the bucket's root within it."""
+        import multistorageclient
+        from multistorageclient import StorageClient, StorageClientConfig
+
+        try:
+            config, _ = StorageClientConfig.read_msc_config()
+            profile = place.replace("s3://", "_s3-")
+            mapped = StorageClientConfig.read_path_mapping().find_mapping(f"{place}/")
+            if place.startswith("msc://") or mapped or profile in (config or {}).get("profiles", {}):
+                client, prefix = multistorageclient.resolve_storage_client(f"{place}/")
+                return client, f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
+            config = {**(config or {}), "profiles": {profile: self._profile(place.removeprefix("s3://"))}}
+            client = StorageClient(StorageClientConfig.from_dict(config, profile, skip_validation=True))
+            return client, ""
+        except Exception as error:
+            raise DataError(
+                f"{place} cannot be opened: {error}; check the configuration of multi-storage-client, and that "
+                "neo-megatron[s3] is installed"
+            ) from error
+
+    def _profile(self, bucket: str) -> dict[str, Any]:
+        """The library's own waits 60 seconds three times three times; repeating is done here, in one place."""
+        options = {
+            "base_path": bucket,
+            "connect_timeout": self._timeout,
+            "read_timeout": self._timeout,
+            "max_pool_connections": self.connections,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        }
+        return {"storage_provider": {"type": "s3", "options": options}, "retry": {"attempts": 1}}
+
+
+def connection() -> Connection:
+    """That of this process: neither threads nor sockets survive a fork."""
+    return _connection_of(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _connection_of(process: int) -> Connection:
+    return Connection()
+
+
+def _setting(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise DataError(f"{name} must be a number above 0, not {text!r}")
+    return value
+
+
+def _raise_if_permanent(error: Exception, url: str) -> None:
+    place = "/".join(url.split("/")[:3])
+    status, code = _answer(error)
+    if code == "NoSuchBucket":
+        raise DataError(f"{place} does not exist; check its name, and AWS_ENDPOINT_URL if it is set") from error
+    if isinstance(error, FileNotFoundError) or status == 404:
+        raise MissingObject(f"{url} is missing; copy the data set again") from error
+    if isinstance(error, PermissionError) or status in (401, 403):
+        raise DataError(
+            f"{url} may not be read ({code or 'access denied'}); check the credentials: they need s3:GetObject, and "
+            "s3:ListBucket to tell a missing object from a forbidden one"
+        ) from error
+    if any(type(cause).__name__ in _NO_CREDENTIALS for cause in _causes(error)):
+        raise DataError(
+            f"{place} needs credentials and there are none; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "configure multi-storage-client"
+        ) from error
+    if any(type(cause).__name__ == "ParamValidationError" for cause in _causes(error)):
+        raise DataError(f"{place} is not the address of a bucket: {_reason(error)}; check its name") from error
+    if status == 416:
+        raise DataError(f"{url} is shorter than its manifest says; copy it again") from error
+    if status and 400 <= status < 500 and status not in (408, 429):
+        raise DataError(f"{url} cannot be read: {_reason(error)}; check the region and the endpoint") from error
+
+
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An error, and those that it was raised from: the library wraps what botocore raises."""
+    causes = []
+    while error is not None:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
+
+
+def _answer(error: Exception) -> tuple[int | None, str]:
+    """HTTP status and error code that the server gave, where it gave an answer."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, str(response.get("Error", {}).get("Code", ""))
+    return None, ""
+
+
+def _reason(error: Exception) -> str:
+    """What happened, in the words of whoever noticed it first."""
+    status, code = _answer(error)
+    if status:
+        return f"the server answers {status}" + (f" ({code})" if code and code != str(status) else "")
+    causes = _causes(error)
+    named = [cause for cause in causes if type(cause).__module__.split(".")[0] == "botocore"]
+    return " ".join(str((named or causes)[0]).split())

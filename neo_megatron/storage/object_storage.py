@@ -1,0 +1,193 @@
+"""A prefix in object storage as a directory: whole files through a cache, parts of files by range requests."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from neo_megatron.errors import DataError
+from neo_megatron.storage.base import MANIFEST, Range, map_file
+from neo_megatron.storage.object_requests import MissingObject, connection
+
+_CHUNK = 8 << 20  # bytes of a request, where a file is fetched whole
+_GAP = 1 << 16  # bytes between two ranges up to which one request for both costs less than two
+_LARGE = 256 << 20  # bytes from which on fetching whole files shows its progress
+_MOST_FILES = 256  # that are fetched at the same time: each is an open file
+
+
+class ObjectFile:
+    """One object, of which slices are requested."""
+
+    def __init__(self, directory: "ObjectDirectory", name: str, size: int) -> None:
+        self._directory, self.name, self._size = directory, name, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._size)
+        return self._directory.read_range(self.name, start, max(stop - start, 0))
+
+
+class ObjectDirectory:
+    """See ``storage.Directory``. It holds names alone, so it can be sent to another process, or survive a fork.
+
+    Args:
+        location: ``s3://bucket/prefix`` or ``msc://profile/prefix``.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location.rstrip("/")
+        self._version = ""
+
+    def read(self, name: str) -> bytes:
+        return self.map(name).tobytes()
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._information(name).content_length
+        except MissingObject:
+            with suppress(MissingObject):
+                self._request(name, 0, 1)  # the answer to this tells a missing bucket from a missing object
+            return None
+
+    def local(self, name: str) -> Path:
+        return self._cached(name, None)
+
+    def map(self, name: str, size: int | None = None) -> np.ndarray:
+        for _ in range(3):
+            with suppress(FileNotFoundError):  # another process may remove the file before it is mapped
+                array = map_file(self._cached(name, size))
+                if size is None or len(array) == size:
+                    return array
+                connection().cache.discard(self._key(name))
+        raise DataError(f"{self._url(name)} does not stay in {connection().cache.directory}; raise NEO_CACHE_GB")
+
+    def open(self, name: str, size: int) -> ObjectFile:
+        return ObjectFile(self, name, size)
+
+    def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
+        return self._request(name, offset, size)
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[np.ndarray]:
+        requests = _merged(ranges)
+        blocks = connection().map(lambda wanted: wanted.file[wanted.start : wanted.stop], requests)
+        parts = {
+            number: content[offset : offset + size]
+            for number, (content, offset, size) in enumerate(ranges)
+            if isinstance(content, np.ndarray)
+        }
+        for wanted, block in zip(requests, blocks, strict=True):
+            for number in wanted.ranges:
+                start = ranges[number].offset - wanted.start
+                parts[number] = block[start : start + ranges[number].size]
+        return [parts[number] for number in range(len(ranges))]
+
+    def prepare(self, files: Iterable[tuple[str, int]]) -> None:
+        cache = connection().cache
+        missing = sorted({(self._key(name), name, size) for name, size in files if not cache.find(self._key(name))})
+        while missing:
+            # Together they must fit beside what other processes are fetching.
+            count, total = 1, missing[0][2]
+            while count < min(len(missing), _MOST_FILES) and total + missing[count][2] <= cache.limit // 8:
+                total += missing[count][2]
+                count += 1
+            self._fetch(missing[:count])
+            missing = missing[count:]
+
+    def _fetch(self, files: Sequence[tuple[str, str, int]]) -> None:
+        """Brings (key, name, size) into the cache."""
+        with ExitStack() as stack:
+            chunks: list[_Chunk] = []
+            for key, name, size in files:
+                file = stack.enter_context(connection().cache.adding(key, size))
+                starts = range(0, size, _CHUNK) if file is not None else ()
+                chunks += [_Chunk(file, name, start, min(_CHUNK, size - start), size) for start in starts]
+            total = sum(chunk.size for chunk in chunks)
+            bar = tqdm(total=total, desc=f"fetch {self.location}", unit="B", unit_scale=True, disable=total < _LARGE)
+            with bar:
+                connection().map(lambda chunk: bar.update(self._fetch_chunk(chunk)), chunks)
+
+    def _fetch_chunk(self, chunk: "_Chunk") -> int:
+        ends = chunk.offset + chunk.size == chunk.file_size
+        os.pwrite(chunk.file.fileno(), self._request(chunk.name, chunk.offset, chunk.size, ends), chunk.offset)
+        return chunk.size
+
+    def _request(self, name: str, offset: int, size: int, ends: bool = False) -> np.ndarray:
+        """Part of an object; where it ``ends`` there, a longer object is an error too."""
+        if not size:
+            return np.empty(0, np.uint8)
+
+        def read() -> np.ndarray:
+            data = connection().read(self._url(name), offset, size + ends)
+            if len(data) != size:
+                found = self._information(name).content_length
+                if found < offset + size or (ends and found > offset + size):
+                    raise DataError(f"{self._url(name)} has {found} bytes, not what its manifest says; copy it again")
+                raise ConnectionError(f"{len(data)} bytes came instead of {size}")
+            return np.frombuffer(data, np.uint8)
+
+        return connection().repeat(read, self._url(name))
+
+    def _information(self, name: str) -> Any:
+        """Size and ETag. Raises MissingObject where it is not there."""
+        url = self._url(name)
+        found = connection().repeat(lambda: connection().information(url), url)
+        if name == MANIFEST:
+            self._version = found.etag or str(found.last_modified)
+        return found
+
+    def _cached(self, name: str, size: int | None) -> Path:
+        path = connection().cache.find(self._key(name))
+        if path is None:
+            self.prepare([(name, self._information(name).content_length if size is None else size)])
+            path = connection().cache.directory / self._key(name)
+        return path
+
+    def _key(self, name: str) -> str:
+        """The manifest names all files and is written last, so a file is the same while its manifest is."""
+        if not self._version:
+            self._information(MANIFEST)
+        digest = hashlib.sha256(f"{self.location} {self._version}".encode()).hexdigest()[:32]
+        return f"{digest}/{Path(name).name}"
+
+    def _url(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
+
+class _Chunk(NamedTuple):
+    """A part of a file that is fetched whole."""
+
+    file: BinaryIO
+    name: str
+    offset: int
+    size: int
+    file_size: int
+
+
+class _Wanted(NamedTuple):
+    """Bytes that one request brings, and the numbers of the ranges that lie in them."""
+
+    file: ObjectFile
+    start: int
+    stop: int
+    ranges: list[int]
+
+
+def _merged(ranges: Sequence[Range]) -> list[_Wanted]:
+    """Requests that bring all ranges which are not mapped; neighbours in a file share one."""
+    merged: list[_Wanted] = []
+    of_objects = [number for number, part in enumerate(ranges) if isinstance(part.content, ObjectFile)]
+    for number in sorted(of_objects, key=lambda number: (ranges[number].content.name, ranges[number].offset)):
+        file, offset, size = ranges[number]
+        last = merged[-1] if merged else None
+        if last and last.file.name == file.name and offset - last.stop <= _GAP:
+            merged[-1] = last._replace(stop=max(last.stop, offset + size), ranges=[*last.ranges, number])
+        else:
+            merged.append(_Wanted(file, offset, offset + size, [number]))
+    return merged

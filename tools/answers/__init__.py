@@ -1,1 +1,0 @@
-"""What `tools/generate.py` and `tools/evaluate.py` share: their options, and the page of an evaluation."""
