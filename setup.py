@@ -28,7 +28,13 @@ setup(
     ],
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["neo_megatron", "neo_megatron.*"]),
-    package_data={"neo_megatron.hf": ["*.jinja"], "neo_megatron.inspection": ["*.html", "*.css", "*.js"], "neo_megatron.inference": ["*.html"]},
+    package_data={
+        "neo_megatron": ["py.typed"],
+        "neo_megatron.hf": ["*.jinja"],
+        "neo_megatron.inspection": ["*.html", "*.css", "*.js"],
+        "neo_megatron.inference": ["*.html"],
+        "neo_megatron.demo": ["*.js", "*.css"],
+    },
     # cpu_platform.py patches functions of exactly these two; it refuses to run on others.
     install_requires=[
         "torch==2.11.*",
@@ -69,7 +75,10 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["pretrain-neo = neo_megatron.pretrain_neo:main"],
+        "console_scripts": [
+            "neo-megatron = neo_megatron.cli.main:main",
+            "pretrain-neo = neo_megatron.pretrain_neo:main",
+        ],
         "lmms_eval.models": ["neo = neo_megatron.lmms_eval_plugin:manifest"],
     },
 )

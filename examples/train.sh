@@ -13,9 +13,9 @@ usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 size=$1 stage=$2
 shift 2
-: "${PACKS:?directory written by tools/pack_data.py}" "${OUTPUT:?directory for checkpoints and TensorBoard}"
+: "${PACKS:?directory written by neo-megatron pack}" "${OUTPUT:?directory for checkpoints and TensorBoard}"
 
-# For machines with 8 GPUs of 80 GB and the longest packs of the README: the first choices of tools/plan.py --search
+# For machines with 8 GPUs of 80 GB and the longest packs of the README: the first choices of neo-megatron plan --search
 # --gpus 8 --global-batch-size 128.
 layout=()
 case $size:$stage in

@@ -1,10 +1,8 @@
 """How a program begins and ends: path mistakes are found first, and an error is the last line and only a sentence.
 
-    if __name__ == "__main__":
-        command_line.begin("evaluate", {"--model": Wanted.NEO})  # before imports that take seconds
-    ...
-    if __name__ == "__main__":
-        command_line.run("evaluate", main)
+    command_line.begin("evaluate", {"--model": Wanted.NEO})  # before imports that take seconds
+    from neo_megatron.cli.evaluate import main
+    command_line.run("evaluate", main)
 
 Needs nothing but the standard library, so that Ctrl-C while libraries are loaded leaves no traceback either.
 """
@@ -27,6 +25,11 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a program that Ctrl-C 
 _LONGEST = 4000
 _ALLOCATION = "DefaultCPUAllocator: can't allocate memory"  # of PyTorch, a RuntimeError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def program_name() -> str:
+    """What stands in front of a sentence: the name of a script, or `neo-megatron COMMAND`."""
+    return os.path.basename(sys.argv[0]).removesuffix(".py")
 
 
 def begin(name: str, flags: Mapping[str, Wanted]) -> None:

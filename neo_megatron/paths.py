@@ -90,21 +90,21 @@ class Wanted(Enum):
 
 _HUB = frozenset({Wanted.NEO, Wanted.QWEN3, Wanted.EITHER_FORM, Wanted.SIZES, Wanted.TOKENIZER, Wanted.PRE_BUFFER})
 
-_PREPROCESS = "run tools/preprocess_data.py first"
-_PACK = "run tools/pack_data.py first"
-_EXPORT = "export it first (tools/convert_checkpoint.py megatron-to-hf)"
-_CONVERT = "convert it first (tools/convert_checkpoint.py hf-to-megatron)"
-_MAKE_NEO = "make a NEO of it first (tools/convert_checkpoint.py qwen3-to-neo)"
+_PREPROCESS = "run neo-megatron preprocess first"
+_PACK = "run neo-megatron pack first"
+_EXPORT = "export it first (neo-megatron convert megatron-to-hf)"
+_CONVERT = "convert it first (neo-megatron convert hf-to-megatron)"
+_MAKE_NEO = "make a NEO of it first (neo-megatron convert qwen3-to-neo)"
 _COPY = "copy it again in full, or write it again"
-_CONTINUE_SHARDS = "run the same preprocess_data.py command again, which continues it"
-_CONTINUE_PACKS = "run the same pack_data.py command again"
+_CONTINUE_SHARDS = "run the same neo-megatron preprocess command again, which continues it"
+_CONTINUE_PACKS = "run the same neo-megatron pack command again"
 
 # What to do with a path of one kind where another is wanted.
 _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     Wanted.PACKS: {
         Kind.SHARDS: _PACK,
-        Kind.ANNOTATIONS: "run tools/preprocess_data.py and tools/pack_data.py first",
-        Kind.UNFINISHED_SHARDS: f"{_CONTINUE_SHARDS}, then tools/pack_data.py",
+        Kind.ANNOTATIONS: "run neo-megatron preprocess and neo-megatron pack first",
+        Kind.UNFINISHED_SHARDS: f"{_CONTINUE_SHARDS}, then neo-megatron pack",
         Kind.UNFINISHED_PACKS: _CONTINUE_PACKS,
         Kind.NO_MANIFEST: _COPY,
     },
@@ -127,7 +127,7 @@ _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     },
     Wanted.MEGATRON: {Kind.NEO: _CONVERT, Kind.OTHER_MODEL: _CONVERT, Kind.QWEN3: f"{_MAKE_NEO}, then hf-to-megatron"},
     Wanted.TOKENIZER: {
-        kind: "give the --tokenizer that preprocess_data.py was given" for kind in (Kind.MEGATRON, Kind.ITERATION)
+        kind: "give the --tokenizer that neo-megatron preprocess was given" for kind in (Kind.MEGATRON, Kind.ITERATION)
     },
     Wanted.SIZES: {
         kind: "give the Hugging Face checkpoint that it was converted from, or a preset"
@@ -137,7 +137,7 @@ _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     Wanted.ANNOTATIONS: {Kind.YAML: "give a registry with --registry and --datasets"},
     Wanted.REGISTRY: {Kind.ANNOTATIONS: "give an annotation file with --input"},
     Wanted.PRE_BUFFER: {
-        kind: "take its pre-buffer out first (tools/convert_checkpoint.py extract-pre-buffer)"
+        kind: "take its pre-buffer out first (neo-megatron convert extract-pre-buffer)"
         for kind in (Kind.NEO, Kind.MEGATRON, Kind.ITERATION)
     },
 }
@@ -149,14 +149,14 @@ _REMEDIES[Wanted.RUN] = {
 
 # Where no remedy above fits.
 _GIVE = {
-    Wanted.PACKS: "give a directory that tools/pack_data.py has written",
-    Wanted.SHARDS: "give a directory that tools/preprocess_data.py has written",
-    Wanted.DATA_SET: "give a directory that tools/preprocess_data.py or tools/pack_data.py has written",
+    Wanted.PACKS: "give a directory that neo-megatron pack has written",
+    Wanted.SHARDS: "give a directory that neo-megatron preprocess has written",
+    Wanted.DATA_SET: "give a directory that neo-megatron preprocess or neo-megatron pack has written",
     Wanted.NEO: "give the directory of a NEO checkpoint in Hugging Face form, or its hub id",
     Wanted.QWEN3: "give the directory of a Qwen3 checkpoint, or its hub id",
-    Wanted.MEGATRON: "give a directory that tools/convert_checkpoint.py has written or --save has filled",
+    Wanted.MEGATRON: "give a directory that neo-megatron convert has written or --save has filled",
     Wanted.EITHER_FORM: "give the directory of a checkpoint, or its hub id",
-    Wanted.START: "give a directory that tools/convert_checkpoint.py has written or --save has filled",
+    Wanted.START: "give a directory that neo-megatron convert has written or --save has filled",
     Wanted.RUN: "give the --save directory of the run",
     Wanted.SIZES: "give a preset (neo-2b, neo-9b, tiny), a directory with the config.json of a NEO, or a hub id",
     Wanted.PRE_BUFFER: "give a directory that extract-pre-buffer has written",

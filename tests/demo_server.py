@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import requests
 
-APP = Path(__file__).parents[1] / "examples" / "demo" / "app.py"
 LOOK, ASK = 0, 1  # the page's events, in the order in which it makes them
 
 
@@ -33,7 +32,19 @@ class Server:
 @contextlib.contextmanager
 def served(checkpoint: Path, *flags: str) -> Iterator[Server]:
     """Starts the command with these flags, and ends it; it must end well."""
-    command = [sys.executable, APP, "--model", checkpoint, "--device", "cpu", "--port", "0", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "neo_megatron",
+        "demo",
+        "--model",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+        *flags,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             output = []

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import inspect_data
 import pytest
 from conftest import GOLDEN
 from golden_packs import TOOLS, make_packs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.cli import inspect as inspect_data
 from neo_megatron.data.config import Settings
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess

@@ -99,17 +99,17 @@ def test_every_kind_where_each_is_wanted(room, wanted):
 
 
 SENTENCES = {
-    ("PACKS", "SHARDS"): "holds shards, not packs: run tools/pack_data.py first",
+    ("PACKS", "SHARDS"): "holds shards, not packs: run neo-megatron pack first",
     ("PACKS", "UNFINISHED_SHARDS"): "run the same preprocess_data.py command again",
     ("PACKS", "UNFINISHED_PACKS"): "run the same pack_data.py command again",
-    ("PACKS", "ANNOTATIONS"): "is an annotation file, not packs: run tools/preprocess_data.py and tools/pack_data.py",
-    ("PACKS", "MISSING"): "does not exist: give a directory that tools/pack_data.py has written",
+    ("PACKS", "ANNOTATIONS"): "is an annotation file, not packs: run neo-megatron preprocess and tools/pack_data.py",
+    ("PACKS", "MISSING"): "does not exist: give a directory that neo-megatron pack has written",
     ("SHARDS", "PACKS"): "holds packs, not shards: give the shards that they were packed from",
     ("SHARDS", "NO_MANIFEST"): "holds a data set without its manifest.json, not shards: copy it again in full",
-    ("NEO", "MEGATRON"): "export it first (tools/convert_checkpoint.py megatron-to-hf)",
-    ("NEO", "QWEN3"): "make a NEO of it first (tools/convert_checkpoint.py qwen3-to-neo)",
-    ("MEGATRON", "NEO"): "convert it first (tools/convert_checkpoint.py hf-to-megatron)",
-    ("START", "NEO"): "convert it first (tools/convert_checkpoint.py hf-to-megatron)",
+    ("NEO", "MEGATRON"): "export it first (neo-megatron convert megatron-to-hf)",
+    ("NEO", "QWEN3"): "make a NEO of it first (neo-megatron convert qwen3-to-neo)",
+    ("MEGATRON", "NEO"): "convert it first (neo-megatron convert hf-to-megatron)",
+    ("START", "NEO"): "convert it first (neo-megatron convert hf-to-megatron)",
     ("START", "ITERATION"): "is one iteration of a Megatron checkpoint, not a Megatron checkpoint: give the directory",
     ("RUN", "NEO"): "hf-to-megatron) and give it as --pretrained-checkpoint",
     ("QWEN3", "NEO"): "it has a pre-buffer already",
@@ -132,7 +132,7 @@ def test_the_remedy_fits_what_is_there(room, wanted, kind):
 def test_the_readers_say_the_same(room):
     """Also where no command line was looked at, as for the second data set of a mixture."""
     for read, path, sentence in (
-        (PackIndex.open, "shards", "holds shards, not packs: run tools/pack_data.py first"),
+        (PackIndex.open, "shards", "holds shards, not packs: run neo-megatron pack first"),
         (ShardSet, "packs", "holds packs, not shards"),
         (PackIndex.open, "nowhere", "nowhere does not exist"),
         (ShardSet, "unfinished_shards", "holds an unfinished data set"),

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from benchmarks.gpu_attention import AttentionInputs
-from benchmarks.gpu_kernels import kernel_seconds
-from benchmarks.gpu_packs import draw_packs
-from benchmarks.gpu_window import SEED
 from tqdm import tqdm
 
 from neo_megatron import presets
+from neo_megatron.benchmarks.gpu_attention import AttentionInputs
+from neo_megatron.benchmarks.gpu_kernels import kernel_seconds
+from neo_megatron.benchmarks.gpu_packs import draw_packs
+from neo_megatron.benchmarks.gpu_window import SEED
 from neo_megatron.model import compiled
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs
 from neo_megatron.model.core_attention import FLEX_BLOCK, FlexMask, attend

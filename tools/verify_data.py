@@ -1,49 +1,6 @@
-"""Proves a directory of shards or of packs: every file, every count, every sample; all damage is listed.
+"""As `neo-megatron verify-data`, from a checkout."""
 
-python tools/verify_data.py --data shards
-python tools/verify_data.py --data packs       # that they fit their shards, which are to be proven by themselves
-"""
-
-from neo_megatron import command_line
-from neo_megatron.paths import Wanted
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    command_line.begin("verify_data", {"--data": Wanted.DATA_SET})
-
-
-import argparse
-import os
-import sys
-import time
-
-from neo_megatron.data.verify import verify
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="directory written by preprocess_data.py or pack_data.py")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
-    arguments = parser.parse_args()
-    if arguments.workers < 1:
-        parser.error("--workers must be at least 1")
-    return arguments
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # manifests may hold paths that are not Unicode
-    started = time.monotonic()
-    result = verify(arguments.data, arguments.workers)
-    seconds = time.monotonic() - started
-    for damage in result.damage:
-        print(f"damaged: {damage.file}: {damage.sentence}")
-    for note in result.notes:
-        print(f"note: {note}")
-    print(f"looked at {result.summary()} in {seconds:.1f} s")
-    if result.damage:
-        sys.exit(f"verify_data: {arguments.data} is damaged in {len(result.damage)} places: {result.remedy()}")
-    print(f"{arguments.data} is whole: {result.proven}")
-
+from neo_megatron.cli.main import run_command
 
 if __name__ == "__main__":
-    command_line.run("verify_data", main)
+    run_command("verify-data")

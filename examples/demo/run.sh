@@ -3,4 +3,4 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 . "$here/../../tools/environment.sh" demo
-exec "$PYTHON" "$here/app.py" "$@"
+exec "$PYTHON" -m neo_megatron demo "$@"

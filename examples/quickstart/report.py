@@ -57,7 +57,7 @@ class Answer:
 
 
 def read_answers(evaluation: Path, training: Sequence[Question]) -> list[Answer]:
-    """What `tools/evaluate.py` wrote, beside the best answers that training questions give without a picture."""
+    """What `neo-megatron evaluate` wrote, beside the best answers that training questions give without a picture."""
     lines = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
     asked = [
         Question(Path(*line["pictures"]).name, line["question"].removeprefix(IMAGE_TAG), *line["references"])

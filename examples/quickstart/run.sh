@@ -58,10 +58,10 @@ train() {
 preprocess_and_pack() {
   local name=$1
   shift
-  python tools/preprocess_data.py --registry "$out/registry.yaml" --datasets "$@" --tokenizer "$out/tokenizer" \
+  neo-megatron preprocess --registry "$out/registry.yaml" --datasets "$@" --tokenizer "$out/tokenizer" \
     --output "$out/shards/$name" --min-pixels "$PIXELS" --max-pixels "$PIXELS" --image-store encoded \
     --records-per-shard 2048 --on-error fail
-  python tools/pack_data.py --data "$out/shards/$name" --output "$out/packs/$name" --seq-length "$SEQUENCE" --on-error fail
+  neo-megatron pack --data "$out/shards/$name" --output "$out/packs/$name" --seq-length "$SEQUENCE" --on-error fail
 }
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
@@ -97,9 +97,9 @@ step "Shards and packs of test questions" preprocess_and_pack test test
 step "Training on shapes ($LAYOUT)" train train-shapes "$out/packs/shapes" "$SHAPE_STEPS"
 step "Training on questions ($LAYOUT)" train train-questions "$out/packs/questions" "$QUESTION_STEPS" \
   --pretrained-checkpoint "$out/train-shapes"
-step "Export to Hugging Face form" python tools/convert_checkpoint.py megatron-to-hf --megatron "$out/train-questions" \
+step "Export to Hugging Face form" neo-megatron convert megatron-to-hf --megatron "$out/train-questions" \
   --tokenizer "$out/tokenizer" --output "$out/neo"
-step "Answering the test questions" python tools/evaluate.py --model "$out/neo" --registry "$out/registry.yaml" \
+step "Answering the test questions" neo-megatron evaluate --model "$out/neo" --registry "$out/registry.yaml" \
   --datasets test --batch-size 128 --max-new-tokens 12 --output "$out/evaluation"
 step "Report" python $here/report.py --data "$out"
 

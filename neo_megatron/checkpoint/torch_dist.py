@@ -5,7 +5,6 @@ Megatron adds `metadata.json`, by which it knows the format, and one entry of by
 tensor. Neither a process group nor a GPU is needed.
 """
 
-
 import argparse
 import io
 import os

@@ -45,7 +45,7 @@ class PackDataset(torch.utils.data.Dataset):
     """Packs in a random order; every epoch packs anew.
 
     Args:
-        location: written by ``tools/pack_data.py``: a directory or ``s3://bucket/prefix``.
+        location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``.
         num_samples: number of items; more than there are packs means several epochs. `None`: one epoch.
         seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
@@ -193,7 +193,7 @@ class PackDataset(torch.utils.data.Dataset):
         if len(tokens) > length:
             raise DataError(
                 f"{self.packs.location} is damaged: a pack has {len(tokens)} tokens, not {length} at most; "
-                "check it with tools/verify_data.py and pack again"
+                "check it with neo-megatron verify-data and pack again"
             )
         if are_sound([stored for stored, _ in fetched], tokens, ids, vocabulary):
             return tokens
@@ -203,7 +203,7 @@ class PackDataset(torch.utils.data.Dataset):
         file, record = self.packs.data.describe(sample)
         raise DataError(
             f"{shards.location} is damaged: of the sample from {file}, record {record}: {wrong}; "
-            "check it with tools/verify_data.py and copy or preprocess it again"
+            "check it with neo-megatron verify-data and copy or preprocess it again"
         )
 
     def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
@@ -221,7 +221,7 @@ class PackDataset(torch.utils.data.Dataset):
                 if len(picture) != (end - start) * 4 * PATCH_VALUES:
                     raise DataError(
                         f"{shards.location} is damaged: the patches of an image do not fit its grid; check it with "
-                        "tools/verify_data.py and copy or preprocess it again"
+                        "neo-megatron verify-data and copy or preprocess it again"
                     )
                 if self._pictures == "patches":
                     out[start:end] = patches_of(picture)

@@ -1,6 +1,6 @@
 """What a NEO is asked: turns up to the one that it is to say, and pictures as the data path makes them.
 
-A picture that `tools/preprocess_data.py` rejects is rejected here, for the same reason and with the same sentence.
+A picture that `neo-megatron preprocess` rejects is rejected here, for the same reason and with the same sentence.
 """
 
 from collections.abc import Sequence

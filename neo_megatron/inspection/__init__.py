@@ -1,1 +1,1 @@
-"""The parts of the page that `tools/inspect_data.py` writes."""
+"""The parts of the page that `neo-megatron inspect` writes."""

@@ -39,7 +39,7 @@ def watch_broken_samples(
         if broken > max_share * max(read, _LEAST_READ):
             raise DataError(
                 f"{broken} of the {read} samples read have a broken picture, more than --max-broken-samples "
-                f"{max_share} allows; the last: {batch['broken'][-1]}; find all with tools/verify_data.py and "
+                f"{max_share} allows; the last: {batch['broken'][-1]}; find all with neo-megatron verify-data and "
                 "preprocess again, or allow more"
             )
         yield batch

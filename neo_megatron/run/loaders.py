@@ -213,19 +213,19 @@ def open_packs(
     if len(paths) != 1:
         raise ConfigError(
             f"{flag} takes one directory of packs, not {len(paths)}: "
-            "pack data sets together with tools/pack_data.py --data A B"
+            "pack data sets together with neo-megatron pack --data A B"
         )
     quality = args.min_jpeg_quality if split == "train" else 100
     dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, pictures, global_batch, quality)
     if dataset.packs.sequence_length != args.seq_length:
         raise ConfigError(
             f"{flag} {paths[0]} holds packs of {dataset.packs.sequence_length} tokens, "
-            f"--seq-length is {args.seq_length}: pack again with tools/pack_data.py, which does not tokenize again"
+            f"--seq-length is {args.seq_length}: pack again with neo-megatron pack, which does not tokenize again"
         )
     tokens = dataset.packs.data.tokenizer["size"]
     if tokens > args.vocab_size:
         raise ConfigError(
             f"{flag} {paths[0]} was made with a tokenizer of {tokens} tokens, the model has {args.vocab_size}: "
-            "grow the model with convert_checkpoint.py qwen3-to-neo --tokenizer, or preprocess with its own tokenizer"
+            "grow the model with neo-megatron convert qwen3-to-neo --tokenizer, or preprocess with its own tokenizer"
         )
     return dataset

@@ -123,7 +123,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "NEO trains here; tools/generate.py and tools/evaluate.py ask a model: leave it out",
+        "NEO trains here; neo-megatron generate and neo-megatron evaluate ask a model: leave it out",
         """
         --inference-cuda-graph-scope --inference-fuse-tp-communication --inference-disable-triton-nvls-kernels
         --inference-grouped-gemm-backend --inference-moe-disable-fused-quant-kernels
@@ -159,7 +159,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "it belongs to Megatron's vision classifiers; NEO's image sizes are set by tools/preprocess_data.py: leave it "
+        "it belongs to Megatron's vision classifiers; NEO's image sizes are set by neo-megatron preprocess: leave it "
         "out",
         """
         --num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction

@@ -98,7 +98,7 @@ REJECTED = (
     ),
     rejected(
         "Megatron starts no recording for a model like NEO, and the snapshots would have no history: use --profile "
-        "--use-pytorch-profiler, or tools/plan.py",
+        "--use-pytorch-profiler, or neo-megatron plan",
         """
         --record-memory-history
         """,
@@ -193,7 +193,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "checkpoints are converted by tools/convert_checkpoint.py, and change their layout whenever they are loaded: "
+        "checkpoints are converted by neo-megatron convert, and change their layout whenever they are loaded: "
         "leave it out",
         """
         --ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format
@@ -220,7 +220,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "packs are made by tools/preprocess_data.py and tools/pack_data.py: give --train-data-path PACKS (and "
+        "packs are made by neo-megatron preprocess and neo-megatron pack: give --train-data-path PACKS (and "
         "--valid-data-path, --test-data-path)",
         """
         --data-path --split --data-args-path --per-split-data-args-path --per-dataset-sequences-path --mock-data
@@ -255,14 +255,14 @@ REJECTED = (
         """,
     ),
     rejected(
-        "there is one set of packs for validation: pack several together with tools/pack_data.py --data A B, or "
+        "there is one set of packs for validation: pack several together with neo-megatron pack --data A B, or "
         "evaluate them one by one with --skip-train",
         """
         --multiple-validation-sets --validation-set-names
         """,
     ),
     rejected(
-        "text is tokenized by tools/preprocess_data.py --tokenizer, and the vocabulary is that of --neo-model: leave "
+        "text is tokenized by neo-megatron preprocess --tokenizer, and the vocabulary is that of --neo-model: leave "
         "it out",
         """
         --tokenizer-type --tokenizer-model --tokenizer-metadata --tokenizer-special-tokens
@@ -273,7 +273,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "the vocabulary is that of the checkpoint, to the row: leave it out, or grow it with convert_checkpoint.py "
+        "the vocabulary is that of the checkpoint, to the row: leave it out, or grow it with neo-megatron convert "
         "qwen3-to-neo --tokenizer",
         """
         --padded-vocab-size --no-pad-vocab-size --make-vocab-size-divisible-by

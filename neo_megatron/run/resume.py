@@ -54,7 +54,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
         if path is None:
             raise ConfigError(
                 f"--pretrained-checkpoint {directory.root}: {directory.tracker.name} in it names no checkpoint: give "
-                "a directory that tools/convert_checkpoint.py has written or --save has filled"
+                "a directory that neo-megatron convert has written or --save has filled"
             )
         if damage := _verify_together(path, read_tensors):
             other = "" if path.name == "release" else ", or choose another iteration of it with --ckpt-step"
@@ -161,7 +161,7 @@ def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) 
     if wrong:
         raise ConfigError(
             f"the checkpoint {checkpoint} says nothing of {', '.join(wrong)}: give one that pretrain_neo or "
-            "tools/convert_checkpoint.py has written"
+            "neo-megatron convert has written"
         )
 
 

@@ -88,7 +88,7 @@ def _tokens(args: Namespace) -> Iterator[str]:
             yield (
                 f"--fp8-recipe {args.fp8_recipe} needs a multiple of {multiple} tokens on a rank; --seq-length "
                 f"{args.seq_length} x --{prefix}micro-batch-size {size} over {shares} "
-                f"{'ranks' if shares > 1 else 'rank'} is {tokens}: pack again with tools/pack_data.py --seq-length "
+                f"{'ranks' if shares > 1 else 'rank'} is {tokens}: pack again with neo-megatron pack --seq-length "
                 f"{_above(args.seq_length, multiple * shares)}"
             )
 

@@ -69,7 +69,7 @@ def _tensor_parallel(args: Namespace) -> Iterator[str]:
 def _sequence(args: Namespace) -> Iterator[str]:
     length = args.seq_length
     if length is None:
-        yield "--train-data-path is missing: a directory of packs, written by tools/pack_data.py"
+        yield "--train-data-path is missing: a directory of packs, written by neo-megatron pack"
         return
     if length > args.max_position_embeddings:
         yield (
@@ -82,13 +82,13 @@ def _sequence(args: Namespace) -> Iterator[str]:
     if length % parts:
         yield (
             f"--context-parallel-size {context} needs a --seq-length that is a multiple of {parts}, not {length}: "
-            "pack again with tools/pack_data.py --seq-length, or choose another size"
+            "pack again with neo-megatron pack --seq-length, or choose another size"
         )
     if args.sequence_parallel and length % (tensor * context):
         yield (
             f"--sequence-parallel with --tensor-model-parallel-size {tensor} and --context-parallel-size {context} "
             f"needs a --seq-length that is a multiple of {tensor * context}, not {length}: pack again with "
-            "tools/pack_data.py --seq-length, or choose other sizes"
+            "neo-megatron pack --seq-length, or choose other sizes"
         )
 
 

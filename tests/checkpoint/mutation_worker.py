@@ -19,14 +19,11 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent / "tools"), str(Path(__file__).parent)]
 
-import convert_checkpoint
-import generate
-import preprocess_data
 import torch
-import verify_checkpoint
 from mutations import Mutation, mutations
 
 from neo_megatron import command_line
+from neo_megatron.cli import generate, preprocess, verify_checkpoint
 from neo_megatron.paths import Wanted, check_flags
 from neo_megatron.run import resume
 
@@ -37,7 +34,7 @@ Tool = tuple[str, Callable[[], None], list[str]]
 def main() -> None:
     form, checkpoint, hf, scratch, every = sys.argv[1], *map(Path, sys.argv[2:5]), int(sys.argv[5])
     torch.set_num_threads(1)
-    preprocess_data.preprocess  # noqa: B018 - its imports are done
+    preprocess.preprocess  # noqa: B018 - its imports are done
     tried, failed, ends = 0, [], Counter()
     chosen = mutations(checkpoint)
     random.Random(3).shuffle(chosen)  # so that a sample has some of every kind
@@ -50,7 +47,7 @@ def main() -> None:
 
 def _tools(form: str, file: str, mutated: Path, hf: Path, output: Path) -> list[Tool]:
     def convert(*words: str | Path) -> Tool:
-        return "convert_checkpoint", convert_checkpoint.main, [*map(str, words)]
+        return "convert_checkpoint", convert.main, [*map(str, words)]
 
     if form == "torch_dist":
         return [

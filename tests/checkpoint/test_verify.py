@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import verify_checkpoint
 from conftest import run_python
 
 from neo_megatron import command_line
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.cli import verify_checkpoint
 from neo_megatron.model.config import NeoSizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")

@@ -1,4 +1,4 @@
-"""The page of `tools/inspect_data.py`: its numbers, its pictures, its mask; and that data cannot break out of it."""
+"""The page of `neo-megatron inspect`: its numbers, its pictures, its mask; and that data cannot break out of it."""
 
 import base64
 import io
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inspect_data import packs_page, refuse_others
 from PIL import Image
 
+from neo_megatron.cli.inspect import packs_page, refuse_others
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs

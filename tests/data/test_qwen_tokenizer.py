@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from benchmarks.tokenizer import SPLIT, read_ranks, write_tokenizer
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from neo_megatron.benchmarks.tokenizer import SPLIT, read_ranks, write_tokenizer
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset

@@ -1,4 +1,4 @@
-"""What `tools/verify_data.py` finds: damage of every kind in every file, all of it, with its name."""
+"""What `neo-megatron verify-data` finds: damage of every kind in every file, all of it, with its name."""
 
 import dataclasses
 import io

@@ -11,9 +11,9 @@ import requests
 import torch
 from demo_server import served
 from PIL import Image
-from talk import Talk
-from words import words_of
 
+from neo_megatron.demo.talk import Talk
+from neo_megatron.demo.words import words_of
 from neo_megatron.inference.answering import Answerer, Piece
 
 QUESTION = "What is in the picture? <img src=x onerror=alert(1)>"

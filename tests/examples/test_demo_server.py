@@ -87,7 +87,7 @@ def test_a_file_that_was_not_uploaded_is_not_read(server, picture):
 
 def test_thousands_of_uploads_leave_the_newest(tmp_path):
     """As the server calls it after each: the directory stays small, and what is used last stays."""
-    from uploads import remove_oldest
+    from neo_megatron.demo.uploads import remove_oldest
 
     for number in range(2000):
         directory = tmp_path / f"{number:04d}"
@@ -128,7 +128,7 @@ def test_an_answer_whose_visitor_has_left_does_not_hold_up_others(checkpoint):
 
 
 def test_old_answers_give_up_their_heat_maps(checkpoint, picture, monkeypatch):
-    import talk
+    from neo_megatron.demo import talk
 
     monkeypatch.setattr(talk, "MOST_ROWS", 50_000)
     watched = talk.Talk(talk.Answerer(checkpoint, device="cpu"))

@@ -185,7 +185,7 @@ def test_loss_curve(run):
 
 
 def test_the_answers_are_those_of_the_evaluation(tmp_path):
-    """As `tools/evaluate.py` writes them; only the very text is right."""
+    """As `neo-megatron evaluate` writes them; only the very text is right."""
     lines = [
         {
             "pictures": ["/some/where/7.png"],

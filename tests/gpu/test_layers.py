@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.gpu_packs import draw_packs
 from gpu.conftest import relative_error, to_gpu, waiting_refused
 from torch import Tensor
 
+from neo_megatron.benchmarks.gpu_packs import draw_packs
 from neo_megatron.presets import SIZES
 
 # Features that all recipes take: multiples of 128.

@@ -1,4 +1,4 @@
-"""`tools/evaluate.py`: the same answers for any batch size, worker count and interruption; its lists and its page."""
+"""`neo-megatron evaluate`: the same answers for any batch size, worker count and interruption; its lists and page."""
 
 import json
 import os
@@ -10,11 +10,11 @@ import signal
 import sys
 from pathlib import Path
 
-import evaluate
 import pytest
 import torch
 from PIL import Image
 
+from neo_megatron.cli import evaluate
 from neo_megatron.data.config import Settings
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -266,7 +266,7 @@ def test_longest_questions_come_first(asked):
 
 
 def test_errors_are_one_sentence(tmp_path, monkeypatch):
-    tool = Path(evaluate.__file__)
+    tool = Path(__file__).parents[2] / "tools" / "evaluate.py"
     monkeypatch.setattr(sys, "argv", [str(tool), "--input", "none.json", "--model", str(tmp_path), "--output", "out"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(tool), run_name="__main__")

@@ -1,14 +1,16 @@
-"""`tools/generate.py`: one answer on the terminal, many into a file."""
+"""`neo-megatron generate`: one answer on the terminal, many into a file."""
 
 import json
 import runpy
 import sys
+from pathlib import Path
 
-import generate
 import pytest
 
+from neo_megatron.cli import generate
 from neo_megatron.data.conversation import Turn
 
+TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
 TOKENS = 6
 
 
@@ -81,10 +83,10 @@ def test_many_answers(run, answerer, golden, tmp_path, capsys):
 def test_a_bad_picture_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypatch):
     torn = tmp_path / "torn.png"
     torn.write_bytes((golden / "images" / "a.png").read_bytes()[:500])
-    command = [generate.__file__, "--model", str(checkpoint), "--image", str(torn), "--prompt", "What?"]
+    command = [str(TOOL), "--model", str(checkpoint), "--image", str(torn), "--prompt", "What?"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(generate.__file__, run_name="__main__")
+        runpy.run_path(str(TOOL), run_name="__main__")
     assert ended.value.code.startswith(f"generate: the picture {torn} cannot be decoded")
 
 
@@ -107,8 +109,8 @@ def test_flags_that_contradict_each_other(run, capsys, flags, sentence):
 
 
 def test_a_missing_model_is_named(monkeypatch, tmp_path):
-    command = [generate.__file__, "--model", str(tmp_path / "gone"), "--prompt", "Hi"]
+    command = [str(TOOL), "--model", str(tmp_path / "gone"), "--prompt", "Hi"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(generate.__file__, run_name="__main__")
+        runpy.run_path(str(TOOL), run_name="__main__")
     assert ended.value.code.startswith(f"generate: --model {tmp_path}/gone does not exist: give the directory of a NEO")

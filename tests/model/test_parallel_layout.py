@@ -85,12 +85,12 @@ REFUSED = [
     (
         1,
         f"{FP8} --seq-length 4088",
-        "x --micro-batch-size 1 over 1 rank is 4088: pack again with tools/pack_data.py --seq-length 4096",
+        "x --micro-batch-size 1 over 1 rank is 4088: pack again with neo-megatron pack --seq-length 4096",
     ),
     (
         8,
         f"{TENSORWISE} {TP} 4 {CP} 2 --sequence-parallel --seq-length 4160",
-        "over 8 ranks is 520: pack again with tools/pack_data.py --seq-length 4224",
+        "over 8 ranks is 520: pack again with neo-megatron pack --seq-length 4224",
     ),
     (1, f"{FP8} --seq-length 4072 --micro-batch-size 2 --eval-micro-batch-size 1", "--eval-micro-batch-size 1 over"),
     (1, f"{FP8} --ffn-hidden-size 6152", "needs multiples of 16, and a rank has 6152 channels of --ffn-hidden-size"),

@@ -12,11 +12,11 @@ from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install_training()
 
-from benchmarks import gpu_steps, gpu_train
-from benchmarks.gpu_window import Windows
 from gpu import test_training
 from megatron.training import arguments
 
+from neo_megatron.benchmarks import gpu_steps, gpu_train
+from neo_megatron.benchmarks.gpu_window import Windows
 from neo_megatron.run import start_checks, training_arguments
 
 

@@ -5,9 +5,20 @@ import os
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu_profile import busy, kind_of, share_by_kind
-from benchmarks.gpu_steps import ON_GPU, OURS, PLAIN, StepRun, flags, grouped, planned, runs, with_more_recomputed
 from conftest import run_python
+
+from neo_megatron.benchmarks.gpu_profile import busy, kind_of, share_by_kind
+from neo_megatron.benchmarks.gpu_steps import (
+    ON_GPU,
+    OURS,
+    PLAIN,
+    StepRun,
+    flags,
+    grouped,
+    planned,
+    runs,
+    with_more_recomputed,
+)
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 

@@ -1,0 +1,76 @@
+"""What the machine's own kernels reach, and our attention beside them."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from neo_megatron.benchmarks.gpu_window import synchronise
+from neo_megatron.model.config import NeoSizes
+
+Report = Callable[[dict[str, Any]], None]
+
+WARM_UP, REPEATS = 3, 10
+PACKED, CAUSAL = "packed, with pictures", "one causal document"
+
+
+def prepare() -> None:
+    from neo_megatron.megatron_compat import cpu_platform
+
+    cpu_platform.install()
+    from neo_megatron.benchmarks import gpu_attention  # noqa: F401
+
+
+def run(report: Report, side: int, sizes: NeoSizes, lengths: Sequence[int], shrunk: int) -> None:
+    """Reports the ceilings, by which all else is judged, and then attention kernels at each length of packs."""
+    from neo_megatron.benchmarks.gpu_attention import measure_attention
+
+    measure_ceilings(report, side)
+    for length in lengths:
+        measure_attention(report, sizes, length, shrunk)
+
+
+def measure_ceilings(report: Report, side: int) -> None:
+    """Operations per second of a square product in bfloat16 (a CPU: float32), bytes per second of a copy on the device.
+
+    A byte that is copied is read and written, and counts twice.
+    """
+    device, dtype = device_and_dtype()
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds = kernel_seconds(lambda: torch.mm(left, right, out=out))
+    memory = torch.empty(2, 2**28 if device == "cuda" else 2**20, dtype=torch.uint8, device=device)
+    copied = kernel_seconds(lambda: memory[0].copy_(memory[1]))
+    figures = {"side": side, "product": 2 * side**3 / seconds, "copy": 2 * memory[0].numel() / copied}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        capability = f"sm_{properties.major}{properties.minor}"
+        figures |= {"name": properties.name, "capability": capability, "memory": properties.total_memory}
+    report(figures)
+
+
+def kernel_seconds(work: Callable[[], object]) -> float:
+    """Median seconds of a call on the GPU, by events; on a CPU by the clock."""
+    for _ in range(WARM_UP):
+        work()
+    synchronise()
+    times = []
+    for _ in range(REPEATS):
+        if torch.cuda.is_available():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def device_and_dtype() -> tuple[str, torch.dtype]:
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

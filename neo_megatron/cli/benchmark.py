@@ -1,0 +1,55 @@
+"""Measures speed side by side with what it is compared to; prints a table.
+
+neo-megatron benchmark data|train|convert [--only packing loader ...] [--scratch DIR]
+neo-megatron benchmark gpu [--only attention steps] [--scratch DIR] [--out FILE.json]
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# CPU seconds of one thread: libraries read these when they are imported.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+
+from neo_megatron.benchmarks.table import markdown
+
+SUITES = {
+    "data": ["preprocess", "memory", "loader", "packing", "storage"],
+    "train": ["train", "stage_one"],
+    "convert": ["convert"],
+    "gpu": ["attention", "steps"],
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--only", nargs="+", help="parts of the suite: " + ", ".join(sum(SUITES.values(), [])))
+    parser.add_argument("--scratch", help="directory for inputs and outputs, kept for the next run; default: temporary")
+    parser.add_argument("--out", type=Path, help="file for the figures as JSON (gpu)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only or []) - set(SUITES[arguments.suite]):
+        parser.error(f"{arguments.suite} has no part {', '.join(sorted(unknown))}")
+    if arguments.out and arguments.suite != "gpu":
+        parser.error("--out is for gpu")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(arguments.scratch or temporary)
+        scratch.mkdir(parents=True, exist_ok=True)
+        if arguments.suite == "gpu":
+            from neo_megatron.benchmarks import gpu
+
+            print(gpu.measure(scratch, arguments.only or SUITES["gpu"], arguments.out))
+            return
+        rows = []
+        for part in arguments.only or SUITES[arguments.suite]:
+            print(f"measuring {part}", file=sys.stderr, flush=True)
+            rows += importlib.import_module(f"neo_megatron.benchmarks.{part}").measure(scratch)
+    print(markdown(rows))

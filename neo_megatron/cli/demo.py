@@ -1,0 +1,73 @@
+"""A page to talk to a NEO: drop a picture, ask, and see where each word of the answer looked.
+
+    bash examples/demo/run.sh --model neo          # in a checkout: installs what is missing first
+
+It listens on this machine alone, loads nothing from elsewhere, and takes the pictures that
+preprocessing takes.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import transformers
+
+from neo_megatron.errors import DataError
+from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
+    parser.add_argument("--max-upload-mb", type=int, default=32, help="largest picture file (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, help="of a resized picture (the checkpoint's)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs (the first GPU where there is one)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as it is stored"
+    )
+    arguments = parser.parse_args()
+    for name in ("max_upload_mb", "max_pixels", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= arguments.port < 1 << 16:
+        parser.error("--port must be from 0 to 65535")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if importlib.util.find_spec("gradio") is None:
+        raise DataError(
+            "Gradio is not installed: start the page with `bash examples/demo/run.sh`, or run `pip install '.[demo]'` "
+            "and then `pip install --no-deps 'gradio==6.31.*'`: it asks for an older Pillow than NEO needs"
+        )
+    listener = socket.create_server(("127.0.0.1", arguments.port))
+    transformers.logging.set_verbosity_error()
+    answerer = Answerer(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_pixels=arguments.max_pixels,
+        allow_pickle=arguments.allow_pickle,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the uploads removed
+    with tempfile.TemporaryDirectory(prefix="neo-demo-") as uploads, suppress(KeyboardInterrupt):
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # read when Gradio is imported
+        from neo_megatron.demo.server import page_app, serve
+        from neo_megatron.demo.talk import Talk
+
+        largest_upload = arguments.max_upload_mb << 20
+        app = page_app(Talk(answerer), Path(uploads), arguments.model, arguments.max_new_tokens, largest_upload)
+        print(f"the page: http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        serve(app, listener)

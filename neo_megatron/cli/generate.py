@@ -1,0 +1,118 @@
+"""A picture and a prompt -> the answer of a NEO, shown as it is made; or all prompts of a JSONL.
+
+neo-megatron generate --model neo --image cat.png --prompt "What is the cat doing?"
+neo-megatron generate --model neo --input prompts.jsonl --image-root pictures --output answers
+
+A line of the JSONL is an annotation record without its answer, or {"image": "cat.png", "prompt": "What is it?"}; the
+turn behind the last one of a user is answered, in answers.jsonl of the output. What is left out is listed in
+rejects.jsonl. The same command continues a run that was interrupted, also with another --batch-size or --workers.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neo_megatron.atomic_files import json_line
+from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
+from neo_megatron.data.conversation import Turn
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.tags import IMAGE_TAG, as_literal
+from neo_megatron.errors import DataError, RejectedSample
+from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
+from neo_megatron.inference.answering import MAX_NEW_TOKENS
+from neo_megatron.inference.batches import answer_all, plan_of
+from neo_megatron.inference.evaluation import all_rejects, answer_lines
+from neo_megatron.inference.prompts import new_prompt, user_turn
+from neo_megatron.inference.questions import read_questions
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one = parser.add_argument_group("one answer")
+    one.add_argument(
+        "--prompt",
+        help=f"with {IMAGE_TAG} where an image belongs; by default they come first. \\{IMAGE_TAG} is the word",
+    )
+    one.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order of their tags")
+    one.add_argument("--system", help="a system turn in front")
+    many = parser.add_argument_group("many answers")
+    many.add_argument("--input", metavar="FILE", help="a .jsonl with one record a line, or a JSON array")
+    many.add_argument("--image-root", default="", help="directory of the pictures, which none may leave")
+    many.add_argument("--output", type=Path, metavar="DIR", help="new directory")
+    add_batches(many)
+    add_model(parser, MAX_NEW_TOKENS)
+    choice = parser.add_argument_group("choice of tokens")
+    choice.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (%(default)s)")
+    choice.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (%(default)s)")
+    arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    if (arguments.prompt is None) == (arguments.input is None):
+        parser.error("give either --prompt or --input")
+    if bool(arguments.input) != bool(arguments.output):
+        parser.error("--input and --output go together")
+    if arguments.input and (arguments.image or arguments.system):
+        parser.error("--image and --system go with --prompt; records of --input have their own")
+    if arguments.prompt is not None and arguments.image_root:
+        parser.error("--image-root goes with --input; --image takes paths as they stand")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("--temperature must be 0 or above, --top-p above 0 and at most 1")
+    if arguments.top_p < 1 and not arguments.temperature:
+        parser.error("--top-p needs a --temperature above 0: without one nothing is drawn")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    quiet()
+    generation: dict[str, Any] = {}
+    if arguments.temperature:
+        generation = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+    if arguments.input:
+        answer_file(arguments, generation)
+    else:
+        answer_one(arguments, generation)
+
+
+def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
+    """The answer on standard output, all else on standard error."""
+    task, _ = task_of(arguments, generation)
+    turns = [Turn("system", as_literal(arguments.system), False)] if arguments.system else []
+    turns.append(user_turn(arguments.prompt, len(arguments.image)))
+    try:
+        prompt = new_prompt(turns, arguments.image, task.settings)
+    except RejectedSample as rejected:
+        raise DataError(rejected.sentence) from rejected
+    print(f"loading {arguments.model}", file=sys.stderr, flush=True)
+    answerer = task.load()
+    torch.manual_seed(arguments.seed)
+    count, started = 0, time.monotonic()
+    for piece in answerer.stream(prompt, task.max_new_tokens, **task.generation):
+        print(piece.text, end="", flush=True)
+        count += len(piece.tokens)
+    print(flush=True)
+    cut = ", cut at --max-new-tokens" if count >= arguments.max_new_tokens else ""
+    seconds = time.monotonic() - started
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s{cut}", file=sys.stderr)
+
+
+def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
+    sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
+    task, workers = task_of(arguments, generation)
+    with AnswerRun(arguments.output, plan_of(task, sources, "next turn")) as run:
+        listed = read_questions(sources, task.settings, "next turn")
+        answer_all(listed.questions, task, run, arguments.batch_size, workers)
+        lines = [line for line, _ in answer_lines(listed.questions, run.done)]
+        rejects = all_rejects(listed, run.done)
+        run.finish({ANSWERS: b"".join(map(json_line, lines)), REJECTS: b"".join(map(json_line, rejects))})
+    for sentence in listed.noticed.sentences():
+        print(sentence)
+    print(f"{len(lines):,} answers in {arguments.output / ANSWERS}")
+    if cut := sum(not line["finished"] for line in lines):
+        print(f"{cut:,} answers were cut at --max-new-tokens")
+    if rejects:
+        print(f"{len(rejects):,} samples were rejected; they are listed in {arguments.output / REJECTS}")

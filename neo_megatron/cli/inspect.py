@@ -1,0 +1,97 @@
+"""One HTML page to look at: a pack as the model sees it, and what the data set holds. It needs no network.
+
+neo-megatron inspect --packs packs --tokenizer HF_DIR --output page.html
+neo-megatron inspect --data shards --output page.html        # a data set that is not packed
+"""
+
+import argparse
+import sys
+from bisect import bisect_right
+from pathlib import Path
+
+from neo_megatron.atomic_files import write_whole
+from neo_megatron.checkpoint.hub import tokenizer_directory
+from neo_megatron.data.chat import load_tokenizer, tokenizer_fingerprint
+from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.shards.mixture import Mixture
+from neo_megatron.errors import DataError
+from neo_megatron.inspection.pack_view import Origin, Pack, pack_parts
+from neo_megatron.inspection.page import GENERATOR, pack_part, page
+from neo_megatron.inspection.statistics import count, count_packs
+from neo_megatron.inspection.token_text import Decode
+from neo_megatron.paths import output_place
+from neo_megatron.storage.open import open_directory
+
+_HEAD = 1024  # bytes of a page within which it says what has made it
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--packs", help="directory written by neo-megatron pack")
+    inputs.add_argument("--data", help="directory written by neo-megatron preprocess, to see it without a pack")
+    parser.add_argument("--pack", type=int, default=0, help="which pack of the epoch, in the order drawn (%(default)s)")
+    parser.add_argument("--epoch", type=int, default=0, help="which epoch (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="--seed of the training (%(default)s)")
+    parser.add_argument("--tokenizer", help="Hugging Face directory or hub id, to show text; without it ids are shown")
+    parser.add_argument("--output", type=Path, required=True, help="the HTML file to write")
+    arguments = parser.parse_args()
+    if arguments.pack < 0 or arguments.epoch < 0:
+        parser.error("--pack and --epoch count from 0")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    output = output_place(arguments.output)
+    refuse_others(output)
+    if arguments.packs:
+        html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
+    else:
+        html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
+    write_whole(output, html.encode(errors="backslashreplace"))
+    print(f"the page to look at: {output.resolve()}")
+
+
+def refuse_others(output: Path) -> None:
+    """Raises DataError where the page would take the place of something that is not such a page."""
+    if output.exists():
+        if not output.is_file():
+            raise DataError(f"{output} is not a file that can be written; choose another --output")
+        with open(output, "rb") as file:
+            if GENERATOR not in file.read(_HEAD):
+                raise DataError(f"{output} exists and is not a page of this tool; choose another --output")
+
+
+def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str | None) -> str:
+    """The page of a directory of packs, with one of them.
+
+    Raises:
+        DataError: there is no such pack, or the tokenizer is another one.
+    """
+    data_set = PackDataset(location, sys.maxsize, seed)
+    index = data_set.packs
+    if number >= len(index):
+        raise DataError(f"{location} has {len(index)} packs; give a --pack below that")
+    decode = open_tokenizer(tokenizer, location, index.data.tokenizer["sha256"]) if tokenizer else None
+    pack = Pack.of_item(data_set[epoch * len(index) + number])
+    origins = [origin(index.data, sample) for sample in index.samples(seed, epoch, number).tolist()]
+    parts = pack_parts(pack, origins, decode)
+    shown = pack_part(pack, parts, number, len(index), epoch, seed)
+    statistics = count_packs(index, open_directory(location))
+    return page(f"Pack {number} of {location}", shown, statistics, index.manifest, parts["token_facts"])
+
+
+def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:
+    """ids -> text, special tokens included."""
+    tokenizer = load_tokenizer(tokenizer_directory(directory))
+    if tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str()) != fingerprint:
+        raise DataError(f"{directory} is not the tokenizer that {location} was made with; give that one")
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def origin(data: Mixture, sample: int) -> Origin:
+    """The data set, file and record that a sample comes from."""
+    number = bisect_right(data.starts, sample) - 1
+    source, record = data.sets[number].source(sample - data.starts[number])
+    return Origin(source["name"], source["annotations"], record)

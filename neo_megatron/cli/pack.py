@@ -1,0 +1,97 @@
+"""Shards -> packs of whole samples for one sequence length; only indices are written, nothing is tokenized again.
+
+neo-megatron pack --data shards --output packs --seq-length 16384
+neo-megatron pack --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
+"""
+
+import argparse
+from fractions import Fraction
+from pathlib import Path
+
+from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.prepare.registry import split_path_share, split_share
+from neo_megatron.errors import DataError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="directories written by neo-megatron preprocess, each with an optional share: shards%%50 uses half of its "
+        "records in an epoch, shards%%200 each twice; a directory of exactly this name has no share",
+    )
+    parser.add_argument("--output", required=True, help="new directory for the packs")
+    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a pack")
+    parser.add_argument(
+        "--held-out",
+        nargs=2,
+        metavar=("PERCENT", "OUTPUT"),
+        help="packs this share of the records apart, each once, for --valid-data-path; records that use the same image "
+        "or video file stay together, so name all data sets of a training in one call",
+    )
+    parser.add_argument(
+        "--held-out-by",
+        choices=["path", "content"],
+        help="what makes two files the same: the resolved path, or the bytes, which also finds copies and does not "
+        "change when a data set is moved (path)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
+    parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="over-long: listed, or stops")
+    arguments = parser.parse_args()
+    if arguments.held_out_by and not arguments.held_out:
+        parser.error("--held-out-by goes with --held-out")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    inputs = [PackInput(*split_path_share(text)) for text in arguments.data]
+    held_out = None
+    if arguments.held_out:
+        percent, directory = arguments.held_out
+        _, share = split_share(f"--held-out%{percent}")
+        if share >= 1:
+            raise DataError(f"--held-out {percent}: hold out less than 100 percent")
+        held_out = HeldOut(share, directory, arguments.held_out_by or HeldOut.by)
+    outputs = [arguments.output] + ([held_out.output] if held_out else [])
+    manifests = write_packs(
+        inputs, arguments.output, arguments.seq_length, arguments.seed, arguments.on_error, held_out
+    )
+    for output, manifest in zip(outputs, manifests, strict=True):
+        report(output, manifest)
+    if held_out:
+        report_split(manifests[0]["split"], held_out.share)
+
+
+def report(output: str, manifest: dict) -> None:
+    """Prints what a directory of packs holds."""
+    counts, tokens = manifest["counts"], manifest["counts"]["tokens"]
+    padding = counts["packs"] * manifest["seq_length"] - tokens
+    print(f"{output}: packed {counts['samples_packed']} samples into {counts['packs']} packs")
+    print(f"  fill {manifest['fill']:.3%}, {padding} tokens of padding")
+    for entry in manifest["data"] if len(manifest["data"]) > 1 else []:
+        print(f"  {entry['tokens'] / tokens:.1%} of the tokens are of {entry['shards']} ({entry['samples']} samples)")
+    if even := manifest["imbalance"]:
+        print(f"  largest over mean work of {even['ranks']} ranks with {even['packs_per_rank']} packs each:")
+        for kind, drawn in even["drawn"].items():
+            if drawn:  # text alone has no pictures
+                print(f"    {kind} {drawn:.3f} as drawn, {even['balanced'][kind]:.3f} as dealt in training")
+    if counts["samples_rejected"]:
+        print(f"  rejected {counts['samples_rejected']} over-long samples, listed in {Path(output) / REJECTS}")
+
+
+def report_split(split: dict, share: Fraction) -> None:
+    """Prints which records the held-out split kept together."""
+    if split["linked_records"]:
+        print(
+            f"held out by {split['by']}: {split['linked_records']} of {split['records']} records are linked by records "
+            f"of several files, at most {split['largest_group']} in a group; a group stays on one side"
+        )
+    if split["kept_in_training"]:
+        print(
+            f"  {split['kept_in_training']} records are in groups that share files and are each larger than the "
+            f"{float(share):.2%} to be held out; they are all kept in training"
+        )

@@ -1,0 +1,239 @@
+"""Plans a run without a GPU: what every rank holds, sends and takes, and whether it fits; or the best layouts.
+
+    neo-megatron plan --neo-model neo-9b --training-stage 2 --seq-length 18432 --gpus 64 \
+        --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer
+    neo-megatron plan --neo-model neo-9b --training-stage 2 --seq-length 18432 --search --gpus 256
+
+Flags of layout and recomputation are Megatron's. With --search all layouts have those that are given.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from neo_megatron import presets
+from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import NeoSizes
+from neo_megatron.planning.hardware import GPUS, Efficiency, Gpu
+from neo_megatron.planning.layout import Layout
+from neo_megatron.planning.pipeline_split import UNEVEN_SPLIT_FLAGS, choose_layout
+from neo_megatron.planning.report import Plan, describe
+from neo_megatron.planning.search import describe_search, distinct, flags, search
+from neo_megatron.planning.workload import Workload
+
+# What a layout has without flags; a search tries all.
+LAYOUT = {
+    "tensor_model_parallel_size": 1,
+    "sequence_parallel": False,
+    "pipeline_model_parallel_size": 1,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "pipeline_model_parallel_layout": None,
+    "pre_buffer_pipeline_stages": 0,
+    "context_parallel_size": 1,
+    "cp_comm_type": None,
+    "micro_batch_size": 1,
+    "use_distributed_optimizer": False,
+    "overlap_grad_reduce": False,
+    "overlap_param_gather": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": 1,
+    "recompute_modules": ["core_attn"],
+    "transformer_impl": "transformer_engine",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = refuse
+    run = parser.add_argument_group("run")
+    run.add_argument("--neo-model", required=True, metavar="SIZE", help="neo-2b, neo-9b, tiny, or a directory")
+    run.add_argument("--training-stage", type=int, default=2, choices=(1, 2, 3), help="(%(default)s)")
+    run.add_argument("--seq-length", type=count, help="tokens of a pack; default: as in --packs, else 16384")
+    run.add_argument("--global-batch-size", type=count, default=256, help="packs of a step (%(default)s)")
+    run.add_argument("--precision", choices=("bf16", "fp8", "fp32"), default="bf16", help="(%(default)s)")
+    run.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        help="local: the kernels of a CPU (transformer_engine)",
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--gpus", type=count, default=8, help="(%(default)s)")
+    machine.add_argument("--gpu", choices=GPUS, default="h100", help="(%(default)s)")
+    machine.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="instead of that GPU's")
+    machine.add_argument(
+        "--reserve", type=gigabytes, metavar="GB", default=5.0, help="to keep free of it (%(default)s)"
+    )
+
+    packs = parser.add_argument_group("packs, which decide the work of attention and head")
+    packs.add_argument("--packs", metavar="DIR", help="measure some of these")
+    packs.add_argument("--document-length", type=count, default=2500, help="tokens of a document (%(default)s)")
+    packs.add_argument("--picture-share", type=share, default=0.85, help="of a document's tokens (%(default)s)")
+    packs.add_argument("--trained-share", type=share, default=0.1, help="of a document's tokens (%(default)s)")
+
+    layout = parser.add_argument_group("layout, under Megatron's names")
+    layout.add_argument("--tensor-model-parallel-size", type=count)
+    layout.add_argument("--sequence-parallel", action="store_true", default=None)
+    layout.add_argument("--pipeline-model-parallel-size", type=count)
+    layout.add_argument("--num-virtual-stages-per-pipeline-rank", type=count)
+    layout.add_argument("--pipeline-model-parallel-layout")
+    layout.add_argument("--pre-buffer-pipeline-stages", type=count)
+    layout.add_argument("--context-parallel-size", type=count)
+    layout.add_argument("--cp-comm-type", choices=("a2a", "allgather"))
+    layout.add_argument("--micro-batch-size", type=count, help="packs that a rank takes at once (1)")
+    for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
+        layout.add_argument(f"--{flag}", action="store_true", default=None, help="always on in a search")
+    layout.add_argument("--recompute-granularity", choices=("full", "selective"))
+    layout.add_argument("--recompute-method", choices=("uniform", "block"))
+    layout.add_argument("--recompute-num-layers", type=count)
+    layout.add_argument("--recompute-modules", nargs="+", choices=("core_attn", "layernorm", "mlp"))
+
+    # Flags of Megatron that this tool leaves out.
+    parser.set_defaults(**dict.fromkeys(UNEVEN_SPLIT_FLAGS))
+
+    result = parser.add_argument_group("result")
+    result.add_argument("--search", action="store_true", help="rank the layouts of --gpus that fit")
+    result.add_argument("--top", type=count, default=15, help="layouts to show (%(default)s)")
+    result.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def refuse(message: str) -> NoReturn:
+    """In place of argparse's own, which prints the names of all flags first."""
+    raise ConfigError(f"{message}; --help lists all flags")
+
+
+def count(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def share(text: str) -> float:
+    return _number(text, "a share from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def gigabytes(text: str) -> float:
+    return _number(text, "a number of gigabytes from 0 on", lambda value: 0 <= value < math.inf)
+
+
+def _number(text: str, what: str, allowed: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
+
+
+def main() -> None:
+    args = parse_arguments()
+    given = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
+    check_recomputation(given)
+    sizes, workload, gpu = presets.sizes(args.neo_model), workload_of(args), gpu_of(args)
+    efficiency = Efficiency(reserved_bytes=args.reserve * 1e9)
+    if args.search:
+        show_search(args, given, sizes, workload, gpu, efficiency)
+        return
+    vars(args).update(LAYOUT | given)
+    args.seq_length = workload.sequence_length
+    plan = Plan.make(sizes, layout_of(args, sizes, workload), workload, args.training_stage, gpu, efficiency)
+    print(json.dumps(plan.as_json(), indent=2) if args.json else describe(plan))
+
+
+def check_recomputation(given: dict[str, Any]) -> None:
+    """Raises ConfigError where flags of recomputation would do nothing, or contradict each other as in training."""
+    granularity = given.get("recompute_granularity")
+    if granularity == "full" and "recompute_method" not in given:
+        raise ConfigError("--recompute-granularity full needs to know which layers: add --recompute-method uniform")
+    for name, wanted in {"modules": "selective", "method": "full", "num_layers": "full"}.items():
+        if f"recompute_{name}" in given and granularity != wanted:
+            flag = f"--recompute-{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is for --recompute-granularity {wanted}: add that, or leave {flag} out")
+
+
+def show_search(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    sizes: NeoSizes,
+    workload: Workload,
+    gpu: Gpu,
+    efficiency: Efficiency,
+) -> None:
+    if "recompute_modules" in given:
+        given["recompute_modules"] = tuple(given["recompute_modules"])
+    progress = Progress()
+    plans, looked_at = search(
+        *(sizes, args.gpus, workload, args.training_stage, gpu, args.global_batch_size, args.precision, efficiency),
+        given=given,
+        progress=progress,
+    )
+    progress.end()
+    if args.json:
+        print(json.dumps([plan.as_json() for plan in distinct(plans)[: args.top]], indent=2))
+        return
+    print(describe_search(plans, looked_at, args.top))
+    print(f"\nthe first one:\n\n{shlex.join(flags(plans[0].layout))}\n\n{describe(plans[0])}")
+
+
+class Progress:
+    """Says on stderr how far a search is: on a terminal in one line, else in a line now and then."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._next = time.monotonic() + (0.5 if self._terminal else 10)
+        self._shown = False
+
+    def __call__(self, looked_at: int, fit: int) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + (0.5 if self._terminal else 10)
+        self._shown = True
+        text = f"searching: {looked_at:,} layouts looked at, {fit:,} fit"
+        print(f"\r{text}" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._terminal and self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    if args.packs:
+        # Reading packs takes torch, which nothing else here does.
+        from neo_megatron.data.packs.index import PackIndex
+        from neo_megatron.planning.packs import measure_packs
+
+        index = PackIndex.open(args.packs)
+        if args.seq_length not in (None, index.sequence_length):
+            raise ConfigError(
+                f"--packs {args.packs} holds packs of {index.sequence_length} tokens, --seq-length is "
+                f"{args.seq_length}: leave it out, or pack again"
+            )
+        return measure_packs(index)
+    return Workload.of_alike_documents(
+        args.seq_length or 16384, args.document_length, args.picture_share, args.trained_share
+    )
+
+
+def gpu_of(args: argparse.Namespace) -> Gpu:
+    gpu = GPUS[args.gpu]
+    return gpu if args.gpu_memory is None else gpu.with_memory(args.gpu_memory * 1e9)
+
+
+def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> Layout:
+    """The layout of the flags, cut into pipeline stages as `pretrain_neo` cuts it."""
+    args.world_size, args.num_layers = args.gpus, sizes.num_layers
+    args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
+    layout = Layout.from_arguments(args, args.precision)
+    if refusal := layout.refusal(sizes, workload.sequence_length):
+        raise ConfigError(refusal)
+    return layout

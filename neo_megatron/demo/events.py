@@ -1,0 +1,70 @@
+"""What happens on the page, without Gradio: what comes in, what is shown, and what is remembered of each visitor."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from neo_megatron.demo.talk import Answer, Talk
+from neo_megatron.errors import RejectedSample
+
+# An answer is drawn so often at most, in seconds: a small model says a hundred words in that time.
+REDRAW_SECONDS = 0.1
+
+Shown = dict[str, Any]
+"""What picture.js or answer.js draws; {} is nothing."""
+
+
+class Events:
+    """The page's handlers; ``answer`` is the visitor's last one, ``path`` where the uploaded picture lies.
+
+    Args:
+        longest_answer: in tokens.
+    """
+
+    def __init__(self, talk: Talk, longest_answer: int) -> None:
+        self._talk = talk
+        self._longest_answer = longest_answer
+
+    def look(self, uploaded: str, answer: Answer | None) -> tuple[Shown, str | None, Shown, None]:
+        """A new picture -> picture, path, words, answer."""
+        if answer is not None:
+            answer.stopped = answer.outdated = True
+        try:
+            return self._talk.picture(uploaded), uploaded, {}, None
+        except RejectedSample as rejected:
+            return {"refused": _sentence(rejected)}, None, {}, None
+
+    def ask(self, question: str, path: str | None, layer: int) -> Iterator[tuple[Shown, Answer | None]]:
+        """A question -> words, answer, again and again as it grows."""
+        if not question.strip():
+            yield {"note": "Type a question first."}, None
+            return
+        drawn = 0.0
+        try:
+            for answer in self._talk.answers(question, path, layer - 1, self._longest_answer):
+                if answer.outdated:  # its heat map would lie over another picture
+                    yield {}, None
+                    return
+                if not answer.running or time.monotonic() - drawn > REDRAW_SECONDS:
+                    yield answer.view(), answer
+                    drawn = time.monotonic()
+        except RejectedSample as rejected:
+            yield {"note": _sentence(rejected)}, None
+        except Exception as error:
+            yield {"note": f"The model failed: {error}"}, None  # or the page would wait for it
+            raise
+
+    def show_layer(self, layer: int, answer: Answer | None) -> Shown:
+        """Another layer -> words, also while the answer grows."""
+        if answer is None:
+            return {}
+        answer.layer = layer - 1
+        return answer.view()
+
+    def stop(self, answer: Answer | None) -> None:
+        if answer is not None:
+            answer.stopped = True
+
+
+def _sentence(rejected: RejectedSample) -> str:
+    return f"{rejected.sentence[:1].upper()}{rejected.sentence[1:]}."
