@@ -11,8 +11,8 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 class NeoModelArguments:
     """The model."""
 
-    neo_model: str = "tiny"
-    """Sizes: neo-2b, neo-9b, tiny, or a directory with the config.json of a NEO checkpoint in Hugging Face form.
+    neo_model: str = ""
+    """Required. Sizes: neo-2b, neo-9b, tiny, or a directory with the config.json of a NEO checkpoint in Hugging Face form.
     Megatron's size flags (--hidden-size, --num-layers, ...) change single ones."""
 
     pre_buffer_num_layers: int = 0

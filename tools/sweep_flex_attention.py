@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from neo_megatron import presets
 from neo_megatron.benchmarks.gpu_attention import AttentionInputs
-from neo_megatron.benchmarks.gpu_kernels import kernel_seconds
 from neo_megatron.benchmarks.gpu_packs import draw_packs
+from neo_megatron.benchmarks.gpu_timing import kernel_seconds
 from neo_megatron.benchmarks.gpu_window import SEED
 from neo_megatron.model import compiled
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs

@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.data.dataset import PackDataset, collate
-from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.mask import AttentionRule
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def train_qwen3(scratch: Path, packs: dict[str, Path]) -> Path:
     """A Qwen3 of the sizes of the quickstart's post-LLM, trained for some steps on texts; in Hugging Face form."""
     if (scratch / "qwen3").exists():
         return scratch / "qwen3"
-    sizes = NeoSizes.from_hf_directory(scratch / "data" / "model")
+    sizes = read_sizes(scratch / "data" / "model")
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(

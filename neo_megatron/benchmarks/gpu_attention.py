@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from neo_megatron.benchmarks.gpu_kernels import CAUSAL, PACKED, Report, device_and_dtype, kernel_seconds
 from neo_megatron.benchmarks.gpu_packs import draw_packs
+from neo_megatron.benchmarks.gpu_timing import CAUSAL, PACKED, Report, device_and_dtype, kernel_seconds
 from neo_megatron.benchmarks.gpu_window import SEED
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.block_mask import computed_pairs

@@ -1,19 +1,11 @@
 """What the machine's own kernels reach, and our attention beside them."""
 
-import time
-from collections.abc import Callable, Sequence
-from statistics import median
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from neo_megatron.benchmarks.gpu_window import synchronise
+from neo_megatron.benchmarks.gpu_timing import Report, device_and_dtype, kernel_seconds
 from neo_megatron.model.config import NeoSizes
-
-Report = Callable[[dict[str, Any]], None]
-
-WARM_UP, REPEATS = 3, 10
-PACKED, CAUSAL = "packed, with pictures", "one causal document"
 
 
 def prepare() -> None:
@@ -49,28 +41,3 @@ def measure_ceilings(report: Report, side: int) -> None:
         capability = f"sm_{properties.major}{properties.minor}"
         figures |= {"name": properties.name, "capability": capability, "memory": properties.total_memory}
     report(figures)
-
-
-def kernel_seconds(work: Callable[[], object]) -> float:
-    """Median seconds of a call on the GPU, by events; on a CPU by the clock."""
-    for _ in range(WARM_UP):
-        work()
-    synchronise()
-    times = []
-    for _ in range(REPEATS):
-        if torch.cuda.is_available():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            began = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - began)
-    return median(times)
-
-
-def device_and_dtype() -> tuple[str, torch.dtype]:
-    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from neo_megatron.benchmarks.gpu_kernels import CAUSAL, PACKED
 from neo_megatron.benchmarks.gpu_steps import FP8, ON_GPU, OURS, PLAIN, runs
+from neo_megatron.benchmarks.gpu_timing import CAUSAL, PACKED
 from neo_megatron.planning.hardware import GPUS
 
 NOT_RUN = "not run: no GPU"

@@ -12,7 +12,7 @@ from neo_megatron.benchmarks.table import Row
 from neo_megatron.benchmarks.train import STEPS, WARM_UP, answer, worker
 from neo_megatron.benchmarks.train_inputs import LENGTH, write_inputs
 from neo_megatron.benchmarks.train_step import Step
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.planning.flops import model_flops
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.state import rank_state
@@ -49,7 +49,7 @@ def _rows(what: str, inputs: Path, vocabulary: int, first: Sequence[Step], every
         return lambda steps: 1000 * median(step.parts[name] for step in steps)
 
     counted = [_operations(inputs, vocabulary, stage) for stage in (1, 2)]
-    sizes = NeoSizes.from_hf_directory(inputs / f"hf-{vocabulary}")
+    sizes = read_sizes(inputs / f"hf-{vocabulary}")
     states = [rank_state(sizes, Layout(precision="fp32"), stage, pipeline_rank=0) for stage in (1, 2)]
     state = [(held.gradients + held.optimizer) / 1e6 for held in states]
     return [
@@ -71,5 +71,5 @@ def _operations(inputs: Path, vocabulary: int, stage: int) -> float:
         picture_share=len(pack["pixel_values"]) / 4 / LENGTH,
         trained_share=(pack["labels"] >= 0).sum().item() / LENGTH,
     )
-    sizes = NeoSizes.from_hf_directory(inputs / f"hf-{vocabulary}")
+    sizes = read_sizes(inputs / f"hf-{vocabulary}")
     return model_flops(sizes, stage, workload).total(sizes).training * LENGTH / 1e9

@@ -3,10 +3,8 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from neo_megatron.checked_files import read_json
 from neo_megatron.errors import ConfigError
 
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
@@ -135,10 +133,6 @@ class NeoSizes:
         if asked:
             raise ConfigError(f"llm_config sets {asked}: NEO's decoder is a plain Qwen3")
         return cls(**sizes)
-
-    @classmethod
-    def from_hf_directory(cls, directory: str | Path) -> "NeoSizes":
-        return cls.from_hf(read_json(Path(directory) / "config.json"))
 
     def to_hf(self) -> dict[str, Any]:
         """The published `config.json`, all values plain scalars."""

@@ -32,7 +32,7 @@ class Workload:
     ) -> "Workload":
         """A pack of documents of one length, each with one picture that takes a share of it.
 
-        The defaults stand for photographs, pages and some text: in the mix of `neo_megatron/benchmarks/lengths.py` a query may
+        The defaults stand for photographs, pages and some text: in the mix of `benchmarks/lengths.py` a query may
         see as many keys, and pictures take as many tokens.
         """
         length = min(document_length, sequence_length)

@@ -13,7 +13,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import has_nvrx_checkpointing_async_support
 
 from neo_megatron import presets
-from neo_megatron.arguments import NeoModelArguments, NeoTrainingArguments, add_neo_arguments
+from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
@@ -37,12 +37,15 @@ def parse_arguments() -> Namespace:
     """Megatron's and NEO's arguments; presets are defaults, so that a flag on the command line always wins."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
     early.error = _refuse_flags
-    early.add_argument("--neo-model", default=NeoModelArguments.neo_model)
+    early.add_argument("--neo-model")
     early.add_argument("--training-stage", type=int, default=NeoTrainingArguments.training_stage)
     early.add_argument("--lr-warmup-iters")
     early.add_argument("--lr-warmup-samples")
     chosen, _ = early.parse_known_args()
-    preset = presets.sizes(chosen.neo_model)
+    asks_for_help = bool({"-h", "--help"} & set(sys.argv[1:]))
+    if not (chosen.neo_model or asks_for_help):
+        raise ConfigError(f"--neo-model is missing: give {', '.join(presets.SIZES)}, or a directory or hub id of a NEO")
+    preset = presets.sizes(chosen.neo_model or "tiny")
 
     stage = presets.STAGES.get(chosen.training_stage, {})
     given: dict[str, Any] = {}
@@ -53,7 +56,7 @@ def parse_arguments() -> Namespace:
         parser.set_defaults(**run_defaults(preset), **{**stage, "min_lr": None})  # a share of --lr, see `fill_min_lr`
         if chosen.lr_warmup_iters or chosen.lr_warmup_samples:
             parser.set_defaults(lr_warmup_fraction=None)  # Megatron takes one of the three
-        if {"-h", "--help"} & set(sys.argv[1:]):
+        if asks_for_help:
             prepare_help(parser)
         parsed = parser.parse_args()  # Megatron, which parses again, begins to act on some flags at once
         given.update(given_flags(parser, parsed, sys.argv[1:]))

@@ -9,6 +9,7 @@ from argparse import Namespace
 
 import torch
 
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
@@ -18,14 +19,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.enums import AttnBackend
 
 from neo_megatron.checkpoint.names import tensor_table
-from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 
 
 def main() -> None:
     hf_directory, release, out = sys.argv[1:]
-    sizes = NeoSizes.from_hf_directory(hf_directory)
+    sizes = read_sizes(hf_directory)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)

@@ -17,6 +17,7 @@ from neo_megatron.checkpoint import to_hf
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory
 from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
@@ -59,7 +60,7 @@ def test_the_same_bytes_come_back(variant, tokenizer, tmp_path, change, tied):
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert NeoSizes.from_hf(config) == NeoSizes.from_hf_directory(source)
+    assert NeoSizes.from_hf(config) == read_sizes(source)
     assert config["dtype"] == str(actual[LAST_NORM].dtype).removeprefix("torch.")
 
 
@@ -252,7 +253,7 @@ def test_broken_input_is_named(golden, tmp_path):
 
 def test_common_state_is_what_megatron_compares(megatron, golden):
     """`megatron.training` reads these attributes of ``args`` when it loads."""
-    sizes = NeoSizes.from_hf_directory(golden / "ckpt_untied")
+    sizes = read_sizes(golden / "ckpt_untied")
     state = TorchDistDirectory(megatron).common_state()
     args = state["args"]
     assert isinstance(args, Namespace) and NeoSizes(**args.neo_sizes) == sizes

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
 from neo_megatron.checkpoint.names import hf_shapes
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.checkpoint.neo_directory import read_sizes
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 STEM = "vision_model.embeddings."
@@ -73,7 +73,7 @@ def drop_head(tensors):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_missing_head_is_the_embedding(variant, tmp_path, tied):
     neo = initialised(variant(drop_head, "qwen3_untied", tie_word_embeddings=tied), tmp_path / "neo")
-    assert NeoSizes.from_hf_directory(tmp_path / "neo").tie_word_embeddings == tied
+    assert read_sizes(tmp_path / "neo").tie_word_embeddings == tied
     assert (HEAD in neo) == (not tied)
     if not tied:
         assert torch.equal(neo[HEAD], neo[EMBEDDING])
@@ -88,13 +88,13 @@ def test_the_vocabulary_is_cut_or_gets_zero_rows(qwen3, tmp_path, rows):
         assert len(neo[name]) == rows
         assert torch.equal(neo[name][:1024], before[:rows])
         assert not neo[name][1024:].any()
-    assert NeoSizes.from_hf_directory(tmp_path / "neo").vocab_size == rows
+    assert read_sizes(tmp_path / "neo").vocab_size == rows
 
 
 def test_the_tokenizer_comes_along(qwen3, variant, tokenizer, tmp_path):
     """909 tokens with NEO's: 1024 rows stay; 905 rows grow to a number that tensor parallelism divides."""
     initialised(qwen3, tmp_path / "neo", tokenizer=tokenizer)
-    sizes = NeoSizes.from_hf_directory(tmp_path / "neo")
+    sizes = read_sizes(tmp_path / "neo")
     assert (sizes.vocab_size, sizes.image_context_token_id, sizes.image_start_token_id) == (1024, 896, 897)
     added = json.loads((tmp_path / "neo" / "tokenizer.json").read_text())["added_tokens"]
     assert ("<IMG_CONTEXT>", 896) in [(token["content"], token["id"]) for token in added]
@@ -117,7 +117,7 @@ def test_the_stored_type_stays(variant, tmp_path):
     neo = initialised(variant(to_bfloat16, "qwen3_untied"), tmp_path / "neo")
     assert {tensor.dtype for tensor in neo.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "neo" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {name: tuple(t.shape) for name, t in neo.items()} == hf_shapes(NeoSizes.from_hf_directory(tmp_path / "neo"))
+    assert {name: tuple(t.shape) for name, t in neo.items()} == hf_shapes(read_sizes(tmp_path / "neo"))
 
 
 def test_without_a_tokenizer_it_says_which_ids_it_takes(qwen3, tmp_path):

@@ -6,12 +6,13 @@ from safetensors.torch import load_file
 from torch.nn.functional import conv2d, linear
 
 from neo_megatron.checkpoint.names import check_shapes, hf_shapes, tensor_table
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.model.config import NeoSizes
 
 
 @pytest.fixture(scope="module")
 def sizes(golden) -> NeoSizes:
-    return NeoSizes.from_hf_directory(golden / "ckpt_untied")
+    return read_sizes(golden / "ckpt_untied")
 
 
 def row_of(sizes, key):

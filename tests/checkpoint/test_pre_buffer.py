@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.checkpoint.pre_buffer import PICTURE_ROWS, extract_pre_buffer, open_pre_buffer
 from neo_megatron.checkpoint.reader import open_either
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES
-from neo_megatron.model.config import NeoSizes
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 FRONT = ("vision_model.", "language_model.model.layers.0.", "language_model.model.layers.1.")
@@ -36,7 +36,7 @@ def test_the_front_end_and_nothing_else_comes_out(golden, extracted):
     assert torch.equal(front[PICTURE_ROWS], neo[EMBEDDING][[897, 898]])  # <img> and </img>
     config = json.loads((extracted / "config.json").read_text())
     assert config["model_type"] == "neo_pre_buffer"
-    whole = NeoSizes.from_hf_directory(golden / "ckpt_untied")
+    whole = read_sizes(golden / "ckpt_untied")
     assert open_pre_buffer(extracted).sizes == whole.replace(post_llm_layers=0)
 
 
@@ -107,7 +107,7 @@ def test_in_front_of_another_qwen3(golden, extracted, tokenizer, tmp_path):
             expected[[897, 898]] = trained[name][[897, 898]]
         assert torch.equal(tensor, expected), name
     assert not torch.equal(neo[EMBEDDING][897], plain[EMBEDDING][897])
-    sizes, trained_sizes = (NeoSizes.from_hf_directory(path) for path in (tmp_path / "neo", golden / "ckpt_untied"))
+    sizes, trained_sizes = (read_sizes(path) for path in (tmp_path / "neo", golden / "ckpt_untied"))
     assert (sizes.min_pixels, sizes.max_pixels) == (trained_sizes.min_pixels, trained_sizes.max_pixels) == (4096, 65536)
 
 

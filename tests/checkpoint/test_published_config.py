@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import LM_HEAD, hf_shapes
-from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.checkpoint.neo_directory import open_neo, read_sizes
 from neo_megatron.checkpoint.published_config import complete_config
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.model.config import NeoSizes
@@ -34,7 +34,7 @@ def checkpoint(golden, tmp_path):
 
 @pytest.fixture
 def expected(golden) -> NeoSizes:
-    return NeoSizes.from_hf_directory(golden / "ckpt_untied")
+    return read_sizes(golden / "ckpt_untied")
 
 
 def wrap_numbers(config):

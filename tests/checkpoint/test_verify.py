@@ -9,8 +9,8 @@ from conftest import run_python
 
 from neo_megatron import command_line
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.cli import verify_checkpoint
-from neo_megatron.model.config import NeoSizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")
 
@@ -110,7 +110,7 @@ def test_the_pack_has_what_can_go_wrong(golden):
     """Documents with none, one and two pictures, each wider or higher than the other, and padding behind them."""
     from neo_megatron.parity.pack import made_pack
 
-    sizes = NeoSizes.from_hf_directory(golden / "ckpt_untied")
+    sizes = read_sizes(golden / "ckpt_untied")
     pack = made_pack(sizes)
     rows = pack.for_transformers()
     assert rows["grid_hw"].tolist() == [[4, 6], [8, 2], [2, 4]]

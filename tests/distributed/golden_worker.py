@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
@@ -100,7 +101,7 @@ def build(layout: str, sizes: NeoSizes) -> NeoModel:
 
 
 def run(layout: str, checkpoint: Path, out: Path) -> None:
-    sizes = NeoSizes.from_hf_directory(GOLDEN / "ckpt_untied")
+    sizes = read_sizes(GOLDEN / "ckpt_untied")
     model = build(layout, sizes)
     config = model.config
     wanted = model.sharded_state_dict()

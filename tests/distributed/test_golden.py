@@ -14,10 +14,10 @@ from torch import Tensor
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.chat import load_tokenizer
-from neo_megatron.model.config import NeoSizes
 
 LAYOUTS = {1: ["tp1"], 2: ["tp2", "tp2-sp", "pp2", "tp2-chunked"], 4: ["tp2-pp2"]}
 LAYOUT_NAMES = [name for names in LAYOUTS.values() for name in names]
@@ -108,7 +108,7 @@ def test_logits_and_losses(computed, layout, pack):
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_every_gradient(computed, layout):
     """Read from a distributed checkpoint and brought to published names, as an export would."""
-    sizes = NeoSizes.from_hf_directory(GOLDEN / "ckpt_untied")
+    sizes = read_sizes(GOLDEN / "ckpt_untied")
     saved = TorchDistDirectory(computed / layout / "gradients")
     expected = load_file(GOLDEN / "grads_untied_pack1.safetensors")
     for row in tensor_table(sizes):

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.config import Settings
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.core_attention import attention_pairs, build_mask
 from neo_megatron.model.mask import AttentionRule
 
@@ -137,7 +137,7 @@ def test_stage_1_changes_nothing_but_what_it_trains(room, runs):
     before, after = TorchDistDirectory(room / "golden"), TorchDistDirectory(room / "stage1" / "checkpoints")
     changed = {
         row.megatron
-        for row in tensor_table(NeoSizes.from_hf_directory(GOLDEN / "ckpt_untied"))
+        for row in tensor_table(read_sizes(GOLDEN / "ckpt_untied"))
         if not torch.equal(before.read(row.megatron), after.read(row.megatron))
     }
     native = ["linear_qk_hw", "q_layernorm_h", "q_layernorm_w", "k_layernorm_h", "k_layernorm_w"]

@@ -18,10 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from training_runs import TrainingRun, loss_curves, thinned
 from transformers import AutoTokenizer
 
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.data.chat import NEO_TOKENS, ChatEncoder, load_tokenizer, special_ids
 from neo_megatron.data.prepare.records import check_sample
 from neo_megatron.data.prepare.registry import Source, data_list
-from neo_megatron.model.config import NeoSizes
 
 TEST_PICTURES = Path(easy_vqa.get_test_image_paths()[0]).parent
 
@@ -102,7 +102,7 @@ def test_tokenizer(data):
 
 def test_model_config_fits_the_tokenizer(data):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    sizes = NeoSizes.from_hf_directory(data / "model")
+    sizes = read_sizes(data / "model")
     assert sizes.image_start_token_id == tokenizer.convert_tokens_to_ids("<img>")
     assert sizes.image_context_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     assert (sizes.vocab_size, sizes.min_pixels, sizes.max_pixels) == (512, 16384, 16384)

@@ -9,7 +9,7 @@ from gpu.conftest import to_gpu
 from safetensors.torch import load_file
 
 from neo_megatron.checkpoint.names import tensor_table
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.checkpoint.neo_directory import read_sizes
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model(one_gpu, tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("golden") / "megatron"
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", directory)
-    sizes = NeoSizes.from_hf_directory(GOLDEN / "ckpt_untied")
+    sizes = read_sizes(GOLDEN / "ckpt_untied")
     config = NeoConfig.from_sizes(sizes, transformer_impl="local", gradient_accumulation_fusion=False)
     model = NeoModel(config).cuda()
     wanted = model.sharded_state_dict()

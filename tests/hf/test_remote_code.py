@@ -8,7 +8,7 @@ import pytest
 import transformers
 from conftest import run_python
 
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.checkpoint.neo_directory import read_sizes
 
 
 @pytest.fixture(params=["environment", "5.23", "4.57"])
@@ -29,7 +29,7 @@ def test_loads_and_answers(exported, golden, environment, tmp_path):
     done = run_python(worker, exported, golden, tmp_path / "saved", environment=environment)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "all is well" in done.stdout
-    assert NeoSizes.from_hf_directory(tmp_path / "saved") == NeoSizes.from_hf_directory(exported)
+    assert read_sizes(tmp_path / "saved") == read_sizes(exported)
 
 
 def test_the_directory_is_complete(exported):

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from neo_megatron import presets
+from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.transformer_config import NeoConfig
 
 
 def test_reads_the_published_config(golden):
-    sizes = NeoSizes.from_hf_directory(golden / "ckpt_untied")
+    sizes = read_sizes(golden / "ckpt_untied")
     assert (sizes.hidden_size, sizes.ffn_hidden_size, sizes.head_dim) == (64, 96, 32)
     assert (sizes.num_attention_heads, sizes.num_query_groups) == (4, 2)
     assert (sizes.pre_buffer_layers, sizes.post_llm_layers) == (2, 3)
