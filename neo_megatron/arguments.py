@@ -12,7 +12,7 @@ class NeoModelArguments:
     """The model."""
 
     neo_model: str = ""
-    """Required. Sizes: neo-2b, neo-9b, tiny, or a directory with the config.json of a NEO checkpoint in Hugging Face form.
+    """Required. Sizes: neo-2b, neo-9b, tiny, or a directory with the config.json of a NEO in Hugging Face form.
     Megatron's size flags (--hidden-size, --num-layers, ...) change single ones."""
 
     pre_buffer_num_layers: int = 0

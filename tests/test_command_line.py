@@ -7,18 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from support.paths import GOLDEN, TOOLS
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
 from neo_megatron import command_line
 from neo_megatron.command_line import sentence_of
 from neo_megatron.errors import DataError
-
-TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def caused(error: BaseException, cause: BaseException) -> BaseException:

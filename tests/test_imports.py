@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 # Packages and single modules of neo_megatron, lowest first; those of one row do not import each other.
 LAYERS = [
     ["errors"],

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
-from golden_packs import TOOLS, make_packs
+from support.golden_packs import TOOLS, make_packs
+from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.cli import inspect as inspect_data

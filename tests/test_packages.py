@@ -4,7 +4,7 @@ import re
 
 import pytest
 from packaging.requirements import Requirement
-from setup_py import ROOT, setup_requirements
+from support.setup_py import ROOT, setup_requirements
 
 from neo_megatron.packages import OPTIONAL, install
 

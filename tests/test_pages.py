@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
-from golden_packs import TOOLS, make_packs
+from support.golden_packs import TOOLS, make_packs
+from support.paths import GOLDEN
 
 from neo_megatron.inference.evaluation import Evaluation, Scores
 from neo_megatron.inference.report_page import page as answers_page

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from support.paths import GOLDEN, ROOT
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
@@ -22,8 +22,6 @@ from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
 from neo_megatron.errors import DataError
 from neo_megatron.paths import Kind, Wanted, WrongPath, check_flags, check_path, kind_of
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

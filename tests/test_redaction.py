@@ -4,10 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from support.paths import GOLDEN, TOOLS
 
 from neo_megatron.command_line import sentence_of
 from neo_megatron.errors import DataError, Reason, RejectedSample
@@ -15,7 +14,6 @@ from neo_megatron.paths import Wanted, WrongPath, check_path
 from neo_megatron.redaction import redacted
 from neo_megatron.storage.open import open_directory
 
-TOOLS = Path(__file__).parents[1] / "tools"
 SECRETS = ("hunter2", "SECRET")
 KEY = "AKIA" + "A1" * 8
 TOKEN = "hf_" + "aB3" * 11

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import GOLDEN
-from golden_packs import TOOLS, make_packs
+from support.golden_packs import TOOLS, make_packs
+from support.paths import GOLDEN
 
 from neo_megatron import processes
 from neo_megatron.processes import StoppedWorkers

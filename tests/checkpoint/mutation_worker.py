@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS.parent / "tools"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from mutations import Mutation, mutations
 
 from neo_megatron import command_line
+from neo_megatron.cli import convert as convert_checkpoint
 from neo_megatron.cli import generate, preprocess, verify_checkpoint
 from neo_megatron.paths import Wanted, check_flags
 from neo_megatron.run import resume
@@ -47,7 +47,7 @@ def main() -> None:
 
 def _tools(form: str, file: str, mutated: Path, hf: Path, output: Path) -> list[Tool]:
     def convert(*words: str | Path) -> Tool:
-        return "convert_checkpoint", convert.main, [*map(str, words)]
+        return "convert_checkpoint", convert_checkpoint.main, [*map(str, words)]
 
     if form == "torch_dist":
         return [

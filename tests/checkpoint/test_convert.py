@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
 from safetensors.torch import load_file
+from support.processes import run_python
 from torch.distributed.checkpoint import FileSystemReader
 
 from neo_megatron.checkpoint import to_hf

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from conftest import GOLDEN
+from support.paths import GOLDEN
 
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.neo_directory import open_neo

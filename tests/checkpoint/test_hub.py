@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.hub_server import HubServer
-from conftest import run_python
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from support.paths import TOOLS
+from support.processes import run_python
 
 from neo_megatron import presets
 from neo_megatron.checkpoint import hub
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.errors import ConfigError
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = TOOLS / "convert_checkpoint.py"
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.paths import ROOT
+from support.processes import run_python
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 
 WORKER = Path(__file__).parent / "mutation_worker.py"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import json
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.paths import TOOLS
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
@@ -17,7 +17,7 @@ from neo_megatron.checkpoint.pre_buffer import PICTURE_ROWS, extract_pre_buffer,
 from neo_megatron.checkpoint.reader import open_either
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = TOOLS / "convert_checkpoint.py"
 FRONT = ("vision_model.", "language_model.model.layers.0.", "language_model.model.layers.1.")
 EMBEDDING = "language_model.model.embed_tokens.weight"
 

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from kills import in_child, kill_at_step
+from support.kills import in_child, kill_at_step
 
 from neo_megatron.checkpoint.hf_directory import whole_directory
 from neo_megatron.errors import DataError

@@ -9,13 +9,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from support.paths import GOLDEN, ROOT
 
 from neo_megatron import __version__
 from neo_megatron.cli import main as cli
 from neo_megatron.cli.commands import COMMANDS
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(monkeypatch, *words: str) -> int:

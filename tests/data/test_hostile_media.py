@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import hostile_images
 import numpy as np
 import pytest
-from hostile_images import HOSTILE, measured
 from PIL import Image
+from support import hostile_images
+from support.hostile_images import HOSTILE, measured
 
 from neo_megatron.data import image_limits
 from neo_megatron.data.image import decode, decode_opened, header_size

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
-from golden_packs import make_packs
+from support.golden_packs import make_packs
+from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 

@@ -9,8 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
-from pretrain_jobs import Job, run_jobs
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs

@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from support.paths import GOLDEN, ROOT
 
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.run_directory import RunDirectory
 
 WORKER = Path(__file__).parent / "failing_worker.py"
-ROOT = Path(__file__).parents[2]
 
 
 def flags(room: Path, save: Path | None) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, torchrun
 from safetensors.torch import load_file
+from support.paths import GOLDEN
+from support.processes import torchrun
 from torch import Tensor
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
-from pretrain_jobs import Job, run_jobs
 from safetensors.torch import load_file, save_file
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes, tensor_table

@@ -11,10 +11,10 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from conftest import GOLDEN
 from moto.server import ThreadedMotoServer
-from pretrain_jobs import Job, run_jobs
 from safetensors.torch import load_file, save_file
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table

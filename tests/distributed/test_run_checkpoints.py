@@ -20,8 +20,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import GOLDEN, torchrun
-from pretrain_jobs import Job, run_jobs
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
+from support.processes import torchrun
 
 from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces

@@ -4,11 +4,9 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
 
 # `srun` starts two tasks, passes SIGUSR1 on to them, and kills them on SIGTERM.
 SRUN = """#!/usr/bin/env bash

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_packs import make_packs
+from support.golden_packs import make_packs
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 RECIPES = ("delayed", "tensorwise", "blockwise")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from gpu.conftest import relative_error
-from random_packs import random_packs
+from support.random_packs import random_packs
 from torch import Tensor
 
 from neo_megatron.model.mask import AttentionRule

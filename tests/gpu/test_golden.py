@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
 from gpu.conftest import to_gpu
 from safetensors.torch import load_file
+from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.names import tensor_table
 from neo_megatron.checkpoint.neo_directory import read_sizes

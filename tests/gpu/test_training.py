@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
-from pretrain_jobs import Job, run_jobs
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
 
 STEPS, HALF = 20, 10
 

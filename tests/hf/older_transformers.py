@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.processes import run_python
 
 # They choose their own version, are of one version of transformers only, or of torch more than of transformers.
 NOT_AGAIN = (

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from golden_packs import flattened, load, packed
+from support.golden_packs import flattened, load, packed
 
 from neo_megatron.hf.modeling_neo import NEOChatModel
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from golden_packs import load
+from support.golden_packs import load
 from transformers import (
     LogitsProcessor,
     NoBadWordsLogitsProcessor,

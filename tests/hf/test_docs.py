@@ -2,14 +2,14 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.paths import ROOT
+from support.processes import run_python
 
 pytest.importorskip("accelerate", reason="accelerate is missing, which device_map asks for")
 
-PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+PAGE = ROOT / "docs" / "checkpoints.md"
 
 
 def test_python_of_the_page(exported, golden, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from golden_packs import load, packed
+from support.golden_packs import load, packed
 
 from neo_megatron.hf import attention_neo, vision_neo
 

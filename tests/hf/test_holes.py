@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_packs import flattened, load
+from support.golden_packs import flattened, load
 
 PAD = 870
 IMAGES = ("pixel_values", "grid_hw")

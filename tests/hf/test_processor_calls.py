@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import run_python
 from PIL import Image
+from support.processes import run_python
 from transformers import AutoImageProcessor, AutoProcessor
 
 from neo_megatron.hf.processing_neo import NEOImageProcessor, NEOProcessor

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import run_python
+from support.processes import run_python
 
 from neo_megatron.checkpoint.neo_directory import read_sizes
 

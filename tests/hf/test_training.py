@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from golden_packs import flattened, load
+from support.golden_packs import flattened, load
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 pytest.importorskip("accelerate", reason="accelerate is missing, which the Trainer of transformers asks for")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support.paths import TOOLS
 
 from neo_megatron.cli import evaluate
 from neo_megatron.data.config import Settings
@@ -266,7 +267,7 @@ def test_longest_questions_come_first(asked):
 
 
 def test_errors_are_one_sentence(tmp_path, monkeypatch):
-    tool = Path(__file__).parents[2] / "tools" / "evaluate.py"
+    tool = TOOLS / "evaluate.py"
     monkeypatch.setattr(sys, "argv", [str(tool), "--input", "none.json", "--model", str(tmp_path), "--output", "out"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(tool), run_name="__main__")

@@ -3,14 +3,14 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import TOOLS
 
 from neo_megatron.cli import generate
 from neo_megatron.data.conversation import Turn
 
-TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
+TOOL = TOOLS / "generate.py"
 TOKENS = 6
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import run_python
 from PIL import Image
+from support.processes import run_python
 
 from neo_megatron.data.conversation import Turn
 from neo_megatron.inference.answering import Answerer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_packs import random_packs
+from support.random_packs import random_packs
 from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs

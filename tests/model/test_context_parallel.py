@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun
-from random_packs import random_packs
 from safetensors.torch import load_file, save_file
+from support.processes import torchrun
+from support.random_packs import random_packs
 from torch import Tensor
 
 from neo_megatron.model.context_parallel_cost import WAYS, default_way, saved_bytes, sent_bytes

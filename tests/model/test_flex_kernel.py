@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
-from random_packs import random_packs
+from support.random_packs import random_packs
 from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.errors import ConfigError

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import torchrun
+from support.processes import torchrun
 
 from neo_megatron.model import layer_specs
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from random_packs import random_pack, random_packs
 from safetensors.torch import load_file
+from support.random_packs import random_pack, random_packs
 from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.model import tiled_attention

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.processes import run_python
 
 from neo_megatron.planning.activations import chunk_bytes
 from neo_megatron.planning.communication import rank_traffic

@@ -1,10 +1,10 @@
 """The planner as a user meets it; and its schedule of micro-batches in flight against one worked out by hand."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.paths import TOOLS
+from support.processes import run_python
 
 from neo_megatron.planning.hardware import GPUS, gpu_named
 from neo_megatron.planning.layout import Layout
@@ -14,7 +14,7 @@ from neo_megatron.planning.search import candidates, search
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
 
-TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
+TOOL = TOOLS / "plan.py"
 WORKLOAD = Workload.of_alike_documents(16384)
 
 

@@ -4,10 +4,10 @@ import os
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.paths import ROOT
+from support.processes import run_python
 
 from neo_megatron.planning.hardware import GPUS
 from neo_megatron.planning.report import Plan
@@ -15,7 +15,6 @@ from neo_megatron.planning.search import candidates, distinct, flags, search
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
 
-ROOT = Path(__file__).parents[2]
 TINY = SIZES["tiny"]
 
 

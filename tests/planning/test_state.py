@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_python
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from support.processes import run_python
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.planning.layout import Layout, layout_stages

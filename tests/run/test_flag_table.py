@@ -3,9 +3,9 @@
 import re
 from argparse import Action, ArgumentParser
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from neo_megatron import presets
 from neo_megatron.run import accepted_flags, rejected_model_flags, rejected_run_flags
@@ -17,7 +17,6 @@ from neo_megatron.run.training_arguments import run_defaults
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
 
-ROOT = Path(__file__).parents[2]
 RUN = "--neo-model neo-2b --seq-length 4096 --micro-batch-size 1 --global-batch-size 64 --train-iters 100"
 
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.run.output_lock import NAME, OutputLock, Owner
 from neo_megatron.run.start import check_paths
 
-ROOT = Path(__file__).parents[2]
 # Takes the lock, says so and waits to be ended.
 HOLDER = """
 import sys, time

@@ -5,9 +5,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, run_python
-from golden_packs import make_packs
-from pretrain_jobs import Job, run_jobs
+from support.golden_packs import make_packs
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
+from support.processes import run_python
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.errors import DataError

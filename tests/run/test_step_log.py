@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
-from golden_packs import make_packs
-from pretrain_jobs import Job, run_jobs
+from support.golden_packs import make_packs
+from support.paths import GOLDEN
+from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.data.config import Settings

@@ -3,18 +3,16 @@
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import run_python
+from support.paths import ROOT
+from support.processes import run_python
 
 from neo_megatron.errors import ConfigError
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from setup_py import ROOT, setup_requirements
+from support.setup_py import ROOT, setup_requirements
 
 LOCKS = ROOT / "tools" / "locks"
 PIN = re.compile(r"^(\S+)==(\S+?)(?: ;[^\\]*)? \\$")

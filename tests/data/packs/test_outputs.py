@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from kills import in_child, kill_at_step
+from support.kills import in_child, kill_at_step
 
 from neo_megatron.data.packs.index import FORMAT
 from neo_megatron.data.packs.outputs import NewOutputs

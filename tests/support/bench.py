@@ -20,8 +20,7 @@ from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.shards.reader import ShardSet
-
-TOOLS = Path(__file__).parents[2] / "tools"
+from support.paths import TOOLS
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.paths import TESTS
 
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
 from neo_megatron.data.prepare.record_keys import ignored_keys
@@ -15,7 +16,7 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.tags import split_tags
 from neo_megatron.errors import Reason, RejectedSample
 
-CASES = Path(__file__).parent / "cases"
+CASES = TESTS / "data" / "cases"
 
 
 @pytest.fixture

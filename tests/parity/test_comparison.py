@@ -1,11 +1,11 @@
 """Both forms of a NEO on one pack: equal forms agree, and a difference is found where it is."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
+from support.paths import TOOLS
+from support.processes import run_python
 
 from neo_megatron import command_line
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -14,7 +14,7 @@ from neo_megatron.cli import verify_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The argument order of load:UserWarning")
 
-TOOL = Path(__file__).parents[2] / "tools" / "verify_checkpoint.py"
+TOOL = TOOLS / "verify_checkpoint.py"
 LAYER = "language_model.model.layers.3."
 
 

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.paths import TOOLS
+from support.processes import run_python
 
 from neo_megatron.benchmarks.gpu_profile import busy, kind_of, share_by_kind
 from neo_megatron.benchmarks.gpu_steps import (
@@ -20,7 +21,7 @@ from neo_megatron.benchmarks.gpu_steps import (
     with_more_recomputed,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
+TOOL = TOOLS / "benchmark.py"
 
 
 def test_the_command_without_a_gpu(tmp_path):

@@ -11,7 +11,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 from PIL import Image
 
@@ -315,7 +314,6 @@ def measured(data: bytes, seconds: int = 60) -> tuple[str, float, int]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     import neo_megatron.data.image  # noqa: F401 - before the processes
 
     for name, (make, _) in HOSTILE.items():

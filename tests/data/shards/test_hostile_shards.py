@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_directories import Mutation, Unpickled, mutations, rewrite, some_of
+from support.hostile_directories import Mutation, Unpickled, mutations, rewrite, some_of
 from torch.utils.data import DataLoader
 
 from neo_megatron.command_line import sentence_of

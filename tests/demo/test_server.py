@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from demo_server import Server, Visitor, served
+from support.demo_server import Server, Visitor, served
 
 LIMIT_MB = 1
 

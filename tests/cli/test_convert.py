@@ -4,13 +4,13 @@ import json
 import resource
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.paths import TOOLS
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = TOOLS / "convert_checkpoint.py"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
+from support.processes import run_python
 
 from neo_megatron.model import qkv_prepare
 from neo_megatron.model.native_rope import NativeRotary

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import requests
 import torch
-from demo_server import served
 from PIL import Image
+from support.demo_server import served
 
 from neo_megatron.demo.talk import Talk
 from neo_megatron.demo.words import words_of

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from support.paths import ROOT
 
 from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.errors import DataError
@@ -183,7 +184,7 @@ def test_another_process_gets_names_and_no_maps(shards, samples_of):
 
 def test_the_reader_of_the_format_page_works(shards, monkeypatch):
     """``docs/shard_format.md`` ends with a reader; it reads what ours reads."""
-    page = (Path(__file__).parents[2] / "docs" / "shard_format.md").read_text()
+    page = (ROOT / "docs" / "shard_format.md").read_text()
     code = page.split("```python\n")[1].split("```")[0].replace("[7]", "[2]")
     monkeypatch.chdir(Path(shards.location))
     names: dict = {}

@@ -1,10 +1,8 @@
 """What setup.py asks for, read by setuptools."""
 
-from pathlib import Path
-
 from distutils.core import run_setup  # setuptools provides it
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
 
 
 def setup_requirements() -> tuple[list[str], dict[str, list[str]]]:

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import GOLDEN, run_python
 from safetensors.torch import load_file
 from torch import Tensor
 
-TOOLS = Path(__file__).parents[1] / "tools"
+from support.paths import GOLDEN, TOOLS
+from support.processes import run_python
 
 
 def make_packs(room: Path, repeats: int, seq_length: int) -> Path:

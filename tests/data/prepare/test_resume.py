@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile_directories import changed_values
-from kills import in_child, kill_at_step
+from support.hostile_directories import changed_values
+from support.kills import in_child, kill_at_step
+from support.paths import TOOLS
 
 from neo_megatron import atomic_files
 from neo_megatron.data.chat import load_tokenizer
@@ -25,7 +26,7 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import PLAN, Run
 from neo_megatron.errors import DataError
 
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+TOOL = TOOLS / "preprocess_data.py"
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

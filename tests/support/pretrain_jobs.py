@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import torchrun
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-WORKER = Path(__file__).parent / "distributed" / "pretrain_worker.py"
+from support.paths import TESTS
+from support.processes import torchrun
+
+WORKER = TESTS / "distributed" / "pretrain_worker.py"
 
 # Where one rank waits for another that has failed otherwise, the test fails soon.
 PATIENCE = ("--distributed-timeout-minutes", "2")

@@ -1,0 +1,8 @@
+"""Where things are in this repository."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+TOOLS = ROOT / "tools"
+GOLDEN = TESTS / "golden"
