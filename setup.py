@@ -1,6 +1,23 @@
 """Installation: `pip install .` brings all that the CPU path needs; extras add the rest."""
 
+import ast
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+URL = "https://github.com/neo-megatron/neo_megatron"
+
+
+def version() -> str:
+    """Reads `__version__` from the package without importing it, because torch may not be installed yet."""
+    tree = ast.parse((ROOT / "neo_megatron" / "__init__.py").read_text())
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    )
+
 
 # Upper bounds are what was tested (docs/compatibility.md); a release that came later may break a promise silently.
 VIDEO = ["av>=19,<20"]  # earlier ones crash on some files
@@ -19,12 +36,34 @@ BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", 
 
 setup(
     name="neo-megatron",
-    version="0.1.0",
+    version=version(),
     description="3D-parallel pretraining of NEO native vision-language models on Megatron-Core",
-    license="Apache-2.0",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The neo_megatron authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    url=URL,
+    project_urls={
+        "Documentation": f"{URL}/tree/main/docs",
+        "Changelog": f"{URL}/blob/main/CHANGELOG.md",
+        "Issues": f"{URL}/issues",
+    },
+    keywords=["vision-language model", "multimodal", "pretraining", "Megatron", "parallelism", "NEO", "Qwen3"],
+    # No license classifier: PEP 639 replaces it by the license expression, and setuptools rejects both together.
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["neo_megatron", "neo_megatron.*"]),
@@ -35,7 +74,7 @@ setup(
         "neo_megatron.inference": ["*.html"],
         "neo_megatron.demo": ["*.js", "*.css"],
     },
-    # cpu_platform.py patches functions of exactly these two; it refuses to run on others.
+    # megatron_compat patches functions of exactly these two; it refuses to run on others.
     install_requires=[
         "torch==2.11.*",
         "megatron-core==0.19.2",
@@ -71,7 +110,9 @@ setup(
                 "moto[server]>=5.1",
                 "dashscope==2.0.2",
             ),
-            *("ruff>=0.12", "easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
+            # tests/lint.sh
+            *("ruff>=0.17,<0.18", "codespell>=2.4,<3", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7"),
+            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
         ],
     },
     entry_points={
