@@ -102,6 +102,7 @@ def _check_tokenizer(parts: dict[str, Any]) -> None:
     added = parts.get("added_tokens", [])
     _require(isinstance(added, list), "its added_tokens are not a list")
     for token in added:
+        _require(isinstance(token, dict), f"an added token is {_short(token)}, not an object")
         _check_token(token)
         _require(_is_id(token.get("id")), f"an added token has the id {_short(token.get('id'))}")
     _check_parts(parts)

@@ -37,7 +37,7 @@ def check_generation_config(directory: str | Path, vocab_size: int) -> None:
         if value is None or (key in usual and type(value) is type(usual[key]) and value == usual[key]):
             continue
         if key in _IDS:
-            ids = value if isinstance(value, list) else [value]
+            ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
             good = len(ids) <= 64 and all(type(number) is int and 0 <= number < vocab_size for number in ids)
         elif key in _RANGES:
             smallest, largest = _RANGES[key]

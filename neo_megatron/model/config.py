@@ -1,7 +1,6 @@
 """The sizes of a NEO: one description for flags, modules, converters and tests; to and from the HF `config.json`."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ LOGIT_BYTES = 1 << 30
 MAX_LAYERS = 10_000
 MAX_PIXELS = 1 << 27  # of a resized image: as many as are decoded
 _LARGEST_COUNT = (1 << 31) - 1
+_LARGEST_BASE = 1e18  # of a rotation
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,9 @@ def _check_field(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {value!r}: it must be true or false")
         return
     if name.startswith("rope_theta") or name == "norm_epsilon":
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ConfigError(f"{name} is {value!r}: it must be a positive number")
+        limit = 1 if name == "norm_epsilon" else _LARGEST_BASE
+        if type(value) not in (int, float) or not 0 < value < limit:
+            raise ConfigError(f"{name} is {value!r}: it must be a positive number below {limit:g}")
         return
     smallest = 0 if name.endswith(("_layers", "_token_id")) else 1
     largest = MAX_PIXELS if name.endswith("_pixels") else _LARGEST_COUNT

@@ -198,6 +198,7 @@ _PARTS: dict[str, tuple[tuple[str, ...], Any]] = {
     "an added token of four billion": (("added_tokens", 0, "id"), 2**32 - 1),
     "a negative added token": (("added_tokens", 0, "id"), -1),
     "an added token without text": (("added_tokens", 0, "content"), ""),
+    "an added token that is a string": (("added_tokens", 0), "x"),
     "padding to a trillion": (
         ("padding",),
         {
