@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.markers import add_markers
 from support.paths import GOLDEN
 
 pytest_plugins = ["support.bench"]
@@ -51,3 +52,4 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    add_markers(items)

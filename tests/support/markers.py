@@ -1,11 +1,10 @@
 """Markers that follow from a test's place, so that no test file has to repeat them."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
 
 # Beginnings of paths below the repository. Slow tests start training jobs, servers, browsers or other environments.
 PLACES = {
@@ -31,3 +30,5 @@ def add_markers(items: Iterable[pytest.Item]) -> None:
         for marker, beginnings in PLACES.items():
             if path.startswith(beginnings):
                 item.add_marker(marker)
+        if item.get_closest_marker("thorough"):
+            item.add_marker("slow")
