@@ -41,7 +41,7 @@ def test_version(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("preproces", "did you mean preprocess"), ("train", "did you mean pretrain"), ("x", "give one")],
+    [("preprocess-data", "did you mean preprocess"), ("train", "did you mean pretrain"), ("x", "give one")],
 )
 def test_an_unknown_command_is_a_sentence(monkeypatch, capsys, name, remedy):
     assert run(monkeypatch, name) == 2
