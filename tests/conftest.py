@@ -9,7 +9,7 @@ import pytest
 from support.markers import add_markers
 from support.paths import GOLDEN
 
-pytest_plugins = ["support.bench"]
+pytest_plugins = ["support.bench", "support.checkpoints"]
 
 
 @pytest.fixture(scope="session")

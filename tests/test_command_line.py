@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from neo_megatron import command_line
 from neo_megatron.command_line import sentence_of
-from neo_megatron.errors import DataError
+from neo_megatron.errors import CheckpointError, ConfigError, DataError
 
 
 def caused(error: BaseException, cause: BaseException) -> BaseException:
@@ -40,7 +40,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/out/file")
         (PermissionError(errno.EACCES, "Permission denied", "/out"), "/out: Permission denied"),
         (ModuleNotFoundError("No module named 'av.video'", name="av.video"), "the package av is not installed in"),
         (ModuleNotFoundError("--engine x needs y: install it"), "--engine x needs y: install it"),
-        (ValueError("expected by this tool"), "expected by this tool"),
+        (ConfigError("two ranks: give one"), "two ranks: give one"),
+        (CheckpointError("neo: no tensors: copy it again"), "neo: no tensors: copy it again"),
+        (ValueError("a bug"), None),
         (TypeError("a bug"), None),
         (ModuleNotFoundError("No module named 'neo_megatron.x'", name="neo_megatron.x"), None),
     ],

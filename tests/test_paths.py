@@ -98,9 +98,9 @@ def test_every_kind_where_each_is_wanted(room, wanted):
 
 SENTENCES = {
     ("PACKS", "SHARDS"): "holds shards, not packs: run neo-megatron pack first",
-    ("PACKS", "UNFINISHED_SHARDS"): "run the same preprocess_data.py command again",
-    ("PACKS", "UNFINISHED_PACKS"): "run the same pack_data.py command again",
-    ("PACKS", "ANNOTATIONS"): "is an annotation file, not packs: run neo-megatron preprocess and tools/pack_data.py",
+    ("PACKS", "UNFINISHED_SHARDS"): "run the same neo-megatron preprocess command again",
+    ("PACKS", "UNFINISHED_PACKS"): "run the same neo-megatron pack command again",
+    ("PACKS", "ANNOTATIONS"): "is an annotation file, not packs: run neo-megatron preprocess and neo-megatron pack",
     ("PACKS", "MISSING"): "does not exist: give a directory that neo-megatron pack has written",
     ("SHARDS", "PACKS"): "holds packs, not shards: give the shards that they were packed from",
     ("SHARDS", "NO_MANIFEST"): "holds a data set without its manifest.json, not shards: copy it again in full",
@@ -112,7 +112,7 @@ SENTENCES = {
     ("RUN", "NEO"): "hf-to-megatron) and give it as --pretrained-checkpoint",
     ("QWEN3", "NEO"): "it has a pre-buffer already",
     ("SIZES", "MEGATRON"): "give the Hugging Face checkpoint that it was converted from",
-    ("TOKENIZER", "MEGATRON"): "give the --tokenizer that preprocess_data.py was given",
+    ("TOKENIZER", "MEGATRON"): "give the --tokenizer that neo-megatron preprocess was given",
     ("ANNOTATIONS", "YAML"): "give a registry with --registry and --datasets",
     ("REGISTRY", "ANNOTATIONS"): "give an annotation file with --input",
     ("IMAGE_ROOT", "FILE"): "is a file, not a directory",

@@ -23,9 +23,9 @@ _PACK = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from neo_megatron.data.pack_index import open_table
-from neo_megatron.data.pack_writer import reported_imbalance, write_table
-from neo_megatron.data.units import Units
+from neo_megatron.data.packs.index import open_table
+from neo_megatron.data.packs.writer import reported_imbalance, write_table
+from neo_megatron.data.packs.units import Units
 def memory(kind):
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) * 1024
 before = memory("VmRSS")

@@ -227,7 +227,9 @@ def install() -> None:
 def require() -> None:
     """Raises RuntimeError, with the remedy, where Megatron would run on a CPU without `install`."""
     if on_cpu() and not install.cache_info().currsize:
-        raise RuntimeError("no GPU: call neo_megatron.cpu_platform.install() before importing megatron.core")
+        raise RuntimeError(
+            "no GPU: call neo_megatron.megatron_compat.cpu_platform.install() before importing megatron.core"
+        )
 
 
 @cache

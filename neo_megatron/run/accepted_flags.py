@@ -116,7 +116,7 @@ WORKS = (
         """,
     ),
     _works(
-        "tests/model/test_parallel_layout.py",
+        "tests/validation/test_parallelism.py",
         """
         --account-for-loss-in-pipeline-split --first-last-layers-bf16 --num-layers-at-end-in-bf16
         --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout

@@ -1,4 +1,4 @@
-"""What `convert_checkpoint.py info` says, and that its hash is of the weights alone."""
+"""What `neo-megatron convert info` says, and that its hash is of the weights alone."""
 
 import hashlib
 import runpy

@@ -25,7 +25,7 @@ FILES = 1060
 # Decodes every file in a process of its own, and reports what it did besides.
 PROBE = """
 import json, sys
-from neo_megatron.data.errors import RejectedSample
+from neo_megatron.errors import RejectedSample
 from neo_megatron.data.image import decode, grid_of_size, header_size, patches_from_image, read_picture
 done, watched = [], False
 

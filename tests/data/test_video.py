@@ -361,5 +361,5 @@ def test_without_pyav_the_tool_stops_and_says_what_to_install(tmp_path, monkeypa
 
 
 def test_pyav_is_not_loaded_for_pictures():
-    code = "import sys, neo_megatron.data.media; sys.exit('av' in sys.modules)"
+    code = "import sys, neo_megatron.data.prepare.media; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

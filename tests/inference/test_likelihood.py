@@ -5,6 +5,7 @@ import torch
 
 from neo_megatron.data.chat import ChatEncoder, special_ids
 from neo_megatron.data.conversation import Turn
+from neo_megatron.errors import DataError
 from neo_megatron.inference.likelihood import answer_likelihoods
 
 ANSWERS = [(0, "a dog"), (0, "B"), (1, "a dog and a cat"), (2, "<|im_end|>"), (0, "yes, it is")]
@@ -48,5 +49,5 @@ def test_what_the_model_says_by_itself_is_greedy(answerer, prompts):
 
 
 def test_an_empty_answer_is_refused(answerer, prompts):
-    with pytest.raises(ValueError, match="an answer is empty"):
+    with pytest.raises(DataError, match="an answer is empty"):
         answer_likelihoods(answerer, prompts, [0, 1], ["yes", ""])

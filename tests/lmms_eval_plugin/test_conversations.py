@@ -3,6 +3,7 @@
 import pytest
 
 from neo_megatron.data.conversation import Turn
+from neo_megatron.errors import DataError
 from neo_megatron.lmms_eval_plugin.conversations import messages_of, turns_and_pictures
 
 FIRST, SECOND = "first.png", "second.png"
@@ -66,7 +67,7 @@ def test_turns_keep_their_order_and_the_system_prompt_of_the_command_line_wins()
     "part", [{"type": "video", "url": "clip.mp4"}, {"type": "audio", "url": "a.wav"}, picture({"array": [0.0]})]
 )
 def test_only_pictures_and_text(part):
-    with pytest.raises(ValueError, match="answers questions about pictures and text"):
+    with pytest.raises(DataError, match="answers questions about pictures and text"):
         turns_and_pictures([{"role": "user", "content": [part, text("What?")]}])
 
 
@@ -92,5 +93,5 @@ def test_what_assistants_and_system_prompts_say_is_text():
     turns, pictures, stray = turns_and_pictures(conversation, "Mind <image>.")
     assert [turn.literal for turn in turns[::2]] == ["Mind <image>.", "An <image>, or <image>."]
     assert (pictures, stray) == ([FIRST], 0) and "".join(turn.text for turn in turns).count(r"\<image>") == 3
-    with pytest.raises(ValueError, match="an image that the assistant says"):
+    with pytest.raises(DataError, match="an image that the assistant says"):
         turns_and_pictures([{"role": "assistant", "content": [picture(FIRST)]}])

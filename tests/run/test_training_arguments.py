@@ -71,7 +71,7 @@ def test_weights_and_biases(parse, monkeypatch, tmp_path):
         ("--yaml-cfg run.yaml", "--yaml-cfg run.yaml: a run is configured by flags"),
         ("--enable-msc", "--enable-msc: s3:// and msc:// addresses"),
         ("--use-checkpoint-args", "--use-checkpoint-args: a run takes its sizes from --neo-model"),
-        ("--data-path shards", "--data-path shards: packs are made by tools/preprocess_data.py"),
+        ("--data-path shards", "--data-path shards: packs are made by neo-megatron preprocess"),
         ("--log-memory-to-tensorboard --tensorboard-dir x", "--log-memory-to-tensorboard needs a GPU"),
         ("--profile", "--profile needs --use-pytorch-profiler on this machine"),
         ("--distributed-backend nccl", "--distributed-backend nccl needs GPUs"),

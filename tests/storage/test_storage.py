@@ -358,7 +358,7 @@ def test_the_library_is_an_extra(monkeypatch, remote):
 
 
 def test_local_files_need_no_library(local):
-    code = "import sys; from neo_megatron.data.shards import ShardSet; ShardSet(sys.argv[1]).fetch([0]);"
+    code = "import sys; from neo_megatron.data.shards.reader import ShardSet; ShardSet(sys.argv[1]).fetch([0]);"
     code += "print([name for name in ('multistorageclient', 'boto3', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, local.location], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

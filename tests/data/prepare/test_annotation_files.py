@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neo_megatron.data.prepare.annotation_files import check_annotation_file
@@ -146,6 +146,7 @@ def test_a_broken_first_record_is_left_to_its_own_reject(tmp_path, first):
     assert not said(tmp_path / "a.jsonl", first + b"\n" + LINES)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is no fault
 @given(
     st.lists(st.recursive(st.none() | st.integers() | st.text(), lambda v: st.dictionaries(st.text(), v)), min_size=2)
 )

@@ -32,9 +32,9 @@ def mixed_records(new_sample, count: int) -> list:
 
 RUN = """
 import sys
-from neo_megatron.data.preprocess import preprocess
-from neo_megatron.data.registry import Source
-from neo_megatron.data.settings import Settings
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.config import Settings
 
 preprocess([Source("a", sys.argv[1])], sys.argv[2], sys.argv[3], Settings(min_pixels=1024, max_pixels=65536))
 print({"torch", "transformers", "megatron"} & {*sys.modules})

@@ -138,7 +138,7 @@ def test_few_shards_are_open_at_once(bench, new_sample, monkeypatch, samples_of)
     """A process may map 65,530 files: old maps go, and what was read of them stays."""
     settings = type(bench.settings)(records_per_shard=1)
     shards = bench.preprocess([new_sample("w " * number, "x") for number in range(40)], settings=settings)
-    monkeypatch.setattr("neo_megatron.data.shards.reader.reader.reader.reader._most_opened", lambda: 4)
+    monkeypatch.setattr("neo_megatron.data.shards.reader._most_opened", lambda: 4)
     fetched = shards.fetch(range(40))
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(Path(shards.location)) in line]
     assert [sample.tokens.tolist() for sample in fetched] == [
