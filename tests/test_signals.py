@@ -46,8 +46,18 @@ def start(tool: str, room: Path, output: Path, **how) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **how}
     return subprocess.Popen(
-        [sys.executable, TOOLS / f"{tool}.py", *words], env=environment, start_new_session=True, **how
+        [sys.executable, TOOLS / f"{tool}.py", *words],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=heed_signals,
+        **how,
     )
+
+
+def heed_signals() -> None:
+    """As in a terminal, also where these tests run under `nohup` or in the background, which ignore some signals."""
+    for number in ENDS_BY:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def of_session(leader: int) -> list[psutil.Process]:
