@@ -117,7 +117,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "neo-megatron = neo_megatron.cli.main:main",
+            "neo-megatron = neo_megatron.cli.entry:main",
             "pretrain-neo = neo_megatron.pretrain_neo:main",
         ],
         "lmms_eval.models": ["neo = neo_megatron.lmms_eval_plugin:manifest"],

@@ -1,6 +1,6 @@
 """`python -m neo_megatron COMMAND ...`, the same as `neo-megatron COMMAND ...`."""
 
-from neo_megatron.cli.main import main
+from neo_megatron.cli.entry import main
 
 if __name__ == "__main__":
     main()

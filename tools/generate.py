@@ -1,6 +1,6 @@
 """As `neo-megatron generate`, from a checkout."""
 
-from neo_megatron.cli.main import run_command
+from neo_megatron.cli.entry import run_command
 
 if __name__ == "__main__":
     run_command("generate")
