@@ -43,11 +43,11 @@ class NeoTrainingArguments:
     """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1."""
 
     max_broken_samples: float = 0.001
-    """A sample whose picture cannot be decoded gets the loss weight 0 and is named in the log. The run stops when they
+    """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when they
     are more than this share of the samples that a rank has read (or of 1,000, where it has read fewer)."""
 
     min_jpeg_quality: int = 100
-    """Augmentation, off at 100: every picture is compressed anew as JPEG with a quality drawn from here to 100. Needs
+    """Augmentation, off at 100: every image is compressed anew as JPEG with a quality drawn from here to 100. Needs
     data preprocessed with --image-store encoded."""
 
 

@@ -3,7 +3,7 @@
     python examples/key_hw_init/compare.py --output docs      25 minutes on one core; needs the extra quickstart
 
 Trains a Qwen3 of the quickstart's size on texts, makes a NEO of it in each way, and runs the first 200 of 2,000 steps
-on the quickstart's pictures and texts. Writes `key_hw_init.svg`, and prints the table of `docs/key_hw_init.md`.
+on the quickstart's images and texts. Writes `key_hw_init.svg`, and prints the table of `docs/key_hw_init.md`.
 """
 
 from neo_megatron import command_line

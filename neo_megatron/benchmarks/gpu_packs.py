@@ -1,6 +1,6 @@
 """Packs of the length mix, in memory: what a rank's loader gives, and the same as the exported model takes it.
 
-Tokens and pixels are random, since no kernel's time depends on them; lengths, pictures and trained tokens are those of
+Tokens and pixels are random, since no kernel's time depends on them; lengths, images and trained tokens are those of
 the mix.
 """
 
@@ -26,7 +26,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
     """Micro-batches of one pack each, as `neo_megatron.data.dataset.collate` gives them.
 
     Args:
-        shrunk: divides texts and the sides of pictures, for models that learn nothing of size on a CPU.
+        shrunk: divides texts and the sides of images, for models that learn nothing of size on a CPU.
     """
     random = np.random.default_rng(seed)
     samples = [sample.shrunk(shrunk) for sample in draw_samples(POOL, seed)]
@@ -52,8 +52,8 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     weight[0, pack["target_index"] + 1] = pack["target_weight"]
     rows, grids = [], []
     pixels = _normalised(pack["patches"])
-    for picture in pack["image"][0, cells].unique():
-        here = pack["image"][0, cells] == picture
+    for image in pack["image"][0, cells].unique():
+        here = pack["image"][0, cells] == image
         height, width = (pack["positions_thw"][0, cells[here], 1:].amax(dim=0) + 1).tolist()
         rows.append(pixels[here].view(height, width, 2, 2, -1).transpose(1, 2).reshape(-1, PATCH_VALUES))
         grids.append((2 * height, 2 * width))

@@ -68,7 +68,7 @@ def _operations(inputs: Path, vocabulary: int, stage: int) -> float:
     workload = Workload(
         LENGTH,
         mean_keys=pack["attention_mask"].sum().item() / LENGTH,
-        picture_share=len(pack["pixel_values"]) / 4 / LENGTH,
+        image_share=len(pack["pixel_values"]) / 4 / LENGTH,
         trained_share=(pack["labels"] >= 0).sum().item() / LENGTH,
     )
     sizes = read_sizes(inputs / f"hf-{vocabulary}")

@@ -43,7 +43,7 @@ def measure(scratch: Path) -> list[Row]:
             (cpu, wall), (local_cpu, local_wall) = _times(datasets)
             samples = sum(len(shards) for shards in datasets[0].packs.data.sets)
             kept = "encoded" if store == "encoded" else "as patches"
-            what = f"loader from S3, pictures kept {kept}, up to {connection().connections} requests at once"
+            what = f"loader from S3, images kept {kept}, up to {connection().connections} requests at once"
             rows.append(Row(what, "samples per CPU-second", samples / cpu, samples / local_cpu, "local disk"))
             rows.append(Row(what, "samples per second", samples / wall, samples / local_wall, "local disk"))
     return rows

@@ -50,7 +50,7 @@ def complete_config(
     Args:
         config: `config.json` as it is; not changed.
         shapes: of the tensors in ``directory``.
-        directory: whose tokenizer, if it has one, knows the ids of the picture tokens.
+        directory: whose tokenizer, if it has one, knows the ids of the image tokens.
 
     Raises:
         CheckpointError: no NEO by its tensors; a NEO-unify, a quantised checkpoint, an unknown template; nothing tells

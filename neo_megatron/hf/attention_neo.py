@@ -112,7 +112,7 @@ def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
 
 
 class NEOAttention(nn.Module):
-    """Qwen3's attention with two more parts in every query and key head, for the row and the column in a picture."""
+    """Qwen3's attention with two more parts in every query and key head, for the row and the column in an image."""
 
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()

@@ -113,7 +113,7 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
     return {
         **megatron_arguments(sizes),
         **cpu_platform.argument_defaults(),
-        # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
+        # Packs carry images of any number and size, so that Megatron's own loaders cannot stack them.
         "dataloader_type": "external",
         "exit_signal_handler": True,
         # The other one is a package of its own.

@@ -148,7 +148,7 @@ def map_file(path: str | Path) -> np.ndarray:
     """A file as uint8 [n]; the map lives as long as a view of it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # An empty file cannot be mapped; a shard without a picture has one.
+        # An empty file cannot be mapped; a shard without an image has one.
         if not os.fstat(descriptor).st_size:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
