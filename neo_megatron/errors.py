@@ -27,8 +27,8 @@ def redacted(text: str) -> str:
 class Reason(StrEnum):
     """Why a sample was left out: the keys under which a manifest counts rejected samples.
 
-    The values are in manifests and `rejects.jsonl` of earlier versions and must not change: three say "picture" for an
-    image.
+    The values are in manifests and `rejects.jsonl` of earlier versions and must not change: three of them
+    have another word for an image.
     """
 
     BROKEN_JSON = "broken JSON"

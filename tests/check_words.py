@@ -60,6 +60,12 @@ ON_DISK = (
     r"[\"'`]pictures[\"'`]",  # the key of manifests and of samples.npy
     r"\*\.pictures\.\*|\.pictures\.\{bin,idx\}",
     r"<picture\b",  # an HTML element
+    r"\b(missing|unreadable) picture\b|\bpictures and tags differ\b",  # values of `errors.Reason`
+    r"\b\d{5}\.pictures\b|\|pictures\|grids",
+    r"\bpicture_tokens\.weight\b",  # a key of extracted pre-buffers
+    r"\bpictures_in_sample\b",  # an argument of the exported image processor
+    r"--picture-share\b|[\"`]picture_share[\"`]|\btest_picture_share_",  # of `neo-megatron plan` in version 0.1.0
+    r"\bpicture pictures pic\b|\|picture\|",  # how other projects write it in annotations
 )
 
 WORDS = (

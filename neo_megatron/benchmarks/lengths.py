@@ -46,7 +46,7 @@ def draw_samples(count: int, seed: int = 0) -> list[Sample]:
 
 
 def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, of which cells of images) of each sample, int32 [count] both."""
+    """(tokens, of which image tokens) of each sample, int32 [count] both."""
     tokens, cells = np.empty(count, np.int32), np.empty(count, np.int32)
     random = np.random.default_rng(seed)
     for start in range(0, count, _CHUNK):

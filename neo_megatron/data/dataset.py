@@ -94,7 +94,7 @@ class PackDataset(torch.utils.data.Dataset):
         return self.__dict__ | {"_window": -1, "_window_packs": []}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One pack of T tokens with M targets and C cells of images, as CPU tensors.
+        """One pack of T tokens with M targets and C image tokens, as CPU tensors.
 
         ``tokens`` int64 [T]; ``positions_thw`` int32 [T, 3]; ``document`` and ``image`` int32 [T], numbers within the
         pack, -1 for padding and outside images; ``target_index`` int64 [M], positions whose next token is trained;

@@ -103,7 +103,7 @@ def attention_core_flops(sizes: NeoSizes, mean_keys: float) -> Flops:
 
 
 def patch_embedding_flops(sizes: NeoSizes) -> Flops:
-    """Both projections for one cell of an image; pixels need no gradient."""
+    """Both projections for one image token; pixels need no gradient."""
     patches, width = sizes.merge_size**2, sizes.patch_embedding_size
     pixels = patches * 3 * sizes.patch_size**2 * width
     return _product(pixels, input_gradient=False) + _product(patches * width * sizes.hidden_size)

@@ -11,7 +11,7 @@ class Workload:
     Args:
         sequence_length: tokens of a pack, padding included.
         mean_keys: keys that a query may see, over all queries: only these pairs are attention work.
-        image_share: share of the tokens that are cells of images.
+        image_share: share of the tokens that are image tokens.
         trained_share: share of the positions whose next token is trained; the head runs on these only.
         source: where the numbers come from, for people.
     """

@@ -110,7 +110,7 @@ class PackTable:
         return _expand(chosen["samples"].astype(np.int64), chosen["first"])[1]
 
     def costs(self, drawn: Drawn) -> np.ndarray:
-        """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and cells of images."""
+        """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and image tokens."""
         chosen = self.rows(drawn.units)
         work = np.stack([chosen["squares"], chosen["cells"].astype(np.int64)], axis=1)
         return np.add.reduceat(work, drawn.offsets[:-1], axis=0)
