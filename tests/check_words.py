@@ -86,7 +86,11 @@ WORDS = (
     Word(r"(?<!\bthere\x20)\bis no\b(?! (longer|more|less|other)\b)", "is not a, or has no"),
     Word(r"(?<!\bthere\x20)\bare no\b(?! (longer|more|less|fewer)\b)", "are not, or have no"),
     Word(r"\bbeside\b", "next to, or in addition to"),
-    Word(r"\bbehind\b", "after", (r"\bbehind (a|the) (flag|proxy|firewall)\b",)),
+    Word(
+        r"\bbehind\b",
+        "after",
+        (r"\bbehind (a|the) (flag|proxy|firewall)\b", r"\b(leaves?|left)( \w+)? behind\b", r"\bbehind one interface\b"),
+    ),
     Word(r"\bwhole\b(?! numbers?\b)", "complete, entire, or all of", (r"\bon the whole\b", r"\bas a whole\b")),
     Word(r"\bproved whole\b", "verified"),
     Word(r"\bkin\b", "related functions"),

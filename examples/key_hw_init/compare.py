@@ -72,7 +72,7 @@ DRAWN = {"stage 1, warm-up of 20 steps": slice(0, 4), "stage 1, warm-up of 1,000
 
 
 def make_start(way: Way, qwen3: Path, scratch: Path) -> Path:
-    """The NEO to start from, in Hugging Face form; its Megatron form is beside it."""
+    """The NEO to start from, in Hugging Face form; its Megatron form is next to it."""
     directory = scratch / "starts" / f"{way.init}-{way.std}"
     if directory.exists():
         return directory

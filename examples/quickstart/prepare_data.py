@@ -86,7 +86,7 @@ def train_tokenizer(records: Sequence[dict], size: int) -> PreTrainedTokenizerFa
 
 
 def _pieces(turn: dict) -> tuple[str, ...]:
-    """The texts of a turn as the data path cuts them: at the image, and behind the header of an answer."""
+    """The texts of a turn as the data path cuts them: at the image, and after the header of an answer."""
     if turn["from"] == "human":
         return tuple(f"user\n{turn['value']}".split(IMAGE_TAG.strip()))
     return ("assistant\n", turn["value"])

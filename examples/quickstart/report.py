@@ -57,7 +57,7 @@ class Answer:
 
 
 def read_answers(evaluation: Path, training: Sequence[Question]) -> list[Answer]:
-    """What `neo-megatron evaluate` wrote, beside the best answers that training questions give without an image."""
+    """What `neo-megatron evaluate` wrote, next to the best answers that training questions give without an image."""
     lines = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
     asked = [
         Question(Path(*line["pictures"]).name, line["question"].removeprefix(IMAGE_TAG), *line["references"])

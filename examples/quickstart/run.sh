@@ -18,7 +18,7 @@ PACKS_PER_STEP=8                # --global-batch-size
 PACKS_AT_ONCE=2                 # --micro-batch-size
 INIT_STD=0.1                    # about 1/sqrt(hidden size): so small a model learns shapes many times faster than at 0.02
 # A first run on the questions that ask for the shape, a second on all of them, with the first's mixed in: colours are so
-# much easier that beside them, from a random start, shapes would hardly be learnt in minutes.
+# much easier that alongside them, from a random start, shapes would hardly be learnt in minutes.
 SHAPES=(shapes)
 SHAPE_STEPS=${SHAPE_STEPS:-350}
 QUESTIONS=(questions shapes)

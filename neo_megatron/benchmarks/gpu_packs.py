@@ -69,13 +69,13 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
 def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random.Generator) -> dict[str, Any]:
     """What `PackDataset` would give for these samples."""
     ids = SpecialIds(sizes.image_context_token_id, sizes.image_start_token_id, *[0] * 4)
-    # Below the control tokens, which stand behind the tokens of text.
+    # Below the control tokens, which come after the tokens of text.
     pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # again and again: drawing all takes seconds
     tokens = random.integers(1, min(ids.image_context, ids.image_start), length)
     document, weight = np.full(length, -1, np.int32), np.zeros(length, np.float32)
     start = 0
     for number, sample in enumerate(samples):
-        end, place = start + sample.tokens, start + 4  # behind a turn's header
+        end, place = start + sample.tokens, start + 4  # after a turn's header
         document[start:end] = number
         for rows, columns in sample.grids:
             tokens[place] = ids.image_start

@@ -1,4 +1,4 @@
-"""The training loader: data set and collator on 200 photographs, beside what the bytes and pixels cost at least."""
+"""The training loader: data set and collator on 200 photographs, compared to what bytes and pixels cost at least."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Preprocessing of 200 photographs, beside the least code that does the same work.
+"""Preprocessing of 200 photographs, compared to the least code that does the same work.
 
 The floors are straight loops with nothing of ours: no check of a record, no index, no manifest. The tokenizer is loaded
 before the clock starts, on both sides.

@@ -1,4 +1,4 @@
-"""Stage 1 beside training everything: what frozen parameters save in time and memory, on the pack of `train`."""
+"""Stage 1 compared to training everything: what frozen parameters save in time and memory, on the pack of `train`."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The training loader on 200 photographs from an S3 server on this machine, beside the local disk.
+"""The training loader on 200 photographs from an S3 server on this machine, compared to the local disk.
 
 The server is moto's, a Python program in a process of its own. It is the limit of samples per second; what a sample
 costs the training process is the figure per CPU-second.
@@ -50,7 +50,7 @@ def measure(scratch: Path) -> list[Row]:
 
 
 def _write_store(directory: Path, scratch: Path, store: ImageStore) -> Path:
-    """Packs of the photographs beside their shards; keeps what an earlier call wrote."""
+    """Packs of the photographs next to their shards; keeps what an earlier call wrote."""
     shards, packs = directory / "shards", directory / "packs"
     if not packs.exists():
         photos = write_photos(scratch / "photos")

@@ -59,7 +59,7 @@ def write_inputs(directory: Path, vocabulary: int) -> Path:
 
 
 def _write_packs(directory: Path) -> None:
-    """One pack of three records, through the functions behind the tools."""
+    """One pack of three records, through the functions that the tools call."""
     photos = write_photos(directory / "photos", count=8)
     records = [json.loads(line) for line in photos.read_text().splitlines()]
     _train_tokenizer(records).save_pretrained(directory / "tokenizer")

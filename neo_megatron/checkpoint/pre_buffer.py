@@ -1,7 +1,7 @@
 """A trained pre-buffer by itself: NEO's visual front end, to be put in front of another Qwen3 of the same width.
 
 A directory of the form of Hugging Face with `model_type: neo_pre_buffer` holds, under the names they have in a NEO, the
-patch embedding and the pre-buffer's layers. Beside them ``picture_tokens.weight``, the embeddings of ``<img>`` and
+patch embedding and the pre-buffer's layers. In addition ``picture_tokens.weight``, the embeddings of ``<img>`` and
 ``</img>``: they frame every image that the pre-buffer has seen, and a Qwen3 has nothing trained in their place.
 """
 
@@ -75,10 +75,10 @@ def image_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list
     """
     start, end = sizes.image_start_token_id, known.get("</img>")
     if end is None and start == sizes.image_context_token_id + 1:
-        end = start + 1  # <IMG_CONTEXT>, <img> and </img> were added one behind the other
+        end = start + 1  # <IMG_CONTEXT>, <img> and </img> were added one after the other
     if end is None or max(start, end) >= sizes.vocab_size:
         raise CheckpointError(
-            f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json beside it"
+            f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json next to it"
         )
     return [start, end]
 

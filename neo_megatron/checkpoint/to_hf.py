@@ -120,7 +120,7 @@ def _read_hf(source: TorchDistDirectory, rows: Iterable[TensorRow], name: str) -
 
 
 def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, tokenizer: Any | None) -> None:
-    """Everything beside the weights; without a tokenizer, what a model alone needs."""
+    """Everything in addition to the weights; without a tokenizer, what a model alone needs."""
     config = {**sizes.to_hf(), "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     _write_code(directory)
     if tokenizer is not None:

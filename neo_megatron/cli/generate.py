@@ -4,7 +4,7 @@ neo-megatron generate --model neo --image cat.png --prompt "What is the cat doin
 neo-megatron generate --model neo --input prompts.jsonl --image-root images --output answers
 
 A line of the JSONL is an annotation record without its answer, or {"image": "cat.png", "prompt": "What is it?"}; the
-turn behind the last one of a user is answered, in answers.jsonl of the output. What is left out is listed in
+turn after the last one of a user is answered, in answers.jsonl of the output. What is left out is listed in
 rejects.jsonl. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
 

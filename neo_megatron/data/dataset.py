@@ -42,7 +42,7 @@ class GlobalBatch:
 
 
 class PackDataset(torch.utils.data.Dataset):
-    """Packs in a random order; every epoch packs anew.
+    """Packs in a random order; every epoch puts the samples into new packs.
 
     Args:
         location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``.
@@ -52,7 +52,7 @@ class PackDataset(torch.utils.data.Dataset):
         images: "patches" gives them. A rank that embeds no image need not read them; but one that weighs losses has
             to "check" whether they can be decoded, to agree with the rank that does on which samples count.
         global_batch: evens out the work of its ranks; without it items come in the order drawn.
-        min_jpeg_quality: below 100, every image of an encoded store is compressed anew as JPEG, with a quality drawn
+        min_jpeg_quality: below 100, every image of an encoded store is recompressed as JPEG, with a quality drawn
             from here to 100 for each (seed, epoch, sample, image).
     """
 
@@ -100,7 +100,7 @@ class PackDataset(torch.utils.data.Dataset):
         pack, -1 for padding and outside images; ``target_index`` int64 [M], positions whose next token is trained;
         ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M], 0 in samples with a broken image;
         ``cell_index`` int64 [C], positions of the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768], 0 for a
-        broken image. Beside them ``samples``, how many there are, and ``broken``, a sentence for each that is.
+        broken image. In addition ``samples``, how many there are, and ``broken``, a sentence for each that is.
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"item {index} of a data set of {self._num_samples}")
@@ -148,7 +148,7 @@ class PackDataset(torch.utils.data.Dataset):
             yield epoch, drawn, self.packs.table.costs(drawn)
 
     def _assemble(self, samples: Sequence[int], epoch: int) -> dict[str, Any]:
-        """The given samples behind one another, padded. See ``__getitem__``."""
+        """The given samples one after another, padded. See ``__getitem__``."""
         length, ids = self.packs.sequence_length, self.packs.data.ids
         fetched = self.packs.data.fetch(samples, images=self._fetch_images)
         joined = self._tokens(samples, fetched)

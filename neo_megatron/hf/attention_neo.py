@@ -55,7 +55,7 @@ def kernel_function(implementation: str, queries: int) -> Callable[..., tuple[Te
 
 
 def _kernel(implementation: str, queries: int) -> str:
-    """FlexAttention would compile anew for every length of a growing cache, and one query leaves no block out."""
+    """FlexAttention would compile again for every length of a growing cache, and one query leaves no block out."""
     return "sdpa" if implementation == "flex_attention" and queries == 1 else implementation
 
 

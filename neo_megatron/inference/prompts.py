@@ -64,7 +64,7 @@ class Prompt:
                 f"write \\{VIDEO_TAG} for the word",
             )
         if not all(is_unicode(turn.text) for turn in self.turns):
-            raise RejectedSample(Reason.MALFORMED, "the prompt holds half a surrogate pair, which is no text")
+            raise RejectedSample(Reason.MALFORMED, "the prompt holds an unpaired surrogate (invalid Unicode)")
 
 
 def new_prompt(question: str | Sequence[Turn], images: Sequence[ImageInput], settings: Settings) -> Prompt:

@@ -56,7 +56,7 @@ class Question:
 class QuestionList:
     """The questions of annotation files in their order, and the samples left out, as in ``rejects.jsonl``.
 
-    What is asked of a model is small beside what it is trained on, so it is held in memory, but for the images.
+    What is asked of a model is small compared to what it is trained on, so it is held in memory, but for the images.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -131,7 +131,7 @@ def _read_record(
 
 
 def _with_room(written: object) -> object:
-    """The sample as written, with an empty turn behind it that can be said."""
+    """The sample as written, with an empty turn after it that can be said."""
     if not isinstance(written, dict):
         return written
     turns = written.get("conversations")
@@ -169,7 +169,7 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
         raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of texts")
     if not all(is_unicode(answer) for answer in answers):
         raise RejectedSample(
-            Reason.MALFORMED, f"'answers' of turn {number} hold half a surrogate pair, which is no text"
+            Reason.MALFORMED, f"'answers' of turn {number} hold an unpaired surrogate (invalid Unicode)"
         )
     return answers
 

@@ -1,6 +1,6 @@
 """A pack of documents with images, made up from a seed, in the form that each of the two models takes.
 
-Megatron's gets it as training does: documents behind one another, positions and mask spelled out. transformers' gets
+Megatron's gets it as training does: documents one after another, positions and mask spelled out. transformers' gets
 each document as a user calls it, from which it derives positions and mask itself.
 """
 
@@ -17,7 +17,7 @@ from neo_megatron.model.config import NeoSizes
 
 # The grids of each document's images, in patches: text alone, one image, two of different shapes.
 DOCUMENTS: tuple[tuple[tuple[int, int], ...], ...] = ((), ((4, 6),), ((8, 2), (2, 4)))
-TEXT_TOKENS = 12  # behind every image, and in front of the first
+TEXT_TOKENS = 12  # after every image, and in front of the first
 PADDING = 3
 
 

@@ -35,7 +35,7 @@ class LayerActivations:
     """Input of the layer: all that full recomputation keeps."""
     norm_outputs: float
     core_attention: float
-    """What the kernel keeps beside its inputs and what else is kept anyway."""
+    """What the kernel keeps in addition to its inputs and what else is kept anyway."""
     mlp: float
     rest: float
 

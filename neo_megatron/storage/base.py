@@ -123,7 +123,9 @@ def join(location: str | Path, relative: str) -> str:
     scheme, path = str(location).split("://", 1)
     joined = posixpath.normpath(posixpath.join(path, relative))
     if joined.split("/")[0] != path.split("/")[0]:
-        raise DataError(f"{relative} leads out of the bucket of {location}; pack where the shards lie beside the packs")
+        raise DataError(
+            f"{relative} leads out of the bucket of {location}; pack where the shards lie next to the packs"
+        )
     return f"{scheme}://{joined}"
 
 

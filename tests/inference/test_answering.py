@@ -214,7 +214,7 @@ def test_a_device_that_is_not_there_is_said(checkpoint, device):
 
 def test_a_prompt_is_unicode(answerer):
     """A terminal or a request may bring other bytes, which no tokenizer takes."""
-    with pytest.raises(RejectedSample, match="the prompt holds half a surrogate pair"):
+    with pytest.raises(RejectedSample, match="the prompt holds an unpaired surrogate"):
         answerer.prompt("caf\udce9")
 
 

@@ -130,11 +130,11 @@ def test_answers_are_texts(read, answers):
 
 
 def test_answers_are_unicode(read):
-    """JSON can write half a surrogate pair, which no page can show."""
+    """JSON can write an unpaired surrogate, which no page can show."""
     good = {"conversations": [human("Two?"), gpt("2", answers=["\U0001f600"])]}
     listed = read([{"conversations": [human("Four?"), gpt("4", answers=["\ud83d"])]}, good])
     assert [question.references for question in listed.questions] == [("2", "\U0001f600")]
-    assert ["half a surrogate pair" in entry["reason"] for entry in listed.rejects] == [True]
+    assert ["an unpaired surrogate" in entry["reason"] for entry in listed.rejects] == [True]
 
 
 def test_a_file_without_questions_is_refused(read):

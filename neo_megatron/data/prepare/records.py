@@ -141,7 +141,7 @@ def _check_turn(number: int, turn: object) -> Turn:
     if not isinstance(text, str):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} must have a string under 'value'")
     if not is_unicode(text):
-        raise RejectedSample(Reason.MALFORMED, f"turn {number} holds half a surrogate pair, which is no text")
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} holds an unpaired surrogate (invalid Unicode)")
     role, flag = ROLES[role], training_flag(turn, f"turn {number}")
     if flag and flag[1] and role != "assistant":
         raise RejectedSample(
@@ -158,7 +158,7 @@ def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     if written != text and text:
         raise RejectedSample(Reason.MALFORMED, "'system' of the sample and its system turn differ; keep one of them")
     if not is_unicode(text):
-        raise RejectedSample(Reason.MALFORMED, "'system' of the sample holds half a surrogate pair, which is no text")
+        raise RejectedSample(Reason.MALFORMED, "'system' of the sample holds an unpaired surrogate (invalid Unicode)")
     has_turn = any(turn.role == "system" for turn in turns)
     return () if has_turn or not text else (Turn("system", escape_tags(text), False),)
 

@@ -49,7 +49,7 @@ class Source:
 
 
 def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> list[Source]:
-    """The sources behind names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
+    """The sources of names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
 
     Raises:
         DataError: for a name that the registry lacks, a percentage that is none, or a registry of another form.

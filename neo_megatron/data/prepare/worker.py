@@ -106,7 +106,7 @@ class SliceWorker:
         self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
 
     def run(self, piece: Slice) -> Outcome:
-        """Writes the shard of a slice and, behind it, its outcome, which is returned without its details.
+        """Writes the shard of a slice and, after it, its outcome, which is returned without its details.
 
         Raises:
             DataError: for the first rejected sample, where the task says so; for a disk that is full.
@@ -114,7 +114,7 @@ class SliceWorker:
         writer = ShardWriter(self._task.output, piece.place.number)
         try:
             with warnings.catch_warnings():
-                # An image is either rejected with a reason or used; what Pillow says beside that would hide the bar.
+                # An image is either rejected with a reason or used; what Pillow says in addition would hide the bar.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 outcome = self._run(piece, writer)
         except BaseException:

@@ -10,7 +10,7 @@ from neo_megatron.errors import DataError
 
 
 class Mixture:
-    """Data sets behind one another; a global sample number runs through all of them.
+    """Data sets one after another; a global sample number runs through all of them.
 
     Args:
         locations: directories of shards, in order.

@@ -156,7 +156,7 @@ def check_grids(grids: np.ndarray) -> str:
 
 
 class ShardSet:
-    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process anew.
+    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process separately.
 
     Args:
         location: a local directory, or what else ``storage.open_directory`` takes.

@@ -168,7 +168,7 @@ def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Da
 
 
 def _strays(directory: Directory, known: set[str]) -> list[str]:
-    """Files beside those of the manifest, which nothing reads; object storage is not listed."""
+    """Files other than those of the manifest, which nothing reads; object storage is not listed."""
     if is_remote(directory.location):
         return []
     names = {path.name for path in Path(directory.location).iterdir()} - known - {MANIFEST}
