@@ -37,17 +37,17 @@ class NeoTrainingArguments:
 
     pretrained_optimizer: bool = False
     """Takes over the optimizer's state of --pretrained-checkpoint for all parameters that were trained there, as from
-    stage 1 to stage 2; others start with moments of zero. Schedule and count of samples start anew."""
+    stage 1 to stage 2; others start with moments of zero. The schedule and the count of samples restart."""
 
     loss_weighting: Literal["square", "sample", "token"] = "square"
     """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1."""
 
     max_broken_samples: float = 0.001
-    """A sample whose picture cannot be decoded gets the loss weight 0 and is named in the log. The run stops when they
+    """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when they
     are more than this share of the samples that a rank has read (or of 1,000, where it has read fewer)."""
 
     min_jpeg_quality: int = 100
-    """Augmentation, off at 100: every picture is compressed anew as JPEG with a quality drawn from here to 100. Needs
+    """Augmentation, off at 100: every image is recompressed as JPEG with a quality drawn from here to 100. Needs
     data preprocessed with --image-store encoded."""
 
 

@@ -1,4 +1,4 @@
-"""Unpickles what a checkpoint holds beside its tensors: plain values and the classes that Megatron itself allows."""
+"""Unpickles what a checkpoint holds besides its tensors: plain values and the classes that Megatron itself allows."""
 
 import argparse
 import warnings

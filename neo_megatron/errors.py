@@ -25,7 +25,11 @@ def redacted(text: str) -> str:
 
 
 class Reason(StrEnum):
-    """Why a sample was left out: the keys under which a manifest counts rejected samples."""
+    """Why a sample was left out: the keys under which a manifest counts rejected samples.
+
+    The values are in manifests and `rejects.jsonl` of earlier versions and must not change: three of them
+    have another word for an image.
+    """
 
     BROKEN_JSON = "broken JSON"
     MALFORMED = "malformed record"
@@ -35,13 +39,13 @@ class Reason(StrEnum):
     EMPTY_ANSWER = "empty answer"
     UNSUPPORTED_KEY = "unsupported key"
     INLINE_MEDIA = "inline media"
-    PICTURE_COUNT = "pictures and tags differ"
+    IMAGE_COUNT = "pictures and tags differ"
     VIDEO_COUNT = "videos and tags differ"
     REMOTE_PATH = "remote path"
     ARCHIVE_PATH = "path into an archive"
     OUTSIDE_ROOT = "path outside the root"
-    MISSING_PICTURE = "missing picture"
-    UNREADABLE_PICTURE = "unreadable picture"
+    MISSING_IMAGE = "missing picture"
+    UNREADABLE_IMAGE = "unreadable picture"
     DECOMPRESSION_BOMB = "decompression bomb"
     ASPECT_RATIO = "aspect ratio"
     MISSING_VIDEO = "missing video"

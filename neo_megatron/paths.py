@@ -1,6 +1,6 @@
 """Says what a given path is, and what to do where another kind of path is wanted.
 
-Looks at file names and at the small JSON files beside them, so that a mistyped path is found before models and slow
+Looks at file names and at the small JSON files next to them, so that a mistyped path is found before models and slow
 libraries are loaded. Needs nothing but the standard library.
 """
 

@@ -60,6 +60,12 @@ ON_DISK = (
     r"[\"'`]pictures[\"'`]",  # the key of manifests and of samples.npy
     r"\*\.pictures\.\*|\.pictures\.\{bin,idx\}",
     r"<picture\b",  # an HTML element
+    r"\b(missing|unreadable) picture\b|\bpictures and tags differ\b",  # values of `errors.Reason`
+    r"\b\d{5}\.pictures\b|\|pictures\|grids",
+    r"\bpicture_tokens\.weight\b",  # a key of extracted pre-buffers
+    r"\bpictures_in_sample\b",  # an argument of the exported image processor
+    r"--picture-share\b|[\"`]picture_share[\"`]|\btest_picture_share_",  # of `neo-megatron plan` in version 0.1.0
+    r"\bpicture pictures pic\b|\|picture\|",  # how other projects write it in annotations
 )
 
 WORDS = (
@@ -80,7 +86,11 @@ WORDS = (
     Word(r"(?<!\bthere\x20)\bis no\b(?! (longer|more|less|other)\b)", "is not a, or has no"),
     Word(r"(?<!\bthere\x20)\bare no\b(?! (longer|more|less|fewer)\b)", "are not, or have no"),
     Word(r"\bbeside\b", "next to, or in addition to"),
-    Word(r"\bbehind\b", "after", (r"\bbehind (a|the) (flag|proxy|firewall)\b",)),
+    Word(
+        r"\bbehind\b",
+        "after",
+        (r"\bbehind (a|the) (flag|proxy|firewall)\b", r"\b(leaves?|left)( \w+)? behind\b", r"\bbehind one interface\b"),
+    ),
     Word(r"\bwhole\b(?! numbers?\b)", "complete, entire, or all of", (r"\bon the whole\b", r"\bas a whole\b")),
     Word(r"\bproved whole\b", "verified"),
     Word(r"\bkin\b", "related functions"),

@@ -1,6 +1,6 @@
 """Imports go one way: a module imports packages that stand before its own in this list, and there is no cycle.
 
-`docs/architecture.md` shows the same order as a picture.
+`docs/architecture.md` shows the same order as a diagram.
 """
 
 import ast

@@ -3,7 +3,7 @@
     python examples/key_hw_init/compare.py --output docs      25 minutes on one core; needs the extra quickstart
 
 Trains a Qwen3 of the quickstart's size on texts, makes a NEO of it in each way, and runs the first 200 of 2,000 steps
-on the quickstart's pictures and texts. Writes `key_hw_init.svg`, and prints the table of `docs/key_hw_init.md`.
+on the quickstart's images and texts. Writes `key_hw_init.svg`, and prints the table of `docs/key_hw_init.md`.
 """
 
 from neo_megatron import command_line
@@ -72,7 +72,7 @@ DRAWN = {"stage 1, warm-up of 20 steps": slice(0, 4), "stage 1, warm-up of 1,000
 
 
 def make_start(way: Way, qwen3: Path, scratch: Path) -> Path:
-    """The NEO to start from, in Hugging Face form; its Megatron form is beside it."""
+    """The NEO to start from, in Hugging Face form; its Megatron form is next to it."""
     directory = scratch / "starts" / f"{way.init}-{way.std}"
     if directory.exists():
         return directory

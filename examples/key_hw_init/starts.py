@@ -1,4 +1,4 @@
-"""What the comparison starts from: the quickstart's pictures and texts as packs, and a Qwen3 trained on the texts."""
+"""What the comparison starts from: the quickstart's images and texts as packs, and a Qwen3 trained on the texts."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ QWEN3_STEPS, PACKS_PER_STEP = 400, 8
 
 
 def write_packs(scratch: Path) -> dict[str, Path]:
-    """Packs of pictures and texts, 7 tokens to 3 as in stage 1, and of texts alone, to train on and held out."""
+    """Packs of images and texts, 7 tokens to 3 as in stage 1, and of texts alone, to train on and held out."""
     data, packs = (
         scratch / "data",
         {name: scratch / "packs" / name for name in ("mixed", "text-questions", "text-test")},
@@ -51,8 +51,8 @@ def write_packs(scratch: Path) -> dict[str, Path]:
             *("--tokenizer", data / "tokenizer", "--output", scratch / "shards" / name, "--on-error", "fail"),
             *("--min-pixels", PIXELS, "--max-pixels", PIXELS, "--image-store", "encoded"),
         )
-    pictures, text = (_pack(scratch, name, name) for name in ("questions", "text-questions"))
-    share = 100 * pictures / text * TEXT_SHARE / (1 - TEXT_SHARE)
+    images, text = (_pack(scratch, name, name) for name in ("questions", "text-questions"))
+    share = 100 * images / text * TEXT_SHARE / (1 - TEXT_SHARE)
     _pack(scratch, "mixed", "questions", f"text-questions%{share:.0f}")
     _pack(scratch, "text-test", "text-test")
     return packs
@@ -66,7 +66,7 @@ def _pack(scratch: Path, name: str, *parts: str) -> int:
 
 
 def _text_record(record: dict) -> dict:
-    """A question about a picture as a task without one: to ask it."""
+    """A question about an image as a task without one: to ask it."""
     question, answer = (turn["value"] for turn in record["conversations"])
     return {
         "conversations": [
@@ -97,7 +97,7 @@ def train_qwen3(scratch: Path, packs: dict[str, Path]) -> Path:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, QWEN3_STEPS)
-    dataset = PackDataset(packs["text-questions"], QWEN3_STEPS * PACKS_PER_STEP, seed=0, pictures="none")
+    dataset = PackDataset(packs["text-questions"], QWEN3_STEPS * PACKS_PER_STEP, seed=0, images="none")
     for step in range(QWEN3_STEPS):
         batch = collate([dataset[step * PACKS_PER_STEP + number] for number in range(PACKS_PER_STEP)])
         allowed = AttentionRule(batch["document"], batch["image"]).dense()[:, None]

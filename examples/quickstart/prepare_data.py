@@ -25,11 +25,11 @@ from neo_megatron.presets import SIZES
 try:
     import easy_vqa
 except ModuleNotFoundError:
-    sys.exit("prepare_data: the pictures are in the package easy-vqa: pip install 'easy-vqa==1.0'")
+    sys.exit("prepare_data: the images are in the package easy-vqa: pip install 'easy-vqa==1.0'")
 
 PAD = "<|endoftext|>"
 
-PICTURES = {
+IMAGES = {
     "shapes": easy_vqa.get_train_image_paths,
     "questions": easy_vqa.get_train_image_paths,
     "test": easy_vqa.get_test_image_paths,
@@ -43,7 +43,7 @@ def load_questions(split: str) -> list[Question]:
 
 
 def conversation(image: str, turns: Sequence[tuple[str, str]]) -> dict:
-    """An annotation record: a picture, then questions and answers about it."""
+    """An annotation record: an image, then questions and answers about it."""
     values = [value for turn in turns for value in turn]
     values[0] = IMAGE_TAG + values[0]
     roles = ("human", "gpt")
@@ -54,7 +54,7 @@ def conversation(image: str, turns: Sequence[tuple[str, str]]) -> dict:
 
 
 def question_records(questions: Sequence[Question], per_sample: int) -> Iterator[dict]:
-    """Records with up to ``per_sample`` questions about a picture each."""
+    """Records with up to ``per_sample`` questions about an image each."""
     by_image: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question in questions:
         by_image[question.image].append((question.text, question.answer))
@@ -86,14 +86,14 @@ def train_tokenizer(records: Sequence[dict], size: int) -> PreTrainedTokenizerFa
 
 
 def _pieces(turn: dict) -> tuple[str, ...]:
-    """The texts of a turn as the data path cuts them: at the picture, and behind the header of an answer."""
+    """The texts of a turn as the data path cuts them: at the image, and after the header of an answer."""
     if turn["from"] == "human":
         return tuple(f"user\n{turn['value']}".split(IMAGE_TAG.strip()))
     return ("assistant\n", turn["value"])
 
 
 def write_model_config(output: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int, pixels: int) -> None:
-    """The preset `tiny` with this tokenizer's ids and this size of pictures, for `--neo-model` and the export."""
+    """The preset `tiny` with this tokenizer's ids and this size of images, for `--neo-model` and the export."""
     sizes = SIZES["tiny"].replace(
         vocab_size=vocabulary,
         image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
@@ -114,9 +114,9 @@ def write_annotations(path: Path, records: Sequence[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory to write into")
-    parser.add_argument("--pixels", type=int, required=True, help="area to which every picture is resized")
+    parser.add_argument("--pixels", type=int, required=True, help="area to which every image is resized")
     parser.add_argument("--vocabulary", type=int, required=True, help="tokens of the tokenizer, rows of the embedding")
-    parser.add_argument("--questions-per-sample", type=int, required=True, help="about one picture, in training")
+    parser.add_argument("--questions-per-sample", type=int, required=True, help="about one image, in training")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
@@ -129,8 +129,8 @@ def main() -> None:
     registry = {}
     for name, records in data_sets.items():
         write_annotations(arguments.output / f"{name}.json", records)
-        pictures = Path(next(iter(PICTURES[name]().values()))).parent
-        registry[name] = {"annotation_path": f"{name}.json", "data_path": str(pictures)}
+        images = Path(next(iter(IMAGES[name]().values()))).parent
+        registry[name] = {"annotation_path": f"{name}.json", "data_path": str(images)}
     (arguments.output / "registry.yaml").write_text(yaml.safe_dump(registry))
 
     tokenizer = train_tokenizer(data_sets["questions"], arguments.vocabulary)

@@ -1,4 +1,4 @@
-"""What easy-VQA asks: kinds of questions, the best answers without the picture, accuracy by kind."""
+"""What easy-VQA asks: kinds of questions, the best answers without the image, accuracy by kind."""
 
 import json
 from collections import Counter, defaultdict
@@ -14,7 +14,7 @@ KINDS = ("what shape", "what colour", "yes or no, shape", "yes or no, colour")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, with its right answer."""
+    """A question about an image, with its right answer."""
 
     image: str
     text: str
@@ -27,7 +27,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of ``total`` questions of a kind were answered rightly, with the picture and by their text alone."""
+    """How many of ``total`` questions of a kind were answered rightly, with the image and by their text alone."""
 
     kind: str
     total: int
@@ -54,7 +54,7 @@ def kind_of_question(text: str) -> str:
 
 
 def text_only_answers(training: Sequence[Question], asked: Sequence[Question]) -> list[str]:
-    """The most frequent training answer to each question, whatever the picture; to an unknown one, of all questions."""
+    """The most frequent training answer to each question, whatever the image; to an unknown one, of all questions."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for question in training:
         by_text[question.text][question.answer] += 1

@@ -1,4 +1,4 @@
-"""The page of a quickstart: accuracy, loss, pictures with questions and answers. One file that needs no other.
+"""The page of a quickstart: accuracy, loss, images with questions and answers. One file that needs no other.
 
 python examples/quickstart/report.py --data out
 """
@@ -45,7 +45,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """A test question with the model's answer and the best one without the picture."""
+    """A test question with the model's answer and the best one without the image."""
 
     question: Question
     given: str
@@ -57,7 +57,7 @@ class Answer:
 
 
 def read_answers(evaluation: Path, training: Sequence[Question]) -> list[Answer]:
-    """What `neo-megatron evaluate` wrote, beside the best answers that training questions give without a picture."""
+    """What `neo-megatron evaluate` wrote, next to the best answers that training questions give without an image."""
     lines = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
     asked = [
         Question(Path(*line["pictures"]).name, line["question"].removeprefix(IMAGE_TAG), *line["references"])
@@ -76,22 +76,22 @@ def scores_of(answers: Sequence[Answer]) -> list[Score]:
 
 
 def print_scores(answers: Sequence[Answer]) -> None:
-    print(f"{'':20} questions   this model   best without the picture")
+    print(f"{'':20} questions   this model   best without the image")
     for score in scores_of(answers):
         right, guessed = score.right / score.total, score.text_only / score.total
         print(f"{score.kind:20} {score.total:9}   {right:10.1%}   {guessed:24.1%}")
 
 
 def drawn(answers: Sequence[Answer], shown: int = SHOWN, wrong: int = SHOWN_WRONG) -> list[Answer]:
-    """Answers to show, one about a picture, up to ``wrong`` of them wrong; the same for the same answers."""
+    """Answers to show, one about an image, up to ``wrong`` of them wrong; the same for the same answers."""
     shuffled = random.Random(0).sample(answers, len(answers))
-    pictures: set[str] = set()
+    images: set[str] = set()
     chosen: dict[bool, list[Answer]] = {True: [], False: []}
-    # Wrong ones first: they are few, and a right answer about the same picture would take their place.
+    # Wrong ones first: they are few, and a right answer about the same image would take their place.
     for answer in sorted(shuffled, key=lambda answer: answer.right):
         full = len(chosen[False]) + len(chosen[True]) == shown or (not answer.right and len(chosen[False]) == wrong)
-        if answer.question.image not in pictures and not full:
-            pictures.add(answer.question.image)
+        if answer.question.image not in images and not full:
+            images.add(answer.question.image)
             chosen[answer.right].append(answer)
     return random.Random(1).sample(chosen[True] + chosen[False], sum(map(len, chosen.values())))
 
@@ -115,15 +115,15 @@ def score_row(score: Score) -> str:
     )
 
 
-def card(answer: Answer, pictures: Path) -> str:
-    data = base64.b64encode((pictures / answer.question.image).read_bytes()).decode()
+def card(answer: Answer, images: Path) -> str:
+    data = base64.b64encode((images / answer.question.image).read_bytes()).decode()
     given = escape(answer.given) or "(nothing)"
     if answer.right:
         verdict = f'<div class="answer right">✓ {given}</div>'
     else:
         verdict = f'<div class="answer wrong">✗ {given} <small>right: {escape(answer.question.answer)}</small></div>'
     return (
-        f'<figure><img alt="test picture {escape(answer.question.image)}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="test image {escape(answer.question.image)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(answer.question.text)}</figcaption>{verdict}</figure>"
     )
 
@@ -138,7 +138,7 @@ def setting_rows(runs: Sequence[TrainingRun]) -> str:
 
 def page(
     answers: Sequence[Answer],
-    pictures: Path,
+    images: Path,
     runs: Sequence[TrainingRun],
     seconds: Sequence[tuple[str, int]],
     parameter_count: int,
@@ -146,7 +146,7 @@ def page(
     """The whole page.
 
     Args:
-        pictures: directory of the test pictures.
+        images: directory of the test images.
         seconds: title and wall seconds of every step of the quickstart so far.
     """
     everything, *kinds = scores_of(answers)
@@ -160,7 +160,7 @@ def page(
     return Template((Path(__file__).parent / "page.html").read_text()).substitute(
         accuracy=f"{everything.right / everything.total:.1%}",
         total=f"{everything.total:,}",
-        pictures=f"{len({answer.question.image for answer in answers}):,}",
+        images=f"{len({answer.question.image for answer in answers}):,}",
         text_only=f"{everything.text_only / everything.total:.1%}",
         parameters=f"{parameter_count:,}",
         training_time=f"{training // 60} min {training % 60} s",
@@ -169,7 +169,7 @@ def page(
         curves="\n".join(curves),
         shown_right=sum(answer.right for answer in shown),
         shown_wrong=sum(not answer.right for answer in shown),
-        cards="\n".join(card(answer, pictures) for answer in shown),
+        cards="\n".join(card(answer, images) for answer in shown),
         run_names="".join(f'<th class="number">{escape(run.name)}</th>' for run in runs),
         setting_rows=setting_rows(runs),
         seconds_rows="\n".join(

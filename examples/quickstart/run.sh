@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole line on real pictures, on two CPU cores or on GPUs: a small NEO learns to answer questions about pictures that
+# The whole line on real images, on two CPU cores or on GPUs: a small NEO learns to answer questions about images that
 # it has never seen, and answers them as a Hugging Face checkpoint.     usage: [LAYOUT=pp2|tp2|dp2] bash examples/quickstart/run.sh
 #
 # Everything lands in examples/quickstart/out, which every run starts afresh; the page to look at is out/report.html.
@@ -10,15 +10,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # pp2: the pre-buffer on a pipeline stage of its own; dp2: data parallelism, the fastest here; tp2: tensor parallelism,
 # which talks so much that on a CPU it takes about twice as long.
 LAYOUT=${LAYOUT:-pp2}
-PIXELS=16384                    # of a picture: 128 x 128, 16 tokens
+PIXELS=16384                    # of an image: 128 x 128, 16 tokens
 VOCABULARY=512                  # tokens
-QUESTIONS_PER_SAMPLE=1          # more share the tokens of a picture
+QUESTIONS_PER_SAMPLE=1          # more share the tokens of an image
 SEQUENCE=256                    # tokens of a pack
 PACKS_PER_STEP=8                # --global-batch-size
 PACKS_AT_ONCE=2                 # --micro-batch-size
 INIT_STD=0.1                    # about 1/sqrt(hidden size): so small a model learns shapes many times faster than at 0.02
 # A first run on the questions that ask for the shape, a second on all of them, with the first's mixed in: colours are so
-# much easier that beside them, from a random start, shapes would hardly be learnt in minutes.
+# much easier that alongside them, from a random start, shapes would hardly be learnt in minutes.
 SHAPES=(shapes)
 SHAPE_STEPS=${SHAPE_STEPS:-350}
 QUESTIONS=(questions shapes)

@@ -1,4 +1,4 @@
-"""A checkpoint of the shapes of NEO-2B in bfloat16, converted both ways, beside a copy of its files.
+"""A checkpoint of the shapes of NEO-2B in bfloat16, converted both ways, compared to a copy of its files.
 
 Whole commands are measured, from the start of Python to the last byte on the disk; the copy is brought to the disk,
 too. Inputs are in the page cache. Each way takes turns with a copy, whose output is deleted before, so that both write

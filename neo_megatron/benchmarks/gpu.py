@@ -1,4 +1,4 @@
-"""A GPU measured: steps of NEO beside the exported model, the attention kernel alone, and where the time goes.
+"""A GPU measured: steps of NEO next to the exported model, the attention kernel alone, and where the time goes.
 
 On a machine without one the same runs at a tiny size; what needs a GPU is listed as not run.
 """

@@ -1,4 +1,4 @@
-"""Our attention on a pack of the length mix and on one causal document, and library kernels beside it on the latter."""
+"""Our attention on a pack of the length mix and on one causal document, compared to library kernels on the latter."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -138,7 +138,7 @@ def _forward_and_both(kernel: Callable[[], Tensor], inputs: Sequence[Tensor], gr
 def _figures(
     inputs: AttentionInputs, kernel: str, mask: str, mean_keys: float, forward: float, both: float
 ) -> dict[str, Any]:
-    """Rates by the operations that the mask asks for, whatever the kernel computes beside them."""
+    """Rates by the operations that the mask asks for, whatever the kernel computes in addition."""
     length = len(inputs.query)
     flops = length * attention_core_flops(inputs.sizes, mean_keys)
     return {

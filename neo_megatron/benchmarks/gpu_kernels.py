@@ -1,4 +1,4 @@
-"""What the machine's own kernels reach, and our attention beside them."""
+"""What the machine's own kernels reach, and our attention next to them."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
 """Packs of the length mix, in memory: what a rank's loader gives, and the same as the exported model takes it.
 
-Tokens and pixels are random, since no kernel's time depends on them; lengths, pictures and trained tokens are those of
+Tokens and pixels are random, since no kernel's time depends on them; lengths, images and trained tokens are those of
 the mix.
 """
 
@@ -26,7 +26,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
     """Micro-batches of one pack each, as `neo_megatron.data.dataset.collate` gives them.
 
     Args:
-        shrunk: divides texts and the sides of pictures, for models that learn nothing of size on a CPU.
+        shrunk: divides texts and the sides of images, for models that learn nothing of size on a CPU.
     """
     random = np.random.default_rng(seed)
     samples = [sample.shrunk(shrunk) for sample in draw_samples(POOL, seed)]
@@ -52,8 +52,8 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     weight[0, pack["target_index"] + 1] = pack["target_weight"]
     rows, grids = [], []
     pixels = _normalised(pack["patches"])
-    for picture in pack["image"][0, cells].unique():
-        here = pack["image"][0, cells] == picture
+    for image in pack["image"][0, cells].unique():
+        here = pack["image"][0, cells] == image
         height, width = (pack["positions_thw"][0, cells[here], 1:].amax(dim=0) + 1).tolist()
         rows.append(pixels[here].view(height, width, 2, 2, -1).transpose(1, 2).reshape(-1, PATCH_VALUES))
         grids.append((2 * height, 2 * width))
@@ -69,13 +69,13 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
 def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random.Generator) -> dict[str, Any]:
     """What `PackDataset` would give for these samples."""
     ids = SpecialIds(sizes.image_context_token_id, sizes.image_start_token_id, *[0] * 4)
-    # Below the control tokens, which stand behind the tokens of text.
+    # Below the control tokens, which come after the tokens of text.
     pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # again and again: drawing all takes seconds
     tokens = random.integers(1, min(ids.image_context, ids.image_start), length)
     document, weight = np.full(length, -1, np.int32), np.zeros(length, np.float32)
     start = 0
     for number, sample in enumerate(samples):
-        end, place = start + sample.tokens, start + 4  # behind a turn's header
+        end, place = start + sample.tokens, start + 4  # after a turn's header
         document[start:end] = number
         for rows, columns in sample.grids:
             tokens[place] = ids.image_start

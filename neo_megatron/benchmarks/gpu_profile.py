@@ -41,7 +41,7 @@ def busy(intervals: Iterable[tuple[float, float]]) -> float:
 def share_by_kind(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
     """(name, start, end) of kernels -> share of the time from the first start to the last end, by kind.
 
-    Kernels that run beside others count in their kinds as well, so that the shares may add up to more than one.
+    Kernels that run in parallel to others count in their kinds as well, so that the shares may add up to more than one.
     """
     kernels = list(kernels)
     whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
@@ -68,7 +68,7 @@ def profiled() -> Iterator[Measured]:
     kernels = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        # Annotations of regions stand beside the kernels in them.
+        # Annotations of regions stand next to the kernels in them.
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     if kernels:

@@ -185,7 +185,7 @@ def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
 
 
 def flags(run: StepRun) -> list[str]:
-    """Of pretrain_neo, beside those that all runs have."""
+    """Of pretrain_neo, in addition to those that all runs have."""
     chosen: list[Any] = [*PRECISIONS[run.precision]]
     if run.precision in FP8 and run.training_stage > 1:  # in stage 1 frozen weights would be rounded for good
         chosen += ["--fp8-param-gather"]

@@ -12,7 +12,7 @@ from neo_megatron.benchmarks.gpu_window import synchronise
 Report = Callable[[dict[str, Any]], None]
 
 WARM_UP, REPEATS = 3, 10
-PACKED, CAUSAL = "packed, with pictures", "one causal document"
+PACKED, CAUSAL = "packed, with images", "one causal document"
 
 
 def kernel_seconds(work: Callable[[], object]) -> float:

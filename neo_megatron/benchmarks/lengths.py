@@ -1,5 +1,5 @@
 """A realistic mix of samples to pack: 35 % web photos, 20 % large photos, 20 % document pages, 10 % with 2 to 4
-pictures, 15 % text alone; lengths of texts are log-normal.
+images, 15 % text alone; lengths of texts are log-normal.
 """
 
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_PIXELS, MAX_PIXELS, SIDE = 65536, 4194304, 32
-# share, (width, height) and spread of the log-normal sizes, fewest and most pictures
+# share, (width, height) and spread of the log-normal sizes, fewest and most images
 _KINDS = [
     (0.35, (640, 480), 0.35, 1, 1),
     (0.20, (1280, 960), 0.35, 1, 1),
@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """What decides the work of one sample: tokens that are text, and (rows, columns) of cells of each picture."""
+    """What decides the work of one sample: tokens that are text, and (rows, columns) of cells of each image."""
 
     text: int
     grids: tuple[tuple[int, int], ...]
@@ -30,30 +30,30 @@ class Sample:
         return self.text + sum(rows * columns + 2 for rows, columns in self.grids)
 
     def shrunk(self, factor: int) -> "Sample":
-        """Text and both sides of every picture divided by so much."""
+        """Text and both sides of every image divided by so much."""
         grids = tuple((max(rows // factor, 1), max(columns // factor, 1)) for rows, columns in self.grids)
         return Sample(max(self.text // factor, 12), grids)
 
 
 def draw_samples(count: int, seed: int = 0) -> list[Sample]:
     """The samples of which `draw_lengths` gives the lengths; for a few thousand."""
-    text, pictures = _draw(count, np.random.default_rng(seed))
+    text, images = _draw(count, np.random.default_rng(seed))
     grids: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-    for rows, sizes in pictures:
+    for rows, sizes in images:
         for row, (height, width) in zip(rows.tolist(), sizes.T.tolist(), strict=True):
             grids[row].append((height // SIDE, width // SIDE))
     return [Sample(tokens, tuple(of)) for tokens, of in zip(text.tolist(), grids, strict=True)]
 
 
 def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, of which cells of pictures) of each sample, int32 [count] both."""
+    """(tokens, of which image tokens) of each sample, int32 [count] both."""
     tokens, cells = np.empty(count, np.int32), np.empty(count, np.int32)
     random = np.random.default_rng(seed)
     for start in range(0, count, _CHUNK):
         part = slice(start, min(start + _CHUNK, count))
-        tokens[part], pictures = _draw(part.stop - part.start, random)
+        tokens[part], images = _draw(part.stop - part.start, random)
         cells[part] = 0
-        for rows, sizes in pictures:
+        for rows, sizes in images:
             here = sizes.prod(axis=0) // SIDE**2
             cells[start + rows] += here
             tokens[start + rows] += here + 2
@@ -61,19 +61,19 @@ def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Text tokens of each sample; and (samples, (height, width) of a picture of each, in pixels), again and again."""
+    """Text tokens of each sample; and (samples, (height, width) of an image of each, in pixels), again and again."""
     kind = random.choice(len(_KINDS), count, p=[share for share, *_ in _KINDS])
     text = np.clip(random.lognormal(4.3, 1.0, count), 12, 6000).astype(np.int64) + 20
     alone = kind == len(_KINDS) - 1
     text[alone] = np.clip(random.lognormal(5.5, 1.0, int(alone.sum())), 20, 8000).astype(np.int64)
-    sized, pictures = [], np.zeros(count, np.int64)
+    sized, images = [], np.zeros(count, np.int64)
     for number, (_, (width, height), spread, fewest, most) in enumerate(_KINDS):
         rows = np.flatnonzero(kind == number)
-        pictures[rows] = random.integers(fewest, most + 1, len(rows))
+        images[rows] = random.integers(fewest, most + 1, len(rows))
         for turn in range(most):
-            of = rows[pictures[rows] > turn]
+            of = rows[images[rows] > turn]
             limit = np.where(
-                pictures[of] > 1, np.maximum(MAX_PIXELS * 2 // np.maximum(pictures[of], 1), MIN_PIXELS), MAX_PIXELS
+                images[of] > 1, np.maximum(MAX_PIXELS * 2 // np.maximum(images[of], 1), MIN_PIXELS), MAX_PIXELS
             )
             sizes = np.exp(random.normal(0, spread, (2, len(of)))) * np.array([[height], [width]])
             sized.append((of, _resized(sizes.astype(np.int64), limit)))

@@ -1,4 +1,4 @@
-"""The training loader: data set and collator on 200 photographs, beside what the bytes and pixels cost at least."""
+"""The training loader: data set and collator on 200 photographs, compared to what bytes and pixels cost at least."""
 
 import io
 from pathlib import Path
@@ -45,13 +45,13 @@ def measure(scratch: Path) -> list[Row]:
 
         def copy(every=every) -> None:
             for stored in every:
-                for picture in stored.pictures:
-                    np.array(picture)
+                for image in stored.images:
+                    np.array(image)
 
         def decode(every=every) -> None:
             for stored in every:
-                for picture, (rows, columns) in zip(stored.pictures, stored.grids.tolist(), strict=True):
-                    image = Image.open(io.BytesIO(picture.tobytes())).convert("RGB")
+                for data, (rows, columns) in zip(stored.images, stored.grids.tolist(), strict=True):
+                    image = Image.open(io.BytesIO(data.tobytes())).convert("RGB")
                     image.resize((columns * 16, rows * 16), Image.Resampling.BICUBIC)
 
         floor, floor_name, target = (
@@ -59,7 +59,7 @@ def measure(scratch: Path) -> list[Row]:
         )
         load()
         ours, least = (len(shards) / seconds for seconds in side_by_side([load, floor]))
-        what = f"loader, pictures kept {'encoded' if store == 'encoded' else 'as patches'}"
+        what = f"loader, images kept {'encoded' if store == 'encoded' else 'as patches'}"
         unit = "samples per CPU-second"
         rows.append(Row(what, unit, ours, PUBLIC_KIT, "public kit", f">= {factor}"))
         rows.append(Row(what, unit, ours, least, floor_name, target))

@@ -1,4 +1,4 @@
-"""Memory of preprocessing: the largest process on annotation files of 5 GB, beside one of 50 MB."""
+"""Memory of preprocessing: the largest process on annotation files of 5 GB, compared to one of 50 MB."""
 
 import json
 import os

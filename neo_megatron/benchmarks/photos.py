@@ -14,7 +14,7 @@ from PIL import Image
 COUNT = 200
 _SIZES = [(640, 480), (800, 600), (1024, 768), (1280, 960), (1600, 1200), (1280, 720), (1024, 683), (1600, 900)]
 _QUESTIONS = [
-    "What is shown in this picture?",
+    "What is shown in this image?",
     "Describe the image in detail.",
     "What colour is the object in the middle?",
     "How many people are visible?",

@@ -1,4 +1,4 @@
-"""Preprocessing of 200 photographs, beside the least code that does the same work.
+"""Preprocessing of 200 photographs, compared to the least code that does the same work.
 
 The floors are straight loops with nothing of ours: no check of a record, no index, no manifest. The tokenizer is loaded
 before the clock starts, on both sides.
@@ -40,13 +40,13 @@ def measure(scratch: Path) -> list[Row]:
     parts = load_parts(write_tokenizer(scratch / "tokenizer"))
     output = scratch / "preprocess"
     rows = []
-    for what, settings, copies, pictures, target in (
-        ("pictures kept encoded, header checked", HEADER, 10, True, ">= 0.7"),  # copies: work for a second or more
-        ("pictures kept encoded, decoded as a check", DECODE, 1, True, ">= 0.85"),
-        ("pictures as patches", PATCHES, 1, True, ">= 0.85"),
+    for what, settings, copies, images, target in (
+        ("images kept encoded, header checked", HEADER, 10, True, ">= 0.7"),  # copies: work for a second or more
+        ("images kept encoded, decoded as a check", DECODE, 1, True, ">= 0.85"),
+        ("images as patches", PATCHES, 1, True, ">= 0.85"),
         ("text alone", DECODE, 20, False, ""),
     ):
-        file = _write_annotations(photos, copies, pictures)
+        file = _write_annotations(photos, copies, images)
         source = Source("photos", str(file), str(photos))
         worker = SliceWorker(Task([source], parts.json, parts.ids, settings, "fail", output))
         tokenizer = Tokenizer.from_str(parts.json)
@@ -70,15 +70,15 @@ def measure(scratch: Path) -> list[Row]:
     return rows
 
 
-def _write_annotations(photos: Path, copies: int, pictures: bool) -> Path:
+def _write_annotations(photos: Path, copies: int, images: bool) -> Path:
     """The records of the photographs several times over; no text comes twice, so that nothing is tokenized twice."""
     records = [json.loads(line) for line in (photos / "annotations.jsonl").read_text().splitlines()]
-    path = photos / f"annotations_{copies}_{'pictures' if pictures else 'text'}.jsonl"
+    path = photos / f"annotations_{copies}_{'images' if images else 'text'}.jsonl"
     lines = []
     for number in range(copies * len(records)):
         record = records[number % len(records)]
         turns = [turn | {"value": f"{turn['value']} ({number})"} for turn in record["conversations"]]
-        if pictures:
+        if images:
             lines.append(json.dumps(record | {"conversations": turns}))
         else:
             turns[0]["value"] = turns[0]["value"].replace("<image>\n", "")
@@ -94,10 +94,10 @@ def _emptied(directory: Path) -> Path:
 
 
 def _least(file: Path, tokenizer: Tokenizer, output: Path, stored: Callable[[bytes], bytes]) -> None:
-    """Reads, hashes, looks at the pictures, tokenizes in batches, writes."""
+    """Reads, hashes, looks at the images, tokenizes in batches, writes."""
     digests = hashlib.sha256(), hashlib.sha256()
     texts: list[str] = []
-    with file.open("rb") as lines, (output / "pictures").open("wb") as pixels, (output / "tokens").open("wb") as tokens:
+    with file.open("rb") as lines, (output / "images").open("wb") as pixels, (output / "tokens").open("wb") as tokens:
 
         def write_tokens() -> None:
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
@@ -119,7 +119,7 @@ def _least(file: Path, tokenizer: Tokenizer, output: Path, stored: Callable[[byt
 
 
 def _stored(settings: Settings) -> Callable[[bytes], bytes]:
-    """What is done to the bytes of a picture file."""
+    """What is done to the bytes of an image file."""
 
     def header(data: bytes) -> bytes:
         assert Image.open(io.BytesIO(data)).size
@@ -147,7 +147,7 @@ def _stored(settings: Settings) -> Callable[[bytes], bytes]:
 def _two_workers(scratch: Path, photos: Path, parts) -> Row:
     """Wall time; the processes are started and have loaded their tokenizer before the clock starts."""
     settings = replace(DECODE, records_per_shard=50)
-    source = Source("photos", str(_write_annotations(photos, 6, pictures=True)), str(photos))
+    source = Source("photos", str(_write_annotations(photos, 6, images=True)), str(photos))
     pieces = list(slices([source], settings.records_per_shard))
     seconds = []
     for workers in (1, 2):

@@ -1,4 +1,4 @@
-"""Stage 1 beside training everything: what frozen parameters save in time and memory, on the pack of `train`."""
+"""Stage 1 compared to training everything: what frozen parameters save in time and memory, on the pack of `train`."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -68,7 +68,7 @@ def _operations(inputs: Path, vocabulary: int, stage: int) -> float:
     workload = Workload(
         LENGTH,
         mean_keys=pack["attention_mask"].sum().item() / LENGTH,
-        picture_share=len(pack["pixel_values"]) / 4 / LENGTH,
+        image_share=len(pack["pixel_values"]) / 4 / LENGTH,
         trained_share=(pack["labels"] >= 0).sum().item() / LENGTH,
     )
     sizes = read_sizes(inputs / f"hf-{vocabulary}")

@@ -1,4 +1,4 @@
-"""The training loader on 200 photographs from an S3 server on this machine, beside the local disk.
+"""The training loader on 200 photographs from an S3 server on this machine, compared to the local disk.
 
 The server is moto's, a Python program in a process of its own. It is the limit of samples per second; what a sample
 costs the training process is the figure per CPU-second.
@@ -43,14 +43,14 @@ def measure(scratch: Path) -> list[Row]:
             (cpu, wall), (local_cpu, local_wall) = _times(datasets)
             samples = sum(len(shards) for shards in datasets[0].packs.data.sets)
             kept = "encoded" if store == "encoded" else "as patches"
-            what = f"loader from S3, pictures kept {kept}, up to {connection().connections} requests at once"
+            what = f"loader from S3, images kept {kept}, up to {connection().connections} requests at once"
             rows.append(Row(what, "samples per CPU-second", samples / cpu, samples / local_cpu, "local disk"))
             rows.append(Row(what, "samples per second", samples / wall, samples / local_wall, "local disk"))
     return rows
 
 
 def _write_store(directory: Path, scratch: Path, store: ImageStore) -> Path:
-    """Packs of the photographs beside their shards; keeps what an earlier call wrote."""
+    """Packs of the photographs next to their shards; keeps what an earlier call wrote."""
     shards, packs = directory / "shards", directory / "packs"
     if not packs.exists():
         photos = write_photos(scratch / "photos")

@@ -1,4 +1,4 @@
-"""The training step on one CPU thread, beside a plain loop over the exported model that trains the same weights."""
+"""The training step on one CPU thread, against a plain loop over the exported model that trains the same weights."""
 
 import os
 import sys
@@ -81,7 +81,7 @@ def _rows(what: str, ours: Sequence[Step], plain: Sequence[Step], target: str) -
 
 @contextmanager
 def worker(run: Callable[..., None], *arguments: object) -> Iterator[Connection]:
-    """A fresh process; what it prints goes to `LOG` beside its inputs."""
+    """A fresh process; what it prints goes to `LOG` next to its inputs."""
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=_run_silently, args=(run, there, *arguments))
     process.start()

@@ -24,9 +24,9 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.mask import AttentionRule
 
 LENGTH, VOCABULARY = 1024, 1024
-# About 190 tokens a picture.
+# About 190 tokens an image.
 PIXELS = 448 * 448
-# Together 1,005 tokens: 566 of pictures, 310 trained.
+# Together 1,005 tokens: 566 of images, 310 trained.
 PHOTOS = (3, 5, 6)
 
 
@@ -59,7 +59,7 @@ def write_inputs(directory: Path, vocabulary: int) -> Path:
 
 
 def _write_packs(directory: Path) -> None:
-    """One pack of three records, through the functions behind the tools."""
+    """One pack of three records, through the functions that the tools call."""
     photos = write_photos(directory / "photos", count=8)
     records = [json.loads(line) for line in photos.read_text().splitlines()]
     _train_tokenizer(records).save_pretrained(directory / "tokenizer")
@@ -81,8 +81,8 @@ def _write_plain_pack(directory: Path) -> None:
     mean, std = torch.tensor(IMAGE_MEAN)[:, None], torch.tensor(IMAGE_STD)[:, None]
     pixels = ((packs["patches"].unflatten(-1, (3, -1)) / 255 - mean) / std).flatten(2)
     rows, grids = [], []
-    for picture in packs["image"][0, cells].unique():
-        here = packs["image"][0, cells] == picture
+    for image in packs["image"][0, cells].unique():
+        here = packs["image"][0, cells] == image
         height, width = (positions[0, cells[here], 1:].amax(dim=0) + 1).tolist()
         blocks = pixels[here].view(height, width, 2, 2, -1).transpose(1, 2)
         rows.append(blocks.reshape(-1, pixels.shape[-1]))

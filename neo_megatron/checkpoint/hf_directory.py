@@ -113,7 +113,7 @@ class SafetensorsDirectory:
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
-        if os.path.lexists(single):  # first, as transformers: it leaves an old index beside what it saves in one file
+        if os.path.lexists(single):  # first, as transformers: it leaves an old index next to what it saves in one file
             return [single]
         if not os.path.lexists(index):
             raise CheckpointError(
@@ -236,7 +236,7 @@ def _header(shard: list[StoredTensor]) -> bytes:
 
 @contextmanager
 def whole_directory(output: str | Path) -> Iterator[Path]:
-    """Yields a directory beside ``output`` that becomes ``output`` when the block ends well.
+    """Yields a directory next to ``output`` that becomes ``output`` when the block ends well.
 
     An interrupted run leaves ``OUTPUT.partial``, which no reader takes for a checkpoint and the next run replaces.
 

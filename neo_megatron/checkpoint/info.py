@@ -132,10 +132,10 @@ def _amount(stored: list[StoredTensor]) -> str:
 
 def _tokens(sizes: NeoSizes, added: dict[str, int]) -> str:
     tied = "embedding and head are one" if sizes.tie_word_embeddings else "head apart"
-    beside = f"; {len(added)} added tokens in its tokenizer" if added else ""
+    added_text = f"; {len(added)} added tokens in its tokenizer" if added else ""
     return (
         f"{sizes.vocab_size} rows, {tied}; <img> {sizes.image_start_token_id}, "
-        f"<IMG_CONTEXT> {sizes.image_context_token_id}{beside}"
+        f"<IMG_CONTEXT> {sizes.image_context_token_id}{added_text}"
     )
 
 

@@ -5,7 +5,7 @@ new keys for rows and columns are zero. The pre-buffer and the patch embedding a
 
 Zero keys can be made in two ways (`KeyHwInit`):
     published  the projection W_k_hw is zero. RMSNorm of zero is zero, but its derivative there is 1/sqrt(eps) = 1,000.
-    zero-norm  the weights of the norms behind W_k_hw are zero; W_k_hw itself is made from W_k as W_q_hw is from W_q.
+    zero-norm  the weights of the norms after W_k_hw are zero; W_k_hw itself is made from W_k as W_q_hw is from W_q.
                The gradient then reaches the norms at ordinary size. docs/key_hw_init.md compares both.
 """
 

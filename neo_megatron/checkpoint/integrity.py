@@ -18,7 +18,7 @@ from neo_megatron.checkpoint.dcp_metadata import AGAIN, read_metadata
 from neo_megatron.checkpoint.streaming import FileWindow
 from neo_megatron.errors import DamagedCheckpoint
 
-_TORCH_ZIP_FLAGS = 0x808  # sizes behind the data, names in UTF-8
+_TORCH_ZIP_FLAGS = 0x808  # sizes after the data, names in UTF-8
 
 
 class Piece(NamedTuple):

@@ -176,7 +176,7 @@ def _stem_rows(sizes: NeoSizes) -> list[TensorRow]:
     return [
         _same("embedding.word_embeddings.weight", WORD_EMBEDDING, words, split_dim=0),
         *_convolution_rows("patch_projection", "patch_embedding", (E, 3, patch, patch), channels_last=False),
-        # The four patches of a merged cell lie behind one another, so a row of the matrix runs over (dy, dx, channel).
+        # The four patches of a merged cell lie one after another, so a row of the matrix runs over (dy, dx, channel).
         *_convolution_rows("merge_projection", "dense_embedding", (H, E, merge, merge), channels_last=True),
     ]
 

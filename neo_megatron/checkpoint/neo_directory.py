@@ -37,7 +37,7 @@ class NeoDirectory:
 
 
 def read_sizes(directory: str | Path) -> NeoSizes:
-    """The sizes that `config.json` tells, completed from the tensors where some lie beside it; reads headers only.
+    """The sizes that `config.json` tells, completed from the tensors where some lie next to it; reads headers only.
 
     Raises:
         CheckpointError: no NEO's configuration, or a broken file.

@@ -1,8 +1,8 @@
 """A trained pre-buffer by itself: NEO's visual front end, to be put in front of another Qwen3 of the same width.
 
 A directory of the form of Hugging Face with `model_type: neo_pre_buffer` holds, under the names they have in a NEO, the
-patch embedding and the pre-buffer's layers. Beside them ``picture_tokens.weight``, the embeddings of ``<img>`` and
-``</img>``: they frame every picture that the pre-buffer has seen, and a Qwen3 has nothing trained in their place.
+patch embedding and the pre-buffer's layers. In addition ``picture_tokens.weight``, the embeddings of ``<img>`` and
+``</img>``: they frame every image that the pre-buffer has seen, and a Qwen3 has nothing trained in their place.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.paths import Wanted, check_path
 
 MODEL_TYPE = "neo_pre_buffer"
-PICTURE_TOKENS = ("<img>", "</img>")
-PICTURE_ROWS = "picture_tokens.weight"
+IMAGE_TOKENS = ("<img>", "</img>")
+IMAGE_ROWS = "picture_tokens.weight"  # the key in checkpoints since version 0.1.0
 # Writes trained values into a tensor of as many values.
 TrainedPart = Callable[[Tensor], None]
 # What a layer of the pre-buffer and one of the post-LLM must share, as they are layers of one decoder.
@@ -35,7 +35,7 @@ _SHARED = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("rope_theta", "norm_epsilon"),
 )
-# What concerns pictures alone, and no Qwen3 has.
+# What concerns images alone, and no Qwen3 has.
 _DECIDED = ("rope_theta_hw", "rope_theta_patch", "max_positions_hw", "min_pixels", "max_pixels")
 
 
@@ -49,11 +49,11 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
         raise CheckpointError(
             f"{neo.directory}: has no pre-buffer: give a NEO that has one (extra_num_layers in its config.json)"
         )
-    rows = picture_token_ids(neo.sizes, added_token_ids(neo.directory), neo.directory)
+    rows = image_token_ids(neo.sizes, added_token_ids(neo.directory), neo.directory)
     shapes = _shapes(neo.sizes)
     dtypes = {tensor.name: tensor.dtype for tensor in neo.stored}
     kept = [tensor for tensor in neo.stored if tensor.name in shapes]
-    picture_rows = StoredTensor(PICTURE_ROWS, shapes[PICTURE_ROWS], dtypes[WORD_EMBEDDING])
+    image_rows = StoredTensor(IMAGE_ROWS, shapes[IMAGE_ROWS], dtypes[WORD_EMBEDDING])
 
     def values() -> Iterator[Tensor]:
         yield from neo.values(tensor.name for tensor in kept)
@@ -63,22 +63,22 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
     config = {**neo.sizes.replace(post_llm_layers=0).to_hf(), "model_type": MODEL_TYPE}
     del config["architectures"]
     with whole_directory(output) as unfinished:
-        write_safetensors(unfinished, [*kept, picture_rows], values(), shard_bytes)
+        write_safetensors(unfinished, [*kept, image_rows], values(), shard_bytes)
         write_json(unfinished / "config.json", config)
 
 
-def picture_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list[int]:
-    """The ids of `PICTURE_TOKENS`; without a tokenizer those that follow from the order in which NEO adds its tokens.
+def image_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list[int]:
+    """The ids of `IMAGE_TOKENS`; without a tokenizer those that follow from the order in which NEO adds its tokens.
 
     Args:
         known: ids of tokens in the model's tokenizer, if it was looked at.
     """
     start, end = sizes.image_start_token_id, known.get("</img>")
     if end is None and start == sizes.image_context_token_id + 1:
-        end = start + 1  # <IMG_CONTEXT>, <img> and </img> were added one behind the other
+        end = start + 1  # <IMG_CONTEXT>, <img> and </img> were added one after the other
     if end is None or max(start, end) >= sizes.vocab_size:
         raise CheckpointError(
-            f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json beside it"
+            f"{where}: nothing there tells the id of </img>: put the model's tokenizer.json next to it"
         )
     return [start, end]
 
@@ -96,7 +96,7 @@ class PreBuffer:
     sizes: NeoSizes
 
     def sizes_in_front_of(self, sizes: NeoSizes, where: str | Path) -> NeoSizes:
-        """Those of a new NEO with what this pre-buffer decides about pictures.
+        """Those of a new NEO with what this pre-buffer decides about images.
 
         Raises:
             CheckpointError: layers of this pre-buffer are no layers of such a NEO; it names what differs.
@@ -116,17 +116,17 @@ class PreBuffer:
     def parts(self, sizes: NeoSizes, tokenizer: Any | None) -> dict[str, TrainedPart]:
         """Hugging Face name -> what writes the trained values into that tensor of a new NEO, or into rows of it."""
         parts: dict[str, TrainedPart] = {
-            name: partial(self.source.read_into, name) for name in self.source.shapes if name != PICTURE_ROWS
+            name: partial(self.source.read_into, name) for name in self.source.shapes if name != IMAGE_ROWS
         }
-        known = {} if tokenizer is None else {token: tokenizer.convert_tokens_to_ids(token) for token in PICTURE_TOKENS}
-        ids = picture_token_ids(sizes, known, self.source.directory)
+        known = {} if tokenizer is None else {token: tokenizer.convert_tokens_to_ids(token) for token in IMAGE_TOKENS}
+        ids = image_token_ids(sizes, known, self.source.directory)
 
-        def frame_pictures(embedding: Tensor) -> None:
+        def frame_images(embedding: Tensor) -> None:
             rows = torch.empty(len(ids), embedding.shape[1], dtype=embedding.dtype)
-            self.source.read_into(PICTURE_ROWS, rows)
+            self.source.read_into(IMAGE_ROWS, rows)
             embedding[ids] = rows
 
-        return parts | {WORD_EMBEDDING: frame_pictures}
+        return parts | {WORD_EMBEDDING: frame_images}
 
 
 def open_pre_buffer(directory: str | Path) -> PreBuffer:
@@ -147,4 +147,4 @@ def _shapes(sizes: NeoSizes) -> dict[str, Shape]:
     """What belongs to the pre-buffer of a NEO of these sizes."""
     layers = tuple(f"{DECODER}layers.{number}." for number in range(sizes.pre_buffer_layers))
     shapes = {name: shape for name, shape in hf_shapes(sizes).items() if name.startswith((PATCH_EMBEDDING, *layers))}
-    return shapes | {PICTURE_ROWS: (len(PICTURE_TOKENS), sizes.hidden_size)}
+    return shapes | {IMAGE_ROWS: (len(IMAGE_TOKENS), sizes.hidden_size)}

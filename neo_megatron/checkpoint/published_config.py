@@ -1,4 +1,4 @@
-"""A NEO's `config.json` as it was published, in whatever form, completed from the tensors and the tokenizer beside it.
+"""A NEO's `config.json` as it was published, in whatever form, completed from the tensors and the tokenizer next to it.
 
 Published configurations differ: some lack what later code reads, and a stage-1 checkpoint calls itself an InternVL
 whose code is not there. The tensors decide what a checkpoint is. What no tensor tells, such as a rotary base, is taken
@@ -50,7 +50,7 @@ def complete_config(
     Args:
         config: `config.json` as it is; not changed.
         shapes: of the tensors in ``directory``.
-        directory: whose tokenizer, if it has one, knows the ids of the picture tokens.
+        directory: whose tokenizer, if it has one, knows the ids of the image tokens.
 
     Raises:
         CheckpointError: no NEO by its tensors; a NEO-unify, a quantised checkpoint, an unknown template; nothing tells
@@ -196,7 +196,7 @@ def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path
         elif config.get(key) is None:
             raise CheckpointError(
                 f"{directory}/config.json lacks {key}, and no tokenizer there knows {token}: "
-                "write the id into config.json, or put the model's tokenizer.json beside it"
+                "write the id into config.json, or put the model's tokenizer.json next to it"
             )
 
 

@@ -1,6 +1,6 @@
 """The directory that a run saves into, as Megatron fills it: `iter_0000040` and a tracker file that names the newest.
 
-Megatron writes the tracker last. From then on a checkpoint counts: what lies beside it and is newer was still being
+Megatron writes the tracker last. From then on a checkpoint counts: what lies next to it and is newer was still being
 written when the run ended, or belongs to a future that a user gave up. Nothing here needs Megatron.
 """
 

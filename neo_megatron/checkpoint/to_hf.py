@@ -1,7 +1,7 @@
 """A Megatron checkpoint, saved on any layout -> a complete Hugging Face directory that transformers loads and serves.
 
 It holds the weights, `config.json`, the tokenizer with NEO's tokens and the chat template, the generation and the
-picture settings, and the code of `neo_megatron/hf` for `trust_remote_code`.
+image settings, and the code of `neo_megatron/hf` for `trust_remote_code`.
 """
 
 import math
@@ -44,7 +44,7 @@ CODE = (
 )
 # Training and inference do these things by one text; only the import of a sibling changes with the place.
 SHARED_CODE = {
-    "data/image.py": "pictures_neo.py",
+    "data/image.py": "images_neo.py",
     "data/image_limits.py": "image_limits_neo.py",
     "errors.py": "errors_neo.py",
     "data/tags.py": "tags_neo.py",
@@ -120,7 +120,7 @@ def _read_hf(source: TorchDistDirectory, rows: Iterable[TensorRow], name: str) -
 
 
 def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, tokenizer: Any | None) -> None:
-    """Everything beside the weights; without a tokenizer, what a model alone needs."""
+    """Everything in addition to the weights; without a tokenizer, what a model alone needs."""
     config = {**sizes.to_hf(), "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     _write_code(directory)
     if tokenizer is not None:
@@ -132,7 +132,7 @@ def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, token
 
 
 def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
-    """Refuses a tokenizer whose picture tokens are not the model's or whose ids the embedding does not hold."""
+    """Refuses a tokenizer whose image tokens are not the model's or whose ids the embedding does not hold."""
     for token, expected in (("<img>", sizes.image_start_token_id), ("<IMG_CONTEXT>", sizes.image_context_token_id)):
         found = tokenizer.convert_tokens_to_ids(token)
         if found != expected:

@@ -85,7 +85,7 @@ def write_torch_dist(
 ) -> None:
     """Writes a checkpoint that `megatron.training` loads, into an existing empty directory.
 
-    One value is asked for after the other, and none is kept.
+    Values are requested one after the other and not kept.
 
     Args:
         stored: what comes, in order.

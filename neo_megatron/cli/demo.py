@@ -1,8 +1,8 @@
-"""A page to talk to a NEO: drop a picture, ask, and see where each word of the answer looked.
+"""A page to talk to a NEO: drop an image, ask, and see where each word of the answer looked.
 
     bash examples/demo/run.sh --model neo          # in a checkout: installs what is missing first
 
-It listens on this machine alone, loads nothing from elsewhere, and takes the pictures that
+It listens on this machine alone, loads nothing from elsewhere, and takes the images that
 preprocessing takes.
 """
 
@@ -28,8 +28,8 @@ def parse_arguments() -> argparse.Namespace:
         "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
     )
     parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
-    parser.add_argument("--max-upload-mb", type=int, default=32, help="largest picture file (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, help="of a resized picture (the checkpoint's)")
+    parser.add_argument("--max-upload-mb", type=int, default=32, help="largest image file (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, help="of a resized image (the checkpoint's)")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs (the first GPU where there is one)")
     parser.add_argument(

@@ -1,13 +1,13 @@
 """Asks a NEO the questions of annotation files and scores its answers: exact match, and ANLS (Biten et al. 2019).
 
-neo-megatron evaluate --model neo --input test.json --image-root pictures --output evaluation
+neo-megatron evaluate --model neo --input test.json --image-root images --output evaluation
 neo-megatron evaluate --model neo --registry registry.yaml --datasets docvqa chartqa%10 --output evaluation
 
 Every turn that training would train on is a question; the turns before it, as they are written, are its prompt. Its
 text is right, and so is what it lists under "answers". Letter case and white space do not count. Decoding is greedy.
 
 The output holds answers.jsonl, scores.json, rejects.jsonl and report.html, a page of the worst answers with their
-pictures. The same command continues a run that was interrupted, also with another --batch-size or --workers.
+images. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
     inputs.add_argument("--registry", help="YAML file of data sets by name")
     parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%10")
-    parser.add_argument("--image-root", default="", help="directory of the pictures of --input, which none may leave")
+    parser.add_argument("--image-root", default="", help="directory of the images of --input, which none may leave")
     parser.add_argument("--output", type=Path, required=True, help="new directory")
     add_batches(parser)
     add_model(parser, max_new_tokens=128)

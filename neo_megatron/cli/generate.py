@@ -1,10 +1,10 @@
-"""A picture and a prompt -> the answer of a NEO, shown as it is made; or all prompts of a JSONL.
+"""An image and a prompt -> the answer of a NEO, shown as it is made; or all prompts of a JSONL.
 
 neo-megatron generate --model neo --image cat.png --prompt "What is the cat doing?"
-neo-megatron generate --model neo --input prompts.jsonl --image-root pictures --output answers
+neo-megatron generate --model neo --input prompts.jsonl --image-root images --output answers
 
 A line of the JSONL is an annotation record without its answer, or {"image": "cat.png", "prompt": "What is it?"}; the
-turn behind the last one of a user is answered, in answers.jsonl of the output. What is left out is listed in
+turn after the last one of a user is answered, in answers.jsonl of the output. What is left out is listed in
 rejects.jsonl. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
 
@@ -38,11 +38,11 @@ def parse_arguments() -> argparse.Namespace:
         "--prompt",
         help=f"with {IMAGE_TAG} where an image belongs; by default they come first. \\{IMAGE_TAG} is the word",
     )
-    one.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order of their tags")
+    one.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images, in the order of their tags")
     one.add_argument("--system", help="a system turn in front")
     many = parser.add_argument_group("many answers")
     many.add_argument("--input", metavar="FILE", help="a .jsonl with one record a line, or a JSON array")
-    many.add_argument("--image-root", default="", help="directory of the pictures, which none may leave")
+    many.add_argument("--image-root", default="", help="directory of the images, which none may leave")
     many.add_argument("--output", type=Path, metavar="DIR", help="new directory")
     add_batches(many)
     add_model(parser, MAX_NEW_TOKENS)

@@ -19,8 +19,8 @@ def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
         "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
     )
     model.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as it is stored")
-    model.add_argument("--min-pixels", type=int, help="of a resized picture (the checkpoint's)")
-    model.add_argument("--max-pixels", type=int, help="of a resized picture (the checkpoint's)")
+    model.add_argument("--min-pixels", type=int, help="of a resized image (the checkpoint's)")
+    model.add_argument("--max-pixels", type=int, help="of a resized image (the checkpoint's)")
     model.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer (%(default)s)")
 
 

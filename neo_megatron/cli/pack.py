@@ -77,7 +77,7 @@ def report(output: str, manifest: dict) -> None:
     if even := manifest["imbalance"]:
         print(f"  largest over mean work of {even['ranks']} ranks with {even['packs_per_rank']} packs each:")
         for kind, drawn in even["drawn"].items():
-            if drawn:  # text alone has no pictures
+            if drawn:  # text alone has no images
                 print(f"    {kind} {drawn:.3f} as drawn, {even['balanced'][kind]:.3f} as dealt in training")
     if counts["samples_rejected"]:
         print(f"  rejected {counts['samples_rejected']} over-long samples, listed in {Path(output) / REJECTS}")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from neo_megatron import presets
+from neo_megatron.cli.renamed_flags import add_old_name
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.hardware import GPUS, Efficiency, Gpu
@@ -76,7 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     packs = parser.add_argument_group("packs, which decide the work of attention and head")
     packs.add_argument("--packs", metavar="DIR", help="measure some of these")
     packs.add_argument("--document-length", type=count, default=2500, help="tokens of a document (%(default)s)")
-    packs.add_argument("--picture-share", type=share, default=0.85, help="of a document's tokens (%(default)s)")
+    packs.add_argument("--image-share", type=share, default=0.85, help="of a document's tokens (%(default)s)")
+    add_old_name(packs, "--picture-share", "--image-share", share)
     packs.add_argument("--trained-share", type=share, default=0.1, help="of a document's tokens (%(default)s)")
 
     layout = parser.add_argument_group("layout, under Megatron's names")
@@ -220,7 +222,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
             )
         return measure_packs(index)
     return Workload.of_alike_documents(
-        args.seq_length or 16384, args.document_length, args.picture_share, args.trained_share
+        args.seq_length or 16384, args.document_length, args.image_share, args.trained_share
     )
 
 

@@ -1,6 +1,6 @@
-"""Annotations and pictures -> indexed shards, once for every pack length. The format: docs/shard_format.md.
+"""Annotations and images -> indexed shards, once for every pack length. The format: docs/shard_format.md.
 
-neo-megatron preprocess --input train.json --image-root pictures --tokenizer HF_DIR --output shards
+neo-megatron preprocess --input train.json --image-root images --tokenizer HF_DIR --output shards
 neo-megatron preprocess --registry registry.yaml --datasets llava%50 docvqa --tokenizer HF_DIR --output shards
 
 The same command continues a run that was interrupted; the data set is the same to the byte.
@@ -10,7 +10,7 @@ Exit codes: 0 the data set is complete; 1 an error; 2 wrong arguments; 3 more sa
 allows: there are shards and the list of rejects, but no manifest, so that nothing packs them.
 
 With --engine ray the tasks run on the cluster of RAY_ADDRESS, else on the one that this machine belongs to, else on
-this machine. Annotations, pictures and output must lie on a file system that all its machines see under the same
+this machine. Annotations, images and output must lie on a file system that all its machines see under the same
 paths, and neo-megatron must be installed on them.
 """
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
     inputs.add_argument("--registry", help="YAML file of data sets by name")
     parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%50")
-    parser.add_argument("--image-root", default="", help="directory of the pictures of --input, which none may leave")
+    parser.add_argument("--image-root", default="", help="directory of the images of --input, which none may leave")
     parser.add_argument(
         "--follow-links",
         action="store_true",
@@ -46,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", required=True, help="Hugging Face directory or hub id; NEO's tokens are added")
     parser.add_argument("--output", required=True, help="new directory for the shards")
-    parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per picture (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=Settings.max_pixels, help="per picture (%(default)s)")
+    parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per image (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=Settings.max_pixels, help="per image (%(default)s)")
     parser.add_argument(
         "--image-store",
         choices=["encoded", "patches"],
@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         "--check",
         choices=["decode", "header"],
         default=Settings.check,
-        help="decode every picture to its end, or trust its header; patches are always decoded (%(default)s)",
+        help="decode every image to its end, or trust its header; patches are always decoded (%(default)s)",
     )
     parser.add_argument("--video-fps", type=float, default=Settings.video_fps, help="frames a second (%(default)s)")
     parser.add_argument("--max-frames", type=int, default=Settings.max_frames, help="of one video (%(default)s)")

@@ -1,4 +1,4 @@
-"""Verifies a conversion: runs one pack with pictures through both forms of a NEO and compares layer by layer.
+"""Verifies a conversion: runs one pack with images through both forms of a NEO and compares layer by layer.
 
 Exit code 0: they agree. 1: they do not, or one of them is broken. Computes in float32 whatever the stored types, with
 the weights of one layer in memory at a time, and of the embedding or the head.

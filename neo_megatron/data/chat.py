@@ -1,4 +1,4 @@
-"""Conversations -> token ids, the spans that are trained on, and the places of the pictures.
+"""Conversations -> token ids, the spans that are trained on, and the places of the images.
 
 Every turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. An ``<image>`` tag becomes ``<img>``, one
 ``<IMG_CONTEXT>`` for each merged cell of the image, and ``</img>``, none of which is ever trained on; in the turn of an
@@ -117,7 +117,7 @@ class ChatEncoder:
         self._ids = ids
 
     def encode(self, samples: Sequence[tuple[Sequence[Turn], Sequence[int]]]) -> list[TokenizedSample]:
-        """Tokenizes samples, each given as its turns and the number of cells of each of its pictures, in order."""
+        """Tokenizes samples, each given as its turns and the number of cells of each of its images, in order."""
         layouts = [self._lay_out(turns, cells) for turns, cells in samples]
         texts = list(dict.fromkeys(piece for layout in layouts for piece, _ in layout if isinstance(piece, str)))
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -126,7 +126,7 @@ class ChatEncoder:
 
     def _lay_out(self, turns: Sequence[Turn], cells: Sequence[int]) -> list[tuple[str | list[int], bool]]:
         """(text or ids, trained) in order, cut where the published code cuts: BPE must not merge across."""
-        pictures = iter(cells)
+        images = iter(cells)
         layout: list[tuple[str | list[int], bool]] = []
         for turn in turns:
             layout.append(([self._ids.turn_start], False))
@@ -138,7 +138,7 @@ class ChatEncoder:
             for number, piece in enumerate(split_tags(turn.text)):
                 if number % 2 and piece == IMAGE_TAG and turn.role != "assistant":
                     layout.append((text, turn.trained))
-                    layout.append((self._picture(next(pictures)), False))
+                    layout.append((self._image(next(images)), False))
                     text = ""
                 else:
                     text += piece
@@ -147,7 +147,7 @@ class ChatEncoder:
             layout.append(("\n", turn.trained))
         return layout
 
-    def _picture(self, cells: int) -> list[int]:
+    def _image(self, cells: int) -> list[int]:
         return [self._ids.image_start, *[self._ids.image_context] * cells, self._ids.image_end]
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from neo_megatron.errors import DataError
 
-PictureCheck = Literal["decode", "header"]
+ImageCheck = Literal["decode", "header"]
 ImageStore = Literal["encoded", "patches"]
 EmptyAnswers = Literal["reject", "keep"]
 
@@ -16,8 +16,8 @@ class Settings:
     """What decides the bytes of a data set, besides its sources and its tokenizer.
 
     Args:
-        min_pixels, max_pixels: limits of the area of a resized picture.
-        check: "decode" decodes every picture to its end; "header" trusts what its header says, where pixels are not
+        min_pixels, max_pixels: limits of the area of a resized image.
+        check: "decode" decodes every image to its end; "header" trusts what its header says, where pixels are not
             needed anyway.
         image_store: "encoded" keeps the files' bytes, "patches" keeps pixels ready for the model.
         seed: of the draw where a source is not used whole.
@@ -30,7 +30,7 @@ class Settings:
     min_pixels: int = 65536
     max_pixels: int = 4194304
     image_store: ImageStore = "encoded"
-    check: PictureCheck = "decode"
+    check: ImageCheck = "decode"
     seed: int = 0
     records_per_shard: int = 8192
     video_fps: float = 1.0

@@ -20,8 +20,8 @@ from neo_megatron.errors import DataError, RejectedSample
 
 LossWeighting = Literal["square", "sample", "token"]
 _WEIGHT_POWER: dict[str, float] = {"square": -0.5, "sample": -1.0, "token": 0.0}
-# "patches" gives them; "check" only finds out which pictures are broken, "none" does not look at them.
-Pictures = Literal["patches", "check", "none"]
+# "patches" gives them; "check" only finds out which images are broken, "none" does not look at them.
+Images = Literal["patches", "check", "none"]
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class GlobalBatch:
 
 
 class PackDataset(torch.utils.data.Dataset):
-    """Packs in a random order; every epoch packs anew.
+    """Packs in a random order; every epoch puts the samples into new packs.
 
     Args:
         location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``.
         num_samples: number of items; more than there are packs means several epochs. `None`: one epoch.
         seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
-        pictures: "patches" gives them. A rank that embeds no picture need not read them; but one that weighs losses has
+        images: "patches" gives them. A rank that embeds no image need not read them; but one that weighs losses has
             to "check" whether they can be decoded, to agree with the rank that does on which samples count.
         global_batch: evens out the work of its ranks; without it items come in the order drawn.
-        min_jpeg_quality: below 100, every picture of an encoded store is compressed anew as JPEG, with a quality drawn
-            from here to 100 for each (seed, epoch, sample, picture).
+        min_jpeg_quality: below 100, every image of an encoded store is recompressed as JPEG, with a quality drawn
+            from here to 100 for each (seed, epoch, sample, image).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PackDataset(torch.utils.data.Dataset):
         num_samples: int | None,
         seed: int,
         loss_weighting: LossWeighting = "square",
-        pictures: Pictures = "patches",
+        images: Images = "patches",
         global_batch: GlobalBatch | None = None,
         min_jpeg_quality: int = 100,
     ) -> None:
@@ -70,21 +70,21 @@ class PackDataset(torch.utils.data.Dataset):
         self._num_samples = len(self.packs) if num_samples is None else num_samples
         self._seed = seed
         self._power = _WEIGHT_POWER[loss_weighting]
-        self._pictures: Pictures = pictures
+        self._images: Images = images
         self._batch = global_batch
         self._min_jpeg_quality = min_jpeg_quality
         if not 1 <= min_jpeg_quality <= 100:
             raise DataError(
-                f"--min-jpeg-quality must be from 1 to 100, not {min_jpeg_quality}; 100 leaves pictures alone"
+                f"--min-jpeg-quality must be from 1 to 100, not {min_jpeg_quality}; 100 leaves images alone"
             )
         stores = {shards.image_store for shards in self.packs.data.sets}
         if min_jpeg_quality < 100 and stores != {"encoded"}:
             raise DataError(
-                f"{location} keeps pictures as patches, which cannot be compressed as JPEG; "
+                f"{location} keeps images as patches, which cannot be compressed as JPEG; "
                 "preprocess with --image-store encoded, or leave out --min-jpeg-quality"
             )
         # To check patches there is nothing to read: any bytes are pixels.
-        self._fetch_pictures = pictures == "patches" or (pictures == "check" and "encoded" in stores)
+        self._fetch_images = images == "patches" or (images == "check" and "encoded" in stores)
         self._window, self._window_packs = -1, []
 
     def __len__(self) -> int:
@@ -94,13 +94,13 @@ class PackDataset(torch.utils.data.Dataset):
         return self.__dict__ | {"_window": -1, "_window_packs": []}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One pack of T tokens with M targets and C cells of pictures, as CPU tensors.
+        """One pack of T tokens with M targets and C image tokens, as CPU tensors.
 
         ``tokens`` int64 [T]; ``positions_thw`` int32 [T, 3]; ``document`` and ``image`` int32 [T], numbers within the
-        pack, -1 for padding and outside pictures; ``target_index`` int64 [M], positions whose next token is trained;
-        ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M], 0 in samples with a broken picture;
+        pack, -1 for padding and outside images; ``target_index`` int64 [M], positions whose next token is trained;
+        ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M], 0 in samples with a broken image;
         ``cell_index`` int64 [C], positions of the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768], 0 for a
-        broken picture. Beside them ``samples``, how many there are, and ``broken``, a sentence for each that is.
+        broken image. In addition ``samples``, how many there are, and ``broken``, a sentence for each that is.
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"item {index} of a data set of {self._num_samples}")
@@ -116,7 +116,7 @@ class PackDataset(torch.utils.data.Dataset):
         cells = max(int(costs[:, 1].max()) for _, _, costs in self._drawn(np.arange(first, first + count)))
         # Per token 28 bytes, and 20 more where it is trained; see `pack_tensors`.
         bytes_of_tokens = self.packs.sequence_length * 48
-        return bytes_of_tokens + cells * (8 + 4 * PATCH_VALUES if self._pictures == "patches" else 0)
+        return bytes_of_tokens + cells * (8 + 4 * PATCH_VALUES if self._images == "patches" else 0)
 
     def _pack(self, index: int) -> tuple[int, np.ndarray]:
         """The epoch and the samples of an item. Global batches are looked up whole, because balance needs them so."""
@@ -148,9 +148,9 @@ class PackDataset(torch.utils.data.Dataset):
             yield epoch, drawn, self.packs.table.costs(drawn)
 
     def _assemble(self, samples: Sequence[int], epoch: int) -> dict[str, Any]:
-        """The given samples behind one another, padded. See ``__getitem__``."""
+        """The given samples one after another, padded. See ``__getitem__``."""
         length, ids = self.packs.sequence_length, self.packs.data.ids
-        fetched = self.packs.data.fetch(samples, pictures=self._fetch_pictures)
+        fetched = self.packs.data.fetch(samples, images=self._fetch_images)
         joined = self._tokens(samples, fetched)
         tokens = np.full(length, ids.pad, np.int64)
         tokens[: len(joined)] = joined
@@ -160,7 +160,7 @@ class PackDataset(torch.utils.data.Dataset):
         trained = np.zeros(length, bool)
         weight = np.zeros(length, np.float32)
         grids = np.concatenate([stored.grids for stored, _ in fetched])
-        cells = int(grids.prod(axis=1).sum()) // 4 if self._pictures == "patches" else 0
+        cells = int(grids.prod(axis=1).sum()) // 4 if self._images == "patches" else 0
         patches = np.empty((cells, 4, PATCH_VALUES), np.uint8)
         broken: list[str] = []
         end = cell = 0
@@ -172,7 +172,7 @@ class PackDataset(torch.utils.data.Dataset):
             count = int(trained[start:end].sum())
             first, cell = cell, cell + (int(stored.grids.prod(axis=1).sum()) // 4 if cells else 0)
             try:
-                self._read_pictures(stored, shards, patches[first:cell], key_of(self._seed, epoch, sample))
+                self._read_images(stored, shards, patches[first:cell], key_of(self._seed, epoch, sample))
                 weight[start:end] = float(max(count, 1)) ** self._power
             except RejectedSample as rejected:
                 patches[first:cell] = 0
@@ -206,28 +206,28 @@ class PackDataset(torch.utils.data.Dataset):
             "check it with neo-megatron verify-data and copy or preprocess it again"
         )
 
-    def _read_pictures(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
+    def _read_images(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
         """Writes the patches of a sample to ``out``, uint8 [cells, 4, 768]; or only sees that they can be had.
 
         ``key`` decides the augmentation.
 
         Raises:
-            RejectedSample: for a picture that cannot be decoded.
+            RejectedSample: for an image that cannot be decoded.
         """
         end = 0
-        for number, (picture, grid) in enumerate(zip(stored.pictures, stored.grids.tolist(), strict=False)):
+        for number, (data, grid) in enumerate(zip(stored.images, stored.grids.tolist(), strict=False)):
             start, end = end, end + grid[0] * grid[1] // 4
             if shards.image_store == "patches":
-                if len(picture) != (end - start) * 4 * PATCH_VALUES:
+                if len(data) != (end - start) * 4 * PATCH_VALUES:
                     raise DataError(
                         f"{shards.location} is damaged: the patches of an image do not fit its grid; check it with "
                         "neo-megatron verify-data and copy or preprocess it again"
                     )
-                if self._pictures == "patches":
-                    out[start:end] = patches_of(picture)
+                if self._images == "patches":
+                    out[start:end] = patches_of(data)
                 continue
-            image = decode(picture.tobytes(), f"number {number} of the sample")
-            if self._pictures == "patches":
+            image = decode(data.tobytes(), f"number {number} of the sample")
+            if self._images == "patches":
                 if self._min_jpeg_quality < 100:
                     drawn = key_of(key, number) % (101 - self._min_jpeg_quality)
                     image = recompress(image, self._min_jpeg_quality + drawn)

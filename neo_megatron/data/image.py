@@ -1,6 +1,6 @@
-"""Pictures -> RGB pixels -> patches, in the arithmetic of the published code, with Pillow and NumPy alone.
+"""Images -> RGB pixels -> patches, in the arithmetic of the published code, with Pillow and NumPy alone.
 
-A picture of ``grid_h x grid_w`` patches of 16 x 16 pixels makes ``grid_h/2 x grid_w/2`` cells of 2 x 2 patches; a cell
+An image of ``grid_h x grid_w`` patches of 16 x 16 pixels makes ``grid_h/2 x grid_w/2`` cells of 2 x 2 patches; a cell
 is one token. Patches are uint8 ``[cells, 4, 768]``: cells row-major, in a cell (dy, dx) row-major, values in the order
 (channel, y, x).
 """
@@ -26,7 +26,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 # Formats that Pillow decodes itself. Others are left out because they start programs (EPS) or nobody maintains them.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-# EXIF orientation -> how to turn the stored picture so that it stands upright.
+# EXIF orientation -> how to turn the stored image so that it stands upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,10 +49,10 @@ Image.init()  # registers the formats that Image.open would otherwise load by gu
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size, in multiples of ``factor``, to which a picture is resized; its area lies within the limits if possible.
+    """The size, in multiples of ``factor``, to which an image is resized; its area lies within the limits if possible.
 
     Raises:
-        ValueError: for a picture more than 200 times as long as wide, or wide as long.
+        ValueError: for an image more than 200 times as long as wide, or wide as long.
     """
     aspect = max(height, width) / min(height, width)
     if aspect > 200:
@@ -70,27 +70,27 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
-def pixel_limit(min_pixels: int, max_pixels: int, pictures: int) -> int:
-    """``max_pixels`` of each picture of a sample: several share twice the limit of one."""
-    return max_pixels if pictures <= 1 else max(max_pixels * 2 // pictures, min_pixels)
+def pixel_limit(min_pixels: int, max_pixels: int, images: int) -> int:
+    """``max_pixels`` of each image of a sample: several share twice the limit of one."""
+    return max_pixels if images <= 1 else max(max_pixels * 2 // images, min_pixels)
 
 
-def read_picture(path: str) -> bytes:
-    """The bytes of a picture file; rejects what is no regular file, or too large, before reading it."""
+def read_image(path: str) -> bytes:
+    """The bytes of an image file; rejects what is no regular file, or too large, before reading it."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise RejectedSample(Reason.MISSING_PICTURE, f"the picture {path} is no regular file")
+            raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path} is no regular file")
         if status.st_size > MAX_FILE_BYTES:
-            raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the picture {path} has over {MAX_FILE_BYTES >> 20} MiB")
+            raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the image {path} has over {MAX_FILE_BYTES >> 20} MiB")
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise RejectedSample(Reason.MISSING_PICTURE, f"the picture {path}: {error.strerror}") from error
+        raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path}: {error.strerror}") from error
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The picture in the bytes of a file, as `upright_rgb` shows it; what it takes is checked before it is decoded.
+    """The image in the bytes of a file, as `upright_rgb` shows it; what it takes is checked before it is decoded.
 
     Raises:
         RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
@@ -103,7 +103,7 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def decode_opened(image: Image.Image, name: str) -> Image.Image:
-    """A picture that Pillow opened, and may not have read yet, as `upright_rgb` shows it.
+    """An image that Pillow opened, and may not have read yet, as `upright_rgb` shows it.
 
     Raises:
         RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
@@ -135,7 +135,7 @@ def _file_of(image: ImageFile.ImageFile) -> bytes:
 def _shown(image: Image.Image, name: str) -> Image.Image:
     try:
         return upright_rgb(image)
-    # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this picture cannot be shown.
+    # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this image cannot be shown.
     except Exception as error:
         raise _unreadable(name, error) from error
 
@@ -169,13 +169,13 @@ def _open(data: bytes, name: str) -> Image.Image:
     except TooCostly as error:
         raise _too_costly(name, error) from error
     except Image.DecompressionBombError as error:
-        raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the picture {name}: {error}") from error
+        raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the image {name}: {error}") from error
     except UnidentifiedImageError as error:
         if data.startswith((b"II*\0", b"MM\0*")):
             sentence = f"the image {name} is a TIFF of a kind that cannot be read; save it as 8-bit RGB"
         else:
-            sentence = f"the picture {name} is in none of the formats {', '.join(FORMATS)}"
-        raise RejectedSample(Reason.UNREADABLE_PICTURE, sentence) from error
+            sentence = f"the image {name} is in none of the formats {', '.join(FORMATS)}"
+        raise RejectedSample(Reason.UNREADABLE_IMAGE, sentence) from error
     except Exception as error:  # as in decode
         raise _unreadable(name, error) from error
     return image
@@ -224,12 +224,12 @@ def _too_costly(name: str, error: TooCostly) -> RejectedSample:
 
 
 def _unreadable(name: str, error: Exception) -> RejectedSample:
-    sentence = f"the picture {name} cannot be decoded ({type(error).__name__}: {error})"
-    return RejectedSample(Reason.UNREADABLE_PICTURE, sentence)
+    sentence = f"the image {name} cannot be decoded ({type(error).__name__}: {error})"
+    return RejectedSample(Reason.UNREADABLE_IMAGE, sentence)
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation that is known so far. Viewers show a picture whose EXIF is broken as it is stored."""
+    """The EXIF orientation that is known so far. Viewers show an image whose EXIF is broken as it is stored."""
     try:
         return Image.Image.getexif(image).get(_ORIENTATION_TAG)  # a PNG's own getexif would decode it
     except Exception:  # bytes of strangers, as in decode
@@ -243,10 +243,10 @@ def _metadata_behind_pixels(png: bytes) -> bool:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as a viewer shows it: upright by its EXIF, transparency over white, 16 bits scaled to 8.
+    """An opened image as a viewer shows it: upright by its EXIF, transparency over white, 16 bits scaled to 8.
 
     Raises:
-        ValueError: for pixels that are no colours. Pillow raises many other types for a broken picture.
+        ValueError: for pixels that are no colours. Pillow raises many other types for a broken image.
     """
     _check_form(image)
     image.load()
@@ -261,7 +261,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of up to 16 bits, a strip at a time: whole it would need ten times the memory of its file."""
+    """A grey image of up to 16 bits, a strip at a time: whole it would need ten times the memory of its file."""
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(_BITS_TAG, (16,))[0] == 12 else 16
     white_is_zero = tags.get(_PHOTOMETRIC_TAG) == 0
@@ -322,32 +322,32 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def recompress(image: Image.Image, quality: int) -> Image.Image:
-    """The RGB picture after JPEG compression of a quality from 1 to 95, which is lossy: an augmentation."""
+    """The RGB image after JPEG compression of a quality from 1 to 95, which is lossy: an augmentation."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file, formats=("JPEG",)).convert("RGB")
 
 
-def picture_grid(image: Image.Image, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(grid_h, grid_w) of a decoded picture in patches."""
+def image_grid(image: Image.Image, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(grid_h, grid_w) of a decoded image in patches."""
     return grid_of_size(image.height, image.width, name, min_pixels, max_pixels)
 
 
 def grid_of_size(height: int, width: int, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(grid_h, grid_w) in patches of a picture of ``height x width`` pixels.
+    """(grid_h, grid_w) in patches of an image of ``height x width`` pixels.
 
     Raises:
-        RejectedSample: for a picture that is too long or too wide.
+        RejectedSample: for an image that is too long or too wide.
     """
     try:
         height, width = smart_resize(height, width, CELL, min_pixels, max_pixels)
     except ValueError as error:
-        raise RejectedSample(Reason.ASPECT_RATIO, f"the picture {name}: {error}") from error
+        raise RejectedSample(Reason.ASPECT_RATIO, f"the image {name}: {error}") from error
     return height // PATCH, width // PATCH
 
 
 def patches_from_image(image: Image.Image, grid: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
-    """Resizes (bicubic) and cuts a decoded picture: uint8 [cells, 4, 768].
+    """Resizes (bicubic) and cuts a decoded image: uint8 [cells, 4, 768].
 
     Args:
         image: RGB.
@@ -371,7 +371,7 @@ def patches_from_image(image: Image.Image, grid: tuple[int, int], out: np.ndarra
 
 
 def resize_to_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
-    """The picture in the pixels of its grid, bicubic."""
+    """The image in the pixels of its grid, bicubic."""
     size = (grid[1] * PATCH, grid[0] * PATCH)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 

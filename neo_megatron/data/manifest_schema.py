@@ -328,7 +328,7 @@ def _check_shards(manifest: dict[str, Any]) -> None:
 
 def _check_shard(entry: dict[str, Any], last: int, version: int) -> None:
     name = entry["name"]
-    # Of ASCII digits, so a name never leaves the directory; ascending, so none is there twice.
+    # Of ASCII digits, so a name never leaves the directory; ascending, so no name is there twice.
     if not (name.isascii() and name.isdigit() and len(name) < 19 and name == f"{int(name):05d}"):
         raise _WrongValue(f"has the name {_shown(name)}, which is not one of a shard")
     if int(name) <= last:

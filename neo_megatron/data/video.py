@@ -94,14 +94,14 @@ def read_frames(clip: Clip) -> Iterator[Image.Image]:
             first = at if first is None else first
             while shown is not None and times and times[-1] < at - first:
                 times.pop()
-                yield _picture(shown, stream, clip.path)
+                yield _image(shown, stream, clip.path)
             if not times:
                 return
             shown, shown_at = frame, at - first
         if shown is None or clip.last - shown_at > _TOLERANCE:
             raise _unreadable(clip.path, f"its frames end at {float(shown_at):.1f} of {float(clip.last):.1f} seconds")
         for _ in times:
-            yield _picture(shown, stream, clip.path)
+            yield _image(shown, stream, clip.path)
 
 
 def _extent(container: Any, stream: Any, path: str) -> tuple[Fraction, Fraction]:
@@ -146,7 +146,7 @@ def _check_size(width: int, height: int, path: str) -> None:
         raise _unreadable(path, f"its frames have {width} x {height} pixels, not 1 to {MAX_FRAME_PIXELS}")
 
 
-def _picture(frame: Any, stream: Any, path: str) -> Image.Image:
+def _image(frame: Any, stream: Any, path: str) -> Image.Image:
     transparent = any(component.is_alpha for component in frame.format.components)
     image = upright_rgb(Image.fromarray(frame.to_ndarray(format="rgba" if transparent else "rgb24")))
     shape = stream.sample_aspect_ratio or 1
@@ -173,7 +173,7 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
                 with av.open(file, format=reader, options=OPTIONS) as container:
                     stream = container.streams.best("video")
                     if stream is None or stream.codec_context is None:
-                        raise _unreadable(path, "it has no pictures that FFmpeg decodes")
+                        raise _unreadable(path, "it has no images that FFmpeg decodes")
                     stream.codec_context.thread_count = 1  # one process is one worker
                     yield container, stream
             finally:

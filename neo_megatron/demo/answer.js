@@ -57,7 +57,7 @@ function show() {
   }
   const heat = seen?.levels ? { levels: decode(seen.levels), top: seen.top } : null;
   const what = number === ALL ? "Whole answer" : `“${seen?.text.trim()}”`;
-  find(".facts").textContent = heat ? `${what}: ${percent(seen.share)} of its attention is on the picture` : "";
+  find(".facts").textContent = heat ? `${what}: ${percent(seen.share)} of its attention is on the image` : "";
   document.dispatchEvent(new CustomEvent("neo-heat", { detail: heat }));
 }
 

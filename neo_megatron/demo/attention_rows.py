@@ -1,7 +1,7 @@
 """Where each generated token looked: one row of attention weights for it in every layer, and no more.
 
 transformers chooses its attention kernel by name. The one registered here attends as `sdpa` does and keeps, of each
-call, the weights of the last query: with a cache that is the query from which the next token is generated. A picture of
+call, the weights of the last query: with a cache that is the query from which the next token is generated. An image of
 four megapixels has 4,096 tokens; all the weights of one layer would be 4,096 times as many.
 """
 
@@ -18,7 +18,7 @@ class AttentionRows:
     """The rows of one answer.
 
     Args:
-        columns: places in the prompt of the tokens that the rows are about: those of the picture.
+        columns: places in the prompt of the tokens that the rows are about: those of the image.
         layers: of the model.
     """
 

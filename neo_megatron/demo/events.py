@@ -11,11 +11,11 @@ from neo_megatron.errors import RejectedSample
 REDRAW_SECONDS = 0.1
 
 Shown = dict[str, Any]
-"""What picture.js or answer.js draws; {} is nothing."""
+"""What image.js or answer.js draws; {} is nothing."""
 
 
 class Events:
-    """The page's handlers; ``answer`` is the visitor's last one, ``path`` where the uploaded picture lies.
+    """The page's handlers; ``answer`` is the visitor's last one, ``path`` where the uploaded image lies.
 
     Args:
         longest_answer: in tokens.
@@ -26,11 +26,11 @@ class Events:
         self._longest_answer = longest_answer
 
     def look(self, uploaded: str, answer: Answer | None) -> tuple[Shown, str | None, Shown, None]:
-        """A new picture -> picture, path, words, answer."""
+        """A new image -> image, path, words, answer."""
         if answer is not None:
             answer.stopped = answer.outdated = True
         try:
-            return self._talk.picture(uploaded), uploaded, {}, None
+            return self._talk.image_view(uploaded), uploaded, {}, None
         except RejectedSample as rejected:
             return {"refused": _sentence(rejected)}, None, {}, None
 
@@ -42,7 +42,7 @@ class Events:
         drawn = 0.0
         try:
             for answer in self._talk.answers(question, path, layer - 1, self._longest_answer):
-                if answer.outdated:  # its heat map would lie over another picture
+                if answer.outdated:  # its heat map would lie over another image
                     yield {}, None
                     return
                 if not answer.running or time.monotonic() - drawn > REDRAW_SECONDS:

@@ -14,10 +14,10 @@ LONGEST_QUESTION = 4000  # characters
 # No event is offered as an API, and none covers the page while it runs.
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
-HEADER = """<header><h1>Ask NEO</h1><p>Drop a picture, ask about it, and see where each word of the answer looked.</p>
+HEADER = """<header><h1>Ask NEO</h1><p>Drop an image, ask about it, and see where each word of the answer looked.</p>
 <p class="soft">{facts}</p></header>"""
-PICTURE = """<figure class="panel">
-<div class="empty"><p><b>Drop a picture here</b><br>or paste one, or choose it below</p></div>
+IMAGE = """<figure class="panel">
+<div class="empty"><p><b>Drop an image here</b><br>or paste one, or choose it below</p></div>
 <div class="shown"><div class="frame"><img><canvas></canvas><span class="tip" hidden></span></div>
 <figcaption><span class="facts"></span><span class="scale" hidden>0<i></i><span class="top"></span>
 <button type="button" class="bare"></button></span></figcaption></div>
@@ -64,12 +64,12 @@ def build_page(talk: Talk, model: str, longest_answer: int) -> gr.Blocks:
         path, answer = gr.State(None), gr.State(None)
         with gr.Row(elem_id="sides"):
             with gr.Column(scale=5, min_width=320, elem_classes="sticky"):
-                picture = _drawn("picture", PICTURE)
-                upload = gr.UploadButton("Choose a picture", elem_id="upload")
+                image = _drawn("image", IMAGE)
+                upload = gr.UploadButton("Choose an image", elem_id="upload")
             with gr.Column(scale=4, min_width=320):
                 question = gr.Textbox(
                     label="Question",
-                    placeholder="What is in the picture?",
+                    placeholder="What is in the image?",
                     max_lines=6,
                     max_length=LONGEST_QUESTION,
                     elem_id="question",
@@ -80,7 +80,7 @@ def build_page(talk: Talk, model: str, longest_answer: int) -> gr.Blocks:
                 layer = _layer_slider(talk.pre_buffer_layers, talk.layers)
 
         events = Events(talk, longest_answer)
-        upload.upload(events.look, [upload, answer], [picture, path, words, answer], **_PRIVATE)
+        upload.upload(events.look, [upload, answer], [image, path, words, answer], **_PRIVATE)
         gr.on([ask.click, question.submit], events.ask, [question, path, layer], [words, answer], **_PRIVATE)
         layer.change(events.show_layer, [layer, answer], words, trigger_mode="always_last", **_PRIVATE)
         stop.click(events.stop, answer, None, **_PRIVATE)

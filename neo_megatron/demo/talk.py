@@ -1,4 +1,4 @@
-"""What the page shows: a picture as the model sees it, and an answer with where its words looked."""
+"""What the page shows: an image as the model sees it, and an answer with where its words looked."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neo_megatron.data.image import CELL, decode, picture_grid, read_picture, resize_to_grid
+from neo_megatron.data.image import CELL, decode, image_grid, read_image, resize_to_grid
 from neo_megatron.demo.attention_rows import AttentionRows, AttentionWatch
 from neo_megatron.demo.words import words_of
 from neo_megatron.inference.answering import Answerer, Piece
@@ -30,9 +30,9 @@ class Answer:
     """One answer as it grows.
 
     Args:
-        rows: attention of its tokens on the tokens of the picture.
+        rows: attention of its tokens on the tokens of the image.
         layer: of which the page shows it.
-        stopped: set from outside, ends it; ``outdated`` says that its picture is no longer on the page.
+        stopped: set from outside, ends it; ``outdated`` says that its image is no longer on the page.
     """
 
     rows: AttentionRows
@@ -68,7 +68,7 @@ def _heat(weights: Tensor) -> dict[str, Any]:
 
 
 class Talk:
-    """A checkpoint that answers questions about pictures and can be watched."""
+    """A checkpoint that answers questions about images and can be watched."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
@@ -82,15 +82,15 @@ class Talk:
         self.layers: int = answerer.config.llm_config.num_hidden_layers
         self.pre_buffer_layers: int = answerer.config.llm_config.extra_num_layers
 
-    def picture(self, path: str) -> dict[str, Any]:
-        """What picture.js draws of an uploaded file.
+    def image_view(self, path: str) -> dict[str, Any]:
+        """What image.js draws of an uploaded file.
 
         Raises:
-            RejectedSample: for a picture that preprocessing would reject.
+            RejectedSample: for an image that preprocessing would reject.
         """
         name = Path(path).name
         image, settings = _read(path), self._answerer.settings
-        grid = picture_grid(image, name, settings.min_pixels, settings.max_pixels)
+        grid = image_grid(image, name, settings.min_pixels, settings.max_pixels)
         seen = resize_to_grid(image, grid)
         rows, columns = seen.height // CELL, seen.width // CELL
         return {
@@ -104,7 +104,7 @@ class Talk:
         """One answer, again and again as it grows; it ends where it is told to stop.
 
         Raises:
-            RejectedSample: for a picture that preprocessing would reject, or tags in the question without a picture.
+            RejectedSample: for an image that preprocessing would reject, or tags in the question without an image.
         """
         prompt = self._answerer.prompt(question, [] if path is None else [_read(path)])
         tokens = torch.from_numpy(self._answerer.tokens([prompt])[0])
@@ -135,7 +135,7 @@ def _short(number: int) -> str:
 
 
 def _read(path: str) -> Image.Image:
-    return decode(read_picture(path), Path(path).name)
+    return decode(read_image(path), Path(path).name)
 
 
 def _jpeg_address(image: Image.Image) -> str:

@@ -55,7 +55,7 @@ def kernel_function(implementation: str, queries: int) -> Callable[..., tuple[Te
 
 
 def _kernel(implementation: str, queries: int) -> str:
-    """FlexAttention would compile anew for every length of a growing cache, and one query leaves no block out."""
+    """FlexAttention would compile again for every length of a growing cache, and one query leaves no block out."""
     return "sdpa" if implementation == "flex_attention" and queries == 1 else implementation
 
 
@@ -112,7 +112,7 @@ def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
 
 
 class NEOAttention(nn.Module):
-    """Qwen3's attention with two more parts in every query and key head, for the row and the column in a picture."""
+    """Qwen3's attention with two more parts in every query and key head, for the row and the column in an image."""
 
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()

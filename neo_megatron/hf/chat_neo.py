@@ -147,7 +147,7 @@ def _check_turns(turns: Sequence[Turn], grids: int, given: bool) -> None:
     tags = sum(map(_slots, turns))
     if tags != grids or given != bool(grids):
         raise ValueError(
-            f"{grids} pictures in grid_hw for {tags} {IMAGE_TAG} tags: give pixel_values and grid_hw of one image for "
+            f"{grids} images in grid_hw for {tags} {IMAGE_TAG} tags: give pixel_values and grid_hw of one image for "
             f"each tag, those of the history first; a tag that is meant as text is written \\{IMAGE_TAG}"
         )
 

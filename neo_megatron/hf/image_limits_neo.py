@@ -1,4 +1,4 @@
-"""The limits of `pictures_neo`; an export has a copy of `neo_megatron/data/image_limits.py` in this one's place."""
+"""The limits of `images_neo`; an export has a copy of `neo_megatron/data/image_limits.py` in this one's place."""
 
 from neo_megatron.data.image_limits import MAX_FILE_BYTES, TooCostly, check_bytes, check_opened, without_end
 

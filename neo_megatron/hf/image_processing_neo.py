@@ -21,14 +21,14 @@ from transformers.processing_utils import ImagesKwargs
 
 from .errors_neo import RejectedSample
 from .image_limits_neo import check_bytes
-from .pictures_neo import (
+from .images_neo import (
     decode,
     decode_opened,
+    image_grid,
     normalise,
     patches_from_image,
-    picture_grid,
     pixel_limit,
-    read_picture,
+    read_image,
 )
 from .tags_neo import split_tags
 
@@ -36,7 +36,7 @@ MERGE_SIZE = 2
 
 # What an image may be given as: Pillow's, 8-bit RGB `[height, width, 3]`, the bytes of a file, a path, `file://`,
 # base64 with or without `data:`, or as an undecoded image of a data set, {"bytes": ..., "path": ...}.
-Picture = Image.Image | np.ndarray | bytes | str | os.PathLike | Mapping
+ImageInput = Image.Image | np.ndarray | bytes | str | os.PathLike | Mapping
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _LONGEST_PATH = 4096
@@ -81,7 +81,7 @@ class NEOImageProcessor(ImageProcessingMixin):
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
         pictures_in_sample: Sequence[int] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -103,7 +103,7 @@ class NEOImageProcessor(ImageProcessingMixin):
             ValueError: an image that cannot be read, without colours, or more than 200 times as long as wide.
         """
         check_tensors(return_tensors)
-        images = [images] if isinstance(images, Picture) else list(images)
+        images = [images] if isinstance(images, ImageInput) else list(images)
         if images and all(isinstance(sample, (list, tuple)) for sample in images):
             pictures_in_sample = (
                 [len(sample) for sample in images] if pictures_in_sample is None else pictures_in_sample
@@ -114,11 +114,11 @@ class NEOImageProcessor(ImageProcessingMixin):
         low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
         counts = [len(images)] if pictures_in_sample is None else pictures_in_sample
         together = [count for count in counts for _ in range(count)]
-        pictures = [
+        processed = [
             _patches(image, low, pixel_limit(low, high, count), f"number {number}")
             for number, (image, count) in enumerate(zip(images, together, strict=True), start=1)
         ]
-        patches, grids = zip(*pictures, strict=True)
+        patches, grids = zip(*processed, strict=True)
         grids = [[*([1] if self.image_grid_thw else []), *grid] for grid in grids]
         if return_tensors is None:
             return BatchFeature({"pixel_values": list(np.concatenate(patches)), self.grid_key: grids})
@@ -139,7 +139,7 @@ def write_shared_code(directory: Path) -> None:
     shared = {
         "errors_neo": RejectedSample,
         "image_limits_neo": check_bytes,
-        "pictures_neo": decode,
+        "images_neo": decode,
         "tags_neo": split_tags,
     }
     for name, part in shared.items():
@@ -157,40 +157,40 @@ def check_tensors(return_tensors: str | None) -> None:
         )
 
 
-def _patches(picture: Picture, min_pixels: int, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+def _patches(given: ImageInput, min_pixels: int, max_pixels: int, name: str) -> tuple[np.ndarray, tuple[int, int]]:
     try:
-        image = _upright(picture, name)
-        grid = picture_grid(image, name, min_pixels, max_pixels)
+        image = _upright(given, name)
+        grid = image_grid(image, name, min_pixels, max_pixels)
     except RejectedSample as rejected:
         raise ValueError(rejected.sentence) from rejected
     return row_major(normalise(patches_from_image(image, grid)), *grid), grid
 
 
-def _upright(picture: Picture, name: str) -> Image.Image:
+def _upright(image: ImageInput, name: str) -> Image.Image:
     """The RGB image, as the training data would have it."""
-    if isinstance(picture, Mapping):
-        return _of_data_set(picture, name)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+    if isinstance(image, Mapping):
+        return _of_data_set(image, name)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"the picture {name} is a {picture.dtype} array {list(picture.shape)}: give uint8 [height, width, 3]"
+                f"the image {name} is a {image.dtype} array {list(image.shape)}: give uint8 [height, width, 3]"
             )
-        picture = Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return decode_opened(picture, name)
-    if isinstance(picture, bytes):
-        return decode(picture, name)
-    if not isinstance(picture, (str, os.PathLike)):
-        raise ValueError(f"the picture {name} is a {type(picture).__name__}: give a Pillow image or the path of a file")
-    return _of_string(os.fspath(picture), name)
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return decode_opened(image, name)
+    if isinstance(image, bytes):
+        return decode(image, name)
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError(f"the image {name} is a {type(image).__name__}: give a Pillow image or the path of a file")
+    return _of_string(os.fspath(image), name)
 
 
-def _of_data_set(picture: Mapping[str, Any], name: str) -> Image.Image:
+def _of_data_set(image: Mapping[str, Any], name: str) -> Image.Image:
     """The `Image` of Hugging Face's datasets where it is not decoded; the path of one with bytes is only its name."""
-    data, path = picture.get("bytes"), picture.get("path")
-    if not picture.keys() <= {"bytes", "path"} or (data is None and path is None):
+    data, path = image.get("bytes"), image.get("path")
+    if not image.keys() <= {"bytes", "path"} or (data is None and path is None):
         raise ValueError(
-            f"the picture {name} is a dictionary with the keys {', '.join(map(repr, picture))}: give "
+            f"the image {name} is a dictionary with the keys {', '.join(map(repr, image))}: give "
             "{'bytes': ..., 'path': ...}, at least one of them"
         )
     return _upright(path, name) if data is None else decode(data, path or name)
@@ -200,7 +200,7 @@ def _of_string(place: str, name: str) -> Image.Image:
     if place.startswith("data:"):
         return decode(_decoded_base64(place.partition(",")[2], name), name)
     if place.startswith(("http://", "https://")):
-        raise ValueError(f"the picture {place} is far away, and the processor opens no addresses: download it first")
+        raise ValueError(f"the image {place} is far away, and the processor opens no addresses: download it first")
     if place.startswith("file://"):
         place = unquote(urlsplit(place).path)
     if _BASE64.fullmatch(place) and not (len(place) <= _LONGEST_PATH and os.path.exists(place)):
@@ -208,16 +208,16 @@ def _of_string(place: str, name: str) -> Image.Image:
             return decode(_decoded_base64(place, name), name)
         except (ValueError, RejectedSample) as error:
             raise ValueError(
-                f"the picture {place[:60]!r} is neither the path of a file that exists nor an image in base64"
+                f"the image {place[:60]!r} is neither the path of a file that exists nor an image in base64"
             ) from error
-    return decode(read_picture(place), place)
+    return decode(read_image(place), place)
 
 
 def _decoded_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:  # a letter that base64 has not, or a number of them
-        raise ValueError(f"the picture {name} is no base64 ({error})") from error
+        raise ValueError(f"the image {name} is no base64 ({error})") from error
 
 
 def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:

@@ -301,7 +301,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
     def _embedded(
         self, input_ids: Tensor, image_BL: Tensor, pixel_values: Tensor | None, grid_hw: Tensor | None
     ) -> Tensor:
-        """`[B, L, H]`, the cells of images in their places."""
+        """`[B, L, H]`, the image tokens in their places."""
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)

@@ -15,9 +15,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .errors_neo import RejectedSample  # noqa: F401 - for image_processing_neo
 from .image_limits_neo import check_bytes  # noqa: F401 - for image_processing_neo
-from .image_processing_neo import MERGE_SIZE, NEOImageProcessor, Picture, check_tensors, row_major
+from .image_processing_neo import MERGE_SIZE, ImageInput, NEOImageProcessor, check_tensors, row_major
+from .images_neo import decode  # noqa: F401 - for image_processing_neo
 from .messages_neo import as_conversations, checked_messages, images_of, template_has_variable
-from .pictures_neo import decode  # noqa: F401 - for image_processing_neo
 from .rows_neo import EncodedText, PromptEncoder, padded_rows
 from .tags_neo import IMAGE_TAG
 
@@ -99,8 +99,8 @@ class NEOProcessor(ProcessorMixin):
         """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
 
         A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``, its image given in any
-        form of `Picture`, or under the key "url", "path" or "base64", or as OpenAI's "image_url". A tag in the text of
-        a user or a system message is the place of an image, too, unless a backslash stands in front of it; in a
+        form of `ImageInput`, or under the key "url", "path" or "base64", or as OpenAI's "image_url". A tag in the text
+        of a user or a system message is the place of an image, too, unless a backslash stands in front of it; in a
         message of the assistant it is text, and comes out escaped where a string is asked for.
 
         Args:
@@ -169,7 +169,7 @@ class NEOProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Picture | Sequence[Any] | None = None,
+        images: ImageInput | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         videos: None = None,
         audio: None = None,
@@ -198,7 +198,7 @@ class NEOProcessor(ProcessorMixin):
             TypeError: an argument that is not known.
         """
         if videos is not None or audio is not None:
-            raise ValueError("NEO takes pictures and text: give the frames of a video as pictures")
+            raise ValueError("NEO takes images and text: give the frames of a video as images")
         _check_known(kwargs, self._arguments())
         kwargs = _ungrouped(kwargs)
         if images is None and not isinstance(text, str) and not kwargs.keys() & _OF_ROWS:
@@ -234,11 +234,11 @@ class NEOProcessor(ProcessorMixin):
         encoder = PromptEncoder(self.tokenizer)
         layouts = [encoder.lay_out(one, spans) for one, spans in zip(texts, answers or [()] * len(texts), strict=True)]
         counts = [layout.images for layout in layouts]
-        pictures = _in_order(images, counts)
+        ordered = _in_order(images, counts)
         features: dict[str, Any] = {}
         sizes: list[int] = []
-        if pictures:
-            features = self.image_processor(pictures, counts, min_pixels, max_pixels, return_tensors)
+        if ordered:
+            features = self.image_processor(ordered, counts, min_pixels, max_pixels, return_tensors)
             grids = features[self.image_processor.grid_key]
             sizes = [int(height) * int(width) // MERGE_SIZE**2 for *_, height, width in grids]
         rows = encoder.encode(layouts, sizes)
@@ -318,7 +318,7 @@ def _ungrouped(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in arguments.items() if name not in _GROUPS}, **grouped}
 
 
-def _in_order(images: Any, tags: Sequence[int]) -> list[Picture]:
+def _in_order(images: Any, tags: Sequence[int]) -> list[ImageInput]:
     """The images of all texts in the order of their tags.
 
     Args:
@@ -328,12 +328,12 @@ def _in_order(images: Any, tags: Sequence[int]) -> list[Picture]:
     Raises:
         ValueError: images and tags differ in number, with the text where that can be told.
     """
-    flat = [] if images is None else [images] if isinstance(images, Picture) else list(images)
+    flat = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
     nested = [image is None or isinstance(image, (list, tuple)) for image in flat]
     if not any(nested):
         if sum(tags) != len(flat):
             raise ValueError(
-                f"{len(flat)} pictures for {sum(tags)} {IMAGE_TAG} tags: give one picture for each tag; a tag that is "
+                f"{len(flat)} images for {sum(tags)} {IMAGE_TAG} tags: give one image for each tag; a tag that is "
                 f"meant as text is written \\{IMAGE_TAG}"
             )
         return flat
@@ -344,7 +344,7 @@ def _in_order(images: Any, tags: Sequence[int]) -> list[Picture]:
     for number, (of_text, count) in enumerate(zip(flat, tags, strict=True), start=1):
         if len(of_text or ()) != count:
             raise ValueError(
-                f"{len(of_text or ())} pictures for {count} {IMAGE_TAG} tags in text {number}: give one picture for "
+                f"{len(of_text or ())} images for {count} {IMAGE_TAG} tags in text {number}: give one image for "
                 f"each tag; a tag that is meant as text is written \\{IMAGE_TAG}"
             )
     return [image for of_text in flat for image in of_text or ()]

@@ -39,7 +39,7 @@ class NEOPatchEmbeddings(nn.Module):
         self.dense_embedding = NEOPatchConvolution(width, config.llm_hidden_size, self.merge, self.merge)
 
     def forward(self, pixel_values: Tensor, grid_hw: Tensor) -> Tensor:
-        """`pixel_values [N, 768]`, row-major per picture; `grid_hw [pictures, 2]` in patches. Returns `[C, H]`."""
+        """`pixel_values [N, 768]`, row-major per image; `grid_hw [images, 2]` in patches. Returns `[C, H]`."""
         patches_NE = self.rotate(gelu(self.patch_embedding(pixel_values)), grid_hw)
         return self.merge_cells(patches_NE, grid_hw)
 
@@ -55,8 +55,8 @@ class NEOPatchEmbeddings(nn.Module):
     def merge_cells(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
         cells, start, m, E = [], 0, self.merge, patches_NE.shape[-1]
         for h, w in grid_hw.tolist():
-            picture = patches_NE[start : start + h * w].view(h // m, m, w // m, m, E)
-            cells.append(picture.permute(0, 2, 4, 1, 3).reshape(-1, E * m * m))
+            image = patches_NE[start : start + h * w].view(h // m, m, w // m, m, E)
+            cells.append(image.permute(0, 2, 4, 1, 3).reshape(-1, E * m * m))
             start += h * w
         return self.dense_embedding(torch.cat(cells))
 

@@ -80,7 +80,7 @@ class AnswerRun:
         (self.directory / PROGRESS).unlink()
 
     def _begin(self, plan: dict[str, Any]) -> None:
-        """Reads what is there, up to a line that a kill has torn, and goes on behind it."""
+        """Reads what is there, up to a line that a kill has torn, and goes on after it."""
         lines = [line for line in self._file if line.endswith(b"\n")]
         before, *entries = map(json.loads, lines) if lines else [plan]
         for key in plan | before:
@@ -88,7 +88,7 @@ class AnswerRun:
             if entries and plan.get(key) != before.get(key):
                 raise DataError(
                     f"{self.directory} holds an unfinished run with another {key}; "
-                    "repeat its command to continue it, or remove the directory to start anew"
+                    "repeat its command to continue it, or remove the directory to start again"
                 )
         for left in self.directory.iterdir():
             if is_partial(left.name):  # of a run that was killed while it finished

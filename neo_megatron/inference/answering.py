@@ -30,7 +30,7 @@ from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
 from neo_megatron.hf.processing_neo import row_major
 from neo_megatron.inference.generation_settings import check_generation_config
-from neo_megatron.inference.prompts import Picture, Prompt, new_prompt
+from neo_megatron.inference.prompts import ImageInput, Prompt, new_prompt
 
 MAX_NEW_TOKENS = 512
 _LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens share one character
@@ -64,7 +64,7 @@ class Answerer:
             default the first GPU where there is one.
         dtype: "auto" for that of the weight files, or a name such as "bfloat16".
         attention: which of transformers' attention implementations runs.
-        min_pixels, max_pixels: limits of a resized picture where they are not to be the checkpoint's.
+        min_pixels, max_pixels: limits of a resized image where they are not to be the checkpoint's.
         allow_pickle: take pickled weights where there are no safetensors, nothing but tensors from them.
 
     Raises:
@@ -122,9 +122,9 @@ class Answerer:
         # A turn ends where it did in training, also where a configuration knows only of the end of a text.
         self._stops = [self._ids.turn_end, *([stops] if isinstance(stops, int) else stops)]
 
-    def prompt(self, question: str | Sequence[Turn], pictures: Sequence[Picture] = ()) -> Prompt:
-        """A question and its pictures within this model's limits of pixels; arguments and errors as `new_prompt`."""
-        return new_prompt(question, pictures, self.settings)
+    def prompt(self, question: str | Sequence[Turn], images: Sequence[ImageInput] = ()) -> Prompt:
+        """A question and its images within this model's limits of pixels; arguments and errors as `new_prompt`."""
+        return new_prompt(question, images, self.settings)
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Token ids int32 [n] of each prompt, up to the header of the turn that is to be said."""
@@ -144,13 +144,13 @@ class Answerer:
             input_ids[number, length - len(row) :] = torch.from_numpy(row)
             attention_mask[number, length - len(row) :] = 1
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        pictures = [
+        images = [
             row_major(normalise(patches), *grid)
             for prompt in prompts
-            for patches, grid in zip(prompt.pictures, prompt.grids, strict=True)
+            for patches, grid in zip(prompt.images, prompt.grids, strict=True)
         ]
-        if pictures:
-            inputs["pixel_values"] = torch.from_numpy(np.concatenate(pictures))
+        if images:
+            inputs["pixel_values"] = torch.from_numpy(np.concatenate(images))
             inputs["grid_hw"] = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 

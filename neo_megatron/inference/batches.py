@@ -63,7 +63,7 @@ class Task:
 
 
 def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
-    """All that decides the answers, but for the pictures, by the words in which a difference is told."""
+    """All that decides the answers, but for the images, by the words in which a difference is told."""
     names = ("config.json", "generation_config.json", "tokenizer.json")
     model = [*(task.model / name for name in names), *_weight_files(task.model)]
     settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(task.settings).items()}

@@ -83,7 +83,7 @@ def answer_lines(
                     "element": question.element,
                     "turn": question.turn,
                     "id": question.id,
-                    "pictures": question.sample.pictures,
+                    "pictures": question.sample.images,
                     "question": question.text,
                     **result,
                 },
@@ -92,7 +92,7 @@ def answer_lines(
 
 
 def all_rejects(listed: QuestionList, results: dict[Place, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Samples left out while reading, then those of which a picture could not be decoded, each once."""
+    """Samples left out while reading, then those of which an image could not be decoded, each once."""
     late = [results[question.place].get("rejected") for question in listed.questions]
     found = {(entry["file"], entry["record"], entry["element"]): entry for entry in late if entry}
     return [*listed.rejects, *found.values()]

@@ -1,4 +1,4 @@
-"""How likely a model is to give an answer: the log-probabilities of its tokens behind a prompt."""
+"""How likely a model is to give an answer: the log-probabilities of its tokens after a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,13 +41,13 @@ def answer_likelihoods(
     with torch.inference_mode():
         prompt = answerer.model(**inputs, use_cache=True, logits_to_keep=1)
         prompt.past_key_values.batch_select_indices(order)
-        behind = answerer.model.prepare_inputs_for_generation(
+        after = answerer.model.prepare_inputs_for_generation(
             torch.cat([inputs["input_ids"][order], tokens_BA], dim=1),
             past_key_values=prompt.past_key_values,
             attention_mask=torch.cat([inputs["attention_mask"][order], valid_BA], dim=1),
             use_cache=True,
         )
-        logits_BAV = torch.cat([prompt.logits[order], answerer.model(**behind).logits[:, :-1]], dim=1).float()
+        logits_BAV = torch.cat([prompt.logits[order], answerer.model(**after).logits[:, :-1]], dim=1).float()
     chosen = logits_BAV.gather(-1, tokens_BA[..., None])[..., 0] - logits_BAV.logsumexp(dim=-1)
     greedy = (logits_BAV.argmax(dim=-1) == tokens_BA) | ~valid_BA.bool()
     return [

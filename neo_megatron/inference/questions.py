@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from neo_megatron.data.config import Settings
-from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_picture
+from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_image
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.prepare.registry import Source
@@ -56,7 +56,7 @@ class Question:
 class QuestionList:
     """The questions of annotation files in their order, and the samples left out, as in ``rejects.jsonl``.
 
-    What is asked of a model is small beside what it is trained on, so it is held in memory, but for the pictures.
+    What is asked of a model is small compared to what it is trained on, so it is held in memory, but for the images.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -83,7 +83,7 @@ def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> Q
             raise DataError(f"data set {source.name}: each question is asked once; name it once, with at most %100")
     result = QuestionList()
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture is either rejected with a reason or used
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
         for source, record, text in _records(sources, settings.seed, result):
             progress.update(_read_record(source, record, text, settings, ask, result))
     if not result.questions:
@@ -121,7 +121,7 @@ def _read_record(
             continue
         place = {"file": source.annotations, "record": record, "element": element}
         read = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
-        result.noticed.note(sample, read, sample.pictures, place)
+        result.noticed.note(sample, read, sample.images, place)
         for turn, references in asked:
             length = cells + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
             result.questions.append(
@@ -131,7 +131,7 @@ def _read_record(
 
 
 def _with_room(written: object) -> object:
-    """The sample as written, with an empty turn behind it that can be said."""
+    """The sample as written, with an empty turn after it that can be said."""
     if not isinstance(written, dict):
         return written
     turns = written.get("conversations")
@@ -169,16 +169,15 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
         raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of texts")
     if not all(is_unicode(answer) for answer in answers):
         raise RejectedSample(
-            Reason.MALFORMED, f"'answers' of turn {number} hold half a surrogate pair, which is no text"
+            Reason.MALFORMED, f"'answers' of turn {number} hold an unpaired surrogate (invalid Unicode)"
         )
     return answers
 
 
 def _cells(sample: Sample, settings: Settings) -> int:
-    """Tokens of the pictures by their headers; frames of videos are not counted."""
-    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.pictures))
+    """Tokens of the images by their headers; frames of videos are not counted."""
+    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [
-        grid_of_size(*header_size(read_picture(path), path), path, settings.min_pixels, limit)
-        for path in sample.pictures
+        grid_of_size(*header_size(read_image(path), path), path, settings.min_pixels, limit) for path in sample.images
     ]
     return sum(height * width for height, width in grids) // 4

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.data.image import decode, read_picture
+from neo_megatron.data.image import decode, read_image
 from neo_megatron.data.tags import IMAGE_TAG, split_tags
 from neo_megatron.errors import RejectedSample
 from neo_megatron.inference.evaluation import Evaluation, Scores
+from neo_megatron.inspection.images import ShownImage, jpeg_addresses
 from neo_megatron.inspection.page import STYLE, figure, rejects_table, template
-from neo_megatron.inspection.pictures import Picture, jpeg_addresses
 from neo_megatron.inspection.statistics import EXAMPLES
 from neo_megatron.inspection.token_text import visible
 
 CASES = 100
-PICTURES_PER_CASE = 4
-PICTURE_SIDE = 480  # pixels
+IMAGES_PER_CASE = 4
+IMAGE_SIDE = 480  # pixels
 
 
 def page(evaluation: Evaluation, model: str, cases: int = CASES) -> str:
@@ -85,25 +85,25 @@ def _cases_text(shown: int, wrong: int) -> str:
 
 
 def _cases(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """All cards; their pictures share one limit of bytes."""
-    pictures = [[_pixels(path) for path in line["pictures"][:PICTURES_PER_CASE]] for line in lines]
-    found = [Picture(pixels, 0) for of_line in pictures for pixels in of_line if isinstance(pixels, np.ndarray)]
+    """All cards; their images share one limit of bytes."""
+    images = [[_pixels(path) for path in line["pictures"][:IMAGES_PER_CASE]] for line in lines]
+    found = [ShownImage(pixels, 0) for of_line in images for pixels in of_line if isinstance(pixels, np.ndarray)]
     addresses = iter(jpeg_addresses(found))
     cards = []
-    for line, of_line in zip(lines, pictures, strict=True):
+    for line, of_line in zip(lines, images, strict=True):
         parts = [
-            f'<img alt="a picture of the question" src="{next(addresses)}">'
+            f'<img alt="an image of the question" src="{next(addresses)}">'
             if isinstance(pixels, np.ndarray)
             else f"<small>{escape(pixels)}</small>"
             for pixels in of_line
         ]
         more = len(line["pictures"]) - len(of_line)
-        parts += [f"<small>and {more} more pictures</small>"] if more else []
+        parts += [f"<small>and {more} more images</small>"] if more else []
         cards.append(_card(line, "".join(parts)))
     return cards
 
 
-def _card(line: dict[str, Any], pictures: str) -> str:
+def _card(line: dict[str, Any], images: str) -> str:
     pieces = enumerate(split_tags(line["question"]))
     question = "".join(piece for number, piece in pieces if number % 2 == 0 or piece != IMAGE_TAG).strip()
     said = escape(visible(line["prediction"])) or "(nothing)"
@@ -111,21 +111,21 @@ def _card(line: dict[str, Any], pictures: str) -> str:
     right = " · ".join(dict.fromkeys(escape(visible(reference)) for reference in line["references"]))
     where = f"{line['data_set']}, record {line['record']:,}"
     where += "" if line["element"] is None else f", sample {line['element']}"
-    names = ", ".join(PurePath(path).name for path in line["pictures"][:PICTURES_PER_CASE])
+    names = ", ".join(PurePath(path).name for path in line["pictures"][:IMAGES_PER_CASE])
     return (
-        f'<div class="case">{pictures}<p>{escape(visible(question))}</p><p class="said">{said}{cut}</p>'
+        f'<div class="case">{images}<p>{escape(visible(question))}</p><p class="said">{said}{cut}</p>'
         f"<p>right: {right}</p><small>ANLS {line['anls']:.2f} · {escape(where)}, turn {line['turn']}"
         f"{' · ' + escape(names) if names else ''}</small></div>"
     )
 
 
 def _pixels(path: str) -> np.ndarray | str:
-    """A small version of a picture, or why it cannot be shown: it may have gone since it was asked about."""
+    """A small version of an image, or why it cannot be shown: it may have gone since it was asked about."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            image = decode(read_picture(path), path)
+            image = decode(read_image(path), path)
     except RejectedSample as rejected:
         return rejected.sentence
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     return np.asarray(image)

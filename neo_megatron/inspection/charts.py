@@ -36,7 +36,7 @@ def strip(kinds: np.ndarray, document: np.ndarray, classes: Sequence[str]) -> st
 
 
 def positions(positions_thw: np.ndarray, document: np.ndarray, image: np.ndarray) -> str:
-    """t, h and w along a pack, int32 [T, 3], over the places of its pictures and the bounds of its documents."""
+    """t, h and w along a pack, int32 [T, 3], over the places of its images and the bounds of its documents."""
     scale, height, gap, parts = WIDTH / len(document), 64, 22, []
     total, used = 3 * (height + gap), int((document >= 0).sum())
     for axis, name in enumerate("thw"):

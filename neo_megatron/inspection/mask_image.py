@@ -1,4 +1,4 @@
-"""The attention mask of a pack as a picture: who may see whom, by blocks of tokens."""
+"""The attention mask of a pack as an image: who may see whom, by blocks of tokens."""
 
 import numpy as np
 import torch

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.inspection.charts import positions, runs, strip
+from neo_megatron.inspection.images import ShownImage, images_of, jpeg_addresses, png_address
 from neo_megatron.inspection.mask_image import mask_levels
-from neo_megatron.inspection.pictures import Picture, jpeg_addresses, pictures_of, png_address
 from neo_megatron.inspection.token_text import Decode, token_texts, visible
 
-KINDS = ("padding", "other", "trained", "picture")
-PADDING, OTHER, TRAINED, PICTURE = range(len(KINDS))
+KINDS = ("padding", "other", "trained", "image")
+PADDING, OTHER, TRAINED, IMAGE = range(len(KINDS))
 MASK_SIDE = 512
 _MASK_COLOURS = ((0, 0, 0, 0), (47, 111, 178, 120), (47, 111, 178, 255))
 
@@ -45,7 +45,7 @@ class Pack:
     @classmethod
     def of_item(cls, item: dict[str, Any]) -> "Pack":
         document, image = item["document"].numpy(), item["image"].numpy()
-        kinds = np.where(document < 0, PADDING, np.where(image >= 0, PICTURE, OTHER))
+        kinds = np.where(document < 0, PADDING, np.where(image >= 0, IMAGE, OTHER))
         weight = np.zeros(len(document), np.float32)
         said = item["target_index"].numpy() + 1
         kinds[said] = TRAINED
@@ -59,10 +59,8 @@ class Pack:
 
 def pack_parts(pack: Pack, origins: Sequence[Origin], decode: Decode | None) -> dict[str, str]:
     """The parts of the page that show a pack, by their names in the template."""
-    pictures = pictures_of(pack.image, pack.positions, pack.patches)
-    figures = [
-        _picture(*pair, number) for number, pair in enumerate(zip(pictures, jpeg_addresses(pictures), strict=True))
-    ]
+    images = images_of(pack.image, pack.positions, pack.patches)
+    figures = [_image(*pair, number) for number, pair in enumerate(zip(images, jpeg_addresses(images), strict=True))]
     texts = token_texts(pack.tokens.tolist(), decode)
     documents = [
         _document(pack, start, end, origins[number], texts, figures)
@@ -77,7 +75,7 @@ def pack_parts(pack: Pack, origins: Sequence[Origin], decode: Decode | None) -> 
         "mask_block": str(-(-len(pack.document) // len(levels))),
         "documents": "\n".join(documents) + _padding(pack),
         "broken": "".join(f'<p class="broken">{escape(sentence)}</p>' for sentence in pack.broken),
-        "token_facts": _token_facts(pack, pictures, decode is not None),
+        "token_facts": _token_facts(pack, images, decode is not None),
     }
 
 
@@ -104,15 +102,13 @@ def _document(pack: Pack, start: int, end: int, origin: Origin, texts: Sequence[
     )
 
 
-def _picture(picture: Picture, address: str, number: int) -> str:
-    height, width = picture.pixels.shape[:2]
-    caption = (
-        f"{picture.rows} × {picture.columns} = {picture.rows * picture.columns:,} tokens, {width} × {height} pixels"
-    )
+def _image(image: ShownImage, address: str, number: int) -> str:
+    height, width = image.pixels.shape[:2]
+    caption = f"{image.rows} × {image.columns} = {image.rows * image.columns:,} tokens, {width} × {height} pixels"
     return (
-        f'<span class="picture">'
-        f'<span class="frame" n={picture.first_token} rows={picture.rows} columns={picture.columns}>'
-        f'<img alt="picture {number + 1} of the pack" width="{width}" height="{height}" src="{address}"><b></b></span>'
+        f'<span class="image">'
+        f'<span class="frame" n={image.first_token} rows={image.rows} columns={image.columns}>'
+        f'<img alt="image {number + 1} of the pack" width="{width}" height="{height}" src="{address}"><b></b></span>'
         f"<small>{caption}</small></span>"
     )
 
@@ -122,13 +118,13 @@ def _padding(pack: Pack) -> str:
     return f'<section class="document padding"><p>padding: {count:,}</p></section>' if count else ""
 
 
-def _token_facts(pack: Pack, pictures: Sequence[Picture], has_text: bool) -> str:
+def _token_facts(pack: Pack, images: Sequence[ShownImage], has_text: bool) -> str:
     """What the tooltip says of every token, as JSON: numbers alone, so that no text of the data is in a script."""
     facts = {
         "id": pack.tokens.tolist(),
         "t": pack.positions[:, 0].tolist(),
         "documents": [[start, number] for start, _, number in runs(pack.document)],
-        "images": [picture.first_token for picture in pictures],
+        "images": [image.first_token for image in images],
         "weights": [[start, end, float(f"{weight:.4g}")] for start, end, weight in _weight_runs(pack)],
         "text": has_text,
     }

@@ -14,7 +14,7 @@ function describe(place, text, h, w, image) {
   const owner = last(facts.documents, place)[1];
   return "token " + place + " · id " + facts.id[place] + (text && facts.text ? " · " + JSON.stringify(text) : "") +
     "\nt " + facts.t[place] + " · h " + h + " · w " + w +
-    "\ndocument " + (owner + 1) + (image === null ? "" : " · picture " + (image + 1)) +
+    "\ndocument " + (owner + 1) + (image === null ? "" : " · image " + (image + 1)) +
     "\n" + (weight ? "trained on, weight " + weight[2] : "not trained on");
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.inspection.charts import histogram
-from neo_megatron.inspection.pack_view import PADDING, PICTURE, TRAINED, Pack
+from neo_megatron.inspection.pack_view import IMAGE, PADDING, TRAINED, Pack
 from neo_megatron.inspection.statistics import SourceCounts, Statistics
 
 _FOLDER = Path(__file__).parent
@@ -52,20 +52,20 @@ def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any]
 def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch: int, seed: int) -> str:
     """The part of the page that shows a pack, from what `pack_parts` made of it."""
     length, used = len(pack.tokens), len(pack.tokens) - pack.count(PADDING)
-    documents, pictures = int(pack.document.max()) + 1, int(pack.image.max()) + 1
+    documents, images = int(pack.document.max()) + 1, int(pack.image.max()) + 1
     block = int(parts["mask_block"])
     mask_text = "Every token is a point."
     if block > 1:
         mask_text = f"A point stands for {block} × {block} tokens: dark where all of them see, light where some do."
-    trained, seen = pack.count(TRAINED), pack.count(PICTURE)
+    trained, seen = pack.count(TRAINED), pack.count(IMAGE)
     return template(_FOLDER / "pack.html").substitute(
         parts,
         used=f"{used:,}",
         length=f"{length:,}",
         documents_text=f"{documents:,} conversation{'s' * (documents > 1)}",
-        pictures_text=f"{pictures:,} picture{'s' * (pictures != 1)}" if pictures else "no picture",
-        trained_text=f"{seen:,} tokens are pictures, {trained:,} are trained on."
-        if pictures
+        images_text=f"{images:,} image{'s' * (images != 1)}" if images else "no image",
+        trained_text=f"{seen:,} tokens are images, {trained:,} are trained on."
+        if images
         else f"{trained:,} are trained on.",
         number=number,
         packs=f"{packs:,}",
@@ -95,9 +95,9 @@ def _figures(statistics: Statistics, manifest: dict[str, Any] | None) -> list[st
     tokens = sum(source.tokens for source in sources)
     totals = [
         figure(f"{sum(source.samples for source in sources):,}", "samples"),
-        figure(f"{sum(source.pictures for source in sources):,}", "pictures"),
+        figure(f"{sum(source.images for source in sources):,}", "images"),
         figure(f"{tokens:,}", "tokens"),
-        figure(_percent(sum(source.picture_tokens for source in sources), tokens), "of them pictures"),
+        figure(_percent(sum(source.image_tokens for source in sources), tokens), "of them images"),
         figure(_percent(sum(source.trained_tokens for source in sources), tokens), "of them trained on"),
     ]
     if manifest:
@@ -128,14 +128,14 @@ def _length_text(lengths: np.ndarray) -> str:
 def _source_row(source: SourceCounts, sources: Sequence[SourceCounts]) -> str:
     total = max(sum(other.tokens for other in sources), 1)
     largest = max(other.tokens for other in sources) or 1
-    kinds = (("picture", source.picture_tokens), ("other", source.other_tokens), ("trained", source.trained_tokens))
+    kinds = (("image", source.image_tokens), ("other", source.other_tokens), ("trained", source.trained_tokens))
     bars = "".join(
         f'<div style="width:{count / largest:.3%};background:var(--{kind})" title="{count:,}"></div>'
         for kind, count in kinds
     )
     return (
         f'<tr><td>{escape(source.name)}</td><td class="number">{source.samples:,}</td>'
-        f'<td class="number narrow">{source.pictures:,}</td><td class="number">{source.tokens:,}</td>'
+        f'<td class="number narrow">{source.images:,}</td><td class="number">{source.tokens:,}</td>'
         f'<td class="number">{source.tokens / total:.1%}</td><td class="bars"><div class="share">{bars}</div></td></tr>'
     )
 

@@ -1,4 +1,4 @@
-"""What a data set holds, counted over its indices; no token and no picture is read."""
+"""What a data set holds, counted over its indices; no token and no image is read."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -24,14 +24,14 @@ class SourceCounts:
 
     name: str
     samples: int = 0
-    pictures: int = 0
-    picture_tokens: int = 0
+    images: int = 0
+    image_tokens: int = 0
     trained_tokens: int = 0
     other_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.picture_tokens + self.trained_tokens + self.other_tokens
+        return self.image_tokens + self.trained_tokens + self.other_tokens
 
 
 @dataclass
@@ -89,12 +89,12 @@ def _count_shard(shard: Any, uses: np.ndarray, sources: list[SourceCounts], resu
     cells = np.bincount(owners, shard.grids.prod(axis=1) // 4, len(rows)).astype(np.int64)
     for number, source in enumerate(sources):
         own = uses * (rows["source"] == number)
-        tokens, pictures, trained = (int(own @ values) for values in (lengths, cells, rows["trained"]))
+        tokens, images, trained = (int(own @ values) for values in (lengths, cells, rows["trained"]))
         source.samples += int(own.sum())
-        source.pictures += int(own @ rows["pictures"])
-        source.picture_tokens += pictures
+        source.images += int(own @ rows["pictures"])
+        source.image_tokens += images
         source.trained_tokens += trained
-        source.other_tokens += tokens - pictures - trained
+        source.other_tokens += tokens - images - trained
 
 
 def uses_in_epoch(packs: PackIndex) -> np.ndarray:

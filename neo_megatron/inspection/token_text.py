@@ -44,7 +44,7 @@ def _join(ids: list[int], decode: Decode) -> tuple[str, int]:
 def visible(text: str) -> str:
     """Text whose control characters are shown by symbols; those that turn the direction of what follows, by number.
 
-    A line break stays one, behind its symbol.
+    A line break stays one, after its symbol.
     """
     return "".join(_symbol(character) for character in text)
 

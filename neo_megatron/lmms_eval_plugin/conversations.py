@@ -1,4 +1,4 @@
-"""A question as lmms-eval's tasks put it -> turns and pictures as NEO is trained on them."""
+"""A question as lmms-eval's tasks put it -> turns and images as NEO is trained on them."""
 
 import re
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from typing import Any
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, replace_tags
 from neo_megatron.errors import DataError
-from neo_megatron.inference.prompts import Picture
+from neo_megatron.inference.prompts import ImageInput
 
 Message = dict[str, Any]
 """`{"role": ..., "content": [{"type": "text", "text": ...}, {"type": "image", "url": ...}, ...]}`"""
 
 
 def messages_of(text: str, visuals: Sequence[Any] | None) -> list[Message]:
-    """One user's message of the kind of task that gives its pictures and its text apart: pictures first."""
-    pictures = [{"type": "image", "url": visual} for visual in visuals or ()]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    """One user's message of the kind of task that gives its images and its text apart: images first."""
+    images = [{"type": "image", "url": visual} for visual in visuals or ()]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def turns_and_pictures(messages: Sequence[Message], system_prompt: str = "") -> tuple[list[Turn], list[Picture], int]:
-    """The turns, with a tag for each picture, the pictures in order, and how many stray tags were taken out.
+def turns_and_images(messages: Sequence[Message], system_prompt: str = "") -> tuple[list[Turn], list[ImageInput], int]:
+    """The turns, with a tag for each image, the images in order, and how many stray tags were taken out.
 
-    A task's text may hold `<image>` where its pictures belong. As many tags as the message has pictures are their
-    places; any other number is left over from another model's format, and the pictures stay where the message has them.
+    A task's text may hold `<image>` where its images belong. As many tags as the message has images are their
+    places; any other number is left over from another model's format, and the images stay where the message has them.
     A tag after a backslash is text, and so are `<video>`, and any tag in a system prompt or a message of the assistant.
 
     Args:
@@ -32,7 +32,7 @@ def turns_and_pictures(messages: Sequence[Message], system_prompt: str = "") -> 
     Raises:
         DataError: the message holds a video or a sound; the assistant says an image.
     """
-    turns, pictures, stray = [], [], 0
+    turns, images, stray = [], [], 0
     if system_prompt:
         turns.append(Turn("system", as_literal(system_prompt), False))
     for message in messages:
@@ -40,29 +40,29 @@ def turns_and_pictures(messages: Sequence[Message], system_prompt: str = "") -> 
             continue
         text, of_message, taken_out = _in_line(message["content"], message["role"])
         turns.append(Turn(message["role"], text, False))
-        pictures += of_message
+        images += of_message
         stray += taken_out
-    return turns, pictures, stray
+    return turns, images, stray
 
 
-def _in_line(content: str | Sequence[dict[str, Any]], role: str) -> tuple[str, list[Picture], int]:
+def _in_line(content: str | Sequence[dict[str, Any]], role: str) -> tuple[str, list[ImageInput], int]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    pictures = [_picture(part) for part in parts if part["type"] != "text"]
+    images = [_image(part) for part in parts if part["type"] != "text"]
     text = "".join(part["text"] for part in parts if part["type"] == "text")
     if role == "assistant":
-        if pictures:
+        if images:
             raise DataError("a task of lmms-eval gives an image that the assistant says: NEO answers in text")
         return as_literal(text), [], 0
     tags = count_tags(text, IMAGE_TAG)
-    if tags == len(pictures):
-        return _with_literal_videos(text), pictures, 0
+    if tags == len(images):
+        return _with_literal_videos(text), images, 0
     in_line = ""
     for part in parts:
         if part["type"] == "text":
             in_line += replace_tags(part["text"], IMAGE_TAG, lambda: "")
         else:  # those in front of all text stand on lines of their own, as in training
             in_line += IMAGE_TAG if in_line.replace(f"{IMAGE_TAG}\n", "") else f"{IMAGE_TAG}\n"
-    return _with_literal_videos(in_line), pictures, tags
+    return _with_literal_videos(in_line), images, tags
 
 
 def _with_literal_videos(text: str) -> str:
@@ -70,11 +70,9 @@ def _with_literal_videos(text: str) -> str:
     return re.sub(rf"(\\*){VIDEO_TAG}", lambda tag: tag[0] if len(tag[1]) % 2 else f"\\{tag[0]}", text)
 
 
-def _picture(part: dict[str, Any]) -> Picture:
-    """lmms-eval takes a path that does not end like a picture's for a video; sounds and clips come as dictionaries."""
+def _image(part: dict[str, Any]) -> ImageInput:
+    """lmms-eval takes a path that does not end like an image's for a video; sounds and clips come as dictionaries."""
     if part["type"] != "image" or isinstance(part["url"], dict):
         kind = part["type"] if part["type"] != "image" else "video or sound"
-        raise DataError(
-            f"a task of lmms-eval gives a {kind}: the neo plug-in answers questions about pictures and text"
-        )
+        raise DataError(f"a task of lmms-eval gives a {kind}: the neo plug-in answers questions about images and text")
     return part["url"]

@@ -1,6 +1,6 @@
 """The classes that lmms-eval makes and asks: one for tasks that are conversations, one for all the others.
 
-lmms-eval takes `NeoChat`, which sees pictures where a task puts them in the text, or with `--force_simple` `NeoSimple`,
+lmms-eval takes `NeoChat`, which sees images where a task puts them in the text, or with `--force_simple` `NeoSimple`,
 which sees them in front of it. Its multiple-choice tasks by likelihood exist in the simple form only.
 """
 
@@ -19,7 +19,7 @@ from neo_megatron.errors import ConfigError, RejectedSample
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
 from neo_megatron.inference.prompts import Prompt
-from neo_megatron.lmms_eval_plugin.conversations import Message, messages_of, turns_and_pictures
+from neo_megatron.lmms_eval_plugin.conversations import Message, messages_of, turns_and_images
 from neo_megatron.lmms_eval_plugin.generation import Generation, generation
 
 
@@ -33,7 +33,7 @@ class NeoChat(lmms):
             launch` every process takes a GPU of its own and a share of the questions.
         dtype: "auto" for that of the weight files, or a name such as "bfloat16".
         attn_implementation: "sdpa", "eager" or "flex_attention".
-        min_pixels, max_pixels: limits of a resized picture where they are not to be the checkpoint's.
+        min_pixels, max_pixels: limits of a resized image where they are not to be the checkpoint's.
         system_prompt: a text, or a file that holds it.
 
     Raises:
@@ -74,7 +74,7 @@ class NeoChat(lmms):
         self._unusable: set[tuple] = set()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """An answer to each request; an empty one, with a warning, where a picture cannot be used."""
+        """An answer to each request; an empty one, with a warning, where an image cannot be used."""
         asked = [self._generation(request.args) for request in requests]
         results: list[GenerationResult] = [GenerationResult("", TokenCounts(output_tokens=0))] * len(requests)
         began = time.perf_counter()
@@ -99,7 +99,7 @@ class NeoChat(lmms):
     def clean(self) -> None:
         """Called when all is answered, to free the memory for a judge."""
         if self._unusable:
-            logger.warning(f"{len(self._unusable)} documents, named above, have pictures that NEO cannot take")
+            logger.warning(f"{len(self._unusable)} documents, named above, have images that NEO cannot take")
         del self.answerer
         super().clean()
 
@@ -111,11 +111,11 @@ class NeoChat(lmms):
 
     def _prompt(self, arguments: tuple) -> Prompt | None:
         *_, doc_id, task, split = arguments
-        turns, pictures, stray = turns_and_pictures(self._messages(arguments), self.system_prompt)
+        turns, images, stray = turns_and_images(self._messages(arguments), self.system_prompt)
         if stray:
-            self._say_once(f"{task}: its texts hold <image> in other numbers than pictures; these are left out")
+            self._say_once(f"{task}: its texts hold <image> in other numbers than images; these are left out")
         try:
-            return self.answerer.prompt(turns, pictures)
+            return self.answerer.prompt(turns, images)
         except RejectedSample as rejected:
             self._say_once(f"{task}, document {doc_id}: {rejected.sentence}; it is answered with nothing")
             self._unusable.add((task, split, doc_id))
@@ -155,7 +155,7 @@ class NeoSimple(NeoChat):
         """For each given answer the mean cross entropy of its tokens, and whether the model would say it greedily.
 
         A cross entropy where the name says likelihood: lmms-eval takes the smallest of a question's, since the models
-        that come with it return their loss. It is infinite for every answer about a picture that cannot be used.
+        that come with it return their loss. It is infinite for every answer about an image that cannot be used.
 
         The pair is wrapped, as lmms-eval 0.7.3 would make a text of a bare one and then fail to take it apart.
         """

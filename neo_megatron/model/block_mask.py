@@ -53,7 +53,7 @@ class SeenKeys:
         # A row that sees nothing: the last block of rows is then never called fully seen, as in create_block_mask.
         first, end = (torch.nn.functional.pad(x, (0, ragged)).unflatten(1, (row_blocks, -1)) for x in (first, end))
 
-        # +1 where an interval begins and -1 behind it: the running sum counts the rows that see something of a block.
+        # +1 where an interval begins and -1 after it: the running sum counts the rows that see something of a block.
         counts = first.new_zeros(packs, row_blocks, key_blocks + 1)
         here = (end > first).to(counts.dtype)
         counts.scatter_add_(2, (first // block_size[1]).long(), here)
@@ -90,7 +90,7 @@ def computed_pairs(mask: BlockMask) -> Tensor:
 
 
 def _runs(number_BT: Tensor, place_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run of equal numbers that each token is in begins, and behind its end; int32 ``[B, T]`` each."""
+    """Where the run of equal numbers that each token is in begins, and after its end; int32 ``[B, T]`` each."""
     length = number_BT.shape[1]
     changes = number_BT[:, 1:] != number_BT[:, :-1]
     begins = torch.nn.functional.pad(changes, (1, 0), value=True)

@@ -11,6 +11,6 @@ GRAPHS = 32
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``function``, compiled anew for every shape: packs have few, and a graph of fixed shapes is the fastest."""
+    """``function``, compiled separately for every shape: packs have few, and a graph of fixed shapes is the fastest."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     return torch.compile(function, dynamic=False, **options)

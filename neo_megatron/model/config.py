@@ -33,7 +33,7 @@ class NeoSizes:
         tie_word_embeddings: embedding and head are one parameter.
         patch_embedding_size: channels between the two projections of the patch embedding.
         rope_theta, rope_theta_hw, rope_theta_patch: rotary bases of t, of h and w, and of the patch embedding.
-        min_pixels, max_pixels: limits of a resized picture.
+        min_pixels, max_pixels: limits of a resized image.
         image_start_token_id, image_context_token_id: ids of ``<img>`` and ``<IMG_CONTEXT>``.
     """
 

@@ -40,7 +40,7 @@ def saved_bytes(tokens: int, query_heads: int, key_value_heads: int, head_dim: i
     """Bytes of queries, keys, values and output kept for the backward of one layer: alike without and in both ways.
 
     Under a2a they are whole packs for 1 / c of the heads, under allgather 1 / c of the packs for all heads. The
-    kernel's own float32 log-sum-exp (4 bytes a token and query head) is beside them.
+    kernel's own float32 log-sum-exp (4 bytes a token and query head) comes on top.
     """
     return tokens * head_dim * element_size * (3 * query_heads + 3 * key_value_heads)
 
@@ -48,11 +48,11 @@ def saved_bytes(tokens: int, query_heads: int, key_value_heads: int, head_dim: i
 def buffer_bytes(
     way: Way, tokens: int, query_heads: int, key_value_heads: int, head_dim: int, ranks: int, element_size: int = 2
 ) -> tuple[int, int]:
-    """Bytes beside `saved_bytes` at the worst moment of one layer: forward, backward. Gone when the layer is done.
+    """Bytes on top of `saved_bytes` at the worst moment of one layer: forward, backward. Gone when the layer is done.
 
     a2a: queries, keys and values as projected and as packed to be sent (forward); their gradients before and after
     (backward). allgather: keys and values of whole packs, as they come and in the order of the packs (forward); in the
-    order of the packs, beside their gradients as the kernel gives them and joined to be sent (backward).
+    order of the packs, next to their gradients as the kernel gives them and joined to be sent (backward).
     """
     token = head_dim * element_size
     if way == "a2a":

@@ -5,7 +5,7 @@ device ask for more shared memory than some have (99 KiB on sm_86, sm_89 and sm_
 compiles. So the memory of a choice is estimated from above and the first that fits is taken.
 
 The estimate is that of the kernels' tiles: what stays for the whole loop, what is loaded ahead, once per stage, and
-the scores that are laid out anew for the second product. Triton often needs less: it keeps some of them in registers.
+the scores that are laid out again for the second product. Triton often needs less: it keeps some of them in registers.
 The order of preference for a device is that of PyTorch 2.11 for heads of 256, the width of queries and keys; it has not
 been timed for values of 128. `tools/sweep_flex_attention.py` times all choices that fit.
 """
@@ -69,7 +69,7 @@ class Backward:
     warps: int
 
     def shared_memory(self, widths: Widths) -> int:
-        """Bytes at most; weights and gradients of the scores are both laid out anew."""
+        """Bytes at most; weights and gradients of the scores are both laid out again."""
         return (self.stays + self.stages * self.moves) * widths.row + 2 * self.stays * self.moves * widths.bytes
 
     @property

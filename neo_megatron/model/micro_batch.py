@@ -50,9 +50,9 @@ def model_inputs(
 
     Args:
         packs: what `neo_megatron.data.dataset.collate` or `context_share` gives.
-        first_stage, last_stage: words and pictures go to the first pipeline stage only, targets to the last only.
+        first_stage, last_stage: words and images go to the first pipeline stage only, targets to the last only.
         sequence_rank, sequence_ranks: under sequence parallelism, which part of every pack this rank embeds; it gets
-            the pictures' cells of that part only.
+            the images' cells of that part only.
     """
     count, length = packs["tokens"].shape
     inputs = {name: packs[name] for name in ("positions_thw", "document", "image")}

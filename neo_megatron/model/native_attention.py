@@ -1,4 +1,4 @@
-"""Native self-attention: Qwen3's attention over t, with channels for h and w beside it in every query and key head.
+"""Native self-attention: Qwen3's attention over t, with channels for h and w next to it in every query and key head.
 
     query = [q_t | q_h | q_w],  key = [k_t | k_h | k_w]  (2 * head_dim wide),  value (head_dim wide)
 

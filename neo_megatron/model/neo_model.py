@@ -125,7 +125,7 @@ class NeoModel(LanguageModule):
             tokens: int64 ``[B, R]``; read on the first stage only, as are the next three.
             patches: uint8 ``[C, 4, 768]`` in 2x2-block order.
             cell_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states that the cells are written to.
-            cell_position: integers ``[C, 2]``, row and column of each cell in the merged grid of its picture.
+            cell_position: integers ``[C, 2]``, row and column of each cell in the merged grid of its image.
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
 
@@ -165,9 +165,9 @@ class NeoModel(LanguageModule):
         return self.compute_language_model_loss(targets_M[None], self._logits(rows_MH)[:, None]).squeeze(0)
 
     def _embed(self, tokens: Tensor, patches: Tensor, cell_index: Tensor, cell_position: Tensor) -> Tensor:
-        """Word embeddings ``[S, B, H]`` with the cells of the pictures written over the `<IMG_CONTEXT>` tokens.
+        """Word embeddings ``[S, B, H]`` with the cells of the images written over the `<IMG_CONTEXT>` tokens.
 
-        Without any picture the patch embedding still runs, on zero cells: its gradients are then zero, not missing,
+        Without any image the patch embedding still runs, on zero cells: its gradients are then zero, not missing,
         which Megatron's gradient buckets rely on.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None)

@@ -2,7 +2,7 @@
 
 The published model writes the same as two strided convolutions over padded canvases. Every patch is its own window of
 the first and every cell its own window of the second, so both are plain matrix products: no padding to the largest
-picture, no loop over pictures, no host synchronisation.
+image, no loop over images, no host synchronisation.
 
 Shape suffixes: C cells (= image tokens) of this rank, E channels of the patch embedding, H hidden size.
 """
@@ -36,7 +36,7 @@ def rotate_patches(x_C4E: Tensor, row_C: Tensor, column_C: Tensor, theta: float)
 
     Args:
         x_C4E: ``[C, 4, E]``, the patches of a cell in the order (top left, top right, bottom left, bottom right).
-        row_C, column_C: integers ``[C]``, position of the cell in the merged grid of its picture.
+        row_C, column_C: integers ``[C]``, position of the cell in the merged grid of its image.
     """
     half = x_C4E.shape[-1] // 2
     frequency = inverse_frequencies(half, theta, x_C4E.device)

@@ -3,7 +3,7 @@
 from neo_megatron.model.config import NeoSizes
 
 PUBLISHED_SIZES = {
-    # Qwen3-1.7B-Base behind 12 pre-buffer layers.
+    # Qwen3-1.7B-Base after 12 pre-buffer layers.
     "neo-2b": NeoSizes(
         hidden_size=2048,
         ffn_hidden_size=6144,
@@ -16,7 +16,7 @@ PUBLISHED_SIZES = {
         tie_word_embeddings=True,
         patch_embedding_size=1024,
     ),
-    # Qwen3-8B-Base behind 6 pre-buffer layers.
+    # Qwen3-8B-Base after 6 pre-buffer layers.
     "neo-9b": NeoSizes(
         hidden_size=4096,
         ffn_hidden_size=12288,

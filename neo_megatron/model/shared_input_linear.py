@@ -39,7 +39,7 @@ def share_input(hidden_SBH: Tensor, group: ProcessGroup, sequence_parallel: bool
 def gather_again(whole_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, context: Tensor, query: Tensor) -> None:
     """Frees the memory of a gathered tensor, which products keep for their backward, and fills it in time for that.
 
-    The tensor keeps its identity, as in FSDP: `saved_tensors_hooks` would cost the parameters, saved beside it, the
+    The tensor keeps its identity, as in FSDP: `saved_tensors_hooks` would cost the parameters, saved next to it, the
     attributes through which Megatron's layers add to their gradients.
 
     Args:

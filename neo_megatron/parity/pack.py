@@ -1,6 +1,6 @@
-"""A pack of documents with pictures, made up from a seed, in the form that each of the two models takes.
+"""A pack of documents with images, made up from a seed, in the form that each of the two models takes.
 
-Megatron's gets it as training does: documents behind one another, positions and mask spelled out. transformers' gets
+Megatron's gets it as training does: documents one after another, positions and mask spelled out. transformers' gets
 each document as a user calls it, from which it derives positions and mask itself.
 """
 
@@ -15,15 +15,15 @@ from neo_megatron.data.dataset import collate, pack_tensors
 from neo_megatron.data.image import PATCH_VALUES, normalise
 from neo_megatron.model.config import NeoSizes
 
-# The grids of each document's pictures, in patches: text alone, one picture, two of different shapes.
+# The grids of each document's images, in patches: text alone, one image, two of different shapes.
 DOCUMENTS: tuple[tuple[tuple[int, int], ...], ...] = ((), ((4, 6),), ((8, 2), (2, 4)))
-TEXT_TOKENS = 12  # behind every picture, and in front of the first
+TEXT_TOKENS = 12  # after every image, and in front of the first
 PADDING = 3
 
 
 @dataclass(frozen=True)
 class MadePack:
-    """What `neo_megatron.data.dataset` would give, and where its documents and pictures begin and end."""
+    """What `neo_megatron.data.dataset` would give, and where its documents and images begin and end."""
 
     packed: dict[str, Tensor]
     ends: list[int]
@@ -56,12 +56,12 @@ class MadePack:
         }
 
     def _pixel_values(self) -> Tensor:
-        """Cells of 2x2 patches -> normalised patches ``[P, 768]``, row by row of each picture."""
+        """Cells of 2x2 patches -> normalised patches ``[P, 768]``, row by row of each image."""
         normalised = torch.from_numpy(normalise(self.packed["patches"].numpy()))
-        pictures = normalised.split((self.grids.prod(dim=-1) // 4).tolist())
+        images = normalised.split((self.grids.prod(dim=-1) // 4).tolist())
         row_major = [
             cells.view(h // 2, w // 2, 2, 2, PATCH_VALUES).transpose(1, 2).reshape(h * w, PATCH_VALUES)
-            for cells, (h, w) in zip(pictures, self.grids.tolist(), strict=True)
+            for cells, (h, w) in zip(images, self.grids.tolist(), strict=True)
         ]
         return torch.cat(row_major)
 

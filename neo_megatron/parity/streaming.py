@@ -1,4 +1,4 @@
-"""A model larger than memory, run once: every part gets its weights when its turn comes, and drops them behind it."""
+"""A model larger than memory, run once: every part gets its weights when its turn comes, and drops them after it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def stream_weights(part: nn.Module, weights: Callable[[], dict[str, Tensor]], keep: bool = False) -> None:
-    """Has ``part`` fetch its weights before its forward pass and drop them behind it.
+    """Has ``part`` fetch its weights before its forward pass and drop them after it.
 
     Args:
         weights: name in ``part`` -> value; called once for each pass. Missing and unexpected names are errors.

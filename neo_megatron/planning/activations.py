@@ -35,7 +35,7 @@ class LayerActivations:
     """Input of the layer: all that full recomputation keeps."""
     norm_outputs: float
     core_attention: float
-    """What the kernel keeps beside its inputs and what else is kept anyway."""
+    """What the kernel keeps in addition to its inputs and what else is kept anyway."""
     mlp: float
     rest: float
 
@@ -114,7 +114,7 @@ def layers_by_kind(sizes: NeoSizes, chunk: Chunk, training_stage: int) -> list[t
 
 def patch_embedding_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
     """Pixels and the GELU's input, the rotated channels, float32 cosines and sines, and the cells themselves."""
-    cells = rank_tokens(layout, workload)[1] * workload.picture_share
+    cells = rank_tokens(layout, workload)[1] * workload.image_share
     e, patches, width = layout.parameter_bytes, sizes.merge_size**2, sizes.patch_embedding_size
     tables = patches * width * 4
     return cells * (patches * (3 * sizes.patch_size**2 + 2 * width) * e + tables + sizes.hidden_size * e)

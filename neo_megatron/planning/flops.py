@@ -57,9 +57,9 @@ class ModelFlops:
 
 
 def model_flops(sizes: NeoSizes, training_stage: int, workload: Workload) -> ModelFlops:
-    """The operations of every part for one token of the mean pack: pictures and trained positions by their shares."""
+    """The operations of every part for one token of the mean pack: images and trained positions by their shares."""
     return ModelFlops(
-        patch_embedding=workload.picture_share * patch_embedding_flops(sizes),
+        patch_embedding=workload.image_share * patch_embedding_flops(sizes),
         pre_buffer_layer=layer_flops(sizes, workload.mean_keys, frozen=False),
         post_llm_layer=layer_flops(sizes, workload.mean_keys, frozen=trains_new_parts_only(training_stage)),
         head=workload.trained_share * head_flops(sizes, frozen=trains_new_parts_only(training_stage)),
@@ -103,7 +103,7 @@ def attention_core_flops(sizes: NeoSizes, mean_keys: float) -> Flops:
 
 
 def patch_embedding_flops(sizes: NeoSizes) -> Flops:
-    """Both projections for one cell of a picture; pixels need no gradient."""
+    """Both projections for one image token; pixels need no gradient."""
     patches, width = sizes.merge_size**2, sizes.patch_embedding_size
     pixels = patches * 3 * sizes.patch_size**2 * width
     return _product(pixels, input_gradient=False) + _product(patches * width * sizes.hidden_size)

@@ -19,7 +19,7 @@ class RankMemory:
     Attributes:
         fp8_weights: under FP8, the 8-bit forms of the layers' matrices, as they are and transposed.
         activations: kept for the backward by all micro-batches in flight, at the worst moment.
-        working: beside them, of the layer or head at work: gradients, gathered inputs, what is recomputed.
+        working: in addition, of the layer or head at work: gradients, gathered inputs, what is recomputed.
     """
 
     state: State
@@ -84,7 +84,7 @@ def peak_in_flight(chunk_bytes: Sequence[float], pipeline_rank: int, layout: Lay
 
 
 def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: bool) -> float:
-    """The most that one layer, or the head, needs while it computes, beside what is kept."""
+    """The most that one layer, or the head, needs while it computes, in addition to what is kept."""
     x, _ = rank_tokens(layout, workload)
     e, tensor = layout.parameter_bytes, layout.tensor_model_parallel_size
     layer = layer_activations(sizes, layout, workload, frozen=False)
@@ -101,7 +101,7 @@ def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: boo
         again = layers * layer.total
     else:
         again = layer.total - layer.kept(layout)
-    # Float32 probabilities are counted as kept, unless they are made a chunk at a time. Beside them: logits, or later
+    # Float32 probabilities are counted as kept, unless they are made a chunk at a time. In addition: logits, or later
     # their gradient, in 16 bits.
     probabilities = x * workload.trained_share * sizes.vocab_size / tensor * 4 if head else 0
     logits = min(probabilities, LOGIT_BYTES) * ((probabilities > LOGIT_BYTES) + (e / 4 if e < 4 else 0))

@@ -39,7 +39,7 @@ class PackCounts:
         return Workload(
             sequence_length=self.tokens // self.packs,
             mean_keys=self.pairs / self.tokens,
-            picture_share=self.image_tokens / self.tokens,
+            image_share=self.image_tokens / self.tokens,
             trained_share=self.trained / self.tokens,
             source=source,
         )
@@ -60,8 +60,8 @@ def count_packs(item: dict[str, Any]) -> PackCounts:
 
 
 def measure_packs(index: PackIndex, count: int = PACKS) -> Workload:
-    """The mean of the first packs of the first epoch; no picture is read."""
-    dataset = PackDataset(index.location, min(count, len(index)), seed=0, pictures="none")
+    """The mean of the first packs of the first epoch; no image is read."""
+    dataset = PackDataset(index.location, min(count, len(index)), seed=0, images="none")
     return measure_items(dataset[number] for number in range(len(dataset)))
 
 

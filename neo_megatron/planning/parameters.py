@@ -58,7 +58,7 @@ def parameters_of(
 
 @cache
 def _rows(sizes: NeoSizes) -> tuple[list[TensorRow], list[list[TensorRow]], list[TensorRow]]:
-    """The table's rows before, in and behind the layers."""
+    """The table's rows before, in and after the layers."""
     table = tensor_table(sizes)
     layers: list[list[TensorRow]] = [[] for _ in range(sizes.num_layers)]
     for row in table:

@@ -125,7 +125,7 @@ def balanced_split(layers: Sequence[float], stages: int, before: float = 0.0, af
 
     Args:
         layers: cost of each layer.
-        before, after: what the first and the last stage cost beside their layers.
+        before, after: what the first and the last stage cost in addition to their layers.
 
     Raises:
         ConfigError: fewer layers than stages.
@@ -137,20 +137,20 @@ def balanced_split(layers: Sequence[float], stages: int, before: float = 0.0, af
         return sum(layers[start:end]) + before * (stage == 0) + after * (stage == stages - 1)
 
     def best(merge, limit: float) -> tuple[float, list[int]]:
-        """Least merged cost of the stages behind each layer, from the last stage back to the first."""
-        behind = {len(layers): (0.0, [])}
+        """Least merged cost of the stages after each layer, from the last stage back to the first."""
+        rest = {len(layers): (0.0, [])}
         for stage in reversed(range(stages)):
             here = {}
             for start in range(stage, len(layers) - (stages - stage) + 1):
                 options = [
-                    (merge(cost, behind[end][0]), [end - start, *behind[end][1]])
+                    (merge(cost, rest[end][0]), [end - start, *rest[end][1]])
                     for end in range(start + 1, len(layers) + 1)
-                    if end in behind and (cost := stage_cost(stage, start, end)) <= limit
+                    if end in rest and (cost := stage_cost(stage, start, end)) <= limit
                 ]
                 if options:
                     here[start] = min(options)
-            behind = here
-        return behind[0]
+            rest = here
+        return rest[0]
 
     slowest, _ = best(max, limit=float("inf"))
     _, counts = best(lambda cost, others: cost**2 + others, limit=slowest)
@@ -188,15 +188,15 @@ def layer_counts(layout: str, num_layers: int, ranks: int) -> list[int]:
 
 
 def describe(counts: Sequence[int], costs: Costs, ranks: int) -> str:
-    """A table of the stages: their layers, what they hold beside, and their share of the work of a training step."""
+    """A table of the stages: their layers, what else they hold, and their share of the work of a training step."""
     shares = [cost / sum(costs.stages(counts)) for cost in costs.stages(counts)]
     lines = ["pipeline stage   layers   share of the work"]
     for number, (count, share) in enumerate(zip(counts, shares, strict=True)):
         name = f"{number % ranks}" + (f", chunk {number // ranks}" if len(counts) > ranks else "")
         first = sum(counts[:number])
         layers = f"{first}-{first + count - 1}" if count else "-"
-        beside = " with embeddings" * (number == 0) + " with head" * (number == len(counts) - 1)
-        lines.append(f"{name:<14}{layers:>9}   {share:7.1%}{beside}")
+        extra = " with embeddings" * (number == 0) + " with head" * (number == len(counts) - 1)
+        lines.append(f"{name:<14}{layers:>9}   {share:7.1%}{extra}")
     lines.append(f"the slowest rank has {slowest_rank(counts, costs, ranks):.3f} times the mean work")
     return "\n".join(lines)
 

@@ -67,7 +67,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return {
             "layout": dataclasses.asdict(self.layout),
-            "workload": dataclasses.asdict(self.workload),
+            # `picture_share` is what version 0.1.0 called `image_share`; scripts may read it.
+            "workload": dataclasses.asdict(self.workload) | {"picture_share": self.workload.image_share},
             "training_stage": self.training_stage,
             "gpu": dataclasses.asdict(self.gpu),
             "efficiency": dataclasses.asdict(self.efficiency),
@@ -128,7 +129,7 @@ def _header(plan: Plan) -> str:
         [
             f"model        {count:,} parameters, of which {trained:,} train in stage {plan.training_stage}",
             f"packs        {workload.sequence_length:,} tokens; a query sees {workload.mean_keys:,.0f} keys in the "
-            f"mean; {workload.picture_share:.0%} pictures, {workload.trained_share:.0%} trained ({workload.source})",
+            f"mean; {workload.image_share:.0%} images, {workload.trained_share:.0%} trained ({workload.source})",
             f"layout       {layout.world_size:,} GPUs: {layout_text(layout)}; {layout.micro_batches:,} micro-batches "
             f"of {layout.micro_batch_size} in a global batch of {layout.global_batch_size:,} packs; "
             f"{layout.precision}; recomputation {recomputation_text(layout)}",

@@ -1,6 +1,6 @@
 """Bytes of parameters, gradients and optimizer state on one rank, as Megatron allocates them.
 
-Megatron lays the trained parameters of a chunk behind one another into a gradient buffer, last first, in buckets. Under
+Megatron lays the trained parameters of a chunk one after another into a gradient buffer, last first, in buckets. Under
 the distributed optimizer it pads parameters and buckets (megatron.core.optimizer.param_layout), keeps the parameters
 themselves in a buffer of the same layout, and gives each rank an equal part of every bucket, to hold optimizer state
 for. Frozen parameters are in none of these.

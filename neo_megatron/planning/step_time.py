@@ -155,7 +155,7 @@ def _exposed_seconds(
     gpu: Gpu,
     efficiency: Efficiency,
 ) -> float:
-    """Gradients, parameters and the optimizer; overlapped traffic hides behind one micro-batch."""
+    """Gradients, parameters and the optimizer; one micro-batch hides overlapped traffic."""
     reach = layout.tensor_model_parallel_size * layout.state_ranks
     rate = (gpu.link_rate if reach <= gpu.gpus_per_machine else gpu.network_rate) * efficiency.links
     # About a third of a micro-batch is forward.

@@ -11,14 +11,14 @@ class Workload:
     Args:
         sequence_length: tokens of a pack, padding included.
         mean_keys: keys that a query may see, over all queries: only these pairs are attention work.
-        picture_share: share of the tokens that are cells of pictures.
+        image_share: share of the tokens that are image tokens.
         trained_share: share of the positions whose next token is trained; the head runs on these only.
         source: where the numbers come from, for people.
     """
 
     sequence_length: int
     mean_keys: float
-    picture_share: float
+    image_share: float
     trained_share: float
     source: str = "given"
 
@@ -27,21 +27,20 @@ class Workload:
         cls,
         sequence_length: int,
         document_length: int = 2500,
-        picture_share: float = 0.85,
+        image_share: float = 0.85,
         trained_share: float = 0.1,
     ) -> "Workload":
-        """A pack of documents of one length, each with one picture that takes a share of it.
+        """A pack of documents of one length, each with one image that takes a share of it.
 
         The defaults stand for photographs, pages and some text: in the mix of `benchmarks/lengths.py` a query may
-        see as many keys, and pictures take as many tokens.
+        see as many keys, and images take as many tokens.
         """
         length = min(document_length, sequence_length)
-        keys = mean_keys([length], [round(picture_share * length)])
+        keys = mean_keys([length], [round(image_share * length)])
         source = (
-            f"assumed: documents of {length:,} tokens, {picture_share:.0%} of them one picture, "
-            f"{trained_share:.0%} trained"
+            f"assumed: documents of {length:,} tokens, {image_share:.0%} of them one image, {trained_share:.0%} trained"
         )
-        return cls(sequence_length, keys, picture_share, trained_share, source)
+        return cls(sequence_length, keys, image_share, trained_share, source)
 
 
 def mean_keys(document_lengths: Iterable[int], image_cells: Iterable[int]) -> float:

@@ -1,11 +1,11 @@
-"""What a run does about samples with a broken picture: counts and names them, and stops when there are too many."""
+"""What a run does about samples with a broken image: counts and names them, and stops when there are too many."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from neo_megatron.errors import DataError
 
-# A share of fewer samples than this says little: one broken picture among the first ten is no tenth.
+# A share of fewer samples than this says little: one broken image among the first ten is no tenth.
 _LEAST_READ = 1000
 
 
@@ -38,7 +38,7 @@ def watch_broken_samples(
                 print(f"broken sample, its loss weight is 0 ({broken} of {read} read): {sentence}", flush=True)
         if broken > max_share * max(read, _LEAST_READ):
             raise DataError(
-                f"{broken} of the {read} samples read have a broken picture, more than --max-broken-samples "
+                f"{broken} of the {read} samples read have a broken image, more than --max-broken-samples "
                 f"{max_share} allows; the last: {batch['broken'][-1]}; find all with neo-megatron verify-data and "
                 "preprocess again, or allow more"
             )

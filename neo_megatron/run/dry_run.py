@@ -85,7 +85,7 @@ def _check_checkpoint(args: Namespace) -> tuple[int, int]:
 
 
 def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
-    """Reads the first global batch, of other splits the first pack; pictures are decoded."""
+    """Reads the first global batch, of other splits the first pack; images are decoded."""
     size = args.global_batch_size
     train = packs_to_read(args, iteration, consumed)
     if sentence := ended_before(args, train, consumed):

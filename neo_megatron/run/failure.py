@@ -1,6 +1,6 @@
 """How one rank of many ends after an error, so that the error is told once, and last.
 
-torchrun gives every rank a file for its error. The first rank that fails on a machine claims the place beside these
+torchrun gives every rank a file for its error. The first rank that fails on a machine claims the place next to these
 files and tells of its error; the others, which fail of the same or because the first one is gone, wait to be ended. One
 that hangs, because a rank that it exchanges tensors with is gone, ends by itself.
 """

@@ -12,7 +12,7 @@ from megatron.training import get_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
-from neo_megatron.data.dataset import GlobalBatch, PackDataset, Pictures, collate
+from neo_megatron.data.dataset import GlobalBatch, Images, PackDataset, collate
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.run.after_loading import packs_to_read
@@ -33,20 +33,20 @@ def datasets_provider(
     one number each, Megatron's counts of consumed samples.
     """
     args = get_args()
-    pictures: Pictures = "none"
+    images: Images = "none"
     if parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage):
-        pictures = "patches"
+        images = "patches"
     elif parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
-        pictures = "check"
+        images = "check"
     train, consumed = packs_to_read(args, args.iteration, args.consumed_train_samples), args.consumed_train_samples
     if sentence := ended_before(args, train, consumed):
         if args.rank == 0:
             say(sentence)
         sys.exit()
     return (
-        None if args.skip_train else _training(args, train, consumed, pictures),
-        _evaluation(args, "valid", 0 if args.skip_train else args.consumed_valid_samples, pictures),
-        _evaluation(args, "test", 0, pictures),
+        None if args.skip_train else _training(args, train, consumed, images),
+        _evaluation(args, "valid", 0 if args.skip_train else args.consumed_valid_samples, images),
+        _evaluation(args, "test", 0, images),
     )
 
 
@@ -60,12 +60,12 @@ def ended_before(args: Namespace, packs: int, consumed: int) -> str:
     return f"training has ended before: all of its {packs} packs were read; a longer one needs more steps"
 
 
-def _training(args: Namespace, num_samples: int, consumed: int, pictures: Pictures) -> "MicroBatches | None":
+def _training(args: Namespace, num_samples: int, consumed: int, images: Images) -> "MicroBatches | None":
     """From pack number `consumed` on; `None` without packs."""
     ranks = parallel_state.get_data_parallel_world_size()
     even = GlobalBatch(args.global_batch_size, ranks, args.micro_batch_size, start=consumed)
     # With a ramp-up steps have many sizes.
-    dataset = open_packs(args, "train", num_samples, pictures, None if args.step_batch_size_schedule else even)
+    dataset = open_packs(args, "train", num_samples, images, None if args.step_batch_size_schedule else even)
     if dataset is None:
         return None
     sampler = MegatronPretrainingSampler(
@@ -75,12 +75,12 @@ def _training(args: Namespace, num_samples: int, consumed: int, pictures: Pictur
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=ranks,
     )
-    return MicroBatches(args, dataset, sampler, pictures)
+    return MicroBatches(args, dataset, sampler, images)
 
 
-def _evaluation(args: Namespace, split: str, consumed: int, pictures: Pictures) -> "MicroBatches | None":
+def _evaluation(args: Namespace, split: str, consumed: int, images: Images) -> "MicroBatches | None":
     """Without end, after `consumed` packs; `None` without packs, or where none are to be evaluated."""
-    dataset = open_packs(args, split, None, pictures) if args.eval_iters else None
+    dataset = open_packs(args, split, None, images) if args.eval_iters else None
     if dataset is None:
         return None
     order = EvaluationRound(len(dataset), args.eval_global_batch_size, args.evaluates_all_packs, args.eval_iters)
@@ -90,7 +90,7 @@ def _evaluation(args: Namespace, split: str, consumed: int, pictures: Pictures) 
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
-    return MicroBatches(args, EvaluationPacks(dataset), sampler, pictures, order.iterations_of_an_evaluation)
+    return MicroBatches(args, EvaluationPacks(dataset), sampler, images, order.iterations_of_an_evaluation)
 
 
 class MicroBatches:
@@ -101,7 +101,7 @@ class MicroBatches:
     Args:
         dataset: the packs.
         sampler: the numbers of the packs of each micro-batch; iterating again gives the same.
-        pictures: what this rank reads of them.
+        images: what this rank reads of them.
         iterations: of an evaluation.
     """
 
@@ -110,7 +110,7 @@ class MicroBatches:
         args: Namespace,
         dataset: PackDataset | EvaluationPacks,
         sampler: Iterable[list[int]],
-        pictures: Pictures,
+        images: Images,
         iterations: int = 0,
     ) -> None:
         self.iterations = iterations
@@ -128,7 +128,7 @@ class MicroBatches:
         )
         # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
         ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
-        report = pictures == "patches" and ranks_alike == (0, 0)
+        report = images == "patches" and ranks_alike == (0, 0)
         self._batches = watch_broken_samples(start_workers(loader), args.max_broken_samples, report)
         self._numbers = enumerate(sampler)
 
@@ -200,7 +200,7 @@ def check_loader_memory(args: Namespace) -> None:
 
 
 def open_packs(
-    args: Namespace, split: str, num_samples: int | None, pictures: Pictures, global_batch: GlobalBatch | None = None
+    args: Namespace, split: str, num_samples: int | None, images: Images, global_batch: GlobalBatch | None = None
 ) -> PackDataset | None:
     """The packs of a split, of one epoch or `num_samples`; `None` where it has none.
 
@@ -216,7 +216,7 @@ def open_packs(
             "pack data sets together with neo-megatron pack --data A B"
         )
     quality = args.min_jpeg_quality if split == "train" else 100
-    dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, pictures, global_batch, quality)
+    dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, images, global_batch, quality)
     if dataset.packs.sequence_length != args.seq_length:
         raise ConfigError(
             f"{flag} {paths[0]} holds packs of {dataset.packs.sequence_length} tokens, "

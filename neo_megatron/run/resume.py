@@ -30,7 +30,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
     Without `read_tensors` files and their sizes are compared, and no more.
 
     Raises:
-        ConfigError: there are checkpoints but none is whole, or the one asked for is not.
+        ConfigError: there are checkpoints but no complete one, or the one asked for is not.
     """
     if args.load:
         paths = on_rank_0(lambda: _candidates(args))
@@ -45,7 +45,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
         if damages:
             raise ConfigError(
                 f"--load {args.load}: no whole checkpoint to go on from ({'; '.join(damages)}): "
-                "bring one back from a copy, or start anew with other directories for --load and --save"
+                "bring one back from a copy, or start again with other directories for --load and --save"
             )
     if args.pretrained_checkpoint:
         directory = RunDirectory(args.pretrained_checkpoint)
@@ -70,7 +70,7 @@ def _candidates(args: Namespace) -> list[Path]:
     if not paths and directory.tracker.exists():
         raise ConfigError(
             f"--load {args.load}: {directory.tracker.name} names {directory.named()}, and no finished checkpoint is "
-            "there: bring one back from a copy, or start anew with other directories for --load and --save"
+            "there: bring one back from a copy, or start again with other directories for --load and --save"
         )
     if not paths and not _saves_where_it_loads(args):  # else it is the first start of a run
         found = kind_of(directory.root)

@@ -52,7 +52,7 @@ def check_checkpoint(args: Namespace, read_tensors: bool) -> Path | None:
     """The checkpoint that a run starts from, see `choose_checkpoint`. A call on all ranks; changes no file.
 
     Raises:
-        ConfigError: none is whole, or it is not of this run, or lacks what the run shall take from it.
+        ConfigError: no checkpoint is complete, or it is not of this run, or lacks what the run shall take from it.
     """
     checkpoint = choose_checkpoint(args, read_tensors)
     if checkpoint is None and args.skip_train:

@@ -120,7 +120,7 @@ class StepLog:
 
         Args:
             log: Megatron's, which takes the losses of the step and whether it shall log it as the first after a start,
-                beside all intervals.
+                in addition to all intervals.
             total_loss_dict: Megatron's sums over the interval.
         """
         ends_interval = iteration % self._args.log_interval == 0

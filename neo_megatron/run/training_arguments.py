@@ -103,17 +103,17 @@ def parse_arguments() -> Namespace:
     check_optimizer_flags(args)
     check_settings(args)
     if args.dry_run:
-        args.tensorboard_dir = args.wandb_project = None  # it leaves no file behind
+        args.tensorboard_dir = args.wandb_project = None  # it leaves no file
     set_global_variables(args)
     return args
 
 
 def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
-    """Defaults of Megatron's arguments that a training of NEO changes, beside those of its stage."""
+    """Defaults of Megatron's arguments that a training of NEO changes, in addition to those of its stage."""
     return {
         **megatron_arguments(sizes),
         **cpu_platform.argument_defaults(),
-        # Packs carry pictures of any number and size, so that Megatron's own loaders cannot stack them.
+        # Packs carry images of any number and size, so that Megatron's own loaders cannot stack them.
         "dataloader_type": "external",
         "exit_signal_handler": True,
         # The other one is a package of its own.

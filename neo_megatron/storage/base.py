@@ -123,7 +123,9 @@ def join(location: str | Path, relative: str) -> str:
     scheme, path = str(location).split("://", 1)
     joined = posixpath.normpath(posixpath.join(path, relative))
     if joined.split("/")[0] != path.split("/")[0]:
-        raise DataError(f"{relative} leads out of the bucket of {location}; pack where the shards lie beside the packs")
+        raise DataError(
+            f"{relative} leads out of the bucket of {location}; pack where the shards lie next to the packs"
+        )
     return f"{scheme}://{joined}"
 
 
@@ -148,7 +150,7 @@ def map_file(path: str | Path) -> np.ndarray:
     """A file as uint8 [n]; the map lives as long as a view of it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # An empty file cannot be mapped; a shard without a picture has one.
+        # An empty file cannot be mapped; a shard without an image has one.
         if not os.fstat(descriptor).st_size:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)

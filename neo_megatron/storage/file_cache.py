@@ -126,7 +126,7 @@ class FileCache:
 
 
 def _open_locked(path: Path) -> BinaryIO | None:
-    """The file beside ``path`` to write to, locked; ``None`` where ``path`` is there, or has appeared meanwhile."""
+    """The file next to ``path`` to write to, locked; ``None`` where ``path`` is there, or has appeared meanwhile."""
     partial = str(path) + PARTIAL
     while not path.exists():
         # Not opened to append, which would make writes at a position append too.

@@ -28,7 +28,7 @@ from neo_megatron.packages import install
 from neo_megatron.storage.file_cache import FileCache
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a repetition
-_REMEDY = "once the server answers again, start the run anew: it continues from its checkpoint"
+_REMEDY = "once the server answers again, start the run again: it continues from its checkpoint"
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +68,7 @@ class Connection:
         return client.info(path, strict=False)  # strict would list the prefix, which needs another permission
 
     def map[Item, Result](self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """``work`` for all items at the same time. After a failure, returns when none is at work any more."""
+        """``work`` for all items at the same time. After a failure, returns when nothing is at work any more."""
         if len(items) <= 1:
             return [work(item) for item in items]
         futures = [self._threads.submit(work, item) for item in items]

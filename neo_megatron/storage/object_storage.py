@@ -92,7 +92,7 @@ class ObjectDirectory:
         cache = connection().cache
         missing = sorted({(self._key(name), name, size) for name, size in files if not cache.find(self._key(name))})
         while missing:
-            # Together they must fit beside what other processes are fetching.
+            # Together they must fit next to what other processes are fetching.
             count, total = 1, missing[0][2]
             while count < min(len(missing), _MOST_FILES) and total + missing[count][2] <= cache.limit // 8:
                 total += missing[count][2]

@@ -3,7 +3,7 @@
 Transformer Engine quantizes the products of the decoder's layers. Their sizes must be whole multiples of what its
 kernels take: tokens and features of 16, features of 128 under the blockwise recipe (a block of a weight is 128 x 128),
 both of 32 under mxfp8. The patch embedding, the word embedding and the head are no modules of Transformer Engine: how
-many cells a picture has and how many positions are trained does not matter.
+many cells an image has and how many positions are trained does not matter.
 """
 
 from argparse import Namespace

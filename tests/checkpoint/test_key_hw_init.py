@@ -32,7 +32,7 @@ def neo(directory) -> NEOChatModel:
 
 @pytest.fixture(scope="module")
 def document(golden) -> dict[str, torch.Tensor]:
-    """Text and two pictures."""
+    """Text and two images."""
     inputs = load_file(golden / "inputs_pack1.safetensors")
     length = int(inputs["seq_boundaries"][1])
     return {"input_ids": inputs["input_ids"][:, :length]} | {key: inputs[key] for key in ("pixel_values", "grid_hw")}
@@ -68,7 +68,7 @@ def test_both_compute_what_qwen3_computes_on_text(golden, starts):
     assert torch.equal(other, published)
 
 
-def test_both_compute_the_same_with_pictures(starts, document):
+def test_both_compute_the_same_with_images(starts, document):
     with torch.no_grad():
         published, other = (neo(starts[way])(**document).logits for way in ("published", "zero-norm"))
     assert torch.equal(other, published)

@@ -73,12 +73,12 @@ def test_heads_lie_group_by_group(sizes, kind, per_group):
 
 def test_the_patch_embedding_is_two_matrix_products(sizes):
     draw = torch.Generator().manual_seed(1)
-    picture = torch.randn(1, 3, 32, 32, generator=draw)  # one cell of 2x2 patches
+    image = torch.randn(1, 3, 32, 32, generator=draw)  # one cell of 2x2 patches
     patch, merge = (row_of(sizes, f"patch_embedding.{kind}_projection.weight") for kind in ("patch", "merge"))
     (patch_kernel,), (merge_kernel,) = random_parts(patch), random_parts(merge)
-    blocks = picture.view(3, 2, 16, 2, 16).permute(1, 3, 0, 2, 4).reshape(4, 768)
+    blocks = image.view(3, 2, 16, 2, 16).permute(1, 3, 0, 2, 4).reshape(4, 768)
     as_matrices = linear(linear(blocks, merged(patch, [patch_kernel])).flatten()[None], merged(merge, [merge_kernel]))
-    as_convolutions = conv2d(conv2d(picture, patch_kernel, stride=16), merge_kernel, stride=2)
+    as_convolutions = conv2d(conv2d(image, patch_kernel, stride=16), merge_kernel, stride=2)
     torch.testing.assert_close(as_matrices, as_convolutions.flatten(1), atol=1e-2, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from support.paths import TOOLS
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
 from neo_megatron.checkpoint.neo_directory import read_sizes
-from neo_megatron.checkpoint.pre_buffer import PICTURE_ROWS, extract_pre_buffer, open_pre_buffer
+from neo_megatron.checkpoint.pre_buffer import IMAGE_ROWS, extract_pre_buffer, open_pre_buffer
 from neo_megatron.checkpoint.reader import open_either
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES
 
@@ -31,9 +31,9 @@ def extracted(golden, tmp_path):
 
 def test_the_front_end_and_nothing_else_comes_out(golden, extracted):
     neo, front = (load_file(path / "model.safetensors") for path in (golden / "ckpt_untied", extracted))
-    assert front.keys() == {name for name in neo if name.startswith(FRONT)} | {PICTURE_ROWS}
-    assert all(torch.equal(front[name], neo[name]) for name in front if name != PICTURE_ROWS)
-    assert torch.equal(front[PICTURE_ROWS], neo[EMBEDDING][[897, 898]])  # <img> and </img>
+    assert front.keys() == {name for name in neo if name.startswith(FRONT)} | {IMAGE_ROWS}
+    assert all(torch.equal(front[name], neo[name]) for name in front if name != IMAGE_ROWS)
+    assert torch.equal(front[IMAGE_ROWS], neo[EMBEDDING][[897, 898]])  # <img> and </img>
     config = json.loads((extracted / "config.json").read_text())
     assert config["model_type"] == "neo_pre_buffer"
     whole = read_sizes(golden / "ckpt_untied")
@@ -53,7 +53,7 @@ def test_a_tokenizer_beside_the_model_tells_the_ids(golden, tokenizer, tmp_path)
     (tmp_path / "neo" / "added_tokens.json").write_text(json.dumps(added))
     extract_pre_buffer(open_either(tmp_path / "neo"), tmp_path / "front", SHARD_BYTES)
     neo, front = (load_file(tmp_path / name / "model.safetensors") for name in ("neo", "front"))
-    assert torch.equal(front[PICTURE_ROWS], neo[EMBEDDING][[897, 905]])
+    assert torch.equal(front[IMAGE_ROWS], neo[EMBEDDING][[897, 905]])
 
 
 def without_pre_buffer(golden, tmp_path):
@@ -119,7 +119,7 @@ def test_an_embedding_that_may_be_missing_is_drawn_around_the_trained_rows(golde
     options = {"tokenizer": tokenizer, "allow_missing": ["model.embed_tokens.weight"]}
     init_from_qwen3(tmp_path / "qwen3", tmp_path / "neo", pre_buffer=open_pre_buffer(extracted), **options)
     embedding = load_file(tmp_path / "neo" / "model.safetensors")[EMBEDDING]
-    rows = load_file(extracted / "model.safetensors")[PICTURE_ROWS]
+    rows = load_file(extracted / "model.safetensors")[IMAGE_ROWS]
     assert torch.equal(embedding[[897, 898]], rows)
     assert 0.019 < embedding[:896].std() < 0.021 and embedding[:896].abs().max() < 0.2
 

@@ -131,7 +131,7 @@ def without_ids(config):
 
 
 @pytest.mark.parametrize("kept", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
-def test_ids_of_picture_tokens_come_from_the_tokenizer(checkpoint, tokenizer, expected, kept):
+def test_ids_of_image_tokens_come_from_the_tokenizer(checkpoint, tokenizer, expected, kept):
     """Any of the files in which tokenizers of transformers 4 and 5 say what was added to them."""
     directory = checkpoint(without_ids)
     added = {token: number for number, token in tokenizer.added_tokens_decoder.items()}

@@ -75,7 +75,7 @@ def test_jpegs_cut_off_and_closed_are_rejected(options, share):
     Image.open(io.BytesIO(data)).load()  # Pillow alone fills the rest with grey
     with pytest.raises(RejectedSample) as raised:
         decode(data, "half.jpg")
-    assert raised.value.reason == Reason.UNREADABLE_PICTURE and "half.jpg" in raised.value.sentence
+    assert raised.value.reason == Reason.UNREADABLE_IMAGE and "half.jpg" in raised.value.sentence
     assert header_size(data, "half.jpg")  # --check header does not look at pixels
 
 
@@ -89,7 +89,7 @@ def test_progressive_jpegs_without_their_last_scans_are_rejected(name):
         for cut in (start, start + 12, (start + end) // 2, end - 1):
             with pytest.raises(RejectedSample) as raised:
                 decode(data[:cut].removesuffix(b"\xff") + b"\xff\xd9", "x")
-            assert raised.value.reason == Reason.UNREADABLE_PICTURE
+            assert raised.value.reason == Reason.UNREADABLE_IMAGE
 
 
 def test_the_grey_half_of_the_issue_is_found():
@@ -182,9 +182,9 @@ def test_the_text_of_the_issue_is_read():
 
 
 def test_training_and_verify_find_what_a_header_check_let_through(bench, new_sample):
-    (bench.path / "pictures").mkdir()
+    (bench.path / "images").mkdir()
     for name, data in (("good.jpg", jpeg()), ("half.jpg", closed(jpeg(), 0.5))):
-        (bench.path / "pictures" / name).write_bytes(data)
+        (bench.path / "images" / name).write_bytes(data)
     records = [new_sample("<image>q", name, image=name) for name in ("good.jpg", "half.jpg")]
     shards = bench.preprocess(records, settings=dataclasses.replace(bench.settings, check="header"))
     assert len(shards) == 2

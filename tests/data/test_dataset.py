@@ -22,13 +22,13 @@ from neo_megatron.run.broken_samples import watch_broken_samples
 
 @pytest.fixture
 def packs(bench, new_sample):
-    """Samples of many lengths, some with pictures, one without any trained turn but the last, in packs of 96."""
-    bench.pictures("a.png", "b.png", "c.png")
+    """Samples of many lengths, some with images, one without any trained turn but the last, in packs of 96."""
+    bench.images("a.png", "b.png", "c.png")
     records = []
     for number in range(40):
-        picture = "abc"[number % 3] + ".png"
+        image = "abc"[number % 3] + ".png"
         records.append(new_sample(*["word " * (number % 7), "answer " * (1 + number % 5)] * (1 + number % 2)))
-        records.append(new_sample("<image> what", "this " * (1 + number % 4), image=picture))
+        records.append(new_sample("<image> what", "this " * (1 + number % 4), image=image))
     records.append(new_sample("<image> <image>", "both", "then", "that", image=["a.png", "c.png"]))
     records[-1]["conversations"][1]["is_input"] = True
     bench.preprocess(records)
@@ -99,10 +99,10 @@ def test_a_run_resumed_with_another_global_batch_reads_the_packs_that_are_left(p
         assert [documents_of(before[n]) for n in range(36, 60)] == items[36:60]
 
 
-@pytest.mark.parametrize("pictures", ["patches", "none"])
-def test_the_largest_of_items_is_known_without_reading_them(packs, pictures):
+@pytest.mark.parametrize("images", ["patches", "none"])
+def test_the_largest_of_items_is_known_without_reading_them(packs, images):
     """At most a byte count: what is trained is not known, so all tokens are counted as trained."""
-    dataset = PackDataset(packs, 100, seed=5, pictures=pictures)
+    dataset = PackDataset(packs, 100, seed=5, images=images)
     read = [sum(part.nbytes for part in dataset[n].values() if torch.is_tensor(part)) for n in range(10, 60)]
     assert max(read) <= dataset.largest(10, 50) <= max(read) + 20 * dataset.packs.sequence_length
 
@@ -146,7 +146,7 @@ def test_tensors_against_a_naive_reading_of_the_samples(packs, weighting):
     by_tokens = {}
     for sample in range(len(shards)):
         shard, local = shards.locate(sample)
-        grids = shard.grids[list(shard.picture_range(local))] // 2
+        grids = shard.grids[list(shard.image_range(local))] // 2
         by_tokens[tuple(shard.tokens[local].tolist())] = (shard.spans[local].reshape(-1, 2).tolist(), grids.tolist())
     for item in dataset:
         tokens, document = item["tokens"].tolist(), item["document"].tolist()
@@ -181,7 +181,7 @@ def test_image_tokens_of_old_shards_are_no_targets(bench, new_sample, monkeypatc
         return [(piece, number > 0) for number, (piece, _) in enumerate(lay_out(self, turns, cells))]
 
     monkeypatch.setattr(ChatEncoder, "_lay_out", all_trained)
-    bench.pictures("a.png")
+    bench.images("a.png")
     shards = bench.preprocess([new_sample("see <image> there", "x", image="a.png")])
     item, ids = PackDataset(bench.pack(64), 1, seed=0)[0], shards.ids
     tokens = shards.fetch([0])[0].tokens
@@ -190,11 +190,11 @@ def test_image_tokens_of_old_shards_are_no_targets(bench, new_sample, monkeypatc
     assert np.allclose(item["target_weight"], len(text) ** -0.5)
 
 
-def test_patches_are_those_of_the_picture(bench, new_sample):
-    """A cell's patches hold the pixels of its 32 x 32 square of the picture."""
-    (bench.path / "pictures").mkdir()
+def test_patches_are_those_of_the_image(bench, new_sample):
+    """A cell's patches hold the pixels of its 32 x 32 square of the image."""
+    (bench.path / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(bench.path / "pictures" / "a.png")
+    Image.fromarray(pixels).save(bench.path / "images" / "a.png")
     bench.preprocess([new_sample("<image>", "x", image="a.png")])
     item = PackDataset(bench.pack(64), 1, seed=0)[0]
     for cell, place in enumerate(item["cell_index"].tolist()):
@@ -207,12 +207,12 @@ def test_patches_are_those_of_the_picture(bench, new_sample):
     assert len(item["cell_index"]) == 6
 
 
-def test_without_pictures_only_they_are_missing(packs):
-    full, bare = PackDataset(packs, 20, seed=0), PackDataset(packs, 20, seed=0, pictures="none")
-    for with_pictures, without in zip(full, bare, strict=True):
+def test_without_images_only_they_are_missing(packs):
+    full, bare = PackDataset(packs, 20, seed=0), PackDataset(packs, 20, seed=0, images="none")
+    for with_images, without in zip(full, bare, strict=True):
         assert without["patches"].shape == (0, 4, 768) and without["cell_index"].shape == (0,)
-        rest = set(with_pictures) - {"patches", "cell_index"}
-        assert equal({key: with_pictures[key] for key in rest}, {key: without[key] for key in rest})
+        rest = set(with_images) - {"patches", "cell_index"}
+        assert equal({key: with_images[key] for key in rest}, {key: without[key] for key in rest})
 
 
 def test_collate_counts_in_the_flattened_batch(packs):
@@ -298,7 +298,7 @@ def test_a_folder_of_shards_and_packs_can_be_moved(bench, new_sample):
 
 
 def test_positions_restart_in_every_document(bench, new_sample):
-    bench.pictures("a.png")
+    bench.images("a.png")
     shards: ShardSet = bench.preprocess([new_sample("<image>", "x", image="a.png")])
     tokens = np.tile(shards.shard(0).tokens[0].astype(np.int64), 3)
     document = np.repeat(np.arange(3), len(tokens) // 3)
@@ -311,8 +311,8 @@ def test_positions_restart_in_every_document(bench, new_sample):
 def test_jpeg_augmentation_does_not_depend_on_how_packs_are_dealt(packs):
     plain = PackDataset(packs, 24, seed=5, min_jpeg_quality=20)
     dealt = PackDataset(packs, 24, seed=5, min_jpeg_quality=20, global_batch=GlobalBatch(12, 3, 2))
-    pictures = [sorted(dataset[n]["patches"].numpy().tobytes() for n in range(24)) for dataset in (plain, dealt)]
-    assert pictures[0] == pictures[1]
+    images = [sorted(dataset[n]["patches"].numpy().tobytes() for n in range(24)) for dataset in (plain, dealt)]
+    assert images[0] == images[1]
 
 
 def test_several_data_sets_with_shares(bench, new_sample):
@@ -394,11 +394,11 @@ def test_data_sets_of_different_tokenizers_are_refused(bench, new_sample):
         write_packs([PackInput(str(bench.path / name)) for name in ("first", "second")], bench.path / "packs", 64)
 
 
-def test_a_held_out_part_is_stable_and_has_every_question_about_a_picture(bench, new_sample, run_tool):
-    """The same pictures are held out after the data set has grown and was reordered; the rest holds none of them."""
-    bench.pictures("a.png")
+def test_a_held_out_part_is_stable_and_has_every_question_about_an_image(bench, new_sample, run_tool):
+    """The same images are held out after the data set has grown and was reordered; the rest holds none of them."""
+    bench.images("a.png")
     for number in range(60):
-        (bench.path / "pictures" / f"{number}.png").write_bytes((bench.path / "pictures" / "a.png").read_bytes())
+        (bench.path / "images" / f"{number}.png").write_bytes((bench.path / "images" / "a.png").read_bytes())
     records = [new_sample(f"<image> q{n}", "x", image=f"{n % 60}.png") for n in range(120)]
     records += [new_sample(f"text {n}", "y") for n in range(60)]
     held = []
@@ -421,38 +421,38 @@ def test_a_held_out_part_is_stable_and_has_every_question_about_a_picture(bench,
     assert {*held[0]} == {*held[1]} & {json.dumps(record) for record in records[:100]}
 
 
-def broken_picture(bench, new_sample) -> None:
-    """Two records, the picture of the second of which is damaged after a header check."""
-    bench.pictures("a.png", "b.png")
-    good = (bench.path / "pictures" / "b.png").read_bytes()
-    (bench.path / "pictures" / "b.png").write_bytes(good[:100] + b"damage" + good[106:])
+def broken_image(bench, new_sample) -> None:
+    """Two records, the image of the second of which is damaged after a header check."""
+    bench.images("a.png", "b.png")
+    good = (bench.path / "images" / "b.png").read_bytes()
+    (bench.path / "images" / "b.png").write_bytes(good[:100] + b"damage" + good[106:])
     records = [new_sample("<image> what", "fine", image="a.png"), new_sample("<image> how", "well", image="b.png")]
     bench.preprocess(records, settings=dataclasses.replace(bench.settings, check="header"))
 
 
-def test_a_broken_picture_costs_its_sample_its_weight_and_nothing_else(bench, new_sample):
-    broken_picture(bench, new_sample)
+def test_a_broken_image_costs_its_sample_its_weight_and_nothing_else(bench, new_sample):
+    broken_image(bench, new_sample)
     item = PackDataset(bench.pack(128), 1, seed=0)[0]
     (sentence,) = item["broken"]
-    assert "train.json, record 1: the picture" in sentence and item["samples"] == 2
+    assert "train.json, record 1: the image" in sentence and item["samples"] == 2
     weight = item["target_weight"]
     damaged = torch.tensor([int(item["document"][place]) for place in item["target_index"]])
     lost = set(damaged[weight == 0].tolist())
     assert len(lost) == 1 and (weight[damaged != lost.pop()] > 0).all()
     assert len(item["patches"]) == len(item["cell_index"]) and (item["patches"].flatten(1) == 0).all(1).any()
-    # A rank without pictures agrees, where it is asked to look.
-    checked = PackDataset(bench.path / "packs", 1, seed=0, pictures="check")[0]
+    # A rank without images agrees, where it is asked to look.
+    checked = PackDataset(bench.path / "packs", 1, seed=0, images="check")[0]
     assert torch.equal(checked["target_weight"], weight) and checked["broken"] == item["broken"]
     assert checked["patches"].shape == (0, 4, 768)
 
 
 def test_broken_samples_are_named_and_too_many_stop(bench, new_sample, capsys):
-    broken_picture(bench, new_sample)
+    broken_image(bench, new_sample)
     dataset = PackDataset(bench.pack(128), 3, seed=0)
     loader = torch.utils.data.DataLoader(dataset, collate_fn=collate, num_workers=1)
     assert len(list(watch_broken_samples(iter(loader), 0.003, report=True))) == 3
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "(3 of 6 read)" in lines[2] and "record 1: the picture" in lines[2]
+    assert len(lines) == 3 and "(3 of 6 read)" in lines[2] and "record 1: the image" in lines[2]
     with pytest.raises(
         DataError, match=r"^2 of the 4 samples read .* --max-broken-samples 0.001 .* record 1: .*verify"
     ):
@@ -469,8 +469,8 @@ def test_the_error_of_a_loaders_worker_is_one_sentence(bench, new_sample):
     assert len(str(caught.value).splitlines()) == 1 and "00000.tokens.bin" in str(caught.value)
 
 
-def test_patches_are_read_without_a_picture_library(bench, new_sample, monkeypatch):
-    bench.pictures("a.png")
+def test_patches_are_read_without_an_image_library(bench, new_sample, monkeypatch):
+    bench.images("a.png")
     bench.preprocess(
         [new_sample("<image>", "x", image="a.png")], settings=dataclasses.replace(bench.settings, image_store="patches")
     )
@@ -481,7 +481,7 @@ def test_patches_are_read_without_a_picture_library(bench, new_sample, monkeypat
 
 
 def test_jpeg_augmentation_is_drawn_for_each_item_and_off_by_default(bench, new_sample):
-    bench.pictures("a.png")
+    bench.images("a.png")
     bench.preprocess([new_sample("<image>", "x", image="a.png")])
     packs = bench.pack(64)
     plain, augmented, again = (PackDataset(packs, 8, seed=0, min_jpeg_quality=quality) for quality in (100, 30, 30))

@@ -38,7 +38,7 @@ def test_samples_are_read(store):
     for sample, expected in zip(shards.fetch(range(len(shards))), EXPECTED[store]["samples"], strict=True):
         assert sample.tokens.tolist() == expected["tokens"] and sample.spans.tolist() == expected["spans"]
         assert sample.grids.tolist() == expected["grids"]
-        assert [sha256(image.tobytes()) for image in sample.pictures] == expected["images"]
+        assert [sha256(image.tobytes()) for image in sample.images] == expected["images"]
 
 
 def test_packs_are_read(store):

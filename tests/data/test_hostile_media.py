@@ -101,9 +101,9 @@ def test_an_image_that_the_user_has_opened_is_refused_before_it_is_decoded(name)
 
 def test_the_processor_prompts_and_preprocessing_have_the_same_limits(bench, new_sample, tmp_path):
     names = REFUSED[:3] + OPENED[2:4]
-    (bench.path / "pictures").mkdir()
+    (bench.path / "images").mkdir()
     for number, name in enumerate(names):
-        path = bench.path / "pictures" / f"{number}.img"
+        path = bench.path / "images" / f"{number}.img"
         path.write_bytes(HOSTILE[name][0]())
         for read in (
             lambda path=path: NEOImageProcessor()(str(path)),
@@ -121,7 +121,7 @@ def test_an_export_carries_the_limits(tmp_path):
     NEOImageProcessor().save_pretrained(tmp_path)
     code = (tmp_path / "image_limits_neo.py").read_text()
     assert "neo_megatron" not in "".join(line for line in code.splitlines() if "import" in line)
-    assert "from .image_limits_neo import" in (tmp_path / "pictures_neo.py").read_text()
+    assert "from .image_limits_neo import" in (tmp_path / "images_neo.py").read_text()
 
 
 def test_usual_files_stay_within_the_limits():

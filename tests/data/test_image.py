@@ -1,4 +1,4 @@
-"""Pictures against the published numbers, and what a viewer would show."""
+"""Images against the published numbers, and what a viewer would show."""
 
 import copy
 import io
@@ -12,7 +12,17 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from neo_megatron.data import image as picture
+from neo_megatron.data.image import (
+    decode,
+    decode_opened,
+    header_size,
+    image_grid,
+    normalise,
+    patches_from_image,
+    pixel_limit,
+    recompress,
+    smart_resize,
+)
 from neo_megatron.errors import Reason, RejectedSample
 
 
@@ -27,48 +37,46 @@ def test_smart_resize_equals_the_published_one(golden):
     assert len(cases) == 308
     for case in cases:
         try:
-            size = list(
-                picture.smart_resize(case["h"], case["w"], case["factor"], case["min_pixels"], case["max_pixels"])
-            )
+            size = list(smart_resize(case["h"], case["w"], case["factor"], case["min_pixels"], case["max_pixels"]))
         except ValueError as error:
             size = f"ValueError: {error}"
         assert size == case["out"], case
 
 
 @pytest.mark.parametrize("name", "abcde")
-def test_pictures_equal_the_published_ones(golden, name):
+def test_images_equal_the_published_ones(golden, name):
     expected = load_file(golden / "preprocess.safetensors")
-    image = picture.decode((golden / "images" / f"{name}.png").read_bytes(), name)
+    image = decode((golden / "images" / f"{name}.png").read_bytes(), name)
     assert (np.asarray(image) == expected[f"{name}.raw_u8"]).all()
-    grid = picture.picture_grid(image, name, min_pixels=4096, max_pixels=65536)
+    grid = image_grid(image, name, min_pixels=4096, max_pixels=65536)
     assert [list(grid)] == expected[f"{name}.grid_hw"].tolist()
-    patches = picture.patches_from_image(image, grid)
+    patches = patches_from_image(image, grid)
     # Cell (y, x), patch (dy, dx) in it -> row (2y + dy, 2x + dx) of the published row-major grid.
     for row, values in enumerate(expected[f"{name}.patches"]):
         y, x = divmod(row, grid[1])
         mine = patches[(y // 2) * (grid[1] // 2) + x // 2, (y % 2) * 2 + x % 2]
-        np.testing.assert_allclose(picture.normalise(mine), values, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(normalise(mine), values, atol=1e-6, rtol=0)
 
 
 def test_patches_are_written_where_they_are_wanted(new_png):
-    image = picture.decode(new_png(80, 110), "x")
-    expected = picture.patches_from_image(image, (4, 6))
+    image = decode(new_png(80, 110), "x")
+    expected = patches_from_image(image, (4, 6))
     # The definition: cells, patches in a cell, channel, y, x.
     pixels = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC))
     blocks = pixels.reshape(2, 2, 16, 3, 2, 16, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     assert (expected == blocks.reshape(6, 4, 768)).all()
     wanted = np.full((8, 4, 768), 7, np.uint8)
-    assert picture.patches_from_image(image, (4, 6), wanted[1:7]).base is wanted
+    assert patches_from_image(image, (4, 6), wanted[1:7]).base is wanted
     assert (wanted[1:7] == expected).all() and (wanted[[0, 7]] == 7).all()
     apart = np.zeros((6, 8, 768), np.uint8)
-    picture.patches_from_image(image, (4, 6), apart[:, ::2])
+    patches_from_image(image, (4, 6), apart[:, ::2])
     assert (apart[:, ::2] == expected).all() and (apart[:, 1::2] == 0).all()
 
 
-def test_several_pictures_share_twice_the_limit():
-    assert picture.pixel_limit(65536, 4194304, 1) == 4194304
-    assert picture.pixel_limit(65536, 4194304, 3) == 4194304 * 2 // 3
-    assert picture.pixel_limit(65536, 4194304, 1000) == 65536
+def test_several_images_share_twice_the_limit():
+    assert pixel_limit(65536, 4194304, 1) == 4194304
+    assert pixel_limit(65536, 4194304, 3) == 4194304 * 2 // 3
+    assert pixel_limit(65536, 4194304, 1000) == 65536
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -89,7 +97,7 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-    assert (np.asarray(picture.decode(data, "x")) == upright).all()
+    assert (np.asarray(decode(data, "x")) == upright).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -97,7 +105,7 @@ def test_transparency_lies_over_white(kind):
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[:, :4] = (10, 20, 30, 255)
     pixels[0, 7] = (0, 0, 0, 128)
-    shown = np.asarray(picture.decode(encoded(Image.fromarray(pixels), kind, lossless=True), "x"))
+    shown = np.asarray(decode(encoded(Image.fromarray(pixels), kind, lossless=True), "x"))
     assert (shown[:, :4] == (10, 20, 30)).all()
     assert (shown[1:, 4:] == 255).all()
     assert abs(shown[0, 7].astype(int) - 127).max() <= 1
@@ -107,13 +115,13 @@ def test_palette_transparency_lies_over_white():
     image = Image.new("P", (8, 8), 0)
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.paste(1, (0, 0, 4, 8))
-    shown = np.asarray(picture.decode(encoded(image, transparency=0), "x"))
+    shown = np.asarray(decode(encoded(image, transparency=0), "x"))
     assert (shown[:, :4] == (0, 200, 0)).all() and (shown[:, 4:] == 255).all()
 
 
 def test_sixteen_bits_are_scaled():
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    shown = np.asarray(picture.decode(encoded(Image.fromarray(ramp)), "x"))
+    shown = np.asarray(decode(encoded(Image.fromarray(ramp)), "x"))
     assert (shown[..., 0] == ramp >> 8).all()
 
 
@@ -122,7 +130,7 @@ def test_twelve_bits_are_scaled(tmp_path):
     tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
     data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf1\x00\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
-    assert np.asarray(picture.decode(data, "x"))[0, :, 0].tolist() == [255, 16]
+    assert np.asarray(decode(data, "x"))[0, :, 0].tolist() == [255, 16]
 
 
 def test_sixteen_bits_may_be_transparent():
@@ -131,32 +139,32 @@ def test_sixteen_bits_may_be_transparent():
     data = png_of(
         (b"IHDR", header), (b"tRNS", b"\1\x2c"), (b"IDAT", zlib.compress(b"\0" + ramp.astype(">u2").tobytes()))
     )
-    assert np.asarray(picture.decode(data, "x"))[0, :, 0].tolist() == [0, 255, 255]
+    assert np.asarray(decode(data, "x"))[0, :, 0].tolist() == [0, 255, 255]
 
 
 def test_pixels_without_a_brightness_are_refused():
     for pixels in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70000, np.int32), np.full((8, 8), -1, np.int32)):
         with pytest.raises(RejectedSample) as raised:
-            picture.decode(encoded(Image.fromarray(pixels), "TIFF"), "x")
-        assert raised.value.reason == Reason.UNREADABLE_PICTURE
+            decode(encoded(Image.fromarray(pixels), "TIFF"), "x")
+        assert raised.value.reason == Reason.UNREADABLE_IMAGE
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0no TIFF header", b"Exif\0\0II*\0\xff\xff\xff\xff"])
 def test_broken_exif_is_ignored(exif):
     data = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
-    assert picture.decode(data, "x").size == (40, 20)
-    assert picture.header_size(data, "x") == (20, 40)
+    assert decode(data, "x").size == (40, 20)
+    assert header_size(data, "x") == (20, 40)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_header_gives_the_size_of_the_decoded_picture(kind, orientation):
+def test_header_gives_the_size_of_the_decoded_image(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.new("RGB", (96, 64)), kind, exif=exif)
-    image = picture.decode(data, "x")
+    image = decode(data, "x")
     assert image.size == ((96, 64) if orientation < 5 else (64, 96))
-    assert picture.header_size(data, "x") == (image.height, image.width)
+    assert header_size(data, "x") == (image.height, image.width)
 
 
 def test_orientation_behind_the_pixels_is_seen():
@@ -166,58 +174,57 @@ def test_orientation_behind_the_pixels_is_seen():
     header = (b"IHDR", struct.pack(">IIBBBBB", 3, 2, 8, 2, 0, 0, 0))
     pixels = (b"IDAT", zlib.compress(bytes(20)))
     data = png_of(header, pixels, (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
-    assert picture.decode(data, "x").size == (2, 3)
-    assert picture.header_size(data, "x") == (3, 2)
+    assert decode(data, "x").size == (2, 3)
+    assert header_size(data, "x") == (3, 2)
 
 
 def test_the_header_alone_refuses_what_it_shows():
     with pytest.raises(RejectedSample, match="none of the formats"):
-        picture.header_size(b"no picture", "x")
+        header_size(b"no image", "x")
     with pytest.raises(RejectedSample, match="12000 x 12000"):
-        picture.header_size(bomb(12000, 12000), "x")
+        header_size(bomb(12000, 12000), "x")
     whole = encoded(Image.new("RGB", (96, 64)), "JPEG")
-    assert picture.header_size(whole[: len(whole) - 20], "x") == (64, 96)  # pixels are not looked at
+    assert header_size(whole[: len(whole) - 20], "x") == (64, 96)  # pixels are not looked at
 
 
-def test_multi_picture_jpegs_are_kept():
-    """What phones write; the first picture counts."""
+def test_multi_image_jpegs_are_kept():
+    """What phones write; the first image counts."""
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).format == "MPO"
-    assert np.asarray(picture.decode(data, "x"))[0, 0].tolist() == [254, 0, 0]
+    assert np.asarray(decode(data, "x"))[0, 0].tolist() == [254, 0, 0]
 
 
 def test_recompression_loses_by_its_quality(new_png):
-    image = picture.decode(new_png(64, 64), "x")
+    image = decode(new_png(64, 64), "x")
     errors = [
-        np.abs(np.asarray(picture.recompress(image, quality)).astype(int) - np.asarray(image)).mean()
-        for quality in (95, 50, 5)
+        np.abs(np.asarray(recompress(image, quality)).astype(int) - np.asarray(image)).mean() for quality in (95, 50, 5)
     ]
     assert errors == sorted(errors) and errors[0] > 0
-    assert picture.recompress(image, 50).tobytes() == picture.recompress(image, 50).tobytes()
+    assert recompress(image, 50).tobytes() == recompress(image, 50).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK"])
 def test_other_modes_become_rgb(mode):
     image = Image.new(mode, (8, 8))
-    assert picture.decode(encoded(image, "TIFF"), "x").mode == "RGB"
+    assert decode(encoded(image, "TIFF"), "x").mode == "RGB"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
-def test_copies_of_an_opened_picture_are_decoded(kind, new_png):
+def test_copies_of_an_opened_image_are_decoded(kind, new_png):
     """As data loaders and trainers make them; Pillow's copies have no file, and deep ones not even the attribute."""
     file = io.BytesIO()
     Image.open(io.BytesIO(new_png(40, 30))).save(file, kind)
-    expected = np.array(picture.decode(file.getvalue(), "a"))
+    expected = np.array(decode(file.getvalue(), "a"))
     for copied in (lambda image: image, copy.copy, copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))):
         opened = Image.open(io.BytesIO(file.getvalue()))
-        assert (np.array(picture.decode_opened(copied(opened), "a")) == expected).all()
+        assert (np.array(decode_opened(copied(opened), "a")) == expected).all()
 
 
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.asarray(picture.decode(data, "x"))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(decode(data, "x"))[0, 0].tolist() == [255, 0, 0]
 
 
 def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -239,7 +246,7 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(12000, 12000), (60000, 60000)])
 def test_too_many_pixels_are_refused_by_the_header(size):
     with pytest.raises(RejectedSample) as raised:
-        picture.decode(bomb(*size), "bomb.png")
+        decode(bomb(*size), "bomb.png")
     assert raised.value.reason == Reason.DECOMPRESSION_BOMB
     assert "bomb.png" in raised.value.sentence
 
@@ -250,25 +257,25 @@ def test_jpeg_2000_has_a_limit_of_its_own():
     start = data.index(b"\xff\x51") + 6
     data[start : start + 8] = struct.pack(">II", 10000, 7000)
     with pytest.raises(RejectedSample, match="10000 x 7000"):
-        picture.decode(bytes(data), "x")
+        decode(bytes(data), "x")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
-def test_truncated_pictures_are_refused(kind, new_png):
+def test_truncated_images_are_refused(kind, new_png):
     whole = encoded(Image.open(io.BytesIO(new_png(64, 64))), kind)
-    assert picture.decode(whole, "x").size == (64, 64)
+    assert decode(whole, "x").size == (64, 64)
     with pytest.raises(RejectedSample) as raised:
-        picture.decode(whole[: len(whole) // 2], "x")
-    assert raised.value.reason == Reason.UNREADABLE_PICTURE
+        decode(whole[: len(whole) // 2], "x")
+    assert raised.value.reason == Reason.UNREADABLE_IMAGE
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_what_is_no_picture_is_refused_without_addresses(data):
+@pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_image_is_refused_without_addresses(data):
     """The reason is the same in every run: no address of a buffer in it. EPS would start a program."""
     reasons = set()
     for _ in range(2):
         with pytest.raises(RejectedSample) as raised:
-            picture.decode(data, "x")
-        assert raised.value.reason == Reason.UNREADABLE_PICTURE
+            decode(data, "x")
+        assert raised.value.reason == Reason.UNREADABLE_IMAGE
         reasons.add(raised.value.sentence)
     assert len(reasons) == 1 and "0x" not in reasons.pop()

@@ -73,7 +73,7 @@ def test_text_equals_tiktoken(directory, ranks, text):
 
 
 def test_a_sample_runs_through_the_data_path(directory, golden, tmp_path):
-    """The published pack, in the ids of the real tokenizer: every piece read by tiktoken, pictures in their places."""
+    """The published pack, in the ids of the real tokenizer: every piece read by tiktoken, images in their places."""
     records = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"]
     (tmp_path / "a.json").write_text(json.dumps(records))
     source = Source("a", str(tmp_path / "a.json"), str(golden))

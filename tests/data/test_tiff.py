@@ -110,7 +110,7 @@ def shown(data: bytes) -> np.ndarray | None:
     try:
         return np.asarray(decode(data, "x"), float)
     except RejectedSample as rejected:
-        assert rejected.reason == Reason.UNREADABLE_PICTURE
+        assert rejected.reason == Reason.UNREADABLE_IMAGE
         return None
 
 

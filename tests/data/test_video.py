@@ -246,7 +246,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert "no pictures" in refusal(sound)[1]
+    assert "no images" in refusal(sound)[1]
 
 
 def test_frames_that_are_too_large_are_refused(tmp_path):
@@ -285,9 +285,9 @@ def test_boxes_without_end_are_refused(tmp_path, monkeypatch):
     assert "FFmpeg reads or seeks in it over 10000 times" in refusal(path)[1]
 
 
-def sample(tmp_path: Path, *texts: str, pictures=(), videos=()) -> Sample:
+def sample(tmp_path: Path, *texts: str, images=(), videos=()) -> Sample:
     turns = tuple(Turn("user" if number % 2 == 0 else "assistant", text, False) for number, text in enumerate(texts))
-    return Sample(turns, tuple(str(tmp_path / name) for name in pictures), tuple(str(tmp_path / n) for n in videos))
+    return Sample(turns, tuple(str(tmp_path / name) for name in images), tuple(str(tmp_path / n) for n in videos))
 
 
 def test_frames_stand_in_the_text_and_share_the_limit(tmp_path, new_png):
@@ -295,16 +295,14 @@ def test_frames_stand_in_the_text_and_share_the_limit(tmp_path, new_png):
     write_video(tmp_path / "b.mp4", frames=15)
     (tmp_path / "a.png").write_bytes(new_png(512, 512))
     settings = Settings(min_pixels=4096, max_pixels=1 << 16)
-    conversation = sample(
-        tmp_path, "See <video>, <image>", "and <video>.", pictures=["a.png"], videos=["b.mp4", "a.mp4"]
-    )
-    turns, pictures, grids = load_media(conversation, settings)
+    conversation = sample(tmp_path, "See <video>, <image>", "and <video>.", images=["a.png"], videos=["b.mp4", "a.mp4"])
+    turns, images, grids = load_media(conversation, settings)
     assert [turn.text for turn in turns] == [
         "See Frame-1: <image>\nFrame-2: <image>, <image>",
         "and Frame-1: <image>\nFrame-2: <image>\nFrame-3: <image>\nFrame-4: <image>.",
     ]
     limit = 2 * (1 << 16) // 7
-    assert len(pictures) == 7 and grids[:2] == [(4, 4)] * 2 and grids[2:] == [(8, 8)] * 5
+    assert len(images) == 7 and grids[:2] == [(4, 4)] * 2 and grids[2:] == [(8, 8)] * 5
     assert all(height * width * 256 <= limit for height, width in grids)
     assert len(load_media(conversation, Settings(min_pixels=4096, video_fps=0.5, max_frames=1))[1]) == 3
 
@@ -313,7 +311,7 @@ def test_escaped_tags_stay_text_in_front_of_and_after_frames(tmp_path, new_png):
     write_video(tmp_path / "b.mp4", frames=15)
     (tmp_path / "a.png").write_bytes(new_png(64, 64))
     text = r"\<video> \\<video> \<image> <image> \\\<video>"
-    turns, pictures, _ = load_media(sample(tmp_path, text, pictures=["a.png"], videos=["b.mp4"]), Settings())
+    turns, images, _ = load_media(sample(tmp_path, text, images=["a.png"], videos=["b.mp4"]), Settings())
     assert split_tags(turns[0].text) == [
         "<video> \\Frame-1: ",
         "<image>",
@@ -323,7 +321,7 @@ def test_escaped_tags_stay_text_in_front_of_and_after_frames(tmp_path, new_png):
         "<image>",
         " \\<video>",
     ]
-    assert len(pictures) == 3
+    assert len(images) == 3
 
 
 def test_both_stores_give_the_same_pixels(tmp_path):
@@ -341,9 +339,9 @@ def test_both_stores_give_the_same_pixels(tmp_path):
 
 
 def test_videos_go_through_the_tool(bench, new_sample):
-    (bench.path / "pictures").mkdir()
-    write_video(bench.path / "pictures" / "a.mp4")
-    (bench.path / "pictures" / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom")
+    (bench.path / "images").mkdir()
+    write_video(bench.path / "images" / "a.mp4")
+    (bench.path / "images" / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     videos = ["a.mp4", "broken.mp4", "missing.mp4", ["a.mp4", "a.mp4"]]
     shards = bench.preprocess([new_sample("What?", "That.", video=video) for video in videos])
     assert len(shards) == 1
@@ -360,6 +358,6 @@ def test_without_pyav_the_tool_stops_and_says_what_to_install(tmp_path, monkeypa
         load_media(sample(tmp_path, "<video>", videos=["a.mp4"]), Settings())
 
 
-def test_pyav_is_not_loaded_for_pictures():
+def test_pyav_is_not_loaded_for_images():
     code = "import sys, neo_megatron.data.prepare.media; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def picture(golden: Path) -> Path:
+def image(golden: Path) -> Path:
     return golden / "images" / "c.png"

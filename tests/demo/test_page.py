@@ -16,19 +16,19 @@ from neo_megatron.demo.talk import Talk
 from neo_megatron.demo.words import words_of
 from neo_megatron.inference.answering import Answerer, Piece
 
-QUESTION = "What is in the picture? <img src=x onerror=alert(1)>"
+QUESTION = "What is in the image? <img src=x onerror=alert(1)>"
 MAX_NEW_TOKENS = 160
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
-def dense(checkpoint: Path, picture: Path) -> tuple[list[Piece], torch.Tensor]:
-    """The answer's pieces; how much each of its tokens looks at each of the picture's, `[layers, tokens, cells]`.
+def dense(checkpoint: Path, image: Path) -> tuple[list[Piece], torch.Tensor]:
+    """The answer's pieces; how much each of its tokens looks at each of the image's, `[layers, tokens, cells]`.
 
     From all weights of the whole sequence, computed at once by the eager kernel, without a cache.
     """
     answerer = Answerer(checkpoint, device="cpu", attention="eager")
-    prompt = answerer.prompt(QUESTION, [picture])
+    prompt = answerer.prompt(QUESTION, [image])
     pieces = list(answerer.stream(prompt, MAX_NEW_TOKENS))
     answer = [token for piece in pieces for token in piece.tokens]
     inputs = answerer.inputs([prompt])
@@ -42,11 +42,11 @@ def dense(checkpoint: Path, picture: Path) -> tuple[list[Piece], torch.Tensor]:
     return pieces, torch.stack([layer[0].mean(dim=0)[generated_from][:, cells] for layer in weights])
 
 
-def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, picture, dense):
+def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, image, dense):
     pieces, expected = dense
     talk = Talk(Answerer(checkpoint, device="cpu"))
-    *_, answer = talk.answers(QUESTION, str(picture), 0, MAX_NEW_TOKENS)
-    assert answer.pieces == pieces and expected.shape[1:] == (MAX_NEW_TOKENS, np.prod(talk.picture(picture)["grid"]))
+    *_, answer = talk.answers(QUESTION, str(image), 0, MAX_NEW_TOKENS)
+    assert answer.pieces == pieces and expected.shape[1:] == (MAX_NEW_TOKENS, np.prod(talk.image_view(image)["grid"]))
     for layer in range(talk.layers):
         torch.testing.assert_close(answer.rows.of_layer(layer)[:MAX_NEW_TOKENS], expected[layer], atol=1e-6, rtol=1e-4)
     assert answer.note == f"Cut at {MAX_NEW_TOKENS} tokens."
@@ -58,7 +58,7 @@ def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, picture, den
         assert [seen["top"], seen["share"]] == pytest.approx([float(mean.max()), float(mean.sum())], rel=1e-4)
 
 
-def test_a_text_without_a_picture_has_no_heat_map_and_a_stopped_answer_ends(checkpoint):
+def test_a_text_without_an_image_has_no_heat_map_and_a_stopped_answer_ends(checkpoint):
     talk = Talk(Answerer(checkpoint, device="cpu"))
     lengths = []
     for answer in talk.answers("Hello?", None, 0, MAX_NEW_TOKENS):
@@ -68,13 +68,13 @@ def test_a_text_without_a_picture_has_no_heat_map_and_a_stopped_answer_ends(chec
     assert all(word.keys() == {"text"} for word in answer.view()["words"])
 
 
-def test_an_answer_that_nobody_reads_any_more_frees_the_model(checkpoint, picture, dense):
+def test_an_answer_that_nobody_reads_any_more_frees_the_model(checkpoint, image, dense):
     pieces, expected = dense
     talk = Talk(Answerer(checkpoint, device="cpu"))
     left = talk.answers("Hello?", None, 0, 1000)
     assert len([next(left) for _ in range(5)]) == 5
     left.close()
-    *_, answer = talk.answers(QUESTION, str(picture), 0, MAX_NEW_TOKENS)
+    *_, answer = talk.answers(QUESTION, str(image), 0, MAX_NEW_TOKENS)
     assert answer.pieces == pieces
     torch.testing.assert_close(answer.rows.of_layer(0)[:MAX_NEW_TOKENS], expected[0], atol=1e-6, rtol=1e-4)
 
@@ -124,7 +124,7 @@ def page(browser, address) -> Iterator:
     opened.on("dialog", lambda dialog: trouble.append(dialog.message))
     opened.on("request", lambda request: requested.append(request.url))
     opened.goto(address)
-    opened.wait_for_selector("#picture .empty")
+    opened.wait_for_selector("#image .empty")
     yield opened
     opened.close()
     assert trouble == []
@@ -136,23 +136,23 @@ def wait_for_text(page, selector: str, text: str) -> None:
 
 
 def brightest(page) -> int:
-    """The token of the picture at which the heat map is brightest."""
+    """The token of the image at which the heat map is brightest."""
     pixels = page.evaluate(
         """() => {
-            const canvas = document.querySelector("#picture canvas");
+            const canvas = document.querySelector("#image canvas");
             return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
         }"""
     )
     return int(np.array(pixels).reshape(-1, 4)[:, :3].sum(axis=1).argmax())
 
 
-def test_upload_ask_and_see(page, picture, dense):
+def test_upload_ask_and_see(page, image, dense):
     pieces, weights = dense
     words = words_of(pieces)
-    page.set_input_files("input[type=file]", picture)
-    page.wait_for_selector("#picture img[src^='data:image/jpeg']")
-    height, width = np.array(Image.open(picture).size[::-1])
-    assert f"c.png: {width} × {height} pixels" in page.inner_text("#picture .facts")
+    page.set_input_files("input[type=file]", image)
+    page.wait_for_selector("#image img[src^='data:image/jpeg']")
+    height, width = np.array(Image.open(image).size[::-1])
+    assert f"c.png: {width} × {height} pixels" in page.inner_text("#image .facts")
     # What the answer looked like each time it was drawn.
     page.evaluate(
         """() => {
@@ -160,7 +160,7 @@ def test_upload_ask_and_see(page, picture, dense):
             new MutationObserver(() => window.drawn.push([
                 document.querySelectorAll("#answer .words span").length,
                 document.querySelector("#answer .running") !== null,
-                !document.querySelector("#picture canvas").hidden,
+                !document.querySelector("#image canvas").hidden,
             ])).observe(document.querySelector("#answer .words"), { childList: true, subtree: true });
         }"""
     )
@@ -190,12 +190,12 @@ def test_upload_ask_and_see(page, picture, dense):
         assert brightest(page) == means.mean(dim=0).argmax()
 
 
-def test_the_page_fits_a_phone(page, picture):
+def test_the_page_fits_a_phone(page, image):
     """With an answer and its heat map: nothing is wider than 390 CSS pixels."""
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.set_input_files("input[type=file]", picture)
-    page.wait_for_selector("#picture img[src^='data:image/jpeg']")
+    page.set_input_files("input[type=file]", image)
+    page.wait_for_selector("#image img[src^='data:image/jpeg']")
     page.fill("#question textarea", "a_word_without_any_place_to_break_it_" * 4)
     page.click("#ask")
     page.wait_for_selector("#answer .card:not(.running) .words span")
@@ -206,34 +206,34 @@ def test_the_page_fits_a_phone(page, picture):
     assert page.evaluate(wider) == 0
 
 
-def test_another_picture_ends_the_answer_about_the_last(page, picture, golden):
-    page.set_input_files("input[type=file]", picture)
-    wait_for_text(page, "#picture .facts", "c.png")
+def test_another_image_ends_the_answer_about_the_last(page, image, golden):
+    page.set_input_files("input[type=file]", image)
+    wait_for_text(page, "#image .facts", "c.png")
     page.fill("#question textarea", QUESTION)
     page.click("#ask")
     page.wait_for_selector("#answer .running .words span")
     page.set_input_files("input[type=file]", golden / "images" / "d.png")
-    wait_for_text(page, "#picture .facts", "d.png")
+    wait_for_text(page, "#image .facts", "d.png")
     page.wait_for_selector("#answer .card:not(.running)")
     page.wait_for_function("() => !document.querySelector('#answer .words span')")
-    assert page.is_hidden("#picture canvas")
+    assert page.is_hidden("#image canvas")
 
 
 def test_what_preprocessing_rejects_is_refused(page, tmp_path):
-    (tmp_path / "no picture.png").write_text("text")
+    (tmp_path / "no image.png").write_text("text")
     Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
-    for name, sentence in (("no picture.png", "is in none of the formats"), ("long.png", "aspect ratio")):
+    for name, sentence in (("no image.png", "is in none of the formats"), ("long.png", "aspect ratio")):
         page.set_input_files("input[type=file]", tmp_path / name)
         page.wait_for_function(
-            "text => document.querySelector('#picture .refused').innerText.includes(text)", arg=sentence
+            "text => document.querySelector('#image .refused').innerText.includes(text)", arg=sentence
         )
-        assert page.is_hidden("#picture img")
+        assert page.is_hidden("#image img")
     (tmp_path / "large.png").write_bytes(bytes((1 << 20) + 1))
     page.set_input_files("input[type=file]", tmp_path / "large.png")
     page.wait_for_selector("text=exceed the maximum allowed size")
 
 
-def test_a_picture_can_be_dropped(page, picture):
+def test_an_image_can_be_dropped(page, image):
     page.evaluate(
         """base64 => {
             const bytes = Uint8Array.from(atob(base64), character => character.charCodeAt(0));
@@ -242,12 +242,12 @@ def test_a_picture_can_be_dropped(page, picture):
             const drop = { bubbles: true, cancelable: true, dataTransfer: files };
             document.body.dispatchEvent(new DragEvent("drop", drop));
         }""",
-        base64.b64encode(picture.read_bytes()).decode(),
+        base64.b64encode(image.read_bytes()).decode(),
     )
-    wait_for_text(page, "#picture .facts", "dropped.png")
+    wait_for_text(page, "#image .facts", "dropped.png")
 
 
-def test_the_server_keeps_its_limits_without_the_page(address, picture):
+def test_the_server_keeps_its_limits_without_the_page(address, image):
     files = {"files": ("large.png", bytes((1 << 20) + 1))}
     assert requests.post(f"{address}/gradio_api/upload", files=files, timeout=20).status_code == 413
     page = requests.get(address, timeout=20)
@@ -257,7 +257,7 @@ def test_the_server_keeps_its_limits_without_the_page(address, picture):
     job = {
         "fn_index": 0,
         "session_hash": "test",
-        "data": [{"path": str(picture), "meta": {"_type": "gradio.FileData"}}, None],
+        "data": [{"path": str(image), "meta": {"_type": "gradio.FileData"}}, None],
     }
     requests.post(f"{address}/gradio_api/queue/join", json=job, timeout=20).raise_for_status()
     events = requests.get(f"{address}/gradio_api/queue/data?session_hash=test", stream=True, timeout=20).iter_lines()

@@ -80,9 +80,9 @@ def test_no_name_leads_out_of_the_uploads(server, name):
     assert not Path("/tmp/escaped.png").exists()
 
 
-def test_a_file_that_was_not_uploaded_is_not_read(server, picture):
+def test_a_file_that_was_not_uploaded_is_not_read(server, image):
     with pytest.raises(AssertionError, match="'success': False"):
-        Visitor(server, "files").look(str(picture))
+        Visitor(server, "files").look(str(image))
 
 
 def test_thousands_of_uploads_leave_the_newest(tmp_path):
@@ -100,15 +100,15 @@ def test_thousands_of_uploads_leave_the_newest(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["1999"], "a file of any size can be looked at"
 
 
-def test_ten_visitors_at_once_have_an_answer_each(server, picture):
+def test_ten_visitors_at_once_have_an_answer_each(server, image):
     """Each about an upload of its own, and the same as alone."""
 
     def visit(number: int) -> tuple[dict, dict]:
         visitor = Visitor(server, f"visitor {number}")
-        path = visitor.upload(f"{number}.png", picture.read_bytes() if number % 2 else other)
+        path = visitor.upload(f"{number}.png", image.read_bytes() if number % 2 else other)
         return visitor.look(path), visitor.ask("What is it?")
 
-    other = (picture.parent / "d.png").read_bytes()
+    other = (image.parent / "d.png").read_bytes()
     alone = [visit(number) for number in (100, 101)]
     assert alone[0][1]["whole"] != alone[1][1]["whole"]
     with ThreadPoolExecutor(10) as pool:
@@ -127,24 +127,24 @@ def test_an_answer_whose_visitor_has_left_does_not_hold_up_others(checkpoint):
         Visitor(server, "third").leave("And there?")
 
 
-def test_old_answers_give_up_their_heat_maps(checkpoint, picture, monkeypatch):
+def test_old_answers_give_up_their_heat_maps(checkpoint, image, monkeypatch):
     from neo_megatron.demo import talk
 
     monkeypatch.setattr(talk, "MOST_ROWS", 50_000)
     watched = talk.Talk(talk.Answerer(checkpoint, device="cpu"))
-    answers = [list(watched.answers("What is it?", str(picture), 0, 8))[-1] for _ in range(6)]
+    answers = [list(watched.answers("What is it?", str(image), 0, 8))[-1] for _ in range(6)]
     assert [answer.rows.forgotten for answer in answers] == [True] * 4 + [False] * 2
     old, new = answers[0].view(), answers[-1].view()
     assert [word["text"] for word in old["words"]] == [word["text"] for word in new["words"]]
     assert "levels" in new["words"][0] and "levels" not in old["words"][0] and "ask again" in old["note"]
 
 
-def memory_grows(server: Server, picture: Path, requests_: int) -> float:
+def memory_grows(server: Server, image: Path, requests_: int) -> float:
     """Megabytes, from a fifth of these requests to all of them."""
     before = 0
     for number in range(requests_):
         visitor = Visitor(server, f"memory {number}")
-        visitor.look(visitor.upload(f"{number}.png", picture.read_bytes()))
+        visitor.look(visitor.upload(f"{number}.png", image.read_bytes()))
         assert visitor.ask("What is it?")["words"]
         if number == requests_ // 5:
             before = server.process.memory_info().rss
@@ -152,5 +152,5 @@ def memory_grows(server: Server, picture: Path, requests_: int) -> float:
 
 
 @pytest.mark.thorough
-def test_five_hundred_requests_leave_memory_as_it_is(server, picture):
-    assert memory_grows(server, picture, 500) < 100
+def test_five_hundred_requests_leave_memory_as_it_is(server, image):
+    assert memory_grows(server, image, 500) < 100

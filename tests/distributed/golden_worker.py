@@ -69,8 +69,8 @@ def block_order_uint8(golden: dict[str, torch.Tensor]) -> torch.Tensor:
     assert (pixels - pixels.round()).abs().max() < 1e-3
     cells, start = [], 0
     for height, width in golden["grid_hw"].tolist():
-        picture = pixels[start : start + height * width].view(height // 2, 2, width // 2, 2, 768)
-        cells.append(picture.transpose(1, 2).reshape(-1, 4, 768))
+        image = pixels[start : start + height * width].view(height // 2, 2, width // 2, 2, 768)
+        cells.append(image.transpose(1, 2).reshape(-1, 4, 768))
         start += height * width
     return torch.cat(cells).round().to(torch.uint8)
 

@@ -10,7 +10,7 @@ is a number of seconds since the start; where the run ends before, no other mome
 
 Megatron is imported once and every start is a fork. The whole process group of a start is killed, the writer of an
 asynchronous save included, whose own operations are not counted. Each start appends to `log`: a line for every
-operation, for every micro-batch that was read (a checksum of its tokens and pictures), and for every step (its loss,
+operation, for every micro-batch that was read (a checksum of its tokens and images), and for every step (its loss,
 all bits).
 """
 

@@ -100,7 +100,7 @@ def expected(room, few, runs):
     """(split, numbers of packs) -> their loss."""
     weights, losses = {}, {}
     for split, packs, run in (("valid", room / "packs", "each"), ("test", few, "each-of-few")):
-        dataset = PackDataset(packs, None, seed=1234, pictures="none")
+        dataset = PackDataset(packs, None, seed=1234, images="none")
         weights[split] = [float(dataset[number]["target_weight"].double().sum()) for number in range(len(dataset))]
         losses[split] = [runs[run].scalars("lm loss")[number + 1][0] for number in range(len(dataset))]
     assert len(weights["valid"]) == 10 and 1 < len(weights["test"]) < 4

@@ -84,9 +84,9 @@ def test_patch_embedding(computed):
     row_major = expected["vis_patch_conv"].squeeze()
     grids = load_file(GOLDEN / "inputs_pack1.safetensors")["grid_hw"].tolist()
     cells = []
-    for (height, width), picture in zip(grids, row_major.split([h * w for h, w in grids]), strict=True):
-        blocks = picture.view(height // 2, 2, width // 2, 2, -1).transpose(1, 2)
-        cells.append(blocks.reshape(-1, 4, picture.shape[-1]))
+    for (height, width), image in zip(grids, row_major.split([h * w for h, w in grids]), strict=True):
+        blocks = image.view(height // 2, 2, width // 2, 2, -1).transpose(1, 2)
+        cells.append(blocks.reshape(-1, 4, image.shape[-1]))
     actual = whole(computed, "tp1", "pack1.vis_patch_conv", None)
     torch.testing.assert_close(actual, torch.cat(cells), atol=3e-5, rtol=0)
     for layout in LAYOUT_NAMES:

@@ -1,4 +1,4 @@
-"""Every layout trains the same model: from one checkpoint, on real packs with pictures, five steps, in float32.
+"""Every layout trains the same model: from one checkpoint, on real packs with images, five steps, in float32.
 
 Losses within 2e-6 and the last gradients, whole and by name, within 1e-5 relative of the run on one process.
 In bfloat16 every product is rounded to 8 bits (2e-3 relative), wherever a layout cuts it: losses are averages over
@@ -96,7 +96,7 @@ def model(tmp_path_factory) -> Path:
 def lopsided(tmp_path_factory) -> Path:
     """Four packs of one document each, whose answers, short and long, stand in the second half of the pack.
 
-    One of them has a picture that cannot be decoded, so that none of its tokens counts.
+    One of them has an image that cannot be decoded, so that none of its tokens counts.
     """
     room = tmp_path_factory.mktemp("lopsided")
     (room / "images").mkdir()
@@ -187,8 +187,8 @@ def test_ranks_with_few_trained_tokens_or_none(runs, spread):
 
 
 @pytest.mark.parametrize("layout", ["pp2-cp2", "tp2-pp2-sp"])
-def test_pictures_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layout):
-    """Two ranks a stage. Parts of a sequence embed their own pictures; tensor-parallel ranks share the loss out."""
+def test_images_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layout):
+    """Two ranks a stage. Parts of a sequence embed their own images; tensor-parallel ranks share the loss out."""
     whole = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
     first, last = ([runs[f"float32-{layout}"].inputs(rank) for rank in stage] for stage in ((0, 1), (2, 3)))
     to_embed, labels = {"tokens", "patches", "cell_index", "cell_position"}, {"targets", "target_index"}

@@ -63,7 +63,7 @@ MISTAKES = {
         "--pre-buffer-pipeline-stages 1 with --pipeline-model-parallel-size 1",
     ),
     "vocabulary": (["--vocab-size", "1008"], "is of another model (vocab_size 1024 there, 1008 here)"),
-    "pictures": (
+    "images": (
         ["--train-data-path", "{broken}", "--max-broken-samples", "0"],
         "more than --max-broken-samples 0.0 allows",
     ),
@@ -114,7 +114,7 @@ def test_a_tied_head_on_another_pipeline_stage(runs, stage):
 
 def test_work_of_attention_is_logged(room, runs):
     """Pairs computed for each that is allowed, of all packs of a step, whatever the layout."""
-    packs = PackDataset(room / "packs", 16, seed=1234, loss_weighting="square", pictures="none")
+    packs = PackDataset(room / "packs", 16, seed=1234, loss_weighting="square", images="none")
     masks = [AttentionRule(*(packs[i][name][None] for name in ("document", "image"))) for i in range(16)]
     pairs = torch.stack([attention_pairs(build_mask(rule, torch.float32)) for rule in masks]).view(4, 4, 2).sum(dim=1)
     assert pairs[:, 1].tolist() == [sum(rule.dense().sum() for rule in masks[i : i + 4]) for i in range(0, 16, 4)]
@@ -151,19 +151,19 @@ def test_stage_1_changes_nothing_but_what_it_trains(room, runs):
 
 @pytest.fixture(scope="module")
 def broken(room) -> Path:
-    """Packs of a data set of which only headers were checked; one of its pictures is broken."""
-    pictures = room / "broken-pictures"
-    shutil.copytree(GOLDEN / "images", pictures / "images")
-    damaged = pictures / "images" / "b.png"
+    """Packs of a data set of which only headers were checked; one of its images is broken."""
+    images = room / "broken-images"
+    shutil.copytree(GOLDEN / "images", images / "images")
+    damaged = images / "images" / "b.png"
     damaged.write_bytes(damaged.read_bytes()[:-200])
-    source = Source("broken", str(room / "annotations.json"), str(pictures))
+    source = Source("broken", str(room / "annotations.json"), str(images))
     settings = Settings(min_pixels=4096, max_pixels=65536, check="header")
     preprocess([source], GOLDEN / "tokenizer", room / "broken-shards", settings)
     write_packs([PackInput(str(room / "broken-shards"))], room / "broken-packs", 192)
     return room / "broken-packs"
 
 
-def test_a_broken_picture_stops_no_run_and_counts_nowhere(runs):
+def test_a_broken_image_stops_no_run_and_counts_nowhere(runs):
     """All pipeline stages agree on the weights, so that the losses do; and every broken sample is named once."""
     one, pp2 = runs["broken-one"], runs["broken-pp2"]
     named = [

@@ -209,9 +209,7 @@ def targets(job: Job) -> list[int]:
 
 
 def expected_targets(room: Path, first: int, last: int, batch: int) -> list[int]:
-    dataset = PackDataset(
-        room / "first-packs", last, 1234, pictures="none", global_batch=GlobalBatch(batch, 1, 1, first)
-    )
+    dataset = PackDataset(room / "first-packs", last, 1234, images="none", global_batch=GlobalBatch(batch, 1, 1, first))
     return [len(dataset[number]["targets"]) for number in range(first, last)]
 
 

@@ -23,7 +23,7 @@ from neo_megatron.data.chat import NEO_TOKENS, ChatEncoder, load_tokenizer, spec
 from neo_megatron.data.prepare.records import check_sample
 from neo_megatron.data.prepare.registry import Source, data_list
 
-TEST_PICTURES = Path(easy_vqa.get_test_image_paths()[0]).parent
+TEST_IMAGES = Path(easy_vqa.get_test_image_paths()[0]).parent
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def test_every_question_is_a_record_of_the_published_form(data, name, count):
 
 
 def test_the_data_path_accepts_the_records(data):
-    """Each data set of the registry, read with its own directory of pictures."""
+    """Each data set of the registry, read with its own directory of images."""
     for source in data_list(["shapes", "questions", "test"], data / "registry.yaml"):
         for record in json.loads(Path(source.annotations).read_text())[:50]:
-            (picture,) = check_sample(record, source).pictures
-            assert Path(picture).is_file()
+            (image,) = check_sample(record, source).images
+            assert Path(image).is_file()
 
 
 def test_shapes_are_the_training_questions_that_ask_for_one(data):
@@ -72,7 +72,7 @@ def test_shapes_are_the_training_questions_that_ask_for_one(data):
         assert (record["image"], question.removeprefix("<image>\n"), answer) in training
 
 
-def test_several_questions_may_share_a_picture():
+def test_several_questions_may_share_an_image():
     questions = prepare_data.load_questions("train")
     records = list(prepare_data.question_records(questions, 4))
     turns = [len(record["conversations"]) for record in records]
@@ -205,12 +205,12 @@ def test_the_answers_are_those_of_the_evaluation(tmp_path):
 
 
 def test_page_is_self_contained(data, run):
-    """No other file, no address; what is written is what was counted; every shown picture is in the page."""
+    """No other file, no address; what is written is what was counted; every shown image is in the page."""
     answers = [
         report.Answer(question, "<b>odd</b>" if number % 10 == 0 else question.answer, "no")
         for number, question in enumerate(read_questions(data / "test.json"))
     ]
-    html = report.page(answers, TEST_PICTURES, [run, run], [("Training on <questions>", 61)], 1234567)
+    html = report.page(answers, TEST_IMAGES, [run, run], [("Training on <questions>", 61)], 1234567)
     assert not re.search(r"https?:|src=\"(?!data:)|<link|<script|@import|url\(", html)
     assert "$" not in html  # no placeholder is left
     assert "90.0%" in html and "1,234,567" in html and "1 min 1 s" in html
@@ -221,7 +221,7 @@ def test_page_is_self_contained(data, run):
     assert len({answer.question.image for answer in shown}) == 60
     assert html.count("✗ &lt;b&gt;") == 24 and html.count('class="answer right">✓') == 36
     embedded = [b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
-    assert embedded == [(TEST_PICTURES / answer.question.image).read_bytes() for answer in shown]
+    assert embedded == [(TEST_IMAGES / answer.question.image).read_bytes() for answer in shown]
 
 
 @pytest.mark.parametrize("given", ["right", "wrong"])
@@ -233,7 +233,7 @@ def test_page_shows_what_there_is(data, given):
     assert len(shown) == (60 if given == "right" else 24)
 
 
-def test_without_the_pictures_one_sentence_says_what_to_install(monkeypatch):
+def test_without_the_images_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "prepare_data")
     with pytest.raises(SystemExit, match="pip install 'easy-vqa==1.0'"):

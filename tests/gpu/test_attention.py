@@ -1,4 +1,4 @@
-"""FlexAttention on packs of many documents and pictures against dense float32, forward and backward."""
+"""FlexAttention on packs of many documents and images against dense float32, forward and backward."""
 
 import math
 

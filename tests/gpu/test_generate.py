@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 @pytest.fixture(scope="module")
 def document(golden) -> dict[str, torch.Tensor]:
-    """The first golden document, two pictures in it."""
+    """The first golden document, two images in it."""
     inputs = load_file(golden / "inputs_pack1.safetensors")
     length = int(inputs["seq_boundaries"][1])
     return {"input_ids": inputs["input_ids"][:, :length]} | {key: inputs[key] for key in ("pixel_values", "grid_hw")}

@@ -67,7 +67,7 @@ def loaded(checkpoint: Path, implementation: str, dtype: torch.dtype, **settings
 
 
 def pack(seed: int = 0) -> dict[str, Tensor]:
-    """Of 512 tokens, with pictures: a collated pack."""
+    """Of 512 tokens, with images: a collated pack."""
     (drawn,) = draw_packs(TRAINED, 512, 1, seed, shrunk=4)
     return drawn
 

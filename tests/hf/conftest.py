@@ -37,7 +37,7 @@ def model(golden: Path) -> NEOChatModel:
 
 @pytest.fixture(scope="session")
 def document(golden: Path) -> dict[str, torch.Tensor]:
-    """The first golden document, two pictures in it, as arguments of `forward`."""
+    """The first golden document, two images in it, as arguments of `forward`."""
     inputs = load_file(golden / "inputs_pack1.safetensors")
     length = int(inputs["seq_boundaries"][1])
     return {"input_ids": inputs["input_ids"][:, :length]} | {key: inputs[key] for key in ("pixel_values", "grid_hw")}

@@ -25,13 +25,13 @@ def with_kernel(model: NEOChatModel, implementation: str) -> NEOChatModel:
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 @torch.no_grad()
 def test_kernels_agree(model, document, implementation):
-    """A document with pictures, padded in front: prefill, then tokens over the cache."""
+    """A document with images, padded in front: prefill, then tokens over the cache."""
     ids = torch.nn.functional.pad(document["input_ids"], (9, 0), value=870)
     mask = (torch.arange(ids.shape[1]) >= 9).long()[None]
-    pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
-    expected = model(ids, attention_mask=mask, **pictures).logits[:, 9:]
+    images = {key: document[key] for key in ("pixel_values", "grid_hw")}
+    expected = model(ids, attention_mask=mask, **images).logits[:, 9:]
     other = with_kernel(model, implementation)
-    first = other(ids[:, :90], attention_mask=mask[:, :90], **pictures, use_cache=True)
+    first = other(ids[:, :90], attention_mask=mask[:, :90], **images, use_cache=True)
     rest = [first.logits[:, 9:]]
     for stop in (91, 92, ids.shape[1]):
         start = first.past_key_values.get_seq_length()
@@ -44,7 +44,7 @@ def test_kernels_agree(model, document, implementation):
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
 @torch.no_grad()
 def test_packed_documents(model, golden, implementation, name):
-    """Positions, documents and pictures of a whole pack follow from its tokens: the published logits."""
+    """Positions, documents and images of a whole pack follow from its tokens: the published logits."""
     arguments = flattened(load(golden, "inputs", name))
     logits = with_kernel(model, implementation)(**arguments).logits
     expected = load(golden, "outputs_untied", name)["logits"][:, : logits.shape[1]]

@@ -1,4 +1,4 @@
-"""`chat()`: the conversation is tokenized as in training, pictures find their tags, the history goes on."""
+"""`chat()`: the conversation is tokenized as in training, images find their tags, the history goes on."""
 
 import json
 
@@ -38,7 +38,7 @@ def prompts(model, monkeypatch):
 
 
 def test_a_second_question_is_tokenized_as_in_training(model, golden, tokenizer, prompts):
-    """The golden document up to its last answer: two pictures, one answered question."""
+    """The golden document up to its last answer: two images, one answered question."""
     record = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"][0]
     first, answer, second, _ = (turn["value"] for turn in record["conversations"])
     inputs = load(golden, "inputs", "pack1")
@@ -59,7 +59,7 @@ def test_a_second_question_is_tokenized_as_in_training(model, golden, tokenizer,
     assert history == [(first, answer), (second, said)]
 
 
-def test_a_picture_without_a_tag_comes_first(model, golden, tokenizer, prompts):
+def test_an_image_without_a_tag_comes_first(model, golden, tokenizer, prompts):
     inputs = load(golden, "inputs", "pack1")
     one = {"grid_hw": inputs["grid_hw"][:1].tolist()}
     patches = inputs["pixel_values"][: inputs["grid_hw"][0].prod()]
@@ -90,10 +90,10 @@ def test_settings_of_generate_are_taken_over(model, tokenizer, prompts):
 
 
 @pytest.mark.parametrize("question, grids", [("<image> or <image>?", 1), ("Compare", 2), ("<image>", 0)])
-def test_tags_and_pictures_must_agree(model, golden, tokenizer, question, grids):
+def test_tags_and_images_must_agree(model, golden, tokenizer, question, grids):
     inputs = load(golden, "inputs", "pack1")
     grid_hw = inputs["grid_hw"][:grids] if grids else None
-    with pytest.raises(ValueError, match=f"{grids} pictures in grid_hw for"):
+    with pytest.raises(ValueError, match=f"{grids} images in grid_hw for"):
         model.chat(tokenizer, inputs["pixel_values"], question, GREEDY, grid_hw=grid_hw)
 
 
@@ -263,7 +263,7 @@ def test_tags_after_a_backslash_and_in_answers_are_text(model, golden, tokenizer
     )
 
 
-def test_an_escaped_tag_leaves_the_picture_in_front(model, golden, tokenizer):
+def test_an_escaped_tag_leaves_the_image_in_front(model, golden, tokenizer):
     inputs = load(golden, "inputs", "pack1")
     one = {"grid_hw": inputs["grid_hw"][:1], "pixel_values": inputs["pixel_values"][: inputs["grid_hw"][0].prod()]}
     settings = {"tokenizer": tokenizer, "generation_config": GREEDY, "return_history": True, **one}

@@ -27,7 +27,7 @@ def test_plain_scalars_and_lists_of_one(published):
 
 
 def test_what_may_be_absent(published):
-    """Layer types say nothing; the ids of the picture tokens are Qwen3's; the pre-buffer's size is unknown."""
+    """Layer types say nothing; the ids of the image tokens are Qwen3's; the pre-buffer's size is unknown."""
     plain = NEOChatConfig(**published).to_dict()
     published["llm_config"]["layer_types"] = ["full_attention"] * 5
     assert NEOChatConfig(**published).to_dict() == plain

@@ -22,7 +22,7 @@ def quiet(golden):
     return model
 
 
-def step_by_step(model, input_ids, prefill, attention_mask=None, **pictures):
+def step_by_step(model, input_ids, prefill, attention_mask=None, **images):
     """Logits of every token: the first ones at once, the others one at a time from the cache, as a user's own loop."""
     logits, cache = [], None
     for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, input_ids.shape[1]))]:
@@ -32,7 +32,7 @@ def step_by_step(model, input_ids, prefill, attention_mask=None, **pictures):
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **(pictures if not start else {}),
+            **(images if not start else {}),
         )
         logits.append(out.logits)
         cache = out.past_key_values
@@ -50,15 +50,15 @@ def padded(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("prefill", [55, 101])
 @torch.no_grad()
 def test_cached_logits_equal_the_whole_forward(quiet, document, prefill):
-    """The document has two pictures in its first 40 tokens."""
+    """The document has two images in its first 40 tokens."""
     whole = quiet(**document).logits
     assert whole.abs().max() < 2
     torch.testing.assert_close(step_by_step(quiet, prefill=prefill, **document), whole, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_a_picture_may_follow_the_cache(quiet, document):
-    """A second question with another picture: the cache goes on with patches of its own."""
+def test_an_image_may_follow_the_cache(quiet, document):
+    """A second question with another image: the cache goes on with patches of its own."""
     ids, grids = document["input_ids"], document["grid_hw"]
     second = int((ids[0] == IMG).nonzero()[1])
     patches = document["pixel_values"].split(grids.prod(dim=-1).tolist())
@@ -69,14 +69,14 @@ def test_a_picture_may_follow_the_cache(quiet, document):
 
 @torch.no_grad()
 def test_left_padding_changes_nothing(quiet, document, golden):
-    """Two rows: one with pictures, a shorter one of text, padded in front."""
+    """Two rows: one with images, a shorter one of text, padded in front."""
     row, text = document["input_ids"][0], load_file(golden / "inputs_textonly.safetensors")["input_ids"][0, :37]
     ids, mask = padded(text, row)
-    pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
+    images = {key: document[key] for key in ("pixel_values", "grid_hw")}
     expected_text, expected_row = quiet(text[None]).logits[0], quiet(**document).logits[0]
     for logits in (
-        quiet(ids, attention_mask=mask, **pictures).logits,
-        step_by_step(quiet, ids, 70, attention_mask=mask, **pictures),
+        quiet(ids, attention_mask=mask, **images).logits,
+        step_by_step(quiet, ids, 70, attention_mask=mask, **images),
     ):
         torch.testing.assert_close(logits[0, -len(text) :], expected_text, atol=1e-5, rtol=0)
         torch.testing.assert_close(logits[1], expected_row, atol=1e-5, rtol=0)
@@ -87,10 +87,10 @@ def test_left_padding_changes_nothing(quiet, document, golden):
 def test_generate(model, document, golden):
     """Greedy with and without the cache, and a padded batch: the same tokens; each follows from the whole forward."""
     row, text = document["input_ids"][0, :60], load_file(golden / "inputs_textonly.safetensors")["input_ids"][0, :37]
-    pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
+    images = {key: document[key] for key in ("pixel_values", "grid_hw")}
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
     answers = []
-    for prompt, patches in ((row, pictures), (text, {})):
+    for prompt, patches in ((row, images), (text, {})):
         mask = torch.ones_like(prompt[None])
         cached = model.generate(prompt[None], attention_mask=mask, **patches, **settings)
         uncached = model.generate(prompt[None], attention_mask=mask, **patches, **settings, use_cache=False)
@@ -99,25 +99,25 @@ def test_generate(model, document, golden):
         assert cached[0, len(prompt) :].tolist() == following.tolist()
         answers.append(cached[0, len(prompt) :].tolist())
     ids, mask = padded(row, text)
-    batch = model.generate(ids, attention_mask=mask, **pictures, **settings)
+    batch = model.generate(ids, attention_mask=mask, **images, **settings)
     assert batch[:, ids.shape[1] :].tolist() == answers
 
 
 @torch.no_grad()
 def test_generate_goes_on_from_a_cache(model, document):
-    """It holds the first of two pictures: the second is still looked at, and must be given."""
+    """It holds the first of two images: the second is still looked at, and must be given."""
     ids, grids = document["input_ids"][:, :60], document["grid_hw"]
     second = int((ids[0] == IMG).nonzero()[1])
     patches = document["pixel_values"].split(grids.prod(dim=-1).tolist())
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
-    pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
-    expected = model.generate(ids, **pictures, **settings).tolist()
+    images = {key: document[key] for key in ("pixel_values", "grid_hw")}
+    expected = model.generate(ids, **images, **settings).tolist()
 
     def cache(stop, held):
         whole = model(ids[:, :stop], torch.cat(patches[:held]), grids[:held], use_cache=True)
         return whole.past_key_values
 
-    assert model.generate(ids, **pictures, past_key_values=cache(second, 1), **settings).tolist() == expected
+    assert model.generate(ids, **images, past_key_values=cache(second, 1), **settings).tolist() == expected
     assert model.generate(ids, past_key_values=cache(50, 2), **settings).tolist() == expected
     for given, number in (({}, 0), ({"pixel_values": patches[1], "grid_hw": grids[1:]}, 1)):
         with pytest.raises(ValueError, match=f"{number} images for 2 in input_ids: pass .* of all of them"):
@@ -125,8 +125,8 @@ def test_generate_goes_on_from_a_cache(model, document):
 
 
 @torch.no_grad()
-def test_beams_keep_their_pictures(model, document):
-    """Rows with different numbers of pictures, three beams each: as each row alone."""
+def test_beams_keep_their_images(model, document):
+    """Rows with different numbers of images, three beams each: as each row alone."""
     ids, grids = document["input_ids"][0], document["grid_hw"]
     patches = document["pixel_values"].split(grids.prod(dim=-1).tolist())
     second = int((ids == IMG).nonzero()[1])
@@ -173,8 +173,8 @@ def test_positions_stay_exact_in_bfloat16(model, document):
         hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
         positions = torch.zeros(*document["input_ids"].shape, 3, dtype=torch.long)
         positions[0, :, 0] = torch.arange(positions.shape[1]) + 16384
-        pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
-        network(document["input_ids"], positions_thw=positions, **pictures)
+        images = {key: document[key] for key in ("pixel_values", "grid_hw")}
+        network(document["input_ids"], positions_thw=positions, **images)
         hook.remove()
     for exact, other in zip(*seen, strict=True):
         assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(exact, other, strict=True))
@@ -267,12 +267,12 @@ def test_a_tied_model_keeps_one_parameter(golden, tmp_path):
 
 
 @torch.no_grad()
-def test_a_generated_picture_token_is_plain_text(model, document):
-    """A model may say <IMG_CONTEXT>; it has no picture for it, and must not fall over it."""
+def test_a_generated_image_token_is_plain_text(model, document):
+    """A model may say <IMG_CONTEXT>; it has no image for it, and must not fall over it."""
     ids = torch.cat([document["input_ids"][:, :60], torch.tensor([[CONTEXT, 5]])], dim=1)
-    pictures = {key: document[key] for key in ("pixel_values", "grid_hw")}
-    whole = model(ids, **pictures).logits
-    torch.testing.assert_close(step_by_step(model, ids, 60, **pictures), whole, atol=1e-4, rtol=0)
+    images = {key: document[key] for key in ("pixel_values", "grid_hw")}
+    whole = model(ids, **images).logits
+    torch.testing.assert_close(step_by_step(model, ids, 60, **images), whole, atol=1e-4, rtol=0)
 
 
 def test_padding_does_not_count_as_a_position(model, document, golden):

@@ -8,7 +8,7 @@ from support.golden_packs import load, packed
 
 from neo_megatron.hf import attention_neo, vision_neo
 
-# Losses have tests of their own; the published merge convolution runs over canvases padded to the largest picture.
+# Losses have tests of their own; the published merge convolution runs over canvases padded to the largest image.
 NOT_HERE = ("token_nll", "loss", "vis_dense_conv_padded")
 ACTIVATION, LOGIT, LOSS, GRADIENT = 3e-5, 1e-4, 1e-5, 2e-4
 
@@ -130,7 +130,7 @@ def test_a_document_alone_equals_the_document_in_its_pack(golden, model, name):
     """Here positions and mask follow from the tokens, as a user calls it."""
     inputs, expected = load(golden, "inputs", name), load(golden, "outputs_untied", name)["logits"]
     start, end = inputs["seq_boundaries"][:2].tolist()
-    pictures = {key: inputs[key] for key in ("pixel_values", "grid_hw") if key in inputs}
+    images = {key: inputs[key] for key in ("pixel_values", "grid_hw") if key in inputs}
     with torch.no_grad():
-        logits = model(inputs["input_ids"][:, start:end], **pictures).logits
+        logits = model(inputs["input_ids"][:, start:end], **images).logits
     torch.testing.assert_close(logits, expected[:, start:end], atol=LOGIT, rtol=0)

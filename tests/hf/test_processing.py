@@ -1,4 +1,4 @@
-"""Pictures and text come out of the processor as the published code and the training data have them."""
+"""Images and text come out of the processor as the published code and the training data have them."""
 
 import base64
 import json
@@ -19,21 +19,21 @@ def processor(exported) -> NEOProcessor:
     return NEOProcessor.from_pretrained(exported)
 
 
-def picture(golden, letter):
+def image(golden, letter):
     return Image.open(golden / "images" / f"{letter}.png")
 
 
 @pytest.mark.parametrize("letter", "abcde")
 def test_patches_are_the_published_ones(golden, letter):
-    """Bit for bit, from the picture to the normalised patches."""
+    """Bit for bit, from the image to the normalised patches."""
     expected = load_file(golden / "preprocess.safetensors")
-    features = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(picture(golden, letter))
+    features = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(image(golden, letter))
     assert features["grid_hw"].tolist() == expected[f"{letter}.grid_hw"].reshape(1, 2).tolist()
     assert torch.equal(features["pixel_values"], expected[f"{letter}.patches"])
 
 
 def spellings(golden):
-    """One picture as users of Qwen-VL and of OpenAI's interface give it."""
+    """One image as users of Qwen-VL and of OpenAI's interface give it."""
     path = golden / "images" / "a.png"
     encoded = base64.encodebytes(path.read_bytes()).decode()  # lines of 76 characters
     return {
@@ -49,8 +49,8 @@ def spellings(golden):
 
 
 @pytest.mark.parametrize("spelling", ["pixels", "path", "Path", "file", "base64", "data", "openai"])
-def test_every_way_to_give_a_picture(processor, golden, spelling):
-    """The same tokens and patches as for an opened picture."""
+def test_every_way_to_give_an_image(processor, golden, spelling):
+    """The same tokens and patches as for an opened image."""
     arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     question = {"type": "text", "text": "What is it?"}
     expected, actual = (
@@ -74,12 +74,12 @@ def test_every_way_to_give_a_picture(processor, golden, spelling):
         ({"type": "video", "video": "film.mp4"}, "a part of type 'video'"),
     ],
 )
-def test_what_is_no_picture_is_refused(processor, part, sentence):
+def test_what_is_no_image_is_refused(processor, part, sentence):
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True, return_dict=True)
 
 
-def test_an_opened_picture_that_is_torn(golden, processor, tmp_path):
+def test_an_opened_image_that_is_torn(golden, processor, tmp_path):
     """Pillow reads pixels late, and raises nearly any type then."""
     (tmp_path / "torn.png").write_bytes((golden / "images" / "a.png").read_bytes()[:500])
     with pytest.raises(ValueError, match="number 1 cannot be decoded"):
@@ -98,22 +98,22 @@ def test_limits_of_pixels(exported, golden):
     """When loading, as Qwen-VL's users give them, and in a call; the tokenizer has nothing of them."""
     small = NEOProcessor.from_pretrained(exported, max_pixels=8192)
     assert "max_pixels" not in small.tokenizer.init_kwargs
-    picture_c = picture(golden, "c")
-    grid = small(images=picture_c, text="<image>")["grid_hw"]
-    assert grid.prod() * 256 <= 8192 < small(images=picture_c, text="<image>", max_pixels=65536)["grid_hw"].prod() * 256
+    image_c = image(golden, "c")
+    grid = small(images=image_c, text="<image>")["grid_hw"]
+    assert grid.prod() * 256 <= 8192 < small(images=image_c, text="<image>", max_pixels=65536)["grid_hw"].prod() * 256
 
 
-def test_several_pictures_share_the_limit(golden):
-    """Of n > 1 pictures in one sample each may have max(2 * max_pixels // n, min_pixels)."""
-    pictures = [picture(golden, "c")] * 4
-    shared = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(pictures)
-    alone = NEOImageProcessor(min_pixels=4096, max_pixels=32768)(pictures[0])
+def test_several_images_share_the_limit(golden):
+    """Of n > 1 images in one sample each may have max(2 * max_pixels // n, min_pixels)."""
+    images = [image(golden, "c")] * 4
+    shared = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(images)
+    alone = NEOImageProcessor(min_pixels=4096, max_pixels=32768)(images[0])
     assert shared["grid_hw"].tolist() == alone["grid_hw"].tolist() * 4
-    apart = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(pictures, pictures_in_sample=[1, 3])
+    apart = NEOImageProcessor(min_pixels=4096, max_pixels=65536)(images, pictures_in_sample=[1, 3])
     assert apart["grid_hw"][0].tolist() != apart["grid_hw"][1].tolist()
 
 
-def test_a_picture_is_seen_as_a_viewer_shows_it():
+def test_an_image_is_seen_as_a_viewer_shows_it():
     """Transparency over white, not over the black it hides."""
     transparent = Image.fromarray(np.zeros((64, 64, 4), np.uint8), "RGBA")
     white = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
@@ -131,7 +131,7 @@ def test_prompts_are_tokenized_as_in_training(golden, processor):
     record = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"][0]
     first, answer, second, _ = (turn["value"] for turn in record["conversations"])
     before, between, after = first.split("<image>")
-    images = [picture(golden, letter) for letter in "ab"]
+    images = [image(golden, letter) for letter in "ab"]
     parts = [
         {"type": "text", "text": before},
         {"type": "image", "image": images[0]},
@@ -154,10 +154,10 @@ def test_prompts_are_tokenized_as_in_training(golden, processor):
 
 
 def test_typed_control_tokens_stay_text(processor, golden):
-    """As the training data has them, beside a picture and a row without any."""
+    """As the training data has them, beside an image and a row without any."""
     arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     typed = "<|im_end|>\n<|im_start|>system\n<img><IMG_CONTEXT> 2 < 3 <think>"
-    content = [{"type": "image", "image": picture(golden, "a")}, {"type": "text", "text": typed}]
+    content = [{"type": "image", "image": image(golden, "a")}, {"type": "text", "text": typed}]
     chat, plain = [{"role": "user", "content": content}], [{"role": "user", "content": "Hi"}]
     features = processor.apply_chat_template([chat, plain], **arguments)
     cells = int(features["grid_hw"].prod()) // 4
@@ -185,7 +185,7 @@ def test_the_template_adds_no_system_turn(processor):
 
 def test_batches_are_padded_on_the_left(processor, golden):
     texts = ["<image>Look", "A text that is quite a bit longer than the other one, by all means and then some"]
-    features = processor(images=[[picture(golden, "a")], []], text=texts)
+    features = processor(images=[[image(golden, "a")], []], text=texts)
     short = min(features["attention_mask"].sum(dim=-1).tolist())
     row = features["attention_mask"].sum(dim=-1).argmin()
     assert features["attention_mask"][row].tolist() == [0] * (features["input_ids"].shape[1] - short) + [1] * short
@@ -194,9 +194,9 @@ def test_batches_are_padded_on_the_left(processor, golden):
     assert right[1].tolist() == sorted(right[1].tolist(), reverse=True)
 
 
-def test_tags_and_pictures_must_agree(processor, golden):
-    with pytest.raises(ValueError, match="1 pictures for 2 <image> tags"):
-        processor(images=picture(golden, "a"), text="<image> or <image>?")
+def test_tags_and_images_must_agree(processor, golden):
+    with pytest.raises(ValueError, match="1 images for 2 <image> tags"):
+        processor(images=image(golden, "a"), text="<image> or <image>?")
     with pytest.raises(ValueError, match="frames of a video"):
         processor(text="Hi", videos=[[]])
 

@@ -42,13 +42,13 @@ def test_nested_images_belong_to_their_texts(processor, images):
 @pytest.mark.parametrize(
     "nesting, texts, sentence",
     [
-        ([[0], [1, 2]], ["<image><image>", "<image>"], "1 pictures for 2 <image> tags in text 1"),
-        ([[0, 1], []], ["<image>", "<image>"], "2 pictures for 1 <image> tags in text 1"),
-        ([[0], None], ["<image>", "<image>"], "0 pictures for 1 <image> tags in text 2"),
+        ([[0], [1, 2]], ["<image><image>", "<image>"], "1 images for 2 <image> tags in text 1"),
+        ([[0, 1], []], ["<image>", "<image>"], "2 images for 1 <image> tags in text 1"),
+        ([[0], None], ["<image>", "<image>"], "0 images for 1 <image> tags in text 2"),
         ([[0, 1]], ["<image>", "<image>"], "images has 1 lists for 2 texts"),
         ([0, [1]], ["<image>", "<image>"], "mixes lists with images"),
-        ([0], ["<image>", "<image>"], "1 pictures for 2 <image> tags"),
-        ([0], [r"\<image>"], r"1 pictures for 0 <image> tags: .* written \\<image>"),
+        ([0], ["<image>", "<image>"], "1 images for 2 <image> tags"),
+        ([0], [r"\<image>"], r"1 images for 0 <image> tags: .* written \\<image>"),
     ],
 )
 def test_a_text_without_its_images_is_named(processor, images, nesting, texts, sentence):
@@ -139,7 +139,7 @@ def test_an_undecoded_image(processor, golden, images, form):
     "image, sentence",
     [
         ("cats", "'cats' is neither the path of a file that exists nor an image in base64"),
-        ("pictures/cat", "neither the path of a file that exists nor"),
+        ("images/cat", "neither the path of a file that exists nor"),
         ("QUJD" * 4000, "neither the path of a file that exists nor"),
         ("cat.png", "cat.png: No such file"),
         ({"bytes": None, "path": None}, "give {'bytes': ..., 'path': ...}"),

@@ -1,4 +1,4 @@
-"""Fine-tuning with the plain Trainer of transformers: packs with pictures, the loss and the gradients of ours."""
+"""Fine-tuning with the plain Trainer of transformers: packs with images, the loss and the gradients of ours."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ pytest.importorskip("accelerate", reason="accelerate is missing, which the Train
 
 
 def documents(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The documents of a golden pack as a user's data set has them; the first has all the pictures."""
+    """The documents of a golden pack as a user's data set has them; the first has all the images."""
     bounds = inputs["seq_boundaries"].tolist()
     rows = [
         {"input_ids": inputs["input_ids"][0, start:end].tolist(), "labels": inputs["labels"][start:end].tolist()}
@@ -23,7 +23,7 @@ def documents(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Documents -> one pack: what transformers does with tokens, and the pictures behind one another."""
+    """Documents -> one pack: what transformers does with tokens, and the images behind one another."""
     texts = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     pack = DataCollatorWithFlattening(return_tensors="pt")(texts)
     for key in ("pixel_values", "grid_hw"):
@@ -51,7 +51,7 @@ def train(model, data, collator, directory, **settings) -> dict[str, float]:
 
 
 def test_packed_documents_over_two_micro_batches(model, golden, tmp_path):
-    """Four documents in two packs, one with pictures: the mean over all labels of the global batch."""
+    """Four documents in two packs, one with images: the mean over all labels of the global batch."""
     packs = [load(golden, "inputs", name) for name in ("pack1", "textonly")]
     meta = json.loads((golden / "meta.json").read_text())
     labels = [int((pack["labels"] != -100).sum()) for pack in packs]

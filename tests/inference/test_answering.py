@@ -19,18 +19,18 @@ LIMIT = 12
 
 @pytest.fixture(scope="module")
 def prompts(answerer, golden) -> list[Prompt]:
-    """Two pictures, one, none; of different lengths."""
-    pictures = [golden / "images" / f"{letter}.png" for letter in "ab"]
+    """Two images, one, none; of different lengths."""
+    images = [golden / "images" / f"{letter}.png" for letter in "ab"]
     system = Turn("system", "Be terse.", False)
     return [
-        answerer.prompt("Same?", pictures),
-        answerer.prompt("What is this, and what colours has it?", pictures[1:]),
+        answerer.prompt("Same?", images),
+        answerer.prompt("What is this, and what colours has it?", images[1:]),
         answerer.prompt([system, Turn("user", "Hi", False)]),
     ]
 
 
 def test_prompts_are_tokenized_as_in_training(answerer, golden):
-    """The golden document up to its last answer, its pictures as files, bytes and opened ones."""
+    """The golden document up to its last answer, its images as files, bytes and opened ones."""
     record = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"][0]
     roles = {"human": "user", "gpt": "assistant"}
     turns = [Turn(roles[turn["from"]], turn["value"], False) for turn in record["conversations"][:-1]]
@@ -38,18 +38,18 @@ def test_prompts_are_tokenized_as_in_training(answerer, golden):
     trained = inputs["labels"][: int(inputs["seq_boundaries"][1])] != -100
     start_of_last_answer = int((trained[1:] & ~trained[:-1]).nonzero()[-1]) + 1
     paths = [golden / "images" / f"{letter}.png" for letter in "ab"]
-    for pictures in (paths, [path.read_bytes() for path in paths], [Image.open(path) for path in paths]):
-        ours = answerer.inputs([answerer.prompt(turns, pictures)])
+    for images in (paths, [path.read_bytes() for path in paths], [Image.open(path) for path in paths]):
+        ours = answerer.inputs([answerer.prompt(turns, images)])
         assert ours["input_ids"].tolist() == inputs["input_ids"][:, :start_of_last_answer].tolist()
         assert torch.equal(ours["pixel_values"], inputs["pixel_values"])
         assert ours["grid_hw"].tolist() == inputs["grid_hw"].tolist()
 
 
-def test_several_pictures_share_the_limit(answerer, golden):
+def test_several_images_share_the_limit(answerer, golden):
     """Each of four may have half the pixels that one alone may have, 65,536."""
-    picture = golden / "images" / "c.png"
-    (alone,) = answerer.prompt("What?", [picture]).grids
-    together = answerer.prompt("What?", [picture] * 4).grids
+    image = golden / "images" / "c.png"
+    (alone,) = answerer.prompt("What?", [image]).grids
+    together = answerer.prompt("What?", [image] * 4).grids
     assert max(256 * height * width for height, width in together) <= 32768 < 256 * alone[0] * alone[1]
 
 
@@ -76,7 +76,7 @@ def test_a_tag_can_be_a_word(answerer, golden):
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert answerer.prompt(r"What is \<image>?", [image]).turns[0].text == "<image>\n" + r"What is \<image>?"
-    with pytest.raises(RejectedSample, match=r"0 pictures but 1 <image> tags; a tag that is meant as text is written"):
+    with pytest.raises(RejectedSample, match=r"0 images but 1 <image> tags; a tag that is meant as text is written"):
         answerer.prompt("What is <image>?")
     with pytest.raises(RejectedSample, match=r"a <video> tag: give the frames as images"):
         answerer.prompt("What happens in <video>?")
@@ -158,19 +158,19 @@ def test_an_error_arrives_where_the_stream_is_read(answerer, prompts):
         list(answerer.stream(prompts[0], LIMIT, do_sample=True, temperature=-1.0))
 
 
-def test_pictures_are_refused_as_in_preprocessing(answerer, golden, tmp_path):
+def test_images_are_refused_as_in_preprocessing(answerer, golden, tmp_path):
     (tmp_path / "torn.png").write_bytes((golden / "images" / "a.png").read_bytes()[:500])
-    for picture, sentence in (
+    for image, sentence in (
         (tmp_path / "torn.png", "torn.png cannot be decoded"),
         (Image.open(tmp_path / "torn.png"), "number 1 cannot be decoded"),
-        (b"no picture", "number 1 is in none of the formats"),
+        (b"no image", "number 1 is in none of the formats"),
         (str(tmp_path / "none.png"), "none.png: No such file"),
         (Image.new("RGB", (3000, 10)), "aspect ratio"),
     ):
         with pytest.raises(RejectedSample) as rejected:
-            answerer.prompt("What?", [picture])
+            answerer.prompt("What?", [image])
         assert sentence in rejected.value.sentence
-    with pytest.raises(RejectedSample, match="1 pictures but 2 <image> tags"):
+    with pytest.raises(RejectedSample, match="1 images but 2 <image> tags"):
         answerer.prompt("<image> or <image>?", [golden / "images" / "a.png"])
 
 
@@ -214,7 +214,7 @@ def test_a_device_that_is_not_there_is_said(checkpoint, device):
 
 def test_a_prompt_is_unicode(answerer):
     """A terminal or a request may bring other bytes, which no tokenizer takes."""
-    with pytest.raises(RejectedSample, match="the prompt holds half a surrogate pair"):
+    with pytest.raises(RejectedSample, match="the prompt holds an unpaired surrogate"):
         answerer.prompt("caf\udce9")
 
 

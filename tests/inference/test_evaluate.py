@@ -40,9 +40,9 @@ def gpt(text, **keys):
     return {"from": "gpt", "value": text, **keys}
 
 
-def say(answerer: Answerer, turns: list[Turn], pictures: list[Path]) -> str:
+def say(answerer: Answerer, turns: list[Turn], images: list[Path]) -> str:
     """A greedy answer, every token from a whole forward without padding or cache."""
-    inputs = answerer.inputs([answerer.prompt(turns, pictures)])
+    inputs = answerer.inputs([answerer.prompt(turns, images)])
     inputs.pop("attention_mask")
     asked = inputs["input_ids"].shape[1]
     for _ in range(TOKENS):
@@ -59,19 +59,19 @@ def say(answerer: Answerer, turns: list[Turn], pictures: list[Path]) -> str:
 def asked(answerer, golden, tmp_path_factory) -> tuple[Path, list[str]]:
     """An annotation file, and what the model says to its questions: some of it is the right answer there."""
     directory = tmp_path_factory.mktemp("asked")
-    shutil.copytree(golden / "images", directory / "pictures")
-    picture = (golden / "images" / "a.png").read_bytes()
-    (directory / "pictures" / "torn.png").write_bytes(picture[: len(picture) // 2])
+    shutil.copytree(golden / "images", directory / "images")
+    image = (golden / "images" / "a.png").read_bytes()
+    (directory / "images" / "torn.png").write_bytes(image[: len(image) // 2])
     records, said = [], []
     for number, name in enumerate(["a.png", "b.png", "c.png", "e.png", None, None]):
-        pictures = [directory / "pictures" / name] if name else []
+        images = [directory / "images" / name] if name else []
         tag = "<image>\n" if name else ""
         turns = [Turn("user", f"{tag}What is {'so ' * 3 * number}odd?", False)]
-        said.append(say(answerer, turns, pictures))
+        said.append(say(answerer, turns, images))
         right = [said[-1].upper(), "something else", HOSTILE][number % 3]
         further = [human(f"And {number}?"), gpt("nothing", answers=["none"])]
         turns += [Turn("assistant", right, False), Turn("user", further[0]["value"], False)]
-        said.append(say(answerer, turns, pictures))
+        said.append(say(answerer, turns, images))
         records.append({"id": number, "conversations": [human(turns[0].text), gpt(right), *further]})
         if name:
             records[-1]["image"] = name
@@ -87,7 +87,7 @@ def run(checkpoint, asked):
     annotations, _ = asked
 
     def of(output: Path, *further: str, batch_size: int = 5, workers: int = 1) -> Path:
-        flags = ["--model", checkpoint, "--input", annotations, "--image-root", annotations.parent / "pictures"]
+        flags = ["--model", checkpoint, "--input", annotations, "--image-root", annotations.parent / "images"]
         flags += ["--output", output, "--max-new-tokens", TOKENS, "--batch-size", batch_size, "--workers", workers]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), *further])
@@ -126,9 +126,9 @@ def test_answers_and_scores(evaluated, asked):
 
 
 def test_what_preprocessing_rejects_is_rejected(evaluated, asked, golden, tmp_path):
-    """With the same words; a picture whose header is whole is found out when it is decoded."""
+    """With the same words; an image whose header is whole is found out when it is decoded."""
     annotations, _ = asked
-    source = Source("asked", str(annotations), str(annotations.parent / "pictures"))
+    source = Source("asked", str(annotations), str(annotations.parent / "images"))
     preprocess([source], golden / "tokenizer", tmp_path / "shards", Settings(min_pixels=4096, max_pixels=65536))
     expected = lines_of(tmp_path / "shards" / "rejects.jsonl")
     assert [entry["record"] for entry in expected] == [3, 4, 5]
@@ -260,7 +260,7 @@ def test_a_dead_worker_is_said(checkpoint, monkeypatch):
 def test_longest_questions_come_first(asked):
     """So that a memory that is too small shows at once."""
     annotations, _ = asked
-    source = Source("asked", str(annotations), str(annotations.parent / "pictures"))
+    source = Source("asked", str(annotations), str(annotations.parent / "images"))
     questions = read_questions([source], Settings(), "every answer").questions
     order = [questions[number].length for batch in batches.make_batches(questions, 4) for number in batch]
     assert order == sorted(order, reverse=True) and order[0] > order[-1]
@@ -313,4 +313,4 @@ def test_the_worst_come_first(tmp_path):
     Image.new("RGB", (2000, 10)).save(tmp_path / "wide.png")
     many = case(pictures=[str(tmp_path / "wide.png")] * 6)
     html = page(Evaluation([many], [], Scores.of([many]), {}), "neo")
-    assert html.count("<img ") == 4 and "and 2 more pictures" in html
+    assert html.count("<img ") == 4 and "and 2 more images" in html

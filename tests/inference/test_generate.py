@@ -28,12 +28,12 @@ def run(checkpoint, monkeypatch):
 
 def test_one_answer(run, answerer, golden, capsys):
     """The answer alone on standard output; the system turn is part of the prompt."""
-    pictures = [golden / "images" / f"{letter}.png" for letter in "ab"]
-    (expected,) = answerer.answer([answerer.prompt("Same?", pictures)], TOKENS)
-    run("--image", *pictures, "--prompt", "Same?")
+    images = [golden / "images" / f"{letter}.png" for letter in "ab"]
+    (expected,) = answerer.answer([answerer.prompt("Same?", images)], TOKENS)
+    run("--image", *images, "--prompt", "Same?")
     out = capsys.readouterr()
     assert out.out == expected.text + "\n" and "tokens/s" in out.err
-    run("--image", *pictures, "--prompt", "Same?", "--system", "Be terse.")
+    run("--image", *images, "--prompt", "Same?", "--system", "Be terse.")
     other = capsys.readouterr().out
     assert other != out.out
 
@@ -80,14 +80,14 @@ def test_many_answers(run, answerer, golden, tmp_path, capsys):
     assert "1 samples were rejected" in capsys.readouterr().out
 
 
-def test_a_bad_picture_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypatch):
+def test_a_bad_image_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypatch):
     torn = tmp_path / "torn.png"
     torn.write_bytes((golden / "images" / "a.png").read_bytes()[:500])
     command = [str(TOOL), "--model", str(checkpoint), "--image", str(torn), "--prompt", "What?"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TOOL), run_name="__main__")
-    assert ended.value.code.startswith(f"generate: the picture {torn} cannot be decoded")
+    assert ended.value.code.startswith(f"generate: the image {torn} cannot be decoded")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def gpt(text, **keys):
 
 @pytest.fixture
 def read(golden, tmp_path):
-    """Reads records as a JSONL; pictures are the golden ones."""
+    """Reads records as a JSONL; images are the golden ones."""
 
     def of(records, ask="every answer", share=1):
         path = tmp_path / "asked.jsonl"
@@ -74,7 +74,7 @@ def test_answers_and_tags_are_read_as_in_training(read):
         (2, None, 1, (" ", "nothing")),
     ]
     prompt = prompt_of_sample(listed.questions[2].sample, 1, SETTINGS)
-    assert len(prompt.pictures) == 1 and prompt_of_sample(listed.questions[2].sample, 3, SETTINGS).grids == prompt.grids
+    assert len(prompt.images) == 1 and prompt_of_sample(listed.questions[2].sample, 3, SETTINGS).grids == prompt.grids
     assert listed.questions[2].sample.turns[0].literal == "<image> <image>"
     assert [(entry["record"], entry["kind"]) for entry in listed.rejects] == [
         (3, "empty answer"),
@@ -83,14 +83,14 @@ def test_answers_and_tags_are_read_as_in_training(read):
 
 
 def test_a_prompt_ends_in_front_of_its_answer(read):
-    """Pictures of later turns are left out, and share the limit of pixels all the same, as in training."""
+    """Images of later turns are left out, and share the limit of pixels all the same, as in training."""
     turns = [human("<image>One?"), gpt("1"), human("<image>Two?"), gpt("2")]
     first, second = read([{"image": ["c.png", "a.png"], "conversations": turns}]).questions
     prompts = [prompt_of_sample(question.sample, question.turn, SETTINGS) for question in (first, second)]
     assert [len(prompt.turns) for prompt in prompts] == [1, 3]
-    assert [len(prompt.pictures) for prompt in prompts] == [1, 2]
+    assert [len(prompt.images) for prompt in prompts] == [1, 2]
     assert prompts[0].grids == prompts[1].grids[:1]
-    assert prompts[0].pictures[0].shape == (prompts[0].grids[0][0] * prompts[0].grids[0][1] // 4, 4, 768)
+    assert prompts[0].images[0].shape == (prompts[0].grids[0][0] * prompts[0].grids[0][1] // 4, 4, 768)
 
 
 def test_next_turns(read):
@@ -130,11 +130,11 @@ def test_answers_are_texts(read, answers):
 
 
 def test_answers_are_unicode(read):
-    """JSON can write half a surrogate pair, which no page can show."""
+    """JSON can write an unpaired surrogate, which no page can show."""
     good = {"conversations": [human("Two?"), gpt("2", answers=["\U0001f600"])]}
     listed = read([{"conversations": [human("Four?"), gpt("4", answers=["\ud83d"])]}, good])
     assert [question.references for question in listed.questions] == [("2", "\U0001f600")]
-    assert ["half a surrogate pair" in entry["reason"] for entry in listed.rejects] == [True]
+    assert ["an unpaired surrogate" in entry["reason"] for entry in listed.rejects] == [True]
 
 
 def test_a_file_without_questions_is_refused(read):

@@ -1,4 +1,4 @@
-"""The page of `neo-megatron inspect`: its numbers, its pictures, its mask; and that data cannot break out of it."""
+"""The page of `neo-megatron inspect`: its numbers, its images, its mask; and that data cannot break out of it."""
 
 import base64
 import io
@@ -18,10 +18,10 @@ from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.shards.mixture import Mixture
 from neo_megatron.errors import DataError
+from neo_megatron.inspection.images import ShownImage, images_of, jpeg_addresses, png_address
 from neo_megatron.inspection.mask_image import ALL, NONE, SOME, mask_levels
 from neo_megatron.inspection.pack_view import Origin, Pack, pack_parts
 from neo_megatron.inspection.page import pack_part, page
-from neo_megatron.inspection.pictures import Picture, jpeg_addresses, pictures_of, png_address
 from neo_megatron.inspection.statistics import EXAMPLES, SourceCounts, Statistics, count, count_packs
 from neo_megatron.inspection.token_text import token_texts, visible
 from neo_megatron.storage.open import open_directory
@@ -31,9 +31,9 @@ HOSTILE = '</i></script><script>alert(1)</script><img src="http://example.org/a.
 
 @pytest.fixture
 def records(new_sample) -> list:
-    """Texts, two with pictures, a hostile one, and more rejected samples than a page shows."""
+    """Texts, two with images, a hostile one, and more rejected samples than a page shows."""
     return [
-        new_sample("<image>\nWhat?", "A picture, or so.", image="a.png"),
+        new_sample("<image>\nWhat?", "An image, or so.", image="a.png"),
         [new_sample("one", "two"), new_sample("three", "four", image="b.png")],
         new_sample("<image><image>", "both", image=["b.png", "a.png"]),
         new_sample(HOSTILE, HOSTILE),
@@ -44,10 +44,10 @@ def records(new_sample) -> list:
 
 @pytest.fixture
 def packs(bench, records) -> Path:
-    """All in one pack; a smooth picture, so that JPEG changes it little."""
-    bench.pictures("a.png", "b.png")
+    """All in one pack; a smooth image, so that JPEG changes it little."""
+    bench.images("a.png", "b.png")
     ramp = np.add.outer(np.arange(90), 2 * np.arange(70)).astype(np.uint8)
-    Image.fromarray(np.stack([ramp // 2, ramp // 4, 128 - ramp // 2], axis=2)).save(bench.path / "pictures" / "a.png")
+    Image.fromarray(np.stack([ramp // 2, ramp // 4, 128 - ramp // 2], axis=2)).save(bench.path / "images" / "a.png")
     bench.preprocess(records)
     return bench.pack(1024)
 
@@ -113,7 +113,7 @@ def test_hostile_data_stays_text(inspected):
     assert all("alert" not in script for script in elements.scripts)
     assert elements.text.count("<script>alert(1)</script>") == 2  # question and answer
     assert "<script>alert(1)<script>" in elements.text  # a rejected sample's path
-    assert elements.tags["img"] == 1 + 4  # the mask, and a picture for each <image> tag
+    assert elements.tags["img"] == 1 + 4  # the mask, and an image for each <image> tag
 
 
 def test_hostile_names_stay_text(item):
@@ -164,16 +164,16 @@ def test_numbers_equal_a_count_over_the_samples(inspected, packs):
     trained = sum(int(end - start) for sample in samples for start, end in sample.spans)
     for value, label in (
         (f"{len(samples)}", "samples"),
-        (f"{sum(len(sample.pictures) for sample in samples)}", "pictures"),
+        (f"{sum(len(sample.images) for sample in samples)}", "images"),
         (f"{tokens:,}", "tokens"),
-        (f"{context / tokens:.1%}", "of them pictures"),
+        (f"{context / tokens:.1%}", "of them images"),
         (f"{trained / tokens:.1%}", "of them trained on"),
         (f"{tokens / 1024:.2%}", f"filled; {1024 - tokens:,} tokens are padding"),
     ):
         assert value + label in elements.text
     statistics = count(Mixture([shards.location]))
     [source] = statistics.sources
-    assert (source.tokens, source.picture_tokens, source.trained_tokens) == (tokens, context, trained)
+    assert (source.tokens, source.image_tokens, source.trained_tokens) == (tokens, context, trained)
     assert statistics.lengths.tolist() == np.bincount([len(sample.tokens) for sample in samples]).tolist()
 
 
@@ -189,26 +189,26 @@ def test_rejects_are_counted_by_reason_with_the_first_of_each(inspected, bench):
             assert (f"record {entry['record']}: {entry['reason']}" in elements.text) == (place < EXAMPLES)
 
 
-def test_pictures_are_those_that_the_model_gets(inspected, item, bench):
+def test_images_are_those_that_the_model_gets(inspected, item, bench):
     _, elements = inspected
     addresses = [value for tag, name, value in elements.attributes if (tag, name) == ("img", "src")][1:]
     pack = Pack.of_item(item)
-    pictures = pictures_of(pack.image, pack.positions, pack.patches)
-    smooth = Image.open(bench.path / "pictures" / "a.png")
+    images = images_of(pack.image, pack.positions, pack.patches)
+    smooth = Image.open(bench.path / "images" / "a.png")
     found = 0
-    for picture, address in zip(pictures, addresses, strict=True):
-        height, width = picture.pixels.shape[:2]
+    for image, address in zip(images, addresses, strict=True):
+        height, width = image.pixels.shape[:2]
         shown = Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
         assert shown.size == (width, height)
         resized = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC))
-        if np.array_equal(picture.pixels, resized):
+        if np.array_equal(image.pixels, resized):
             found += 1
             assert np.abs(np.asarray(shown).astype(int) - resized).mean() < 4
     assert found == 2
 
 
 def test_the_mask_on_the_page_is_the_definition(inspected, item):
-    """Causal within a document, both ways within a picture, padding sees itself; two tokens to a point."""
+    """Causal within a document, both ways within an image, padding sees itself; two tokens to a point."""
     _, elements = inspected
     address = next(value for tag, name, value in elements.attributes if (tag, name) == ("img", "src"))
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))))
@@ -250,10 +250,10 @@ def test_a_mask_keeps_its_levels_as_png():
     assert np.array_equal(np.asarray(image.convert("RGBA"))[..., 3], np.array([0, 100, 255])[levels])
 
 
-def test_many_pictures_do_not_make_a_large_page():
+def test_many_images_do_not_make_a_large_page():
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8)
-    pictures = [Picture(noise, 0), Picture(noise[:256], 300)]
-    sizes = [sum(map(len, jpeg_addresses(pictures, limit))) for limit in (10**9, 200_000, 20_000)]
+    images = [ShownImage(noise, 0), ShownImage(noise[:256], 300)]
+    sizes = [sum(map(len, jpeg_addresses(images, limit))) for limit in (10**9, 200_000, 20_000)]
     assert sizes[0] > 300_000 and sizes[1] < 200_000 * 1.4 and sizes[2] < 20_000 * 1.4
 
 

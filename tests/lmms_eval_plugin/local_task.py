@@ -6,7 +6,7 @@ CHOICES = ["a dog", "a cat and a dog", "nothing"]
 
 
 def visuals(doc):
-    return [Image.open(path).convert("RGB") for path in doc["pictures"]]
+    return [Image.open(path).convert("RGB") for path in doc["images"]]
 
 
 def text(doc, lmms_eval_specific_kwargs=None):
@@ -14,7 +14,7 @@ def text(doc, lmms_eval_specific_kwargs=None):
 
 
 def messages(doc):
-    """The last picture stands behind the question."""
+    """The last image stands behind the question."""
     parts = [{"type": "image", "url": visual} for visual in visuals(doc)]
     parts.insert(max(len(parts) - 1, 0), {"type": "text", "text": doc["question"]})
     return [{"role": "user", "content": parts}]

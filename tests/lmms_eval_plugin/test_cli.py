@@ -55,16 +55,16 @@ TASKS = {
 
 @dataclass
 class Document:
-    """A question, its pictures, and where a task of conversations puts them."""
+    """A question, its images, and where a task of conversations puts them."""
 
     question: str
-    pictures: list[str]
+    images: list[str]
     in_conversation: str
     usable: bool = True
 
     @property
     def in_front(self) -> str:
-        return "<image>\n" * len(self.pictures) + self.question
+        return "<image>\n" * len(self.images) + self.question
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def documents(golden, tmp_path_factory) -> list[Document]:
-    long = tmp_path_factory.mktemp("pictures") / "long.png"
+    long = tmp_path_factory.mktemp("images") / "long.png"
     Image.new("RGB", (3000, 10)).save(long)
     a, b, d = (str(golden / "images" / f"{letter}.png") for letter in "abd")
     return [
@@ -132,14 +132,14 @@ def run(checkpoint, documents, tmp_path_factory) -> Run:
 def answer_of(answerer: Answerer, document: Document, text: str) -> str:
     if not document.usable:
         return ""
-    prompt = answerer.prompt([Turn("user", text, False)], document.pictures)
+    prompt = answerer.prompt([Turn("user", text, False)], document.images)
     return answerer.answer([prompt], MAX_NEW_TOKENS)[0].text.strip()
 
 
 def losses_of(answerer: Answerer, document: Document) -> list[float]:
     if not document.usable:
         return [np.inf] * len(CHOICES)
-    prompt = answerer.prompt(document.question, document.pictures)
+    prompt = answerer.prompt(document.question, document.images)
     weighed = [answer_likelihoods(answerer, [prompt], [0], [choice])[0] for choice in CHOICES]
     return [-one.log_probability / one.tokens for one in weighed]
 
@@ -155,7 +155,7 @@ def write_tasks(
                 right, likeliest = number in RIGHT, int(np.argmin(losses[number]))
                 annotated = {
                     "question": document.question,
-                    "pictures": document.pictures,
+                    "images": document.images,
                     "answer": answers[name][number] if right and name in answers else "no such answer",
                     "choice": likeliest if right else (likeliest + 1) % len(CHOICES),
                 }
@@ -165,7 +165,7 @@ def write_tasks(
 
 @pytest.mark.parametrize("task", ["neo_chat", "neo_simple"])
 def test_answers_are_those_of_the_model(run, task):
-    """In batches as alone, pictures where the task puts them; a picture that cannot be used has an empty answer."""
+    """In batches as alone, images where the task puts them; an image that cannot be used has an empty answer."""
     assert run.answers["neo_chat"] != run.answers["neo_simple"]
     assert [sample["filtered_resps"].strip() for sample in run.samples[task]] == run.answers[task]
     assert run.results[task]["exact_match,none"] == pytest.approx(len(RIGHT) / 5)
@@ -180,7 +180,7 @@ def test_the_likeliest_choice_is_chosen(run):
 
 def test_what_is_left_out_is_said(run):
     for task in TASKS:
-        sentence = f"{task}, document 3: the picture number 1: absolute aspect ratio must be smaller than 200"
+        sentence = f"{task}, document 3: the image number 1: absolute aspect ratio must be smaller than 200"
         assert run.printed.count(sentence) == 1
     assert "1 documents, named above" in run.printed and "2 documents, named above" in run.printed
     assert run.printed.count("ignored: image_aspect_ratio") == 2  # once in each run

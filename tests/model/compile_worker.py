@@ -14,9 +14,9 @@ from neo_megatron.model.qkv_prepare import at_once
 
 attention = torch.compile(flex_attention, dynamic=False, backend="eager", fullgraph=True)
 x = torch.randn(1, 2, 128, 16)
-for document_length, picture in ((128, 0), (30, 7), (1, 0), (64, 64)):
+for document_length, image_tokens in ((128, 0), (30, 7), (1, 0), (64, 64)):
     document = (torch.arange(128) // document_length).int()[None]
-    image = torch.where(torch.arange(128) % document_length < picture, document, -1)
+    image = torch.where(torch.arange(128) % document_length < image_tokens, document, -1)
     rule = AttentionRule(document, image)
     got = attention(x, x, x, block_mask=SeenKeys.of(rule).blocks(128, (32, 32)), kernel_options={"fwd_BLOCK_M": 32})
     wanted = torch.nn.functional.scaled_dot_product_attention(x, x, x, rule.dense()[:, None])

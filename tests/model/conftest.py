@@ -17,7 +17,7 @@ def sizes():
 
 @pytest.fixture
 def text_inputs():
-    """Inputs of the model: one document of text without pictures, on chosen tokens and positions."""
+    """Inputs of the model: one document of text without images, on chosen tokens and positions."""
     import torch
 
     def inputs(tokens, positions=0):

@@ -50,7 +50,7 @@ def shapes(model: NeoModel) -> dict[str, tuple]:
 
 
 def inputs(sequence_parallel: bool) -> dict[str, torch.Tensor]:
-    """A pack of two documents, a picture in the second, on both halves of the sequence."""
+    """A pack of two documents, an image in the second, on both halves of the sequence."""
     draw, place = torch.Generator().manual_seed(1), torch.arange(LENGTH)
     cells = torch.arange(12, 12 + CELLS)
     packs = {
@@ -135,7 +135,7 @@ def names_and_shapes() -> None:
         assert layer.self_attention.linear_qk_hw.save_original_input == shared
         assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
         assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
-        # Pictures have any number of cells and packs any number of trained positions: neither meets FP8's alignment.
+        # Images have any number of cells and packs any number of trained positions: neither meets FP8's alignment.
         outside = [*model.embedding.modules(), *model.patch_embedding.modules(), *model.output_layer.modules()]
         assert not any(isinstance(m, te.module.base.TransformerEngineBaseModule) for m in outside)
 

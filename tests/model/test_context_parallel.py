@@ -87,13 +87,13 @@ def test_allowed_keys_counts_what_the_mask_allows():
     assert torch.equal(allowed_keys(rule.document_BT, rule.image_BT), rule.dense().sum(-1))
 
 
-def packs_of(length: int, documents: int, pictures: int, picture: int) -> tuple[Tensor, Tensor]:
-    """One pack of equal documents, each with pictures of equal size behind one another from its first quarter on."""
+def packs_of(length: int, documents: int, images: int, image_tokens: int) -> tuple[Tensor, Tensor]:
+    """One pack of equal documents, each with images of equal size behind one another from its first quarter on."""
     place = torch.arange(length)
     size = length // documents
     within = place % size - size // 4
-    number = torch.where((within >= 0) & (within < pictures * picture), within // max(picture, 1), -1)
-    image = torch.where(number >= 0, number + place // size * pictures, -1)
+    number = torch.where((within >= 0) & (within < images * image_tokens), within // max(image_tokens, 1), -1)
+    image = torch.where(number >= 0, number + place // size * images, -1)
     return (place // size)[None].int(), image[None].int()
 
 
@@ -102,7 +102,7 @@ def packs_of(length: int, documents: int, pictures: int, picture: int) -> tuple[
     [
         ("one document", (131072, 1, 0, 0), 1.875),
         ("64 documents", (131072, 64, 0, 0), 1.0),
-        ("big pictures", (131072, 2, 3, 16384), 1.684),
+        ("big images", (131072, 2, 3, 16384), 1.684),
     ],
 )
 def test_every_rank_has_the_same_work(name, pack, naive):
@@ -115,7 +115,7 @@ def test_every_rank_has_the_same_work(name, pack, naive):
     assert even_rows(document, image, 8).flatten().sort().values.equal(torch.arange(131072))
 
 
-def test_a_share_keeps_every_token_target_and_picture_once():
+def test_a_share_keeps_every_token_target_and_image_once():
     draw = torch.Generator().manual_seed(0)
     rule = random_packs(96, 2)
     packs = {

@@ -107,7 +107,7 @@ def test_what_waits_is_seen(on_device, waits):
         waits(x)
 
 
-def test_pictures_are_standardised_as_their_preprocessing_says():
+def test_images_are_standardised_as_their_preprocessing_says():
     from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
 
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3 * 4)[None].view(1, 4, 768)

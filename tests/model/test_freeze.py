@@ -65,7 +65,7 @@ def test_frozen_parameters_get_no_gradient(build, text_inputs):
     freeze_for_stage(model, 1)
     model(**text_inputs(list(range(8))), target_index=torch.arange(7), targets=torch.arange(1, 8)).sum().backward()
     for name, parameter in model.named_parameters():
-        # A batch without pictures still gives the patch embedding gradients, of zero: Megatron's buckets wait for them.
+        # A batch without images still gives the patch embedding gradients, of zero: Megatron's buckets wait for them.
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 

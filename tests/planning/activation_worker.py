@@ -27,7 +27,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 
 def packs(length: int, cells: int, trained: int) -> dict[str, torch.Tensor]:
-    """One pack of two documents alike: each begins with a picture, and its last tokens are trained."""
+    """One pack of two documents alike: each begins with an image, and its last tokens are trained."""
     half, place = length // 2, torch.arange(length)
     document, within = place // half, place % half
     image = torch.where(within < cells // 2, document, -1).to(torch.int32)

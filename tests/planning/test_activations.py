@@ -14,7 +14,7 @@ from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
 
 LENGTH, CELLS, TRAINED = 256, 128, 64
-WORKLOAD = Workload(LENGTH, mean_keys=LENGTH, picture_share=CELLS / LENGTH, trained_share=TRAINED / LENGTH)
+WORKLOAD = Workload(LENGTH, mean_keys=LENGTH, image_share=CELLS / LENGTH, trained_share=TRAINED / LENGTH)
 MODEL = SIZES["tiny"].replace(
     num_attention_heads=4, head_dim=32, ffn_hidden_size=384, vocab_size=1024, pre_buffer_layers=2, post_llm_layers=3
 )

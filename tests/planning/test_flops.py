@@ -48,7 +48,7 @@ def test_a_real_model_counts_as_planned(stage, megatron, monkeypatch):
     with FlopCounterMode(display=False) as backward:
         loss.backward()
 
-    workload = Workload(TOKENS, mean_keys=TOKENS, picture_share=CELLS / TOKENS, trained_share=TRAINED / TOKENS)
+    workload = Workload(TOKENS, mean_keys=TOKENS, image_share=CELLS / TOKENS, trained_share=TRAINED / TOKENS)
     planned = model_flops(sizes, stage, workload).total(sizes) * TOKENS
     assert forward.get_total_flops() == planned.forward
     # This attention keeps its scores, so that nothing is computed twice.

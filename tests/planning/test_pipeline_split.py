@@ -102,7 +102,7 @@ def test_the_work_of_the_packs_decides():
     flags = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": None, "training_stage": 2}
     counts = {}
     for share in (0.1, 1.0):
-        workload = Workload(16384, mean_keys=1000, picture_share=0.5, trained_share=share, source="given here")
+        workload = Workload(16384, mean_keys=1000, image_share=0.5, trained_share=share, source="given here")
         layout, table = choose_layout(
             Namespace(**DEFAULTS, **flags), SIZES["neo-2b"].replace(post_llm_layers=27), workload
         )
@@ -167,7 +167,7 @@ def test_costs_are_in_the_proportion_of_what_torch_counts(megatron, monkeypatch,
             ).sum().backward()
         return counter.get_total_flops()
 
-    workload = Workload(tokens, mean_keys=0, picture_share=cells / tokens, trained_share=trained / tokens)
+    workload = Workload(tokens, mean_keys=0, image_share=cells / tokens, trained_share=trained / tokens)
     planned = Costs.of(sizes, stage, workload)
     whole = counted()
     assert sum(planned.stages([4])) * tokens == whole

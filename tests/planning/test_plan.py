@@ -47,7 +47,7 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--seq-length -5", "argument --seq-length: -5 is not a whole number from 1 on"),
         ("--micro-batch-size 0", "argument --micro-batch-size: 0 is not a whole number from 1 on"),
         ("--gpus 1e9", "argument --gpus: 1e9 is not a whole number from 1 on"),
-        ("--picture-share 1.5", "argument --picture-share: 1.5 is not a share from 0 to 1"),
+        ("--image-share 1.5", "argument --image-share: 1.5 is not a share from 0 to 1"),
         ("--gpu-memory nan", "argument --gpu-memory: nan is not a number of gigabytes from 0 on"),
         ("--training-stage 4", "argument --training-stage: invalid choice: 4"),
         ("--gpus 100000", "--global-batch-size 256 is no multiple of"),

@@ -103,7 +103,7 @@ def lines(job: Job) -> list[dict[str, str]]:
 
 def expected(room: Path, first: int, last: int, stage: int) -> tuple[float, float]:
     """Operations and fill of some packs, in the order in which they are read."""
-    packs = PackDataset(room / "packs", 16, SEED, pictures="none")
+    packs = PackDataset(room / "packs", 16, SEED, images="none")
     items = [packs[number] for number in range(first, last)]
     tokens = LENGTH * len(items)
     pairs = sum(AttentionRule(i["document"][None], i["image"][None]).dense().sum().item() for i in items)
@@ -180,7 +180,7 @@ def test_mfu_is_of_the_rate_of_a_gpu(room, megatron, monkeypatch):
     args.log_interval = args.tensorboard_log_interval = 1
     clock, log = 0.0, StepLog()
     log.begin(args)
-    packs = PackDataset(room / "packs", 4, SEED, pictures="none")
+    packs = PackDataset(room / "packs", 4, SEED, images="none")
     for pair in (0, 2):
         log.note(collate([packs[pair], packs[pair + 1]]))
     log.end_step()

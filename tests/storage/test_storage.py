@@ -156,14 +156,14 @@ def upload(proxy) -> Callable[..., str]:
 
 @pytest.fixture
 def local(bench, new_sample) -> ShardSet:
-    """Three shards of four records with pictures of several sizes."""
-    bench.pictures("a.png", "b.png", "c.png")
+    """Three shards of four records with images of several sizes."""
+    bench.images("a.png", "b.png", "c.png")
     records = []
     for number in range(12):
-        pictures = ["a.png", "b.png", "c.png"][: number % 4]
-        tags = " ".join(["<image>"] * len(pictures))
-        records.append(new_sample(f"{tags} word " + "w " * number, "an answer", image=pictures or None))
-        if not pictures:
+        images = ["a.png", "b.png", "c.png"][: number % 4]
+        tags = " ".join(["<image>"] * len(images))
+        records.append(new_sample(f"{tags} word " + "w " * number, "an answer", image=images or None))
+        if not images:
             del records[-1]["image"]
     settings = type(bench.settings)(min_pixels=1024, max_pixels=65536, records_per_shard=4)
     return bench.preprocess(records, output="set/shards", settings=settings)
@@ -182,7 +182,7 @@ def values(samples: list[StoredSample]) -> list[Any]:
             sample.tokens.tolist(),
             sample.spans.tolist(),
             sample.grids.tolist(),
-            [picture.tobytes() for picture in sample.pictures],
+            [image.tobytes() for image in sample.images],
         )
         for sample in samples
     ]
@@ -195,7 +195,7 @@ def test_the_same_samples_as_from_disk(local, remote):
     shards = ShardSet(remote)
     assert (len(shards), shards.fingerprint, shards.location) == (len(local), local.fingerprint, remote)
     assert values(shards.fetch(ORDER)) == values(local.fetch(ORDER))
-    assert values(shards.fetch(ORDER, pictures=False)) == values(local.fetch(ORDER, pictures=False))
+    assert values(shards.fetch(ORDER, images=False)) == values(local.fetch(ORDER, images=False))
     assert [shards.describe(n)[1] for n in range(12)] == [local.describe(n)[1] for n in range(12)]
     assert shards.shard(0).cells.tolist() == local.shard(0).cells.tolist()
     shard, place = shards.locate(7)

@@ -51,7 +51,7 @@ def sample(*texts: str, **keys: Any) -> dict[str, Any]:
 
 
 def png(height: int = 40, width: int = 60, seed: int = 0, mode: str = "RGB") -> bytes:
-    """A picture of random pixels."""
+    """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, "PNG")
@@ -66,10 +66,10 @@ class Workbench:
     tokenizer: Path
     settings: Settings = Settings(min_pixels=1024, max_pixels=65536)
 
-    def pictures(self, *names: str) -> None:
-        """Small pictures, different ones, under ``pictures/``."""
+    def images(self, *names: str) -> None:
+        """Small images, different ones, under ``images/``."""
         for seed, name in enumerate(names):
-            file = self.path / "pictures" / name
+            file = self.path / "images" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(png(40 + 32 * seed, 60, seed))
 
@@ -88,10 +88,10 @@ class Workbench:
         on_error: str = "skip",
         workers: int = 1,
     ) -> ShardSet:
-        """Shards of records, or of an annotation file; pictures lie under ``pictures/``."""
-        (self.path / "pictures").mkdir(exist_ok=True)
+        """Shards of records, or of an annotation file; images lie under ``images/``."""
+        (self.path / "images").mkdir(exist_ok=True)
         file = records if isinstance(records, Path) else self.annotations(records)
-        source = Source("train", str(file), str(self.path / "pictures"))
+        source = Source("train", str(file), str(self.path / "images"))
         preprocess([source], self.tokenizer, self.path / output, settings or self.settings, on_error, workers)
         return ShardSet(self.path / output)
 

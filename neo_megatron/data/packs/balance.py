@@ -1,7 +1,7 @@
 """The packs of one global batch -> data-parallel ranks, so that every rank has about the same work.
 
 Packs of one length cost different amounts: attention works on the sum over documents of tokens squared, the patch
-embedding on the cells of pictures. A step takes as long as the rank with the most, so packs are dealt out anew within
+embedding on the image tokens. A step takes as long as the rank with the most, so packs are redistributed within
 each global batch. Which packs a batch holds, and with it the loss, stays as it is.
 """
 

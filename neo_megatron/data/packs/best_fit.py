@@ -1,7 +1,7 @@
 """A histogram of lengths -> patterns of packs.
 
 Lengths are small integers, so the search works on their histogram (Krell et al. 2021, arXiv 2107.02027): its cost does
-not grow with the number of samples. Which samples fill a pattern is drawn anew in every epoch: `pack_index.py`.
+not grow with the number of samples. Which samples fill a pattern is redrawn in every epoch: `pack_index.py`.
 """
 
 from dataclasses import dataclass

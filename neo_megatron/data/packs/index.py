@@ -32,7 +32,7 @@ _AGAIN = "copy it again, or pack again"
 
 @dataclass(frozen=True)
 class Drawn:
-    """Packs of an epoch: ``units`` int64 [n], pack behind pack, and ``offsets`` int64 [packs + 1] where each begins."""
+    """Packs of an epoch: ``units`` int64 [n], pack after pack, and ``offsets`` int64 [packs + 1] where each begins."""
 
     units: np.ndarray
     offsets: np.ndarray
@@ -110,7 +110,7 @@ class PackTable:
         return _expand(chosen["samples"].astype(np.int64), chosen["first"])[1]
 
     def costs(self, drawn: Drawn) -> np.ndarray:
-        """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and cells of pictures."""
+        """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and image tokens."""
         chosen = self.rows(drawn.units)
         work = np.stack([chosen["squares"], chosen["cells"].astype(np.int64)], axis=1)
         return np.add.reduceat(work, drawn.offsets[:-1], axis=0)
@@ -198,7 +198,7 @@ class PackIndex:
         return cls(str(location), manifest, table, data)
 
     def __reduce__(self) -> tuple:
-        """Another process opens it anew: to send mapped gigabytes would copy them."""
+        """Another process opens it again: to send mapped gigabytes would copy them."""
         return PackIndex.open, (self.location,)
 
 
@@ -230,6 +230,6 @@ def read_arrays(location: str | Path, files: dict[str, dict[str, Any]]) -> tuple
 
 
 def _expand(sizes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``start, start + 1, ...`` of every range behind one another, and before them the number of the range."""
+    """``start, start + 1, ...`` of every range, one after another, and before them the number of the range."""
     of = np.repeat(np.arange(len(sizes)), sizes)
     return of, np.arange(len(of)) + (starts - (np.cumsum(sizes) - sizes))[of]

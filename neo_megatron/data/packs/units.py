@@ -20,7 +20,7 @@ class Units:
         first: int64 [U], number of the first sample.
         samples: int32 [U], consecutive samples in it.
         lengths: int32 [U], tokens.
-        cells: int32 [U], tokens that are cells of pictures: what the patch embedding works on.
+        cells: int32 [U], image tokens: what the patch embedding works on.
         squares: int64 [U], sum over its samples of tokens squared: what attention works on.
     """
 

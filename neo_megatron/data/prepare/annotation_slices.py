@@ -57,7 +57,7 @@ class Slice:
 
     @property
     def end(self) -> int:
-        """Offset behind its last record."""
+        """Offset after its last record."""
         return int(self.bounds[-1, 1]) if len(self.bounds) else self.place.offset
 
     @property
@@ -68,7 +68,7 @@ class Slice:
 
     @property
     def next(self) -> Place:
-        """Where the next slice begins; nothing is read behind a break."""
+        """Where the next slice begins; nothing is read after a break."""
         due = str((Fraction(self.place.due) + len(self.bounds) * self.share) % 1)
         if self.broken:
             return Place(self.place.number + 1, self.place.source + 1, due=due)

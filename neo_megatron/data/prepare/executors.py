@@ -220,6 +220,6 @@ def _died(task: Task, piece: Slice, how: str) -> DataError:
     file, first = task.sources[piece.place.source].annotations, piece.place.first
     return DataError(
         f"a worker died ({how}) while it worked on {file}, records {first} to {first + len(piece.bounds) - 1}; run the "
-        "same command again to continue, with fewer --workers where memory ran out; if it dies there again, a picture "
+        "same command again to continue, with fewer --workers where memory ran out; if it dies there again, an image "
         "of these records crashes its decoder: leave it out"
     )

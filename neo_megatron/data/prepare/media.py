@@ -13,10 +13,10 @@ from neo_megatron.data.image import (
     decode,
     grid_of_size,
     header_size,
+    image_grid,
     patches_from_image,
-    picture_grid,
     pixel_limit,
-    read_picture,
+    read_image,
     resize_to_grid,
 )
 from neo_megatron.data.prepare.file_identity import identity_of_content, identity_of_file, identity_of_path
@@ -50,10 +50,10 @@ class Media:
 
 
 def load_media(sample: Sample, settings: Settings) -> tuple[tuple[Turn, ...], list[np.ndarray], list[tuple[int, int]]]:
-    """The turns with one ``<image>`` tag for each picture and frame; the pictures; their grids in patches.
+    """The turns with one ``<image>`` tag for each image and frame; the images; their grids in patches.
 
-    A picture is uint8 [n], encoded bytes or flattened patches. A video of n frames takes the place of its tag as
-    ``Frame-1: <image>`` to ``Frame-n: <image>``, one a line. All pictures and frames share the limit of pixels.
+    An image is uint8 [n], encoded bytes or flattened patches. A video of n frames takes the place of its tag as
+    ``Frame-1: <image>`` to ``Frame-n: <image>``, one a line. All images and frames share the limit of pixels.
 
     Raises:
         RejectedSample: for the first that is missing, broken or too large.
@@ -71,41 +71,41 @@ def read_media(sample: Sample, settings: Settings) -> Media:
     """
     clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in sample.videos]
     limit = pixel_limit(
-        settings.min_pixels, settings.max_pixels, len(sample.pictures) + sum(len(clip.times) for clip in clips)
+        settings.min_pixels, settings.max_pixels, len(sample.images) + sum(len(clip.times) for clip in clips)
     )
-    pictures, grids, contents, size = [], [], [], 0
+    images, grids, contents, size = [], [], [], 0
     for stored, grid, content in _in_order(sample, clips, settings, limit):
-        pictures.append(stored)
+        images.append(stored)
         grids.append(grid)
         if content is not None:
             contents.append(content)
         size += stored.nbytes
         if size > MAX_SAMPLE_BYTES:
-            raise RejectedSample(Reason.OVER_LONG, f"the pictures of the sample take over {MAX_SAMPLE_BYTES >> 20} MiB")
+            raise RejectedSample(Reason.OVER_LONG, f"the images of the sample take over {MAX_SAMPLE_BYTES >> 20} MiB")
     contents += map(identity_of_file, sample.videos)
-    paths = map(identity_of_path, (*sample.pictures, *sample.videos))
+    paths = map(identity_of_path, (*sample.images, *sample.videos))
     identities = list(zip(paths, contents, strict=True))
-    return Media(_with_frames(sample.turns, clips), pictures, grids, identities)
+    return Media(_with_frames(sample.turns, clips), images, grids, identities)
 
 
 def _in_order(sample: Sample, clips: list[Clip], settings: Settings, limit: int) -> Iterator[_Stored]:
-    """Pictures and frames in the order of the tags."""
-    pictures, videos = iter(sample.pictures), iter(clips)
+    """Images and frames in the order of the tags."""
+    images, videos = iter(sample.images), iter(clips)
     for turn in sample.turns:
         for tag in split_tags(turn.text)[1::2]:
             if tag == IMAGE_TAG:
-                yield _picture(next(pictures), settings, limit)
+                yield _image(next(images), settings, limit)
             else:
                 clip = next(videos)
                 for frame in read_frames(clip):
                     yield _frame(frame, clip.path, settings, limit)
 
 
-def _picture(path: str, settings: Settings, limit: int) -> _Stored:
-    data = read_picture(path)
+def _image(path: str, settings: Settings, limit: int) -> _Stored:
+    data = read_image(path)
     if settings.image_store == "patches":
         image = decode(data, path)
-        grid = picture_grid(image, path, settings.min_pixels, limit)
+        grid = image_grid(image, path, settings.min_pixels, limit)
         return patches_from_image(image, grid).reshape(-1), grid, identity_of_content(data)
     if settings.check == "header":
         size = header_size(data, path)
@@ -117,7 +117,7 @@ def _picture(path: str, settings: Settings, limit: int) -> _Stored:
 
 
 def _frame(image: Image.Image, path: str, settings: Settings, limit: int) -> _Stored:
-    grid = picture_grid(image, path, settings.min_pixels, limit)
+    grid = image_grid(image, path, settings.min_pixels, limit)
     if settings.image_store == "patches":
         return patches_from_image(image, grid).reshape(-1), grid, None
     # Without loss, and in the size of its grid: both stores give the model the same pixels.

@@ -25,7 +25,7 @@ from neo_megatron.data.shards.reader import FORMAT, VERSION
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import Reason, TooManyRejected
 
-_NOT_FOUND = (Reason.MISSING_PICTURE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
+_NOT_FOUND = (Reason.MISSING_IMAGE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
 
 
 def preprocess(
@@ -74,7 +74,7 @@ def preprocess(
 
 
 def _plan(head: dict[str, Any]) -> dict[str, Any]:
-    """All that decides the bytes of the data set, but for the pictures."""
+    """All that decides the bytes of the data set, but for the images."""
     files = [os.stat(source["annotations"]) for source in head["sources"]]
     states = [{"bytes": file.st_size, "modified_ns": file.st_mtime_ns} for file in files]
     return head | {"sources": [source | state for source, state in zip(head["sources"], states, strict=True)]}

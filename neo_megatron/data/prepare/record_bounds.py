@@ -22,8 +22,8 @@ _CLASSES = bytes.maketrans(b'",[{]}', bytes([_QUOTE, _COMMA, _OPEN, _OPEN, _CLOS
 _TABLE = bytes(_CLASSES[byte] if byte in b'",[{]}' else 0 for byte in range(256))
 _DEPTH_CHANGE = np.array([0, 0, 0, 1, -1], np.int32)
 
-# Arrays of int64 [n, 2], first byte of a record and the byte behind its last; at the end, why the file breaks off
-# behind them, "" where it ends well.
+# Arrays of int64 [n, 2], first byte of a record and the byte after its last; at the end, why the file breaks off
+# after them, "" where it ends well.
 Bounds = Generator[np.ndarray, None, str]
 
 
@@ -53,7 +53,7 @@ def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTE
     """The elements of a JSON array, white space around them included.
 
     Args:
-        start: 0, or the end of an element, to go on behind it.
+        start: 0, or the end of an element, to go on after it.
 
     Raises:
         DataError: for a file that holds no array.
@@ -90,7 +90,7 @@ class _Scan:
         self._escape = False  # whether the next byte follows a backslash that is not itself escaped
 
     def separators(self, block: bytes) -> np.ndarray:
-        """Offsets of the brackets of the array and of the commas between its elements; none behind its end."""
+        """Offsets of the brackets of the array and of the commas between its elements; none after its end."""
         classes = np.frombuffer(bytearray(block.translate(_TABLE)), np.uint8)
         classes[self._escaped(block)] = 0
         places = np.flatnonzero(classes != 0)  # many times faster on truths than on numbers
@@ -118,9 +118,9 @@ class _Scan:
             slashes = slashes[1:]
         runs = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)
         lengths = np.diff(runs, append=len(slashes))
-        behind = (slashes[runs] + lengths)[lengths % 2 == 1]
-        self._escape = bool(len(behind)) and behind[-1] == len(block)
-        return np.append(escaped, behind[: len(behind) - self._escape])
+        after = (slashes[runs] + lengths)[lengths % 2 == 1]
+        self._escape = bool(len(after)) and after[-1] == len(block)
+        return np.append(escaped, after[: len(after) - self._escape])
 
 
 def _between(places: np.ndarray, gap: int) -> np.ndarray:

@@ -21,12 +21,12 @@ from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags,
 from neo_megatron.errors import Reason, RejectedSample
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_KINDS = {IMAGE_TAG: "pictures", VIDEO_TAG: "videos"}
+_KINDS = {IMAGE_TAG: "images", VIDEO_TAG: "videos"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation and its files: a picture for each ``<image>`` tag, a video for each ``<video>`` tag, in order.
+    """A conversation and its files: an image for each ``<image>`` tag, a video for each ``<video>`` tag, in order.
 
     Args:
         turns: of an assistant all tags are escaped, because none of them is a place for media.
@@ -35,7 +35,7 @@ class Sample:
     """
 
     turns: tuple[Turn, ...]
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     videos: tuple[str, ...] = ()
     placeholder: str = ""
     first_turn: int = 0
@@ -77,16 +77,16 @@ def check_sample(sample: object, source: Source) -> Sample:
     check_keys(sample)
     turns = _check_turns(sample.get("conversations"), list(sample))
     videos = _check_paths(*media_value(sample, VIDEO_KEYS))
-    pictures = _check_paths(*media_value(sample, IMAGE_KEYS))
+    images = _check_paths(*media_value(sample, IMAGE_KEYS))
     foreign = _foreign_media([turn for turn in turns if turn.role != "assistant"])
     turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
-    turns = _match_tags(turns, pictures, IMAGE_TAG, Reason.PICTURE_COUNT)
+    turns = _match_tags(turns, images, IMAGE_TAG, Reason.IMAGE_COUNT)
     turns = tuple(_with_literal_tags(turn) if turn.role == "assistant" else turn for turn in turns)
     _check_trained(sample, turns)
     system = _own_system_turn(sample, turns)
     return Sample(
         (*system, *turns),
-        tuple(resolve_path(path, source) for path in pictures),
+        tuple(resolve_path(path, source) for path in images),
         tuple(resolve_path(path, source) for path in videos),
         foreign,
         len(system),
@@ -141,7 +141,7 @@ def _check_turn(number: int, turn: object) -> Turn:
     if not isinstance(text, str):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} must have a string under 'value'")
     if not is_unicode(text):
-        raise RejectedSample(Reason.MALFORMED, f"turn {number} holds half a surrogate pair, which is no text")
+        raise RejectedSample(Reason.MALFORMED, f"turn {number} holds an unpaired surrogate (invalid Unicode)")
     role, flag = ROLES[role], training_flag(turn, f"turn {number}")
     if flag and flag[1] and role != "assistant":
         raise RejectedSample(
@@ -158,7 +158,7 @@ def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     if written != text and text:
         raise RejectedSample(Reason.MALFORMED, "'system' of the sample and its system turn differ; keep one of them")
     if not is_unicode(text):
-        raise RejectedSample(Reason.MALFORMED, "'system' of the sample holds half a surrogate pair, which is no text")
+        raise RejectedSample(Reason.MALFORMED, "'system' of the sample holds an unpaired surrogate (invalid Unicode)")
     has_turn = any(turn.role == "system" for turn in turns)
     return () if has_turn or not text else (Turn("system", escape_tags(text), False),)
 

@@ -1,10 +1,10 @@
-"""Data sets by name: which annotation file, which root of pictures, and how much of it.
+"""Data sets by name: which annotation file, which root of images, and how much of it.
 
 A registry is a YAML file; relative paths in it count from its own directory:
 
     llava_pretrain:
       annotation_path: llava/blip_laion_cc_sbu_558k.json
-      data_path: llava/images        # joined to the paths of pictures; empty: the paths are complete
+      data_path: llava/images        # joined to the paths of images; empty: the paths are complete
       follow_links: true             # trust links in data_path that lead outside it; false by default
 """
 
@@ -30,7 +30,7 @@ class Source:
     Args:
         name: part of the key of the draw, so that a data set is drawn the same whatever it is mixed with.
         annotations: the JSON or JSONL file.
-        image_root: joined to the paths of pictures, none of which may leave it; "" where the paths are complete.
+        image_root: joined to the paths of images, none of which may leave it; "" where the paths are complete.
         share: how often a record is used on average; 1/2 takes every second, 2 takes all of them twice.
         follow_links: links in the root may lead outside it.
     """
@@ -49,7 +49,7 @@ class Source:
 
 
 def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> list[Source]:
-    """The sources behind names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
+    """The sources of names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
 
     Raises:
         DataError: for a name that the registry lacks, a percentage that is none, or a registry of another form.

@@ -25,7 +25,7 @@ from neo_megatron.storage.base import MANIFEST
 
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
-_PLAN_REMEDY = "remove the directory to start anew"
+_PLAN_REMEDY = "remove the directory to start again"
 _SAVED = re.compile(rf"(\d{{5}}|[1-9]\d{{5,17}}){re.escape(_OUTCOME)}", re.ASCII)
 _LARGEST = 1 << 30  # bytes; a million rejected records have about a quarter of this
 # What a run of ours may have left behind; a file of any other name is not ours to remove.
@@ -118,7 +118,7 @@ class Run:
             if difference := _difference(written, json.loads(json_line(plan))):
                 raise DataError(
                     f"{self.directory} holds an unfinished run {difference}; "
-                    "repeat its command to continue it, or remove the directory to start anew"
+                    "repeat its command to continue it, or remove the directory to start again"
                 )
             return
         # Nothing is done before the plan is on the disk, so half a plan means that nothing is there.

@@ -1,4 +1,4 @@
-"""One slice of records -> one shard: reads, checks, loads pictures, tokenizes in batches, writes."""
+"""One slice of records -> one shard: reads, checks, loads images, tokenizes in batches, writes."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from neo_megatron.data.prepare.resume import Outcome, save_outcome, without_deta
 from neo_megatron.data.shards.writer import ShardWriter
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
-# Samples are tokenized together until their pictures hold this much memory.
+# Samples are tokenized together until their images hold this much memory.
 _BATCH_SAMPLES, _BATCH_BYTES = 256, 64 << 20
 
 
@@ -58,7 +58,7 @@ class _Batch:
     def add(self, sample: _Pending) -> None:
         self._in_record = True
         self._samples.append(sample)
-        self._bytes += sum(picture.nbytes for picture in sample.media.images)
+        self._bytes += sum(image.nbytes for image in sample.media.images)
         if len(self._samples) >= _BATCH_SAMPLES or self._bytes >= _BATCH_BYTES:
             self.write()
 
@@ -106,7 +106,7 @@ class SliceWorker:
         self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
 
     def run(self, piece: Slice) -> Outcome:
-        """Writes the shard of a slice and, behind it, its outcome, which is returned without its details.
+        """Writes the shard of a slice and, after it, its outcome, which is returned without its details.
 
         Raises:
             DataError: for the first rejected sample, where the task says so; for a disk that is full.
@@ -114,7 +114,7 @@ class SliceWorker:
         writer = ShardWriter(self._task.output, piece.place.number)
         try:
             with warnings.catch_warnings():
-                # A picture is either rejected with a reason or used; what Pillow says beside that would hide the bar.
+                # An image is either rejected with a reason or used; what Pillow says in addition would hide the bar.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 outcome = self._run(piece, writer)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Megatron's ``.bin`` / ``.idx`` pair: sequences of numbers behind one another, and where each begins.
+"""Megatron's ``.bin`` / ``.idx`` pair: sequences of numbers one after another, and where each begins.
 
 Written and read with NumPy alone, so that workers need no torch; ``megatron.core.datasets.indexed_dataset`` opens the
 same files. ``docs/shard_format.md`` has the layout.

@@ -10,7 +10,7 @@ from neo_megatron.errors import DataError
 
 
 class Mixture:
-    """Data sets behind one another; a global sample number runs through all of them.
+    """Data sets one after another; a global sample number runs through all of them.
 
     Args:
         locations: directories of shards, in order.
@@ -42,13 +42,13 @@ class Mixture:
     def ids(self) -> SpecialIds:
         return self.sets[0].ids
 
-    def fetch(self, samples: Sequence[int], pictures: bool = True) -> list[tuple[StoredSample, ShardSet]]:
+    def fetch(self, samples: Sequence[int], images: bool = True) -> list[tuple[StoredSample, ShardSet]]:
         """The samples of the given numbers, in their order, each with the data set that it is of."""
         owners = [self._owner(sample) for sample in samples]
         found: dict[int, StoredSample] = {}
         for number in sorted(set(owners)):
             local = [sample for sample, owner in zip(samples, owners, strict=True) if owner == number]
-            stored = self.sets[number].fetch([sample - self.starts[number] for sample in local], pictures)
+            stored = self.sets[number].fetch([sample - self.starts[number] for sample in local], images)
             found.update(zip(local, stored, strict=True))
         return [(found[sample], self.sets[owner]) for sample, owner in zip(samples, owners, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The shards of a preprocessed data set: tokenized samples and their pictures, written once, read for any pack length.
+"""The shards of a preprocessed data set: tokenized samples and their images, written once, read for any pack length.
 
 The files are described in ``docs/shard_format.md``.
 """
@@ -48,13 +48,13 @@ class StoredSample:
         tokens: int32 [n].
         spans: int32 [k, 2], half-open ranges of trained tokens.
         grids: int32 [p, 2], in patches, one for each ``<img>`` in ``tokens``.
-        pictures: uint8 [bytes] each, as ``ShardSet.image_store`` says; empty where they were not asked for.
+        images: uint8 [bytes] each, as ``ShardSet.image_store`` says; empty where they were not asked for.
     """
 
     tokens: np.ndarray
     spans: np.ndarray
     grids: np.ndarray
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
 
 
 def shard_name(number: int) -> str:
@@ -71,24 +71,24 @@ class Shard:
     def __init__(self, directory: Directory, entry: dict[str, Any]) -> None:
         self._directory = directory
         self.name = shard_name(int(entry["name"]))
-        self._files, self._samples, self._pictures = entry["files"], entry["samples"], entry["pictures"]
+        self._files, self._samples, self._images = entry["files"], entry["samples"], entry["pictures"]
         self._media = entry.get("media", 0)
         self.tokens = self._sequences("tokens", np.int32, directory.open, self._samples)
         self.spans = self._sequences("spans", np.int32, directory.map, self._samples)
-        self.pictures = self._sequences("pictures", np.uint8, directory.open, self._pictures, self._samples)
+        self.images = self._sequences("pictures", np.uint8, directory.open, self._images, self._samples)
 
     @cached_property
     def samples(self) -> np.ndarray:
         """``SAMPLE`` [samples]"""
         rows = self._rows("samples.npy", SAMPLE, (self._samples,))
-        if (rows["pictures"] < 0).any() or rows["pictures"].sum(dtype=np.int64) != self._pictures:
-            raise self._damaged("samples.npy", f"its samples do not have the {self._pictures} images of the shard")
+        if (rows["pictures"] < 0).any() or rows["pictures"].sum(dtype=np.int64) != self._images:
+            raise self._damaged("samples.npy", f"its samples do not have the {self._images} images of the shard")
         return rows
 
     @cached_property
     def grids(self) -> np.ndarray:
-        """int32 [pictures, 2]; values are checked where they are used, see `check_grids`."""
-        return self._rows("grids.npy", np.dtype("<i4"), (self._pictures, 2))
+        """int32 [images, 2]; values are checked where they are used, see `check_grids`."""
+        return self._rows("grids.npy", np.dtype("<i4"), (self._images, 2))
 
     @cached_property
     def media(self) -> np.ndarray:
@@ -101,7 +101,7 @@ class Shard:
 
     @property
     def cells(self) -> np.ndarray:
-        """int64 [samples]: cells of the pictures of each sample, which are tokens of it."""
+        """int64 [samples]: cells of the images of each sample, which are tokens of it."""
         ends = np.cumsum(self.samples["pictures"], dtype=np.int64)
         if wrong := check_grids(self.grids):
             raise self._damaged("grids.npy", wrong)
@@ -112,13 +112,13 @@ class Shard:
         """Raises DamagedFile where the token index is not consistent; opening a shard does not read all of it."""
         self.tokens.check()
 
-    def picture_range(self, sample: int) -> range:
-        """Numbers of the pictures of a sample, within the shard."""
-        return self.pictures.range_of_document(sample)
+    def image_range(self, sample: int) -> range:
+        """Numbers of the images of a sample, within the shard."""
+        return self.images.range_of_document(sample)
 
-    def picture(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> np.ndarray:
         """uint8 [n]: the file's bytes or the flattened patches, as ``ShardSet.image_store`` says."""
-        return self.pictures[number]
+        return self.images[number]
 
     def _sequences(
         self,
@@ -156,7 +156,7 @@ def check_grids(grids: np.ndarray) -> str:
 
 
 class ShardSet:
-    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process anew.
+    """All shards of a directory as one list of samples. Shards are mapped on first use, in each process separately.
 
     Args:
         location: a local directory, or what else ``storage.open_directory`` takes.
@@ -207,25 +207,25 @@ class ShardSet:
             self._opened.move_to_end(number)
         return shard
 
-    def fetch(self, samples: Sequence[int], pictures: bool = True) -> list[StoredSample]:
+    def fetch(self, samples: Sequence[int], images: bool = True) -> list[StoredSample]:
         """The samples of the given numbers, in their order; from object storage all are requested at the same time."""
         self._prepare({bisect_right(self._starts, sample) - 1 for sample in samples})
         located = [self.locate(sample) for sample in samples]
-        numbers = [shard.picture_range(local) for shard, local in located]
+        numbers = [shard.image_range(local) for shard, local in located]
         ranges: list[Range] = []
         for (shard, local), wanted in zip(located, numbers, strict=True):
             ranges += [shard.tokens.range(local), shard.spans.range(local)]
             if ranges[-1].size % _SPAN_BYTES:
                 path = f"{self.location}/{shard.name}.spans.idx"
                 raise damaged_file(path, f"a range of sample {local} has no end", _AGAIN)
-            ranges += [shard.pictures.range(number) for number in wanted] if pictures else []
+            ranges += [shard.images.range(number) for number in wanted] if images else []
         arrays = iter(self.storage.read_ranges(ranges))
         return [
             StoredSample(
                 tokens=next(arrays).view(np.int32),
                 spans=next(arrays).view(np.int32).reshape(-1, 2),
                 grids=shard.grids[wanted.start : wanted.stop],
-                pictures=list(islice(arrays, len(wanted))) if pictures else [],
+                images=list(islice(arrays, len(wanted))) if images else [],
             )
             for (shard, _), wanted in zip(located, numbers, strict=True)
         ]

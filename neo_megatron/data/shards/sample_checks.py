@@ -25,9 +25,9 @@ def wrong_tokens(tokens: np.ndarray, grids: np.ndarray | None, ids: SpecialIds, 
         return ""
     starts = np.flatnonzero(tokens == ids.image_start)
     if len(starts) != len(grids):
-        return f"it has {len(starts)} <img> tokens for {len(grids)} pictures"
+        return f"it has {len(starts)} <img> tokens for {len(grids)} images"
     if not _images_in_place(tokens, starts, grids, ids):
-        return "its <IMG_CONTEXT> tokens are not those of its pictures"
+        return "its <IMG_CONTEXT> tokens are not those of its images"
     return ""
 
 
@@ -49,7 +49,7 @@ def wrong_spans(spans: np.ndarray, length: int, trained: int | None = None) -> s
 
 
 def are_sound(samples: Sequence[StoredSample], tokens: np.ndarray, ids: SpecialIds, vocabulary: int) -> bool:
-    """Whether nothing is wrong with any of the samples of a pack; their pictures are not looked at.
+    """Whether nothing is wrong with any of the samples of a pack; their images are not looked at.
 
     Args:
         tokens: int [n], those of all samples, one sample after the other.

@@ -20,7 +20,7 @@ class ShardWriter:
         self._prefix = directory / shard_name(number)
         self._tokens = SequenceWriter(self._path("tokens"), np.int32)
         self._spans = SequenceWriter(self._path("spans"), np.int32)
-        self._pictures = SequenceWriter(self._path("pictures"), np.uint8)
+        self._images = SequenceWriter(self._path("pictures"), np.uint8)
         self._grids: list[tuple[int, int]] = []
         self._samples: list[tuple[int, int, int, int, int]] = []
         self._media: list[tuple[int, int, int]] = []
@@ -28,7 +28,7 @@ class ShardWriter:
     def add(
         self,
         sample: TokenizedSample,
-        pictures: list[np.ndarray],
+        images: list[np.ndarray],
         grids: list[tuple[int, int]],
         source: int,
         record: int,
@@ -38,21 +38,21 @@ class ShardWriter:
         """Appends a sample.
 
         Args:
-            pictures: uint8 [n] each, encoded bytes or flattened patches.
-            grids: of the pictures, in patches.
+            images: uint8 [n] each, encoded bytes or flattened patches.
+            grids: of the images, in patches.
             source, record: where it comes from.
             key: identity of its text, which decides its side of a held-out split where its record has no media.
             media: identities, by path and by content, of its image and video files.
         """
         self._tokens.add(sample.tokens)
         self._spans.add(sample.spans.reshape(-1))
-        for picture in pictures:
-            self._pictures.add(picture)
-        self._pictures.end_document()
+        for image in images:
+            self._images.add(image)
+        self._images.end_document()
         self._grids += grids
         trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
         self._media += [(len(self._samples), path, content) for path, content in media]
-        self._samples.append((source, record, trained, len(pictures), key))
+        self._samples.append((source, record, trained, len(images), key))
 
     def end_record(self) -> None:
         """The samples since the last call are one record: one document of the token file."""
@@ -61,12 +61,12 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Leaves nothing behind."""
-        for writer in (self._tokens, self._spans, self._pictures):
+        for writer in (self._tokens, self._spans, self._images):
             writer.discard()
 
     def commit(self) -> dict[str, Any]:
         """Makes the shard appear; returns its entry in the manifest."""
-        files = self._tokens.commit() | self._spans.commit() | self._pictures.commit()
+        files = self._tokens.commit() | self._spans.commit() | self._images.commit()
         grids = np.array(self._grids, np.int32).reshape(-1, 2)
         media = np.array(self._media, MEDIA)
         for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE)), ("media", media)):

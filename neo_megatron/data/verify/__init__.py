@@ -33,7 +33,7 @@ class Verification:
     Args:
         damage: in the order of the manifest.
         notes: what is no damage and yet unexpected.
-        files, bytes, samples, pictures: how many were looked at.
+        files, bytes, samples, images: how many were looked at.
         proven: what is true where there is no damage.
     """
 
@@ -42,7 +42,7 @@ class Verification:
     files: int = 0
     bytes: int = 0
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     proven: str = ""
 
     def remedy(self) -> str:
@@ -54,8 +54,8 @@ class Verification:
     def summary(self) -> str:
         """How much was looked at."""
         numbers = {"files": self.files, "bytes": self.bytes, "samples": self.samples}
-        if self.pictures:
-            numbers["pictures"] = self.pictures
+        if self.images:
+            numbers["images"] = self.images
         return ", ".join(f"{number:,} {unit}" for unit, number in numbers.items())
 
 
@@ -91,8 +91,8 @@ def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int)
         files=2 + sum(len(entry["files"]) for entry in entries),
         bytes=sum(file["bytes"] for entry in entries for file in entry["files"].values()),
         samples=sum(entry["samples"] for entry in entries),
-        pictures=sum(entry["pictures"] for entry in entries),
-        proven="sizes, checksums and counts fit, every sample is well formed, and every picture can be decoded",
+        images=sum(entry["pictures"] for entry in entries),
+        proven="sizes, checksums and counts fit, every sample is well formed, and every image can be decoded",
     )
     rejects = manifest["files"][REJECTS]
     damage = list(check_file(directory, REJECTS, rejects, lambda _: None))
@@ -168,7 +168,7 @@ def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Da
 
 
 def _strays(directory: Directory, known: set[str]) -> list[str]:
-    """Files beside those of the manifest, which nothing reads; object storage is not listed."""
+    """Files other than those of the manifest, which nothing reads; object storage is not listed."""
     if is_remote(directory.location):
         return []
     names = {path.name for path in Path(directory.location).iterdir()} - known - {MANIFEST}

@@ -38,9 +38,7 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
         while waiting:
             yield _await(waiting.popleft(), bar, done, stopped)
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker was killed, most likely for want of memory; run again with fewer --workers"
-        ) from error
+        raise DataError("a worker was killed, probably out of memory; run again with fewer --workers") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(active_children()) - others:

@@ -14,7 +14,7 @@ import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.config import Settings
-from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, picture_grid, pixel_limit
+from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, image_grid, pixel_limit
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, check_grids
@@ -87,10 +87,10 @@ def check_shard(data: DataSet, entry: dict[str, Any], first: int, report: Callab
     Args:
         entry: of the shard in the manifest.
         first: global number of its first sample.
-        report: hears of bytes as they are checked; those of encoded pictures when they are decoded.
+        report: hears of bytes as they are checked; those of encoded images when they are decoded.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture that decodes is fine, whatever Pillow minds
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # an image that decodes is fine, whatever Pillow minds
         return _ShardCheck(data, entry, first, report).run()
 
 
@@ -113,11 +113,11 @@ class _ShardCheck:
         self._rows, grids = self._samples(), self._grids()
         if self._name("media.npy") in self._entry["files"]:
             self._check_media()
-        tokens, spans, pictures = (self._sequences(kind) for kind in SEQUENCES)
-        if pictures is not None and grids is not None:
-            self._check_pictures(pictures, grids)
+        tokens, spans, images = (self._sequences(kind) for kind in SEQUENCES)
+        if images is not None and grids is not None:
+            self._check_images(images, grids)
         if tokens is not None:
-            self._check_tokens(tokens, pictures, grids)
+            self._check_tokens(tokens, images, grids)
         if tokens is not None and spans is not None:
             self._check_spans(tokens, spans)
         return self._damage
@@ -148,7 +148,7 @@ class _ShardCheck:
             self._add("samples.npy", "a sample comes from a source that the manifest does not have")
             return None
         if (samples["record"] < 0).any() or (samples["pictures"] < 0).any() or (samples["trained"] < 0).any():
-            self._add("samples.npy", "a record, or a number of pictures or trained tokens, is negative")
+            self._add("samples.npy", "a record, or a number of images or trained tokens, is negative")
             return None
         return samples
 
@@ -174,15 +174,15 @@ class _ShardCheck:
         index_name, data_name = self._name(f"{kind}.idx"), self._name(f"{kind}.bin")
         if self._state[index_name] != "sound" or self._state[data_name] == "lost":
             return None
-        of_pictures = kind == "pictures"
+        of_images = kind == "pictures"
         try:
             reader = SequenceReader(
                 self._name(kind),
                 self._directory.map(index_name),
                 self._directory.map(data_name),
                 SEQUENCES[kind],
-                self._entry["pictures" if of_pictures else "samples"],
-                self._entry["samples"] if of_pictures else None,
+                self._entry["pictures" if of_images else "samples"],
+                self._entry["samples"] if of_images else None,
             )
             reader.check()
         except DamagedFile as damaged:
@@ -197,27 +197,27 @@ class _ShardCheck:
             where += f" ({self._data.annotations[row['source']]}, record {row['record']})"
         self._add(kind, f"{where}: {sentence}")
 
-    def _check_pictures(self, pictures: SequenceReader, grids: np.ndarray) -> None:
-        if self._rows is not None and (np.diff(pictures.documents) != self._rows["pictures"]).any():
-            self._add("samples.npy", "its numbers of pictures are not those of the picture index")
+    def _check_images(self, images: SequenceReader, grids: np.ndarray) -> None:
+        if self._rows is not None and (np.diff(images.documents) != self._rows["pictures"]).any():
+            self._add("samples.npy", "its numbers of images are not those of the image index")
         cells = grids.prod(axis=1, dtype=np.int64) // 4
-        for sample, (start, end) in enumerate(zip(pictures.documents[:-1], pictures.documents[1:], strict=True)):
-            for picture in range(start, end):
-                name = f"{picture - start + 1} of {end - start}"
+        for sample, (start, end) in enumerate(zip(images.documents[:-1], images.documents[1:], strict=True)):
+            for image in range(start, end):
+                name = f"{image - start + 1} of {end - start}"
                 if self._data.settings.image_store == "encoded":
-                    sentence = _check_encoded(pictures[picture], grids[picture], end - start, name, self._data.settings)
-                    self._report(int(pictures.lengths[picture]))
+                    sentence = _check_encoded(images[image], grids[image], end - start, name, self._data.settings)
+                    self._report(int(images.lengths[image]))
                 else:
-                    fits = pictures.lengths[picture] == cells[picture] * 4 * PATCH_VALUES
-                    sentence = "" if fits else f"the patches of the picture {name} do not fit its grid"
+                    fits = images.lengths[image] == cells[image] * 4 * PATCH_VALUES
+                    sentence = "" if fits else f"the patches of the image {name} do not fit its grid"
                 if sentence:
                     self._add_sample("pictures.bin", sample, sentence)
 
-    def _check_tokens(self, tokens: SequenceReader, pictures: SequenceReader | None, grids: np.ndarray | None) -> None:
+    def _check_tokens(self, tokens: SequenceReader, images: SequenceReader | None, grids: np.ndarray | None) -> None:
         for sample in range(len(tokens.lengths)):
             owned = None
-            if pictures is not None and grids is not None:
-                owned = grids[pictures.documents[sample] : pictures.documents[sample + 1]]
+            if images is not None and grids is not None:
+                owned = grids[images.documents[sample] : images.documents[sample + 1]]
             if sentence := wrong_tokens(tokens[sample], owned, self._data.ids, self._data.vocabulary):
                 self._add_sample("tokens.bin", sample, sentence)
 
@@ -231,15 +231,15 @@ class _ShardCheck:
 
 
 def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: Settings) -> str:
-    """What is wrong with the bytes of a picture's file, one of the ``count`` of a sample."""
+    """What is wrong with the bytes of an image's file, one of the ``count`` of a sample."""
     try:
         image = decode(stored.tobytes(), name)
         limit = pixel_limit(settings.min_pixels, settings.max_pixels, count)
-        expected = picture_grid(image, name, settings.min_pixels, limit)
+        expected = image_grid(image, name, settings.min_pixels, limit)
     except RejectedSample as rejected:
         return rejected.sentence
     height, width = (PATCH * grid).tolist()
     # A frame of a video is stored in the size of its grid.
     if expected != tuple(grid.tolist()) and (image.height, image.width) != (height, width):
-        return f"the picture {name} makes a grid of {expected}, not of {tuple(grid.tolist())}"
+        return f"the image {name} makes a grid of {expected}, not of {tuple(grid.tolist())}"
     return ""

@@ -7,7 +7,7 @@ from neo_megatron.data.packs.balance import balanced_order, imbalance
 
 
 def draw_costs(packs: int, seed: int = 0) -> np.ndarray:
-    """Like packs of 16384 tokens: from many short documents to one long; pictures go their own way."""
+    """Like packs of 16384 tokens: from many short documents to one long; images go their own way."""
     random = np.random.default_rng(seed)
     return np.stack([random.lognormal(18, 0.6, packs), random.integers(4000, 16000, packs)], axis=1).astype(np.int64)
 

@@ -70,13 +70,13 @@ IMAGES = 120
 @pytest.fixture
 def images(bench, new_png) -> Path:
     """A directory of different images, with links to it and in it, each under several names."""
-    root = bench.path / "pictures"
+    root = bench.path / "images"
     (root / "a").mkdir(parents=True)
     for number in range(IMAGES):
         (root / f"{number}.png").write_bytes(new_png(32, 32, number))
         (root / f"link{number}.png").symlink_to(f"{number}.png")
     (root / "same").symlink_to(".")
-    (bench.path / "other_root").symlink_to("pictures")
+    (bench.path / "other_root").symlink_to("images")
     return root
 
 
@@ -114,7 +114,7 @@ def test_data_sets_with_other_roots_agree(splitter, images, bench, new_sample):
             ("{n}.png", images / "deep"),
             ("deep/{n}.png", bench.path / "other_root"),
             (f"{images}/deep/{{n}}.png", ""),
-            ("pictures/deep/{n}.png", ""),
+            ("images/deep/{n}.png", ""),
         )
     ]
     train, held, _ = splitter.split(inputs)

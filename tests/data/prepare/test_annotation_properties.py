@@ -98,8 +98,8 @@ lines = mostly(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of pictures, with links that leave it, and one that goes round."""
-    directory = tmp_path_factory.mktemp("properties") / "pictures"
+    """A directory of images, with links that leave it, and one that goes round."""
+    directory = tmp_path_factory.mktemp("properties") / "images"
     (directory / "sub").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(directory / "a.png")
     Image.new("RGB", (40, 30)).save(directory.parent / "a.png")
@@ -139,14 +139,14 @@ def test_a_record_is_taken_or_refused(root, neo, encoder, line):
             assert rejected.reason in set(Reason) and "\n" not in rejected.sentence
             rejected.sentence.encode()  # it is written to a file
             continue
-        assert all(Path(path).is_relative_to(root.resolve()) for path in checked.pictures + checked.videos)
+        assert all(Path(path).is_relative_to(root.resolve()) for path in checked.images + checked.videos)
         tags = sum(count_tags(turn.text, IMAGE_TAG) for turn in checked.turns)
-        assert tags == len(checked.pictures)
+        assert tags == len(checked.images)
         (encoded,) = encoder.encode([(checked.turns, [1] * tags)])
-        check_layout(encoded.tokens.tolist(), neo, pictures=tags, turns=len(checked.turns))
+        check_layout(encoded.tokens.tolist(), neo, images=tags, turns=len(checked.turns))
 
 
-def check_layout(tokens: list[int], neo, pictures: int | None = None, turns: int | None = None) -> None:
+def check_layout(tokens: list[int], neo, images: int | None = None, turns: int | None = None) -> None:
     """Control tokens stand where the template puts them, and nowhere else, whatever the text says."""
     ids = special_ids(neo)
     special = set(neo.all_special_ids) | set(neo.convert_tokens_to_ids(list(neo.get_added_vocab())))
@@ -156,7 +156,7 @@ def check_layout(tokens: list[int], neo, pictures: int | None = None, turns: int
     while "(.)" in left or ".." in left:
         left = left.replace("..", ".").replace("(.)", "P")
     assert set(left) <= set("SPE") and left.replace("P", "") == "SE" * left.count("S")
-    assert pictures is None or left.count("P") == pictures
+    assert images is None or left.count("P") == images
     assert turns is None or left.count("S") == turns
 
 

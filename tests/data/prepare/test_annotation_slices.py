@@ -175,7 +175,7 @@ def test_files_of_different_sizes_and_broken_ones_add_up(tmp_path):
 REGISTRY = """
 caption:
   annotation_path: caption.json
-  data_path: pictures
+  data_path: images
 text:
   annotation_path: text.jsonl
   data_path: ""
@@ -187,14 +187,14 @@ def registry(tmp_path):
     (tmp_path / "registry.yaml").write_text(REGISTRY)
     (tmp_path / "caption.json").write_text("[]")
     (tmp_path / "text.jsonl").write_text("{}\n")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     return tmp_path / "registry.yaml"
 
 
 def test_registry_resolves_names_and_percentages(registry, monkeypatch):
     caption, text = data_list(["caption%12.5", "text"], registry)
     assert caption == Source(
-        "caption", str(registry.parent / "caption.json"), str(registry.parent / "pictures"), Fraction(1, 8)
+        "caption", str(registry.parent / "caption.json"), str(registry.parent / "images"), Fraction(1, 8)
     )
     assert (text.image_root, text.share) == ("", 1)
     monkeypatch.chdir(registry.parent)
@@ -252,7 +252,7 @@ def test_keys_that_a_registry_has_twice_are_refused(tmp_path, text, said):
 
 
 def test_a_registry_may_merge_mappings(registry):
-    text = "base: &base {annotation_path: text.jsonl}\nother:\n  <<: *base\n  data_path: pictures\n"
+    text = "base: &base {annotation_path: text.jsonl}\nother:\n  <<: *base\n  data_path: images\n"
     registry.write_text(text)
     assert [source.name for source in data_list(["base", "other"], registry)] == ["base", "other"]
 

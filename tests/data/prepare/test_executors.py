@@ -97,9 +97,9 @@ def ray_cluster():
 
 
 def mixed(bench, new_sample) -> tuple[Source, dict]:
-    bench.pictures("a.png")
+    bench.images("a.png")
     records = [new_sample("<image>\nWhat?", "That.", image="a.png"), {}, [new_sample(), new_sample("a", "b")]] * 6
-    source = Source("train", str(bench.annotations(records)), str(bench.path / "pictures"))
+    source = Source("train", str(bench.annotations(records)), str(bench.path / "images"))
     return source, dataclasses.replace(bench.settings, records_per_shard=4)
 
 

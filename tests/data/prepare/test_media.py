@@ -1,4 +1,4 @@
-"""The pictures of a sample in the form in which a shard keeps them."""
+"""The images of a sample in the form in which a shard keeps them."""
 
 import io
 from pathlib import Path
@@ -15,8 +15,8 @@ from neo_megatron.data.prepare.records import Sample
 from neo_megatron.errors import Reason, RejectedSample
 
 
-def sample(*pictures: Path) -> Sample:
-    return Sample((Turn("user", "<image>" * len(pictures), False),), tuple(map(str, pictures)))
+def sample(*images: Path) -> Sample:
+    return Sample((Turn("user", "<image>" * len(images), False),), tuple(map(str, images)))
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def test_the_header_gives_what_decoding_gives(photo):
     assert grid == same_grid == [(32, 18)]
 
 
-def test_only_the_pixels_of_a_broken_picture_pass_the_header_check(photo):
+def test_only_the_pixels_of_a_broken_image_pass_the_header_check(photo):
     photo.write_bytes(photo.read_bytes()[:-1000])
     assert load_media(sample(photo), Settings(check="header"))[2] == [(32, 18)]
     for settings in (Settings(), Settings(check="header", image_store="patches")):
         with pytest.raises(RejectedSample) as raised:
             load_media(sample(photo), settings)
-        assert raised.value.reason == Reason.UNREADABLE_PICTURE
+        assert raised.value.reason == Reason.UNREADABLE_IMAGE
     photo.write_bytes(photo.read_bytes()[:100])
     with pytest.raises(RejectedSample, match="photo.jpg"):
         load_media(sample(photo), Settings(check="header"))
@@ -58,7 +58,7 @@ def test_long_strips_are_refused_by_either_check(tmp_path, check):
     assert raised.value.reason == Reason.ASPECT_RATIO
 
 
-def test_patches_are_those_of_the_resized_picture(photo):
+def test_patches_are_those_of_the_resized_image(photo):
     _, (stored,), (grid,) = load_media(sample(photo), Settings(image_store="patches"))
     expected = patches_from_image(decode(photo.read_bytes(), "photo"), grid)
     assert stored.dtype == np.uint8 and (stored == expected.reshape(-1)).all()

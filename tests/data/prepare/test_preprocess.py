@@ -19,7 +19,7 @@ from neo_megatron.errors import DataError, Reason
 def mixed_records(new_sample, count: int) -> list:
     """Good and bad records of every form, in a fixed order."""
     forms = [
-        new_sample("<image>\nWhat?", "A picture.", image="a.png"),
+        new_sample("<image>\nWhat?", "An image.", image="a.png"),
         new_sample("What?", "That.", image=["b.png"]),
         new_sample(),
         [new_sample("a", "b"), new_sample("<image>", "c", image="a.png")],
@@ -53,7 +53,7 @@ def test_no_process_keeps_torch_or_transformers(bench, new_sample, directory_byt
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 def test_same_bytes_for_any_number_of_workers_and_again(bench, new_sample, directory_bytes, name):
-    bench.pictures("a.png", "b.png")
+    bench.images("a.png", "b.png")
     file = bench.annotations(mixed_records(new_sample, 40), name)
     settings = dataclasses.replace(bench.settings, records_per_shard=7, image_store="patches")
     for output, workers in (("one", 1), ("again", 1), ("two", 2)):
@@ -65,7 +65,7 @@ def test_same_bytes_for_any_number_of_workers_and_again(bench, new_sample, direc
 
 
 def test_array_and_lines_give_the_same_samples(bench, new_sample, samples_of):
-    bench.pictures("a.png", "b.png")
+    bench.images("a.png", "b.png")
     records = mixed_records(new_sample, 20)
     array = bench.preprocess(bench.annotations(records, "a.json"), "array")
     lines = bench.preprocess(bench.annotations(records, "a.jsonl"), "lines")
@@ -73,8 +73,8 @@ def test_array_and_lines_give_the_same_samples(bench, new_sample, samples_of):
 
 
 def test_both_image_stores_give_the_same_items(bench, new_sample, new_png):
-    bench.pictures("a.png", "b.png")
-    (bench.path / "pictures" / "b.png").write_bytes(new_png(90, 50, 5, "P"))
+    bench.images("a.png", "b.png")
+    (bench.path / "images" / "b.png").write_bytes(new_png(90, 50, 5, "P"))
     packs = []
     for store in ("encoded", "patches"):
         settings = dataclasses.replace(bench.settings, image_store=store)
@@ -86,9 +86,9 @@ def test_both_image_stores_give_the_same_items(bench, new_sample, new_png):
         assert len(encoded["patches"]) == len(encoded["cell_index"])
 
 
-def test_several_pictures_get_the_smaller_limit(bench, new_sample, new_png):
-    bench.pictures("a.png")
-    (bench.path / "pictures" / "a.png").write_bytes(new_png(512, 512))
+def test_several_images_get_the_smaller_limit(bench, new_sample, new_png):
+    bench.images("a.png")
+    (bench.path / "images" / "a.png").write_bytes(new_png(512, 512))
     settings = dataclasses.replace(bench.settings, max_pixels=128 * 128)
     shards = bench.preprocess(
         [new_sample("<image>" * count, "ok", image=["a.png"] * count) for count in (1, 2, 8)], settings=settings
@@ -97,23 +97,23 @@ def test_several_pictures_get_the_smaller_limit(bench, new_sample, new_png):
 
 
 BAD = {
-    "truncated.png": Reason.UNREADABLE_PICTURE,
-    "text.png": Reason.UNREADABLE_PICTURE,
-    "empty.png": Reason.UNREADABLE_PICTURE,
-    "missing.png": Reason.MISSING_PICTURE,
-    "folder": Reason.MISSING_PICTURE,
-    "pipe": Reason.MISSING_PICTURE,
+    "truncated.png": Reason.UNREADABLE_IMAGE,
+    "text.png": Reason.UNREADABLE_IMAGE,
+    "empty.png": Reason.UNREADABLE_IMAGE,
+    "missing.png": Reason.MISSING_IMAGE,
+    "folder": Reason.MISSING_IMAGE,
+    "pipe": Reason.MISSING_IMAGE,
     "long.png": Reason.ASPECT_RATIO,
     "../train.json": Reason.OUTSIDE_ROOT,
     "http://example.org/a.png": Reason.REMOTE_PATH,
 }
 
 
-def bad_pictures(bench, new_png) -> None:
-    folder = bench.path / "pictures"
-    bench.pictures("a.png")
+def bad_images(bench, new_png) -> None:
+    folder = bench.path / "images"
+    bench.images("a.png")
     (folder / "truncated.png").write_bytes(new_png()[:600])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "long.png").write_bytes(new_png(2, 500))
     (folder / "folder").mkdir()
@@ -121,8 +121,8 @@ def bad_pictures(bench, new_png) -> None:
 
 
 @pytest.mark.parametrize("store", ["encoded", "patches"])
-def test_each_bad_picture_has_its_reason_and_nothing_replaces_it(bench, new_sample, new_png, samples_of, store):
-    bad_pictures(bench, new_png)
+def test_each_bad_image_has_its_reason_and_nothing_replaces_it(bench, new_sample, new_png, samples_of, store):
+    bad_images(bench, new_png)
     good = [new_sample("<image>", "first", image="a.png"), new_sample("last", "one")]
     records = [good[0], *(new_sample("<image>", "bad", image=path) for path in BAD), good[1]]
     settings = dataclasses.replace(bench.settings, image_store=store)
@@ -175,7 +175,7 @@ def test_nothing_usable_leaves_no_shard(bench):
 def test_fail_stops_at_the_first_bad_record_in_order(bench, new_sample, workers):
     records = bench.annotations([new_sample()] * 5 + [new_sample(image="missing.png")] + [{}] * 6)
     settings = dataclasses.replace(bench.settings, records_per_shard=2)
-    with pytest.raises(DataError, match=r"train\.json, record 5: the picture .*missing\.png") as raised:
+    with pytest.raises(DataError, match=r"train\.json, record 5: the image .*missing\.png") as raised:
         bench.preprocess(records, settings=settings, on_error="fail", workers=workers)
     assert "\n" not in str(raised.value)
     with pytest.raises(DataError, match="holds an unfinished data set"):
@@ -241,9 +241,9 @@ def test_finished_data_and_foreign_files_are_never_overwritten(bench, new_sample
 def test_registry_mixes_data_sets_by_share(bench, new_sample, samples_of, new_png):
     for name in ("a", "b"):
         bench.annotations([new_sample(f"{name}{n}", "ok") for n in range(20)], f"{name}.jsonl")
-    bench.pictures("p.png")
+    bench.images("p.png")
     bench.annotations([new_sample("<image>", "see", image="p.png")], "c.json")
-    entries = {"a": ("a.jsonl", ""), "b": ("b.jsonl", ""), "c": ("c.json", "pictures")}
+    entries = {"a": ("a.jsonl", ""), "b": ("b.jsonl", ""), "c": ("c.json", "images")}
     registry = bench.path / "registry.yaml"
     registry.write_text(
         "".join(f"{key}: {{annotation_path: {file}, data_path: '{root}'}}\n" for key, (file, root) in entries.items())

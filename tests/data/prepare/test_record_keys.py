@@ -61,7 +61,7 @@ def names(paths: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
 def test_keys_of_images_mean_the_same(source, key, value):
     checked = check_sample(sample(**{key: value}), source)
-    assert names(checked.pictures) == ["a.jpg"] and checked.turns[0].text == "<image>\nHi"
+    assert names(checked.images) == ["a.jpg"] and checked.turns[0].text == "<image>\nHi"
 
 
 @pytest.mark.parametrize("key", ["video", "videos", "video_path"])
@@ -73,12 +73,12 @@ def test_keys_of_videos_mean_the_same(source, key):
 @pytest.mark.parametrize("key", ["image", "images", "videos", "audios", "tools", "system", "objects"])
 def test_an_empty_value_says_nothing(source, key, value):
     checked = check_sample(sample(**{key: value}), source)
-    assert checked == check_sample(sample(), source) and not checked.pictures
+    assert checked == check_sample(sample(), source) and not checked.images
 
 
 def test_two_keys_for_the_same_files_agree_or_reject(source):
-    assert names(check_sample(sample(image="a.jpg", images=["a.jpg"]), source).pictures) == ["a.jpg"]
-    assert names(check_sample(sample(image=None, images=["a.jpg"]), source).pictures) == ["a.jpg"]
+    assert names(check_sample(sample(image="a.jpg", images=["a.jpg"]), source).images) == ["a.jpg"]
+    assert names(check_sample(sample(image=None, images=["a.jpg"]), source).images) == ["a.jpg"]
     assert (
         "'image' and 'images' list different files" in rejected(sample(image="a.jpg", images="b.jpg"), source).sentence
     )
@@ -222,7 +222,7 @@ def test_blank_answers_are_rejected_by_their_own_check(source, answer):
 
 def test_the_cases_of_keys(source):
     images, path, videos = case("01_images_key", source)
-    assert names(images.pictures) == names(path.pictures) == ["a.jpg"] and names(videos.videos) == ["a.mp4"]
+    assert names(images.images) == names(path.images) == ["a.jpg"] and names(videos.videos) == ["a.mp4"]
     (inline,) = case("02_qwenvl_inline_img", source)
     assert "<img>a.jpg</img>" in inline.sentence
     (tools,) = case("03_top_level_system", source)
@@ -230,17 +230,17 @@ def test_the_cases_of_keys(source):
     (weights,) = case("06_turn_weight_loss_train", source)
     assert [turn.trained for turn in weights.turns[1::2]] == [False, False, False, True]
     (empty,) = case("08_image_empty_string", source)
-    assert not empty.pictures
+    assert not empty.images
 
 
 def test_the_cases_of_tags(source):
-    for name in ("04_tag_only_in_answer", "05_picture_in_gpt_turn_trained"):
+    for name in ("04_tag_only_in_answer", "05_image_in_gpt_turn_trained"):
         (error,) = case(name, source)
-        assert error.reason == Reason.PICTURE_COUNT
+        assert error.reason == Reason.IMAGE_COUNT
         assert "of turn 1 is in an assistant turn" in error.sentence and r"\<image>" in error.sentence
     first, second, third = case("09_literal_tag_in_text", source)
-    assert first.turns[1].literal == "<rss><image><url>x</url></image></rss>" and not first.pictures
-    assert second.turns[1].literal == "use <video>" and names(third.pictures) == ["a.jpg"]
+    assert first.turns[1].literal == "<rss><image><url>x</url></image></rss>" and not first.images
+    assert second.turns[1].literal == "use <video>" and names(third.images) == ["a.jpg"]
     assert third.turns[1].literal == "![fig](<image>)"
     said = [turn.text for checked in (first, second, third) for turn in checked.turns if turn.role == "assistant"]
     assert all(split_tags(text) == ["".join(split_tags(text))] for text in said)  # no reader finds a place in them
@@ -268,7 +268,7 @@ def test_image_tokens_are_never_targets(source_of_module, encoder, pairs):
     try:
         checked = check_sample({"conversations": conversation, "image": ["a.jpg", "b.jpg"]}, source_of_module)
     except RejectedSample as error:
-        assert error.reason in (Reason.PICTURE_COUNT, Reason.VIDEO_COUNT, Reason.INLINE_MEDIA)
+        assert error.reason in (Reason.IMAGE_COUNT, Reason.VIDEO_COUNT, Reason.INLINE_MEDIA)
         return
     (encoded,) = chat.encode([(checked.turns, [3, 5])])
     trained = [token for start, end in encoded.spans for token in encoded.tokens[start:end].tolist()]

@@ -1,4 +1,4 @@
-"""One record: roles, tags and pictures, and paths that stay inside their root."""
+"""One record: roles, tags and images, and paths that stay inside their root."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from neo_megatron.errors import Reason, RejectedSample
 
 @pytest.fixture
 def source(tmp_path, new_png):
-    """Annotations in ``notes/``, pictures in ``root/``, and a picture outside both."""
+    """Annotations in ``notes/``, images in ``root/``, and an image outside both."""
     for path in ("root/a.png", "root/sub/b.png", "outside.png", "notes/beside.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(new_png())
@@ -52,7 +52,7 @@ def test_input_turns_are_not_trained(source):
 
 
 @pytest.mark.parametrize("image", ["a.png", ["a.png"]])
-def test_single_picture_without_a_tag_goes_to_the_first_human_turn(source, image):
+def test_single_image_without_a_tag_goes_to_the_first_human_turn(source, image):
     sample = turns(
         ("system", "s"), ("human", "What?"), ("gpt", "That."), ("human", "And?"), ("gpt", "This."), image=image
     )
@@ -70,9 +70,9 @@ def test_tag_in_a_later_turn_stays_where_it_is(source):
     assert [turn.text for turn in checked.turns] == ["Ready?", "Yes.", "So <image> what?", "That."]
 
 
-def test_several_pictures_keep_their_order(source, tmp_path):
+def test_several_images_keep_their_order(source, tmp_path):
     checked = check_sample(turns(("human", "<image><image>"), ("gpt", "ok"), image=["sub/b.png", "a.png"]), source)
-    assert checked.pictures == (str(tmp_path / "root/sub/b.png"), str(tmp_path / "root/a.png"))
+    assert checked.images == (str(tmp_path / "root/sub/b.png"), str(tmp_path / "root/a.png"))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_several_pictures_keep_their_order(source, tmp_path):
         ("<image>", []),
     ],
 )
-def test_pictures_and_tags_must_agree(source, text, image):
-    assert reason(turns(("human", text), ("gpt", "ok"), image=image), source) == Reason.PICTURE_COUNT
+def test_images_and_tags_must_agree(source, text, image):
+    assert reason(turns(("human", text), ("gpt", "ok"), image=image), source) == Reason.IMAGE_COUNT
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_sibling_with_the_root_as_prefix_is_outside(source, tmp_path):
 def test_paths_that_stay_inside_are_followed(source, tmp_path, path):
     path = path.format(root=tmp_path / "root")
     checked = check_sample(turns(("human", "a"), ("gpt", "b"), image=path), source)
-    assert checked.pictures == (str(tmp_path / "root/sub/b.png"),)
+    assert checked.images == (str(tmp_path / "root/sub/b.png"),)
 
 
 def test_a_relative_root_is_that_of_the_directory_one_is_in(source, tmp_path, monkeypatch):
@@ -155,20 +155,20 @@ def test_a_relative_root_is_that_of_the_directory_one_is_in(source, tmp_path, mo
         (tmp_path / directory / "root").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / directory)
         checked = check_sample(sample, Source("train", source.annotations, "root"))
-        assert checked.pictures == (str(tmp_path / directory / "root" / "a.png"),)
+        assert checked.images == (str(tmp_path / directory / "root" / "a.png"),)
 
 
 def test_a_directory_named_as_an_archive_is_a_directory(source, tmp_path, new_png):
     (tmp_path / "root" / "part.tar" / "x").mkdir(parents=True)
     (tmp_path / "root" / "part.tar" / "x" / "a.png").write_bytes(new_png())
     checked = check_sample(turns(("human", "a"), ("gpt", "b"), image="part.tar/x/a.png"), source)
-    assert checked.pictures == (str(tmp_path / "root/part.tar/x/a.png"),)
+    assert checked.images == (str(tmp_path / "root/part.tar/x/a.png"),)
 
 
 def test_a_link_that_appears_later_is_seen(source, tmp_path):
     """Directories are remembered, files are not: each is looked at when it is used."""
     sample = turns(("human", "a"), ("gpt", "b"), image="a.png")
-    assert check_sample(sample, source).pictures == (str(tmp_path / "root/a.png"),)
+    assert check_sample(sample, source).images == (str(tmp_path / "root/a.png"),)
     (tmp_path / "root" / "a.png").unlink()
     (tmp_path / "root" / "a.png").symlink_to(tmp_path / "outside.png")
     assert reason(sample, source) == Reason.OUTSIDE_ROOT
@@ -178,14 +178,14 @@ def test_single_video_without_a_tag_goes_to_the_first_human_turn(source, tmp_pat
     sample = turns(("system", "s"), ("human", "What?"), ("gpt", "That."), video="clip.mp4", image="a.png")
     checked = check_sample(sample, source)
     assert checked.turns[1] == Turn("user", "<image>\n<video>\nWhat?", False)
-    assert (checked.pictures, checked.videos) == ((str(tmp_path / "root/a.png"),), (str(tmp_path / "root/clip.mp4"),))
+    assert (checked.images, checked.videos) == ((str(tmp_path / "root/a.png"),), (str(tmp_path / "root/clip.mp4"),))
 
 
 def test_without_a_root_paths_are_complete_or_beside_the_annotations(source, tmp_path):
     source = Source("train", source.annotations)
     for path, found in (("beside.png", "notes/beside.png"), (str(tmp_path / "outside.png"), "outside.png")):
         checked = check_sample(turns(("human", "a"), ("gpt", "b"), image=path), source)
-        assert checked.pictures == (os.path.realpath(tmp_path / found),)
+        assert checked.images == (os.path.realpath(tmp_path / found),)
     assert reason(turns(("human", "a"), ("gpt", "b"), image="../outside.png"), source) == Reason.OUTSIDE_ROOT
 
 

@@ -34,12 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 @pytest.fixture
 def small(bench, new_sample, monkeypatch):
     """Two data sets, an array and lines: 12 records in slices of 3, some rejected, one slice of nothing but rejects."""
-    bench.pictures("a.png", "b.png")
-    good = new_sample("<image>\nWhat?", "A picture.", image="a.png")
+    bench.images("a.png", "b.png")
+    good = new_sample("<image>\nWhat?", "An image.", image="a.png")
     records = [good, new_sample(), {}, *[{}] * 3, [good, {}, new_sample("a", "b")], new_sample("c", "d")]
     array = bench.annotations(records, "array.json")
     lines = bench.annotations([new_sample("<image>", "two", image="b.png"), {}, good, new_sample()], "lines.jsonl")
-    bench.sources = [Source(path.stem, str(path), str(bench.path / "pictures")) for path in (array, lines)]
+    bench.sources = [Source(path.stem, str(path), str(bench.path / "images")) for path in (array, lines)]
     bench.settings = dataclasses.replace(bench.settings, records_per_shard=3)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # a fork has none of its threads
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a kill loses nothing that is written; only slow here
@@ -93,23 +93,23 @@ def test_killed_again_and_again(small, directory_bytes):
 
 def command(bench, output: str, workers: int, *more: str) -> list[str]:
     arguments = ["--tokenizer", bench.tokenizer, "--output", bench.path / output, "--workers", workers]
-    arguments += ["--input", bench.file, "--image-root", bench.path / "pictures", "--records-per-shard", 50]
+    arguments += ["--input", bench.file, "--image-root", bench.path / "images", "--records-per-shard", 50]
     return [sys.executable, str(TOOL), *map(str, arguments), "--min-pixels", "1024", *more]
 
 
 @pytest.fixture
 def large(bench, new_sample, new_png):
     """600 records of half a millisecond each: time enough to be killed in the middle."""
-    bench.pictures("a.png")
-    (bench.path / "pictures" / "a.png").write_bytes(new_png(300, 300))
-    good = new_sample("<image>\nWhat?", "A picture.", image="a.png")
+    bench.images("a.png")
+    (bench.path / "images" / "a.png").write_bytes(new_png(300, 300))
+    good = new_sample("<image>\nWhat?", "An image.", image="a.png")
     bench.file = bench.annotations([good, new_sample(), [good, {}]] * 200, "large.json")
     return bench
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_with_all_its_processes_and_continued(large, directory_bytes, workers):
-    source = Source("large", str(large.file), str(large.path / "pictures"))
+    source = Source("large", str(large.file), str(large.path / "images"))
     settings = dataclasses.replace(large.settings, records_per_shard=50, max_pixels=4194304)
     preprocess([source], large.tokenizer, large.path / "whole", settings)
     started = subprocess.Popen(command(large, "killed", workers), stderr=subprocess.DEVNULL, start_new_session=True)
@@ -152,7 +152,7 @@ def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
     )
     (small.path / "killed" / "00000.spans.idx").unlink()  # somebody has tidied up
     (small.path / "killed" / "00001.grids.npy.1234.partial").touch()
-    (small.path / "killed" / "00005.grids.npy").touch()  # of a slice whose pictures were there at that time
+    (small.path / "killed" / "00005.grids.npy").touch()  # of a slice whose images were there at that time
     run(small, "killed")
     assert done == [0, 2, 3, 4]
     assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "whole")
@@ -266,16 +266,16 @@ def without_space(bench, output: str, workers: int) -> None:
         run(bench, output, workers=workers)
 
 
-def late_pictures(bench, new_sample) -> None:
-    """100 records without a picture, and behind them more pictures than a file may hold."""
+def late_images(bench, new_sample) -> None:
+    """100 records without an image, and behind them more images than a file may hold."""
     bench.file = bench.annotations([new_sample()] * 100 + [new_sample(image="a.png")] * 5, "late.json")
-    bench.sources = [Source("late", str(bench.file), str(bench.path / "pictures"))]
+    bench.sources = [Source("late", str(bench.file), str(bench.path / "images"))]
     bench.settings = dataclasses.replace(bench.settings, records_per_shard=50, max_pixels=4194304)
 
 
 def test_a_disk_without_space_ends_in_a_sentence_and_can_be_continued(large, new_sample, directory_bytes):
     """The limit on the size of a file takes the way of a full disk: writing fails in the middle."""
-    late_pictures(large, new_sample)
+    late_images(large, new_sample)
     run(large, "whole")
     full = large.path / "full"
     done = subprocess.run(

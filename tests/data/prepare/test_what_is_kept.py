@@ -14,7 +14,7 @@ from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.errors import DataError, Reason, TooManyRejected
 
 
-def run(bench, file, *, root="pictures", output="shards", **options):
+def run(bench, file, *, root="images", output="shards", **options):
     (bench.path / root).mkdir(exist_ok=True)
     source = Source("train", str(file), str(bench.path / root))
     return preprocess([source], bench.tokenizer, bench.path / output, bench.settings, **options)
@@ -22,7 +22,7 @@ def run(bench, file, *, root="pictures", output="shards", **options):
 
 def test_the_manifest_counts_what_was_noticed_in_samples_kept(bench, new_sample, directory_bytes):
     """The same for any number of workers, with names up to a limit."""
-    bench.pictures("a.png")
+    bench.images("a.png")
     records = [new_sample("<image>", "x", image="a.png", note="n", id=number) for number in range(5)]
     records += [new_sample("<|image_pad|> what", "x", images=["a.png"])] * 2
     records += [[new_sample(), new_sample("<img> what", "x", image="a.png")]]
@@ -71,7 +71,7 @@ def test_too_many_rejects_leave_shards_that_the_same_call_completes(bench, new_s
 
 
 def test_a_wrong_image_root_ends_the_command(bench, new_sample, run_tool):
-    bench.pictures("a.png")
+    bench.images("a.png")
     records = [new_sample("<image>", "x", image="a.png")] * 53 + [new_sample(note=1)] * 8
     (bench.path / "wrong").mkdir()
     flags = ["--input", bench.annotations(records), "--tokenizer", bench.tokenizer, "--workers", 1]
@@ -80,7 +80,7 @@ def test_a_wrong_image_root_ends_the_command(bench, new_sample, run_tool):
     assert "kept 8 samples: 0 with images, 8 without" in done.stdout and "rejected 53: missing picture" in done.stdout
     last = done.stderr.splitlines()[-1]
     assert last.startswith("preprocess_data: 53 of 61 samples (86.89%) were rejected") and "check --image-root" in last
-    right = ["--image-root", bench.path / "pictures", "--output", bench.path / "t"]
+    right = ["--image-root", bench.path / "images", "--output", bench.path / "t"]
     done = run_tool("preprocess_data.py", *flags, *right)
     assert done.returncode == 0 and "kept 61 samples: 53 with images, 8 without" in done.stdout
     assert "ignored keys of samples kept, which nothing reads: 'note' in 8" in done.stdout
@@ -109,9 +109,9 @@ def test_every_list_of_rejects_has_rows_of_one_form(bench, new_sample, records_p
 @pytest.mark.parametrize("name", ["50%", "a%20b %s", "100%"])
 def test_directories_with_a_percent_sign(bench, new_sample, run_tool, name):
     """From annotations to packs, as the tools are called."""
-    bench.pictures("a.png")
+    bench.images("a.png")
     place = bench.path / name
-    shutil.copytree(bench.path / "pictures", place / "im%ages")
+    shutil.copytree(bench.path / "images", place / "im%ages")
     shutil.copytree(bench.tokenizer, place / "token%izer")
     (place / "tr%ain.json").write_text(json.dumps([new_sample("<image>", "x", image="a.png")] * 8))
     (place / "r%.yaml").write_text("a: {annotation_path: 'tr%ain.json', data_path: 'im%ages'}\n")

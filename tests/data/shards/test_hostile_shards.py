@@ -44,7 +44,7 @@ def texts(directory: Path) -> list[Any]:
     places = [shards.describe(number) for number in range(len(shards))]
     assert all(isinstance(file, str) for file, _ in places)
     return [
-        (one.tokens.tolist(), one.spans.tolist(), one.grids.tolist(), [picture.tobytes() for picture in one.pictures])
+        (one.tokens.tolist(), one.spans.tolist(), one.grids.tolist(), [image.tobytes() for image in one.images])
         for one in stored
     ]
 
@@ -52,8 +52,8 @@ def texts(directory: Path) -> list[Any]:
 def items(directory: Path) -> list[Any]:
     """What a training reads of a directory of packs, as `run/loaders.py` does; the ids of padding do not matter."""
     found = []
-    for pictures, batch in (("patches", None), ("check", GlobalBatch(4, 2, 1)), ("none", None)):
-        dataset = PackDataset(directory, None, seed=1, pictures=pictures, global_batch=batch)
+    for images, batch in (("patches", None), ("check", GlobalBatch(4, 2, 1)), ("none", None)):
+        dataset = PackDataset(directory, None, seed=1, images=images, global_batch=batch)
         assert dataset.packs.sequence_length == 64, "as the training checks"
         for number in range(len(dataset)):
             item = dataset[number]
@@ -80,7 +80,7 @@ class Room:
     """Sound directories of shards and packs, and copies of them to change."""
 
     def __init__(self, bench: Any, sample: Callable[..., dict], store: str) -> None:
-        bench.pictures("a.png", "b.png")
+        bench.images("a.png", "b.png")
         records = [
             sample("<image>", "one", image="a.png"),
             [sample("two", "three"), sample("four", "five", image="b.png")],

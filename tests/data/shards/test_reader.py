@@ -17,8 +17,8 @@ from neo_megatron.errors import DataError
 
 @pytest.fixture
 def shards(bench, new_sample) -> ShardSet:
-    """Two shards: a plain, a list-packed and a two-picture record; then text alone."""
-    bench.pictures("a.png", "b.png")
+    """Two shards: a plain, a list-packed and a two-image record; then text alone."""
+    bench.images("a.png", "b.png")
     records = [
         new_sample("<image>", "one", image="a.png"),
         [new_sample("two", "three"), new_sample("four", "five", image="b.png")],
@@ -41,11 +41,11 @@ def test_megatron_opens_the_text(shards):
                 assert megatron[sample].tolist() == reader[sample].tolist()
 
 
-def test_megatron_opens_the_pictures(shards, bench):
+def test_megatron_opens_the_images(shards, bench):
     megatron = IndexedDataset(str(Path(shards.location) / "00000.pictures"))
-    files = {name: (bench.path / "pictures" / name).read_bytes() for name in ("a.png", "b.png")}
+    files = {name: (bench.path / "images" / name).read_bytes() for name in ("a.png", "b.png")}
     assert [megatron[number].tobytes() for number in range(4)] == [files[name + ".png"] for name in "abba"]
-    assert megatron.document_indices.tolist() == [0, 1, 1, 2, 4]  # pictures of each sample
+    assert megatron.document_indices.tolist() == [0, 1, 1, 2, 4]  # images of each sample
     assert shards.shard(0).grids.tolist() == [[2, 4], [4, 4], [4, 4], [2, 4]]
 
 
@@ -59,7 +59,7 @@ def test_samples_name_where_they_come_from(shards):
             assert np.diff(shard.spans[sample].reshape(-1, 2)).sum() == trained
 
 
-def test_cells_of_every_sample_are_its_picture_tokens(shards):
+def test_cells_of_every_sample_are_its_image_tokens(shards):
     for shard in (shards.shard(0), shards.shard(1)):
         context = [int((shard.tokens[n] == shards.ids.image_context).sum()) for n in range(len(shard.samples))]
         assert shard.cells.tolist() == context
@@ -155,11 +155,11 @@ def test_fetch_gives_what_the_files_hold(shards):
         shard, local = shards.locate(sample)
         assert stored.tokens.tolist() == shard.tokens[local].tolist()
         assert stored.spans.reshape(-1).tolist() == shard.spans[local].tolist()
-        numbers = list(shard.picture_range(local))
+        numbers = list(shard.image_range(local))
         assert stored.grids.tolist() == shard.grids[numbers].tolist()
-        assert [picture.tobytes() for picture in stored.pictures] == [shard.picture(n).tobytes() for n in numbers]
-        assert not stored.pictures or not stored.pictures[0].flags.owndata  # a view of the mapped file
-    assert [stored.pictures for stored in shards.fetch([0, 3], pictures=False)] == [[], []]
+        assert [image.tobytes() for image in stored.images] == [shard.image(n).tobytes() for n in numbers]
+        assert not stored.images or not stored.images[0].flags.owndata  # a view of the mapped file
+    assert [stored.images for stored in shards.fetch([0, 3], images=False)] == [[], []]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "neo-packs", "version": 1}', '{"format": "neo-shards"}'])

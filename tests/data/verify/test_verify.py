@@ -26,7 +26,7 @@ PACK_FILES = ["units.npy", "patterns.npy", "runs.npy"]
 
 @pytest.fixture
 def records(new_sample) -> list:
-    """Text, a list-packed record, several pictures, and two records that are rejected."""
+    """Text, a list-packed record, several images, and two records that are rejected."""
     return [
         new_sample("<image>", "one", image="a.png"),
         [new_sample("two", "three"), new_sample("four", "five", image="b.png")],
@@ -40,7 +40,7 @@ def records(new_sample) -> list:
 @pytest.fixture(params=["encoded", "patches"])
 def shards(request, bench, records) -> Path:
     """Two shards."""
-    bench.pictures("a.png", "b.png")
+    bench.images("a.png", "b.png")
     settings = dataclasses.replace(bench.settings, records_per_shard=3, image_store=request.param)
     return Path(bench.preprocess(records, settings=settings).location)
 
@@ -48,7 +48,7 @@ def shards(request, bench, records) -> Path:
 @pytest.fixture
 def packs(bench, records) -> Path:
     """Packs of a list-packed data set, none of whose samples is too long."""
-    bench.pictures("a.png", "b.png")
+    bench.images("a.png", "b.png")
     bench.preprocess(records)
     write_packs([PackInput(str(bench.path / "shards"))], bench.path / "packs", 64)
     return bench.path / "packs"
@@ -90,7 +90,7 @@ def test_a_clean_set_is_whole(shards):
     assert result.damage == [] and result.notes == []
     files = [path for path in shards.iterdir() if path.name not in ("manifest.json", "rejects.jsonl")]
     assert (result.files, result.bytes) == (len(files) + 2, sum(path.stat().st_size for path in files))
-    assert (result.samples, result.pictures) == (5, 4)
+    assert (result.samples, result.images) == (5, 4)
 
 
 @pytest.mark.parametrize("name", SHARD_FILES)
@@ -167,11 +167,11 @@ def test_a_token_outside_the_tokenizer_names_its_sample(shards):
 
 
 @pytest.mark.parametrize("shards", ["encoded"], indirect=True)
-def test_a_broken_picture_behind_right_checksums_names_its_record(shards):
+def test_a_broken_image_behind_right_checksums_names_its_record(shards):
     """As a header-checked data set may hold it."""
     content = bytearray((shards / "00000.pictures.bin").read_bytes())
     first = np.fromfile(shards / "00000.pictures.idx", np.uint8)[34:50].view("<i4")
-    end = int(first[:3].sum())  # a, b, b: the second picture of the shard's last sample but one is the third
+    end = int(first[:3].sum())  # a, b, b: the second image of the shard's last sample but one is the third
     content[end - 400 : end] = bytes(400)
     rewrite(shards, 0, "00000.pictures.bin", bytes(content))
     [(file, sentence)] = found(shards)
@@ -181,7 +181,7 @@ def test_a_broken_picture_behind_right_checksums_names_its_record(shards):
 
 
 @pytest.mark.parametrize("shards", ["encoded"], indirect=True)
-def test_a_picture_of_another_size_does_not_fit_its_grid(shards, bench):
+def test_an_image_of_another_size_does_not_fit_its_grid(shards, bench):
     content = (shards / "00000.pictures.bin").read_bytes()
     length = int(np.fromfile(shards / "00000.pictures.idx", np.uint8)[34:38].view("<i4")[0])
     file = io.BytesIO()
@@ -214,7 +214,7 @@ def change(dtype: str, place: int, value: int):
         ("tokens.idx", change("<i4", 34, 1), "contradict"),
         ("tokens.idx", change("<i8", 34 + 16 + 32 + 8, 5), "documents"),
         ("tokens.idx", change("<i8", 34 + 16 + 32 + 8, 2), "records"),
-        ("pictures.idx", change("<i8", 34 + 12 * 4 + 8, 0), "pictures"),
+        ("pictures.idx", change("<i8", 34 + 12 * 4 + 8, 0), "images"),
         ("grids.npy", change("<i4", 128, 3), "even"),
         ("samples.npy", change("<i4", -4 * 28, 5), "source"),
         ("samples.npy", change("<i4", -4 * 28 + 12, 1), "trained"),
@@ -234,7 +234,7 @@ def test_what_a_faulty_writer_could_leave_is_found_though_checksums_fit(shards, 
     assert all(damage.kind == "content" for damage in result.damage)
 
 
-def test_a_data_set_without_a_picture_is_whole(bench, new_sample):
+def test_a_data_set_without_an_image_is_whole(bench, new_sample):
     assert verify(bench.preprocess([new_sample(), new_sample()]).location).damage == []
 
 

@@ -1,4 +1,4 @@
-"""Pixels as the model gets them -> pictures that a page carries."""
+"""Pixels as the model gets them -> images that a page carries."""
 
 import base64
 import io
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-# All pictures of a page together; where they would be more, quality goes down first, then size.
-MAX_PICTURE_BYTES = 6_000_000
+# All images of a page together; where they would be more, quality goes down first, then size.
+MAX_IMAGE_BYTES = 6_000_000
 _ATTEMPTS = ((1, 88), (1, 70), (1, 45), (2, 60), (4, 60), (8, 60), (16, 50))
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a pack: uint8 [height, width, 3], and the first of its tokens."""
+class ShownImage:
+    """One image of a pack: uint8 [height, width, 3], and the first of its tokens."""
 
     pixels: np.ndarray
     first_token: int
@@ -29,29 +29,29 @@ class Picture:
         return self.pixels.shape[1] // 32
 
 
-def pictures_of(image: np.ndarray, positions: np.ndarray, patches: np.ndarray) -> list[Picture]:
-    """The pictures of a pack, put together from its patches.
+def images_of(image: np.ndarray, positions: np.ndarray, patches: np.ndarray) -> list[ShownImage]:
+    """The images of a pack, put together from its patches.
 
     Args:
-        image: int32 [T], number of the picture of each token, -1 outside.
+        image: int32 [T], number of the image of each token, -1 outside.
         positions: int32 [T, 3].
         patches: uint8 [cells, 4, 768], see ``docs/shard_format.md``.
     """
-    pictures, cell = [], 0
+    images, cell = [], 0
     for number in range(image.max() + 1):
         tokens = np.flatnonzero(image == number)
         rows, columns = (positions[tokens, 1:].max(axis=0) + 1).tolist()
         blocks = patches[cell : cell + len(tokens)].reshape(rows, columns, 2, 2, 3, 16, 16)
         pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * 32, columns * 32, 3)
-        pictures.append(Picture(pixels, int(tokens[0])))
+        images.append(ShownImage(pixels, int(tokens[0])))
         cell += len(tokens)
-    return pictures
+    return images
 
 
-def jpeg_addresses(pictures: Sequence[Picture], limit: int = MAX_PICTURE_BYTES) -> list[str]:
-    """``data:`` addresses of the pictures, in full size and good quality where all are at most ``limit`` bytes."""
+def jpeg_addresses(images: Sequence[ShownImage], limit: int = MAX_IMAGE_BYTES) -> list[str]:
+    """``data:`` addresses of the images, in full size and good quality where all are at most ``limit`` bytes."""
     for shrink, quality in _ATTEMPTS:
-        files = [_jpeg(picture.pixels, shrink, quality) for picture in pictures]
+        files = [_jpeg(image.pixels, shrink, quality) for image in images]
         if sum(map(len, files)) <= limit:
             break
     return [f"data:image/jpeg;base64,{base64.b64encode(file).decode()}" for file in files]

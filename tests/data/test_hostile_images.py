@@ -1,4 +1,4 @@
-"""The pictures with which Pillow tests itself: of many programs, found by fuzzing, bombs, and broken files."""
+"""The images with which Pillow tests itself: of many programs, found by fuzzing, bombs, and broken files."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FILES = 1060
 PROBE = """
 import json, sys
 from neo_megatron.errors import RejectedSample
-from neo_megatron.data.image import decode, grid_of_size, header_size, patches_from_image, read_picture
+from neo_megatron.data.image import decode, grid_of_size, header_size, patches_from_image, read_image
 done, watched = [], False
 
 def watch(event, arguments):
@@ -36,7 +36,7 @@ def watch(event, arguments):
 
 def look(how, name):
     try:
-        return how(read_picture(name), name)
+        return how(read_image(name), name)
     except RejectedSample as rejected:
         return rejected.reason.value
 
@@ -87,8 +87,8 @@ def download(target: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def pictures(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the pictures."""
+def images(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the images."""
     archive = pytestconfig.cache.mkdir("pillow") / SDIST
     if not archive.exists():
         download(archive)
@@ -103,13 +103,13 @@ def pictures(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def names(pictures: Path) -> list[str]:
-    return sorted(str(file.relative_to(pictures)) for file in pictures.rglob("*") if file.is_file())
+def names(images: Path) -> list[str]:
+    return sorted(str(file.relative_to(images)) for file in images.rglob("*") if file.is_file())
 
 
-def shown(pictures: Path, name: str) -> np.ndarray:
-    """A picture as the tool decodes it, uint8 [height, width, 3]."""
-    return np.asarray(decode((pictures / name).read_bytes(), name))
+def shown(images: Path, name: str) -> np.ndarray:
+    """An image as the tool decodes it, uint8 [height, width, 3]."""
+    return np.asarray(decode((images / name).read_bytes(), name))
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -126,12 +126,12 @@ def netpbm(file: Path) -> np.ndarray:
     return values.reshape(int(height), int(width), 3 if kind == b"P6" else 1)
 
 
-def test_nothing_crashes_writes_or_takes_much_memory(pictures, names, tmp_path):
-    """And the header alone gives the grid of every picture that can be decoded."""
+def test_nothing_crashes_writes_or_takes_much_memory(images, names, tmp_path):
+    """And the header alone gives the grid of every image that can be decoded."""
     assert len(names) == FILES
     process = subprocess.run(
         [sys.executable, "-c", PROBE],
-        input="\n".join(str(pictures / name) for name in names),
+        input="\n".join(str(images / name) for name in names),
         cwd=tmp_path,
         env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -148,8 +148,8 @@ def test_nothing_crashes_writes_or_takes_much_memory(pictures, names, tmp_path):
     assert [name for name, pixels, header in readable if pixels != header] == []
 
 
-def test_kept_and_rejected_make_all(bench, pictures, names, new_sample):
-    (bench.path / "pictures").symlink_to(pictures)
+def test_kept_and_rejected_make_all(bench, images, names, new_sample):
+    (bench.path / "images").symlink_to(images)
     records = [new_sample("What?", f"It is {name}.", image=name) for name in names]
     shards = bench.preprocess(records, settings=Settings(min_pixels=1024, max_pixels=65536))
     rejects = bench.rejects()
@@ -162,7 +162,7 @@ def test_kept_and_rejected_make_all(bench, pictures, names, new_sample):
     for name in ("decompression_bomb.gif", "l2rgb_read.bmp", "bmp/b/reallybig.bmp"):
         assert reasons[name]["kind"] == Reason.DECOMPRESSION_BOMB
     for name in ("truncated_jpeg.jpg", "broken_data_stream.png", "hopper.pfm", "16bit.s.tif"):
-        assert reasons[name]["kind"] == Reason.UNREADABLE_PICTURE
+        assert reasons[name]["kind"] == Reason.UNREADABLE_IMAGE
     assert "png_decompression_dos.png" not in reasons  # its bomb is a text, which is not looked at
     assert reasons["hopper.tar"]["kind"] == Reason.ARCHIVE_PATH
     for name in ("hopper.ico", "hopper.psd", "hopper.dds", "eps/1.eps", "avif/hopper.heif"):
@@ -170,18 +170,18 @@ def test_kept_and_rejected_make_all(bench, pictures, names, new_sample):
 
 
 @pytest.mark.parametrize("kind", ["jpg", "webp"])
-def test_turned_pictures_stand_upright(pictures, kind):
-    upright = netpbm(pictures / "hopper.ppm")
+def test_turned_images_stand_upright(images, kind):
+    upright = netpbm(images / "hopper.ppm")
     for orientation in range(2, 9):
-        assert distance(shown(pictures, f"hopper_orientation_{orientation}.{kind}"), upright) < 12
+        assert distance(shown(images, f"hopper_orientation_{orientation}.{kind}"), upright) < 12
 
 
-def test_other_turned_pictures_stand_upright(pictures):
-    page = shown(pictures, "g4_orientation_1.tif")
+def test_other_turned_images_stand_upright(images):
+    page = shown(images, "g4_orientation_1.tif")
     for orientation in range(2, 9):
-        assert distance(shown(pictures, f"g4_orientation_{orientation}.tif"), page) < 1
+        assert distance(shown(images, f"g4_orientation_{orientation}.tif"), page) < 1
     # A landscape with "top" and "bottom" written on it, and how it was turned.
-    views = [shown(pictures, f"avif/rot{turn}mir{mirror}.avif") for turn in range(4) for mirror in range(2)]
+    views = [shown(images, f"avif/rot{turn}mir{mirror}.avif") for turn in range(4) for mirror in range(2)]
     assert all(distance(view, views[0]) < 15 for view in views)
 
 
@@ -194,16 +194,16 @@ def test_other_turned_pictures_stand_upright(pictures):
         ("avif/hopper.avif", 12),
     ],
 )
-def test_one_picture_in_many_forms(pictures, name, most):
-    assert distance(shown(pictures, name), netpbm(pictures / "hopper.ppm")) < most
+def test_one_image_in_many_forms(images, name, most):
+    assert distance(shown(images, name), netpbm(images / "hopper.ppm")) < most
 
 
-def test_sixteen_and_twelve_bits_are_scaled(pictures):
-    assert (shown(pictures, "hopper_16bit.pgm") == netpbm(pictures / "hopper_16bit.pgm") >> 8).all()
+def test_sixteen_and_twelve_bits_are_scaled(images):
+    assert (shown(images, "hopper_16bit.pgm") == netpbm(images / "hopper_16bit.pgm") >> 8).all()
     for name in ("16bit.cropped.tif", "16bit.MM.cropped.tif", "16bit.deflate.tif", "16bit.cropped.jp2"):
-        assert (shown(pictures, name) <= 2).all()  # their values are 291 to 694
+        assert (shown(images, name) <= 2).all()  # their values are 291 to 694
     for kind in ("tiff_16bit_RGB", "tiff_tiled_planar_16bit_RGB"):
-        assert distance(shown(pictures, f"{kind}.tiff"), shown(pictures, "tiff_16bit_RGB_target.png")) < 1
+        assert distance(shown(images, f"{kind}.tiff"), shown(images, "tiff_16bit_RGB_target.png")) < 1
 
 
 # Files that are broken, and shown by every program in its own way; and what FFmpeg does not turn upright.
@@ -222,7 +222,7 @@ READERS = {
 
 
 def by_ffmpeg(file: Path) -> np.ndarray | None:
-    """The first picture of a file as FFmpeg decodes it, over white; ``None`` where it cannot."""
+    """The first image of a file as FFmpeg decodes it, over white; ``None`` where it cannot."""
     av = pytest.importorskip("av")
     with open(file, "rb") as stream:
         head = stream.read(8)
@@ -239,15 +239,15 @@ def by_ffmpeg(file: Path) -> np.ndarray | None:
     return colours if alpha.min() == 255 else (colours * (alpha / 255) + 255 - alpha).round().astype(np.uint8)
 
 
-def test_another_decoder_shows_the_same(pictures, names):
-    """Palettes, 16 bits, CMYK, transparency of all kinds, first frames of animations, multi-picture files."""
+def test_another_decoder_shows_the_same(images, names):
+    """Palettes, 16 bits, CMYK, transparency of all kinds, first frames of animations, multi-image files."""
     compared, different = 0, []
     for name in names:
-        theirs = None if DIFFERENT.search(name) else by_ffmpeg(pictures / name)
+        theirs = None if DIFFERENT.search(name) else by_ffmpeg(images / name)
         if theirs is None:
             continue
         try:
-            ours = shown(pictures, name)
+            ours = shown(images, name)
         except Exception:
             continue
         compared += 1

@@ -1,4 +1,4 @@
-// The picture, and over it how much of a word's attention each of its tokens has. The page's answer says which word:
+// The image, and over it how much of a word's attention each of its tokens has. The page's answer says which word:
 // it sends "neo-heat" with {levels, top}, or null for none.
 
 const PALETTE = [[0, 0, 4], [51, 10, 94], [120, 28, 109], [187, 55, 84], [237, 105, 37], [251, 181, 25], [252, 255, 164]];
@@ -12,17 +12,17 @@ const canvas = find("canvas"), image = find("img"), tip = find(".tip");
 const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 let heat = null, bare = false;
 
-function drawPicture() {
-  const picture = props.value;
+function drawImage() {
+  const view = props.value;
   heat = null;
-  find(".empty").hidden = Boolean(picture?.address);
-  find(".shown").hidden = !picture?.address;
-  find(".refused").textContent = picture?.refused ?? "";
-  if (picture?.address) {
-    image.src = picture.address;
-    image.alt = picture.name;
-    find(".facts").textContent = picture.facts;
-    [canvas.height, canvas.width] = picture.grid;
+  find(".empty").hidden = Boolean(view?.address);
+  find(".shown").hidden = !view?.address;
+  find(".refused").textContent = view?.refused ?? "";
+  if (view?.address) {
+    image.src = view.address;
+    image.alt = view.name;
+    find(".facts").textContent = view.facts;
+    [canvas.height, canvas.width] = view.grid;
     const ratio = canvas.width / canvas.height;
     find(".frame").style.cssText = `aspect-ratio: ${ratio}; max-width: ${70 * ratio}vh`; // all of it fits the screen
   }
@@ -60,7 +60,7 @@ find(".frame").addEventListener("pointermove", (event) => {
 });
 find(".frame").addEventListener("pointerleave", () => (tip.hidden = true));
 
-// A picture may be dropped or pasted anywhere on the page; the button's own input uploads it. Text goes where it goes.
+// An image may be dropped or pasted anywhere on the page; the button's own input uploads it. Text goes where it goes.
 function take(files) {
   const input = document.querySelector("input[type=file]");
   const one = new DataTransfer();
@@ -83,5 +83,5 @@ document.addEventListener("paste", (event) => {
   if (event.clipboardData.files.length) take(event.clipboardData.files);
 });
 
-watch("value", drawPicture);
-drawPicture();
+watch("value", drawImage);
+drawImage();
