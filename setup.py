@@ -32,6 +32,8 @@ DEMO = [
     *("semantic-version~=2.10", "starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1"),
     *("typing-extensions~=4.12", "uvicorn>=0.30"),
 ]
+# mkdocstrings formats signatures with ruff.
+DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8.2,<10", "mkdocstrings[python]>=1.0.8,<2", "ruff>=0.17,<0.18"]
 BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5.1", *S3]
 
 setup(
@@ -99,6 +101,7 @@ setup(
         "ray": RAY,
         "demo": DEMO,
         "benchmark": BENCHMARK,
+        "docs": DOCS,
         "test": [
             "accelerate>=1.1",  # the Trainer of transformers and device_map ask for it
             *("trl>=1.16", "peft>=0.21", "datasets>=4"),  # what people fine-tune exports with
