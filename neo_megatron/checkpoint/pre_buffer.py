@@ -1,7 +1,7 @@
 """A trained pre-buffer by itself: NEO's visual front end, to be put in front of another Qwen3 of the same width.
 
 A directory of the form of Hugging Face with `model_type: neo_pre_buffer` holds, under the names they have in a NEO, the
-patch embedding and the pre-buffer's layers. In addition ``picture_tokens.weight``, the embeddings of ``<img>`` and
+patch embedding and the pre-buffer's layers. It also holds ``picture_tokens.weight``, the embeddings of ``<img>`` and
 ``</img>``: they frame every image that the pre-buffer has seen, and a Qwen3 has nothing trained in their place.
 """
 

@@ -200,7 +200,9 @@ def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"preprocess_data: {file}, record 1, sample 1: the sample has 0 pic")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"preprocess_data: {file}, record 1, sample 1: the sample has 0 images"
+    )
 
 
 @pytest.mark.parametrize(
