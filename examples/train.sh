@@ -15,8 +15,8 @@ size=$1 stage=$2
 shift 2
 : "${PACKS:?directory written by neo-megatron pack}" "${OUTPUT:?directory for checkpoints and TensorBoard}"
 
-# For machines with 8 GPUs of 80 GB and the longest packs of docs/training.md: the first choices of neo-megatron plan --search
-# --gpus 8 --global-batch-size 128.
+# For machines with 8 GPUs of 80 GB and the longest packs of docs/training.md: the first choices of
+# neo-megatron plan --search --gpus 8 --global-batch-size 128.
 layout=()
 case $size:$stage in
   neo-2b:1) ;;
