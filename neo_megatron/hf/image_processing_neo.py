@@ -145,7 +145,7 @@ def write_shared_code(directory: Path) -> None:
     for name, part in shared.items():
         text = Path(inspect.getsourcefile(part)).read_text(encoding="utf-8")
         text = re.sub(
-            r"^from neo_megatron\.data\.(errors|image_limits) import", r"from .\1_neo import", text, flags=re.M
+            r"^from neo_megatron\.(?:data\.)?(errors|image_limits) import", r"from .\1_neo import", text, flags=re.M
         )
         (directory / f"{name}.py").write_text(text, encoding="utf-8")
 
