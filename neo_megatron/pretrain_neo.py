@@ -37,7 +37,7 @@ def main() -> None:
             failure.tell(stop, stop.code.removeprefix(f"{PROGRAM}: "))
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        failure.tell(error, sentence_of(error, ConfigError))
+        failure.tell(error, sentence_of(error))
 
 
 if __name__ == "__main__":
