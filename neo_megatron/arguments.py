@@ -53,7 +53,7 @@ class NeoTrainingArguments:
 
 @dataclass
 class NeoDryRunArguments:
-    """Looking before leaping."""
+    """The dry run."""
 
     dry_run: bool = False
     """Checks flags, layout, checkpoint and the packs of the first global batch, prints the plan of the run and exits
@@ -74,7 +74,7 @@ class NeoCheckpointArguments:
     """The checkpoints of a run."""
 
     save_total_limit: int = 0
-    """Keeps this many checkpoints in --save, the newest, and deletes older ones once a newer one is proved whole.
+    """Keeps this many checkpoints in --save, the newest, and deletes older ones once a newer one is verified.
     Default: all are kept."""
 
 

@@ -9,9 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 WORDS=(
   CHANGELOG.md CITATION.cff CONTRIBUTING.md SECURITY.md .github .pre-commit-config.yaml docker docs/containers.md
-  docs/troubleshooting.md neo_megatron/__init__.py pyproject.toml setup.py tests/lint.sh
+  README.md docs mkdocs.yml neo_megatron/__init__.py pyproject.toml setup.py tests/lint.sh
 )
-TYPES=(neo_megatron/__init__.py tests/check_words.py tests/support/markers.py)
+TYPES=(neo_megatron tests/check_words.py tests/support/markers.py)
 
 if [ -z "${LINT_PYTHON:-}" ]; then
   . tools/environment.sh test || exit

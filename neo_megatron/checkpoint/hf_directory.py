@@ -189,7 +189,7 @@ def write_safetensors(directory: Path, stored: list[StoredTensor], values: Itera
     """
     values = iter(values)
     shards = _shards(stored, shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)

@@ -38,7 +38,9 @@ class RunDirectory:
     def named_path(self) -> Path | None:
         """The directory that the tracker names, whether it is there or not."""
         named = self.named()
-        return self.path_of(named) if isinstance(named, int) else named and self.root / named
+        if isinstance(named, int):
+            return self.path_of(named)
+        return self.root / named if named else None
 
     def name(self, iteration: int) -> None:
         """Makes the tracker name a checkpoint. A kill leaves the old or the new name."""

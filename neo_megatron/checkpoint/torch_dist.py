@@ -247,7 +247,7 @@ def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None
         if values.file_size != stored.nbytes:
             raise CheckpointError(f"holds {values.file_size} bytes of values instead of {stored.nbytes}")
         with records.open(values) as file:
-            read_into(view, file, dtype)
+            read_into(view, file, dtype)  # type: ignore[arg-type]
 
 
 def _iteration_directory(path: Path) -> Path:

@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
-    inputs.add_argument("--registry", help="YAML file of data sets by name")
+    inputs.add_argument("--registry", help="YAML file that maps names to data sets")
     parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%10")
     parser.add_argument("--image-root", default="", help="directory of the images of --input, which none may leave")
     parser.add_argument("--output", type=Path, required=True, help="new directory")

@@ -24,7 +24,7 @@ def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     model.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer (%(default)s)")
 
 
-def add_batches(parser: argparse.ArgumentParser) -> None:
+def add_batches(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--video-fps", type=float, default=Settings.video_fps, help="frames a second (%(default)s)")
     parser.add_argument("--max-frames", type=int, default=Settings.max_frames, help="of one video (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (%(default)s)")

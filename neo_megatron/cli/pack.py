@@ -1,4 +1,4 @@
-"""Shards -> packs of whole samples for one sequence length; only indices are written, nothing is tokenized again.
+"""Packs complete samples into sequences of one length; only indices are written, nothing is tokenized again.
 
 neo-megatron pack --data shards --output packs --seq-length 16384
 neo-megatron pack --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what makes two files the same: the resolved path, or the bytes, which also finds copies and does not "
         "change when a data set is moved (path)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the draw from data sets with a share (0)")
     parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="over-long: listed, or stops")
     arguments = parser.parse_args()
     if arguments.held_out_by and not arguments.held_out:

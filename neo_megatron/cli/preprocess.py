@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
-    inputs.add_argument("--registry", help="YAML file of data sets by name")
+    inputs.add_argument("--registry", help="YAML file that maps names to data sets")
     parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%50")
     parser.add_argument("--image-root", default="", help="directory of the images of --input, which none may leave")
     parser.add_argument(
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         default=Settings.empty_answers,
         help="a sample with an empty or blank answer to train on is rejected, or kept and counted (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw from data sets that are not used whole")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the draw from data sets with a share (0)")
     parser.add_argument("--records-per-shard", type=int, default=Settings.records_per_shard, help="(%(default)s)")
     arguments = parser.parse_args()
     if bool(arguments.registry) != bool(arguments.datasets):

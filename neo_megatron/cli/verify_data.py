@@ -25,7 +25,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # manifests may hold paths that are not Unicode
+    # Manifests may hold paths that are not Unicode.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     started = time.monotonic()
     result = verify(arguments.data, arguments.workers)
     seconds = time.monotonic() - started

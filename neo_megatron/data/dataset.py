@@ -85,7 +85,8 @@ class PackDataset(torch.utils.data.Dataset):
             )
         # To check patches there is nothing to read: any bytes are pixels.
         self._fetch_images = images == "patches" or (images == "check" and "encoded" in stores)
-        self._window, self._window_packs = -1, []
+        self._window = -1
+        self._window_packs: list[tuple[int, np.ndarray]] = []
 
     def __len__(self) -> int:
         return self._num_samples

@@ -8,6 +8,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 from PIL import Image
 
@@ -277,7 +278,7 @@ def _check_tiff_pieces(image: Image.Image, data: bytes) -> None:
                 raise TooCostly(f"cannot be decoded: {scans} JPEG scans of {area} pixels take too long")
 
 
-def _planes(tags: object) -> int:
+def _planes(tags: Any) -> int:
     """Pieces that show the same place, one for each sample."""
     return _whole(tags.get(_SAMPLES_TAG, 1)) if tags.get(_PLANAR_TAG) == 2 else 1
 

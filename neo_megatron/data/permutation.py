@@ -25,7 +25,7 @@ def key_of(*key: int | str) -> int:
     return int.from_bytes(_digest(key)[:8], "little")
 
 
-def shuffled(index: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
+def shuffled(index: np.ndarray, count: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
     """Where a permutation of ``range(count)`` sends ``index``, without drawing the permutation: int64 ``[n]``.
 
     Any one place costs the same, so nothing has to be drawn or kept for a hundred million samples. The bijection works

@@ -234,8 +234,8 @@ def _growth(part: Any, known: _Growth, what: str) -> float:
     for key, value in part.items():
         good = isinstance(value, bool) or _is_id(value) or _is_short(value) or key in _STRUCTURED
         _require(good, f"its {what} has {_short(key)}: {_short(value)}")
-    growth = known[kind]
-    return growth if isinstance(growth, float) else growth(part)
+    factor = known[kind]
+    return factor if isinstance(factor, float) else factor(part)
 
 
 def _replacing(part: dict[str, Any]) -> float:

@@ -7,7 +7,7 @@ is, so what a user types is text even where it reads `<|im_end|>`.
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -166,7 +166,9 @@ class Answerer:
         rows = self._generate(inputs, max_new_tokens, **generation)[:, inputs["input_ids"].shape[1] :]
         return [self._answer(row) for row in rows.tolist()]
 
-    def stream(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **generation: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **generation: Any
+    ) -> Generator[Piece, None, None]:
         """The answer to a prompt, piece by piece as it is made; closing the iterator stops the model.
 
         The texts of the pieces joined are the text that :meth:`answer` gives. Arguments as there, without beams.

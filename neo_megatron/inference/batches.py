@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -176,7 +176,7 @@ def answer_all(questions: Sequence[Question], task: Task, run: AnswerRun, batch_
             progress.update(len(asked))
 
 
-def _inline(task: Task, batches: Sequence[Batch]) -> Iterator[tuple[Sequence[Question], list[Result]]]:
+def _inline(task: Task, batches: Sequence[Batch]) -> Generator[tuple[Sequence[Question], list[Result]], None, None]:
     worker = Worker(task, None) if batches else None
     for asked, seed in batches:
         yield asked, worker(asked, seed)
@@ -184,7 +184,7 @@ def _inline(task: Task, batches: Sequence[Batch]) -> Iterator[tuple[Sequence[Que
 
 def _on_processes(
     task: Task, batches: Sequence[Batch], workers: int
-) -> Iterator[tuple[Sequence[Question], list[Result]]]:
+) -> Generator[tuple[Sequence[Question], list[Result]], None, None]:
     """Batches as they come to their end."""
     devices = SPAWN.SimpleQueue()
     for number in range(workers):

@@ -34,7 +34,7 @@ def page(evaluation: Evaluation, model: str, cases: int = CASES) -> str:
     total = evaluation.total
     wrong = [line for line in evaluation.lines if not line["exact_match"]]
     shown = worst_cases(wrong, cases)
-    examples = defaultdict(list)
+    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for entry in evaluation.rejects:
         examples[entry["kind"]] += [entry] if len(examples[entry["kind"]]) < EXAMPLES else []
     return template(Path(__file__).with_name("report_page.html")).substitute(

@@ -99,7 +99,7 @@ def attention_pairs(mask: AttentionMask) -> Tensor:
         float64 ``[2]`` on the mask's device, which is not waited for.
     """
     if isinstance(mask, TiledMask):
-        return torch.tensor(mask.pairs, dtype=torch.float64)
+        return torch.tensor(mask.pairs, dtype=torch.float64)  # type: ignore[attr-defined]
     if isinstance(mask, Tensor):
         allowed = mask.sum(dtype=torch.float64)
         return torch.stack((torch.full_like(allowed, mask.numel()), allowed))

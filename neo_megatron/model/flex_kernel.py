@@ -117,9 +117,9 @@ def all_that_fit(widths: Widths, shared_memory: int) -> tuple[list[Forward], lis
     sizes, stages, warps = (32, 64, 128), (1, 2, 3, 4), (4, 8)
     forward = [Forward(*choice) for choice in product(sizes, sizes, stages, warps)]
     backward = [Backward(*choice) for choice in product(sizes, sizes, stages, warps) if choice[1] % choice[0] == 0]
-    return tuple(
-        [choice for choice in choices if choice.shared_memory(widths) <= shared_memory]
-        for choices in (forward, backward)
+    return (
+        [choice for choice in forward if choice.shared_memory(widths) <= shared_memory],
+        [choice for choice in backward if choice.shared_memory(widths) <= shared_memory],
     )
 
 

@@ -53,8 +53,11 @@ def _part_by_part(
         return [CpuRMSNorm.apply(part, weight, eps) for part, weight in zip(parts, weights, strict=True)]
 
     query, key, value = _parts(qkv, qk_hw)
-    query, key = normalised(query, query_norms), normalised(key, key_norms)
-    return rotary.rotate(*query), rotary.rotate(*key), value.flatten(2, 3)
+    return (
+        rotary.rotate(*normalised(query, query_norms)),
+        rotary.rotate(*normalised(key, key_norms)),
+        value.flatten(2, 3),
+    )
 
 
 @cache

@@ -33,7 +33,7 @@ class HeadNorm(RMSNorm):
     parameter which is still being gathered.
     """
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor:  # type: ignore[override]
         """The weight ``[D]``."""
         return self.weight
 

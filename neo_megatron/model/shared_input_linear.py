@@ -54,7 +54,7 @@ def gather_again(whole_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, conte
     whole_TBH.untyped_storage().resize_(0)
     # `data` counts its changes apart: to autograd the tensor has not changed. What is pending is taken out when used,
     # since hooks live as long as the graph of all layers.
-    pending = [(whole_TBH.data, part_SBH.detach())]
+    pending: list[Any] = [(whole_TBH.data, part_SBH.detach())]
 
     def begin(_gradient: Tensor) -> None:
         whole, part = pending.pop()

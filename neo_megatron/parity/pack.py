@@ -86,12 +86,12 @@ def made_pack(sizes: NeoSizes, seed: int = 0) -> MadePack:
     document = np.repeat(np.arange(len(ends), dtype=np.int32), np.diff(ends, prepend=0))
     tokens_T = np.array(tokens + [0] * PADDING)
     document_T = np.append(document, np.full(PADDING, -1, np.int32))
-    grids = np.array([grid for document in DOCUMENTS for grid in document])
+    every_grid = np.array([grid for document in DOCUMENTS for grid in document])
     ids = SpecialIds(context, start, image_end=-1, turn_start=-1, turn_end=-1, pad=0)
     targets = np.concatenate(trained)
-    cells = int(grids.prod(axis=1).sum()) // 4
+    cells = int(every_grid.prod(axis=1).sum()) // 4
     weight = np.concatenate([np.full(len(part), len(part) ** -0.5, np.float32) for part in trained])
     patches = draw.integers(0, 256, (cells, 4, PATCH_VALUES), np.uint8)
-    tensors = pack_tensors(tokens_T, document_T, grids, ids, targets, weight, patches)
+    tensors = pack_tensors(tokens_T, document_T, every_grid, ids, targets, weight, patches)
     packed = collate([{**tensors, "samples": len(ends), "broken": []}])
-    return MadePack({name: packed[name] for name in tensors}, ends, torch.from_numpy(grids))
+    return MadePack({name: packed[name] for name in tensors}, ends, torch.from_numpy(every_grid))

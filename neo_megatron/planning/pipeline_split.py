@@ -138,7 +138,7 @@ def balanced_split(layers: Sequence[float], stages: int, before: float = 0.0, af
 
     def best(merge, limit: float) -> tuple[float, list[int]]:
         """Least merged cost of the stages after each layer, from the last stage back to the first."""
-        rest = {len(layers): (0.0, [])}
+        rest: dict[int, tuple[float, list[int]]] = {len(layers): (0.0, [])}
         for stage in reversed(range(stages)):
             here = {}
             for start in range(stage, len(layers) - (stages - stage) + 1):

@@ -46,7 +46,9 @@ def search(
     Raises:
         ConfigError: there is no layout to look at; or the GPU lacks the precision.
     """
-    plans, count, refusals = [], 0, []
+    plans: list[Plan] = []
+    refusals: list[str] = []
+    count = 0
     every = candidates(
         *(sizes, gpus, workload, training_stage, global_batch_size, precision, gpu.gpus_per_machine),
         given=given,

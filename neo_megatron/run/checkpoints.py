@@ -122,7 +122,7 @@ class RunCheckpoints:
         surplus = self._directory.surplus(self._limit)
         if not surplus:
             return
-        newest = self._directory.path_of(self._directory.named())
+        newest = self._directory.named_path()
         try:
             verify_pieces(stored_pieces(newest))
             for iteration in surplus:

@@ -154,7 +154,7 @@ class Console:
         os.close(file)
         for stream in (sys.stdout, sys.stderr):
             # Else Python would hold back, and a kill would take with it, what is written to a file.
-            stream.reconfigure(line_buffering=True)
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         sys.stdout = _Lines(sys.stdout, self)
         sys.stderr = _Lines(sys.stderr, self)
         print(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {' '.join(sys.argv)}", flush=True)

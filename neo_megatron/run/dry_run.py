@@ -25,8 +25,10 @@ from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint
 
 # Layouts that only Megatron's own split knows.
-_UNPLANNED = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-_UNPLANNED += ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+_UNPLANNED = (
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
 
 
 def dry_run(args: Namespace) -> None:

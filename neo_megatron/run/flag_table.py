@@ -58,10 +58,10 @@ def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
     for only in accepted_flags.ONLY_VALUES:
         if only.flag in given and _text(given[only.flag]) not in only.values:
             yield f"{as_written(only.flag, given[only.flag])}: {only.remedy}"
-    for only in accepted_flags.ONLY_WITH:
-        for flag in only.flags:
-            if flag in given and not only.where(args):
-                yield f"{as_written(flag, given[flag])} is for {only.needed}: add it, or leave {flag} out"
+    for pair in accepted_flags.ONLY_WITH:
+        for flag in pair.flags:
+            if flag in given and not pair.where(args):
+                yield f"{as_written(flag, given[flag])} is for {pair.needed}: add it, or leave {flag} out"
 
 
 def gpu_refusals(given: dict[str, Any]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def begin_worker(number: int, worker: int = 0) -> None:
         worker: as PyTorch counts them.
     """
     heed_only_parent(number)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def heed_only_parent(number: int) -> None:

@@ -50,7 +50,7 @@ def datasets_provider(
     )
 
 
-datasets_provider.is_distributed = True
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def ended_before(args: Namespace, packs: int, consumed: int) -> str:

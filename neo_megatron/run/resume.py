@@ -34,7 +34,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
     """
     if args.load:
         paths = on_rank_0(lambda: _candidates(args))
-        damages = []
+        damages: list[str] = []
         for path in paths:
             damage = _verify_together(path, read_tensors)
             if damage is None:

@@ -182,9 +182,12 @@ class _Wanted(NamedTuple):
 def _merged(ranges: Sequence[Range]) -> list[_Wanted]:
     """Requests that bring all ranges which are not mapped; neighbours in a file share one."""
     merged: list[_Wanted] = []
-    of_objects = [number for number, part in enumerate(ranges) if isinstance(part.content, ObjectFile)]
-    for number in sorted(of_objects, key=lambda number: (ranges[number].content.name, ranges[number].offset)):
-        file, offset, size = ranges[number]
+    of_objects = [
+        (part.content, part.offset, part.size, number)
+        for number, part in enumerate(ranges)
+        if isinstance(part.content, ObjectFile)
+    ]
+    for file, offset, size, number in sorted(of_objects, key=lambda wanted: (wanted[0].name, wanted[1])):
         last = merged[-1] if merged else None
         if last and last.file.name == file.name and offset - last.stop <= _GAP:
             merged[-1] = last._replace(stop=max(last.stop, offset + size), ranges=[*last.ranges, number])

@@ -75,13 +75,8 @@ def _wide_encoding(head: bytes) -> str:
         if head.startswith(mark):
             return name
     start = head[:4].ljust(4, b"x")
-    zeros = [byte == 0 for byte in start]
-    return {
-        (True, True, True, False): "UTF-32BE",
-        (False, True, True, True): "UTF-32LE",
-        (True, False, True, False): "UTF-16BE",
-        (False, True, False, True): "UTF-16LE",
-    }.get(tuple(zeros), "")
+    zeros = "".join("0" if byte == 0 else "x" for byte in start)
+    return {"000x": "UTF-32BE", "x000": "UTF-32LE", "0x0x": "UTF-16BE", "x0x0": "UTF-16LE"}.get(zeros, "")
 
 
 class _Lines:

@@ -118,7 +118,7 @@ class LocalEngine:
 
     def wait(self) -> tuple[int, _Result]:
         while True:
-            ready = connection.wait(list(self._busy), timeout=1.0)
+            ready: list[Any] = connection.wait(list(self._busy), timeout=1.0)
             if not ready:
                 self._stopped.look(process.pid for process, _ in self._busy.values())
             for pipe in ready:

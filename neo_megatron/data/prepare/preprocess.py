@@ -113,7 +113,9 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected:
     """Makes the list of rejects and, where they are not too many, the manifest of the outcomes of all slices."""
     counts: Counter[str] = Counter(records_read=0, samples_read=0)
     reasons: Counter[str] = Counter()
-    shards, noticed, first = [], Noticed(), {}
+    shards: list[dict[str, Any]] = []
+    first: dict[str, dict[str, Any]] = {}
+    noticed = Noticed()
     rejects = WholeFile(output / REJECTS)
     for number in range(count):
         outcome: Outcome = load_outcome(output, number)

@@ -103,7 +103,8 @@ class _Scan:
         depths = self.depth + np.cumsum(_DEPTH_CHANGE[classes])
         closed = np.flatnonzero(depths == 0)
         if len(closed):
-            places, classes, depths = (array[: closed[0] + 1] for array in (places, classes, depths))
+            end = int(closed[0]) + 1
+            places, classes, depths = places[:end], classes[:end], depths[:end]
         self.depth = int(depths[-1]) if len(places) else self.depth
         return places[(depths == 0) | ((depths == 1) & (classes != _CLOSE))]
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.prepare.foreign_media import inline_form, placeholder
@@ -41,7 +42,7 @@ class Sample:
     first_turn: int = 0
 
 
-def parse_record(line: bytes | None) -> Iterator[tuple[int | None, object]]:
+def parse_record(line: bytes | None) -> Iterator[tuple[int | None, Any]]:
     """(element, sample as written) of a record; a list-packed record has several, any other one with element ``None``.
 
     Raises:

@@ -95,7 +95,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(registry: Path) -> dict[str, dict[str, str]]:
+def _read(registry: Path) -> dict[str, dict[str, Any]]:
     check_path(registry, Wanted.REGISTRY, "the registry")
     try:
         entries = yaml.load(registry.read_text(), _UniqueKeyLoader)  # noqa: S506 - a subclass of the safe loader

@@ -180,7 +180,7 @@ class _ShardCheck:
                 self._name(kind),
                 self._directory.map(index_name),
                 self._directory.map(data_name),
-                SEQUENCES[kind],
+                SEQUENCES[kind],  # type: ignore[arg-type]
                 self._entry["pictures" if of_images else "samples"],
                 self._entry["samples"] if of_images else None,
             )
