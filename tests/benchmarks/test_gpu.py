@@ -15,7 +15,6 @@ from neo_megatron.benchmarks.gpu_steps import (
     PLAIN,
     StepRun,
     flags,
-    grouped,
     planned,
     runs,
     with_more_recomputed,
@@ -73,11 +72,6 @@ def test_idle_time_counts_overlapping_kernels_once():
     assert busy([(0, 4), (2, 6), (3, 5), (8, 9)]) == 7
     shares = share_by_kind([("gemm", 0, 6), ("Memcpy HtoD", 4, 6), ("gemm", 9, 10)])
     assert shares == pytest.approx({"products": 0.7, "copies": 0.2, "idle": 0.3})
-
-
-def test_one_process_measures_all_lengths_that_recompute_alike():
-    assert len(runs(ON_GPU)) == 2 * 9 + 2
-    assert [len(group) for group in grouped(runs(ON_GPU))] == [2] * 9 + [1] * 2
 
 
 def test_layers_are_recomputed_where_the_plan_does_not_fit():

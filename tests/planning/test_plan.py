@@ -8,7 +8,7 @@ from support.processes import run_python
 
 from neo_megatron.planning.hardware import GPUS, gpu_named
 from neo_megatron.planning.layout import Layout
-from neo_megatron.planning.memory import peak_in_flight, pipeline_memory
+from neo_megatron.planning.memory import peak_in_flight
 from neo_megatron.planning.report import Plan
 from neo_megatron.planning.search import candidates, search
 from neo_megatron.planning.workload import Workload
@@ -85,24 +85,6 @@ def test_micro_batches_in_flight():
     two = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, global_batch_size=8)
     assert peak_in_flight([10.0, 1.0], 0, two) == 4 * 10 + 1
     assert peak_in_flight([10.0, 1.0], 1, two) == 3 * 10
-
-
-def test_what_is_known_to_save_memory_saves_it():
-    sizes = SIZES["neo-2b"]
-    base = dict(tensor_model_parallel_size=2, data_parallel_size=4, global_batch_size=8)
-
-    def total(**changes) -> float:
-        return pipeline_memory(sizes, Layout(**base | changes), WORKLOAD, 2)[0].total
-
-    assert total(sequence_parallel=True) < total()
-    assert total(use_distributed_optimizer=True) < total()
-    full = dict(recompute_granularity="full", recompute_method="uniform")
-    mlp = dict(recompute_granularity="selective", recompute_modules=("mlp",))
-    assert total(**full) < total(**mlp) < total()
-    assert total(context_parallel_size=2) < total()
-    frozen, trained = (pipeline_memory(sizes, Layout(**base), WORKLOAD, stage)[0].state for stage in (1, 2))
-    assert frozen.parameters == trained.parameters
-    assert frozen.gradients < trained.gradients / 2 and frozen.optimizer < trained.optimizer / 2
 
 
 def test_a_search_ranks_what_fits():

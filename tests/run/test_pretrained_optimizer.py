@@ -1,12 +1,10 @@
 """Optimizer state that cannot be taken over is refused in a sentence; `test_stages.py` takes it over."""
 
-from argparse import Namespace
-
 import pytest
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.errors import ConfigError
-from neo_megatron.run.pretrained_optimizer import check_flags, take_over_state
+from neo_megatron.run.pretrained_optimizer import take_over_state
 
 
 def test_a_checkpoint_without_state_ends_in_a_sentence(golden, tmp_path):
@@ -16,14 +14,21 @@ def test_a_checkpoint_without_state_ends_in_a_sentence(golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, sentence",
+    ("flags", "sentence"),
     [
-        ({"pretrained_checkpoint": None}, "needs --pretrained-checkpoint"),
-        ({"optimizer": "sgd"}, "takes over the state of --optimizer adam"),
+        ("", "needs --pretrained-checkpoint"),
+        ("--pretrained-checkpoint {start} --optimizer sgd", "takes over the state of --optimizer adam"),
     ],
 )
-def test_flags_that_leave_nothing_to_take_over_are_refused(flags, sentence):
-    fine = {"pretrained_optimizer": True, "pretrained_checkpoint": "stage1", "optimizer": "adam"}
-    check_flags(Namespace(**fine))
+def test_flags_that_leave_nothing_to_take_over_are_refused(parse, golden, tmp_path, flags, sentence):
+    convert_hf_to_megatron(golden / "ckpt_untied", tmp_path / "start")
+    flags = flags.format(start=tmp_path / "start")
     with pytest.raises(ConfigError, match=sentence):
-        check_flags(Namespace(**{**fine, **flags}))
+        parse(f"--train-iters 4 --pretrained-optimizer {flags}")
+
+
+def test_state_of_another_checkpoint_may_be_asked_for(parse, golden, tmp_path):
+    convert_hf_to_megatron(golden / "ckpt_untied", tmp_path / "start")
+    assert parse(
+        f"--train-iters 4 --pretrained-optimizer --pretrained-checkpoint {tmp_path}/start"
+    ).pretrained_optimizer

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from neo_megatron.data.packs.best_fit import best_fit
-from neo_megatron.data.packs.index import Drawn, PackTable, open_table
+from neo_megatron.data.packs.index import PackTable, open_table
 from neo_megatron.data.packs.units import Units, draw_share, units_of_shard
 from neo_megatron.data.packs.writer import write_table
 
@@ -66,15 +66,6 @@ def test_costs_are_those_of_the_documents_of_a_pack(table_of):
     drawn = table.draw(0, 0, np.arange(len(table)))
     for members, cost in zip(epoch_of(table, 0, 0), table.costs(drawn).tolist(), strict=True):
         assert cost == [sum(int(lengths[m]) ** 2 for m in members), sum(int(lengths[m]) // 2 for m in members)]
-
-
-def test_read_ahead_takes_any_rows(table_of):
-    """It changes nothing that can be seen; it must not leave the map, whatever the rows."""
-    table = table_of(draw(0, 5000, 30))
-    before = epoch_of(table, 0, 0)
-    table.read_ahead(table.draw(0, 0, np.arange(len(table))))
-    table.read_ahead(Drawn(np.array([0, 4999]), np.array([0, 2])))
-    assert epoch_of(table, 0, 0) == before
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
