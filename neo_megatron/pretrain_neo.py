@@ -42,3 +42,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # in the process that saves in the background, which unpickles objects of Megatron
+    from neo_megatron.megatron_compat import cpu_platform
+
+    cpu_platform.install_training()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from support.markers import add_markers
 from support.paths import GOLDEN
 
 pytest_plugins = ["support.bench", "support.checkpoints"]
+
+
+def pytest_configure() -> None:
+    """Under `nohup` or in the background some signals are ignored, also by all processes that tests start."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

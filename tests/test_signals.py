@@ -54,12 +54,6 @@ def start(tool: str, room: Path, output: Path, **how) -> subprocess.Popen:
     )
 
 
-def heed_signals() -> None:
-    """As in a terminal, also where these tests run under `nohup` or in the background, which ignore some signals."""
-    for number in ENDS_BY:
-        signal.signal(number, signal.SIG_DFL)
-
-
 def of_session(leader: int) -> list[psutil.Process]:
     """Processes that still run in a session, those of a tokenizer's reader excepted, which has its own."""
     return [process for process in psutil.process_iter() if in_session(process, leader)]

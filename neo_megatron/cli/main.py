@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import runpy
 import sys
 
 from neo_megatron import __version__, command_line
@@ -32,7 +33,8 @@ def run_command(name: str) -> None:
     """Runs a command on ``sys.argv``; an error that the user can put right ends the process with one sentence."""
     command = COMMANDS[name]
     if command.starts_itself:
-        importlib.import_module(command.module).main()
+        # As `python -m` does it: the process that saves in the background imports the main module again.
+        runpy.run_module(command.module, run_name="__main__", alter_sys=True)
         return
     program = command_line.program_name()
     command_line.begin(program, command.paths)  # before the import below, which takes seconds

@@ -118,7 +118,7 @@ def test_the_wheel_runs_outside_the_checkout(installed, tmp_path):
     call("convert", "hf-to-megatron", "--hf", GOLDEN / "ckpt_untied", "--output", "start")
     size = ("--neo-model", GOLDEN / "ckpt_untied", "--pretrained-checkpoint", "start")
     batch = ("--micro-batch-size", 1, "--global-batch-size", 2, "--train-iters", 2, "--num-workers", 0)
-    call("pretrain", *size, "--train-data-path", "packs", *batch, "--save", "run", "--save-interval", 2)
+    call("pretrain", *size, "--train-data-path", "packs", *batch, "--save", "run", "--save-interval", 2, "--async-save")
     call("convert", "megatron-to-hf", "--megatron", "run", *tokenizer, "--output", "trained")
     assert call("generate", "--model", "trained", "--prompt", "Hi", "--max-new-tokens", 4)
     assert "fits" in call("plan", "--neo-model", "tiny", "--seq-length", 4096)

@@ -416,12 +416,14 @@ def test_a_killed_job_of_two_ranks_goes_on(room, first):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    printed = []
     for line in process.stdout:
+        printed.append(line)
         if "scheduled an async checkpoint save at iteration       6" in line:
             break
     for doomed in [*psutil.Process(process.pid).children(recursive=True), process]:
         doomed.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL, "".join(printed)[-6000:]
     # On a busy machine the save of step 6 may have come to its end before the kill.
     saved = int((room / "torchrun-saved" / TRACKER).read_text())
     assert saved in (2, 4, 6)

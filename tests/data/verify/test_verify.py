@@ -297,7 +297,7 @@ def rewrite_unit(packs: Path, first: int, field: str, value: int) -> None:
     [
         (3, "first", 0, "packs of an epoch"),
         (3, "first", 1000, "no data set"),
-        (3, "cells", 77, "cells"),
+        (3, "cells", 77, "image tokens, not 77"),
         (1, "squares", 1, "squared"),
         (1, "samples", 1, "tokens"),
         (4, "samples", 2, "does not end"),
