@@ -49,7 +49,6 @@ def start(tool: str, room: Path, output: Path, **how) -> subprocess.Popen:
         [sys.executable, TOOLS / f"{tool}.py", *words],
         env=environment,
         start_new_session=True,
-        preexec_fn=heed_signals,
         **how,
     )
 
