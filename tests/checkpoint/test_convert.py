@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import run_python
+from support.processes import run_forked
 from torch.distributed.checkpoint import FileSystemReader
 
 from neo_megatron.checkpoint import to_hf
@@ -83,7 +83,7 @@ def test_what_megatron_loads_and_saves(tied, tokenizer, tmp_path):
     convert_hf_to_megatron(tied, tmp_path / "in")
     (tmp_path / "out").mkdir()
     worker = Path(__file__).parent / "megatron_worker.py"
-    done = run_python(worker, tied, tmp_path / "in" / "release", tmp_path / "out")
+    done = run_forked(worker, tied, tmp_path / "in" / "release", tmp_path / "out")
     assert done.returncode == 0, done.stdout[-4000:]
     convert_megatron_to_hf(tmp_path / "out", tmp_path / "hf", tokenizer)
     expected, actual = (load_file(path / "model.safetensors") for path in (tied, tmp_path / "hf"))

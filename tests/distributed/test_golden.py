@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.paths import GOLDEN
-from support.processes import torchrun
+from support.processes import run_ranks
 from torch import Tensor
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -33,7 +33,7 @@ def computed(tmp_path_factory) -> Path:
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", directory / "checkpoint")
     for processes, layouts in LAYOUTS.items():
         worker = Path(__file__).parent / "golden_worker.py"
-        torchrun(processes, worker, directory, directory / "checkpoint" / "release", *layouts)
+        run_ranks(processes, worker, directory, directory / "checkpoint" / "release", *layouts)
     return directory
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.processes import torchrun
+from support.processes import run_ranks
 from support.random_packs import random_packs
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def computed(tmp_path_factory) -> tuple[dict[str, Tensor], list[dict[str, Tensor
     inputs = {name: torch.randn(96, 2, *width, generator=draw).double() for name, width in widths.items()}
     inputs |= {"document": packs.document_BT, "image": packs.image_BT}
     save_file(inputs, directory / "inputs.safetensors")
-    torchrun(4, WORKER, directory)
+    run_ranks(4, WORKER, directory)
     return inputs, [load_file(directory / f"rank{rank}.safetensors") for rank in range(4)]
 
 

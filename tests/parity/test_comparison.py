@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from support.paths import TOOLS
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron import command_line
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -34,7 +34,7 @@ def verify(megatron, monkeypatch, capsys):
 
 def test_two_forms_of_one_model_agree(golden, tmp_path):
     convert_hf_to_megatron(golden / "ckpt_untied", tmp_path / "megatron")
-    done = run_python(TOOL, golden / "ckpt_untied", tmp_path / "megatron")
+    done = run_forked(TOOL, golden / "ckpt_untied", tmp_path / "megatron")
     assert done.returncode == 0, done.stdout
     parts = [line.split("  ")[0] for line in done.stdout.splitlines() if "e-0" in line]
     layers = ["layer 0 (pre-buffer)", "layer 1 (pre-buffer)", "layer 2", "layer 3", "layer 4"]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron.planning.activations import chunk_bytes
 from neo_megatron.planning.communication import rank_traffic
@@ -52,7 +52,7 @@ def measured() -> dict[str, tuple[int, float]]:
         }
         case = {"sizes": asdict(MODEL), "stage": stage, "batch": (LENGTH, CELLS, TRAINED), "settings": settings}
         cases.append(case | ranks)
-    done = run_python(Path(__file__).parent / "activation_worker.py", json.dumps(cases))
+    done = run_forked(Path(__file__).parent / "activation_worker.py", json.dumps(cases))
     assert done.returncode == 0, done.stdout[-6000:]
     return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

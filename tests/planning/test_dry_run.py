@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import GOLDEN
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -60,7 +60,7 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
         kernels = ["--transformer-impl", layout.transformer_impl]  # without a GPU the default is another
         jobs[f"found {number}"] = (16, " ".join([common + whole, *batch, *flags(layout), *kernels]))
     argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
-    done = run_python(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
+    done = run_forked(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads(done.stdout.splitlines()[-1])
     return {name: (*result, room) for name, result in zip(jobs, found, strict=True)}

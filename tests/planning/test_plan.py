@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.paths import TOOLS
-from support.processes import run_python
+from support.processes import run_forked, run_python
 
 from neo_megatron.planning.hardware import GPUS, gpu_named
 from neo_megatron.planning.layout import Layout
@@ -26,7 +26,7 @@ def test_the_tool_prints_a_plan_without_torch():
     done = run_python("-c", f"{program}; assert 'torch' not in sys.modules", TOOL, *flags.split())
     assert done.returncode == 0, done.stdout
     assert "64 GPUs: TP 4 with SP, PP 1, CP 1, DP 16" in done.stdout and "fits: rank 0 needs" in done.stdout
-    done = run_python(TOOL, *flags.split(), "--json")
+    done = run_forked(TOOL, *flags.split(), "--json")
     plan = json.loads(done.stdout)
     memory = plan["memory"][0]
     parts = [*memory["state"].values(), memory["fp8_weights"], memory["activations"], memory["working"]]
@@ -69,7 +69,7 @@ def test_the_tool_prints_a_plan_without_torch():
     ],
 )
 def test_what_cannot_be_planned_ends_in_a_sentence(flags, sentence):
-    done = run_python(TOOL, "--neo-model", "neo-9b", *flags.split())
+    done = run_forked(TOOL, "--neo-model", "neo-9b", *flags.split())
     assert done.returncode == 1 and done.stdout.startswith("plan: ") and sentence in done.stdout, done.stdout
     assert len(done.stdout.splitlines()) == 1
 

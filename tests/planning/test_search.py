@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from support.paths import ROOT
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron.planning.hardware import GPUS
 from neo_megatron.planning.report import Plan
@@ -28,7 +28,7 @@ def printed() -> str:
     """A search for the tiny model in FP8 with its pre-buffer on a pipeline stage of its own."""
     command = "--neo-model tiny --gpus 4 --seq-length 1024 --global-batch-size 8 --precision fp8 --search --top 4"
     command += " --pre-buffer-pipeline-stages 1 --pipeline-model-parallel-size 2 --micro-batch-size 2"
-    done = run_python(ROOT / "tools" / "plan.py", *command.split())
+    done = run_forked(ROOT / "tools" / "plan.py", *command.split())
     assert done.returncode == 0, done.stdout
     return done.stdout
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.planning.layout import Layout, layout_stages
@@ -66,7 +66,7 @@ def test_state_equals_a_real_rank_to_the_byte():
         for *case, ranks in CASES
         for layout in [case[2]]
     ]
-    done = run_python(Path(__file__).parent / "state_worker.py", json.dumps(cases))
+    done = run_forked(Path(__file__).parent / "state_worker.py", json.dumps(cases))
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for (model, stage, layout, ranks), rows in zip(CASES, found, strict=True):

@@ -8,7 +8,7 @@ import pytest
 from support.golden_packs import make_packs
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.errors import DataError
@@ -80,7 +80,7 @@ def dry(room, started) -> dict[str, tuple[str, str | None]]:
     """What dry runs of the same print, and end with."""
     flags = {name: flags for name, (flags, _) in REFUSED.items()} | FINE
     jobs = [{"argv": [*command(room, text), "--dry-run"], "world_size": 1} for text in flags.values()]
-    done = run_python(WORKER, json.dumps(jobs))
+    done = run_forked(WORKER, json.dumps(jobs))
     assert done.returncode == 0, done.stdout[-6000:]
     return dict(zip(flags, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 from support.paths import ROOT
-from support.processes import run_python
+from support.processes import run_forked
 
 from neo_megatron.errors import ConfigError
 
@@ -99,7 +99,7 @@ def test_a_flag_without_effect_is_said(parse, capsys):
 
 
 def test_help_begins_with_neos_flags():
-    done = run_python("-m", "neo_megatron.pretrain_neo", "--help", environment={"PYTHONPATH": str(ROOT)})
+    done = run_forked("-m", "neo_megatron.pretrain_neo", "--help", environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout[-2000:]
     usage, text = done.stdout[done.stdout.index("usage:") :].split("\n\n", 1)
     assert len(usage.splitlines()) < 5, "in short"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from support.paths import GOLDEN, TOOLS
-from support.processes import run_python
+from support.processes import run_forked
 
 
 def make_packs(room: Path, repeats: int, seq_length: int) -> Path:
@@ -22,7 +22,7 @@ def make_packs(room: Path, repeats: int, seq_length: int) -> Path:
         f"pack_data.py --data {room}/shards --output {room}/packs --seq-length {seq_length}",
     ):
         tool, *arguments = command.split()
-        done = run_python(TOOLS / tool, *arguments)
+        done = run_forked(TOOLS / tool, *arguments)
         assert done.returncode == 0, done.stdout
     return room / "packs"
 
