@@ -1,7 +1,9 @@
-"""Megatron's writing of checkpoints, patched so that a failure is told: on a GPU too.
+"""Megatron's writing of checkpoints, patched so that a failure is told and a save starts no process: on a GPU too.
 
 torch's zip writer hides the error of a full disk in one of its own ("unexpected pos 704 vs 598"), and Megatron keeps no
-more than the type of that one. Where it saves in the background, it waits for ever for a process that has ended.
+more than the type of that one. Where it saves in the background, it waits for ever for a process that has ended. And
+where it does not, the first save of every rank starts a process that imports torch and Megatron, for seconds, and stays
+until the run ends: all it does is hold the queue through which a thread of the rank hands results to the rank.
 """
 
 import io
@@ -17,11 +19,13 @@ import torch
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from neo_megatron.errors import DataError
 
 # As imported: in the process that saves in the background nothing is patched.
 _write: Callable[..., None] = FileSystemWriterAsync.write_preloaded_data_multithread
+_save = TorchDistSaveShardedStrategy.save
 _retrieve = FileSystemWriterAsync.retrieve_write_results
 _schedule = PersistentAsyncCaller.schedule_async_call
 _is_done = PersistentAsyncCaller.is_current_async_call_done
@@ -89,6 +93,16 @@ def retrieve_write_results(writer: FileSystemWriterAsync) -> Any:
     return outcome
 
 
+def save(strategy: TorchDistSaveShardedStrategy, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+    """As Megatron's, which writes in this process, with a queue of this process."""
+    between_processes = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.SimpleQueue()
+    try:
+        _save(strategy, sharded_state_dict, checkpoint_dir)
+    finally:
+        filesystem_async._results_queue = between_processes
+
+
 def is_current_async_call_done(caller: PersistentAsyncCaller, blocking: bool = False, no_dist: bool = False) -> bool:
     """As Megatron's, but for a process that has ended.
 
@@ -134,6 +148,7 @@ def _refuse_ended(caller: PersistentAsyncCaller) -> None:
 
 
 PATCHES = (
+    (TorchDistSaveShardedStrategy, "save", save),
     (FileSystemWriterAsync, "write_preloaded_data_multithread", staticmethod(write_and_report)),
     (FileSystemWriterAsync, "retrieve_write_results", retrieve_write_results),
     (async_utils.PersistentAsyncCaller, "schedule_async_call", schedule_async_call),
