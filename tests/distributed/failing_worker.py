@@ -1,6 +1,7 @@
 """Runs `python -m neo_megatron.pretrain_neo` of which one rank, or all, fail in the second step in a given way.
 
-Arguments: the way, the rank or "all", then the flags of pretrain_neo.
+Arguments: the way, the rank or "all", then the flags of pretrain_neo. What needs no model, but for ranks that wait for
+one another, fails in a loop of collectives instead of a training, which starts several times sooner.
 """
 
 import errno
@@ -10,47 +11,77 @@ import resource
 import signal
 import sys
 import time
+import types
 
 from neo_megatron.errors import DataError
 from neo_megatron.pretrain_neo import main
-from neo_megatron.run import pretraining
 
-forward_step, calls = pretraining.forward_step, 0
-
-
-def failing_step(*arguments):
-    global calls
-    calls += 1
-    if calls == 4 and who in ("all", os.environ["RANK"]):
-        print("the last line before the end")
-        if way == "sentence":
-            raise DataError("a sentence with a remedy")
-        if way == "bug":
-            raise TypeError("a bug")
-        if way == "full disk":
-            raise RuntimeError("a library's words") from OSError(errno.ENOSPC, "No space left on device", "/some/file")
-        if way == "package":
-            import no_such_package  # noqa: F401
-        if way == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if way == "no more room":  # no file may grow beyond a megabyte, as if the disk were full
-            for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-                resource.prlimit(process, resource.RLIMIT_FSIZE, (2**20, 2**20))
-        if way == "kill savers":
-            for child in multiprocessing.active_children():
-                child.kill()
-        if way == "kill loader":
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            time.sleep(60)
-        if way == "hang":
-            os.write(2, b"words of C++\n")
-            time.sleep(600)
-    return forward_step(*arguments)
+OF_A_TRAINING = ("bug", "no more room", "kill savers", "kill loader")
 
 
-if __name__ == "__main__":  # processes that save in the background import this file too
+def fail() -> None:
+    print("the last line before the end")
+    if way == "sentence":
+        raise DataError("a sentence with a remedy")
+    if way == "bug":
+        raise TypeError("a bug")
+    if way == "full disk":
+        raise RuntimeError("a library's words") from OSError(errno.ENOSPC, "No space left on device", "/some/file")
+    if way == "package":
+        import no_such_package  # noqa: F401
+    if way == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if way == "no more room":  # no file may grow beyond a megabyte, as if the disk were full
+        for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (2**20, 2**20))
+    if way == "kill savers":
+        for child in multiprocessing.active_children():
+            child.kill()
+    if way == "kill loader":
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        time.sleep(60)
+    if way == "hang":
+        os.write(2, b"words of C++\n")
+        time.sleep(600)
+
+
+def fail_in_time(calls: list[None]) -> None:
+    """Each step has two micro-batches a rank."""
+    calls.append(None)
+    if len(calls) == 4 and who in ("all", os.environ["RANK"]):
+        fail()
+
+
+def steps_of_collectives() -> None:
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    calls: list[None] = []
+    while True:
+        fail_in_time(calls)
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+if __name__ == "__main__":
     way, who = sys.argv[1:3]
     sys.argv[1:3] = []
-    pretraining.forward_step = failing_step
+    if way in OF_A_TRAINING:
+        from neo_megatron.run import pretraining
+
+        forward_step, calls = pretraining.forward_step, []
+
+        def failing_step(*arguments):
+            fail_in_time(calls)
+            return forward_step(*arguments)
+
+        pretraining.forward_step = failing_step
+    else:
+        stub = types.ModuleType("neo_megatron.run.pretraining")
+        stub.train = steps_of_collectives
+        sys.modules[stub.__name__] = stub
     main()
+elif __name__ == "__mp_main__":  # as in pretrain_neo
+    from neo_megatron.megatron_compat import cpu_platform
+
+    cpu_platform.install_training()
