@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,9 +54,11 @@ def megatron():
     torch.distributed.destroy_process_group()
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The golden numbers are float32 on one thread; two threads on two cores are also many times slower."""
     import torch
 
     torch.set_num_threads(1)
     add_markers(items)
+    # The quick ones last, so that no worker waits for another one's training at the end.
+    items.sort(key=lambda item: [item.get_closest_marker(marker) is None for marker in ("distributed", "slow")])
