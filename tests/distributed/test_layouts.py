@@ -18,7 +18,7 @@ from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes, tensor_table
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -113,7 +113,7 @@ def lopsided(tmp_path_factory) -> Path:
     ]
     (room / "annotations.json").write_text(json.dumps(annotations))
     source = Source("lopsided", str(room / "annotations.json"), str(room))
-    settings = Settings(min_pixels=4096, max_pixels=4096, check="header")
+    settings = PreprocessConfig(min_pixels=4096, max_pixels=4096, check="header")
     preprocess([source], GOLDEN / "tokenizer", room / "shards", settings)
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     packs = [PackDataset(room / "packs", 4, seed=1234)[number] for number in range(4)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.prepare.annotation_slices import Slice, read_slice
 from neo_megatron.data.prepare.file_identity import identity_of_texts
 from neo_megatron.data.prepare.media import Media, read_media
@@ -28,7 +28,7 @@ class Task:
     sources: Sequence[Source]
     tokenizer_json: str
     ids: SpecialIds
-    settings: Settings
+    settings: PreprocessConfig
     on_error: Literal["skip", "fail"]
     output: Path
 

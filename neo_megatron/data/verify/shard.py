@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, image_grid, pixel_limit
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
@@ -51,7 +51,7 @@ class DataSet:
     location: str
     ids: SpecialIds
     vocabulary: int
-    settings: Settings
+    settings: PreprocessConfig
     annotations: tuple[str, ...]
 
 
@@ -230,7 +230,7 @@ class _ShardCheck:
                 self._add_sample("spans.bin", sample, sentence)
 
 
-def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: Settings) -> str:
+def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
     """What is wrong with the bytes of an image's file, one of the ``count`` of a sample."""
     try:
         image = decode(stored.tobytes(), name)

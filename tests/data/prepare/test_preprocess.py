@@ -34,9 +34,9 @@ RUN = """
 import sys
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 
-preprocess([Source("a", sys.argv[1])], sys.argv[2], sys.argv[3], Settings(min_pixels=1024, max_pixels=65536))
+preprocess([Source("a", sys.argv[1])], sys.argv[2], sys.argv[3], PreprocessConfig(min_pixels=1024, max_pixels=65536))
 print({"torch", "transformers", "megatron"} & {*sys.modules})
 """
 
