@@ -74,7 +74,7 @@ def _write_packs(directory: Path) -> None:
 def _write_plain_pack(directory: Path) -> None:
     """The pack as the exported model takes it."""
     packs = collate([PackDataset(directory / "packs", 1, SEED)[0]])
-    tokens, positions, cells = packs["tokens"], packs["positions_thw"], packs["cell_index"]
+    tokens, positions, cells = packs["tokens"], packs["positions_thw"], packs["image_token_index"]
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)
     labels[0, packs["target_index"] + 1] = packs["targets"]
     weight[0, packs["target_index"] + 1] = packs["target_weight"]

@@ -18,7 +18,7 @@ from neo_megatron.data.verify import verify
 FORMATS = TESTS / "data" / "formats"
 EXPECTED = json.loads((FORMATS / "expected.json").read_text())
 ITEM = (
-    *("tokens", "positions_thw", "document", "image", "patches", "cell_index"),
+    *("tokens", "positions_thw", "document", "image", "patches", "image_token_index"),
     *("target_index", "targets", "target_weight"),
 )
 

@@ -85,8 +85,8 @@ def test_a_sample_runs_through_the_data_path(directory, golden, tmp_path):
     text = tokenizer.decode(item["tokens"][:used]).replace("<IMG_CONTEXT>", ".")
     assert text == json.loads((golden / "meta.json").read_text())["untied_pack1"]["text"]
     published = load_file(golden / "inputs_pack1.safetensors")
-    assert len(item["cell_index"]) == (published["input_ids"] == 896).sum()
-    assert (item["tokens"][item["cell_index"]] == 151669).all()
+    assert len(item["image_token_index"]) == (published["input_ids"] == 896).sum()
+    assert (item["tokens"][item["image_token_index"]] == 151669).all()
     assert item["tokens"][0] == 151644
     trained = tokenizer.decode(item["targets"])
     assert trained == "The first one.<|im_end|>\nIt looks warm; the second is blue-ish.<|im_end|>\n" + (

@@ -212,8 +212,8 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
         for start in range(0, len(units), _CHUNK):
             chosen = units.take(order[start : start + _CHUNK])
             rows = np.empty(len(chosen), UNIT)
-            for field in UNIT.names:
-                rows[field] = getattr(chosen, field)
+            rows["first"], rows["samples"] = chosen.first, chosen.samples
+            rows["cells"], rows["squares"] = chosen.image_tokens, chosen.squares
             file.write(rows)
             bar.update(len(rows))
     return {

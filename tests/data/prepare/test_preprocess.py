@@ -83,7 +83,7 @@ def test_both_image_stores_give_the_same_items(bench, new_sample, new_png):
     for encoded, patches in zip(*packs, strict=True):
         assert encoded.keys() == patches.keys()
         assert all(np.array_equal(encoded[key], patches[key]) for key in encoded)
-        assert len(encoded["patches"]) == len(encoded["cell_index"])
+        assert len(encoded["patches"]) == len(encoded["image_token_index"])
 
 
 def test_several_images_get_the_smaller_limit(bench, new_sample, new_png):
