@@ -15,7 +15,7 @@ from support.paths import ROOT
 LAYERS = [
     ["errors"],
     ["redaction", "checked_files", "checked_pickles", "packages", "processes", "locks", "atomic_files"],
-    ["paths"],
+    ["paths", "worker_pool"],
     ["command_line", "storage", "megatron_compat"],
     ["data"],
     ["model"],

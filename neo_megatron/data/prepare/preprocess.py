@@ -16,7 +16,7 @@ from neo_megatron.data.chat import tokenizer_fingerprint
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import ExecutorName, in_order, open_executor
+from neo_megatron.data.prepare.executors import ExecutorName, open_executor
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, Run, load_outcome, without_details
 from neo_megatron.data.prepare.tallies import Noticed
@@ -24,6 +24,7 @@ from neo_megatron.data.prepare.worker import Task
 from neo_megatron.data.shards.reader import FORMAT, VERSION
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import Reason, TooManyRejected
+from neo_megatron.worker_pool import in_order
 
 _NOT_FOUND = (Reason.MISSING_IMAGE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
 

@@ -204,7 +204,7 @@ def test_registry_resolves_names_and_percentages(registry, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("nothing", "holds: caption, text"),
+        ("nothing", "choose from: caption, text"),
         ("text%0", "above 0"),
         ("text%-5", "above 0"),
         ("text%", "above 0"),

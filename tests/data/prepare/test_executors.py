@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import LocalExecutor, in_order
+from neo_megatron.data.prepare.executors import LocalExecutor
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome
 from neo_megatron.data.prepare.worker import Task
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import DataError
+from neo_megatron.worker_pool import in_order
 
 
 class Shuffled:
@@ -28,9 +29,9 @@ class Shuffled:
         self.held: list[int] = []
         self.most = self.last = 0
 
-    def start(self, piece: Slice) -> None:
-        self.held.append(piece.place.number)
-        self.last = piece.place.number
+    def start(self, number: int, piece: Slice) -> None:
+        self.held.append(number)
+        self.last = number
         self.most = max(self.most, len(self.held))
         assert len(self.held) <= self.workers
 
@@ -74,7 +75,7 @@ def test_a_worker_that_dies_is_reported_with_its_records(bench, new_sample, tmp_
     task = Task([source], parts.json, parts.ids, bench.settings, "skip", tmp_path)
     executor = LocalExecutor(task, 1, lambda *_: None)
     try:
-        executor.start(piece)
+        executor.start(0, piece)
         os.kill(active_children()[0].pid, signal.SIGSEGV)
         with pytest.raises(DataError) as raised:
             executor.wait()

@@ -211,7 +211,7 @@ def test_the_command_ends_with_the_error(bench, new_sample, run_tool):
         (["--workers", "0"], "--workers must be at least 1"),
         (["--engine", "spark"], "invalid choice: 'spark'"),
         (["--check", "no"], "invalid choice: 'no'"),
-        (["--min-pixels", "0"], "--min-pixels 0 must be above 0"),
+        (["--min-pixels", "0"], "--min-pixels is 0: it must be above 0"),
         (["--max-frames", "0"], "--max-frames must be at least 1"),
         (
             ["--tokenizer", "tests/data"],

@@ -222,7 +222,7 @@ def change(dtype: str, place: int, value: int):
         ("samples.npy", lambda content: b"no array", "not a NumPy array"),
         ("media.npy", change("<i4", -20, 9), "not those of the shard"),
         ("media.npy", change("<i4", -20, 0), "not in order"),
-        ("media.npy", change("<i4", -80, 1), "no image"),
+        ("media.npy", change("<i4", -80, 1), "without images"),
     ],
 )
 @pytest.mark.parametrize("shards", ["encoded"], indirect=True)
