@@ -223,7 +223,7 @@ def test_every_tool_reports_a_wrong_path_before_loading_anything(room, command):
 def test_a_directory_that_cannot_be_written_is_reported(room, tmp_path):
     """Under a file, without rights to it or to a directory above it, and in object storage, which can only be read."""
     for path, sentence in (
-        (room / "notes.txt" / "run", f"lies under {room / 'notes.txt'}, which is a file: choose another directory"),
+        (room / "notes.txt" / "run", f"is below {room / 'notes.txt'}, which is a file: choose another directory"),
         (room / "notes.txt" / "a" / "run", "which is a file"),
         ("s3://bucket/run", "is object storage, which can only be read: choose a directory of a mounted file system"),
     ):

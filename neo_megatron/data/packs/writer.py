@@ -33,6 +33,7 @@ from neo_megatron.data.packs.origins import Origins
 from neo_megatron.data.packs.outputs import NewOutputs
 from neo_megatron.data.packs.units import Units, draw_share, units_of_shard
 from neo_megatron.data.permutation import key_of
+from neo_megatron.data.rejects import place_of
 from neo_megatron.data.shards.arrays import header_of, write_array
 from neo_megatron.data.shards.mixture import Mixture
 from neo_megatron.data.shards.reader import ShardSet
@@ -261,7 +262,5 @@ def _too_long(length: int, capacity: int) -> str:
 
 
 def _stop(data: Mixture, sample: int, length: int, capacity: int) -> str:
-    file, record, element = Origins(data).of(sample)
-    place = f"record {record}" if element is None else f"record {record}, sample {element}"
     remedy = "raise --seq-length, or leave it out with --on-error skip"
-    return f"{file}, {place}: {_too_long(length, capacity)}; {remedy}"
+    return f"{place_of(*Origins(data).of(sample))}: {_too_long(length, capacity)}; {remedy}"

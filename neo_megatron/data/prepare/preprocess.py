@@ -164,8 +164,8 @@ def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[st
     return (
         f"{rejected} of {read} samples ({rejected / read:.2%}) were rejected, more than --max-rejected {limit:g} "
         f"(percent) allows; {listed} has the reason for each; {hint}nothing can be packed yet: correct the cause and "
-        "preprocess into a new --output, or run the same command with a higher --max-rejected, which only finishes "
-        "what is there"
+        "preprocess into a new --output, or run the same command with a higher --max-rejected, which only writes the "
+        "manifest"
     )
 
 
