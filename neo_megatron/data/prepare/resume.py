@@ -149,7 +149,7 @@ class Run:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes everything but the data set; the plan last, so that the next run can finish this after a kill."""
+        """Removes the files of an unfinished run; the plan last, so that the next run can finish this after a kill."""
         for path in list(self.directory.iterdir()):
             if _SAVED.fullmatch(path.name) or path.name.endswith(PARTIAL):
                 path.unlink(missing_ok=True)
