@@ -1,4 +1,4 @@
-"""What lies where an output goes: links are followed, all else that is in the way is one sentence, for every tool."""
+"""Outputs of every tool: links are followed, and anything else in the way is reported in one sentence."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.cli import inspect as inspect_data
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
@@ -25,8 +25,8 @@ DIRECTORY_TOOLS = {
     "evaluate": "--model {golden}/ckpt_untied --input {room}/annotations.json --image-root {golden}",
 }
 IN_THE_WAY = {
-    "a dangling link": "is a link that leads nowhere: make what it leads to, or remove the link",
-    "under a dangling link": "a link that leads nowhere: make what it leads to, or remove the link",
+    "a dangling link": "is a link that leads nowhere: create its target, or remove the link",
+    "under a dangling link": "a link that leads nowhere: create its target, or remove the link",
     "a file": "is a file, not a directory: choose another directory",
     "a link to a file": "is a file, not a directory: choose another directory",
     "under a file": "which is a file: choose another directory",
@@ -41,7 +41,7 @@ def room(tmp_path_factory) -> Path:
 
 
 def put(directory: Path, kind: str) -> Path:
-    """The path of an output with this in its way."""
+    """The path of an output, with the given obstacle in its way."""
     output = directory / "output"
     (directory / "file").write_text("somebody's")
     if "dangling" in kind:
@@ -71,7 +71,7 @@ def files(directory: Path) -> dict[str, bytes | str]:
 
 @pytest.mark.parametrize("kind", IN_THE_WAY)
 @pytest.mark.parametrize("tool", DIRECTORY_TOOLS)
-def test_what_is_in_the_way_of_a_directory(room, tmp_path, tool, kind):
+def test_paths_that_cannot_be_an_output_directory_are_reported(room, tmp_path, tool, kind):
     output = put(tmp_path, kind)
     before = files(tmp_path)
     done = run(tool, DIRECTORY_TOOLS[tool], output, room)
@@ -84,7 +84,7 @@ def test_what_is_in_the_way_of_a_directory(room, tmp_path, tool, kind):
 def test_a_link_to_a_directory_is_followed(room, tmp_path):
     def preprocessed(output: Path) -> None:
         source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-        preprocess([source], GOLDEN / "tokenizer", output, Settings(min_pixels=4096, max_pixels=65536))
+        preprocess([source], GOLDEN / "tokenizer", output, PreprocessConfig(min_pixels=4096, max_pixels=65536))
 
     written = {
         "preprocess": preprocessed,
@@ -110,13 +110,13 @@ def inspect(room: Path, output: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("a dangling link", "is a link that leads nowhere: make what it leads to, or remove the link"),
+        ("a dangling link", "is a link that leads nowhere: create its target, or remove the link"),
         ("a file", "exists and is not a page of this tool; choose another --output"),
         ("a link to a file", "exists and is not a page of this tool; choose another --output"),
         ("a directory", "is not a file that can be written; choose another --output"),
     ],
 )
-def test_what_is_in_the_way_of_a_page(room, tmp_path, monkeypatch, kind, sentence):
+def test_paths_that_cannot_be_a_page_are_reported(room, tmp_path, monkeypatch, kind, sentence):
     output = tmp_path if kind == "a directory" else put(tmp_path, kind)
     before = files(tmp_path)
     with pytest.raises(DataError, match=sentence):

@@ -13,7 +13,7 @@ from support.paths import GOLDEN, ROOT
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
 from neo_megatron.checkpoint.reader import open_either
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -31,7 +31,7 @@ def room(tmp_path_factory) -> Path:
     documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
     (room / "annotations.json").write_text(json.dumps(documents))
     source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     for made, left, kept in (
         ("shards", "unfinished_shards", "run.json"),
@@ -121,14 +121,14 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize(("wanted", "kind"), SENTENCES)
-def test_the_remedy_fits_what_is_there(room, wanted, kind):
+def test_the_remedy_fits_the_path(room, wanted, kind):
     with pytest.raises(WrongPath) as raised:
         check_path(example(room, Kind[kind]), Wanted[wanted])
     assert SENTENCES[wanted, kind] in str(raised.value)
 
 
-def test_the_readers_say_the_same(room):
-    """Also where no command line was looked at, as for the second data set of a mixture."""
+def test_readers_raise_the_same_message(room):
+    """Even if no command line was checked, as for the second data set of a mixture."""
     for read, path, sentence in (
         (PackIndex.open, "shards", "holds shards, not packs: run neo-megatron pack first"),
         (ShardSet, "packs", "holds packs, not shards"),
@@ -148,7 +148,7 @@ def test_the_readers_say_the_same(room):
             read(str(room / path))
 
 
-def test_an_unfinished_conversion_is_named(room):
+def test_an_unfinished_conversion_is_reported(room):
     (room / "half.partial").mkdir()
     with pytest.raises(WrongPath, match="half does not exist, only .*half.partial, which is unfinished"):
         check_path(room / "half", Wanted.NEO)
@@ -164,7 +164,7 @@ def test_an_unfinished_conversion_is_named(room):
         ("-- --data {room}/nowhere", Wanted.NEO),
     ],
 )
-def test_a_right_command_line_passes(room, words, wanted):
+def test_a_correct_command_line_passes(room, words, wanted):
     check_flags(words.format(room=room).split(), {"--data": wanted})
 
 
@@ -172,7 +172,7 @@ def test_a_right_command_line_passes(room, words, wanted):
     "words",
     ["--data={room}/nowhere", "--data {room}/shards {room}/nowhere", "--data {room}/shards --data {room}/nowhere%50"],
 )
-def test_a_wrong_path_is_found_wherever_it_stands(room, words):
+def test_a_wrong_path_is_found_anywhere_on_the_command_line(room, words):
     with pytest.raises(WrongPath, match="--data .*nowhere does not exist"):
         check_flags(words.format(room=room).split(), {"--data": Wanted.SHARDS})
 
@@ -202,7 +202,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_tool_ends_with_the_sentence_before_it_loads_anything(room, command):
+def test_every_tool_reports_a_wrong_path_before_loading_anything(room, command):
     tool, *arguments = command.replace("@", str(room)).split()
     slow = ("torch", "transformers", "megatron", "numpy", "PIL")
     code = (
@@ -220,12 +220,12 @@ def test_every_tool_ends_with_the_sentence_before_it_loads_anything(room, comman
     assert not (room / "o").exists()
 
 
-def test_a_directory_that_cannot_be_written_is_found_at_once(room, tmp_path):
-    """Under a file, without rights to it or to a directory above it, and in object storage, which is only read."""
+def test_a_directory_that_cannot_be_written_is_reported(room, tmp_path):
+    """Under a file, without rights to it or to a directory above it, and in object storage, which can only be read."""
     for path, sentence in (
-        (room / "notes.txt" / "run", f"lies under {room / 'notes.txt'}, which is a file: choose another directory"),
+        (room / "notes.txt" / "run", f"is below {room / 'notes.txt'}, which is a file: choose another directory"),
         (room / "notes.txt" / "a" / "run", "which is a file"),
-        ("s3://bucket/run", "is object storage, which is only read: choose a directory of a mounted file system"),
+        ("s3://bucket/run", "is object storage, which can only be read: choose a directory of a mounted file system"),
     ):
         with pytest.raises(WrongPath) as raised:
             check_path(path, Wanted.OUTPUT, "--save")
@@ -237,7 +237,7 @@ def test_a_directory_that_cannot_be_written_is_found_at_once(room, tmp_path):
         os.setresuid(65534, 65534, 0)
     try:
         for path in (locked, locked / "run", locked / "a" / "run"):
-            with pytest.raises(WrongPath, match="cannot be written: .* gives no right to: choose another directory"):
+            with pytest.raises(WrongPath, match="cannot be written: no permission for .*: choose another directory"):
                 check_path(path, Wanted.OUTPUT, "--save")
     finally:
         if root:

@@ -99,7 +99,7 @@ def _pack(scratch: Path, count: int) -> dict:
 
 def _hundred_million(scratch: Path) -> Path:
     """Packs of 12,208 shards of 8,192 samples, which are all the same files under many names."""
-    from neo_megatron.data.config import Settings
+    from neo_megatron.data.config import PreprocessConfig
     from neo_megatron.data.packs.writer import PackInput, write_packs
     from neo_megatron.data.prepare.preprocess import preprocess
     from neo_megatron.data.prepare.registry import Source
@@ -114,7 +114,7 @@ def _hundred_million(scratch: Path) -> Path:
     annotations = photos.parent / "shard.jsonl"
     annotations.write_text("".join((lines * (_SAMPLES_PER_SHARD // len(lines) + 1))[:_SAMPLES_PER_SHARD]))
     source = Source("photos", str(annotations), str(photos.parent))
-    preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, Settings(check="header"))
+    preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, PreprocessConfig(check="header"))
     manifest = json.loads((shards / MANIFEST).read_text())
     (entry,) = manifest["shards"]
     for number in range(1, 100 * _MILLION // _SAMPLES_PER_SHARD + 1):

@@ -20,19 +20,20 @@ from tokenizers import Tokenizer
 from neo_megatron.benchmarks.photos import write_photos
 from neo_megatron.benchmarks.table import Row, side_by_side
 from neo_megatron.benchmarks.tokenizer import write_tokenizer
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import smart_resize
 from neo_megatron.data.prepare.annotation_slices import slices
-from neo_megatron.data.prepare.executors import LocalEngine, in_order
+from neo_megatron.data.prepare.executors import LocalExecutor
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.worker import SliceWorker, Task
 from neo_megatron.data.tokenizer_process import load_parts
+from neo_megatron.worker_pool import in_order
 
 BATCH = 256
 UNIT = "samples per CPU-second"
-HEADER = Settings(check="header")
-DECODE = Settings()
-PATCHES = Settings(image_store="patches")
+HEADER = PreprocessConfig(check="header")
+DECODE = PreprocessConfig()
+PATCHES = PreprocessConfig(image_store="patches")
 
 
 def measure(scratch: Path) -> list[Row]:
@@ -118,7 +119,7 @@ def _least(file: Path, tokenizer: Tokenizer, output: Path, stored: Callable[[byt
         write_tokens()
 
 
-def _stored(settings: Settings) -> Callable[[bytes], bytes]:
+def _stored(settings: PreprocessConfig) -> Callable[[bytes], bytes]:
     """What is done to the bytes of an image file."""
 
     def header(data: bytes) -> bytes:
@@ -152,7 +153,7 @@ def _two_workers(scratch: Path, photos: Path, parts) -> Row:
     seconds = []
     for workers in (1, 2):
         task = Task([source], parts.json, parts.ids, settings, "fail", _emptied(scratch / "preprocess"))
-        engine = LocalEngine(task, workers, lambda *_: None)
+        engine = LocalExecutor(task, workers, lambda *_: None)
         for _ in in_order(engine, iter(pieces[:workers])):
             pass
         start = time.perf_counter()

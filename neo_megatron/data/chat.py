@@ -1,9 +1,9 @@
-"""Conversations -> token ids, the spans that are trained on, and the places of the images.
+r"""Conversations -> token ids, the spans that are trained on, and the places of the images.
 
-Every turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. An ``<image>`` tag becomes ``<img>``, one
-``<IMG_CONTEXT>`` for each merged cell of the image, and ``</img>``, none of which is ever trained on; in the turn of an
-assistant, and after a backslash, a tag is text. Control tokens are placed by their id, between
-pieces of text in which no special token is recognised: what a user types stays text.
+Every turn is ``<|im_start|>{role}\n{content}<|im_end|>\n``. An ``<image>`` tag becomes ``<img>``, an ``<IMG_CONTEXT>``
+for each image token of the image, and ``</img>``; none of these are ever trained on. In the turn of an assistant, and
+after a backslash, a tag is text. Control tokens are inserted as ids between pieces of text in which no special token is
+recognised: what a user types stays text.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ NEO_TOKENS = (
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the control tokens; all that a reader of tokenized samples needs of the tokenizer."""
+    """Ids of the control tokens: all that readers of tokenized samples need to know about the tokenizer."""
 
     image_context: int
     image_start: int
@@ -43,14 +43,14 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """``tokens`` int32 [n]; ``spans`` int32 [k, 2]: half-open ranges of trained tokens, ascending and apart."""
+    """``tokens`` int32 [n]; ``spans`` int32 [k, 2]: half-open ranges of trained tokens, ascending and disjoint."""
 
     tokens: np.ndarray
     spans: np.ndarray
 
 
 def add_neo_tokens(tokenizer: Any) -> int:
-    """Appends NEO's special tokens to a transformers tokenizer, but those it has; returns how many are new."""
+    """Appends the special tokens of NEO that a transformers tokenizer lacks; returns how many those are."""
     return tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in NEO_TOKENS], True)
 
 
@@ -58,14 +58,14 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer of a local directory, with NEO's tokens.
 
     Raises:
-        DataError: where there is none, it cannot be read, has no fast form, or names no pad token; a part of it is
-            not safe to use, see `tokenizer_checks`.
+        DataError: the directory has no tokenizer; it cannot be read, has no fast form or no pad token; or a part of it
+            is not safe to use, see `tokenizer_checks`.
     """
     # Imported here: transformers brings torch, and the workers of preprocessing import this module without either.
     from transformers import AutoTokenizer
 
     if not any(os.path.lexists(Path(directory) / name) for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise DataError(f"{directory} holds no tokenizer; give a Hugging Face directory with a tokenizer.json")
+        raise DataError(f"{directory} does not hold a tokenizer; give a Hugging Face directory with a tokenizer.json")
     check_tokenizer_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
@@ -73,15 +73,18 @@ def load_tokenizer(directory: str | Path) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"the tokenizer of {directory} cannot be read ({reason}); copy or download it again") from error
     if not tokenizer.is_fast:
-        raise DataError(f"the tokenizer of {directory} has no fast form; save it as tokenizer.json first")
+        raise DataError(
+            f"the tokenizer in {directory} has no fast form; load it with transformers and save it as tokenizer.json"
+        )
     check_built(tokenizer.backend_tokenizer.to_str(), directory)
     if tokenizer.pad_token_id is None:
-        raise DataError(f"the tokenizer of {directory} has no pad token; name one in its tokenizer_config.json")
+        raise DataError(f"the tokenizer in {directory} has no pad token; set pad_token in its tokenizer_config.json")
     add_neo_tokens(tokenizer)
     return tokenizer
 
 
 def special_ids(tokenizer: Any) -> SpecialIds:
+    """Ids of the control tokens in a transformers tokenizer that has NEO's tokens."""
     context, start, end, turn_start, turn_end = tokenizer.convert_tokens_to_ids(
         ["<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>"]
     )
@@ -89,7 +92,7 @@ def special_ids(tokenizer: Any) -> SpecialIds:
 
 
 def tokenizer_fingerprint(tokenizer_json: str) -> str:
-    """SHA-256 over what decides the ids of a text: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
+    """SHA-256 of the parts that decide the ids of a text: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
 
     The rest of a ``tokenizer.json`` (decoder, padding, spelling of the merges) differs between library versions.
     """
@@ -117,16 +120,16 @@ class ChatEncoder:
         self._ids = ids
 
     def encode(self, samples: Sequence[tuple[Sequence[Turn], Sequence[int]]]) -> list[TokenizedSample]:
-        """Tokenizes samples, each given as its turns and the number of cells of each of its images, in order."""
-        layouts = [self._lay_out(turns, cells) for turns, cells in samples]
+        """Tokenizes samples, each given as its turns and the image tokens of each of its images, in order."""
+        layouts = [self._lay_out(turns, image_tokens) for turns, image_tokens in samples]
         texts = list(dict.fromkeys(piece for layout in layouts for piece, _ in layout if isinstance(piece, str)))
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         return [_join(layout, ids) for layout in layouts]
 
-    def _lay_out(self, turns: Sequence[Turn], cells: Sequence[int]) -> list[tuple[str | list[int], bool]]:
+    def _lay_out(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> list[tuple[str | list[int], bool]]:
         """(text or ids, trained) in order, cut where the published code cuts: BPE must not merge across."""
-        images = iter(cells)
+        images = iter(image_tokens)
         layout: list[tuple[str | list[int], bool]] = []
         for turn in turns:
             layout.append(([self._ids.turn_start], False))
@@ -147,8 +150,8 @@ class ChatEncoder:
             layout.append(("\n", turn.trained))
         return layout
 
-    def _image(self, cells: int) -> list[int]:
-        return [self._ids.image_start, *[self._ids.image_context] * cells, self._ids.image_end]
+    def _image(self, image_tokens: int) -> list[int]:
+        return [self._ids.image_start, *[self._ids.image_context] * image_tokens, self._ids.image_end]
 
 
 def _join(layout: list[tuple[str | list[int], bool]], ids: dict[str, list[int]]) -> TokenizedSample:

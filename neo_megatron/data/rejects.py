@@ -1,4 +1,4 @@
-"""Reads ``rejects.jsonl``, the list of rejected samples of shards and packs."""
+"""Reads ``rejects.jsonl``, the list of rejected samples of shards and packs, and names the places of samples."""
 
 import json
 from collections.abc import Iterator
@@ -11,8 +11,13 @@ from neo_megatron.storage.base import Directory, join
 _MAX_LINE = 1 << 20  # bytes; an entry names one file
 
 
+def place_of(file: str, record: int, element: int | None) -> str:
+    """The place of a sample, for messages: "train.json, record 3, sample 1"."""
+    return f"{file}, record {record}" + ("" if element is None else f", sample {element}")
+
+
 def reject_lines(directory: Directory) -> Iterator[dict[str, Any] | None]:
-    """The entries, in order, with ``None`` for a line that is not one; a line of over a megabyte is the last.
+    """The entries in order, ``None`` for a line that is not an entry; reading ends after a line of over a megabyte.
 
     Raises:
         DataError: the file is missing.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_image
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
@@ -64,7 +64,7 @@ class QuestionList:
     noticed: Noticed = field(default_factory=Noticed)
 
 
-def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> QuestionList:
+def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: Ask) -> QuestionList:
     """Reads all questions.
 
     Args:
@@ -103,7 +103,7 @@ def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iter
 
 
 def _read_record(
-    source: Source, record: int, text: bytes | None, settings: Settings, ask: Ask, result: QuestionList
+    source: Source, record: int, text: bytes | None, settings: PreprocessConfig, ask: Ask, result: QuestionList
 ) -> int:
     """Adds the questions of a record; returns the number of its samples."""
     try:
@@ -174,7 +174,7 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     return answers
 
 
-def _cells(sample: Sample, settings: Settings) -> int:
+def _cells(sample: Sample, settings: PreprocessConfig) -> int:
     """Tokens of the images by their headers; frames of videos are not counted."""
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [

@@ -43,7 +43,7 @@ def test_version(monkeypatch, capsys):
     ("name", "remedy"),
     [("preprocess-data", "did you mean preprocess"), ("train", "did you mean pretrain"), ("x", "give one")],
 )
-def test_an_unknown_command_is_a_sentence(monkeypatch, capsys, name, remedy):
+def test_an_unknown_command_is_an_error(monkeypatch, capsys, name, remedy):
     assert run(monkeypatch, name) == 2
     assert capsys.readouterr().err.startswith(f"neo-megatron: there is no command {name!r}: {remedy}")
 
@@ -112,7 +112,7 @@ def test_the_wheel_runs_outside_the_checkout(installed, tmp_path):
     tokenizer = ("--tokenizer", GOLDEN / "tokenizer")
     call("preprocess", "--input", "train.json", "--image-root", GOLDEN, *tokenizer, "--output", "shards", *pixels)
     call("pack", "--data", "shards", "--output", "packs", "--seq-length", 192)
-    assert "is whole" in call("verify-data", "--data", "packs")
+    assert "is intact" in call("verify-data", "--data", "packs")
     call("inspect", "--packs", "packs", *tokenizer, "--output", "page.html")
     assert "<canvas" in (tmp_path / "page.html").read_text() or "<img" in (tmp_path / "page.html").read_text()
     call("convert", "hf-to-megatron", "--hf", GOLDEN / "ckpt_untied", "--output", "start")

@@ -65,7 +65,7 @@ def test_every_way_to_give_an_image(processor, golden, spelling):
     "part, sentence",
     [
         ({"type": "image", "image": "https://example.org/cat.png"}, "opens no addresses: download it first"),
-        ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png: No such file"),
+        ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png cannot be opened .No such file"),
         ({"type": "image", "image": "data:image/png;base64,!!"}, "is no base64"),
         ({"type": "image", "image": "data:image/png;base64,é"}, "number 1 is no base64"),
         ({"type": "image", "base64": "aGVsbG8="}, "in none of the formats"),

@@ -59,7 +59,7 @@ def inputs(sequence_parallel: bool) -> dict[str, torch.Tensor]:
         "document": (place >= 9).to(torch.int32)[None],
         "image": torch.where((place >= 12) & (place < 12 + CELLS), 0, -1).to(torch.int32)[None],
         "patches": torch.randint(0, 256, (CELLS, 4, 768), generator=draw, dtype=torch.uint8),
-        "cell_index": cells,
+        "image_token_index": cells,
         "target_index": place[:-1],
         "targets": torch.randint(0, 500, (LENGTH - 1,), generator=draw),
     }

@@ -70,7 +70,7 @@ def inputs() -> dict[str, torch.Tensor]:
         "image": (torch.int32, PACKS, LENGTH),
         "tokens": (torch.int64, PACKS, LENGTH),
         "patches": (torch.uint8, CELLS, 4, 768),
-        "cell_index": (torch.int64, CELLS),
+        "image_token_index": (torch.int64, CELLS),
         "cell_position": (torch.int32, CELLS, 2),
         "target_index": (torch.int64, TRAINED),
         "targets": (torch.int64, TRAINED),

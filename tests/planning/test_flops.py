@@ -38,7 +38,7 @@ def test_a_real_model_counts_as_planned(stage, megatron, monkeypatch):
         "document": torch.zeros(1, TOKENS, dtype=torch.int32),
         "image": -torch.ones(1, TOKENS, dtype=torch.int32),
         "patches": torch.zeros(CELLS, 4, 768, dtype=torch.uint8),
-        "cell_index": torch.arange(CELLS),
+        "image_token_index": torch.arange(CELLS),
         "cell_position": torch.zeros(CELLS, 2, dtype=torch.int32),
         "target_index": torch.arange(TRAINED),
         "targets": torch.zeros(TRAINED, dtype=torch.int64),

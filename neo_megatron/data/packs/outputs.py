@@ -1,4 +1,4 @@
-"""Directories of packs that become complete together, by one command or by the same one after a kill."""
+"""Output directories of packs, which become complete together; the same command completes them after a kill."""
 
 import os
 from collections.abc import Sequence
@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.atomic_files import PARTIAL
-from neo_megatron.data.manifest import write_manifest
-from neo_megatron.errors import DataError
+from neo_megatron.data.manifest import check_vacant, write_manifest
 from neo_megatron.locks import lock
 from neo_megatron.storage.base import MANIFEST
 
 
 class NewOutputs:
-    """Empty directories, locked, that become complete together: for the readers, or for the same command after a kill.
+    """Locked, empty directories that become complete together. Use it in a ``with`` statement.
 
-    Use it in a ``with`` statement. What an interrupted run of ours has left is removed, and nothing else.
+    Files of an interrupted run are removed, and no others.
 
     Raises:
-        DataError: a directory holds a data set or something else, or another run is writing to it.
+        DataError: a directory holds a data set or other files, or another run is writing to it.
     """
 
     def __init__(self, directories: Sequence[Path], kind: str) -> None:
@@ -32,19 +31,19 @@ class NewOutputs:
                 directory.mkdir(parents=True, exist_ok=True)
                 marker = self._marker(directory)
                 if not marker.exists():
-                    _refuse_full(directory)
+                    check_vacant(directory, marker)
                     fresh.append(marker)
                 self._locks.append(lock(marker, directory))
             if all((directory / MANIFEST).exists() for directory in self._directories):
-                self._remove_marks()  # a kill came when all was done but this
-                _refuse_full(self._directories[0])
+                self._remove_marks()  # an earlier run was killed when only this was left to do
+                check_vacant(self._directories[0], self._marker(self._directories[0]))
         except BaseException:
             for marker in fresh:
                 marker.unlink(missing_ok=True)
             self.__exit__()
             raise
         for directory in self._directories:
-            (directory / MANIFEST).unlink(missing_ok=True)  # first, as it says that all the others are there
+            (directory / MANIFEST).unlink(missing_ok=True)  # first, because it means that all other files are there
             for path in directory.iterdir():
                 if path != self._marker(directory):
                     path.unlink()
@@ -55,7 +54,7 @@ class NewOutputs:
             os.close(descriptor)
 
     def finish(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Writes the manifests, and then removes the marks of an unfinished run."""
+        """Writes the manifests, and then removes the marker files of an unfinished run."""
         for directory, manifest in zip(self._directories, manifests, strict=True):
             write_manifest(directory, {"format": self._kind, **manifest})
         self._remove_marks()
@@ -66,10 +65,3 @@ class NewOutputs:
     def _remove_marks(self) -> None:
         for directory in self._directories:
             self._marker(directory).unlink()
-
-
-def _refuse_full(directory: Path) -> None:
-    if (directory / MANIFEST).exists():
-        raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
-    if any(directory.iterdir()):
-        raise DataError(f"{directory} is not empty; choose another --output")

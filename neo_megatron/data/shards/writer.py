@@ -1,14 +1,13 @@
 """Writes the shards of a preprocessed data set. The files are described in ``docs/shard_format.md``."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neo_megatron.atomic_files import write_whole
 from neo_megatron.data.chat import TokenizedSample
+from neo_megatron.data.shards.arrays import write_array
 from neo_megatron.data.shards.indexed import SequenceWriter
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, shard_name
 
@@ -38,10 +37,12 @@ class ShardWriter:
         """Appends a sample.
 
         Args:
+            sample: its tokens and trained ranges.
             images: uint8 [n] each, encoded bytes or flattened patches.
             grids: of the images, in patches.
-            source, record: where it comes from.
-            key: identity of its text, which decides its side of a held-out split where its record has no media.
+            source: index of its annotation file.
+            record: number of its record in that file.
+            key: identity of its text, which decides its side of a held-out split if its record has no media.
             media: identities, by path and by content, of its image and video files.
         """
         self._tokens.add(sample.tokens)
@@ -55,25 +56,23 @@ class ShardWriter:
         self._samples.append((source, record, trained, len(images), key))
 
     def end_record(self) -> None:
-        """The samples since the last call are one record: one document of the token file."""
+        """Ends the record of the samples since the last call, which is one document of the token file."""
         self._tokens.end_document()
         self._spans.end_document()
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Removes the unfinished files."""
         for writer in (self._tokens, self._spans, self._images):
             writer.discard()
 
     def commit(self) -> dict[str, Any]:
-        """Makes the shard appear; returns its entry in the manifest."""
+        """Makes the files of the shard appear under their names; returns its entry in the manifest."""
         files = self._tokens.commit() | self._spans.commit() | self._images.commit()
         grids = np.array(self._grids, np.int32).reshape(-1, 2)
         media = np.array(self._media, MEDIA)
         for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE)), ("media", media)):
-            buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
             path = self._path(kind + ".npy")
-            files[path.name] = write_whole(path, buffer.getvalue())
+            files[path.name] = write_array(path, array)
         counts = {"samples": len(self._samples), "pictures": len(grids), "media": len(media)}
         return {"name": self._prefix.name, **counts, "files": files}
 
