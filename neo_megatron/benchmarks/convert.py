@@ -1,6 +1,6 @@
 """A checkpoint of the shapes of NEO-2B in bfloat16, converted both ways, compared to a copy of its files.
 
-Whole commands are measured, from the start of Python to the last byte on the disk; the copy is brought to the disk,
+Complete commands are measured, from the start of Python to the last byte on the disk; the copy is brought to the disk,
 too. Inputs are in the page cache. Each way takes turns with a copy, whose output is deleted before, so that both write
 into the same memory: what a virtual machine has not used for minutes, its host may have to give it again, which takes
 longer than the copy. It takes 15.6 GB of disk.
@@ -35,7 +35,7 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class Spent:
-    """What a piece of work took: seconds on the clock, seconds of all cores, bytes of memory at most."""
+    """Cost of a piece of work: wall-clock seconds, CPU seconds of all cores, peak memory in bytes."""
 
     seconds: float
     cpu_seconds: float

@@ -58,7 +58,7 @@ def measure(scratch: Path, parts: Sequence[str], out: Path | None) -> str:
 
 
 def _machine() -> dict[str, str]:
-    """What the figures belong to; asked of the driver alone, so that this process takes none of the GPU's memory."""
+    """Machine and versions of the figures; asks the driver only, so that this process takes no GPU memory."""
     named = {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
     for package in ("torch", "triton", "transformers", "megatron-core", "transformer_engine"):
         try:

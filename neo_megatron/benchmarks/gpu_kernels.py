@@ -1,4 +1,4 @@
-"""What the machine's own kernels reach, and our attention next to them."""
+"""Measures the rates that the machine's own kernels reach, and our attention next to them."""
 
 from collections.abc import Sequence
 

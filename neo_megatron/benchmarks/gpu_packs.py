@@ -44,7 +44,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
 
 def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     """A pack as arguments of the exported model: documents begin where ``position_ids`` are 0."""
-    tokens, document, cells = pack["tokens"], pack["document"][0], pack["cell_index"]
+    tokens, document, image_index = pack["tokens"], pack["document"][0], pack["cell_index"]
     starts = torch.nonzero(document.diff(prepend=document.new_tensor([-2]))).flatten()
     place = torch.arange(len(document))
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)
@@ -52,9 +52,9 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     weight[0, pack["target_index"] + 1] = pack["target_weight"]
     rows, grids = [], []
     pixels = _normalised(pack["patches"])
-    for image in pack["image"][0, cells].unique():
-        here = pack["image"][0, cells] == image
-        height, width = (pack["positions_thw"][0, cells[here], 1:].amax(dim=0) + 1).tolist()
+    for image in pack["image"][0, image_index].unique():
+        here = pack["image"][0, image_index] == image
+        height, width = (pack["positions_thw"][0, image_index[here], 1:].amax(dim=0) + 1).tolist()
         rows.append(pixels[here].view(height, width, 2, 2, -1).transpose(1, 2).reshape(-1, PATCH_VALUES))
         grids.append((2 * height, 2 * width))
     inputs = {
@@ -67,7 +67,7 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random.Generator) -> dict[str, Any]:
-    """What `PackDataset` would give for these samples."""
+    """The pack that `PackDataset` would give for these samples."""
     ids = SpecialIds(sizes.image_context_token_id, sizes.image_start_token_id, *[0] * 4)
     # Below the control tokens, which come after the tokens of text.
     pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # again and again: drawing all takes seconds
@@ -86,8 +86,8 @@ def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random
         start = end
     tokens[start:] = 0
     grids = np.array([grid for sample in samples for grid in sample.grids], np.int64).reshape(-1, 2)
-    targets, cells = np.flatnonzero(weight), int(grids.prod(axis=1).sum())
-    patches = np.resize(pixels, (cells, 4, PATCH_VALUES))
+    targets, patch_count = np.flatnonzero(weight), int(grids.prod(axis=1).sum())
+    patches = np.resize(pixels, (patch_count, 4, PATCH_VALUES))
     tensors = pack_tensors(tokens, document, 2 * grids, ids, targets, weight[targets], patches)
     return {**tensors, "samples": len(samples), "broken": []}
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes on the GPU: kernels by kind, and the time in which none runs."""
+"""Profiles a step on the GPU: shares of time by kind of kernel, and of idle time."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -44,12 +44,12 @@ def share_by_kind(kernels: Iterable[tuple[str, float, float]]) -> dict[str, floa
     Kernels that run in parallel to others count in their kinds as well, so that the shares may add up to more than one.
     """
     kernels = list(kernels)
-    whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
+    span = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
     kinds: dict[str, float] = {}
     for name, start, end in kernels:
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + (end - start) / whole
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + (end - start) / span
     ordered = dict(sorted(kinds.items(), key=lambda item: -item[1]))
-    return ordered | {IDLE: 1 - busy((start, end) for _, start, end in kernels) / whole}
+    return ordered | {IDLE: 1 - busy((start, end) for _, start, end in kernels) / span}
 
 
 @dataclass

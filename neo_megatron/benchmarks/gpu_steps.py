@@ -42,7 +42,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured on a machine.
+    """The size of the measurement on a machine.
 
     Args:
         steps: of each measured window.

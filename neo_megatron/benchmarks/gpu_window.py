@@ -1,4 +1,4 @@
-"""What a training process measures: a window of steps over packs, after some to warm up."""
+"""Measures a window of training steps over packs, after some warm-up steps."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """What decides the work of one sample: tokens that are text, and (rows, columns) of cells of each image."""
+    """Size of one sample: text tokens, and (rows, columns) of image tokens of each image."""
 
     text: int
     grids: tuple[tuple[int, int], ...]
@@ -47,17 +47,17 @@ def draw_samples(count: int, seed: int = 0) -> list[Sample]:
 
 def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, of which image tokens) of each sample, int32 [count] both."""
-    tokens, cells = np.empty(count, np.int32), np.empty(count, np.int32)
+    tokens, image_tokens = np.empty(count, np.int32), np.empty(count, np.int32)
     random = np.random.default_rng(seed)
     for start in range(0, count, _CHUNK):
         part = slice(start, min(start + _CHUNK, count))
         tokens[part], images = _draw(part.stop - part.start, random)
-        cells[part] = 0
+        image_tokens[part] = 0
         for rows, sizes in images:
             here = sizes.prod(axis=0) // SIDE**2
-            cells[start + rows] += here
+            image_tokens[start + rows] += here
             tokens[start + rows] += here + 2
-    return tokens, cells
+    return tokens, image_tokens
 
 
 def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:

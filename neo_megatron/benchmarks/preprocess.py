@@ -119,7 +119,7 @@ def _least(file: Path, tokenizer: Tokenizer, output: Path, stored: Callable[[byt
 
 
 def _stored(settings: Settings) -> Callable[[bytes], bytes]:
-    """What is done to the bytes of an image file."""
+    """The least work on the bytes of an image file."""
 
     def header(data: bytes) -> bytes:
         assert Image.open(io.BytesIO(data)).size

@@ -28,7 +28,7 @@ from neo_megatron.storage.object_requests import connection
 
 _BUCKET = "benchmark"
 _REPEATS = 3
-_RECORDS_PER_SHARD = 10  # moto reads a whole object for every range of it
+_RECORDS_PER_SHARD = 10  # moto reads an entire object for every range of it
 
 
 def measure(scratch: Path) -> list[Row]:

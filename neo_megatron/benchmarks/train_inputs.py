@@ -1,4 +1,4 @@
-"""What both sides of the training benchmark start from: a pack with three photographs, and random weights."""
+"""Inputs of both sides of the training benchmark: a pack with three photographs, and random weights."""
 
 import json
 from pathlib import Path
@@ -74,16 +74,16 @@ def _write_packs(directory: Path) -> None:
 def _write_plain_pack(directory: Path) -> None:
     """The pack as the exported model takes it."""
     packs = collate([PackDataset(directory / "packs", 1, SEED)[0]])
-    tokens, positions, cells = packs["tokens"], packs["positions_thw"], packs["cell_index"]
+    tokens, positions, image_index = packs["tokens"], packs["positions_thw"], packs["cell_index"]
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)
     labels[0, packs["target_index"] + 1] = packs["targets"]
     weight[0, packs["target_index"] + 1] = packs["target_weight"]
     mean, std = torch.tensor(IMAGE_MEAN)[:, None], torch.tensor(IMAGE_STD)[:, None]
     pixels = ((packs["patches"].unflatten(-1, (3, -1)) / 255 - mean) / std).flatten(2)
     rows, grids = [], []
-    for image in packs["image"][0, cells].unique():
-        here = packs["image"][0, cells] == image
-        height, width = (positions[0, cells[here], 1:].amax(dim=0) + 1).tolist()
+    for image in packs["image"][0, image_index].unique():
+        here = packs["image"][0, image_index] == image
+        height, width = (positions[0, image_index[here], 1:].amax(dim=0) + 1).tolist()
         blocks = pixels[here].view(height, width, 2, 2, -1).transpose(1, 2)
         rows.append(blocks.reshape(-1, pixels.shape[-1]))
         grids.append((2 * height, 2 * width))

@@ -1,4 +1,4 @@
-"""What `.metadata` says of a torch_dist checkpoint, believed as far as it was checked.
+"""Reads and checks `.metadata` of a torch_dist checkpoint, and its checksums.
 
 It is a pickle, so it is read by an unpickler that builds DCP's records alone. No checksum of torch's covers it, so
 `checksums.json` does: it is written once a save is final. Checkpoints of other programs have none.
@@ -52,7 +52,7 @@ def read_metadata(directory: Path) -> Metadata:
         raise CheckpointError(f"{path}: not the metadata of a checkpoint ({error}){AGAIN}") from error
     for name, end in ends.items():
         if Path(name).name != name:
-            raise CheckpointError(f"{path}: names {name!r}, which is no file of this directory{AGAIN}")
+            raise CheckpointError(f"{path}: names {name!r}, which is not a file of this directory{AGAIN}")
         if (size := check_file(directory / name)) < end:
             raise CheckpointError(f"{directory / name}: has {size} bytes instead of {end}{AGAIN}")
     return metadata
@@ -96,9 +96,9 @@ def _checked_ends(metadata: Metadata) -> dict[str, int]:
 def pieces_make_up(size: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
     """Whether pieces, given as offsets and sizes, cover every value of a tensor exactly once."""
     inside = all(
-        begin + length <= whole
+        begin + length <= extent
         for offsets, sizes in pieces
-        for begin, length, whole in zip(offsets, sizes, size, strict=True)
+        for begin, length, extent in zip(offsets, sizes, size, strict=True)
     )
     if not inside or sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
         return False

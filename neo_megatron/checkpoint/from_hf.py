@@ -79,7 +79,7 @@ def _dtype(source: SafetensorsDirectory, names: list[str]) -> torch.dtype:
 
 
 def _common_state(sizes: NeoSizes) -> dict[str, Any]:
-    """What `megatron.training` compares with the run's own arguments, or takes over with `--use-checkpoint-args`."""
+    """The saved arguments: Megatron compares them with a run's, or takes them over with `--use-checkpoint-args`."""
     args = argparse.Namespace(
         neo_sizes=dataclasses.asdict(sizes),
         num_layers=sizes.num_layers,

@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors read one tensor at a time, and output that appears whole or not at all."""
+"""Hugging Face directories: safetensors read one tensor at a time, and output that appears complete or not at all."""
 
 import json
 import math
@@ -124,7 +124,7 @@ class SafetensorsDirectory:
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies, and how."""
+    """File, position, shape and dtype of a stored tensor."""
 
     path: Path
     offset: int
@@ -134,13 +134,15 @@ class _Place(NamedTuple):
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """The header of a file, after safetensors itself has checked that it is one and describes the whole file."""
+    """The header of a file, after safetensors itself has checked that it is valid and describes the entire file."""
     check_file(path)
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
+        raise CheckpointError(
+            f"{path}: not a complete safetensors file ({error}): copy or download it again"
+        ) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -167,7 +169,7 @@ def read_index(index: Path, ending: str) -> dict[str, str]:
             what = (
                 "safetensors file of this directory" if ending == ".safetensors" else f"file of it ending in {ending}"
             )
-            raise CheckpointError(f"{index}: {name!r} is no {what}: download the index again")
+            raise CheckpointError(f"{index}: {name!r} is not a {what}: download the index again")
         if not os.path.lexists(index.parent / name):
             raise CheckpointError(f"{index}: its file {name} is missing: download that file too")
     return {tensor: str(name) for tensor, name in names.items()}
@@ -273,7 +275,7 @@ def _refuse_full(output: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """A rename that reaches the disk before the bytes it names would show a whole directory of torn files."""
+    """A rename that reaches the disk before the bytes it names would show a complete directory of torn files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: sizes, layers, types, tokens, and one hash of all weights.
+"""Describes a checkpoint: sizes, layers, dtypes, tokens, and one hash of all weights.
 
 The hash is over names, shapes, types and values of the tensors by their Hugging Face names, and so is the same for any
 sharding and in either form: two checkpoints with one hash hold the same weights. It is the SHA-256 of a line

@@ -80,7 +80,7 @@ def init_from_qwen3(
         The missing tensors by their names in the new NEO, and what they start as.
 
     Raises:
-        CheckpointError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
+        CheckpointError: not a complete Qwen3; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
             pre-buffer of another shape.
     """
     check_path(qwen3_directory, Wanted.QWEN3)

@@ -1,4 +1,4 @@
-"""Whether a torch_dist checkpoint is as it was written: every file there, whole, and with its bytes.
+"""Verifies that a torch_dist checkpoint is as it was written: every file present, complete and unchanged.
 
 Tensors need no checksums of ours. Each piece is an archive of `torch.save`, a zip whose records carry a CRC-32 that
 torch writes and never compares when it reads. `.metadata` says where each piece begins and ends, so that ranks can
@@ -22,7 +22,7 @@ _TORCH_ZIP_FLAGS = 0x808  # sizes after the data, names in UTF-8
 
 
 class Piece(NamedTuple):
-    """Where one stored piece of a tensor, or one object, lies; ``shape`` of a tensor's piece."""
+    """Position of one stored piece of a tensor, or of one object; ``shape`` is None for an object."""
 
     path: Path
     offset: int
@@ -97,7 +97,7 @@ def verify_pieces(pieces: Sequence[Piece]) -> None:
 
 
 def _damage(archive: FileWindow, piece: Piece) -> str | None:
-    """What is wrong with an archive of `torch.save`; `None` where every record is as it was written."""
+    """Describes the damage of an archive of `torch.save`; `None` if every record is as it was written."""
     try:
         torch._C.PyTorchFileReader(archive)  # compares the parts of the table of contents; zipfile leaves some unread
         with zipfile.ZipFile(archive) as records:

@@ -1,4 +1,4 @@
-"""A NEO in Hugging Face form, opened and known to be whole: its sizes, its tensors, and what had to be put right."""
+"""Opens a NEO in Hugging Face form and checks that it is complete: sizes, tensors, and corrections of its config."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from neo_megatron.paths import Wanted, check_path
 
 @dataclass(frozen=True)
 class NeoDirectory:
-    """What `open_neo` gives.
+    """A NEO in Hugging Face form, as `open_neo` returns it.
 
     Args:
         source: the tensors, every one of the table that is not missing and none besides; a tied head that repeats the

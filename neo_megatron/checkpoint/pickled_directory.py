@@ -29,7 +29,9 @@ class PickledDirectory(SafetensorsDirectory):
         for path in self._files():
             for name, tensor in _load(path).items():
                 if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                    raise CheckpointError(f"{path}: {name!r} is no tensor: give a file that holds a state_dict alone")
+                    raise CheckpointError(
+                        f"{path}: {name!r} is not a tensor: give a file that holds a state_dict alone"
+                    )
                 # A file of bytes can claim a shape of terabytes by strides of zero.
                 if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
                     raise CheckpointError(f"{path}: {name} does not hold all of its values: save it as a plain tensor")

@@ -85,7 +85,7 @@ def image_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list
 
 @dataclass(frozen=True)
 class PreBuffer:
-    """An extracted pre-buffer, known to be whole.
+    """An extracted pre-buffer, checked to be complete.
 
     Args:
         source: its tensors.
@@ -99,7 +99,7 @@ class PreBuffer:
         """Those of a new NEO with what this pre-buffer decides about images.
 
         Raises:
-            CheckpointError: layers of this pre-buffer are no layers of such a NEO; it names what differs.
+            CheckpointError: layers of this pre-buffer do not fit such a NEO; the message names what differs.
         """
         differing = [
             f"{key} {getattr(self.sizes, key)} (there {getattr(sizes, key)})"
@@ -144,7 +144,7 @@ def open_pre_buffer(directory: str | Path) -> PreBuffer:
 
 
 def _shapes(sizes: NeoSizes) -> dict[str, Shape]:
-    """What belongs to the pre-buffer of a NEO of these sizes."""
+    """The tensors that belong to the pre-buffer of a NEO of these sizes."""
     layers = tuple(f"{DECODER}layers.{number}." for number in range(sizes.pre_buffer_layers))
     shapes = {name: shape for name, shape in hf_shapes(sizes).items() if name.startswith((PATCH_EMBEDDING, *layers))}
     return shapes | {IMAGE_ROWS: (len(IMAGE_TOKENS), sizes.hidden_size)}

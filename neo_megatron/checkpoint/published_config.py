@@ -137,17 +137,17 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
 
 
 def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, said: list[str]) -> None:
-    """The whole model's word counts; where it contradicts the decoder's, the tensors decide."""
-    whole, decoder = top.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
-    if whole is None and decoder is None:
+    """The top level of the configuration counts; where it contradicts the decoder's, the tensors decide."""
+    model, decoder = top.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
+    if model is None and decoder is None:
         _fill(top, {"tie_word_embeddings": not has_head}, "in the tensors", said)
-    elif whole is False and decoder is True and not has_head:
+    elif model is False and decoder is True and not has_head:
         top["tie_word_embeddings"] = True
         said.append("tie_word_embeddings is False, but True in llm_config, and there is no head: read as True")
 
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
-    """What the tensors of the first layer tell; nothing where one is missing, which the check of all tensors names."""
+    """Sizes read from the first layer's tensors; empty if one is missing, which the check of all tensors reports."""
     names = ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
     found = [shapes.get(f"{_FIRST_LAYER}{name}.weight") for name in names]
     if not all(found) or not _width(shapes):
@@ -216,7 +216,9 @@ def added_token_ids(directory: Path) -> dict[str, int]:
             try:
                 ids = {token: int(number) for token, number in read(contents)} | ids
             except (TypeError, KeyError, AttributeError, ValueError) as error:
-                raise CheckpointError(f"{directory / name}: its added tokens are no list of words and ids") from error
+                raise CheckpointError(
+                    f"{directory / name}: its added tokens are not a list of words and ids"
+                ) from error
     return ids
 
 

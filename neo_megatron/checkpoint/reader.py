@@ -18,7 +18,7 @@ from neo_megatron.model.config import NeoSizes
 
 @dataclass(frozen=True)
 class EitherForm:
-    """What `open_either` gives.
+    """A NEO opened by `open_either`, in the form of Hugging Face or of Megatron.
 
     Args:
         directory: where it lies; of a Megatron checkpoint the iteration.
@@ -26,7 +26,7 @@ class EitherForm:
         said: what was put right in its `config.json`.
         stored: names, shapes and types in the order of the table; a tied head is not among them.
         common_state: what a Megatron checkpoint holds besides tensors; empty for Hugging Face's form.
-        further_bytes: of the tensors that are no weights: the optimizer's state.
+        further_bytes: of the tensors that are not weights, such as the optimizer's state.
         values: names -> their tensors, one in memory at a time; quickest in the order of ``stored``.
     """
 

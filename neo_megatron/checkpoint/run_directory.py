@@ -32,7 +32,7 @@ class RunDirectory:
         return sorted((n for n in found if self.path_of(n).is_dir()), reverse=True)
 
     def named(self) -> int | str | None:
-        """What the tracker names: an iteration or "release"; `None` where there is none, or a half-written one."""
+        """The tracker's content: an iteration or "release"; `None` if it is missing or half-written."""
         return tracked(self.tracker) if os.path.lexists(self.tracker) else None
 
     def named_path(self) -> Path | None:
@@ -69,7 +69,7 @@ class RunDirectory:
         """Makes room for a run that goes on from here, and gives a sentence for each checkpoint in its way.
 
         Megatron would save into what is there file by file, and a kill could then leave a mixture of two saves that
-        looks whole. Unfinished saves are deleted; others a user may want, so they get another name.
+        looks complete. Unfinished saves are deleted; others a user may want, so they get another name.
         """
         for left in self.root.glob(f"iter_*{_DELETING}"):
             shutil.rmtree(left)

@@ -23,7 +23,7 @@ WRITE_BYTES = 2**17
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of a tensor."""
+    """Name, shape and dtype of a tensor, as a header states them."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,13 +35,13 @@ class StoredTensor:
 
 
 class Readable(Protocol):
-    """What is needed of a file to read tensors."""
+    """The part of a file that reading tensors needs."""
 
     def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
 class Writable(Protocol):
-    """What is needed of a file to write tensors."""
+    """The part of a file that writing tensors needs."""
 
     def write(self, data: memoryview, /) -> int: ...
 
@@ -133,7 +133,7 @@ def one_ahead(
 
     def filled(turn: int) -> Tensor:
         wanted = stored[turn]
-        # Of exactly this size: torch.save writes the whole storage of a tensor.
+        # Of exactly this size: torch.save writes the entire storage of a tensor.
         tensor = torch.frombuffer(buffers[turn % 2], dtype=wanted.dtype, count=math.prod(wanted.shape))
         tensor = tensor.view(wanted.shape)
         fill(wanted, tensor)

@@ -219,7 +219,7 @@ def byte_size(text: str) -> int:
     """A size as Hugging Face spells it: decimal units, so 5GB is 5,000,000,000 bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip(), re.IGNORECASE)
     if not match or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it as 5GB or 500MB")
     return size
 
 

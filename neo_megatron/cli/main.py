@@ -12,7 +12,7 @@ WRONG_USAGE = 2  # exit code, as that of argparse
 
 
 def main() -> None:
-    """What pip installs as `neo-megatron`."""
+    """Runs the command that the command line names."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(_help())

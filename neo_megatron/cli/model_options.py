@@ -1,4 +1,4 @@
-"""Options that both tools have, and what follows from them."""
+"""Options that `generate` and `evaluate` share, and the task that they describe."""
 
 import argparse
 import sys
@@ -41,7 +41,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def quiet() -> None:
-    """What transformers says and shows while it loads would hide what matters."""
+    """Silences transformers, whose messages and bars while it loads would hide what matters."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -63,7 +63,7 @@ def verify(args: argparse.Namespace) -> bool:
 
 
 def _one_process() -> None:
-    """What Megatron's model expects of its surroundings."""
+    """Sets up the process groups that Megatron's model expects."""
     store = torch.distributed.HashStore()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -1,8 +1,8 @@
-"""Where each generated token looked: one row of attention weights for it in every layer, and no more.
+"""Records attention during generation: for each generated token one row of weights per layer, and no more.
 
-transformers chooses its attention kernel by name. The one registered here attends as `sdpa` does and keeps, of each
-call, the weights of the last query: with a cache that is the query from which the next token is generated. An image of
-four megapixels has 4,096 tokens; all the weights of one layer would be 4,096 times as many.
+transformers chooses its attention kernel from a registry. The one registered here attends as `sdpa` does and keeps, of
+each call, the weights of the last query: with a cache that is the query from which the next token is generated. An
+image of four megapixels has 4,096 tokens; all the weights of one layer would be 4,096 times as many.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What happens on the page, without Gradio: what comes in, what is shown, and what is remembered of each visitor."""
+"""Handlers of the page's events, without Gradio: checked input, shown output, and the state of each visitor."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from neo_megatron.errors import RejectedSample
 REDRAW_SECONDS = 0.1
 
 Shown = dict[str, Any]
-"""What image.js or answer.js draws; {} is nothing."""
+"""Data that image.js or answer.js draws; {} draws nothing."""
 
 
 class Events:

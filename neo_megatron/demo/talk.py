@@ -1,4 +1,4 @@
-"""What the page shows: an image as the model sees it, and an answer with where its words looked."""
+"""Data for the page: an image as the model sees it, and an answer with the attention of its words."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ class Answer:
     note: str = ""
 
     def view(self) -> dict[str, Any]:
-        """What answer.js draws."""
+        """Data that answer.js draws."""
         words = words_of(self.pieces)
         rows = self.rows.of_layer(self.layer)
         means = [rows[word.tokens].mean(dim=0) if len(rows) else rows.new_empty(0) for word in words]
@@ -54,7 +54,7 @@ class Answer:
             if self.rows.forgotten
             else self.note,
             "words": [{"text": word.text, **_heat(mean)} for word, mean in zip(words, means, strict=True)],
-            "whole": _heat(torch.stack(means).mean(dim=0)) if means else {},
+            "all": _heat(torch.stack(means).mean(dim=0)) if means else {},
         }
 
 
@@ -83,7 +83,7 @@ class Talk:
         self.pre_buffer_layers: int = answerer.config.llm_config.extra_num_layers
 
     def image_view(self, path: str) -> dict[str, Any]:
-        """What image.js draws of an uploaded file.
+        """Data that image.js draws for an uploaded file.
 
         Raises:
             RejectedSample: for an image that preprocessing would reject.

@@ -27,7 +27,7 @@ FLEX_BLOCK = (128, 128)
 
 
 def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int) -> AttentionMask:
-    """Who sees whom, in the form that the kernel takes: made once per call, for all layers.
+    """The attention mask in the form that the kernel takes; made once per call, for all layers.
 
     Args:
         rule: the rule, or a boolean `[B, 1, L, K]`.
@@ -49,7 +49,7 @@ def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int)
 
 
 def kernel_function(implementation: str, queries: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What `attn_implementation` names; takes the arguments of :func:`eager_attention_forward`."""
+    """The kernel that `attn_implementation` selects; takes the arguments of :func:`eager_attention_forward`."""
     name = _kernel(implementation, queries)
     return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 

@@ -154,7 +154,7 @@ def _check_turns(turns: Sequence[Turn], grids: int, given: bool) -> None:
 
 def _tokens(tokenizer: Any, turns: Sequence[Turn], grids: Sequence[tuple[int, int]]) -> Iterator[int]:
     """The ids of a conversation up to the answer to come; the published code cuts texts at the same places."""
-    cells = iter(rows * columns // MERGE_SIZE**2 for rows, columns in grids)
+    counts = iter(rows * columns // MERGE_SIZE**2 for rows, columns in grids)
     turn_start, turn_end = _id(tokenizer, "<|im_start|>"), _id(tokenizer, "<|im_end|>")
     for role, text in turns:
         yield turn_start
@@ -165,7 +165,7 @@ def _tokens(tokenizer: Any, turns: Sequence[Turn], grids: Sequence[tuple[int, in
             yield from _text(tokenizer, f"{role}\n{first}")
             for literal in others:
                 yield _id(tokenizer, "<img>")
-                yield from [_id(tokenizer, "<IMG_CONTEXT>")] * next(cells)
+                yield from [_id(tokenizer, "<IMG_CONTEXT>")] * next(counts)
                 yield _id(tokenizer, "</img>")
                 yield from _text(tokenizer, literal)
         yield from (turn_end, *_text(tokenizer, "\n"))

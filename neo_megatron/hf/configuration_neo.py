@@ -159,7 +159,7 @@ class NEOChatConfig(PretrainedConfig):
         return self.llm_config.vocab_size
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> NEOLLMConfig:
-        """What generation asks for the number of layers and heads."""
+        """The decoder's configuration, from which generation takes the number of layers and heads."""
         return self.llm_config
 
     @classmethod

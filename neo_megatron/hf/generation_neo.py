@@ -1,4 +1,4 @@
-"""What `generate()` of transformers (4.57 to 5.24) asks of NEO: the inputs of a step, rows repeated with their images.
+"""Hooks of `generate()` of transformers (4.57 to 5.24): inputs of a step, and rows repeated with their images.
 
 Shape suffixes: B batch, L tokens, K tokens with those of the cache.
 """
@@ -61,7 +61,7 @@ class NEOGenerationMixin(GenerationMixin):
         labels: Tensor | None = None,
         **others: Any,
     ) -> dict[str, Any]:
-        """What the next call of `forward` needs of a sequence of which the cache holds the beginning.
+        """Arguments of the next call of `forward`, for a sequence whose beginning is in the cache.
 
         Positions come from all the tokens, so that they are right after a cache was cropped or its rows exchanged.
         Images that the cache holds are not passed on.
@@ -186,7 +186,7 @@ class NEOGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """What `generate_batch` begins with.
+        """The first call of `generate_batch`.
 
         Raises:
             NotImplementedError: always. Its paged cache and causal mask have no room for images.

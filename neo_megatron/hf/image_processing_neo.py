@@ -43,7 +43,7 @@ _LONGEST_PATH = 4096
 
 
 class NEOImagesKwargs(ImagesKwargs, total=False):
-    """What `from_pretrained` of transformers 5 takes over from its arguments."""
+    """Options that `from_pretrained` of transformers 5 takes from its arguments."""
 
     min_pixels: int
     max_pixels: int
@@ -217,10 +217,10 @@ def _decoded_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:  # a letter that base64 has not, or a number of them
-        raise ValueError(f"the image {name} is no base64 ({error})") from error
+        raise ValueError(f"the image {name} is not valid base64 ({error})") from error
 
 
-def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
-    """`[cells, 4, 768]`, the patches of a cell together, -> `[grid_h * grid_w, 768]`, row by row of the image."""
-    blocks = cells.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
+def row_major(blocks: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
+    """`[image tokens, 4, 768]` -> `[grid_h * grid_w, 768]`: patches in blocks of 2x2 -> row by row of the image."""
+    blocks = blocks.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(grid_h * grid_w, -1)

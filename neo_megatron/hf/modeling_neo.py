@@ -1,6 +1,6 @@
 """NEO for transformers (4.57 to 5.24): images and text in one decoder, with `generate()` over a growing cache.
 
-Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C merged cells, H hidden.
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C image tokens, H hidden.
 
 transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
@@ -25,9 +25,9 @@ from .mask_neo import AttentionRule
 from .positions_neo import (
     PACKING,
     after_tokens,
-    cell_positions,
     document_numbers,
     image_numbers,
+    image_token_positions,
     one_grid,
     packed_positions,
     text_positions,
@@ -140,7 +140,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         """Logits, and the loss where labels are given.
 
         Args:
-            input_ids: `[B, L]`, with `<IMG_CONTEXT>` in place of every merged cell of every image.
+            input_ids: `[B, L]`, with `<IMG_CONTEXT>` for every image token, that is every 2x2 patches.
             pixel_values: `[N, 768]` normalised 16x16 patches of all images, row by row of the batch, each row-major.
             grid_hw: `[images, 2]` rows and columns of patches.
             attention_mask: `[B, K]`, 0 on padding, K counting the cache. Padding may lie anywhere; positions count
@@ -304,8 +304,8 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         """`[B, L, H]`, the image tokens in their places."""
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)
-            return embeddings.masked_scatter((image_BL >= 0)[..., None].to(embeddings.device), cells_CH)
+            image_CH = self._image_tokens(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)
+            return embeddings.masked_scatter((image_BL >= 0)[..., None].to(embeddings.device), image_CH)
         # One token alone has no <img> before it; a graph has no branch that depends on tokens.
         if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool((image_BL >= 0).any()):
             raise ValueError(
@@ -314,13 +314,13 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             )
         return embeddings
 
-    def _cells(self, pixel_values: Tensor, grid_hw: Tensor | None) -> Tensor:
+    def _image_tokens(self, pixel_values: Tensor, grid_hw: Tensor | None) -> Tensor:
         if grid_hw is None or int(grid_hw.prod(dim=-1).sum()) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} patches do not fit grid_hw: pass both as the processor returns them")
         return self.vision_model(pixel_values, grid_hw)
 
     def _rule(self, image_BL: Tensor, document_BK: Tensor, cached: int) -> AttentionRule:
-        """Who sees whom; images in the cache are seen like text before them."""
+        """The mask of this call; images in the cache are seen like text before them."""
         image_BK = nn.functional.pad(image_BL, (cached, 0), value=-1)
         return AttentionRule(
             document_BK, image_BK, rows=torch.arange(cached, image_BK.shape[1], device=image_BK.device)
@@ -337,7 +337,9 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         positions = input_ids.new_zeros(*input_ids.shape, 3)
         positions[..., 0] = text_positions(input_ids, document_BK[:, cached:], self.config, *history)
         if grid_hw is not None:
-            positions[..., 1:][image_BL >= 0] = cell_positions(image_BL, grid_hw, self.vision_model.embeddings.merge)
+            positions[..., 1:][image_BL >= 0] = image_token_positions(
+                image_BL, grid_hw, self.vision_model.embeddings.merge
+            )
         return positions
 
 

@@ -1,6 +1,6 @@
 """Tokens -> documents, images and the positions t, h, w: what the published layout of a sequence says of each token.
 
-Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, C merged cells.
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, C image tokens.
 """
 
 from typing import Any
@@ -133,7 +133,7 @@ def after_tokens(
 
 
 def _last_valid(flag_BL: Tensor, valid_BL: Tensor, before_B: Any) -> Tensor:
-    """The flag of the last token that is no padding before every place, and after the last one: `[B, L + 1]`."""
+    """The flag of the last token that is not padding before every place, and after the last one: `[B, L + 1]`."""
     place = torch.arange(1, flag_BL.shape[1] + 1, device=flag_BL.device)
     last = nn.functional.pad(torch.where(valid_BL, place, 0).cummax(dim=-1).values, (1, 0))
     flags = nn.functional.pad(flag_BL, (1, 0))
@@ -192,8 +192,8 @@ def one_grid(grid_hw: Tensor | None, image_grid_thw: Tensor | None) -> Tensor | 
     return image_grid_thw[:, 1:]
 
 
-def cell_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
-    """Row and column `[C, 2]` of every cell of all images, checked against the places that the text has for them."""
+def image_token_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
+    """Row and column `[C, 2]` of every token of all images, checked against the places that the text has for them."""
     grids = (grid_hw // merge).tolist()
     rows = torch.arange(len(image_BL), device=image_BL.device)[:, None] * image_BL.shape[1]
     places = torch.unique_consecutive((image_BL + rows)[image_BL >= 0], return_counts=True)[1].tolist()

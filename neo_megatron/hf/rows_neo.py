@@ -17,7 +17,7 @@ TYPED = "\ufdd0"
 
 @dataclass
 class Layout:
-    """What a prompt is made of: (text, control token or image, whether it is in an answer), ``None`` for an image."""
+    """Pieces of a prompt: (text, control token or image, whether it is in an answer), ``None`` for an image."""
 
     pieces: list[tuple[str | int | None, bool]] = field(default_factory=list)
 

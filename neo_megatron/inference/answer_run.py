@@ -1,4 +1,4 @@
-"""The output directory of a run that asks many questions: continued after a kill, whole or not there.
+"""The output directory of a run that asks many questions: continued after a kill, and never left half-written.
 
 ``answers.partial.jsonl`` grows while the run works: in its first line what decides the answers, then what became of
 the questions, a line for each batch. ``answers.jsonl`` is written last, so a directory that has only this one is
@@ -73,7 +73,7 @@ class AnswerRun:
             ) from error
 
     def finish(self, files: dict[str, bytes]) -> None:
-        """Writes the files of the whole run, ``answers.jsonl`` last, and removes what served to continue it."""
+        """Writes the files of the complete run, ``answers.jsonl`` last, and removes the partial file."""
         for name in sorted(files, key=lambda name: name == ANSWERS):
             write_whole(self.directory / name, files[name])
         sync_directory(self.directory)

@@ -38,7 +38,7 @@ _LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens share one ch
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said: its text and its tokens; ``finished`` is False where it was cut at the limit of tokens."""
+    """An answer of the model: text and tokens; ``finished`` is False if it was cut at the token limit."""
 
     text: str
     tokens: tuple[int, ...]
@@ -231,7 +231,7 @@ def _check_device(device: str) -> None:
 
 
 def _weights(neo: NeoDirectory) -> dict[str, Any]:
-    """Where `from_pretrained` finds the tensors: in safetensors, or in pickles that were opened with care."""
+    """Arguments by which `from_pretrained` finds the tensors: safetensors, or pickles that were opened safely."""
     source = neo.source
     if os.path.lexists(adapter := source.directory / "adapter_config.json"):
         raise CheckpointError(

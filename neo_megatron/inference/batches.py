@@ -120,7 +120,7 @@ class Worker:
         self._answerer = task.load(device)
 
     def __call__(self, questions: Sequence[Question], seed: int) -> list[Result]:
-        """What became of each question.
+        """The result of each question.
 
         Raises:
             DataError: memory of the GPU is full.

@@ -42,7 +42,7 @@ class Evaluation:
     Args:
         lines: of ``answers.jsonl``.
         rejects: of ``rejects.jsonl``.
-        total, data_sets: scores of all answers, and of those of each data set by name.
+        total, data_sets: scores of all answers, and of each data set, keyed by its name.
     """
 
     lines: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of how answers are generated, checked before transformers reads it."""
+"""Checks a checkpoint's `generation_config.json` before transformers reads it."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How right an answer is: exact match, and ANLS of Biten et al., "Scene Text Visual Question Answering" (ICCV 2019).
+"""Answer metrics: exact match, and ANLS of Biten et al., "Scene Text Visual Question Answering" (ICCV 2019).
 
 Both compare texts as the evaluation server of ST-VQA and DocVQA does: in lower case, no white space around them, and
 one blank for white space inside them. Punctuation, accents, articles and numbers count as they are written. Where
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 THRESHOLD = 0.5
-"""tau of the paper: a similarity below it is no reading error but another answer."""
+"""tau of the paper: a similarity below it is not a reading error but another answer."""
 
 
 @dataclass(frozen=True)

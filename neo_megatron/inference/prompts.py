@@ -1,4 +1,4 @@
-"""What a NEO is asked: turns up to the one that it is to say, and images as the data path makes them.
+"""Prompts: the turns before the one that the model generates, and images preprocessed as in training.
 
 An image that `neo-megatron preprocess` rejects is rejected here, for the same reason and with the same sentence.
 """
@@ -32,12 +32,12 @@ ImageInput = Image.Image | bytes | str | Path
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to the turn that the model is to say.
+    """A conversation up to the turn that the model generates.
 
     Args:
         turns: with an ``<image>`` tag for each image, in order. A tag after a backslash, or in the turn of an
             assistant, is text.
-        images: uint8 [cells, 4, 768] each, patches as `neo_megatron.data.image` cuts them.
+        images: uint8 [image tokens, 4, 768] each, patches as `neo_megatron.data.image` cuts them.
         grids: (grid_h, grid_w) of each in patches.
 
     Raises:

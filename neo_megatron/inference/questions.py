@@ -43,7 +43,7 @@ class Question:
 
     @property
     def place(self) -> tuple[str, int, int | None, int]:
-        """What no other question has."""
+        """The unique place of the question."""
         return self.source.name, self.record, self.element, self.turn
 
     @property
@@ -71,8 +71,8 @@ def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> Q
         sources: as of preprocessing; of a share below 1 the same records are drawn.
         settings: limits of pixels, and the seed of the draw.
         ask: "every answer": each turn that is trained on is one question, the turns before it as they are written its
-            prompt; its text and its ``answers``, a list of texts, are the references. "next turn": each sample is one
-            question, what follows its last turn of a user; it may have a ``prompt``, a text, for ``conversations``.
+            prompt; its text and its ``answers``, a list of strings, are the references. "next turn": each sample is one
+            question, what follows its last turn of a user; it may have a ``prompt``, a string, for ``conversations``.
 
     Raises:
         DataError: a data set is named twice, or with more than all of it; there is no question at all.
@@ -114,7 +114,7 @@ def _read_record(
     for element, written in elements:
         try:
             sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
-            cells = _cells(sample, settings)
+            image_tokens = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
             result.rejects.append(rejected.row(source.annotations, record, element))
@@ -123,7 +123,7 @@ def _read_record(
         read = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
         result.noticed.note(sample, read, sample.images, place)
         for turn, references in asked:
-            length = cells + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
+            length = image_tokens + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
             result.questions.append(
                 Question(source, record, element, turn, written.get("id"), sample, references, length)
             )
@@ -166,7 +166,7 @@ def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[s
 def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     answers = turn.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of texts")
+        raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of strings")
     if not all(is_unicode(answer) for answer in answers):
         raise RejectedSample(
             Reason.MALFORMED, f"'answers' of turn {number} hold an unpaired surrogate (invalid Unicode)"
@@ -174,7 +174,7 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     return answers
 
 
-def _cells(sample: Sample, settings: Settings) -> int:
+def _image_tokens(sample: Sample, settings: Settings) -> int:
     """Tokens of the images by their headers; frames of videos are not counted."""
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [

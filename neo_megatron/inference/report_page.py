@@ -25,7 +25,7 @@ IMAGE_SIDE = 480  # pixels
 
 
 def page(evaluation: Evaluation, model: str, cases: int = CASES) -> str:
-    """The whole page.
+    """The complete page as HTML.
 
     Args:
         model: what to call it.

@@ -35,16 +35,16 @@ def images_of(image: np.ndarray, positions: np.ndarray, patches: np.ndarray) -> 
     Args:
         image: int32 [T], number of the image of each token, -1 outside.
         positions: int32 [T, 3].
-        patches: uint8 [cells, 4, 768], see ``docs/shard_format.md``.
+        patches: uint8 [image tokens, 4, 768], see ``docs/shard_format.md``.
     """
-    images, cell = [], 0
+    images, first = [], 0
     for number in range(image.max() + 1):
         tokens = np.flatnonzero(image == number)
         rows, columns = (positions[tokens, 1:].max(axis=0) + 1).tolist()
-        blocks = patches[cell : cell + len(tokens)].reshape(rows, columns, 2, 2, 3, 16, 16)
+        blocks = patches[first : first + len(tokens)].reshape(rows, columns, 2, 2, 3, 16, 16)
         pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * 32, columns * 32, 3)
         images.append(ShownImage(pixels, int(tokens[0])))
-        cell += len(tokens)
+        first += len(tokens)
     return images
 
 

@@ -22,7 +22,7 @@ _MASK_COLOURS = ((0, 0, 0, 0), (47, 111, 178, 120), (47, 111, 178, 255))
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a document of a pack comes from."""
+    """The source of a document of a pack."""
 
     source: str
     annotations: str
@@ -119,7 +119,7 @@ def _padding(pack: Pack) -> str:
 
 
 def _token_facts(pack: Pack, images: Sequence[ShownImage], has_text: bool) -> str:
-    """What the tooltip says of every token, as JSON: numbers alone, so that no text of the data is in a script."""
+    """Facts for the tooltip of every token, as JSON: numbers only, so that no text of the data is in a script."""
     facts = {
         "id": pack.tokens.tolist(),
         "t": pack.positions[:, 0].tolist(),

@@ -19,7 +19,7 @@ STYLE = _FOLDER / "style.css"
 
 
 def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any] | None, token_facts: str) -> str:
-    """The whole page.
+    """The complete page as HTML.
 
     Args:
         title: of the page.
@@ -157,5 +157,5 @@ def rejects_table(rejected: Counter[str], examples: dict[str, list[dict[str, Any
     )
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{part / max(whole, 1):.1%}"
+def _percent(part: int, total: int) -> str:
+    return f"{part / max(total, 1):.1%}"

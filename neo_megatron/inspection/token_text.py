@@ -33,7 +33,7 @@ def token_texts(ids: Sequence[int], decode: Decode | None) -> list[str]:
 
 
 def _join(ids: list[int], decode: Decode) -> tuple[str, int]:
-    """As few of the tokens as make whole characters, and how many; the first alone where none do."""
+    """Text of the fewest tokens that make complete characters, and how many they are; the first alone if none do."""
     for size in range(2, len(ids) + 1):
         text = decode(ids[:size])
         if _BROKEN not in text:

@@ -37,7 +37,7 @@ class NeoChat(lmms):
         system_prompt: a text, or a file that holds it.
 
     Raises:
-        ValueError, DataError: as `Answerer`; a batch size that is no number.
+        ValueError, DataError: as `Answerer`; a batch size that is not a number.
     """
 
     is_simple = False
@@ -192,6 +192,6 @@ class NeoSimple(NeoChat):
 
 
 def _question(arguments: tuple) -> tuple:
-    """What requests for several answers to one question have in common."""
+    """The part that requests for several answers to one question have in common."""
     text, _, _, *document = arguments
     return text, *document

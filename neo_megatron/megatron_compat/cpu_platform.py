@@ -349,7 +349,7 @@ def _skip_step(data_iterator: Any) -> None:
 
 
 def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:
-    """What an asynchronous save writes: copies, which no later step changes. Public, so that its process finds it."""
+    """Copies for an asynchronous save, which no later step changes. Public, so that its process finds it."""
     return [
         (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
         for path, key, (data, tensors) in write_buckets

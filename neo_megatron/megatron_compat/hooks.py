@@ -1,4 +1,4 @@
-"""What of Megatron is replaced on any machine, so that its log is NEO's; `cpu_platform.py` has what a CPU needs.
+"""Replaces parts of Megatron on any machine, so that its log is NEO's; `cpu_platform.py` has what a CPU needs.
 
 Every patch looks for the lines of Megatron that it relies on, so that another version ends in one sentence.
 """
@@ -34,7 +34,7 @@ _TRAINING = (
 
 
 class StepLog(Protocol):
-    """What Megatron's training loop logs through; see `run.step_log`."""
+    """The object that Megatron's training loop logs through; see `run.step_log`."""
 
     def training_log(
         self, log: Callable, losses: Any, total_losses: Any, iteration: int, skipped: int, first: bool

@@ -2,7 +2,7 @@
 
 What a query sees is one interval of keys: from the start of its document to itself, or to the end of its image. Two
 numbers per row therefore say everything: which blocks of keys some row of a block sees, which all of its rows see
-whole, and, inside the blocks between, who sees whom. PyTorch's own `create_block_mask` asks about every pair.
+in full, and which query sees which key in the blocks between. PyTorch's `create_block_mask` asks about every pair.
 
 Nothing here asks the device for a number: a mask is built without waiting for it.
 
@@ -90,7 +90,7 @@ def computed_pairs(mask: BlockMask) -> Tensor:
 
 
 def _runs(number_BT: Tensor, place_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run of equal numbers that each token is in begins, and after its end; int32 ``[B, T]`` each."""
+    """Start and end (exclusive) of the run of equal numbers that each token is in; int32 ``[B, T]`` each."""
     length = number_BT.shape[1]
     changes = number_BT[:, 1:] != number_BT[:, :-1]
     begins = torch.nn.functional.pad(changes, (1, 0), value=True)

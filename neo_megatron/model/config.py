@@ -129,7 +129,7 @@ class NeoSizes:
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
         except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-            raise ConfigError(f"not a NEO config.json: a size in it is no number ({error})") from error
+            raise ConfigError(f"not a NEO config.json: a size in it is not a number ({error})") from error
         if asked:
             raise ConfigError(f"llm_config sets {asked}: NEO's decoder is a plain Qwen3")
         return cls(**sizes)
@@ -187,7 +187,7 @@ class NeoSizes:
 
 
 def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
-    """What a decoder's configuration asks for and NEO does not have, so that it is never passed over."""
+    """Names what a decoder's configuration asks for and NEO does not have, so that it is never ignored silently."""
 
     def scaled(key: str) -> bool:
         rotation = decoder.get(key) or {}

@@ -3,14 +3,14 @@
 No kernel library has this mask (bidirectional inside an image, packed documents). Two ways, neither of which asks
 anything of the kernel but a mask:
 
-    a2a        tokens are exchanged for heads and back: in between a rank sees whole packs, for its share of the heads;
-    allgather  keys and values are gathered: a rank sees whole packs, for the queries of its own rows only.
+    a2a        tokens are exchanged for heads and back: in between a rank sees complete packs for its share of heads;
+    allgather  keys and values are gathered: a rank sees complete packs, for the queries of its own rows only.
 
 Which rows a rank holds is decided in `sequence_split.py`, which way is taken, and what it costs, in
 `context_traffic.py`.
 
-Shape suffixes: S tokens of a pack held by this rank, T of the whole pack, B packs, N query heads and G key-value heads
-of this tensor-parallel rank, D head dimension.
+Shape suffixes: S tokens of a pack held by this rank, T tokens of the complete pack, B packs, N query heads and G
+key-value heads of this tensor-parallel rank, D head dimension.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def context_parallel_attention(
     group: ProcessGroup,
     key_order_T: Tensor | None = None,
 ) -> Tensor:
-    """Attention of this rank's tokens to whole packs -> ``[S, B, N * D]``.
+    """Attention of this rank's tokens to complete packs -> ``[S, B, N * D]``.
 
     Args:
         core: attention on one rank; its mask is for all rows (a2a) or for this rank's rows (allgather), for all keys.
@@ -57,11 +57,11 @@ def _with_exchanged_heads(
     parts = [x.unflatten(2, (ranks, -1)).flatten(3).permute(2, 0, 1, 3) for x in (query, key, value)]
     exchanged = all_to_all(group, torch.cat(parts, dim=-1)).flatten(0, 1)
     widths = [part.shape[-1] for part in parts]
-    whole = [
+    complete = [
         x.unflatten(-1, (-1, before.shape[-1]))
         for x, before in zip(exchanged.split(widths, dim=-1), (query, key, value), strict=True)
     ]
-    back = all_to_all(group, core(*whole).unflatten(0, (ranks, -1)))
+    back = all_to_all(group, core(*complete).unflatten(0, (ranks, -1)))
     return back.permute(1, 2, 0, 3).flatten(2)
 
 
@@ -72,21 +72,21 @@ def _with_gathered_keys(
 
     Kept, they would be `ranks` times a rank's own, in every layer: at 131,072 tokens of NEO-9B 0.8 GB a layer.
     """
-    packs = WholePacks(group, key_order)
+    packs = GatheredPacks(group, key_order)
     key_value = _Gather.apply(torch.cat((key, value), dim=-1), packs)
     key, value = key_value.split((key.shape[-1], value.shape[-1]), dim=-1)
     with saved_tensors_hooks(packs.forget, packs.recall):
         return core(query, key, value)
 
 
-class WholePacks:
-    """Keys and values of whole packs from the parts of all ranks, at hand in the forward and again in the backward."""
+class GatheredPacks:
+    """Gathers keys and values of complete packs from all ranks, in the forward and again in the backward."""
 
     def __init__(self, group: ProcessGroup, key_order: Tensor) -> None:
         self.group = group
         self.key_order = key_order
         self.part: Tensor | None = None
-        self.whole: Tensor | None = None
+        self.gathered: Tensor | None = None
         self._storage = 0
 
     def gather(self, part_SBGW: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ class WholePacks:
 
     def start(self, part: Tensor) -> Tensor:
         self.part = part
-        whole = self.gather(part)
-        self._storage = whole.untyped_storage().data_ptr()
-        return whole
+        gathered = self.gather(part)
+        self._storage = gathered.untyped_storage().data_ptr()
+        return gathered
 
     def forget(self, saved: Tensor) -> Any:
         """A view of the gathered tensor is remembered by its place in it, everything else as it is."""
@@ -111,13 +111,13 @@ class WholePacks:
     def recall(self, remembered: Any) -> Tensor:
         if isinstance(remembered, Tensor):
             return remembered
-        if self.whole is None:
-            self.whole = self.gather(self.part)
-        return self.whole.as_strided(*remembered)
+        if self.gathered is None:
+            self.gathered = self.gather(self.part)
+        return self.gathered.as_strided(*remembered)
 
     def scatter(self, gradient_TBGW: Tensor) -> Tensor:
         """The sum over all ranks, this rank's part of it; the kernel is done with the gathered tensors then."""
-        self.whole = None
+        self.gathered = None
         gathered = torch.empty_like(gradient_TBGW, memory_format=torch.contiguous_format)
         gathered.index_copy_(0, self.key_order, gradient_TBGW)
         part = torch.empty_like(self.part)
@@ -127,7 +127,7 @@ class WholePacks:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part: Tensor, packs: WholePacks) -> Tensor:
+    def forward(ctx, part: Tensor, packs: GatheredPacks) -> Tensor:
         ctx.packs = packs
         return packs.start(part)
 

@@ -125,13 +125,13 @@ def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: Att
 
 @cache
 def _compiled_flex_attention():
-    # Uncompiled, FlexAttention holds the whole score matrix.
+    # Uncompiled, FlexAttention materialises the full score matrix.
     return compiled(flex_attention)
 
 
 @cache
 def _options_of(device: torch.device, head_dim: int, number_bytes: int) -> dict[str, Any] | None:
-    """What FlexAttention is told on this device; None, and a sentence in the log, where it cannot run."""
+    """Kernel options of FlexAttention on this device; None, and a warning in the log, if it cannot run there."""
     properties = torch.cuda.get_device_properties(device)
     memory = properties.shared_memory_per_block_optin
     options = kernel_options(Widths(2 * head_dim, head_dim, number_bytes), (properties.major, properties.minor), memory)

@@ -2,7 +2,7 @@
 
 Under all-gather a rank's work is the number of keys that its queries may see. In a long document late tokens see many
 times what early ones see, so that contiguous parts would leave the first rank idle half of the time. Blocks of rows are
-dealt out by their work instead; whole blocks, because FlexAttention skips what is masked by the block.
+dealt out by their work instead; in complete blocks, because FlexAttention skips masked pairs by the block.
 
 Runs on the CPU for every micro-batch, in time and memory linear in the number of tokens.
 """
@@ -23,7 +23,7 @@ def allowed_keys(document_BT: Tensor, image_BT: Tensor) -> Tensor:
     place = torch.arange(length)
 
     def neighbours(number_BT: Tensor, last: bool) -> Tensor:
-        """Where the run of equal numbers that each token is in begins, or ends."""
+        """First, or last, position of the run of equal numbers that each token is in."""
         new = torch.ones_like(number_BT, dtype=torch.bool)
         new[:, 1:] = number_BT[:, 1:] != number_BT[:, :-1]
         if not last:

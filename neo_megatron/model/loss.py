@@ -1,4 +1,4 @@
-"""The loss: weighted cross entropy over trained positions, normalised over the whole global batch.
+"""The loss: weighted cross entropy over trained positions, normalised over the global batch.
 
     loss = sum_i w_i * nll_i / sum_i w_i      over all micro-batches and all data-parallel ranks
 
@@ -19,7 +19,7 @@ class WeightedLoss:
         self._weight_sum: Tensor | None = None
 
     def __call__(self, weight_M: Tensor, nll_M: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What Megatron's schedules take from a loss function.
+        """Result of a loss function as Megatron's schedules take it.
 
         Args:
             weight_M: float32 ``[M]``, weight of each trained position; M may be 0.

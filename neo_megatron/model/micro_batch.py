@@ -16,7 +16,7 @@ from neo_megatron.model.cp_token_split import contiguous_rows, even_rows
 def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: bool) -> dict[str, Tensor]:
     """This context-parallel rank's tokens of every pack, in the form of collated packs of S tokens.
 
-    ``document`` and ``image`` stay those of whole packs: the keys' side of the mask.
+    ``document`` and ``image`` stay those of complete packs: the keys' side of the mask.
 
     Args:
         packs: what `neo_megatron.data.dataset.collate` gives.
@@ -43,7 +43,7 @@ def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: 
 def model_inputs(
     packs: dict[str, Tensor], first_stage: bool, last_stage: bool, sequence_rank: int = 0, sequence_ranks: int = 1
 ) -> dict[str, Tensor]:
-    """What `NeoModel.forward` takes on one rank.
+    """The arguments of `NeoModel.forward` on one rank.
 
     Collated packs number their tokens pack by pack (``pack * T + token``); hidden states are ``[T, B, H]``, so that the
     same token is row ``token * B + pack`` there.

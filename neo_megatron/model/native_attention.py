@@ -30,7 +30,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 @dataclass(frozen=True)
 class PackContext:
-    """What every layer needs to know of the packs of a micro-batch; it travels in Megatron's `packed_seq_params`.
+    """Properties of the packs of a micro-batch that every layer needs; they travel in Megatron's `packed_seq_params`.
 
     (That argument reaches the layers unchanged, under activation recomputation too, where tensors alone may be
     arguments.)

@@ -75,7 +75,7 @@ class NeoModel(LanguageModule):
                 init_method=config.init_method,
                 bias=False,
                 skip_weight_param_allocation=pre_process and sizes.tie_word_embeddings,
-                # Trained positions are picked out of the whole sequence, so `_head_input` communicates, not the layer.
+                # Trained positions are picked from the complete sequence, so `_head_input` communicates, not the layer.
                 disable_grad_reduce=True,
                 tp_group=self.pg_collection.tp,
             )
@@ -87,7 +87,7 @@ class NeoModel(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """What a distributed checkpoint holds: the parameters, under one name for every layout and implementation.
+        """The contents of a distributed checkpoint: the parameters, under one name for every layout and implementation.
 
         Linear layers also offer an `_extra_state`: under FP8's delayed scaling the last maxima, else nothing. It is
         left out, so that every checkpoint starts every run, in FP8 or not; delayed scaling has its maxima after a step.
@@ -178,10 +178,10 @@ class NeoModel(LanguageModule):
     def _head_input(self, hidden_SBH: Tensor) -> Tensor:
         """``[S, B, H]`` -> ``[R * B, H]`` on every tensor-parallel rank, gradients summed on the way back."""
         if self.config.sequence_parallel:
-            whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+            sequence = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
         else:
-            whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=self.pg_collection.tp)
-        return whole.flatten(0, 1)
+            sequence = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+        return sequence.flatten(0, 1)
 
 
 def _forgive_missing_extra_state(_module: LanguageModule, incompatible_keys) -> None:

@@ -30,7 +30,7 @@ def keeps_input(config: NeoConfig) -> bool:
 
 
 def share_input(hidden_SBH: Tensor, group: ProcessGroup, sequence_parallel: bool) -> Tensor:
-    """The whole sequence on every tensor-parallel rank; its gradient is summed over them, once for all that take it."""
+    """The complete sequence on every tensor-parallel rank; its gradient is summed over ranks once for all uses."""
     if sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=group)
     return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
@@ -57,9 +57,11 @@ def gather_again(whole_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, conte
     pending: list[Any] = [(whole_TBH.data, part_SBH.detach())]
 
     def begin(_gradient: Tensor) -> None:
-        whole, part = pending.pop()
-        whole.untyped_storage().resize_(size)
-        pending.append(torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=True))
+        gathered, part = pending.pop()
+        gathered.untyped_storage().resize_(size)
+        pending.append(
+            torch.distributed.all_gather_into_tensor(gathered, part.contiguous(), group=group, async_op=True)
+        )
 
     def end(_gradient: Tensor) -> None:
         pending.pop().wait()

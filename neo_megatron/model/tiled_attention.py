@@ -108,7 +108,7 @@ class TiledMask:
 
 
 def _runs(number_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run of equal numbers that each token is in begins, and after its end; int64 ``[T]`` each."""
+    """Start and end (exclusive) of the run of equal numbers that each token is in; int64 ``[T]`` each."""
     changes = torch.nonzero(number_T.diff()).flatten() + 1
     bounds = torch.cat((changes.new_zeros(1), changes, changes.new_tensor([len(number_T)])))
     run = torch.searchsorted(bounds, torch.arange(len(number_T)), right=True)

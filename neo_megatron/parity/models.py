@@ -1,4 +1,4 @@
-"""What each of the two models computes on a pack, as named tensors with one row for every token, in float32.
+"""Runs both models on a pack and names what they compute: float32 tensors with one row for every token.
 
 Names, in the order of the forward pass: ``patch embedding``, ``layer N`` for every layer, ``final norm``, ``logits``,
 ``loss``. Either model is built without weights and reads them part by part, Hugging Face's by the names that its
@@ -31,7 +31,7 @@ Seen = dict[str, Tensor]
 
 
 def check_tensors(neo: NeoDirectory, megatron: TorchDistDirectory) -> NeoSizes:
-    """The sizes of both; refuses what cannot be compared or is not whole.
+    """The sizes of both; rejects checkpoints that are incomplete or cannot be compared.
 
     Raises:
         CheckpointError: another model; a tensor that is missing, unexpected or of another shape.

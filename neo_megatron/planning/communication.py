@@ -45,7 +45,7 @@ class Traffic:
 def rank_traffic(
     sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int, pipeline_rank: int
 ) -> Traffic:
-    """What a rank of one pipeline stage sends in a step."""
+    """Bytes that a rank of one pipeline stage sends in a step."""
     chunks = layout.chunks(sizes)[pipeline_rank]
     per_micro_batch = [
         (

@@ -25,12 +25,12 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the training step needs, however it is computed: MFU is counted from this."""
+        """Operations that the training step needs, however it is computed: MFU is counted from these."""
         return self.forward + self.backward
 
     @property
     def training(self) -> float:
-        """What a step really computes, without activation recomputation: that adds `forward` once more."""
+        """Operations that a step computes without activation recomputation, which adds `forward` once more."""
         return self.model + self.recomputed
 
     def __add__(self, other: "Flops") -> "Flops":

@@ -1,4 +1,4 @@
-"""GPUs by name: the makers' peak rates, and how much of them is assumed to be reached."""
+"""Peak rates of GPUs as their makers state them, and the share of them that is assumed to be reached."""
 
 import re
 from dataclasses import dataclass, replace

@@ -86,12 +86,12 @@ class Layout:
         if rest or not data:
             raise ConfigError(
                 f"TP {layout.tensor_model_parallel_size} x PP {layout.pipeline_model_parallel_size} x "
-                f"CP {layout.context_parallel_size} is {layout.model_ranks} GPUs, of which {args.world_size} is no "
-                "multiple: choose other sizes"
+                f"CP {layout.context_parallel_size} is {layout.model_ranks} GPUs, and {args.world_size} is not a "
+                "multiple of that: choose other sizes"
             )
         if layout.global_batch_size % (layout.micro_batch_size * data):
             raise ConfigError(
-                f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size "
+                f"--global-batch-size {layout.global_batch_size} is not a multiple of --micro-batch-size "
                 f"{layout.micro_batch_size} times the {data} data-parallel ranks: choose one that is"
             )
         return replace(layout, data_parallel_size=data, virtual_pipeline_model_parallel_size=virtual)
@@ -166,7 +166,7 @@ class Layout:
         return None
 
     def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int) -> Namespace:
-        """What `check_fp8` looks at, under Megatron's names."""
+        """The settings that `check_fp8` reads, under Megatron's names."""
         return Namespace(
             **vars(self),
             fp8="hybrid",

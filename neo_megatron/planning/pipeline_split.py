@@ -47,7 +47,7 @@ class Costs:
         return cls(flops.patch_embedding.training, layers, flops.head.training)
 
     def stages(self, counts: Sequence[int]) -> list[float]:
-        """What each stage costs that holds so many layers; the first also embeds, the last has the head."""
+        """Cost of each stage, given the number of its layers; the first also embeds, the last has the head."""
         starts = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
         costs = [sum(self.layers[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
         costs[0] += self.patch_embedding
@@ -56,7 +56,7 @@ class Costs:
 
 
 def choose_layout(args: Namespace, sizes: NeoSizes, workload: Workload | None = None) -> tuple[str | None, str]:
-    """Where the stages of a run begin, before Megatron's `validate_args`.
+    """Chooses the pipeline split of a run, before Megatron's `validate_args`.
 
     `--pipeline-model-parallel-layout` wins. Else `--pre-buffer-pipeline-stages` cuts between pre-buffer and post-LLM,
     and each part by its costs. Else Megatron splits evenly; layers that it cannot split evenly are cut by their costs.
@@ -182,7 +182,7 @@ def layer_counts(layout: str, num_layers: int, ranks: int) -> list[int]:
         raise ConfigError(f"{where}: it has {sum(counts)} layers, the model has {num_layers}")
     if len(counts) % ranks:
         raise ConfigError(
-            f"{where}: its {len(counts)} stages are no multiple of --pipeline-model-parallel-size {ranks}"
+            f"{where}: its {len(counts)} stages are not a multiple of --pipeline-model-parallel-size {ranks}"
         )
     return counts
 

@@ -81,19 +81,19 @@ class Plan:
 
 def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
     """Columns as wide as they need be, the first `left` of them flush left; the first row is the header."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[str(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            value.ljust(width) if column < left else value.rjust(width)
+            for column, (value, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in texts
     )
 
 
 def describe(plan: Plan) -> str:
-    """The whole plan for people. Memory in GB of 1,000,000,000 bytes, as GPUs are sold."""
+    """The complete plan as text for people. Memory in GB of 1,000,000,000 bytes, as GPUs are sold."""
     return "\n\n".join([_header(plan), _memory(plan), _verdict(plan), _recomputation(plan), _wire(plan), _time(plan)])
 
 
@@ -117,10 +117,10 @@ def recomputation_text(layout: Layout) -> str:
 
 def _header(plan: Plan) -> str:
     sizes, layout, workload = plan.sizes, plan.layout, plan.workload
-    whole = chunk_parameters(
+    model = chunk_parameters(
         sizes, Layout(), Chunk(0, sizes.num_layers, embedding=True, head=True), plan.training_stage
     )
-    count, trained = sum(p.elements for p in whole), sum(p.elements for p in whole if p.trained)
+    count, trained = sum(p.elements for p in model), sum(p.elements for p in model if p.trained)
     flops = model_flops(sizes, plan.training_stage, workload).total(sizes)
     core = sizes.num_layers * attention_core_flops(sizes, workload.mean_keys).forward
     products = sizes.num_layers * layer_products(sizes).forward

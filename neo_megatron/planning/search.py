@@ -136,7 +136,7 @@ def candidates(
 
 
 class _Choices:
-    """What a search tries of each flag: all, or what is given."""
+    """The values of each flag that a search tries: all, or those that are given."""
 
     def __init__(self, given: Mapping[str, Any], sizes: NeoSizes, training_stage: int, workload: Workload) -> None:
         self._given = given
@@ -184,7 +184,7 @@ def _nothing_to_look_at(gpus: int, global_batch_size: int, given: Mapping[str, A
     ranks = prod(sizes.values())
     if gpus % ranks:
         flags = " x ".join(f"{_flag(name)} {size}" for name, size in sizes.items())
-        return f"{flags} is {ranks} GPUs, of which --gpus {gpus} is no multiple: choose other sizes"
+        return f"{flags} is {ranks} GPUs, and --gpus {gpus} is not a multiple of that: choose other sizes"
     if given and refusals:
         return f"no layout of --gpus {gpus} and the given flags can work; the first reason: {refusals[0]}"
     return (

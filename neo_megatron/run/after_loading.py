@@ -1,4 +1,4 @@
-"""What is left to do when Megatron has loaded a checkpoint: state that it does not load, and where the run stands."""
+"""Completes the loading of a checkpoint: restores state that Megatron does not load, and the run's progress."""
 
 from argparse import Namespace
 from typing import Any

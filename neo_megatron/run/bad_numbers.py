@@ -40,7 +40,7 @@ class _MicroBatch:
 
 @dataclass
 class _Finding:
-    """What a rank knows of a step with a bad number.
+    """Findings of one rank about a step with a non-finite number.
 
     Args:
         rejected: what was rejected here; empty where another rank did.

@@ -1,11 +1,11 @@
-"""What a run does about samples with a broken image: counts and names them, and stops when there are too many."""
+"""Counts and reports samples with a broken image during training, and stops the run if there are too many."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from neo_megatron.errors import DataError
 
-# A share of fewer samples than this says little: one broken image among the first ten is no tenth.
+# A share of fewer samples than this says little: one broken image among the first ten does not mean a tenth.
 _LEAST_READ = 1000
 
 

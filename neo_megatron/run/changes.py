@@ -1,4 +1,4 @@
-"""What a run that goes on changes of the run that saved the checkpoint: refused, honoured, and never in silence.
+"""Compares the flags of a resumed run with those of its checkpoint: each change is refused or honoured, and reported.
 
 Megatron asserts a few sizes and ignores the rest, or replaces flags of the command line by what was saved.
 """
@@ -136,7 +136,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
 
 
 def told_changes(args: Namespace, common_state: dict[str, Any]) -> list[str]:
-    """What a run that goes on changes and a user should know, one entry for each flag."""
+    """Changes of a resumed run that a user should know about, one entry for each flag."""
     saved = common_state["args"]
     told = []
     for name, what in _TOLD.items():

@@ -60,10 +60,10 @@ class RunCheckpoints:
         self._deleting: threading.Thread | None = None
 
     def start(self) -> None:
-        """Makes Megatron load a whole checkpoint. To be called on all ranks before it does; later calls do nothing.
+        """Makes Megatron load a complete checkpoint. To be called on all ranks before it does; later calls do nothing.
 
         Raises:
-            ConfigError: another run saves into the same directory, or no checkpoint is whole, or it is not of this run.
+            ConfigError: another run saves into the same directory; no checkpoint is complete, or it is not of this run.
         """
         if self._started:
             return
@@ -118,7 +118,7 @@ class RunCheckpoints:
             self._deleting.start()
 
     def _delete_surplus(self) -> None:
-        """Deletes only when the newest checkpoint, read back, is whole: otherwise an older one may be the last good."""
+        """Deletes old checkpoints if the newest, read back, is intact: otherwise an older one may be the last good."""
         surplus = self._directory.surplus(self._limit)
         if not surplus:
             return
@@ -128,7 +128,7 @@ class RunCheckpoints:
             for iteration in surplus:
                 self._directory.delete(iteration)
         except (DamagedCheckpoint, OSError) as error:
-            say(f"{error}: no older checkpoint is deleted until a later one is whole")
+            say(f"{error}: no older checkpoint is deleted until a later one is intact")
 
     def _stamp(self) -> tuple[int, int] | None:
         """Changes with every writing of the tracker."""

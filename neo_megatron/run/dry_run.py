@@ -78,7 +78,7 @@ def _check_checkpoint(args: Namespace) -> tuple[int, int]:
     if path is None:
         print("checkpoint   none: the run starts from random numbers")
         return 0, 0
-    print(f"checkpoint   {path}: of this model, its files whole (their bytes are compared when the run starts)")
+    print(f"checkpoint   {path}: fits this model, all files complete (checksums are compared when the run starts)")
     goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune
     if not goes_on:
         return 0, 0

@@ -1,4 +1,4 @@
-"""What may become of a flag of Megatron: the types of the table in `flag_table.py`."""
+"""The types of the table of Megatron's flags in `flag_table.py`."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Status(Enum):
-    """What a flag does in a training of NEO."""
+    """Effect of a flag in a training of NEO."""
 
     WORKS = "works"
     WORKS_ON_GPU = "passed on"

@@ -1,4 +1,4 @@
-"""What becomes of every flag of Megatron's parser: it works, has no effect here, or ends the start in a sentence.
+"""Status of every flag of Megatron's parser: it works, has no effect here, or is rejected with a reason.
 
 The table itself is in `accepted_flags.py`, `rejected_model_flags.py` and `rejected_run_flags.py`; `flags_page.py`
 writes docs/flags.md from it. tests/run/test_flag_table.py holds that it has every flag of the pinned Megatron.

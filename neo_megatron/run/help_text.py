@@ -1,4 +1,4 @@
-"""What `--help` prints: NEO's flags first, then those of Megatron that a training of NEO can use."""
+"""Prints `--help`: NEO's flags first, then those of Megatron that a training of NEO can use."""
 
 import re
 from argparse import SUPPRESS, ArgumentParser

@@ -69,7 +69,7 @@ def seconds_to_wait(args: Namespace) -> float:
 
 
 def late(worker: int, workers: int, packs: str, seconds: float) -> DataError:
-    """What to say of a worker that does not deliver."""
+    """The error message for a worker that does not deliver."""
     return DataError(
         f"worker {worker} of {workers} of the data loader has not delivered {packs} within "
         f"{seconds:g} s: look at the storage of the packs; where it is slow, raise --distributed-timeout-minutes, "

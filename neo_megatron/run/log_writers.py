@@ -1,4 +1,4 @@
-"""Where a run logs scalars: TensorBoard and Weights & Biases, through Megatron and in NEO's words.
+"""Logs scalars to TensorBoard and Weights & Biases, through Megatron's writers and under NEO's tags.
 
 Megatron logs to Weights & Biases only where it also logs to TensorBoard, calls packs samples, and logs the test set as
 the validation set. Its writers are replaced by these, which pass on all that they are given.

@@ -35,7 +35,7 @@ _MASTERS = (f"{STATE}fp32_param.", f"{STATE}param.", "")
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded on this rank.
+    """Optimizer state that was loaded on this rank.
 
     Args:
         known, fresh: how many of the parameters that train have moments in the checkpoint, and how many have not.
@@ -49,7 +49,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _State:
-    """What this rank's optimizer holds of a parameter.
+    """The part of a parameter that this rank's optimizer holds.
 
     Args:
         tensors: the moments and "master", the latter only where it is kept apart from the parameter.
@@ -120,7 +120,7 @@ def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
 
 
 def saved_optimizers(common_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a checkpoint says of its optimizers that is no tensor; of one, or of several under their numbers."""
+    """Everything but tensors that a checkpoint holds of its optimizers: of one, or of several under their numbers."""
     state = common_state.get("optimizer", {})
     if state and all(isinstance(key, int) for key in state):
         return list(state.values())

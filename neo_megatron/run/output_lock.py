@@ -26,7 +26,7 @@ SILENT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The owner of a lock.
 
     Args:
         token: of this one holding of the lock.

@@ -119,7 +119,7 @@ def _first_of_its_stage() -> bool:
 
 
 def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
-    """What Megatron calls once in every step on all ranks: normalises the gradients, and sees to finished saves."""
+    """Called by Megatron once per step on all ranks: normalises the gradients, and handles finished saves."""
     run_checkpoints.look()
     _bad_numbers.look_at_loss()
     _loss.finalize_model_grads(model, num_tokens, **groups)
@@ -161,7 +161,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
 def loss_and_report(
     model: torch.nn.Module, weight_M: Tensor, nll_M: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `WeightedLoss` gives for the micro-batch that has just gone through ``model``, and more to log.
+    """`WeightedLoss` of the micro-batch that has just gone through ``model``, with further figures to log.
 
     Megatron sums up both numbers of an entry over the global batch, divides them, and reads the result when it logs.
     """

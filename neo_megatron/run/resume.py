@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint to go on from, verified by all ranks; leftovers of killed runs are removed.
+"""Chooses the checkpoint to resume from, verified by all ranks, and removes leftovers of killed runs.
 
 Megatron loads what the tracker file names, whatever state it is in. This comes before: a damaged checkpoint is passed
 over for the one before it, and what the run would save over is moved.
@@ -44,7 +44,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             damages.append(damage)
         if damages:
             raise ConfigError(
-                f"--load {args.load}: no whole checkpoint to go on from ({'; '.join(damages)}): "
+                f"--load {args.load}: no complete checkpoint to resume from ({'; '.join(damages)}): "
                 "bring one back from a copy, or start again with other directories for --load and --save"
             )
     if args.pretrained_checkpoint:
@@ -106,7 +106,7 @@ def _saves_where_it_loads(args: Namespace) -> bool:
 
 
 def _verify_together(path: Path, read_tensors: bool) -> str | None:
-    """What is wrong with a checkpoint, as a sentence; every rank reads its part of the tensors."""
+    """Describes the damage of a checkpoint in a sentence; every rank reads its part of the tensors."""
     rank, ranks = rank_and_ranks()
     damage = None
     try:

@@ -1,4 +1,4 @@
-"""What a run does before its slow imports: ranks are found, paths checked, the log opened."""
+"""Prepares a run before its slow imports: finds the rank, checks paths, opens the log."""
 
 import os
 import socket
@@ -102,7 +102,7 @@ def open_console(arguments: Sequence[str]) -> Console | None:
 
 
 def log_file(save: str | Path, rank: int) -> Path:
-    """Where a rank of the run that saves there logs, in every one of its starts."""
+    """The log file of a rank, in the directory that its run saves to; every start appends to it."""
     return Path(save) / "logs" / f"rank_{rank:05d}.log"
 
 

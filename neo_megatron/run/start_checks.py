@@ -1,4 +1,4 @@
-"""What refuses a run before anything is built: one place, for a start and for its dry run.
+"""Checks that refuse a run before anything is built, shared by a start and its dry run.
 
 `check_settings` needs the command line alone, `check_checkpoint` also what the run starts from.
 """

@@ -1,4 +1,4 @@
-"""What the log says of training steps, over Megatron's own: figures of NEO's work, and its words.
+"""Adds figures of NEO's work to Megatron's log of training steps, in NEO's terms.
 
 Megatron's formula of operations is that of a causal model that trains everything: for NEO it is 1.1 to 1.8 times too
 high. Here they are those of `planning/flops.py` for what the packs of each step hold, so that TFLOP/s, tokens/s and MFU
@@ -32,7 +32,7 @@ _BEFORE = " global batch size:"  # the figures go here, in Megatron's line of a 
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step has read.
+    """Packs, loss weight and broken samples that a step has read.
 
     Args:
         weight: the sum of all loss weights; known on the last pipeline stage, as `broken` is.
@@ -214,7 +214,7 @@ class StepLog:
 
 
 def _fill(counts: Counted) -> float:
-    """Share of the tokens that are no padding."""
+    """Share of the tokens that are not padding."""
     return 1 - counts.packs.padding / max(counts.packs.tokens, 1)
 
 

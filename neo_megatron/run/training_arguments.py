@@ -157,7 +157,7 @@ def _raise_first(sentences: Iterable[str]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What Megatron's checks say, or without words what they ask for."""
+    """The message of Megatron's checks, or the failed condition if they give none."""
     if text := " ".join(str(error).split()):
         return text
     asked = traceback.extract_tb(error.__traceback__)[-1].line.removeprefix("assert ")

@@ -1,4 +1,4 @@
-"""Refuses layouts that cannot work, before anything is built: one sentence that names the flags and a remedy.
+"""Rejects parallel layouts that cannot work, before anything is built: one sentence that names the flags and a remedy.
 
 Megatron stops many of them with an assertion in the middle of its start, some after minutes, and trains wrongly on one.
 Reads Megatron's arguments as parsed, without a process group, so that the planner can ask it of any layout.
@@ -200,7 +200,7 @@ def _batch(args: Namespace) -> Iterator[str]:
 def _divides(prefix: str, global_batch: int, micro_batch: int, ranks: int) -> Iterator[str]:
     if global_batch < 1 or global_batch % (micro_batch * ranks):
         yield (
-            f"--{prefix}global-batch-size {global_batch} is no multiple of --{prefix}micro-batch-size {micro_batch} "
+            f"--{prefix}global-batch-size {global_batch} is not a multiple of --{prefix}micro-batch-size {micro_batch} "
             f"times the {ranks} data-parallel ranks: choose a multiple of {micro_batch * ranks}"
         )
 

@@ -44,8 +44,8 @@ def test_each_missing_tensor_is_listed_and_starts_as_in_a_new_neo(variant, golde
     source = variant(drop("_hw.", "_norm_h.", "lm_head", "dense_embedding.bias"))
     patterns = ["*_proj_hw.weight", "*_norm_h.weight", HEAD, "vision_model.*.bias"]
     listed, neo = round_trip(source, tmp_path, tokenizer, allow_missing=patterns)
-    whole = load_file(golden / "ckpt_untied" / "model.safetensors")
-    assert listed.keys() == whole.keys() - load_file(source / "model.safetensors").keys()
+    complete = load_file(golden / "ckpt_untied" / "model.safetensors")
+    assert listed.keys() == complete.keys() - load_file(source / "model.safetensors").keys()
     attention = f"{LAYERS}3.self_attn."
     assert listed[f"{attention}q_proj_hw.weight"] == f"rows and columns of {attention}q_proj.weight"
     assert listed[f"{attention}k_proj_hw.weight"] == "all 0" and listed[f"{attention}q_norm_h.weight"] == "all 1"
@@ -53,7 +53,7 @@ def test_each_missing_tensor_is_listed_and_starts_as_in_a_new_neo(variant, golde
     assert listed[HEAD] == f"copy of {EMBEDDING}"
     assert listed["vision_model.embeddings.dense_embedding.bias"].startswith("drawn evenly from within 0.0")
 
-    for name, tensor in whole.items():
+    for name, tensor in complete.items():
         assert name in listed or torch.equal(neo[name], tensor), name
     assert torch.equal(neo[HEAD], neo[EMBEDDING])
     queries = neo[f"{attention}q_proj.weight"]
@@ -96,8 +96,8 @@ def test_missing_tensors_of_a_megatron_checkpoint(golden, tokenizer, tmp_path):
     missing = convert_megatron_to_hf(part, tmp_path / "hf", tokenizer, allow_missing=patterns)
     attention = f"{LAYERS}4.self_attn."
     assert missing.keys() == {HEAD, f"{attention}q_proj_hw.weight", f"{attention}k_proj_hw.weight"}
-    neo, whole = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", golden / "ckpt_untied"))
-    assert all(torch.equal(neo[name], tensor) for name, tensor in whole.items() if name not in missing)
+    neo, complete = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", golden / "ckpt_untied"))
+    assert all(torch.equal(neo[name], tensor) for name, tensor in complete.items() if name not in missing)
     assert torch.equal(neo[HEAD], neo[EMBEDDING]) and not neo[f"{attention}k_proj_hw.weight"].any()
     assert torch.equal(neo[f"{attention}q_proj_hw.weight"], quarters_of_heads(neo[f"{attention}q_proj.weight"]))
 
@@ -127,8 +127,8 @@ def test_another_type_is_that_of_torch(golden, tokenizer, tmp_path, dtype):
     """Out of Megatron and into it give the same: every value rounded once."""
     source = golden / "ckpt_untied"
     expected = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
-    convert_hf_to_megatron(source, tmp_path / "whole")
-    convert_megatron_to_hf(tmp_path / "whole", tmp_path / "out", tokenizer, dtype=dtype)
+    convert_hf_to_megatron(source, tmp_path / "complete")
+    convert_megatron_to_hf(tmp_path / "complete", tmp_path / "out", tokenizer, dtype=dtype)
     _, through = round_trip(source, tmp_path, tokenizer, dtype=dtype)
     for actual in (load_file(tmp_path / "out" / "model.safetensors"), through):
         assert actual.keys() == expected.keys()

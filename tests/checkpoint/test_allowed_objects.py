@@ -1,4 +1,4 @@
-"""What a training loads besides tensors builds nothing but what Megatron itself saves."""
+"""Loading a checkpoint builds no objects but tensors and those that Megatron itself saves."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def test_damaged_objects_are_a_sentence():
 
 
 @pytest.mark.parametrize(
-    ("pieces", "whole"),
+    ("pieces", "complete"),
     [
         ([((0, 0), (4, 6))], True),
         ([((0, 0), (2, 6)), ((2, 0), (2, 3)), ((2, 3), (2, 3))], True),
@@ -66,5 +66,5 @@ def test_damaged_objects_are_a_sentence():
         ([], False),
     ],
 )
-def test_pieces_cover_a_tensor_once(pieces, whole):
-    assert pieces_make_up((4, 6), pieces) is whole
+def test_pieces_cover_a_tensor_once(pieces, complete):
+    assert pieces_make_up((4, 6), pieces) is complete

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face: the same bytes, whole or not at all, and nothing is trusted."""
+"""Hugging Face -> Megatron -> Hugging Face: the same bytes, complete or not at all, and no input is trusted."""
 
 import dataclasses
 import json
@@ -73,8 +73,10 @@ def test_shards_and_their_index(golden, megatron, tokenizer, tmp_path):
     assert all(file.stat().st_size < 310_000 for file in files)
     assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(file).values())
     convert_hf_to_megatron(tmp_path / "hf", tmp_path / "again")
-    convert_megatron_to_hf(tmp_path / "again", tmp_path / "whole", tokenizer)
-    expected, actual = (load_file(path / "model.safetensors") for path in (golden / "ckpt_untied", tmp_path / "whole"))
+    convert_megatron_to_hf(tmp_path / "again", tmp_path / "complete", tokenizer)
+    expected, actual = (
+        load_file(path / "model.safetensors") for path in (golden / "ckpt_untied", tmp_path / "complete")
+    )
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
@@ -224,18 +226,18 @@ def test_no_path_leaves_the_checkpoint(megatron, golden, tmp_path):
     }
     (tmp_path / "secret").write_bytes(b"")
     (megatron / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="names '../../secret', which is no file of this directory"):
+    with pytest.raises(ValueError, match="names '../../secret', which is not a file of this directory"):
         TorchDistDirectory(megatron)
     (megatron / "latest_checkpointed_iteration.txt").write_text("../../elsewhere")
-    with pytest.raises(ValueError, match="is no iteration"):
+    with pytest.raises(ValueError, match="does not name an iteration"):
         TorchDistDirectory(megatron)
     directory = tmp_path / "hf"
     directory.mkdir()
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
-    with pytest.raises(ValueError, match="'../x.safetensors' is no safetensors file of this directory"):
+    with pytest.raises(ValueError, match="'../x.safetensors' is not a safetensors file of this directory"):
         SafetensorsDirectory(directory)
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x.safetensors"], "b": 1}}')
-    with pytest.raises(ValueError, match="is no safetensors file of this directory"):
+    with pytest.raises(ValueError, match="is not a safetensors file of this directory"):
         SafetensorsDirectory(directory)
 
 
@@ -243,7 +245,7 @@ def test_broken_input_is_named(golden, tmp_path):
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
         SafetensorsDirectory(golden)
     (tmp_path / "model.safetensors").write_bytes((golden / "ckpt_untied" / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
         SafetensorsDirectory(tmp_path)
     with pytest.raises(ValueError, match="config.json: no such file"):
         convert_hf_to_megatron(tmp_path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What `neo-megatron convert info` says, and that its hash is of the weights alone."""
+"""`neo-megatron convert info`: its figures, and that its hash depends on the weights alone."""
 
 import hashlib
 import runpy

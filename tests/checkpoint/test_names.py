@@ -1,4 +1,4 @@
-"""The one table: complete, invertible, and laid out so that a tensor-parallel rank gets whole heads."""
+"""The one table: complete, invertible, and laid out so that a tensor-parallel rank gets complete heads."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_heads_lie_group_by_group(sizes, kind, per_group):
 
 def test_the_patch_embedding_is_two_matrix_products(sizes):
     draw = torch.Generator().manual_seed(1)
-    image = torch.randn(1, 3, 32, 32, generator=draw)  # one cell of 2x2 patches
+    image = torch.randn(1, 3, 32, 32, generator=draw)  # one image token of 2x2 patches
     patch, merge = (row_of(sizes, f"patch_embedding.{kind}_projection.weight") for kind in ("patch", "merge"))
     (patch_kernel,), (merge_kernel,) = random_parts(patch), random_parts(merge)
     blocks = image.view(3, 2, 16, 2, 16).permute(1, 3, 0, 2, 4).reshape(4, 768)

@@ -61,7 +61,7 @@ def test_nothing_is_run(tmp_path, form):
     "contents, sentence",
     [
         ({}, "no tensors in its files"),
-        ({"epoch": 3}, "'epoch' is no tensor"),
+        ({"epoch": 3}, "'epoch' is not a tensor"),
         ([torch.zeros(2)], "holds a list"),
         ({"huge": torch.zeros(1).expand(1 << 40)}, "huge does not hold all of its values"),
         ({"sparse": torch.eye(3).to_sparse()}, "sparse does not hold all of its values"),
@@ -81,23 +81,23 @@ def test_what_no_weight_is_stored_as(tmp_path):
 
 def test_a_broken_file_and_an_index_that_points_outside(tensors, tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    whole = (tmp_path / "pytorch_model.bin").read_bytes()
-    (tmp_path / "pytorch_model.bin").write_bytes(whole[:-100])
+    saved = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(saved[:-100])
     with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
         open_weights(tmp_path, allow_pickle=True)
-    wrong = whole.replace(b"\x80\x02}q\x00", b"\x80\x02h\x07N", 1)  # torch's unpickler answers with a KeyError
-    assert wrong != whole
+    wrong = saved.replace(b"\x80\x02}q\x00", b"\x80\x02h\x07N", 1)  # torch's unpickler answers with a KeyError
+    assert wrong != saved
     (tmp_path / "pytorch_model.bin").write_bytes(wrong)
     with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
         open_weights(tmp_path, allow_pickle=True)
     (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.bin"}}))
-    with pytest.raises(ValueError, match=r"'\.\./secret\.bin' is no file of it"):
+    with pytest.raises(ValueError, match=r"'\.\./secret\.bin' is not a file of it"):
         open_weights(tmp_path, allow_pickle=True)
 
 
 def test_one_file_wins_over_an_index_as_in_transformers(golden, tensors, tmp_path):
-    """transformers leaves an old index beside what it saves in one file."""
+    """transformers leaves an old index next to a model that it saves as one file."""
     old = json.dumps({"weight_map": {"a": "gone"}})
     for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         (tmp_path / file).write_text(old)

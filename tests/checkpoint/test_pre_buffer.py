@@ -36,8 +36,8 @@ def test_the_front_end_and_nothing_else_comes_out(golden, extracted):
     assert torch.equal(front[IMAGE_ROWS], neo[EMBEDDING][[897, 898]])  # <img> and </img>
     config = json.loads((extracted / "config.json").read_text())
     assert config["model_type"] == "neo_pre_buffer"
-    whole = read_sizes(golden / "ckpt_untied")
-    assert open_pre_buffer(extracted).sizes == whole.replace(post_llm_layers=0)
+    sizes = read_sizes(golden / "ckpt_untied")
+    assert open_pre_buffer(extracted).sizes == sizes.replace(post_llm_layers=0)
 
 
 def test_the_same_comes_out_of_megatrons_form(golden, extracted, tmp_path):

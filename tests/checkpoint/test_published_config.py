@@ -59,7 +59,7 @@ def test_every_form_is_the_same_model(checkpoint, expected, edit):
 
 
 def test_a_mislabelled_checkpoint_is_known_by_its_tensors(checkpoint, expected, tokenizer, tmp_path):
-    """As users report of a released stage-1 checkpoint: an InternVL by name, with code that is not there."""
+    """As users report of a released stage-1 checkpoint: declared as an InternVL, with code that is not there."""
 
     def edit(config):
         config["model_type"] = "internvl_chat"
@@ -159,7 +159,7 @@ def test_without_a_tokenizer_they_are_qwen3s_or_nothing(checkpoint, tmp_path):
 
 
 def test_a_decoder_that_is_tied_by_its_own_word_alone(variant, golden):
-    """As the whole model's configuration of transformers says nothing else by default."""
+    """The default of the model's configuration in transformers."""
     llm = json.loads((golden / "ckpt_untied" / "config.json").read_text())["llm_config"]
     directory = variant(lambda tensors: tensors.pop(LM_HEAD), llm_config={**llm, "tie_word_embeddings": True})
     neo = open_neo(directory)
@@ -184,7 +184,7 @@ def test_what_neo_does_not_have_is_not_passed_over(checkpoint, asked):
 
 
 def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
-    """`--neo-model DIR`, with the weights beside the configuration or without."""
+    """`--neo-model DIR`, with weights next to the configuration or without."""
 
     def edit(config):
         del config["llm_config"]["head_dim"]
@@ -207,8 +207,8 @@ def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
         ("llm_config", "rms_norm_eps", 10**38, "it must be a positive number below 1"),
         ("llm_config", "rope_theta", 10**38, "it must be a positive number below 1e.18"),
         ("llm_config", "num_hidden_layers", 10**9, "1000000000 layers: give 1 to"),
-        ("vision_config", "downsample_ratio", 0, "a size in it is no number"),
-        ("vision_config", "rope_theta_vision", "ten", "a size in it is no number"),
+        ("vision_config", "downsample_ratio", 0, "a size in it is not a number"),
+        ("vision_config", "rope_theta_vision", "ten", "a size in it is not a number"),
     ],
 )
 def test_a_value_that_no_model_has_is_a_sentence_with_the_file(checkpoint, part, key, value, sentence):
@@ -229,7 +229,7 @@ def test_a_value_that_no_model_has_is_a_sentence_with_the_file(checkpoint, part,
 def test_added_tokens_of_another_form_are_a_sentence_with_the_file(checkpoint, name, contents):
     directory = checkpoint(without_ids)
     (directory / name).write_text(json.dumps(contents))
-    with pytest.raises(ValueError, match=f"{directory}/{name}: its added tokens are no list of words and ids"):
+    with pytest.raises(ValueError, match=f"{directory}/{name}: its added tokens are not a list of words and ids"):
         open_neo(directory)
 
 
@@ -279,7 +279,7 @@ def test_another_kind_of_checkpoint_is_named(checkpoint, tmp_path, edit, sentenc
 
 
 def test_a_neo_unify_is_known_by_its_tensors(checkpoint):
-    """Where its configuration does not tell: one norm for rows and columns."""
+    """If its configuration does not say: one norm for rows and columns."""
     directory = checkpoint(lambda config: None)
     tensors = load_file(directory / "model.safetensors")
     name = "language_model.model.layers.0.self_attn.q_norm_hw.weight"

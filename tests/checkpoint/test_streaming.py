@@ -126,7 +126,7 @@ def peak() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux: /proc/self/clear_refs")
 def test_memory_is_two_tensors_whatever_the_model(golden, tokenizer, tmp_path):
-    """24 layers of 7 MB; the largest tensor has 3 MB. Held whole, or mapped whole, they would show."""
+    """24 layers of 7 MB; the largest tensor has 3 MB. Held or mapped all at once, they would show."""
     sizes = SIZES["tiny"].replace(
         **dict(hidden_size=512, ffn_hidden_size=768, num_attention_heads=4, head_dim=64, post_llm_layers=22),
         **dict(vocab_size=1024, image_start_token_id=897, image_context_token_id=896),

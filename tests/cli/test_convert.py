@@ -95,4 +95,4 @@ def test_a_size_that_is_none_is_refused(convert, golden, capsys, size):
     neo = ("--neo", golden / "ckpt_untied")
     with pytest.raises(SystemExit):
         convert("extract-pre-buffer", *neo, "--output", "o", "--max-shard-size", size)
-    assert f"'{size}' is no size: write it as 5GB or 500MB" in capsys.readouterr().err
+    assert f"'{size}' is not a size: write it as 5GB or 500MB" in capsys.readouterr().err

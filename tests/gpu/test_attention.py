@@ -26,7 +26,7 @@ def rule_of_seed(seed: int) -> AttentionRule:
 
 
 def draw(dtype: torch.dtype, head_dim: int) -> list[Tensor]:
-    """Query, key, value and a gradient of the output; anew at every call."""
+    """Query, key, value and a gradient of the output; drawn again at every call."""
     shapes = ((HEADS, 2 * head_dim), (GROUPS, 2 * head_dim), (GROUPS, head_dim))
     tensors = [torch.randn(LENGTH, PACKS, *shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
     return [*tensors, torch.randn(LENGTH, PACKS, HEADS * head_dim, device="cuda", dtype=dtype)]

@@ -109,12 +109,12 @@ def test_logits_to_keep(model, document):
     """So many of the last ones, or those at places; a loss is of as many."""
     labels = document["input_ids"].clone()
     labels[:, :60] = -100
-    whole = model(**document, labels=labels)
-    torch.testing.assert_close(model(**document, logits_to_keep=3).logits, whole.logits[:, -3:])
+    complete = model(**document, labels=labels)
+    torch.testing.assert_close(model(**document, logits_to_keep=3).logits, complete.logits[:, -3:])
     some = model(**document, logits_to_keep=torch.tensor([0, 7])).logits
-    torch.testing.assert_close(some, whole.logits[:, [0, 7]])
+    torch.testing.assert_close(some, complete.logits[:, [0, 7]])
     kept = model(**document, labels=labels, logits_to_keep=102 - 59).loss
-    torch.testing.assert_close(kept, whole.loss)
+    torch.testing.assert_close(kept, complete.loss)
     with pytest.raises(ValueError, match="pass no labels"):
         model(**document, labels=labels, logits_to_keep=torch.tensor([0, 7]))
 

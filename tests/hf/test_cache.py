@@ -56,14 +56,14 @@ def test_the_name_of_the_cache(model, document, monkeypatch):
 def test_either_name(model, document):
     """Of the argument, in every version; and an output has what this version and those before call it."""
     ids, images = document["input_ids"], {key: document[key] for key in ("pixel_values", "grid_hw")}
-    whole, answer = model(**document).logits[:, 60:], model.generate(**document, **GREEDY)
+    logits, answer = model(**document).logits[:, 60:], model.generate(**document, **GREEDY)
     for name in ("cache", "past_key_values"):
         first = model(ids[:, :60], **images, use_cache=True)
         assert torch.equal(model.generate(**document, **GREEDY, **{name: first.past_key_values}), answer)
         first = model(ids[:, :60], **images, use_cache=True)
         assert first[NAME] is first.past_key_values
         rest = model(ids[:, 60:], **{name: first.past_key_values})
-        torch.testing.assert_close(rest.logits, whole, atol=1e-4, rtol=0)
+        torch.testing.assert_close(rest.logits, logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="two names of one argument"):
         model(ids, **images, cache=transformers.DynamicCache(), past_key_values=transformers.DynamicCache())
 
@@ -147,7 +147,7 @@ def draft(model):
 
 @torch.no_grad()
 def test_a_draft_model_changes_no_token(model, draft, document, computed):
-    """It looks at the images itself; where it is no NEO, it has the tokens alone."""
+    """It looks at the images itself; if it is not a NEO, it has the tokens alone."""
     settings = GREEDY | {"max_new_tokens": 30}
     expected = model.generate(**document, **settings).tolist()
     assert draft.generate(**document, **settings).tolist() != expected

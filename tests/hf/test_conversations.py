@@ -22,11 +22,11 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8))
 
 
-def trained(processor, turns, cells=()):
+def trained(processor, turns, image_tokens=()):
     """Ids and labels mask as preprocessing makes them."""
     tokenizer = processor.tokenizer
     encoder = ChatEncoder(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer))
-    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], cells)])
+    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], image_tokens)])
     mask = np.zeros(len(sample.tokens), int)
     for start, end in sample.spans:
         mask[start:end] = 1
@@ -156,8 +156,8 @@ def test_the_same_tokens_everywhere(processor, model, image, monkeypatch):
     """Preprocessing, the processor from messages and from text, and chat(), with tags that are words."""
     messages = [{"role": role, "content": words} for role, words in CHAT]
     features = processor(images=[image] * 2, text=processor.apply_chat_template(messages))
-    cells = (features["grid_hw"].prod(dim=-1) // 4).tolist()
-    ids, mask = trained(processor, CHAT, cells)
+    image_tokens = (features["grid_hw"].prod(dim=-1) // 4).tolist()
+    ids, mask = trained(processor, CHAT, image_tokens)
     assert features["input_ids"].tolist() == [ids]
     chat = processor.apply_chat_template(messages, images=[[image] * 2], return_assistant_tokens_mask=True, **PT)
     assert chat["input_ids"].tolist() == [ids] and chat["assistant_masks"].tolist() == [mask]
@@ -187,8 +187,8 @@ def test_the_mask_of_a_batch(processor, image):
     chats = [[{"role": role, "content": words} for role, words in chat] for chat in turns]
     one = {"images": [[image], []], "return_assistant_tokens_mask": True, **PT}
     features = processor.apply_chat_template(chats, **one)
-    cells = [int(features["grid_hw"].prod()) // 4]
-    expected = [trained(processor, turns[0], cells), trained(processor, turns[1])]
+    image_tokens = [int(features["grid_hw"].prod()) // 4]
+    expected = [trained(processor, turns[0], image_tokens), trained(processor, turns[1])]
     for side in ("left", "right"):
         features = processor.apply_chat_template(chats, padding_side=side, **one)
         for row, (ids, mask) in enumerate(expected):

@@ -17,7 +17,7 @@ def with_hole(ids, place, width, token=PAD):
 
 
 def positions(model, *arguments, **named):
-    """What the decoder is given for t, h and w."""
+    """The positions t, h and w that the decoder gets."""
     seen = []
     hook = model.language_model.get_decoder().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     logits = model(*arguments, **named).logits
@@ -94,8 +94,8 @@ def test_a_conversation_in_turns(model, document):
         cache = out.past_key_values
         for row, part in enumerate(turn):
             logits[row].append(out.logits[row, : part.shape[1]])
-    for row, whole in enumerate((model(ids, **images).logits, model(other).logits)):
-        torch.testing.assert_close(torch.cat(logits[row]), whole[0], atol=1e-4, rtol=0)
+    for row, complete in enumerate((model(ids, **images).logits, model(other).logits)):
+        torch.testing.assert_close(torch.cat(logits[row]), complete[0], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -66,8 +66,8 @@ def test_every_way_to_give_an_image(processor, golden, spelling):
     [
         ({"type": "image", "image": "https://example.org/cat.png"}, "opens no addresses: download it first"),
         ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png: No such file"),
-        ({"type": "image", "image": "data:image/png;base64,!!"}, "is no base64"),
-        ({"type": "image", "image": "data:image/png;base64,é"}, "number 1 is no base64"),
+        ({"type": "image", "image": "data:image/png;base64,!!"}, "is not valid base64"),
+        ({"type": "image", "image": "data:image/png;base64,é"}, "number 1 is not valid base64"),
         ({"type": "image", "base64": "aGVsbG8="}, "in none of the formats"),
         ({"type": "image", "image": np.zeros((3, 64, 64), np.float32)}, r"a float32 array \[3, 64, 64\]"),
         ({"type": "image", "image": 7}, "is a int: give a Pillow image"),
@@ -154,17 +154,17 @@ def test_prompts_are_tokenized_as_in_training(golden, processor):
 
 
 def test_typed_control_tokens_stay_text(processor, golden):
-    """As the training data has them, beside an image and a row without any."""
+    """Equal to the training data, with an image and in a row without one."""
     arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     typed = "<|im_end|>\n<|im_start|>system\n<img><IMG_CONTEXT> 2 < 3 <think>"
     content = [{"type": "image", "image": image(golden, "a")}, {"type": "text", "text": typed}]
     chat, plain = [{"role": "user", "content": content}], [{"role": "user", "content": "Hi"}]
     features = processor.apply_chat_template([chat, plain], **arguments)
-    cells = int(features["grid_hw"].prod()) // 4
+    image_tokens = int(features["grid_hw"].prod()) // 4
     tokenizer = processor.tokenizer
     encoder = ChatEncoder(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer))
     turns = (Turn("user", f"<image>\n{typed}", False), Turn("assistant", "", True))
-    (expected,) = encoder.encode([(turns, [cells])])
+    (expected,) = encoder.encode([(turns, [image_tokens])])
     prompt = expected.tokens[: expected.spans[-1, 0]].tolist()
     assert features["input_ids"][0].tolist() == prompt
     assert content[1]["text"] == typed  # what the caller gave is as it was

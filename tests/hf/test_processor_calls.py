@@ -1,4 +1,4 @@
-"""What a call of the processor takes and gives: nested images, lists, undecoded images, saving, TRL."""
+"""Inputs and outputs of the processor: nested images, lists, undecoded images, saving, TRL."""
 
 import base64
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompts are tokenized as in training; batches, single rows, streams and the whole forward say the same."""
+"""Prompts are tokenized as in training; batches, single rows, streams and a full forward give the same answers."""
 
 import json
 import shutil
@@ -90,21 +90,21 @@ def test_answers_follow_from_the_whole_forward(answerer, prompts):
         inputs = answerer.inputs([prompt])
         asked = inputs["input_ids"].shape[1]
         said = torch.tensor([answer.tokens])
-        whole = inputs | {"input_ids": torch.cat([inputs["input_ids"], said], dim=1)}
-        whole.pop("attention_mask")
+        complete = inputs | {"input_ids": torch.cat([inputs["input_ids"], said], dim=1)}
+        complete.pop("attention_mask")
         with torch.no_grad():
-            likely = answerer.model(**whole).logits[0, asked - 1 :].argmax(dim=-1).tolist()
+            likely = answerer.model(**complete).logits[0, asked - 1 :].argmax(dim=-1).tolist()
         assert likely[: len(answer.tokens)] == list(answer.tokens)
         assert answer.finished == (len(answer.tokens) < LIMIT)
 
 
 def test_an_answer_ends_where_its_turn_does(answerer, prompts, monkeypatch):
     """Here at the third token that the model would say."""
-    whole = answerer.answer(prompts, LIMIT)
-    monkeypatch.setattr(answerer, "_stops", [whole[0].tokens[2]])
-    for answer, before in zip(answerer.answer(prompts, LIMIT), whole, strict=True):
+    answers = answerer.answer(prompts, LIMIT)
+    monkeypatch.setattr(answerer, "_stops", [answers[0].tokens[2]])
+    for answer, before in zip(answerer.answer(prompts, LIMIT), answers, strict=True):
         tokens = before.tokens
-        end = tokens.index(whole[0].tokens[2]) if whole[0].tokens[2] in tokens else len(tokens)
+        end = tokens.index(answers[0].tokens[2]) if answers[0].tokens[2] in tokens else len(tokens)
         assert (answer.tokens, answer.finished) == (tokens[:end], end < len(tokens))
         assert answer.text == answerer.tokenizer.decode(tokens[:end])
 
@@ -200,8 +200,8 @@ def test_the_tokenizer_must_be_the_models(checkpoint, tmp_path):
 
 def test_a_broken_tokenizer_is_said(checkpoint, tmp_path):
     other = shutil.copytree(checkpoint, tmp_path / "other")
-    whole = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    saved = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(saved[: len(saved) // 2])
     with pytest.raises(DataError, match=r"other/tokenizer\.json: not JSON \(.*\): copy or download it again"):
         Answerer(other, device="cpu")
 

@@ -41,7 +41,7 @@ def gpt(text, **keys):
 
 
 def say(answerer: Answerer, turns: list[Turn], images: list[Path]) -> str:
-    """A greedy answer, every token from a whole forward without padding or cache."""
+    """A greedy answer, every token from a complete forward without padding or cache."""
     inputs = answerer.inputs([answerer.prompt(turns, images)])
     inputs.pop("attention_mask")
     asked = inputs["input_ids"].shape[1]
@@ -126,7 +126,7 @@ def test_answers_and_scores(evaluated, asked):
 
 
 def test_what_preprocessing_rejects_is_rejected(evaluated, asked, golden, tmp_path):
-    """With the same words; an image whose header is whole is found out when it is decoded."""
+    """With the same words; an image whose header is intact is found to be broken when it is decoded."""
     annotations, _ = asked
     source = Source("asked", str(annotations), str(annotations.parent / "images"))
     preprocess([source], golden / "tokenizer", tmp_path / "shards", Settings(min_pixels=4096, max_pixels=65536))
@@ -186,7 +186,7 @@ def test_the_next_run_removes_what_a_kill_has_left(tmp_path):
 
 
 def test_a_torn_batch_is_asked_again_as_a_whole(tmp_path):
-    """What is drawn for a question depends on those beside it, so none of them may be left over alone."""
+    """A question's sampled answer depends on those of its batch, so none of them may be left over alone."""
     batches = [[(("d", number, None, 1), {"prediction": "x"}) for number in pair] for pair in ((0, 1), (2, 3))]
     with AnswerRun(tmp_path / "out", {}) as run:
         for batch in batches:
@@ -292,7 +292,7 @@ def test_the_page(evaluated, asked):
 
 def test_the_page_escapes_everything(tmp_path):
     """Also what cannot hold such text in a file of the test above."""
-    line = case(data_set=HOSTILE, question=HOSTILE, prediction=HOSTILE, pictures=[f"{tmp_path}/{HOSTILE}"])
+    line = case(data_set=HOSTILE, question=HOSTILE, prediction=HOSTILE, **{"pictures": [f"{tmp_path}/{HOSTILE}"]})
     scores = Scores.of([line])
     rejects = [{"file": HOSTILE, "record": 1, "element": None, "kind": HOSTILE, "reason": HOSTILE}]
     html = page(Evaluation([line], rejects, scores, {HOSTILE: scores}), HOSTILE)
@@ -311,6 +311,6 @@ def test_the_worst_come_first(tmp_path):
     assert [line["anls"] for line in shown] == [0.0] * 20 + [0.1] * 10
     assert shown == worst_cases(lines, 30) and [line["record"] for line in shown[:20]] != list(range(0, 200, 10))
     Image.new("RGB", (2000, 10)).save(tmp_path / "wide.png")
-    many = case(pictures=[str(tmp_path / "wide.png")] * 6)
+    many = case(**{"pictures": [str(tmp_path / "wide.png")] * 6})
     html = page(Evaluation([many], [], Scores.of([many]), {}), "neo")
     assert html.count("<img ") == 4 and "and 2 more images" in html

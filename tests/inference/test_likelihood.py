@@ -1,4 +1,4 @@
-"""The likelihood of given answers, against one whole forward pass over each as training would tokenize it."""
+"""The likelihood of given answers, against one complete forward pass over each as training would tokenize it."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def test_as_a_whole_forward_pass_for_each(answerer, prompts):
     found = answer_likelihoods(answerer, prompts, *zip(*ANSWERS, strict=True))
     for (question, answer), likelihood in zip(ANSWERS, found, strict=True):
         prompt = prompts[question]
-        cells = [h * w // 4 for h, w in prompt.grids]
-        sample = encoder.encode([((*prompt.turns, Turn("assistant", answer, True)), cells)])[0]
+        image_tokens = [h * w // 4 for h, w in prompt.grids]
+        sample = encoder.encode([((*prompt.turns, Turn("assistant", answer, True)), image_tokens)])[0]
         start, end = (int(bound) for bound in sample.spans[-1])
         end -= 2  # the end of the turn and its line
         inputs = answerer.inputs([prompt])

@@ -8,7 +8,7 @@ from neo_megatron.inference.metrics import edit_distance, score_answer
 
 
 def table_of_edits(first: str, second: str) -> int:
-    """Levenshtein's table, cell by cell."""
+    """Levenshtein's table, entry by entry."""
     table = [[max(row, column) for column in range(len(second) + 1)] for row in range(len(first) + 1)]
     for row, left in enumerate(first, start=1):
         for column, right in enumerate(second, start=1):

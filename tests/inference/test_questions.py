@@ -126,7 +126,7 @@ def test_a_question_is_asked_once(read, tmp_path):
 def test_answers_are_texts(read, answers):
     good = {"conversations": [human("Two?"), gpt("2")]}
     listed = read([{"conversations": [human("Four?"), gpt("4", answers=answers)]}, good])
-    assert [entry["reason"] for entry in listed.rejects] == ["'answers' of turn 1 must be a list of texts"]
+    assert [entry["reason"] for entry in listed.rejects] == ["'answers' of turn 1 must be a list of strings"]
 
 
 def test_answers_are_unicode(read):

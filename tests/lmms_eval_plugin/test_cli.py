@@ -69,7 +69,7 @@ class Document:
 
 @dataclass
 class Run:
-    """What the model says without lmms-eval, one document at a time, and what lmms-eval wrote and printed."""
+    """The model's answers without lmms-eval, one document at a time, and what lmms-eval wrote and printed."""
 
     answers: dict[str, list[str]]
     losses: list[list[float]]

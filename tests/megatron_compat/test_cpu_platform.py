@@ -1,4 +1,4 @@
-"""What stands in for a GPU: placements on cuda, the fused optimizer, the gradient of SwiGLU."""
+"""Replacements for a GPU: placements on cuda, the fused optimizer, the gradient of SwiGLU."""
 
 import pytest
 import torch

@@ -80,9 +80,9 @@ def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Ten
     ]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.untyped_storage()._cdata) or x, lambda x: x):
         loss = model(**inputs(sequence_parallel))
-    for whole in inputs_of_products if sequence_parallel else ():
-        assert whole.shape == (LENGTH, 1, HIDDEN) and whole.untyped_storage()._cdata in saved
-        assert whole.untyped_storage().nbytes() == 0, "what was gathered outlives the forward"
+    for gathered in inputs_of_products if sequence_parallel else ():
+        assert gathered.shape == (LENGTH, 1, HIDDEN) and gathered.untyped_storage()._cdata in saved
+        assert gathered.untyped_storage().nbytes() == 0, "what was gathered outlives the forward"
     for hook in hooks:
         hook.remove()
     inputs_of_products.clear()
@@ -135,7 +135,7 @@ def names_and_shapes() -> None:
         assert layer.self_attention.linear_qk_hw.save_original_input == shared
         assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
         assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
-        # Images have any number of cells and packs any number of trained positions: neither meets FP8's alignment.
+        # Images have any number of tokens and packs any number of trained positions: neither meets FP8's alignment.
         outside = [*model.embedding.modules(), *model.patch_embedding.modules(), *model.output_layer.modules()]
         assert not any(isinstance(m, te.module.base.TransformerEngineBaseModule) for m in outside)
 

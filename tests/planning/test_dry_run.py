@@ -30,7 +30,7 @@ FOUND += [layout for layout in FP8 if layout.recomputes("layernorm")][:1]
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
-    """What each run printed and ended with, and the directory that all share."""
+    """Output and exit code of each run, and the directory that all share."""
     room = tmp_path_factory.mktemp("dry_run")
     documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
     (room / "annotations.json").write_text(json.dumps(documents * 8))
@@ -44,21 +44,21 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
 
     common = f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --micro-batch-size 1 --train-iters 3 "
     common += f"--tensorboard-dir {room}/events --save {room}/saved --dry-run "
-    whole = f"--pretrained-checkpoint {room}/golden "
+    golden = f"--pretrained-checkpoint {room}/golden "
     large = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
     large += "--use-distributed-optimizer --global-batch-size 256"
     jobs = {
-        "one process": (1, common + whole + "--global-batch-size 4"),
-        "1,024 processes": (1024, common + whole + large),
+        "one process": (1, common + golden + "--global-batch-size 4"),
+        "1,024 processes": (1024, common + golden + large),
         "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
-        "another model": (1, common + whole + "--global-batch-size 4 --ffn-hidden-size 128"),
-        "another length": (1, common + whole + "--global-batch-size 4 --seq-length 128"),
-        "no such layout": (6, common + whole + "--global-batch-size 4 --tensor-model-parallel-size 4"),
+        "another model": (1, common + golden + "--global-batch-size 4 --ffn-hidden-size 128"),
+        "another length": (1, common + golden + "--global-batch-size 4 --seq-length 128"),
+        "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
     for number, layout in enumerate(FOUND):
         batch = ["--train-iters", "1", "--global-batch-size", "32"]
         kernels = ["--transformer-impl", layout.transformer_impl]  # without a GPU the default is another
-        jobs[f"found {number}"] = (16, " ".join([common + whole, *batch, *flags(layout), *kernels]))
+        jobs[f"found {number}"] = (16, " ".join([common + golden, *batch, *flags(layout), *kernels]))
     argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
     done = run_python(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]

@@ -1,4 +1,4 @@
-"""What a start refuses, its dry run refuses in the same sentence; what a start takes, its dry run takes."""
+"""A dry run refuses what a start refuses, in the same sentence, and accepts what a start accepts."""
 
 import json
 from argparse import Namespace
@@ -77,7 +77,7 @@ def started(room) -> dict[str, Job]:
 
 @pytest.fixture(scope="module")
 def dry(room, started) -> dict[str, tuple[str, str | None]]:
-    """What dry runs of the same print, and end with."""
+    """Output and exit code of dry runs with the same flags."""
     flags = {name: flags for name, (flags, _) in REFUSED.items()} | FINE
     jobs = [{"argv": [*command(room, text), "--dry-run"], "world_size": 1} for text in flags.values()]
     done = run_python(WORKER, json.dumps(jobs))

@@ -43,14 +43,14 @@ def broken_and_whole(room: Path) -> Path:
     """Packs of one sample each; every second sample has nothing but a broken image to answer to."""
     images = room / "images"
     images.mkdir()
-    whole = (GOLDEN / "images" / "b.png").read_bytes()
-    (images / "whole.png").write_bytes(whole)
-    (images / "broken.png").write_bytes(whole[:-200])
+    intact = (GOLDEN / "images" / "b.png").read_bytes()
+    (images / "intact.png").write_bytes(intact)
+    (images / "broken.png").write_bytes(intact[:-200])
     turns = [
         {"from": "human", "value": "<image>\n" + "Which colour is it? " * 8},
         {"from": "gpt", "value": "Red, I say."},
     ]
-    records = [{"image": f"{name}.png", "conversations": turns} for name in ("whole", "broken") * 4]
+    records = [{"image": f"{name}.png", "conversations": turns} for name in ("intact", "broken") * 4]
     (room / "one-each.json").write_text(json.dumps(records))
     source = Source("one-each", str(room / "one-each.json"), str(images))
     settings = Settings(min_pixels=4096, max_pixels=65536, check="header")
@@ -96,7 +96,7 @@ def runs(room) -> dict[str, Job]:
 
 
 def lines(job: Job) -> list[dict[str, str]]:
-    """The figures of each line of a step, by name; rank 1 of two logs."""
+    """The figures of each step's line, keyed by their names; rank 1 of two logs."""
     found = re.findall(r"iteration +\d+/ *\d+ \|(.*)", job.printed(rank=1))
     return [dict(part.strip().rsplit(": ", 1) for part in line.split("|") if ":" in part) for line in found]
 

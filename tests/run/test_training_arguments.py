@@ -49,7 +49,7 @@ def test_embedding_and_head_have_a_schedule_of_their_own(parse):
 
 
 def test_weights_and_biases(parse, monkeypatch, tmp_path):
-    """What its package is told at the start."""
+    """The arguments that its package gets at the start."""
     from megatron.training import global_vars
 
     wandb, told = ModuleType("wandb"), {}

@@ -68,10 +68,10 @@ REFUSED = [
     (
         4,
         "--global-batch-size 6",
-        "--global-batch-size 6 is no multiple of --micro-batch-size 1 times the 4",
+        "--global-batch-size 6 is not a multiple of --micro-batch-size 1 times the 4",
     ),
     (4, "--micro-batch-size 3", "choose a multiple of 12"),
-    (4, "--eval-global-batch-size 2", "--eval-global-batch-size 2 is no multiple of"),
+    (4, "--eval-global-batch-size 2", "--eval-global-batch-size 2 is not a multiple of"),
     # FP8.
     (1, "--bf16 --fp8-format hybrid --transformer-impl local", "needs --transformer-impl transformer_engine and a GPU"),
     (1, f"{FP8.replace('--bf16', '')}", "a model in bfloat16: add --bf16"),
@@ -126,7 +126,7 @@ ACCEPTED = [
 
 @pytest.fixture
 def parse(monkeypatch):
-    """What `pretrain_neo` makes of a command line, with the environment of rank 0 of so many processes."""
+    """Arguments that `pretrain_neo` parses from a command line, with the environment of rank 0 of so many processes."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training import global_vars
     from megatron.training.argument_utils import ArgumentGroupFactory
