@@ -237,7 +237,7 @@ def _header(shard: list[StoredTensor]) -> bytes:
 
 
 @contextmanager
-def whole_directory(output: str | Path) -> Iterator[Path]:
+def output_directory(output: str | Path) -> Iterator[Path]:
     """Yields a directory next to ``output`` that becomes ``output`` when the block ends well.
 
     An interrupted run leaves ``OUTPUT.partial``, which no reader takes for a checkpoint and the next run replaces.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_safetensors
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, output_directory, write_safetensors
 from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import (
     DECODER,
@@ -129,7 +129,7 @@ def init_from_qwen3(
         return dtype or source.main_dtype
 
     stored = [StoredTensor(name, tensor.shape, dtype_of(name)) for name, tensor in tensors.items()]
-    with whole_directory(output) as directory:
+    with output_directory(output) as directory:
         write_safetensors(directory, stored, one_ahead(stored, fill, "to NEO"), shard_bytes)
         write_companions(directory, sizes, dtype or source.main_dtype, tokenizer)
     return listed

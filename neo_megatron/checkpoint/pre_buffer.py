@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, output_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING, WORD_EMBEDDING, Shape, check_shapes, hf_shapes
 from neo_megatron.checkpoint.neo_directory import sizes_of
 from neo_megatron.checkpoint.published_config import added_token_ids
@@ -62,7 +62,7 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
 
     config = {**neo.sizes.replace(post_llm_layers=0).to_hf(), "model_type": MODEL_TYPE}
     del config["architectures"]
-    with whole_directory(output) as unfinished:
+    with output_directory(output) as unfinished:
         write_safetensors(unfinished, [*kept, image_rows], values(), shard_bytes)
         write_json(unfinished / "config.json", config)
 

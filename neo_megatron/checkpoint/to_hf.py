@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import neo_megatron
-from neo_megatron.checkpoint.hf_directory import whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.hf_directory import output_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import Start, TensorRow, check_shapes, hf_tensors, tensor_table
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
@@ -107,7 +107,7 @@ def convert_megatron_to_hf(
     ]
     tensors = one_ahead(merged, fill, "to Hugging Face")
     values = (view for row, tensor in zip(rows.values(), tensors, strict=True) for view in row.views(tensor))
-    with whole_directory(output) as directory:
+    with output_directory(output) as directory:
         write_safetensors(directory, stored, values, shard_bytes)
         write_companions(directory, sizes, Counter(tensor.dtype for tensor in stored).most_common(1)[0][0], tokenizer)
     return listed

@@ -36,32 +36,30 @@ def share_input(hidden_SBH: Tensor, group: ProcessGroup, sequence_parallel: bool
     return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
 
 
-def gather_again(whole_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, context: Tensor, query: Tensor) -> None:
+def gather_again(gathered_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, context: Tensor, query: Tensor) -> None:
     """Frees the memory of a gathered tensor, which products keep for their backward, and fills it in time for that.
 
     The tensor keeps its identity, as in FSDP: `saved_tensors_hooks` would cost the parameters, saved next to it, the
     attributes through which Megatron's layers add to their gradients.
 
     Args:
-        whole_TBH: what `share_input` gave; all that takes it has run.
+        gathered_TBH: what `share_input` gave; all that takes it has run.
         part_SBH: what `share_input` was given.
         context: the gradient of this tensor comes long before that of the products: gathering begins.
         query: and this one just before: gathering must have ended.
     """
     if not context.requires_grad:
         return
-    size = whole_TBH.untyped_storage().nbytes()
-    whole_TBH.untyped_storage().resize_(0)
+    size = gathered_TBH.untyped_storage().nbytes()
+    gathered_TBH.untyped_storage().resize_(0)
     # `data` counts its changes apart: to autograd the tensor has not changed. What is pending is taken out when used,
     # since hooks live as long as the graph of all layers.
-    pending: list[Any] = [(whole_TBH.data, part_SBH.detach())]
+    pending: list[Any] = [(gathered_TBH.data, part_SBH.detach())]
 
     def begin(_gradient: Tensor) -> None:
-        gathered, part = pending.pop()
-        gathered.untyped_storage().resize_(size)
-        pending.append(
-            torch.distributed.all_gather_into_tensor(gathered, part.contiguous(), group=group, async_op=True)
-        )
+        buffer, part = pending.pop()
+        buffer.untyped_storage().resize_(size)
+        pending.append(torch.distributed.all_gather_into_tensor(buffer, part.contiguous(), group=group, async_op=True))
 
     def end(_gradient: Tensor) -> None:
         pending.pop().wait()

@@ -11,8 +11,10 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from neo_megatron.megatron_compat import hooks
 
-# Of Megatron's tags: what counts packs.
+PAIR_RATIO = "computed-to-allowed attention pair ratio"  # in Megatron's line of a step, and so its tag
+# Parts of Megatron's tags, and of that line's, that are logged under other names.
 _WORDS = {
+    PAIR_RATIO: "attention/computed-to-allowed ratio",
     " vs samples": " vs packs",
     "skipped-train-samples": "skipped-train-packs",
     "samples vs steps": "packs vs steps",

@@ -35,6 +35,7 @@ from neo_megatron.run.dry_run import dry_run
 from neo_megatron.run.evaluation import evaluate_split
 from neo_megatron.run.loader_workers import describe_ended_worker
 from neo_megatron.run.loaders import check_loader_memory, datasets_provider
+from neo_megatron.run.log_writers import PAIR_RATIO
 from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
@@ -170,5 +171,5 @@ def loss_and_report(
         _bad_numbers.note_loss(loss)
     pairs = get_attr_wrapped_model(model, "attention_pairs")
     if pairs is not None:
-        report["attention pairs computed per allowed"] = pairs
+        report[PAIR_RATIO] = pairs
     return loss, count, report

@@ -131,7 +131,9 @@ class StepLog:
         self._in_line = False
         if iteration % self._args.tensorboard_log_interval == 0:
             counts = self._unwritten
-            self._writers.write({"data/pack fill": _fill(counts), "data/broken samples": counts.broken}, iteration)
+            self._writers.write(
+                {"data/padding fraction": _padding(counts), "data/broken samples": counts.broken}, iteration
+            )
             self._unwritten = Counted()
         if ends_interval:
             performance = {f"performance/{name}": value for name, value in self._performance().items()}
@@ -182,7 +184,10 @@ class StepLog:
         for kind in ("consumed", "skipped"):
             message = message.replace(f" {kind} samples:", f" {kind} packs:")
         figures = [f"{name}: {value:.1f}" for name, value in self._performance().items()]
-        figures += [f"pack fill: {_fill(self._interval):.4f}", f"samples with a broken image: {self._interval.broken}"]
+        figures += [
+            f"padding fraction: {_padding(self._interval):.4f}",
+            f"samples with a broken image: {self._interval.broken}",
+        ]
         if self._weightless:
             figures.append(f"steps without loss weight: {self._weightless}")
         return message.replace(_BEFORE, "".join(f" {figure} |" for figure in figures) + _BEFORE, 1)
@@ -213,9 +218,9 @@ class StepLog:
         return figures
 
 
-def _fill(counts: Counted) -> float:
-    """Share of the tokens that are not padding."""
-    return 1 - counts.packs.padding / max(counts.packs.tokens, 1)
+def _padding(counts: Counted) -> float:
+    """Share of the tokens that are padding, from 0 to 1."""
+    return counts.packs.padding / max(counts.packs.tokens, 1)
 
 
 def _training_seconds() -> float:

@@ -68,13 +68,13 @@ def test_each_missing_tensor_is_listed_and_starts_as_in_a_new_neo(variant, golde
     )
 
 
-def test_a_pattern_excuses_nothing_else(variant, tmp_path):
+def test_a_pattern_allows_only_the_tensors_that_it_matches(variant, tmp_path):
     source = variant(drop("layers.2.self_attn.q_norm_h", "layers.4.mlp.up_proj"))
     with pytest.raises(ValueError, match=f"lacks {LAYERS}4.mlp.up_proj.weight: "):
         convert_hf_to_megatron(source, tmp_path / "megatron", allow_missing=["*_norm_h.weight"])
 
 
-def test_what_starts_from_a_missing_tensor_has_no_start(variant, tmp_path):
+def test_a_copy_of_a_missing_tensor_is_refused(variant, tmp_path):
     source = variant(drop("layers.4.self_attn.q_proj"))
     with pytest.raises(ValueError, match="q_proj_hw.weight starts as rows and columns of .* which is missing too"):
         convert_hf_to_megatron(source, tmp_path / "megatron", allow_missing=["*.q_proj*"])
@@ -116,14 +116,14 @@ def test_missing_tensors_of_a_qwen3_are_listed_by_their_names_in_the_neo(variant
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")
-def test_what_starts_from_a_missing_tensor_of_a_qwen3_has_no_start(variant, tmp_path):
+def test_a_copy_of_a_missing_tensor_of_a_qwen3_is_refused(variant, tmp_path):
     source = variant(drop("layers.1.self_attn.q_proj"), "qwen3_untied")
     with pytest.raises(ValueError, match="q_proj_hw.weight starts as rows and columns of .* which is missing too"):
         init_from_qwen3(source, tmp_path / "neo", 1, 32, allow_missing=["*.q_proj.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_another_type_is_that_of_torch(golden, tokenizer, tmp_path, dtype):
+def test_another_dtype_is_rounded_as_torch_rounds(golden, tokenizer, tmp_path, dtype):
     """Out of Megatron and into it give the same: every value rounded once."""
     source = golden / "ckpt_untied"
     expected = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
@@ -137,7 +137,7 @@ def test_another_type_is_that_of_torch(golden, tokenizer, tmp_path, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")
-def test_a_neo_of_another_type_from_a_qwen3(golden, tmp_path):
+def test_a_neo_of_another_dtype_from_a_qwen3(golden, tmp_path):
     init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", 1, 32, dtype=torch.bfloat16)
     init_from_qwen3(golden / "qwen3_untied", tmp_path / "exact", 1, 32)
     neo, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("neo", "exact"))
@@ -153,7 +153,7 @@ def test_an_overflow_names_the_tensor(variant, tmp_path):
     assert not (tmp_path / "megatron").exists()
 
 
-def test_parts_of_different_types_need_one(variant, tokenizer, tmp_path):
+def test_parts_of_different_dtypes_need_one_dtype(variant, tokenizer, tmp_path):
     def halve(tensors):
         name = f"{LAYERS}1.self_attn.k_proj.weight"
         tensors[name] = tensors[name].bfloat16()

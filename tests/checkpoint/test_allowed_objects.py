@@ -43,7 +43,7 @@ def test_no_object_of_a_checkpoint_runs_anything(tmp_path):
     assert np.array_equal(loaded["np_rng_state"][1], state[1])
 
 
-def test_damaged_objects_are_a_sentence():
+def test_damaged_objects_are_refused_in_one_sentence():
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
     with pytest.raises(DataError, match="rng_state holds more than"):

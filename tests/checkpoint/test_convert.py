@@ -114,7 +114,7 @@ def reshape(name):
         (reshape(LAST_NORM), rf"has {LAST_NORM} of shape \[63\] instead of \[64\]"),
     ],
 )
-def test_no_silent_partial_load(variant, tmp_path, change, sentence):
+def test_missing_and_unexpected_tensors_are_refused_by_from_hf(variant, tmp_path, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         convert_hf_to_megatron(variant(change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -146,7 +146,7 @@ def rewrite(megatron, change, **neo_sizes) -> None:
         (reshape("output_layer.weight"), r"output_layer.weight of shape \[1023, 64\] instead of \[1024, 64\]"),
     ],
 )
-def test_no_silent_partial_export(megatron, tokenizer, tmp_path, change, sentence):
+def test_missing_and_unexpected_tensors_are_refused_by_to_hf(megatron, tokenizer, tmp_path, change, sentence):
     rewrite(megatron, change)
     with pytest.raises(ValueError, match=sentence):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
@@ -159,7 +159,7 @@ def test_no_silent_partial_export(megatron, tokenizer, tmp_path, change, sentenc
         ({"num_query_groups": 3}, "release: .*num_query_groups"),
     ],
 )
-def test_saved_sizes_that_no_model_has_are_named(megatron, tokenizer, tmp_path, sizes, sentence):
+def test_impossible_saved_sizes_are_named(megatron, tokenizer, tmp_path, sizes, sentence):
     rewrite(megatron, lambda tensors: None, **sizes)
     with pytest.raises(ValueError, match=sentence):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
@@ -171,7 +171,7 @@ def test_the_tokenizer_must_be_the_models(megatron, tokenizer, tmp_path):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
 
 
-def test_an_interrupted_output_is_no_checkpoint(megatron, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_checkpoint(megatron, tokenizer, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -217,7 +217,7 @@ def test_a_pickle_cannot_run_anything(megatron, tokenizer, tmp_path):
     assert not mark.exists()
 
 
-def test_no_path_leaves_the_checkpoint(megatron, golden, tmp_path):
+def test_paths_cannot_leave_the_checkpoint(megatron, golden, tmp_path):
     metadata = FileSystemReader(megatron / "release").read_metadata()
     (megatron / "release" / "checksums.json").unlink()  # or they would tell
     metadata.storage_data = {

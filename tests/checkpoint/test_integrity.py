@@ -136,14 +136,14 @@ def test_conversions_read_nothing_that_changed_since_it_was_written(copy):
         TorchDistDirectory(copy).common_state()
 
 
-def test_a_damaged_pickle_of_a_tensor_is_a_sentence(copy):
+def test_a_damaged_pickle_of_a_tensor_is_one_sentence(copy):
     (data,) = copy.glob("*.distcp")
     replace_in(data, b"_rebuild_tensor_v2", b"_rebuild_tensor_v9")
     with pytest.raises(ValueError, match="distcp: weight: is not a readable tensor"):
         TorchDistDirectory(copy).read("weight")
 
 
-def test_metadata_of_other_programs_is_looked_at_before_anything_is_read(copy):
+def test_metadata_of_other_programs_is_checked_before_tensors_are_read(copy):
     (copy / CHECKSUMS).unlink()
     metadata = copy / ".metadata"
     saved = metadata.read_bytes()

@@ -49,7 +49,7 @@ def test_every_row_splits_what_it_merged(sizes):
             assert torch.equal(before, after), row.megatron
 
 
-def test_the_parts_of_a_row_are_all_of_it(sizes):
+def test_the_parts_of_a_row_cover_its_tensor(sizes):
     for row in tensor_table(sizes):
         counts = torch.zeros(row.megatron_shape)
         for view in row.views(counts):
@@ -96,7 +96,7 @@ def test_tensor_parallel_dimensions_are_megatrons(sizes):
     }
 
 
-def test_complaints_name_the_tensors():
+def test_errors_name_the_tensors():
     expected = {"a": (1,), "b": (2,), "c": (3,)}
     with pytest.raises(
         ValueError, match=r"^HERE lacks a; has the unexpected d; has b of shape \[9\] instead of \[2\]: "

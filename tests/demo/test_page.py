@@ -79,7 +79,7 @@ def test_an_answer_that_nobody_reads_any_more_frees_the_model(checkpoint, image,
     torch.testing.assert_close(answer.rows.of_layer(0)[:MAX_NEW_TOKENS], expected[0], atol=1e-6, rtol=1e-4)
 
 
-def test_words():
+def test_pieces_are_grouped_into_words():
     texts = ["A", " b", "ird", ",", "\n", "", "👩", " 你", "好", "。"]
     pieces = [Piece(text, (0, 0, 0) if text == "👩" else (0,)) for text in texts]
     words = words_of(pieces)
@@ -146,7 +146,7 @@ def brightest(page) -> int:
     return int(np.array(pixels).reshape(-1, 4)[:, :3].sum(axis=1).argmax())
 
 
-def test_upload_ask_and_see(page, image, dense):
+def test_an_upload_a_question_and_the_heat_map(page, image, dense):
     pieces, weights = dense
     words = words_of(pieces)
     page.set_input_files("input[type=file]", image)
@@ -206,7 +206,7 @@ def test_the_page_fits_a_phone(page, image):
     assert page.evaluate(wider) == 0
 
 
-def test_another_image_ends_the_answer_about_the_last(page, image, golden):
+def test_a_new_image_stops_the_answer_about_the_old_one(page, image, golden):
     page.set_input_files("input[type=file]", image)
     wait_for_text(page, "#image .facts", "c.png")
     page.fill("#question textarea", QUESTION)
@@ -219,7 +219,7 @@ def test_another_image_ends_the_answer_about_the_last(page, image, golden):
     assert page.is_hidden("#image canvas")
 
 
-def test_what_preprocessing_rejects_is_refused(page, tmp_path):
+def test_images_that_preprocessing_rejects_are_refused(page, tmp_path):
     (tmp_path / "no image.png").write_text("text")
     Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
     for name, sentence in (("no image.png", "is in none of the formats"), ("long.png", "aspect ratio")):

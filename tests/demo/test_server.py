@@ -38,7 +38,7 @@ def uploads(server: Server) -> Path:
         ({}, 200),
     ],
 )
-def test_other_sites_cannot_use_it(server, headers, code):
+def test_other_sites_cannot_use_the_server(server, headers, code):
     """Headers that their scripts, forms and images can send; the last are the page's own and a command line's."""
     headers = {name: value.format(address=server.address) for name, value in headers.items()}
     before = set(uploads(server).iterdir())

@@ -95,7 +95,7 @@ def test_flash_attention_4_equals_the_definition(rule, poisoned):
     check(ours(mask, *inputs), dense(rule, *inputs), torch.bfloat16)
 
 
-def test_other_packs_compile_nothing_anew(rule):
+def test_other_packs_cause_no_recompilation(rule):
     ours(build(rule, torch.bfloat16, 128), *draw(torch.bfloat16, 128))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(1, 4):

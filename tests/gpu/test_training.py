@@ -74,13 +74,13 @@ def test_bf16_learns(bf16):
     assert len(values) == STEPS and values[-1] < 0.9 * values[0]
 
 
-def test_bf16_goes_on_from_a_checkpoint(bf16):
+def test_bf16_resumes_from_a_checkpoint(bf16):
     first, second = map(losses, bf16)
     assert second == pytest.approx(first[HALF:], rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["delayed"], indirect=True)
-def test_fp8_goes_on_from_a_checkpoint(recipe, request):
+def test_fp8_resumes_from_a_checkpoint(recipe, request):
     """Delayed scales come from the steps before and are not part of a checkpoint: the first step begins without."""
     first, second = map(losses, request.getfixturevalue(recipe))
     assert second == pytest.approx(first[HALF:], rel=5e-3)

@@ -152,7 +152,7 @@ def test_a_repetition_penalty_of_the_generation_config_too(model, tokenizer, mon
     assert said == greedy(model, prompt, 12)
 
 
-def test_what_looks_at_tokens_looks_at_those_of_the_answer(model, tokenizer, monkeypatch):
+def test_token_penalties_count_only_the_answer(model, tokenizer, monkeypatch):
     prompt, said = said_ids(model, tokenizer, monkeypatch, max_new_tokens=12, no_repeat_ngram_size=2)
     assert said == greedy(model, prompt, 12, NoRepeatNGramLogitsProcessor(2))
     monkeypatch.undo()

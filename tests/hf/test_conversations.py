@@ -69,7 +69,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("tokenize", [False, True])
-def test_nothing_of_a_message_is_dropped(processor, case, tokenize):
+def test_every_part_of_a_message_is_used_or_refused(processor, case, tokenize):
     messages, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template(messages, tokenize=tokenize)
@@ -84,7 +84,7 @@ def test_the_template_alone_refuses_the_same(processor, case):
 
 
 @pytest.mark.parametrize("key", ["tools", "documents"])
-def test_tools_and_documents_are_refused_by_name(processor, key):
+def test_tools_and_documents_are_refused(processor, key):
     given = {key: [{"type": "function", "function": {"name": "f"}, "title": "a", "text": "b"}]}
     with pytest.raises(ValueError, match=f"leave {key} out"):
         processor.apply_chat_template([user(text("Hi"))], **given)
@@ -120,7 +120,7 @@ def test_images_in_the_template_alone(processor):
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, "the key 'detail'"),
     ],
 )
-def test_keys_of_a_part_that_mean_something(processor, part, sentence):
+def test_keys_that_would_be_ignored_are_refused(processor, part, sentence):
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template([user(part)], tokenize=True)
 
@@ -152,7 +152,7 @@ CHAT = [
 ]
 
 
-def test_the_same_tokens_everywhere(processor, model, image, monkeypatch):
+def test_all_ways_to_tokenize_give_the_same_tokens(processor, model, image, monkeypatch):
     """Preprocessing, the processor from messages and from text, and chat(), with tags that are words."""
     messages = [{"role": role, "content": words} for role, words in CHAT]
     features = processor(images=[image] * 2, text=processor.apply_chat_template(messages))
@@ -218,7 +218,7 @@ def test_the_mask_of_the_tokenizer(processor):
     assert (features["input_ids"], features["assistant_masks"]) == (ids, mask)
 
 
-def test_an_answer_begun_goes_on(processor):
+def test_a_begun_answer_is_continued(processor):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<image> is"}]
     prompt = processor.apply_chat_template(messages, continue_final_message=True)
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n\\<image> is"
@@ -233,7 +233,7 @@ def test_a_video_tag_is_refused(processor):
     assert processor.tokenizer.decode(processor(text="\\<video>")["input_ids"][0]) == "<video>"
 
 
-def test_the_template_has_its_marks(exported):
+def test_the_template_marks_assistant_turns(exported):
     """By which trainers know that there is an answer to mark."""
     template = (exported / "chat_template.jinja").read_text()
     assert "{%- generation %}" in template and "{%- endgeneration %}" in template

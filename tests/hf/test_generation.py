@@ -49,7 +49,7 @@ def padded(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("prefill", [55, 101])
 @torch.no_grad()
-def test_cached_logits_equal_the_whole_forward(quiet, document, prefill):
+def test_cached_logits_equal_those_of_a_full_forward(quiet, document, prefill):
     """The document has two images in its first 40 tokens."""
     complete = quiet(**document).logits
     assert complete.abs().max() < 2

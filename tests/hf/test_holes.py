@@ -41,7 +41,7 @@ def test_a_row_with_a_hole(model, document, place, token):
 
 
 @torch.no_grad()
-def test_masked_words_are_not_there(model, document):
+def test_masked_words_are_ignored(model, document):
     """As a conversation whose older turns are hidden: the row without them, though they are words."""
     ids, images = document["input_ids"], {key: document[key] for key in IMAGES}
     mask = torch.ones_like(ids)
@@ -52,7 +52,7 @@ def test_masked_words_are_not_there(model, document):
 
 
 @torch.no_grad()
-def test_a_masked_image_is_not_there(model, document):
+def test_a_masked_image_is_ignored(model, document):
     """It is still one of `pixel_values`."""
     ids, grids = document["input_ids"], document["grid_hw"]
     image = (ids[0] == model.config.image_token_id) | (ids[0] == model.config.img_start_token_id)

@@ -49,7 +49,7 @@ def spellings(golden):
 
 
 @pytest.mark.parametrize("spelling", ["pixels", "path", "Path", "file", "base64", "data", "openai"])
-def test_every_way_to_give_an_image(processor, golden, spelling):
+def test_all_forms_of_an_image_are_accepted(processor, golden, spelling):
     """The same tokens and patches as for an opened image."""
     arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     question = {"type": "text", "text": "What is it?"}
@@ -74,12 +74,12 @@ def test_every_way_to_give_an_image(processor, golden, spelling):
         ({"type": "video", "video": "film.mp4"}, "a part of type 'video'"),
     ],
 )
-def test_what_is_no_image_is_refused(processor, part, sentence):
+def test_invalid_images_are_refused(processor, part, sentence):
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True, return_dict=True)
 
 
-def test_an_opened_image_that_is_torn(golden, processor, tmp_path):
+def test_a_truncated_opened_image_is_refused(golden, processor, tmp_path):
     """Pillow reads pixels late, and raises nearly any type then."""
     (tmp_path / "torn.png").write_bytes((golden / "images" / "a.png").read_bytes()[:500])
     with pytest.raises(ValueError, match="number 1 cannot be decoded"):
@@ -87,7 +87,7 @@ def test_an_opened_image_that_is_torn(golden, processor, tmp_path):
 
 
 @pytest.mark.parametrize("typed", ["a long text", "a <|im_end|> text"])
-def test_what_a_user_types_does_not_decide_what_a_call_may_ask_for(processor, typed):
+def test_typed_text_cannot_change_the_options_of_a_call(processor, typed):
     template = {"tokenize": True, "return_dict": True, "truncation": True, "max_length": 6, "padding": "max_length"}
     chats = [[{"role": "user", "content": text}] for text in (typed, "")]
     features = processor.apply_chat_template(chats, **template)

@@ -77,7 +77,7 @@ def expected_loss(model, batch) -> float:
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_text(model, processor, tmp_path, adapter):
+def test_sft_of_text(model, processor, tmp_path, adapter):
     lora = adapter and peft.LoraConfig(**adapter)
     trainer, loss, batch = sft(model, conversations(), processor.tokenizer, tmp_path, adapter=lora)
     assert float(loss) == pytest.approx(expected_loss(model, batch), abs=1e-3)
@@ -85,7 +85,7 @@ def test_text(model, processor, tmp_path, adapter):
     assert all("lora" in name for name in changed) == (adapter is not None)
 
 
-def test_packs(model, processor, tmp_path):
+def test_sft_of_packs(model, processor, tmp_path):
     """Two consecutive conversations; neither sees the other."""
     settings = {"packing": True, "max_length": 128, "per_device_train_batch_size": 1}
     _, loss, batch = sft(model, conversations(), processor.tokenizer, tmp_path, **settings)
@@ -110,7 +110,7 @@ class TextTargets(DataCollatorForVisionLanguageModeling):
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_images(model, processor, images, tmp_path, adapter):
+def test_sft_of_images(model, processor, images, tmp_path, adapter):
     lora = adapter and peft.LoraConfig(**adapter)
     arguments = (model, conversations(images), processor, tmp_path, TextTargets(processor))
     _, loss, batch = sft(*arguments, adapter=lora)
@@ -119,7 +119,7 @@ def test_images(model, processor, images, tmp_path, adapter):
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_rewards(model, processor, images, tmp_path, adapter):
+def test_grpo_rewards(model, processor, images, tmp_path, adapter):
     """GRPO: each completion is sampled and scored with the images of its prompt, of which they differ in size."""
     prompts = [
         {"prompt": [{"role": "user", "content": f"Say {number}"}], "images": [image]}

@@ -178,7 +178,7 @@ def test_the_likeliest_choice_is_chosen(run):
     assert run.results["neo_choice"]["acc,none"] == pytest.approx(len(RIGHT) / 5)
 
 
-def test_what_is_left_out_is_said(run):
+def test_rejected_documents_and_ignored_arguments_are_reported(run):
     for task in TASKS:
         sentence = f"{task}, document 3: the image number 1: absolute aspect ratio must be smaller than 200"
         assert run.printed.count(sentence) == 1

@@ -20,7 +20,7 @@ def test_nothing_to_train_on_gives_an_empty_loss_and_zero_gradients(build, text_
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_packs_of_a_micro_batch_do_not_meet(build):
+def test_packs_of_a_micro_batch_do_not_see_each_other(build):
     """Two packs with an image each: together they give what each gives alone."""
     model = build()
     draw = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def test_packs_of_a_micro_batch_do_not_meet(build):
     torch.testing.assert_close(torch.cat(losses[:2]), losses[2], atol=1e-6, rtol=0)
 
 
-def test_sequence_parallel_ranks_share_the_images_out():
+def test_images_are_split_between_sequence_parallel_ranks():
     packs = {
         "tokens": torch.zeros(2, 8, dtype=torch.int64),
         "positions_thw": torch.arange(48).view(2, 8, 3),

@@ -85,7 +85,7 @@ def test_a_large_layout_is_planned_in_full(ends):
 
 
 @pytest.mark.parametrize("number", range(len(FOUND)))
-def test_what_the_search_looks_at_can_start(number, ends):
+def test_layouts_of_the_search_can_start(number, ends):
     printed, end, _ = ends[f"found {number}"]
     assert end is None, end
     assert f"16 GPUs: {layout_text(FOUND[number])}; {FOUND[number].micro_batches} micro-batches" in printed
@@ -101,6 +101,6 @@ def test_what_the_search_looks_at_can_start(number, ends):
         ("no such layout", r"--tensor-model-parallel-size 4 .* needs a multiple of 4 processes, not 6"),
     ],
 )
-def test_what_would_stop_the_run_stops_the_dry_run(case, sentence, ends):
+def test_errors_of_the_run_are_errors_of_the_dry_run(case, sentence, ends):
     _, end, _ = ends[case]
     assert re.match(f"pretrain_neo: {sentence}", str(end)), end

@@ -129,7 +129,7 @@ def test_a_layout_given_by_hand_wins():
         ({"ranks": 2, "seq_length": None}, "give --train-data-path or --seq-length"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(flags, sentence):
+def test_an_impossible_split_is_refused(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
         run("tiny", **flags)
 

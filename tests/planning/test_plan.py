@@ -68,7 +68,7 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--precision fp8 --seq-length 16392", "--fp8-recipe delayed needs a multiple of 16 tokens on a rank"),
     ],
 )
-def test_what_cannot_be_planned_ends_in_a_sentence(flags, sentence):
+def test_impossible_plans_end_in_one_sentence(flags, sentence):
     done = run_python(TOOL, "--neo-model", "neo-9b", *flags.split())
     assert done.returncode == 1 and done.stdout.startswith("plan: ") and sentence in done.stdout, done.stdout
     assert len(done.stdout.splitlines()) == 1

@@ -99,18 +99,18 @@ def test_a_dry_run_refuses_what_the_start_refuses(name, started, dry):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_dry_run_takes_what_the_start_takes(name, started, dry):
+def test_a_dry_run_accepts_what_the_start_accepts(name, started, dry):
     assert started[name].exit() is None
     printed, end = dry[name]
     assert end is None and "dry run: nothing was found that would stop this run" in printed, (printed, end)
 
 
-def test_a_run_that_can_go_on_is_not_refused(dry):
+def test_a_run_that_can_resume_is_not_refused(dry):
     printed, end = dry["goes on"]
     assert end is None and "iter_0000001: of this model" in printed, (printed, end)
 
 
-def test_a_run_that_has_nothing_left_to_do_is_named(dry):
+def test_a_finished_run_is_reported(dry):
     printed, end = dry["has ended"]
     assert end is None and "training has ended before: all of its 4 packs were read" in printed, (printed, end)
 
@@ -127,7 +127,7 @@ def test_a_dry_run_looks_for_room_for_the_loader(room, parse, monkeypatch):
     pretraining.dry_run(args)
 
 
-def test_packages_that_only_machines_with_gpus_have_are_named(dry):
+def test_missing_gpu_packages_are_named(dry):
     printed, end = dry["packages for GPUs"]
     assert end is None
     for package in ("transformer_engine", "flash_attn"):

@@ -151,13 +151,13 @@ def parse(monkeypatch):
 
 
 @pytest.mark.parametrize("processes, flags, sentence", REFUSED)
-def test_it_ends_in_a_sentence(parse, processes, flags, sentence):
+def test_impossible_layouts_end_in_one_sentence(parse, processes, flags, sentence):
     with pytest.raises(ConfigError) as refused:
         parse(processes, flags)
     assert sentence in str(refused.value)
 
 
 @pytest.mark.parametrize("processes, flags, way", ACCEPTED)
-def test_what_can_work_passes(parse, processes, flags, way):
+def test_possible_layouts_pass(parse, processes, flags, way):
     args = parse(processes, flags)
     assert way is None or args.cp_comm_type == [way]
