@@ -16,7 +16,7 @@ PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
-class WholeFile:
+class AtomicFile:
     """A binary file that appears under its name when ``commit`` is called; counts and hashes what is written.
 
     Raises:
@@ -63,7 +63,7 @@ class WholeFile:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file is what a kill has left of a `WholeFile`."""
+    """Whether a file is what a kill has left of a `AtomicFile`."""
     return _PARTIAL_NAME.fullmatch(name) is not None
 
 
@@ -73,8 +73,8 @@ def _refused(path: Path, error: OSError) -> DataError:
     return DataError(f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again")
 
 
-def write_whole(path: Path, data: Any) -> dict[str, Any]:
-    file = WholeFile(path)
+def write_atomically(path: Path, data: Any) -> dict[str, Any]:
+    file = AtomicFile(path)
     file.write(data)
     return file.commit()
 

@@ -11,7 +11,7 @@ from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.cli import inspect as inspect_data
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
@@ -84,7 +84,7 @@ def test_what_is_in_the_way_of_a_directory(room, tmp_path, tool, kind):
 def test_a_link_to_a_directory_is_followed(room, tmp_path):
     def preprocessed(output: Path) -> None:
         source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-        preprocess([source], GOLDEN / "tokenizer", output, Settings(min_pixels=4096, max_pixels=65536))
+        preprocess([source], GOLDEN / "tokenizer", output, PreprocessConfig(min_pixels=4096, max_pixels=65536))
 
     written = {
         "preprocess": preprocessed,

@@ -13,7 +13,7 @@ from support.paths import GOLDEN, ROOT
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.pre_buffer import extract_pre_buffer
 from neo_megatron.checkpoint.reader import open_either
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -31,7 +31,7 @@ def room(tmp_path_factory) -> Path:
     documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
     (room / "annotations.json").write_text(json.dumps(documents))
     source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     for made, left, kept in (
         ("shards", "unfinished_shards", "run.json"),

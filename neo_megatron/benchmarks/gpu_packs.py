@@ -44,7 +44,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
 
 def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     """A pack as arguments of the exported model: documents begin where ``position_ids`` are 0."""
-    tokens, document, image_index = pack["tokens"], pack["document"][0], pack["cell_index"]
+    tokens, document, image_index = pack["tokens"], pack["document"][0], pack["image_token_index"]
     starts = torch.nonzero(document.diff(prepend=document.new_tensor([-2]))).flatten()
     place = torch.arange(len(document))
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)

@@ -9,7 +9,7 @@ from PIL import Image
 from neo_megatron.benchmarks.photos import write_photos
 from neo_megatron.benchmarks.table import Row, side_by_side
 from neo_megatron.benchmarks.tokenizer import write_tokenizer
-from neo_megatron.data.config import ImageStore, Settings
+from neo_megatron.data.config import ImageStore, PreprocessConfig
 from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -26,7 +26,7 @@ def write_store(scratch: Path, store: ImageStore) -> Path:
     if not packs.exists():
         photos = write_photos(scratch / "photos")
         source = Source("photos", str(photos), str(photos.parent))
-        preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, Settings(image_store=store))
+        preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, PreprocessConfig(image_store=store))
         write_packs([PackInput(str(shards))], packs, LENGTH)
     return packs
 

@@ -29,10 +29,10 @@ from neo_megatron.data.packs.units import Units
 def memory(kind):
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) * 1024
 before = memory("VmRSS")
-lengths, cells = (np.load(f"{sys.argv[1]}.{name}.npy") for name in ("lengths", "cells"))
+lengths, image_tokens = (np.load(f"{sys.argv[1]}.{name}.npy") for name in ("lengths", "image_tokens"))
 output = Path(sys.argv[2])
 start = time.process_time()
-files = write_table(output, Units.of_samples(lengths, cells), int(sys.argv[3]))
+files = write_table(output, Units.of_samples(lengths, image_tokens), int(sys.argv[3]))
 seconds = time.process_time() - start
 peak = memory("VmHWM") - before
 table = open_table(output, files)
@@ -86,8 +86,8 @@ def measure(scratch: Path) -> list[Row]:
 
 def _pack(scratch: Path, count: int) -> dict:
     stem = scratch / f"mix-{count}"
-    if not Path(f"{stem}.cells.npy").exists():
-        for name, array in zip(("lengths", "cells"), draw_lengths(count), strict=True):
+    if not Path(f"{stem}.image_tokens.npy").exists():
+        for name, array in zip(("lengths", "image_tokens"), draw_lengths(count), strict=True):
             np.save(f"{stem}.{name}.npy", array)
     output = scratch / "table"
     output.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def _pack(scratch: Path, count: int) -> dict:
 
 def _hundred_million(scratch: Path) -> Path:
     """Packs of 12,208 shards of 8,192 samples, which are all the same files under many names."""
-    from neo_megatron.data.config import Settings
+    from neo_megatron.data.config import PreprocessConfig
     from neo_megatron.data.packs.writer import PackInput, write_packs
     from neo_megatron.data.prepare.preprocess import preprocess
     from neo_megatron.data.prepare.registry import Source
@@ -114,7 +114,7 @@ def _hundred_million(scratch: Path) -> Path:
     annotations = photos.parent / "shard.jsonl"
     annotations.write_text("".join((lines * (_SAMPLES_PER_SHARD // len(lines) + 1))[:_SAMPLES_PER_SHARD]))
     source = Source("photos", str(annotations), str(photos.parent))
-    preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, Settings(check="header"))
+    preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, PreprocessConfig(check="header"))
     manifest = json.loads((shards / MANIFEST).read_text())
     (entry,) = manifest["shards"]
     for number in range(1, 100 * _MILLION // _SAMPLES_PER_SHARD + 1):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from neo_megatron.benchmarks.photos import write_photos
 from neo_megatron.benchmarks.table import Row, side_by_side
 from neo_megatron.benchmarks.tokenizer import write_tokenizer
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import smart_resize
 from neo_megatron.data.prepare.annotation_slices import slices
 from neo_megatron.data.prepare.executors import LocalEngine, in_order
@@ -30,9 +30,9 @@ from neo_megatron.data.tokenizer_process import load_parts
 
 BATCH = 256
 UNIT = "samples per CPU-second"
-HEADER = Settings(check="header")
-DECODE = Settings()
-PATCHES = Settings(image_store="patches")
+HEADER = PreprocessConfig(check="header")
+DECODE = PreprocessConfig()
+PATCHES = PreprocessConfig(image_store="patches")
 
 
 def measure(scratch: Path) -> list[Row]:
@@ -118,7 +118,7 @@ def _least(file: Path, tokenizer: Tokenizer, output: Path, stored: Callable[[byt
         write_tokens()
 
 
-def _stored(settings: Settings) -> Callable[[bytes], bytes]:
+def _stored(settings: PreprocessConfig) -> Callable[[bytes], bytes]:
     """The least work on the bytes of an image file."""
 
     def header(data: bytes) -> bytes:

@@ -19,7 +19,7 @@ from neo_megatron.benchmarks.loader import LENGTH
 from neo_megatron.benchmarks.photos import write_photos
 from neo_megatron.benchmarks.table import Row, cpu_seconds
 from neo_megatron.benchmarks.tokenizer import write_tokenizer
-from neo_megatron.data.config import ImageStore, Settings
+from neo_megatron.data.config import ImageStore, PreprocessConfig
 from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -55,7 +55,7 @@ def _write_store(directory: Path, scratch: Path, store: ImageStore) -> Path:
     if not packs.exists():
         photos = write_photos(scratch / "photos")
         source = Source("photos", str(photos), str(photos.parent))
-        settings = Settings(image_store=store, records_per_shard=_RECORDS_PER_SHARD)
+        settings = PreprocessConfig(image_store=store, records_per_shard=_RECORDS_PER_SHARD)
         directory.mkdir(parents=True, exist_ok=True)
         preprocess([source], write_tokenizer(scratch / "tokenizer"), shards, settings)
         write_packs([PackInput(str(shards))], packs, LENGTH)

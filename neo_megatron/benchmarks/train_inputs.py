@@ -14,7 +14,7 @@ from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import NEO_TOKENS, add_neo_tokens, load_tokenizer
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
 from neo_megatron.data.packs.writer import PackInput, write_packs
@@ -66,7 +66,7 @@ def _write_packs(directory: Path) -> None:
     chosen = directory / "photos" / "chosen.jsonl"
     chosen.write_text("".join(json.dumps(record) + "\n" for record in map(records.__getitem__, PHOTOS)))
     source = Source("photos", str(chosen), str(photos.parent))
-    preprocess([source], directory / "tokenizer", directory / "shards", Settings(max_pixels=PIXELS))
+    preprocess([source], directory / "tokenizer", directory / "shards", PreprocessConfig(max_pixels=PIXELS))
     write_packs([PackInput(str(directory / "shards"))], directory / "packs", LENGTH)
     _write_plain_pack(directory)
 
@@ -74,7 +74,7 @@ def _write_packs(directory: Path) -> None:
 def _write_plain_pack(directory: Path) -> None:
     """The pack as the exported model takes it."""
     packs = collate([PackDataset(directory / "packs", 1, SEED)[0]])
-    tokens, positions, image_index = packs["tokens"], packs["positions_thw"], packs["cell_index"]
+    tokens, positions, image_index = packs["tokens"], packs["positions_thw"], packs["image_token_index"]
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)
     labels[0, packs["target_index"] + 1] = packs["targets"]
     weight[0, packs["target_index"] + 1] = packs["target_weight"]

@@ -9,7 +9,7 @@ import sys
 from bisect import bisect_right
 from pathlib import Path
 
-from neo_megatron.atomic_files import write_whole
+from neo_megatron.atomic_files import write_atomically
 from neo_megatron.checkpoint.hub import tokenizer_directory
 from neo_megatron.data.chat import load_tokenizer, tokenizer_fingerprint
 from neo_megatron.data.dataset import PackDataset
@@ -49,7 +49,7 @@ def main() -> None:
         html = packs_page(arguments.packs, arguments.pack, arguments.epoch, arguments.seed, arguments.tokenizer)
     else:
         html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
-    write_whole(output, html.encode(errors="backslashreplace"))
+    write_atomically(output, html.encode(errors="backslashreplace"))
     print(f"the page to look at: {output.resolve()}")
 
 

@@ -8,7 +8,7 @@ from transformers import logging
 
 from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import open_neo
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.inference.batches import Task, default_workers
 
 
@@ -25,8 +25,12 @@ def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def add_batches(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--video-fps", type=float, default=Settings.video_fps, help="frames a second (%(default)s)")
-    parser.add_argument("--max-frames", type=int, default=Settings.max_frames, help="of one video (%(default)s)")
+    parser.add_argument(
+        "--video-fps", type=float, default=PreprocessConfig.video_fps, help="frames a second (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-frames", type=int, default=PreprocessConfig.max_frames, help="of one video (%(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (%(default)s)")
     parser.add_argument("--workers", type=int, help="processes, each with a model (one for each GPU, or for each core)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
@@ -52,7 +56,7 @@ def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[
     neo = open_neo(directory, arguments.allow_pickle)
     for sentence in neo.said:
         print(f"{directory}/config.json: {sentence}", file=sys.stderr)
-    settings = Settings(
+    settings = PreprocessConfig(
         min_pixels=arguments.min_pixels or neo.sizes.min_pixels,
         max_pixels=arguments.max_pixels or neo.sizes.max_pixels,
         image_store="patches",

@@ -22,7 +22,7 @@ from typing import Any
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
 from neo_megatron.command_line import program_name
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source, data_list
@@ -46,22 +46,26 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", required=True, help="Hugging Face directory or hub id; NEO's tokens are added")
     parser.add_argument("--output", required=True, help="new directory for the shards")
-    parser.add_argument("--min-pixels", type=int, default=Settings.min_pixels, help="per image (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=Settings.max_pixels, help="per image (%(default)s)")
+    parser.add_argument("--min-pixels", type=int, default=PreprocessConfig.min_pixels, help="per image (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=PreprocessConfig.max_pixels, help="per image (%(default)s)")
     parser.add_argument(
         "--image-store",
         choices=["encoded", "patches"],
-        default=Settings.image_store,
+        default=PreprocessConfig.image_store,
         help="keep the bytes of the files, or pixels that need no decoding in training and several times the space",
     )
     parser.add_argument(
         "--check",
         choices=["decode", "header"],
-        default=Settings.check,
+        default=PreprocessConfig.check,
         help="decode every image to its end, or trust its header; patches are always decoded (%(default)s)",
     )
-    parser.add_argument("--video-fps", type=float, default=Settings.video_fps, help="frames a second (%(default)s)")
-    parser.add_argument("--max-frames", type=int, default=Settings.max_frames, help="of one video (%(default)s)")
+    parser.add_argument(
+        "--video-fps", type=float, default=PreprocessConfig.video_fps, help="frames a second (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-frames", type=int, default=PreprocessConfig.max_frames, help="of one video (%(default)s)"
+    )
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
     parser.add_argument(
         "--workers",
@@ -81,11 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--empty-answers",
         choices=["reject", "keep"],
-        default=Settings.empty_answers,
+        default=PreprocessConfig.empty_answers,
         help="a sample with an empty or blank answer to train on is rejected, or kept and counted (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the draw from data sets with a share (0)")
-    parser.add_argument("--records-per-shard", type=int, default=Settings.records_per_shard, help="(%(default)s)")
+    parser.add_argument(
+        "--records-per-shard", type=int, default=PreprocessConfig.records_per_shard, help="(%(default)s)"
+    )
     arguments = parser.parse_args()
     if bool(arguments.registry) != bool(arguments.datasets):
         parser.error("--registry and --datasets go together")
@@ -109,7 +115,7 @@ def main() -> None:
     else:
         name = Path(arguments.input).stem
         sources = [Source(name, arguments.input, arguments.image_root, follow_links=arguments.follow_links)]
-    settings = Settings(
+    settings = PreprocessConfig(
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,
         image_store=arguments.image_store,

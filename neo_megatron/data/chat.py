@@ -1,9 +1,9 @@
-"""Conversations -> token ids, the spans that are trained on, and the places of the images.
+r"""Conversations -> token ids, the spans that are trained on, and the places of the images.
 
-Every turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. An ``<image>`` tag becomes ``<img>``, one
-``<IMG_CONTEXT>`` for each merged cell of the image, and ``</img>``, none of which is ever trained on; in the turn of an
-assistant, and after a backslash, a tag is text. Control tokens are placed by their id, between
-pieces of text in which no special token is recognised: what a user types stays text.
+Every turn is ``<|im_start|>{role}\n{content}<|im_end|>\n``. An ``<image>`` tag becomes ``<img>``, an ``<IMG_CONTEXT>``
+for each image token of the image, and ``</img>``; none of these are ever trained on. In the turn of an assistant, and
+after a backslash, a tag is text. Control tokens are inserted as ids between pieces of text in which no special token is
+recognised: what a user types stays text.
 """
 
 import hashlib
@@ -117,16 +117,16 @@ class ChatEncoder:
         self._ids = ids
 
     def encode(self, samples: Sequence[tuple[Sequence[Turn], Sequence[int]]]) -> list[TokenizedSample]:
-        """Tokenizes samples, each given as its turns and the number of cells of each of its images, in order."""
-        layouts = [self._lay_out(turns, cells) for turns, cells in samples]
+        """Tokenizes samples, each given as its turns and the image tokens of each of its images, in order."""
+        layouts = [self._lay_out(turns, image_tokens) for turns, image_tokens in samples]
         texts = list(dict.fromkeys(piece for layout in layouts for piece, _ in layout if isinstance(piece, str)))
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         return [_join(layout, ids) for layout in layouts]
 
-    def _lay_out(self, turns: Sequence[Turn], cells: Sequence[int]) -> list[tuple[str | list[int], bool]]:
+    def _lay_out(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> list[tuple[str | list[int], bool]]:
         """(text or ids, trained) in order, cut where the published code cuts: BPE must not merge across."""
-        images = iter(cells)
+        images = iter(image_tokens)
         layout: list[tuple[str | list[int], bool]] = []
         for turn in turns:
             layout.append(([self._ids.turn_start], False))
@@ -147,8 +147,8 @@ class ChatEncoder:
             layout.append(("\n", turn.trained))
         return layout
 
-    def _image(self, cells: int) -> list[int]:
-        return [self._ids.image_start, *[self._ids.image_context] * cells, self._ids.image_end]
+    def _image(self, image_tokens: int) -> list[int]:
+        return [self._ids.image_start, *[self._ids.image_context] * image_tokens, self._ids.image_end]
 
 
 def _join(layout: list[tuple[str | list[int], bool]], ids: dict[str, list[int]]) -> TokenizedSample:

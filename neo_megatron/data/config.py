@@ -12,7 +12,7 @@ EmptyAnswers = Literal["reject", "keep"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreprocessConfig:
     """What decides the bytes of a data set, besides its sources and its tokenizer.
 
     Args:

@@ -1,4 +1,4 @@
-"""Packs -> tensors. The state of the data set is one integer: item ``i`` depends on (packs, seed, batch, i) alone."""
+"""The PyTorch data set of packs. Its state is one integer: item ``i`` depends on (packs, seed, batch, i) alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.image import PATCH_VALUES, decode, patches_from_image, recompress
+from neo_megatron.data.image import PATCH_VALUES, decode, image_tokens, patches_from_image, recompress
 from neo_megatron.data.packs.balance import balanced_order
 from neo_megatron.data.packs.index import Drawn, PackIndex
 from neo_megatron.data.permutation import key_of
@@ -20,19 +20,19 @@ from neo_megatron.errors import DataError, RejectedSample
 
 LossWeighting = Literal["square", "sample", "token"]
 _WEIGHT_POWER: dict[str, float] = {"square": -0.5, "sample": -1.0, "token": 0.0}
-# "patches" gives them; "check" only finds out which images are broken, "none" does not look at them.
+# "patches" returns them; "check" only finds out which images are broken; "none" does not read images.
 Images = Literal["patches", "check", "none"]
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """How the packs of a step are dealt to data-parallel ranks; they are dealt so that ranks have even work.
+    """How the packs of a step are dealt to data-parallel ranks, so that all ranks have about the same work.
 
     Args:
         size: packs of a step.
         ranks: data-parallel ranks.
-        micro_batch_size: packs that a rank reads at once.
-        start: the first pack that is read, a number of packs consumed before.
+        micro_batch_size: packs in a micro-batch of one rank.
+        start: packs consumed before, hence the number of the first pack that is read.
     """
 
     size: int
@@ -49,11 +49,14 @@ class PackDataset(torch.utils.data.Dataset):
         num_samples: number of items; more than there are packs means several epochs. `None`: one epoch.
         seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
-        images: "patches" gives them. A rank that embeds no image need not read them; but one that weighs losses has
-            to "check" whether they can be decoded, to agree with the rank that does on which samples count.
-        global_batch: evens out the work of its ranks; without it items come in the order drawn.
-        min_jpeg_quality: below 100, every image of an encoded store is recompressed as JPEG, with a quality drawn
-            from here to 100 for each (seed, epoch, sample, image).
+        images: "patches" returns patches. A rank that embeds no images need not read them; but a rank that computes
+            the loss has to "check" whether they can be decoded, to agree with the embedding rank on which samples count.
+        global_batch: balances the work of its ranks; without it items come in the order drawn.
+        min_jpeg_quality: from 1 to 100. Below 100, every image of an encoded store is recompressed as JPEG, with a
+            quality drawn from here to 100 for each (seed, epoch, sample, image).
+
+    Raises:
+        DataError: the packs cannot be opened, or ``min_jpeg_quality`` is out of range or does not fit the store.
     """
 
     def __init__(
@@ -100,31 +103,32 @@ class PackDataset(torch.utils.data.Dataset):
         ``tokens`` int64 [T]; ``positions_thw`` int32 [T, 3]; ``document`` and ``image`` int32 [T], numbers within the
         pack, -1 for padding and outside images; ``target_index`` int64 [M], positions whose next token is trained;
         ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M], 0 in samples with a broken image;
-        ``cell_index`` int64 [C], positions of the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768], 0 for a
-        broken image. In addition ``samples``, how many there are, and ``broken``, a sentence for each that is.
+        ``image_token_index`` int64 [C], positions of the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768], 0
+        for a broken image. In addition ``samples``, the number of samples, and ``broken``, a sentence for each broken
+        one.
         """
         if not 0 <= index < self._num_samples:
-            raise IndexError(f"item {index} of a data set of {self._num_samples}")
+            raise IndexError(f"item {index} is outside a data set of {self._num_samples} items")
         epoch, samples = self._pack(index)
         return self._assemble(samples.tolist(), epoch)
 
     def describe(self, index: int) -> list[tuple[str, int]]:
-        """Where the samples of an item come from: annotation file and record of each."""
+        """Annotation file and record of each sample of an item."""
         return list(map(self.packs.data.describe, self._pack(index)[1].tolist()))
 
     def largest(self, first: int, count: int) -> int:
-        """Bytes of the tensors of the largest of ``count`` items from ``first`` on, at most; no sample is read."""
-        cells = max(int(costs[:, 1].max()) for _, _, costs in self._drawn(np.arange(first, first + count)))
+        """Upper bound, in bytes, of the tensors of any of ``count`` items from ``first`` on; no sample is read."""
+        most = max(int(costs[:, 1].max()) for _, _, costs in self._drawn(np.arange(first, first + count)))
         # Per token 28 bytes, and 20 more where it is trained; see `pack_tensors`.
         bytes_of_tokens = self.packs.sequence_length * 48
-        return bytes_of_tokens + cells * (8 + 4 * PATCH_VALUES if self._images == "patches" else 0)
+        return bytes_of_tokens + most * (8 + 4 * PATCH_VALUES if self._images == "patches" else 0)
 
     def _pack(self, index: int) -> tuple[int, np.ndarray]:
-        """The epoch and the samples of an item. Global batches are looked up whole, because balance needs them so."""
+        """The epoch and the samples of an item. Complete global batches are looked up, because balancing needs them."""
         size = self._batch.size if self._batch else 64
         start = self._batch.start % size if self._batch else 0
         window, place = divmod(index - start, size)
-        if window != self._window:  # kept because it takes a millisecond; it is no state, any item can be asked for
+        if window != self._window:  # a cache, because drawing takes a millisecond; any item can still be asked for
             self._window, self._window_packs = window, self._draw(window * size + start, size)
         return self._window_packs[place]
 
@@ -141,7 +145,7 @@ class PackDataset(torch.utils.data.Dataset):
         return [packs[number] for number in order.tolist()]
 
     def _drawn(self, numbers: np.ndarray) -> Iterator[tuple[int, Drawn, np.ndarray]]:
-        """Items by their epochs: the epoch, the packs drawn, and their costs."""
+        """Items grouped by epoch: the epoch, the packs drawn, and their costs."""
         epochs = numbers // len(self.packs)
         for epoch in np.unique(epochs).tolist():
             drawn = self.packs.table.draw(self._seed, epoch, numbers[epochs == epoch] % len(self.packs))
@@ -149,34 +153,34 @@ class PackDataset(torch.utils.data.Dataset):
             yield epoch, drawn, self.packs.table.costs(drawn)
 
     def _assemble(self, samples: Sequence[int], epoch: int) -> dict[str, Any]:
-        """The given samples one after another, padded. See ``__getitem__``."""
+        """The given samples joined and padded, as ``__getitem__`` returns them."""
         length, ids = self.packs.sequence_length, self.packs.data.ids
         fetched = self.packs.data.fetch(samples, images=self._fetch_images)
         joined = self._tokens(samples, fetched)
         tokens = np.full(length, ids.pad, np.int64)
         tokens[: len(joined)] = joined
-        # Shards of earlier versions have images in assistant turns within their trained spans.
+        # In shards of earlier versions, trained spans may contain images of assistant turns.
         text = (joined != ids.image_start) & (joined != ids.image_context) & (joined != ids.image_end)
         document = np.full(length, -1, np.int32)
         trained = np.zeros(length, bool)
         weight = np.zeros(length, np.float32)
         grids = np.concatenate([stored.grids for stored, _ in fetched])
-        cells = int(grids.prod(axis=1).sum()) // 4 if self._images == "patches" else 0
-        patches = np.empty((cells, 4, PATCH_VALUES), np.uint8)
+        with_patches = self._images == "patches"
+        patches = np.empty((int(image_tokens(grids).sum()) if with_patches else 0, 4, PATCH_VALUES), np.uint8)
         broken: list[str] = []
-        end = cell = 0
+        end = last = 0
         for number, (sample, (stored, shards)) in enumerate(zip(samples, fetched, strict=True)):
             start, end = end, end + len(stored.tokens)
             document[start:end] = number
             for span_start, span_end in stored.spans.tolist():
                 trained[start + span_start : start + span_end] = text[start + span_start : start + span_end]
             count = int(trained[start:end].sum())
-            first, cell = cell, cell + (int(stored.grids.prod(axis=1).sum()) // 4 if cells else 0)
+            first, last = last, last + (int(image_tokens(stored.grids).sum()) if with_patches else 0)
             try:
-                self._read_images(stored, shards, patches[first:cell], key_of(self._seed, epoch, sample))
+                self._read_images(stored, shards, patches[first:last], key_of(self._seed, epoch, sample))
                 weight[start:end] = float(max(count, 1)) ** self._power
             except RejectedSample as rejected:
-                patches[first:cell] = 0
+                patches[first:last] = 0
                 file, record = self.packs.data.describe(sample)
                 broken.append(f"{file}, record {record}: {rejected.sentence}")
         targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
@@ -184,16 +188,16 @@ class PackDataset(torch.utils.data.Dataset):
         return {**tensors, "samples": len(samples), "broken": broken}
 
     def _tokens(self, samples: Sequence[int], fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
-        """The tokens of the samples, int32 [n]: no model sees a sample that its files do not describe in one way.
+        """The tokens of the samples, int32 [n], once the files of the samples are known to be consistent.
 
         Raises:
-            DataError: a file is damaged, so that a sample cannot be used or the pack would be too long.
+            DataError: a file is damaged, so a sample cannot be used or the pack would be too long.
         """
         ids, vocabulary, length = self.packs.data.ids, self.packs.data.tokenizer["size"], self.packs.sequence_length
         tokens = np.concatenate([stored.tokens for stored, _ in fetched])
         if len(tokens) > length:
             raise DataError(
-                f"{self.packs.location} is damaged: a pack has {len(tokens)} tokens, not {length} at most; "
+                f"{self.packs.location} is damaged: a pack has {len(tokens)} tokens, more than {length}; "
                 "check it with neo-megatron verify-data and pack again"
             )
         if are_sound([stored for stored, _ in fetched], tokens, ids, vocabulary):
@@ -203,23 +207,26 @@ class PackDataset(torch.utils.data.Dataset):
         sample, shards = samples[number], fetched[number][1]
         file, record = self.packs.data.describe(sample)
         raise DataError(
-            f"{shards.location} is damaged: of the sample from {file}, record {record}: {wrong}; "
+            f"{shards.location} is damaged in the sample from {file}, record {record}: {wrong}; "
             "check it with neo-megatron verify-data and copy or preprocess it again"
         )
 
     def _read_images(self, stored: StoredSample, shards: ShardSet, out: np.ndarray, key: int) -> None:
-        """Writes the patches of a sample to ``out``, uint8 [cells, 4, 768]; or only sees that they can be had.
+        """Writes the patches of a sample to ``out``, or only checks that its images can be decoded.
 
-        ``key`` decides the augmentation.
+        Args:
+            out: uint8 [image tokens, 4, 768].
+            key: of the augmentation.
 
         Raises:
             RejectedSample: for an image that cannot be decoded.
         """
         end = 0
-        for number, (data, grid) in enumerate(zip(stored.images, stored.grids.tolist(), strict=False)):
-            start, end = end, end + grid[0] * grid[1] // 4
+        counts = image_tokens(stored.grids).tolist()
+        for number, (data, grid, count) in enumerate(zip(stored.images, stored.grids.tolist(), counts, strict=False)):
+            start, end = end, end + count
             if shards.image_store == "patches":
-                if len(data) != (end - start) * 4 * PATCH_VALUES:
+                if len(data) != count * 4 * PATCH_VALUES:
                     raise DataError(
                         f"{shards.location} is damaged: the patches of an image do not fit its grid; check it with "
                         "neo-megatron verify-data and copy or preprocess it again"
@@ -250,7 +257,7 @@ def pack_tensors(
         tokens, document, grids: see `native_positions`.
         targets: int [M], positions of the trained tokens.
         target_weight: float32 [M].
-        patches: uint8 [C, 4, 768]; without any, no cell is named either.
+        patches: uint8 [C, 4, 768]; without any, ``image_token_index`` is empty too.
     """
     positions, image = native_positions(tokens, document, grids, ids)
     arrays = {
@@ -261,7 +268,7 @@ def pack_tensors(
         "target_index": targets - 1,
         "targets": tokens[targets],
         "target_weight": target_weight,
-        "cell_index": np.flatnonzero(image >= 0) if len(patches) else np.empty(0, np.int64),
+        "image_token_index": np.flatnonzero(image >= 0) if len(patches) else np.empty(0, np.int64),
         "patches": patches,
     }
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -272,8 +279,8 @@ def native_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(t, h, w) int32 [T, 3] and the number of the image int32 [T] of each token of a pack.
 
-    ``t`` counts from 0 in each document: one step for a text token and one for an image as a whole. ``h`` and ``w`` are
-    row and column in the merged grid of the image.
+    ``t`` counts from 0 in each document: one step for a text token and one for all tokens of an image. ``h`` and ``w``
+    are row and column in the merged grid of the image.
 
     Args:
         tokens, document: [T]; ``document`` is -1 in padding.
@@ -289,7 +296,7 @@ def native_positions(
     positions[real, 0] = (steps[real] - steps[first][document[real]]).astype(np.int32)
 
     image = np.where(context, np.cumsum(starts_image) - 1, -1).astype(np.int32)
-    sizes = grids.prod(axis=1) // 4
+    sizes = image_tokens(grids)
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     columns = np.repeat(grids[:, 1] // 2, sizes)
     positions[context, 1] = within // columns
@@ -298,15 +305,16 @@ def native_positions(
 
 
 def collate(packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """B packs -> one micro-batch: per-token tensors stacked to [B, T, ...], the others joined end to end.
+    """Joins B packs to a micro-batch: per-token tensors stacked to [B, T, ...], the others concatenated.
 
-    ``target_index`` and ``cell_index`` count in the flattened [B * T]; numbers of documents and images stay per pack.
+    ``target_index`` and ``image_token_index`` count in the flattened [B * T]; documents and images are still numbered
+    within each pack.
     """
     length = len(packs[0]["tokens"])
     batch: dict[str, Any] = {
         key: _stack([pack[key] for pack in packs]) for key in ("tokens", "positions_thw", "document", "image")
     }
-    for key in ("target_index", "cell_index"):
+    for key in ("target_index", "image_token_index"):
         batch[key] = torch.cat([pack[key] + row * length for row, pack in enumerate(packs)])
     for key in ("targets", "target_weight", "patches"):
         batch[key] = packs[0][key] if len(packs) == 1 else torch.cat([pack[key] for pack in packs])
@@ -316,5 +324,5 @@ def collate(packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """One pack is the usual micro-batch: its megabytes are not copied."""
+    """Stacks tensors; does not copy the only one, since one pack is the usual micro-batch."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

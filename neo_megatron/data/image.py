@@ -1,8 +1,8 @@
 """Images -> RGB pixels -> patches, in the arithmetic of the published code, with Pillow and NumPy alone.
 
-An image of ``grid_h x grid_w`` patches of 16 x 16 pixels makes ``grid_h/2 x grid_w/2`` cells of 2 x 2 patches; a cell
-is one token. Patches are uint8 ``[cells, 4, 768]``: cells row-major, in a cell (dy, dx) row-major, values in the order
-(channel, y, x).
+An image of ``grid_h x grid_w`` patches of 16 x 16 pixels makes ``grid_h/2 x grid_w/2`` image tokens of 2 x 2 patches
+each. Patches are uint8 ``[image tokens, 4, 768]``: image tokens row by row, the four patches of each in the order
+(dy, dx), values in the order (channel, y, x).
 """
 
 import io
@@ -18,7 +18,7 @@ from neo_megatron.data.image_limits import MAX_FILE_BYTES, TooCostly, check_byte
 from neo_megatron.errors import Reason, RejectedSample
 
 PATCH = 16
-CELL = 2 * PATCH
+IMAGE_TOKEN_SIDE = 2 * PATCH  # pixels
 PATCH_VALUES = 3 * PATCH * PATCH
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -340,14 +340,19 @@ def grid_of_size(height: int, width: int, name: str, min_pixels: int, max_pixels
         RejectedSample: for an image that is too long or too wide.
     """
     try:
-        height, width = smart_resize(height, width, CELL, min_pixels, max_pixels)
+        height, width = smart_resize(height, width, IMAGE_TOKEN_SIDE, min_pixels, max_pixels)
     except ValueError as error:
         raise RejectedSample(Reason.ASPECT_RATIO, f"the image {name}: {error}") from error
     return height // PATCH, width // PATCH
 
 
+def image_tokens(grids: np.ndarray) -> np.ndarray:
+    """Image tokens of images: int64 [...] for grids in patches [..., 2]; each covers 2 x 2 patches."""
+    return grids.prod(axis=-1, dtype=np.int64) // 4
+
+
 def patches_from_image(image: Image.Image, grid: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
-    """Resizes (bicubic) and cuts a decoded image: uint8 [cells, 4, 768].
+    """Resizes (bicubic) and cuts a decoded image: uint8 [image tokens, 4, 768].
 
     Args:
         image: RGB.
@@ -358,15 +363,15 @@ def patches_from_image(image: Image.Image, grid: tuple[int, int], out: np.ndarra
     if out is None:
         out = np.empty((grid_h * grid_w // 4, 4, PATCH_VALUES), np.uint8)
     resized = resize_to_grid(image, grid)
-    # A row of a patch, 16 bytes, is moved as one value: [row, column, dy, dx, channel, y] of the cells.
+    # A row of a patch, 16 bytes, is moved as one value: [row, column, dy, dx, channel, y] of the image tokens.
     values = np.reshape(out.view("V16"), (grid_h // 2, grid_w // 2, 2, 2, 3, PATCH), copy=False)
-    for top in range(0, grid_h // 2, 2):  # two rows of cells at a time stay in the processor's cache
-        cells = values[top : top + 2]
-        strip = resized.crop((0, top * CELL, resized.width, (top + len(cells)) * CELL))
+    for top in range(0, grid_h // 2, 2):  # two rows of image tokens at a time stay in the processor's cache
+        rows = values[top : top + 2]
+        strip = resized.crop((0, top * IMAGE_TOKEN_SIDE, resized.width, (top + len(rows)) * IMAGE_TOKEN_SIDE))
         for channel, band in enumerate("RGB"):
             # Pillow takes one colour out of its pixels four times as fast as NumPy does.
-            plane = np.frombuffer(strip.tobytes("raw", band), "V16").reshape(len(cells), 2, PATCH, grid_w // 2, 2)
-            cells[..., channel, :] = plane.transpose(0, 3, 1, 4, 2)
+            plane = np.frombuffer(strip.tobytes("raw", band), "V16").reshape(len(rows), 2, PATCH, grid_w // 2, 2)
+            rows[..., channel, :] = plane.transpose(0, 3, 1, 4, 2)
     return out
 
 

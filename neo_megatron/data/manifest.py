@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.atomic_files import json_line, sync_directory, write_whole
+from neo_megatron.atomic_files import json_line, sync_directory, write_atomically
 from neo_megatron.data.manifest_schema import REJECTS as REJECTS  # of both formats
 from neo_megatron.data.manifest_schema import check_manifest
 from neo_megatron.errors import DataError
@@ -23,7 +23,7 @@ _MAX_MANIFEST = 1 << 29  # bytes; of 300,000 shards
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Written last: a directory with a manifest is complete. Its last entry is the checksum of all before it."""
     text = json_line(manifest, indent=1).removesuffix(b"\n}\n")
-    write_whole(directory / MANIFEST, text + _CHECKSUM + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n')
+    write_atomically(directory / MANIFEST, text + _CHECKSUM + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n')
     sync_directory(directory)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, get_args, get_type_hints
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.errors import DataError
 
 REJECTS = "rejects.jsonl"
@@ -264,12 +264,14 @@ def _files(value: Any, expected: set[str]) -> None:
 
 
 def _settings(value: Any) -> None:
-    """`Settings`; one that was added later may be missing."""
+    """`PreprocessConfig`; one that was added later may be missing."""
     checks: dict[Any, _Check] = {int: _integer(-_MAX_COUNT, _MAX_COUNT), float: _number}
-    known = {name: checks.get(hint) or _choice(*get_args(hint)) for name, hint in get_type_hints(Settings).items()}
+    known = {
+        name: checks.get(hint) or _choice(*get_args(hint)) for name, hint in get_type_hints(PreprocessConfig).items()
+    }
     _object({"image_store": known.pop("image_store")}, known, closed=True)(value)
     try:
-        Settings(**value)
+        PreprocessConfig(**value)
     except DataError as error:
         raise _WrongValue(f"cannot be used: {error}") from error
 

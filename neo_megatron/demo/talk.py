@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neo_megatron.data.image import CELL, decode, image_grid, read_image, resize_to_grid
+from neo_megatron.data.image import IMAGE_TOKEN_SIDE, decode, image_grid, read_image, resize_to_grid
 from neo_megatron.demo.attention_rows import AttentionRows, AttentionWatch
 from neo_megatron.demo.words import words_of
 from neo_megatron.inference.answering import Answerer, Piece
@@ -92,7 +92,7 @@ class Talk:
         image, settings = _read(path), self._answerer.settings
         grid = image_grid(image, name, settings.min_pixels, settings.max_pixels)
         seen = resize_to_grid(image, grid)
-        rows, columns = seen.height // CELL, seen.width // CELL
+        rows, columns = seen.height // IMAGE_TOKEN_SIDE, seen.width // IMAGE_TOKEN_SIDE
         return {
             "address": _jpeg_address(seen),
             "name": name,

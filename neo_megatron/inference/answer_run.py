@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.atomic_files import is_partial, json_line, sync_directory, write_whole
+from neo_megatron.atomic_files import is_partial, json_line, sync_directory, write_atomically
 from neo_megatron.errors import DataError
 from neo_megatron.locks import lock
 
@@ -75,7 +75,7 @@ class AnswerRun:
     def finish(self, files: dict[str, bytes]) -> None:
         """Writes the files of the complete run, ``answers.jsonl`` last, and removes the partial file."""
         for name in sorted(files, key=lambda name: name == ANSWERS):
-            write_whole(self.directory / name, files[name])
+            write_atomically(self.directory / name, files[name])
         sync_directory(self.directory)
         (self.directory / PROGRESS).unlink()
 

@@ -22,7 +22,7 @@ from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import NeoDirectory, open_neo
 from neo_megatron.checkpoint.pickled_directory import PickledDirectory
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import normalise
 from neo_megatron.errors import CheckpointError, DataError
@@ -100,7 +100,7 @@ class Answerer:
                 "put the tokenizer there that the model was trained with"
             )
         self._encoder = ChatEncoder(self.tokenizer.backend_tokenizer.to_str(), self._ids)
-        self.settings = Settings(
+        self.settings = PreprocessConfig(
             min_pixels=min_pixels or sizes.min_pixels, max_pixels=max_pixels or sizes.max_pixels, image_store="patches"
         )
         if device is None:
@@ -129,7 +129,8 @@ class Answerer:
     def tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Token ids int32 [n] of each prompt, up to the header of the turn that is to be said."""
         samples = [
-            ((*prompt.turns, Turn("assistant", "", True)), [h * w // 4 for h, w in prompt.grids]) for prompt in prompts
+            ((*prompt.turns, Turn("assistant", "", True)), [len(image) for image in prompt.images])
+            for prompt in prompts
         ]
         # The last span that training would train on begins where the answer does.
         return [encoded.tokens[: encoded.spans[-1, 0]] for encoded in self._encoder.encode(samples)]

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import logging
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answer_run import AnswerRun
@@ -50,7 +50,7 @@ class Task:
 
     model: Path
     dtype: str
-    settings: Settings
+    settings: PreprocessConfig
     max_new_tokens: int
     generation: dict[str, Any] = field(default_factory=dict)
     allow_pickle: bool = False

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import (
     PATCH_VALUES,
@@ -67,7 +67,7 @@ class Prompt:
             raise RejectedSample(Reason.MALFORMED, "the prompt holds an unpaired surrogate (invalid Unicode)")
 
 
-def new_prompt(question: str | Sequence[Turn], images: Sequence[ImageInput], settings: Settings) -> Prompt:
+def new_prompt(question: str | Sequence[Turn], images: Sequence[ImageInput], settings: PreprocessConfig) -> Prompt:
     """A prompt of one question, or of several turns, and its images.
 
     Args:
@@ -93,7 +93,7 @@ def user_turn(question: str, images: int) -> Turn:
     return Turn("user", tags + question, False)
 
 
-def prompt_of_sample(sample: Sample, turn: int, settings: Settings) -> Prompt:
+def prompt_of_sample(sample: Sample, turn: int, settings: PreprocessConfig) -> Prompt:
     """The prompt in front of a turn of a checked sample; its images have the pixels that they have in training.
 
     Raises:

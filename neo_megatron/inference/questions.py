@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
-from neo_megatron.data.config import Settings
-from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_image
+from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pixel_limit, read_image
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.prepare.registry import Source
@@ -64,7 +65,7 @@ class QuestionList:
     noticed: Noticed = field(default_factory=Noticed)
 
 
-def read_questions(sources: Sequence[Source], settings: Settings, ask: Ask) -> QuestionList:
+def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: Ask) -> QuestionList:
     """Reads all questions.
 
     Args:
@@ -103,7 +104,7 @@ def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iter
 
 
 def _read_record(
-    source: Source, record: int, text: bytes | None, settings: Settings, ask: Ask, result: QuestionList
+    source: Source, record: int, text: bytes | None, settings: PreprocessConfig, ask: Ask, result: QuestionList
 ) -> int:
     """Adds the questions of a record; returns the number of its samples."""
     try:
@@ -114,7 +115,7 @@ def _read_record(
     for element, written in elements:
         try:
             sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
-            image_tokens = _image_tokens(sample, settings)
+            of_images = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
             result.rejects.append(rejected.row(source.annotations, record, element))
@@ -123,7 +124,7 @@ def _read_record(
         read = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
         result.noticed.note(sample, read, sample.images, place)
         for turn, references in asked:
-            length = image_tokens + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
+            length = of_images + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
             result.questions.append(
                 Question(source, record, element, turn, written.get("id"), sample, references, length)
             )
@@ -174,10 +175,10 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     return answers
 
 
-def _image_tokens(sample: Sample, settings: Settings) -> int:
+def _image_tokens(sample: Sample, settings: PreprocessConfig) -> int:
     """Tokens of the images by their headers; frames of videos are not counted."""
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [
         grid_of_size(*header_size(read_image(path), path), path, settings.min_pixels, limit) for path in sample.images
     ]
-    return sum(height * width for height, width in grids) // 4
+    return int(image_tokens(np.array(grids, np.int64).reshape(-1, 2)).sum())

@@ -85,11 +85,9 @@ def _count_shard(shard: Any, uses: np.ndarray, sources: list[SourceCounts], resu
     if len(histogram) > len(result.lengths):
         result.lengths = np.concatenate([result.lengths, np.zeros(len(histogram) - len(result.lengths), np.int64)])
     result.lengths[: len(histogram)] += histogram
-    owners = np.repeat(np.arange(len(rows)), rows["pictures"])
-    image_tokens = np.bincount(owners, shard.grids.prod(axis=1) // 4, len(rows)).astype(np.int64)
     for number, source in enumerate(sources):
         own = uses * (rows["source"] == number)
-        tokens, images, trained = (int(own @ values) for values in (lengths, image_tokens, rows["trained"]))
+        tokens, images, trained = (int(own @ values) for values in (lengths, shard.image_tokens, rows["trained"]))
         source.samples += int(own.sum())
         source.images += int(own @ rows["pictures"])
         source.image_tokens += images

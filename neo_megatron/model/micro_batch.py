@@ -30,7 +30,7 @@ def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: 
     place = full((length,), -1)
     place[rows] = arange(len(rows))
     share = {**packs, "tokens": packs["tokens"][:, rows], "positions_thw": packs["positions_thw"][:, rows]}
-    for index, belonging in (("cell_index", ("patches",)), ("target_index", ("targets", "target_weight"))):
+    for index, belonging in (("image_token_index", ("patches",)), ("target_index", ("targets", "target_weight"))):
         local = place[packs[index] % length]
         here = local >= 0
         share[index] = (packs[index] // length * len(rows) + local)[here]
@@ -52,18 +52,18 @@ def model_inputs(
         packs: what `neo_megatron.data.dataset.collate` or `context_share` gives.
         first_stage, last_stage: words and images go to the first pipeline stage only, targets to the last only.
         sequence_rank, sequence_ranks: under sequence parallelism, which part of every pack this rank embeds; it gets
-            the images' cells of that part only.
+            the image tokens of that part only.
     """
     count, length = packs["tokens"].shape
     inputs = {name: packs[name] for name in ("positions_thw", "document", "image")}
     inputs |= {name: packs[name] for name in ("query_rows", "key_order") if name in packs}
     if first_stage:
         inputs["tokens"] = packs["tokens"]
-        pack, token = packs["cell_index"] // length, packs["cell_index"] % length
+        pack, token = packs["image_token_index"] // length, packs["image_token_index"] % length
         part = length // sequence_ranks
         here = token // part == sequence_rank
-        inputs["cell_index"] = ((token - sequence_rank * part) * count + pack)[here]
-        inputs["cell_position"] = packs["positions_thw"].flatten(0, 1)[packs["cell_index"][here], 1:]
+        inputs["image_token_index"] = ((token - sequence_rank * part) * count + pack)[here]
+        inputs["image_token_position"] = packs["positions_thw"].flatten(0, 1)[packs["image_token_index"][here], 1:]
         inputs["patches"] = packs["patches"][here] if sequence_ranks > 1 else packs["patches"]
     if last_stage:
         pack, token = packs["target_index"] // length, packs["target_index"] % length

@@ -110,8 +110,8 @@ class NeoModel(LanguageModule):
         key_order: Tensor | None = None,
         tokens: Tensor | None = None,
         patches: Tensor | None = None,
-        cell_index: Tensor | None = None,
-        cell_position: Tensor | None = None,
+        image_token_index: Tensor | None = None,
+        image_token_position: Tensor | None = None,
         target_index: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
@@ -124,8 +124,8 @@ class NeoModel(LanguageModule):
             key_order: int64 ``[T]``, see `context_parallel_attention`.
             tokens: int64 ``[B, R]``; read on the first stage only, as are the next three.
             patches: uint8 ``[C, 4, 768]`` in 2x2-block order.
-            cell_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states that the cells are written to.
-            cell_position: integers ``[C, 2]``, row and column of each cell in the merged grid of its image.
+            image_token_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states of the image tokens.
+            image_token_position: integers ``[C, 2]``, row and column of each image token in the merged grid.
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
 
@@ -133,7 +133,7 @@ class NeoModel(LanguageModule):
             Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.
             Other stages: hidden states ``[S, B, H]``.
         """
-        hidden = self._embed(tokens, patches, cell_index, cell_position) if self.pre_process else None
+        hidden = self._embed(tokens, patches, image_token_index, image_token_position) if self.pre_process else None
         config = self.config
         rule = AttentionRule(document, image, query_rows)
         mask = build_mask(rule, config.params_dtype, config.kv_channels, config.attention_backend)
@@ -164,15 +164,17 @@ class NeoModel(LanguageModule):
         """Float32 ``[M]`` whatever the dtype of the logits; Megatron takes them as ``[M, 1, V / tp]``."""
         return self.compute_language_model_loss(targets_M[None], self._logits(rows_MH)[:, None]).squeeze(0)
 
-    def _embed(self, tokens: Tensor, patches: Tensor, cell_index: Tensor, cell_position: Tensor) -> Tensor:
-        """Word embeddings ``[S, B, H]`` with the cells of the images written over the `<IMG_CONTEXT>` tokens.
+    def _embed(
+        self, tokens: Tensor, patches: Tensor, image_token_index: Tensor, image_token_position: Tensor
+    ) -> Tensor:
+        """Word embeddings ``[S, B, H]`` with embedded patches written over the `<IMG_CONTEXT>` tokens.
 
-        Without any image the patch embedding still runs, on zero cells: its gradients are then zero, not missing,
+        Without any image the patch embedding still runs, on no tokens: its gradients are then zero, not missing,
         which Megatron's gradient buckets rely on.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None)
-        cells = self.patch_embedding(patches, row_C=cell_position[:, 0], column_C=cell_position[:, 1])
-        flat = hidden.flatten(0, 1).index_copy(0, cell_index, cells.to(hidden.dtype))
+        embedded = self.patch_embedding(patches, row_C=image_token_position[:, 0], column_C=image_token_position[:, 1])
+        flat = hidden.flatten(0, 1).index_copy(0, image_token_index, embedded.to(hidden.dtype))
         return flat.view_as(hidden)
 
     def _head_input(self, hidden_SBH: Tensor) -> Tensor:

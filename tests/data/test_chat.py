@@ -41,13 +41,13 @@ def encoder(neo):
     return ChatEncoder(neo.backend_tokenizer.to_str(), special_ids(neo))
 
 
-def published_layout(tokenizer, turns: list[Turn], cells: list[int]) -> tuple[list[int], list[bool]]:
+def published_layout(tokenizer, turns: list[Turn], counts: list[int]) -> tuple[list[int], list[bool]]:
     """NEO's rule read literally: strings with the control tokens written in them, which the tokenizer recognises."""
-    cells, tokens, trained = list(cells), [], []
+    counts, tokens, trained = list(counts), [], []
     for turn in turns:
         text = turn.text
         while "<image>" in text:
-            text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * cells.pop(0)}</img>", 1)
+            text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * counts.pop(0)}</img>", 1)
         if turn.role == "assistant":
             strings = [("<|im_start|>assistant\n", False), (f"{text}<|im_end|>\n", turn.trained)]
         else:

@@ -115,7 +115,7 @@ def test_items_end(packs):
             dataset[index]
 
 
-def naive_positions(tokens, document, cells, ids):
+def naive_positions(tokens, document, grids, ids):
     """The definition of the positions, one token at a time."""
     triples, images, image, previous = [], [], -1, None
     for place, token in enumerate(tokens):
@@ -127,9 +127,9 @@ def naive_positions(tokens, document, cells, ids):
             t, previous = -1, None
         if token == ids.image_context:
             if previous == ids.image_start:
-                t, image, cell = t + 1, image + 1, -1
-            cell += 1
-            triples.append((t, *divmod(cell, cells[image][1])))
+                t, image, number = t + 1, image + 1, -1
+            number += 1
+            triples.append((t, *divmod(number, grids[image][1])))
             images.append(image)
         else:
             t += 1
@@ -150,7 +150,7 @@ def test_tensors_against_a_naive_reading_of_the_samples(packs, weighting):
         by_tokens[tuple(shard.tokens[local].tolist())] = (shard.spans[local].reshape(-1, 2).tolist(), grids.tolist())
     for item in dataset:
         tokens, document = item["tokens"].tolist(), item["document"].tolist()
-        expected, cells = [], []
+        expected, merged = [], []
         for number in range(max(document) + 1):
             start, length = document.index(number), document.count(number)
             assert document[start : start + length] == [number] * length
@@ -159,26 +159,26 @@ def test_tensors_against_a_naive_reading_of_the_samples(packs, weighting):
             weight = {"square": count**-0.5, "sample": 1 / count, "token": 1.0}[weighting]
             trained = [start + place for begin, end in spans for place in range(begin, end)]
             expected += [(place - 1, tokens[place], weight) for place in trained]
-            cells += grids
+            merged += grids
         used = len(document) - document.count(-1)
         assert document[used:] == [-1] * (96 - used)
         assert tokens[used:] == [shards.ids.pad] * (96 - used)
         assert item["target_index"].tolist() == [place for place, _, _ in expected]
         assert item["targets"].tolist() == [token for _, token, _ in expected]
         np.testing.assert_allclose(item["target_weight"], [weight for _, _, weight in expected], rtol=1e-6)
-        triples, images = naive_positions(tokens, document, cells, shards.ids)
+        triples, images = naive_positions(tokens, document, merged, shards.ids)
         assert item["positions_thw"].tolist() == [list(triple) for triple in triples]
         assert item["image"].tolist() == images
-        assert item["cell_index"].tolist() == [place for place, image in enumerate(images) if image >= 0]
-        assert item["patches"].shape == (len(item["cell_index"]), 4, 768)
+        assert item["image_token_index"].tolist() == [place for place, image in enumerate(images) if image >= 0]
+        assert item["patches"].shape == (len(item["image_token_index"]), 4, 768)
 
 
 def test_image_tokens_of_old_shards_are_no_targets(bench, new_sample, monkeypatch):
     """Shards could have images in assistant turns within their trained spans; here all but the first token are."""
     lay_out = ChatEncoder._lay_out
 
-    def all_trained(self, turns, cells):
-        return [(piece, number > 0) for number, (piece, _) in enumerate(lay_out(self, turns, cells))]
+    def all_trained(self, turns, counts):
+        return [(piece, number > 0) for number, (piece, _) in enumerate(lay_out(self, turns, counts))]
 
     monkeypatch.setattr(ChatEncoder, "_lay_out", all_trained)
     bench.images("a.png")
@@ -191,27 +191,27 @@ def test_image_tokens_of_old_shards_are_no_targets(bench, new_sample, monkeypatc
 
 
 def test_patches_are_those_of_the_image(bench, new_sample):
-    """A cell's patches hold the pixels of its 32 x 32 square of the image."""
+    """The patches of an image token hold the pixels of its 32 x 32 square of the image."""
     (bench.path / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(bench.path / "images" / "a.png")
     bench.preprocess([new_sample("<image>", "x", image="a.png")])
     item = PackDataset(bench.pack(64), 1, seed=0)[0]
-    for cell, place in enumerate(item["cell_index"].tolist()):
+    for number, place in enumerate(item["image_token_index"].tolist()):
         _, row, column = item["positions_thw"][place].tolist()
         for dy in range(2):
             for dx in range(2):
                 top, left = row * 32 + dy * 16, column * 32 + dx * 16
                 square = pixels[top : top + 16, left : left + 16].transpose(2, 0, 1).reshape(-1)
-                assert (item["patches"][cell, dy * 2 + dx].numpy() == square).all()
-    assert len(item["cell_index"]) == 6
+                assert (item["patches"][number, dy * 2 + dx].numpy() == square).all()
+    assert len(item["image_token_index"]) == 6
 
 
 def test_without_images_only_they_are_missing(packs):
     full, bare = PackDataset(packs, 20, seed=0), PackDataset(packs, 20, seed=0, images="none")
     for with_images, without in zip(full, bare, strict=True):
-        assert without["patches"].shape == (0, 4, 768) and without["cell_index"].shape == (0,)
-        rest = set(with_images) - {"patches", "cell_index"}
+        assert without["patches"].shape == (0, 4, 768) and without["image_token_index"].shape == (0,)
+        rest = set(with_images) - {"patches", "image_token_index"}
         assert equal({key: with_images[key] for key in rest}, {key: without[key] for key in rest})
 
 
@@ -222,8 +222,8 @@ def test_collate_counts_in_the_flattened_batch(packs):
     assert batch["tokens"].shape == (3, 96) and batch["positions_thw"].shape == (3, 96, 3)
     flat = batch["tokens"].reshape(-1)
     assert torch.equal(flat[batch["target_index"] + 1], batch["targets"])
-    assert (flat[batch["cell_index"]] == dataset.packs.data.ids.image_context).all()
-    assert len(batch["patches"]) == len(batch["cell_index"]) == sum(len(item["patches"]) for item in items)
+    assert (flat[batch["image_token_index"]] == dataset.packs.data.ids.image_context).all()
+    assert len(batch["patches"]) == len(batch["image_token_index"]) == sum(len(item["patches"]) for item in items)
     assert torch.equal(batch["patches"][: len(items[0]["patches"])], items[0]["patches"])
     assert torch.equal(batch["document"], torch.stack([item["document"] for item in items]))
 
@@ -439,7 +439,7 @@ def test_a_broken_image_costs_its_sample_its_weight_and_nothing_else(bench, new_
     damaged = torch.tensor([int(item["document"][place]) for place in item["target_index"]])
     lost = set(damaged[weight == 0].tolist())
     assert len(lost) == 1 and (weight[damaged != lost.pop()] > 0).all()
-    assert len(item["patches"]) == len(item["cell_index"]) and (item["patches"].flatten(1) == 0).all(1).any()
+    assert len(item["patches"]) == len(item["image_token_index"]) and (item["patches"].flatten(1) == 0).all(1).any()
     # A rank without images agrees, where it is asked to look.
     checked = PackDataset(bench.path / "packs", 1, seed=0, images="check")[0]
     assert torch.equal(checked["target_weight"], weight) and checked["broken"] == item["broken"]

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from support.paths import GOLDEN, TESTS
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -18,7 +18,7 @@ from neo_megatron.data.verify import verify
 FORMATS = TESTS / "data" / "formats"
 EXPECTED = json.loads((FORMATS / "expected.json").read_text())
 ITEM = (
-    *("tokens", "positions_thw", "document", "image", "patches", "cell_index"),
+    *("tokens", "positions_thw", "document", "image", "patches", "image_token_index"),
     *("target_index", "targets", "target_weight"),
 )
 
@@ -59,7 +59,7 @@ def test_the_same_bytes_are_written_today(store, tmp_path):
     """Except for paths, which the manifest and the identities of image files have."""
     old = FORMATS / store
     source = Source("golden", str(old / "annotations.json"), str(GOLDEN))
-    settings = Settings(min_pixels=4096, max_pixels=16384, image_store=store)
+    settings = PreprocessConfig(min_pixels=4096, max_pixels=16384, image_store=store)
     preprocess([source], GOLDEN / "tokenizer", tmp_path / "shards", settings, max_rejected=50)
     write_packs(
         [PackInput(str(tmp_path / "shards"))], tmp_path / "packs", 192, held_out=HeldOut(Fraction(1, 4), tmp_path / "h")

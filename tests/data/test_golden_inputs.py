@@ -67,15 +67,15 @@ def test_labels_and_weights(packs, published, weighting):
 def test_patches(packs, published, name):
     batch = collate([PackDataset(packs, 1, seed=0)[0]])
     context = 896
-    assert batch["cell_index"].tolist() == np.flatnonzero(published["input_ids"][0] == context).tolist()
+    assert batch["image_token_index"].tolist() == np.flatnonzero(published["input_ids"][0] == context).tolist()
     if name == "textonly":
         assert batch["patches"].shape == (0, 4, 768)
         return
     rows = normalise(batch["patches"].numpy())
     start = 0
     for height, width in published["grid_hw"]:
-        cells = rows[start : start + height * width // 4].reshape(height // 2, width // 2, 2, 2, 768)
-        row_major = cells.transpose(0, 2, 1, 3, 4).reshape(-1, 768)
+        tokens = rows[start : start + height * width // 4].reshape(height // 2, width // 2, 2, 2, 768)
+        row_major = tokens.transpose(0, 2, 1, 3, 4).reshape(-1, 768)
         expected = published["pixel_values"][start * 4 : start * 4 + height * width]
         np.testing.assert_allclose(row_major, expected, atol=1e-6, rtol=0)
         start += height * width // 4

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import requests
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import decode
 from neo_megatron.errors import Reason
 
@@ -151,7 +151,7 @@ def test_nothing_crashes_writes_or_takes_much_memory(images, names, tmp_path):
 def test_kept_and_rejected_make_all(bench, images, names, new_sample):
     (bench.path / "images").symlink_to(images)
     records = [new_sample("What?", f"It is {name}.", image=name) for name in names]
-    shards = bench.preprocess(records, settings=Settings(min_pixels=1024, max_pixels=65536))
+    shards = bench.preprocess(records, settings=PreprocessConfig(min_pixels=1024, max_pixels=65536))
     rejects = bench.rejects()
     assert len(shards) + len(rejects) == FILES
     assert len({reject["record"] for reject in rejects}) == len(rejects)

@@ -51,7 +51,7 @@ def test_images_equal_the_published_ones(golden, name):
     grid = image_grid(image, name, min_pixels=4096, max_pixels=65536)
     assert [list(grid)] == expected[f"{name}.grid_hw"].tolist()
     patches = patches_from_image(image, grid)
-    # Cell (y, x), patch (dy, dx) in it -> row (2y + dy, 2x + dx) of the published row-major grid.
+    # Image token (y, x), patch (dy, dx) in it -> row (2y + dy, 2x + dx) of the published row-major grid.
     for row, values in enumerate(expected[f"{name}.patches"]):
         y, x = divmod(row, grid[1])
         mine = patches[(y // 2) * (grid[1] // 2) + x // 2, (y % 2) * 2 + x % 2]
@@ -61,7 +61,7 @@ def test_images_equal_the_published_ones(golden, name):
 def test_patches_are_written_where_they_are_wanted(new_png):
     image = decode(new_png(80, 110), "x")
     expected = patches_from_image(image, (4, 6))
-    # The definition: cells, patches in a cell, channel, y, x.
+    # The definition: image tokens, patches in each, channel, y, x.
     pixels = np.asarray(image.resize((96, 64), Image.Resampling.BICUBIC))
     blocks = pixels.reshape(2, 2, 16, 3, 2, 16, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     assert (expected == blocks.reshape(6, 4, 768)).all()

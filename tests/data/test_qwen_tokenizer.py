@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from neo_megatron.benchmarks.tokenizer import SPLIT, read_ranks, write_tokenizer
 from neo_megatron.data.chat import load_tokenizer
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -77,7 +77,7 @@ def test_a_sample_runs_through_the_data_path(directory, golden, tmp_path):
     records = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"]
     (tmp_path / "a.json").write_text(json.dumps(records))
     source = Source("a", str(tmp_path / "a.json"), str(golden))
-    preprocess([source], directory, tmp_path / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess([source], directory, tmp_path / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(tmp_path / "shards"))], tmp_path / "packs", 150)
     item = PackDataset(tmp_path / "packs", 1, seed=0)[0]
     used = int((item["document"] >= 0).sum())
@@ -85,8 +85,8 @@ def test_a_sample_runs_through_the_data_path(directory, golden, tmp_path):
     text = tokenizer.decode(item["tokens"][:used]).replace("<IMG_CONTEXT>", ".")
     assert text == json.loads((golden / "meta.json").read_text())["untied_pack1"]["text"]
     published = load_file(golden / "inputs_pack1.safetensors")
-    assert len(item["cell_index"]) == (published["input_ids"] == 896).sum()
-    assert (item["tokens"][item["cell_index"]] == 151669).all()
+    assert len(item["image_token_index"]) == (published["input_ids"] == 896).sum()
+    assert (item["tokens"][item["image_token_index"]] == 151669).all()
     assert item["tokens"][0] == 151644
     trained = tokenizer.decode(item["targets"])
     assert trained == "The first one.<|im_end|>\nIt looks warm; the second is blue-ish.<|im_end|>\n" + (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import decode, patches_from_image
 from neo_megatron.data.prepare.media import load_media
@@ -294,7 +294,7 @@ def test_frames_stand_in_the_text_and_share_the_limit(tmp_path, new_png):
     write_video(tmp_path / "a.mp4", size=(512, 512))
     write_video(tmp_path / "b.mp4", frames=15)
     (tmp_path / "a.png").write_bytes(new_png(512, 512))
-    settings = Settings(min_pixels=4096, max_pixels=1 << 16)
+    settings = PreprocessConfig(min_pixels=4096, max_pixels=1 << 16)
     conversation = sample(tmp_path, "See <video>, <image>", "and <video>.", images=["a.png"], videos=["b.mp4", "a.mp4"])
     turns, images, grids = load_media(conversation, settings)
     assert [turn.text for turn in turns] == [
@@ -304,14 +304,14 @@ def test_frames_stand_in_the_text_and_share_the_limit(tmp_path, new_png):
     limit = 2 * (1 << 16) // 7
     assert len(images) == 7 and grids[:2] == [(4, 4)] * 2 and grids[2:] == [(8, 8)] * 5
     assert all(height * width * 256 <= limit for height, width in grids)
-    assert len(load_media(conversation, Settings(min_pixels=4096, video_fps=0.5, max_frames=1))[1]) == 3
+    assert len(load_media(conversation, PreprocessConfig(min_pixels=4096, video_fps=0.5, max_frames=1))[1]) == 3
 
 
 def test_escaped_tags_stay_text_in_front_of_and_after_frames(tmp_path, new_png):
     write_video(tmp_path / "b.mp4", frames=15)
     (tmp_path / "a.png").write_bytes(new_png(64, 64))
     text = r"\<video> \\<video> \<image> <image> \\\<video>"
-    turns, images, _ = load_media(sample(tmp_path, text, images=["a.png"], videos=["b.mp4"]), Settings())
+    turns, images, _ = load_media(sample(tmp_path, text, images=["a.png"], videos=["b.mp4"]), PreprocessConfig())
     assert split_tags(turns[0].text) == [
         "<video> \\Frame-1: ",
         "<image>",
@@ -328,9 +328,9 @@ def test_both_stores_give_the_same_pixels(tmp_path):
     write_video(tmp_path / "a.mp4", size=(200, 120))
     conversation = sample(tmp_path, "<video>", videos=["a.mp4"])
     for check in ("decode", "header"):
-        settings = Settings(min_pixels=4096, max_pixels=1 << 16, check=check)
+        settings = PreprocessConfig(min_pixels=4096, max_pixels=1 << 16, check=check)
         _, encoded, grids = load_media(conversation, settings)
-        _, patches, same = load_media(conversation, Settings(4096, 1 << 16, image_store="patches"))
+        _, patches, same = load_media(conversation, PreprocessConfig(4096, 1 << 16, image_store="patches"))
         assert grids == same
         for file, ready, grid in zip(encoded, patches, grids, strict=True):
             image = decode(file.tobytes(), "frame")
@@ -355,7 +355,7 @@ def test_videos_go_through_the_tool(bench, new_sample):
 def test_without_pyav_the_tool_stops_and_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DataError, match="pip install 'av>=19,<20'"):
-        load_media(sample(tmp_path, "<video>", videos=["a.mp4"]), Settings())
+        load_media(sample(tmp_path, "<video>", videos=["a.mp4"]), PreprocessConfig())
 
 
 def test_pyav_is_not_loaded_for_images():

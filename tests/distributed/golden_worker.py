@@ -53,7 +53,7 @@ def golden_packs(name: str, weighting: str) -> dict[str, torch.Tensor]:
         "document": document[None].int(),
         "image": image[None].int(),
         "patches": block_order_uint8(golden),
-        "cell_index": torch.nonzero(context).squeeze(1),
+        "image_token_index": torch.nonzero(context).squeeze(1),
         "target_index": trained,
         "targets": labels[1:][trained],
         "target_weight": golden[f"loss_weight_{weighting}"][1:][trained],

@@ -18,7 +18,7 @@ from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes, tensor_table
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -113,7 +113,7 @@ def lopsided(tmp_path_factory) -> Path:
     ]
     (room / "annotations.json").write_text(json.dumps(annotations))
     source = Source("lopsided", str(room / "annotations.json"), str(room))
-    settings = Settings(min_pixels=4096, max_pixels=4096, check="header")
+    settings = PreprocessConfig(min_pixels=4096, max_pixels=4096, check="header")
     preprocess([source], GOLDEN / "tokenizer", room / "shards", settings)
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     packs = [PackDataset(room / "packs", 4, seed=1234)[number] for number in range(4)]
@@ -191,7 +191,7 @@ def test_images_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layou
     """Two ranks a stage. Parts of a sequence embed their own images; tensor-parallel ranks share the loss out."""
     whole = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
     first, last = ([runs[f"float32-{layout}"].inputs(rank) for rank in stage] for stage in ((0, 1), (2, 3)))
-    to_embed, labels = {"tokens", "patches", "cell_index", "cell_position"}, {"targets", "target_index"}
+    to_embed, labels = {"tokens", "patches", "image_token_index", "image_token_position"}, {"targets", "target_index"}
     assert any(call["patches"] for call in whole)
     for call, *of_ranks in zip(whole, *first, *last, strict=True):
         first_stage, last_stage = of_ranks[:2], of_ranks[2:]

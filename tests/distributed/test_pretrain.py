@@ -20,7 +20,7 @@ from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import tensor_table
 from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -157,7 +157,7 @@ def broken(room) -> Path:
     damaged = images / "images" / "b.png"
     damaged.write_bytes(damaged.read_bytes()[:-200])
     source = Source("broken", str(room / "annotations.json"), str(images))
-    settings = Settings(min_pixels=4096, max_pixels=65536, check="header")
+    settings = PreprocessConfig(min_pixels=4096, max_pixels=65536, check="header")
     preprocess([source], GOLDEN / "tokenizer", room / "broken-shards", settings)
     write_packs([PackInput(str(room / "broken-shards"))], room / "broken-packs", 192)
     return room / "broken-packs"

@@ -17,7 +17,7 @@ from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import GlobalBatch, PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -59,7 +59,9 @@ def packs(room: Path, name: str, seed: int) -> None:
     ]
     (room / f"{name}.json").write_text(json.dumps(records))
     source = Source(name, str(room / f"{name}.json"), str(GOLDEN))
-    preprocess([source], GOLDEN / "tokenizer", room / f"{name}-shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess(
+        [source], GOLDEN / "tokenizer", room / f"{name}-shards", PreprocessConfig(min_pixels=4096, max_pixels=65536)
+    )
     write_packs([PackInput(str(room / f"{name}-shards"))], room / f"{name}-packs", 192)
 
 

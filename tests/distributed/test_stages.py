@@ -10,7 +10,7 @@ from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
@@ -43,7 +43,7 @@ def room(tmp_path_factory) -> Path:
         json.dumps(json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"] * 8)
     )
     source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
     still = "--lr 1e-12 --min-lr 1e-12 --weight-decay 0 --adam-beta1 0.999999 --adam-beta2 0.999999 --clip-grad 1e-3"

@@ -16,7 +16,7 @@ from PIL import Image
 from support.paths import TOOLS
 
 from neo_megatron.cli import evaluate
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
@@ -129,7 +129,7 @@ def test_samples_that_preprocessing_rejects_are_rejected(evaluated, asked, golde
     """With the same words; an image whose header is intact is found to be broken when it is decoded."""
     annotations, _ = asked
     source = Source("asked", str(annotations), str(annotations.parent / "images"))
-    preprocess([source], golden / "tokenizer", tmp_path / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess([source], golden / "tokenizer", tmp_path / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     expected = lines_of(tmp_path / "shards" / "rejects.jsonl")
     assert [entry["record"] for entry in expected] == [3, 4, 5]
     found = lines_of(evaluated / "rejects.jsonl")
@@ -252,7 +252,7 @@ def test_names_that_are_not_unicode(checkpoint, tmp_path, monkeypatch):
 def test_a_dead_worker_is_reported(checkpoint, monkeypatch):
     """One that becomes another program, as good as one that memory killed."""
     monkeypatch.setattr(batches, "_answer", os.execv)
-    task = batches.Task(checkpoint, "auto", Settings(), TOKENS)
+    task = batches.Task(checkpoint, "auto", PreprocessConfig(), TOKENS)
     with pytest.raises(DataError, match="a worker died; run the same command again to continue, with fewer --workers"):
         list(batches._on_processes(task, [("/bin/false", ["false"])], 1))
 
@@ -261,7 +261,7 @@ def test_longest_questions_come_first(asked):
     """So that a memory that is too small shows at once."""
     annotations, _ = asked
     source = Source("asked", str(annotations), str(annotations.parent / "images"))
-    questions = read_questions([source], Settings(), "every answer").questions
+    questions = read_questions([source], PreprocessConfig(), "every answer").questions
     order = [questions[number].length for batch in batches.make_batches(questions, 4) for number in batch]
     assert order == sorted(order, reverse=True) and order[0] > order[-1]
 

@@ -5,13 +5,13 @@ from fractions import Fraction
 
 import pytest
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.errors import DataError
 from neo_megatron.inference.prompts import prompt_of_sample
 from neo_megatron.inference.questions import read_questions
 
-SETTINGS = Settings(min_pixels=4096, max_pixels=65536, image_store="patches")
+SETTINGS = PreprocessConfig(min_pixels=4096, max_pixels=65536, image_store="patches")
 
 
 def human(text):

@@ -20,7 +20,7 @@ from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.presets import SIZES
 
-LENGTH, CELLS = 32, 8
+LENGTH, IMAGE_TOKENS = 32, 8
 HIDDEN = SIZES["tiny"].hidden_size
 RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
 
@@ -52,14 +52,14 @@ def shapes(model: NeoModel) -> dict[str, tuple]:
 def inputs(sequence_parallel: bool) -> dict[str, torch.Tensor]:
     """A pack of two documents, an image in the second, on both halves of the sequence."""
     draw, place = torch.Generator().manual_seed(1), torch.arange(LENGTH)
-    cells = torch.arange(12, 12 + CELLS)
+    image_tokens = torch.arange(12, 12 + IMAGE_TOKENS)
     packs = {
         "tokens": torch.randint(0, 500, (1, LENGTH), generator=draw),
         "positions_thw": place[None, :, None].expand(1, LENGTH, 3).to(torch.int32) % 12,
         "document": (place >= 9).to(torch.int32)[None],
-        "image": torch.where((place >= 12) & (place < 12 + CELLS), 0, -1).to(torch.int32)[None],
-        "patches": torch.randint(0, 256, (CELLS, 4, 768), generator=draw, dtype=torch.uint8),
-        "cell_index": cells,
+        "image": torch.where((place >= 12) & (place < 12 + IMAGE_TOKENS), 0, -1).to(torch.int32)[None],
+        "patches": torch.randint(0, 256, (IMAGE_TOKENS, 4, 768), generator=draw, dtype=torch.uint8),
+        "image_token_index": image_tokens,
         "target_index": place[:-1],
         "targets": torch.randint(0, 500, (LENGTH - 1,), generator=draw),
     }

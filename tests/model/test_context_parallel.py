@@ -123,10 +123,10 @@ def test_a_share_keeps_every_token_target_and_image_once():
         "positions_thw": torch.randint(0, 9, (2, 96, 3), generator=draw),
         "document": rule.document_BT,
         "image": rule.image_BT,
-        "cell_index": torch.nonzero(rule.image_BT.flatten() >= 0).squeeze(1),
+        "image_token_index": torch.nonzero(rule.image_BT.flatten() >= 0).squeeze(1),
         "target_index": torch.randint(0, 192, (40,), generator=draw).unique(),
     }
-    packs["patches"] = packs["cell_index"] * 3
+    packs["patches"] = packs["image_token_index"] * 3
     packs["targets"] = packs["target_index"] * 5
     packs["target_weight"] = packs["target_index"] * 7.0
     for gather_keys in (False, True):
@@ -135,7 +135,7 @@ def test_a_share_keeps_every_token_target_and_image_once():
         for name in ("tokens", "positions_thw"):
             assert torch.equal(torch.cat([share[name] for share in shares], dim=1), packs[name][:, rows])
         # The token that an index points at, wherever it is held.
-        for index, belonging, factor in (("cell_index", "patches", 3), ("target_index", "targets", 5)):
+        for index, belonging, factor in (("image_token_index", "patches", 3), ("target_index", "targets", 5)):
             found = []
             for rank, share in enumerate(shares):
                 pack, local = share[index] // 24, share[index] % 24

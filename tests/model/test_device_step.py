@@ -18,7 +18,7 @@ from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import to_device
 from neo_megatron.model.patch_embedding import normalise
 
-LENGTH, PACKS, CELLS, TRAINED = 256, 2, 40, 100
+LENGTH, PACKS, IMAGE_TOKENS, TRAINED = 256, 2, 40, 100
 
 
 class OnDevice(TorchDispatchMode):
@@ -69,9 +69,9 @@ def inputs() -> dict[str, torch.Tensor]:
         "document": (torch.int32, PACKS, LENGTH),
         "image": (torch.int32, PACKS, LENGTH),
         "tokens": (torch.int64, PACKS, LENGTH),
-        "patches": (torch.uint8, CELLS, 4, 768),
-        "cell_index": (torch.int64, CELLS),
-        "cell_position": (torch.int32, CELLS, 2),
+        "patches": (torch.uint8, IMAGE_TOKENS, 4, 768),
+        "image_token_index": (torch.int64, IMAGE_TOKENS),
+        "image_token_position": (torch.int32, IMAGE_TOKENS, 2),
         "target_index": (torch.int64, TRAINED),
         "targets": (torch.int64, TRAINED),
     }

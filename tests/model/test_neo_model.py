@@ -36,7 +36,7 @@ def test_packs_of_a_micro_batch_do_not_see_each_other(build):
             "positions_thw": positions[None],
             "document": torch.zeros(1, length, dtype=torch.int32),
             "image": image[None],
-            "cell_index": torch.arange(start, start + image_tokens),
+            "image_token_index": torch.arange(start, start + image_tokens),
             "patches": torch.randint(0, 256, (image_tokens, 4, 768), generator=draw, dtype=torch.uint8),
             "target_index": torch.tensor([2, length - 2]),
             "targets": torch.tensor([7, 8]),
@@ -44,7 +44,7 @@ def test_packs_of_a_micro_batch_do_not_see_each_other(build):
 
     first, second = pack(), pack()
     both = {name: torch.cat((first[name], second[name])) for name in first}
-    both["cell_index"][image_tokens:] += length
+    both["image_token_index"][image_tokens:] += length
     both["target_index"][2:] += length
     losses = [model(**model_inputs(packs, first_stage=True, last_stage=True)) for packs in (first, second, both)]
     torch.testing.assert_close(torch.cat(losses[:2]), losses[2], atol=1e-6, rtol=0)
@@ -56,14 +56,14 @@ def test_images_are_split_between_sequence_parallel_ranks():
         "positions_thw": torch.arange(48).view(2, 8, 3),
         "document": torch.zeros(2, 8),
         "image": torch.zeros(2, 8),
-        "cell_index": torch.tensor([2, 3, 4, 5, 14, 15]),  # tokens 2-5 of the first pack, 6 and 7 of the second
+        "image_token_index": torch.tensor([2, 3, 4, 5, 14, 15]),  # tokens 2-5 of the first pack, 6 and 7 of the second
         "patches": torch.arange(6)[:, None, None],
     }
     parts = [model_inputs(packs, True, False, sequence_rank=rank, sequence_ranks=2) for rank in (0, 1)]
     assert [part["patches"].flatten().tolist() for part in parts] == [[0, 1], [2, 3, 4, 5]]
     # Rows of [token, pack]: token 2 of pack 0 is row 4 of the first half; token 6 of pack 1 is row 5 of the second.
-    assert [part["cell_index"].tolist() for part in parts] == [[4, 6], [0, 2, 5, 7]]
-    assert parts[1]["cell_position"].tolist() == [[13, 14], [16, 17], [43, 44], [46, 47]]
+    assert [part["image_token_index"].tolist() for part in parts] == [[4, 6], [0, 2, 5, 7]]
+    assert parts[1]["image_token_position"].tolist() == [[13, 14], [16, 17], [43, 44], [46, 47]]
     assert "targets" not in parts[0]
 
 

@@ -116,7 +116,7 @@ def test_the_pack_has_what_can_go_wrong(golden):
     assert rows["grid_hw"].tolist() == [[4, 6], [8, 2], [2, 4]]
     assert [(row == sizes.image_start_token_id).sum().item() for row in rows["input_ids"]] == [0, 1, 2]
     context = rows["input_ids"] == sizes.image_context_token_id
-    assert context.sum() == rows["grid_hw"].prod(dim=-1).sum() // 4 == len(pack.packed["cell_index"])
+    assert context.sum() == rows["grid_hw"].prod(dim=-1).sum() // 4 == len(pack.packed["image_token_index"])
     assert len(rows["pixel_values"]) == 48 and pack.length < len(pack.packed["tokens"][0])
     again = made_pack(sizes)
     assert all(torch.equal(value, again.packed[name]) for name, value in pack.packed.items())

@@ -38,7 +38,7 @@ def packs(length: int, image_tokens: int, trained: int) -> dict[str, torch.Tenso
         "document": document[None].to(torch.int32),
         "image": image[None],
         "patches": torch.zeros(image_tokens, 4, 768, dtype=torch.uint8),
-        "cell_index": torch.nonzero(image >= 0).flatten(),
+        "image_token_index": torch.nonzero(image >= 0).flatten(),
         "target_index": targets - 1,
         "targets": torch.zeros(trained, dtype=torch.int64),
         "target_weight": torch.ones(trained),

@@ -11,7 +11,7 @@ from support.processes import run_python
 
 from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
@@ -35,7 +35,7 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
     (room / "annotations.json").write_text(json.dumps(documents * 8))
     source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-    preprocess([source], GOLDEN / "tokenizer", room / "shards", Settings(min_pixels=4096, max_pixels=65536))
+    preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
     shutil.copytree(room / "golden", room / "cut")

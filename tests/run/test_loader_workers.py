@@ -41,7 +41,7 @@ class Packs(Dataset):
         if number == FAULTY:
             self._fault()
         rows, flat = torch.zeros(1, 3, dtype=torch.int32), torch.full((1,), number)
-        lists = ("targets", "target_weight", "patches", "target_index", "cell_index")
+        lists = ("targets", "target_weight", "patches", "target_index", "image_token_index")
         per_token = ("tokens", "document", "image")
         return {
             **dict.fromkeys(per_token, flat),

@@ -12,7 +12,7 @@ from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -53,7 +53,7 @@ def broken_and_intact(room: Path) -> Path:
     records = [{"image": f"{name}.png", "conversations": turns} for name in ("intact", "broken") * 4]
     (room / "one-each.json").write_text(json.dumps(records))
     source = Source("one-each", str(room / "one-each.json"), str(images))
-    settings = Settings(min_pixels=4096, max_pixels=65536, check="header")
+    settings = PreprocessConfig(min_pixels=4096, max_pixels=65536, check="header")
     preprocess([source], GOLDEN / "tokenizer", room / "one-each-shards", settings)
     write_packs([PackInput(str(room / "one-each-shards"))], room / "one-each", LENGTH)
     return room / "one-each"

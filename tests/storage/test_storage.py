@@ -197,7 +197,7 @@ def test_the_same_samples_as_from_disk(local, remote):
     assert values(shards.fetch(ORDER)) == values(local.fetch(ORDER))
     assert values(shards.fetch(ORDER, images=False)) == values(local.fetch(ORDER, images=False))
     assert [shards.describe(n)[1] for n in range(12)] == [local.describe(n)[1] for n in range(12)]
-    assert shards.shard(0).cells.tolist() == local.shard(0).cells.tolist()
+    assert shards.shard(0).image_tokens.tolist() == local.shard(0).image_tokens.tolist()
     shard, place = shards.locate(7)
     assert shard.tokens[place].tolist() == local.fetch([7])[0].tokens.tolist()
 

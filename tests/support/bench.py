@@ -15,7 +15,7 @@ import pytest
 import transformers  # noqa: F401 - or each call of preprocess would start a process to load it
 from PIL import Image
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
@@ -64,7 +64,7 @@ class Workbench:
 
     path: Path
     tokenizer: Path
-    settings: Settings = Settings(min_pixels=1024, max_pixels=65536)
+    settings: PreprocessConfig = PreprocessConfig(min_pixels=1024, max_pixels=65536)
 
     def images(self, *names: str) -> None:
         """Small images, different ones, under ``images/``."""
@@ -84,7 +84,7 @@ class Workbench:
         self,
         records: list[Any] | Path,
         output: str = "shards",
-        settings: Settings | None = None,
+        settings: PreprocessConfig | None = None,
         on_error: str = "skip",
         workers: int = 1,
     ) -> ShardSet:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.atomic_files import write_whole
+from neo_megatron.atomic_files import write_atomically
 from neo_megatron.data.manifest import write_manifest
 
 
@@ -58,7 +58,7 @@ def rewrite(directory: Path, name: str, content: bytes) -> None:
     """Replaces a file, and its size and checksum in the manifest."""
     manifest = _manifest(directory)
     owners = [entry["files"] for entry in manifest.get("shards", [])] + [manifest["files"]]
-    facts = write_whole(directory / name, content)
+    facts = write_atomically(directory / name, content)
     for files in owners:
         if name in files:
             files[name] = facts

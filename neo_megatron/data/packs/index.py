@@ -24,6 +24,7 @@ from neo_megatron.storage.open import open_directory
 FORMAT, VERSION = "neo-packs", 3
 READABLE = (2, VERSION)  # version 2 held records out by the names of their images
 UNITS, PATTERNS, RUNS = PACK_ARRAYS
+# A `units.Units` on disk: ``cells`` are image tokens.
 UNIT = np.dtype([("first", "<i8"), ("samples", "<i4"), ("cells", "<i4"), ("squares", "<i8")])
 PATTERN = np.dtype([("packs", "<i8"), ("runs", "<i8")])
 RUN = np.dtype([("length", "<i8"), ("count", "<i8")])
@@ -125,7 +126,7 @@ class PackTable:
             wrong |= first > last - samples
         if wrong.any():
             number = int(units[wrong.argmax()])
-            what = f"unit {number} has {self.units[number].tolist()} (first sample, samples, cells, squares)"
+            what = f"unit {number} has {self.units[number].tolist()} (first sample, samples, image tokens, squares)"
             raise damaged_file(join(self._location, UNITS), f"{what}, which is not within the data or a pack", _AGAIN)
         return chosen
 

@@ -20,14 +20,14 @@ class Units:
         first: int64 [U], number of the first sample.
         samples: int32 [U], consecutive samples in it.
         lengths: int32 [U], tokens.
-        cells: int32 [U], image tokens: what the patch embedding works on.
+        image_tokens: int32 [U]: what the patch embedding works on.
         squares: int64 [U], sum over its samples of tokens squared: what attention works on.
     """
 
     first: np.ndarray
     samples: np.ndarray
     lengths: np.ndarray
-    cells: np.ndarray
+    image_tokens: np.ndarray
     squares: np.ndarray
 
     def __len__(self) -> int:
@@ -42,10 +42,10 @@ class Units:
         return Units(*(np.concatenate([getattr(part, name) for part in parts]) for name in Units.__dataclass_fields__))
 
     @staticmethod
-    def of_samples(lengths: np.ndarray, cells: np.ndarray) -> "Units":
+    def of_samples(lengths: np.ndarray, image_tokens: np.ndarray) -> "Units":
         """Every sample a unit of its own."""
         ones = np.broadcast_to(np.int32(1), len(lengths))
-        return Units(np.arange(len(lengths)), ones, lengths, cells, lengths.astype(np.int64) ** 2)
+        return Units(np.arange(len(lengths)), ones, lengths, image_tokens, lengths.astype(np.int64) ** 2)
 
 
 def units_of_shard(shard: Shard, first_sample: int, capacity: int) -> Units:
@@ -64,7 +64,7 @@ def units_of_shard(shard: Shard, first_sample: int, capacity: int) -> Units:
         first=first_sample + starts,
         samples=np.diff(starts, append=len(lengths)).astype(np.int32),
         lengths=lengths_of_units.astype(np.int32),
-        cells=(np.add.reduceat(shard.cells, starts) if len(starts) else lengths).astype(np.int32),
+        image_tokens=(np.add.reduceat(shard.image_tokens, starts) if len(starts) else lengths).astype(np.int32),
         squares=np.add.reduceat(lengths**2, starts) if len(starts) else lengths,
     )
     return units.take(lengths_of_units <= capacity)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from neo_megatron.atomic_files import WholeFile, json_line, write_whole
+from neo_megatron.atomic_files import AtomicFile, json_line, write_atomically
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.packs.balance import balanced_order, imbalance
@@ -173,7 +173,7 @@ def _read(
 def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Writes the files of one directory; returns what its manifest is to say."""
     length = common["seq_length"]
-    rejects = WholeFile(side.directory / REJECTS)
+    rejects = AtomicFile(side.directory / REJECTS)
     origins = Origins(data)
     for sample, tokens in over_long:
         rejected = RejectedSample(Reason.OVER_LONG, _too_long(tokens, length))
@@ -204,7 +204,7 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
     """Finds the patterns and writes the three arrays of an index; returns what a manifest says of the files."""
     patterns = best_fit(np.bincount(units.lengths, minlength=capacity + 1))
     runs = [run for pattern in patterns for run in pattern.runs]
-    file = WholeFile(directory / UNITS)
+    file = AtomicFile(directory / UNITS)
     file.write(_header(UNIT, len(units)))
     with tqdm(total=len(units), unit=" units", desc="sort and write packs", unit_scale=True) as bar:
         # NumPy sorts 16-bit numbers by their digits, in linear time.
@@ -212,8 +212,8 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
         for start in range(0, len(units), _CHUNK):
             chosen = units.take(order[start : start + _CHUNK])
             rows = np.empty(len(chosen), UNIT)
-            for field in UNIT.names:
-                rows[field] = getattr(chosen, field)
+            rows["first"], rows["samples"] = chosen.first, chosen.samples
+            rows["cells"], rows["squares"] = chosen.image_tokens, chosen.squares
             file.write(rows)
             bar.update(len(rows))
     return {
@@ -269,4 +269,4 @@ def _header(dtype: np.dtype, count: int) -> bytes:
 def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    return write_whole(path, buffer.getbuffer())
+    return write_atomically(path, buffer.getbuffer())

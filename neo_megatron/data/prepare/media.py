@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import (
     decode,
@@ -49,7 +49,9 @@ class Media:
     identities: list[tuple[int, int]]
 
 
-def load_media(sample: Sample, settings: Settings) -> tuple[tuple[Turn, ...], list[np.ndarray], list[tuple[int, int]]]:
+def load_media(
+    sample: Sample, settings: PreprocessConfig
+) -> tuple[tuple[Turn, ...], list[np.ndarray], list[tuple[int, int]]]:
     """The turns with one ``<image>`` tag for each image and frame; the images; their grids in patches.
 
     An image is uint8 [n], encoded bytes or flattened patches. A video of n frames takes the place of its tag as
@@ -63,7 +65,7 @@ def load_media(sample: Sample, settings: Settings) -> tuple[tuple[Turn, ...], li
     return media.turns, media.images, media.grids
 
 
-def read_media(sample: Sample, settings: Settings) -> Media:
+def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     """As `load_media`, with the identities of the files.
 
     Raises:
@@ -88,7 +90,7 @@ def read_media(sample: Sample, settings: Settings) -> Media:
     return Media(_with_frames(sample.turns, clips), images, grids, identities)
 
 
-def _in_order(sample: Sample, clips: list[Clip], settings: Settings, limit: int) -> Iterator[_Stored]:
+def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, limit: int) -> Iterator[_Stored]:
     """Images and frames in the order of the tags."""
     images, videos = iter(sample.images), iter(clips)
     for turn in sample.turns:
@@ -101,7 +103,7 @@ def _in_order(sample: Sample, clips: list[Clip], settings: Settings, limit: int)
                     yield _frame(frame, clip.path, settings, limit)
 
 
-def _image(path: str, settings: Settings, limit: int) -> _Stored:
+def _image(path: str, settings: PreprocessConfig, limit: int) -> _Stored:
     data = read_image(path)
     if settings.image_store == "patches":
         image = decode(data, path)
@@ -116,7 +118,7 @@ def _image(path: str, settings: Settings, limit: int) -> _Stored:
     return np.frombuffer(data, np.uint8), grid, identity_of_content(data)
 
 
-def _frame(image: Image.Image, path: str, settings: Settings, limit: int) -> _Stored:
+def _frame(image: Image.Image, path: str, settings: PreprocessConfig, limit: int) -> _Stored:
     grid = image_grid(image, path, settings.min_pixels, limit)
     if settings.image_store == "patches":
         return patches_from_image(image, grid).reshape(-1), grid, None

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from neo_megatron.atomic_files import WholeFile, json_line
+from neo_megatron.atomic_files import AtomicFile, json_line
 from neo_megatron.data.chat import tokenizer_fingerprint
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
 from neo_megatron.data.prepare.executors import EngineName, in_order, open_engine
@@ -32,7 +32,7 @@ def preprocess(
     sources: Sequence[Source],
     tokenizer_directory: str | Path,
     output: str | Path,
-    settings: Settings,
+    settings: PreprocessConfig,
     on_error: Literal["skip", "fail"] = "skip",
     workers: int = 1,
     engine: EngineName = "local",
@@ -116,7 +116,7 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected:
     shards: list[dict[str, Any]] = []
     first: dict[str, dict[str, Any]] = {}
     noticed = Noticed()
-    rejects = WholeFile(output / REJECTS)
+    rejects = AtomicFile(output / REJECTS)
     for number in range(count):
         outcome: Outcome = load_outcome(output, number)
         counts.update(records_read=outcome.records, samples_read=outcome.samples)

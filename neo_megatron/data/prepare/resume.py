@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.atomic_files import PARTIAL, json_line, sync_directory, write_whole
+from neo_megatron.atomic_files import PARTIAL, json_line, sync_directory, write_atomically
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.manifest_schema import check_outcome, check_plan
 from neo_megatron.data.prepare.annotation_slices import Place
@@ -61,7 +61,7 @@ class Outcome:
 def save_outcome(directory: Path, outcome: Outcome) -> None:
     """The last step of a slice: from now on it is done."""
     sync_directory(directory)  # the shard is on the disk before anything says so
-    write_whole(_path(directory, outcome.number), json_line(asdict(outcome)))
+    write_atomically(_path(directory, outcome.number), json_line(asdict(outcome)))
 
 
 def load_outcome(directory: Path, number: int) -> Outcome:

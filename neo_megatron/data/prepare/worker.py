@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.image import image_tokens
 from neo_megatron.data.prepare.annotation_slices import Slice, read_slice
 from neo_megatron.data.prepare.file_identity import identity_of_texts
 from neo_megatron.data.prepare.media import Media, read_media
@@ -28,7 +31,7 @@ class Task:
     sources: Sequence[Source]
     tokenizer_json: str
     ids: SpecialIds
-    settings: Settings
+    settings: PreprocessConfig
     on_error: Literal["skip", "fail"]
     output: Path
 
@@ -72,8 +75,8 @@ class _Batch:
     def write(self) -> None:
         """Hands all samples to the writer."""
         media = [sample.media for sample in self._samples]
-        cells = [[height * width // 4 for height, width in item.grids] for item in media]
-        tokenized = self._encoder.encode([(item.turns, n) for item, n in zip(media, cells, strict=True)])
+        counts = [image_tokens(np.array(item.grids, np.int64).reshape(-1, 2)).tolist() for item in media]
+        tokenized = self._encoder.encode([(item.turns, n) for item, n in zip(media, counts, strict=True)])
         for sample, tokens in zip(self._samples, tokenized, strict=True):
             item = sample.media
             key = identity_of_texts(turn.text for turn in item.turns)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.atomic_files import WholeFile, write_whole
+from neo_megatron.atomic_files import AtomicFile, write_atomically
 from neo_megatron.errors import DamagedFile, damaged_file
 from neo_megatron.storage.base import Content, Range
 
@@ -25,7 +25,7 @@ class SequenceWriter:
     def __init__(self, prefix: Path, dtype: type) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._bin = WholeFile(_file(prefix, "bin"))
+        self._bin = AtomicFile(_file(prefix, "bin"))
         self._lengths: list[int] = []
         self._documents = [0]
 
@@ -47,7 +47,7 @@ class SequenceWriter:
         documents = np.array(self._documents, np.int64)
         index = header + lengths.astype(np.int32).tobytes() + offsets.tobytes() + documents.tobytes()
         files = [_file(self._prefix, "bin"), _file(self._prefix, "idx")]
-        return {files[0].name: self._bin.commit(), files[1].name: write_whole(files[1], index)}
+        return {files[0].name: self._bin.commit(), files[1].name: write_atomically(files[1], index)}
 
     def discard(self) -> None:
         """Leaves nothing behind."""

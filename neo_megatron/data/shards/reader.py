@@ -18,7 +18,7 @@ import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.config import ImageStore
-from neo_megatron.data.image import PATCH_VALUES
+from neo_megatron.data.image import PATCH_VALUES, image_tokens
 from neo_megatron.data.manifest import manifest_bytes, parse_manifest
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
@@ -100,12 +100,12 @@ class Shard:
         return rows
 
     @property
-    def cells(self) -> np.ndarray:
-        """int64 [samples]: cells of the images of each sample, which are tokens of it."""
+    def image_tokens(self) -> np.ndarray:
+        """Image tokens of each sample, int64 [samples]."""
         ends = np.cumsum(self.samples["pictures"], dtype=np.int64)
         if wrong := check_grids(self.grids):
             raise self._damaged("grids.npy", wrong)
-        up_to = np.concatenate([[0], np.cumsum(self.grids.prod(axis=1, dtype=np.int64) // 4)])
+        up_to = np.concatenate([[0], np.cumsum(image_tokens(self.grids))])
         return np.diff(up_to[ends], prepend=0)
 
     def check_text(self) -> None:
@@ -264,5 +264,5 @@ def _most_opened() -> int:
 
 
 def patches_of(stored: np.ndarray) -> np.ndarray:
-    """Flattened patches as stored -> uint8 [cells, 4, 768]."""
+    """Flattened patches as stored -> uint8 [image tokens, 4, 768]."""
     return stored.reshape(-1, 4, PATCH_VALUES)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
+from neo_megatron.data.image import image_tokens
 from neo_megatron.data.shards.reader import StoredSample, check_grids
 
 
@@ -84,12 +85,12 @@ def what_is_wrong(sample: StoredSample, ids: SpecialIds, vocabulary: int) -> str
 
 
 def _images_in_place(tokens: np.ndarray, starts: np.ndarray, grids: np.ndarray, ids: SpecialIds) -> bool:
-    """Whether the cells of each image, and then its ``</img>``, follow its ``<img>``, and are nowhere else."""
-    cells = grids.prod(axis=1, dtype=np.int64) // 4
+    """Whether the image tokens of each image, and then its ``</img>``, follow its ``<img>``, and are nowhere else."""
+    counts = image_tokens(grids)
     context = np.flatnonzero(tokens == ids.image_context)
-    total = int(cells.sum())
+    total = int(counts.sum())
     if len(context) != total:  # before an array of a size that grids alone say
         return False
-    expected = np.arange(total) + np.repeat(starts + 1 - (np.cumsum(cells) - cells), cells)
+    expected = np.arange(total) + np.repeat(starts + 1 - (np.cumsum(counts) - counts), counts)
     ends = np.flatnonzero(tokens == ids.image_end)
-    return np.array_equal(context, expected) and np.array_equal(ends, starts + 1 + cells)
+    return np.array_equal(context, expected) and np.array_equal(ends, starts + 1 + counts)

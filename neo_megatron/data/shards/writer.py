@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.atomic_files import write_whole
+from neo_megatron.atomic_files import write_atomically
 from neo_megatron.data.chat import TokenizedSample
 from neo_megatron.data.shards.indexed import SequenceWriter
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, shard_name
@@ -73,7 +73,7 @@ class ShardWriter:
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)
             path = self._path(kind + ".npy")
-            files[path.name] = write_whole(path, buffer.getvalue())
+            files[path.name] = write_atomically(path, buffer.getvalue())
         counts = {"samples": len(self._samples), "pictures": len(grids), "media": len(media)}
         return {"name": self._prefix.name, **counts, "files": files}
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, is_as_written, manifest_bytes, parse_manifest
 from neo_megatron.data.packs import index
 from neo_megatron.data.rejects import reject_lines
@@ -129,7 +129,7 @@ def _data_set(directory: Directory, manifest: dict[str, Any]) -> DataSet:
         location=directory.location,
         ids=SpecialIds(**manifest["tokenizer"]["ids"]),
         vocabulary=manifest["tokenizer"]["size"],
-        settings=Settings(**manifest["settings"]),
+        settings=PreprocessConfig(**manifest["settings"]),
         annotations=tuple(source["annotations"] for source in manifest["sources"]),
     )
 

@@ -164,7 +164,7 @@ def _check_shard(
     found = []
     for values, said, what in (
         (lengths, claimed, "tokens"),
-        (shard.cells, units["cells"], "image tokens"),
+        (shard.image_tokens, units["cells"], "image tokens"),
         (lengths**2, units["squares"], "squared tokens"),
     ):
         ends = np.concatenate([[0], np.cumsum(values)])

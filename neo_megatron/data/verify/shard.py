@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import Settings
-from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, image_grid, pixel_limit
+from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, image_grid, image_tokens, pixel_limit
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, check_grids
@@ -51,7 +51,7 @@ class DataSet:
     location: str
     ids: SpecialIds
     vocabulary: int
-    settings: Settings
+    settings: PreprocessConfig
     annotations: tuple[str, ...]
 
 
@@ -200,7 +200,7 @@ class _ShardCheck:
     def _check_images(self, images: SequenceReader, grids: np.ndarray) -> None:
         if self._rows is not None and (np.diff(images.documents) != self._rows["pictures"]).any():
             self._add("samples.npy", "its numbers of images are not those of the image index")
-        cells = grids.prod(axis=1, dtype=np.int64) // 4
+        counts = image_tokens(grids)
         for sample, (start, end) in enumerate(zip(images.documents[:-1], images.documents[1:], strict=True)):
             for image in range(start, end):
                 name = f"{image - start + 1} of {end - start}"
@@ -208,7 +208,7 @@ class _ShardCheck:
                     sentence = _check_encoded(images[image], grids[image], end - start, name, self._data.settings)
                     self._report(int(images.lengths[image]))
                 else:
-                    fits = images.lengths[image] == cells[image] * 4 * PATCH_VALUES
+                    fits = images.lengths[image] == counts[image] * 4 * PATCH_VALUES
                     sentence = "" if fits else f"the patches of the image {name} do not fit its grid"
                 if sentence:
                     self._add_sample("pictures.bin", sample, sentence)
@@ -230,7 +230,7 @@ class _ShardCheck:
                 self._add_sample("spans.bin", sample, sentence)
 
 
-def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: Settings) -> str:
+def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
     """What is wrong with the bytes of an image's file, one of the ``count`` of a sample."""
     try:
         image = decode(stored.tobytes(), name)

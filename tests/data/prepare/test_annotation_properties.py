@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.records import check_sample, parse_record
 from neo_megatron.data.prepare.registry import Source
@@ -19,7 +19,7 @@ from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.tags import IMAGE_TAG, count_tags
 from neo_megatron.errors import Reason, RejectedSample
 
-SMALL = Settings(min_pixels=1024, max_pixels=4096, records_per_shard=7)
+SMALL = PreprocessConfig(min_pixels=1024, max_pixels=4096, records_per_shard=7)
 
 
 def quick(examples: int) -> settings:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import decode, patches_from_image
 from neo_megatron.data.prepare.media import load_media
@@ -30,7 +30,7 @@ def photo(tmp_path, new_png) -> Path:
 
 
 def test_the_header_gives_what_decoding_gives(photo):
-    both = [load_media(sample(photo), Settings(check=check)) for check in ("decode", "header")]
+    both = [load_media(sample(photo), PreprocessConfig(check=check)) for check in ("decode", "header")]
     (turns, decoded, grid), (same_turns, trusted, same_grid) = both
     assert turns == same_turns == sample(photo).turns
     assert decoded[0].tobytes() == trusted[0].tobytes() == photo.read_bytes()
@@ -39,14 +39,14 @@ def test_the_header_gives_what_decoding_gives(photo):
 
 def test_only_the_pixels_of_a_broken_image_pass_the_header_check(photo):
     photo.write_bytes(photo.read_bytes()[:-1000])
-    assert load_media(sample(photo), Settings(check="header"))[2] == [(32, 18)]
-    for settings in (Settings(), Settings(check="header", image_store="patches")):
+    assert load_media(sample(photo), PreprocessConfig(check="header"))[2] == [(32, 18)]
+    for settings in (PreprocessConfig(), PreprocessConfig(check="header", image_store="patches")):
         with pytest.raises(RejectedSample) as raised:
             load_media(sample(photo), settings)
         assert raised.value.reason == Reason.UNREADABLE_IMAGE
     photo.write_bytes(photo.read_bytes()[:100])
     with pytest.raises(RejectedSample, match="photo.jpg"):
-        load_media(sample(photo), Settings(check="header"))
+        load_media(sample(photo), PreprocessConfig(check="header"))
 
 
 @pytest.mark.parametrize("check", ["decode", "header"])
@@ -54,19 +54,19 @@ def test_long_strips_are_refused_by_either_check(tmp_path, check):
     path = tmp_path / "strip.png"
     Image.new("RGB", (2010, 10)).save(path)
     with pytest.raises(RejectedSample) as raised:
-        load_media(sample(path), Settings(check=check))
+        load_media(sample(path), PreprocessConfig(check=check))
     assert raised.value.reason == Reason.ASPECT_RATIO
 
 
 def test_patches_are_those_of_the_resized_image(photo):
-    _, (stored,), (grid,) = load_media(sample(photo), Settings(image_store="patches"))
+    _, (stored,), (grid,) = load_media(sample(photo), PreprocessConfig(image_store="patches"))
     expected = patches_from_image(decode(photo.read_bytes(), "photo"), grid)
     assert stored.dtype == np.uint8 and (stored == expected.reshape(-1)).all()
 
 
 def test_a_sample_has_a_limit_of_memory(photo, monkeypatch):
     monkeypatch.setattr("neo_megatron.data.prepare.media.MAX_SAMPLE_BYTES", 2 * photo.stat().st_size)
-    load_media(sample(photo, photo), Settings())
+    load_media(sample(photo, photo), PreprocessConfig())
     with pytest.raises(RejectedSample) as raised:
-        load_media(sample(photo, photo, photo), Settings())
+        load_media(sample(photo, photo, photo), PreprocessConfig())
     assert raised.value.reason == Reason.OVER_LONG

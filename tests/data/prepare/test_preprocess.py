@@ -34,9 +34,9 @@ RUN = """
 import sys
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.data.config import Settings
+from neo_megatron.data.config import PreprocessConfig
 
-preprocess([Source("a", sys.argv[1])], sys.argv[2], sys.argv[3], Settings(min_pixels=1024, max_pixels=65536))
+preprocess([Source("a", sys.argv[1])], sys.argv[2], sys.argv[3], PreprocessConfig(min_pixels=1024, max_pixels=65536))
 print({"torch", "transformers", "megatron"} & {*sys.modules})
 """
 
@@ -83,7 +83,7 @@ def test_both_image_stores_give_the_same_items(bench, new_sample, new_png):
     for encoded, patches in zip(*packs, strict=True):
         assert encoded.keys() == patches.keys()
         assert all(np.array_equal(encoded[key], patches[key]) for key in encoded)
-        assert len(encoded["patches"]) == len(encoded["cell_index"])
+        assert len(encoded["patches"]) == len(encoded["image_token_index"])
 
 
 def test_several_images_get_the_smaller_limit(bench, new_sample, new_png):

@@ -298,7 +298,7 @@ def test_a_full_disk_is_named_at_any_step(tmp_path, monkeypatch, step):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    file = atomic_files.WholeFile(tmp_path / "a.bin") if step != "open" else None
+    file = atomic_files.AtomicFile(tmp_path / "a.bin") if step != "open" else None
     if step == "open":
         monkeypatch.setattr("builtins.open", full)
     elif step == "write":
@@ -307,7 +307,7 @@ def test_a_full_disk_is_named_at_any_step(tmp_path, monkeypatch, step):
     else:
         monkeypatch.setattr(os, step, full)
     with pytest.raises(DataError, match=r"a\.bin cannot be written \(No space left on device\); free space, then run"):
-        file = file or atomic_files.WholeFile(tmp_path / "a.bin")
+        file = file or atomic_files.AtomicFile(tmp_path / "a.bin")
         file.write(b"x")
         file.commit()
     assert list(tmp_path.iterdir()) == []

@@ -62,7 +62,7 @@ def test_samples_name_where_they_come_from(shards):
 def test_cells_of_every_sample_are_its_image_tokens(shards):
     for shard in (shards.shard(0), shards.shard(1)):
         context = [int((shard.tokens[n] == shards.ids.image_context).sum()) for n in range(len(shard.samples))]
-        assert shard.cells.tolist() == context
+        assert shard.image_tokens.tolist() == context
 
 
 def test_manifest_has_size_and_checksum_of_every_file(shards):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neo_megatron.atomic_files import write_whole
+from neo_megatron.atomic_files import write_atomically
 from neo_megatron.data.manifest import write_manifest
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.verify import verify
@@ -71,7 +71,7 @@ def read(directory: Path) -> dict:
 def rewrite(directory: Path, shard: int, name: str, content: bytes) -> None:
     """Replaces a file of a shard together with its checksum: what a faulty writer would leave."""
     manifest = read(directory)
-    manifest["shards"][shard]["files"][name] = write_whole(directory / name, content)
+    manifest["shards"][shard]["files"][name] = write_atomically(directory / name, content)
     write_manifest(directory, manifest)
 
 
@@ -288,7 +288,7 @@ def rewrite_unit(packs: Path, first: int, field: str, value: int) -> None:
     units = np.load(packs / "units.npy")
     units[field][units["first"] == first] = value
     manifest = read(packs)
-    manifest["files"]["units.npy"] = write_whole(packs / "units.npy", array_bytes(units))
+    manifest["files"]["units.npy"] = write_atomically(packs / "units.npy", array_bytes(units))
     write_manifest(packs, manifest)
 
 
