@@ -49,6 +49,7 @@ _UNITS = (
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Times both conversions of a random NEO-2B and their peak memory, next to copies of the same files."""
     room = scratch / "convert"
     tokenizer = write_tokenizer(scratch / "tokenizer")
     source, megatron, output = room / "hf", room / "megatron", room / "output"

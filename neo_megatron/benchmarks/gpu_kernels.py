@@ -9,6 +9,7 @@ from neo_megatron.model.config import NeoSizes
 
 
 def prepare() -> None:
+    """Imports what `run` needs, before the GPU is used."""
     from neo_megatron.megatron_compat import cpu_platform
 
     cpu_platform.install()

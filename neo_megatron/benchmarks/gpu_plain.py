@@ -12,6 +12,7 @@ from neo_megatron.benchmarks.gpu_window import Meter, Windows
 
 
 def prepare() -> None:
+    """Imports what `run` needs, before the GPU is used."""
     import torch  # noqa: F401
 
     from neo_megatron.hf import modeling_neo  # noqa: F401

@@ -23,6 +23,7 @@ OTHER, IDLE = "all else", "idle"
 
 
 def kind_of(kernel: str) -> str:
+    """The kind of a kernel, from its name: a key of `KINDS`, "products" or `OTHER`."""
     name = kernel.lower()
     if re.search(r"gemm|nvjet|xmma", name) and "fmha" not in name:  # FP8 products have fp8 in their names
         return "products"

@@ -171,6 +171,7 @@ def with_more_recomputed(run: StepRun, sizes: NeoSizes) -> StepRun | None:
 
 
 def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
+    """The process that measures a group of runs, which differ only in the length of packs."""
     run = group[0]
     lengths = tuple(row.length for row in group)
     windows = Windows(scale.sizes, run.training_stage, lengths, scale.steps, scale.shrunk)
@@ -196,4 +197,5 @@ def flags(run: StepRun) -> list[str]:
 
 
 def as_record(run: StepRun, report: dict[str, Any]) -> dict[str, Any]:
+    """A run and its report as one flat row of JSON."""
     return asdict(run) | report

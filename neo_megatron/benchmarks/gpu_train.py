@@ -15,6 +15,7 @@ from neo_megatron.benchmarks.gpu_window import SEED, Meter, Windows
 
 
 def prepare() -> None:
+    """Sets the environment of a run of one process, on a free port, and imports what `run` needs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

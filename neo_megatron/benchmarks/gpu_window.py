@@ -90,5 +90,6 @@ class Meter:
 
 
 def synchronise() -> None:
+    """Waits for the GPU; without one there is nothing to wait for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

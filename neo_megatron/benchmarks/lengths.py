@@ -1,5 +1,7 @@
-"""A realistic mix of samples to pack: 35 % web photos, 20 % large photos, 20 % document pages, 10 % with 2 to 4
-images, 15 % text alone; lengths of texts are log-normal.
+"""Draws a realistic mix of samples to pack.
+
+35 % web photos, 20 % large photos, 20 % document pages, 10 % with 2 to 4 images, 15 % text alone; lengths of texts are
+log-normal.
 """
 
 from dataclasses import dataclass

@@ -36,6 +36,7 @@ PATCHES = PreprocessConfig(image_store="patches")
 
 
 def measure(scratch: Path) -> list[Row]:
+    """CPU seconds of preprocessing for each image store, next to the least code that does the same work."""
     photos = write_photos(scratch / "photos").parent
     parts = load_parts(write_tokenizer(scratch / "tokenizer"))
     output = scratch / "preprocess"

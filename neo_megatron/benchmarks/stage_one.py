@@ -22,6 +22,7 @@ VOCABULARIES = (1024, 32768)
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Time and memory of a step of stage 1, next to a step that trains everything."""
     rows = []
     for vocabulary in VOCABULARIES:
         inputs = write_inputs(scratch / "train", vocabulary)

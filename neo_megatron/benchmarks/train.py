@@ -22,6 +22,7 @@ LOG = "train.log"
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Time and memory of a training step, next to a plain loop over the exported model."""
     rows = []
     for vocabulary, target in VOCABULARIES.items():
         inputs = write_inputs(scratch / "train", vocabulary)

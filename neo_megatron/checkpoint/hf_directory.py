@@ -176,6 +176,7 @@ def read_index(index: Path, ending: str) -> dict[str, str]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON as UTF-8 with sorted keys, so that equal values give equal bytes."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 

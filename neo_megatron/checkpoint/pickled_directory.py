@@ -1,5 +1,7 @@
-"""Weights in `pytorch_model.bin` or shards of it, for those who ask: a pickle can run anything, unless it may build
-nothing but tensors, which is what `weights_only` means."""
+"""Weights in `pytorch_model.bin` or shards of it, read only with `--allow-pickle`.
+
+A pickle can run anything, unless it may build nothing but tensors, which is what `weights_only` means.
+"""
 
 import os
 from pathlib import Path

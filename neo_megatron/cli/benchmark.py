@@ -25,6 +25,7 @@ SUITES = {
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; options that do not fit the suite end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--only", nargs="+", help="parts of the suite: " + ", ".join(sum(SUITES.values(), [])))
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Runs a suite, or parts of it, and prints its table."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(arguments.scratch or temporary)

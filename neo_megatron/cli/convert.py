@@ -28,6 +28,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses a subcommand and its options; ``run`` is the function of the subcommand."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_qwen3_to_neo(commands: Any) -> None:
+    """Adds the subcommand `qwen3-to-neo`."""
     command = commands.add_parser("qwen3-to-neo", help="put a pre-buffer and a patch embedding in front of a Qwen3")
     add_hf(command, "--qwen3", metavar="QWEN3_HF_DIR")
     command.add_argument("--pre-buffer-layers", required=True, type=int, help="12 for NEO-2B, 6 for NEO-9B")
@@ -52,6 +54,7 @@ def add_qwen3_to_neo(commands: Any) -> None:
 
 
 def add_new_neo(command: argparse.ArgumentParser) -> None:
+    """Adds options that all subcommands share which make a NEO from a Qwen3."""
     command.add_argument("--tokenizer", metavar="HF_DIR", help="gets NEO's tokens and is saved with the model")
     command.add_argument(
         "--vocab-size", type=int, help="rows of the embedding (default: Qwen3's, more if the tokenizer needs)"
@@ -66,6 +69,7 @@ def add_new_neo(command: argparse.ArgumentParser) -> None:
 
 
 def qwen3_to_neo(args: argparse.Namespace) -> None:
+    """Writes a NEO with a new pre-buffer."""
     new_neo(
         args,
         pre_buffer_layers=args.pre_buffer_layers,
@@ -92,6 +96,7 @@ def new_neo(args: argparse.Namespace, **front: Any) -> None:
 
 
 def add_hf_to_megatron(commands: Any) -> None:
+    """Adds the subcommand `hf-to-megatron`."""
     command = commands.add_parser("hf-to-megatron", help="for --load or --pretrained-checkpoint, on any layout")
     add_hf(command, "--hf", metavar="NEO_HF_DIR")
     add_output(command)
@@ -100,11 +105,13 @@ def add_hf_to_megatron(commands: Any) -> None:
 
 
 def hf_to_megatron(args: argparse.Namespace) -> None:
+    """Writes a Megatron checkpoint and lists the tensors that were missing."""
     source = model_directory(args.hf, args.allow_pickle)
     say_missing(convert_hf_to_megatron(source, args.output, args.allow_pickle, dtype_of(args), args.allow_missing))
 
 
 def add_megatron_to_hf(commands: Any) -> None:
+    """Adds the subcommand `megatron-to-hf`."""
     command = commands.add_parser("megatron-to-hf", help="for transformers with trust_remote_code")
     command.add_argument("--megatron", required=True, metavar="DIR", help="what --save filled, or one iteration of it")
     command.add_argument("--tokenizer", required=True, metavar="HF_DIR", help="the one of neo-megatron preprocess")
@@ -115,6 +122,7 @@ def add_megatron_to_hf(commands: Any) -> None:
 
 
 def megatron_to_hf(args: argparse.Namespace) -> None:
+    """Writes an exported directory and lists the tensors that were missing."""
     missing = convert_megatron_to_hf(
         args.megatron, args.output, tokenizer_of(args), args.max_shard_size, dtype_of(args), args.allow_missing
     )
@@ -122,6 +130,7 @@ def megatron_to_hf(args: argparse.Namespace) -> None:
 
 
 def add_extract_pre_buffer(commands: Any) -> None:
+    """Adds the subcommand `extract-pre-buffer`."""
     command = commands.add_parser("extract-pre-buffer", help="take the visual front end out of a NEO")
     add_hf(command, "--neo", metavar="DIR", help="in either form; or the id of a hub: org/name@revision")
     add_output(command)
@@ -130,6 +139,7 @@ def add_extract_pre_buffer(commands: Any) -> None:
 
 
 def extract(args: argparse.Namespace) -> None:
+    """Writes the pre-buffer of a NEO."""
     neo = open_either(model_directory(args.neo, args.allow_pickle), args.allow_pickle)
     for sentence in neo.said:
         warnings.warn(f"{args.neo}/config.json: {sentence}", stacklevel=1)
@@ -137,6 +147,7 @@ def extract(args: argparse.Namespace) -> None:
 
 
 def add_attach_pre_buffer(commands: Any) -> None:
+    """Adds the subcommand `attach-pre-buffer`."""
     command = commands.add_parser("attach-pre-buffer", help="put a trained one in front of a Qwen3 of the same shape")
     command.add_argument("--pre-buffer", required=True, metavar="DIR", help="what extract-pre-buffer wrote")
     add_hf(command, "--qwen3", metavar="QWEN3_HF_DIR")
@@ -148,10 +159,12 @@ def add_attach_pre_buffer(commands: Any) -> None:
 
 
 def attach(args: argparse.Namespace) -> None:
+    """Writes a NEO with a trained pre-buffer."""
     new_neo(args, pre_buffer=open_pre_buffer(model_directory(args.pre_buffer)))
 
 
 def add_info(commands: Any) -> None:
+    """Adds the subcommand `info`."""
     command = commands.add_parser("info", help="what is in a checkpoint, and a hash that is the same in either form")
     command.add_argument("checkpoint", metavar="DIR", help="in either form, also a Qwen3; or the id of a hub")
     command.add_argument("--allow-pickle", action="store_true", help="look into pickled weights, too")
@@ -159,6 +172,7 @@ def add_info(commands: Any) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
+    """Prints what a checkpoint contains, and the hash of its weights."""
     opened = contents(model_directory(args.checkpoint, args.allow_pickle), args.allow_pickle)
     for label, text in opened.lines.items():
         print(f"{label:<26}{text}")
@@ -168,6 +182,7 @@ def info(args: argparse.Namespace) -> None:
 def add_hf(
     command: argparse.ArgumentParser, flag: str, metavar: str, help: str = "or the id of a hub: org/name@revision"
 ) -> None:
+    """Adds the option of an input in Hugging Face form, with `--allow-pickle`."""
     command.add_argument(flag, required=True, metavar=metavar, help=help)
     command.add_argument(
         "--allow-pickle",
@@ -177,14 +192,17 @@ def add_hf(
 
 
 def tokenizer_of(args: argparse.Namespace) -> Any:
+    """The tokenizer of `--tokenizer`; None without one."""
     return load_tokenizer(tokenizer_directory(args.tokenizer)) if args.tokenizer else None
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
+    """Adds `--output`."""
     command.add_argument("--output", required=True, metavar="DIR", help="must not exist yet")
 
 
 def add_shards(command: argparse.ArgumentParser) -> None:
+    """Adds `--max-shard-size`."""
     command.add_argument(
         "--max-shard-size",
         type=byte_size,
@@ -195,6 +213,7 @@ def add_shards(command: argparse.ArgumentParser) -> None:
 
 
 def add_tensors(command: argparse.ArgumentParser) -> None:
+    """Adds `--dtype` and `--allow-missing`."""
     command.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each keeps its own)")
     command.add_argument(
         "--allow-missing",
@@ -207,10 +226,12 @@ def add_tensors(command: argparse.ArgumentParser) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype of `--dtype`; None to keep those of the tensors."""
     return getattr(torch, args.dtype) if args.dtype else None
 
 
 def say_missing(starts: dict[str, Start]) -> None:
+    """Prints each missing tensor and its initialization."""
     for name, start in starts.items():
         print(f"missing: {name}, {start}")
 
@@ -224,6 +245,7 @@ def byte_size(text: str) -> int:
 
 
 def main() -> None:
+    """Runs a subcommand."""
     args = parse_arguments()
     warnings.showwarning = lambda message, *_: print(f"{program_name()}: {message}", file=sys.stderr)
     args.run(args)

@@ -22,6 +22,7 @@ from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; values out of range end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
     parser.add_argument(
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Loads the checkpoint and serves the page on this machine until it is stopped."""
     arguments = parse_arguments()
     if importlib.util.find_spec("gradio") is None:
         raise DataError(

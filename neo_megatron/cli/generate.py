@@ -32,6 +32,7 @@ from neo_megatron.inference.questions import read_questions
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; options that contradict each other end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one = parser.add_argument_group("one answer")
     one.add_argument(
@@ -67,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Answers one prompt, or all prompts of a file."""
     arguments = parse_arguments()
     quiet()
     generation: dict[str, Any] = {}
@@ -101,6 +103,7 @@ def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> Non
 
 
 def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
+    """Writes the answers to all prompts of `--input`, and lists what was left out."""
     sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
     task, workers = task_of(arguments, generation)
     with AnswerRun(arguments.output, plan_of(task, sources, "next turn")) as run:

@@ -26,6 +26,7 @@ _HEAD = 1024  # bytes of a page within which it says what has made it
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; negative numbers end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--packs", help="directory written by neo-megatron pack")
@@ -42,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Writes the page."""
     arguments = parse_arguments()
     output = output_place(arguments.output)
     refuse_others(output)
@@ -83,7 +85,7 @@ def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str
 
 
 def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:
-    """ids -> text, special tokens included."""
+    """Ids -> text, special tokens included."""
     tokenizer = load_tokenizer(tokenizer_directory(directory))
     if tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str()) != fingerprint:
         raise DataError(f"{directory} is not the tokenizer that {location} was made with; give that one")

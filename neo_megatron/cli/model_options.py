@@ -13,6 +13,7 @@ from neo_megatron.inference.batches import Task, default_workers
 
 
 def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Adds the options of the checkpoint, of image sizes and of the length of answers."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
     model.add_argument(
@@ -25,6 +26,7 @@ def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def add_batches(parser: argparse._ActionsContainer) -> None:
+    """Adds the options of answering many questions."""
     parser.add_argument(
         "--video-fps", type=float, default=PreprocessConfig.video_fps, help="frames a second (%(default)s)"
     )

@@ -50,6 +50,7 @@ LAYOUT = {
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; an invalid one raises ConfigError, as in training."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -114,16 +115,19 @@ def refuse(message: str) -> NoReturn:
 
 
 def count(text: str) -> int:
+    """A whole number from 1 on, as an argument type."""
     if not text.strip().isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
     return int(text)
 
 
 def share(text: str) -> float:
+    """A number from 0 to 1, as an argument type."""
     return _number(text, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def gigabytes(text: str) -> float:
+    """A number of gigabytes of 10**9 bytes, as an argument type."""
     return _number(text, "a number of gigabytes from 0 on", lambda value: 0 <= value < math.inf)
 
 
@@ -138,6 +142,7 @@ def _number(text: str, what: str, allowed: Callable[[float], bool]) -> float:
 
 
 def main() -> None:
+    """Prints a plan, or ranks parallel layouts."""
     args = parse_arguments()
     given = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
     check_recomputation(given)
@@ -171,6 +176,7 @@ def show_search(
     gpu: Gpu,
     efficiency: Efficiency,
 ) -> None:
+    """Prints the best parallel layouts, and the plan of the first one."""
     if "recompute_modules" in given:
         given["recompute_modules"] = tuple(given["recompute_modules"])
     progress = Progress()
@@ -209,6 +215,7 @@ class Progress:
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
+    """The workload of `--packs`, or of documents of one length."""
     if args.packs:
         # Reading packs takes torch, which nothing else here does.
         from neo_megatron.data.packs.index import PackIndex
@@ -227,6 +234,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
 
 
 def gpu_of(args: argparse.Namespace) -> Gpu:
+    """The GPU of `--gpu`, with `--gpu-memory` in place of its own."""
     gpu = GPUS[args.gpu]
     return gpu if args.gpu_memory is None else gpu.with_memory(args.gpu_memory * 1e9)
 

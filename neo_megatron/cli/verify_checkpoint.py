@@ -27,6 +27,7 @@ from neo_megatron.parity.pack import made_pack
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf", metavar="NEO_HF_DIR", help="or the id of a model on the hub: org/name@revision")
     parser.add_argument("megatron", metavar="MEGATRON_DIR", help="what --save filled, or one iteration of it")
@@ -38,10 +39,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Exits with 0 if both forms agree, else with 1."""
     sys.exit(0 if verify(parse_arguments()) else 1)
 
 
 def verify(args: argparse.Namespace) -> bool:
+    """Compares both forms on one pack and prints the result; returns whether they agree."""
     directory = model_directory(args.hf, args.allow_pickle)
     neo, megatron = open_neo(directory, args.allow_pickle), TorchDistDirectory(args.megatron)
     sizes = check_tensors(neo, megatron)

@@ -84,6 +84,8 @@ def eager_attention_forward(
 
 
 class NEORMSNorm(nn.Module):
+    """RMSNorm in float32, rounded to the input's dtype before it is multiplied by the weight, as in Qwen3."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -106,6 +108,7 @@ def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
 
 
 def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
+    """Rotates pairs (i, i + X/2) of the last dimension X by angles given as cosines and sines."""
     cos, sin = cos_sin
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -151,6 +151,7 @@ def write_shared_code(directory: Path) -> None:
 
 
 def check_tensors(return_tensors: str | None) -> None:
+    """Raises ValueError if ``return_tensors`` asks for another kind than PyTorch's tensors or lists."""
     if return_tensors not in ("pt", None):
         raise ValueError(
             f"return_tensors={return_tensors!r}: NEO's processor makes PyTorch tensors, say 'pt', or lists"

@@ -19,6 +19,7 @@ def template_reads(template: str, key: str) -> bool:
 
 
 def template_has_variable(template: str, name: str) -> bool:
+    """Whether a chat template reads a variable; mentions within its string literals do not count."""
     return template_reads(re.sub(r"'[^']*'|\"[^\"]*\"", "", template), name)
 
 

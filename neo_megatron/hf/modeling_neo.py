@@ -59,6 +59,8 @@ class NEOBackbone:
 
 
 class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
+    """NEO with its head: `forward` for training and inference, `generate()` and `chat()`."""
+
     config_class = NEOChatConfig
     base_model_prefix = ""
     main_input_name = "input_ids"

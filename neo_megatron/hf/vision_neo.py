@@ -62,6 +62,8 @@ class NEOPatchEmbeddings(nn.Module):
 
 
 class NEOVisionModel(nn.Module):
+    """The patch embedding under the name that the published checkpoints give it."""
+
     def __init__(self, config: NEOVisionConfig) -> None:
         super().__init__()
         self.embeddings = NEOPatchEmbeddings(config)

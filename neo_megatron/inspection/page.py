@@ -76,6 +76,7 @@ def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch:
 
 
 def template(path: Path) -> Template:
+    """Reads a template of this package."""
     return Template(path.read_text(encoding="utf-8"))
 
 

@@ -67,6 +67,7 @@ class MadePack:
 
 
 def left_padded(rows: list[Tensor], value: int) -> Tensor:
+    """Rows of different lengths -> ``[rows, longest]``, filled with ``value`` on the left."""
     longest = max(map(len, rows))
     return torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows])
 

@@ -34,9 +34,7 @@ class Costs:
 
     @classmethod
     def of(cls, sizes: NeoSizes, training_stage: int, workload: Workload, recompute_layers: bool = False) -> "Costs":
-        """Args:
-        recompute_layers: `--recompute-granularity full`: every layer runs forward twice.
-        """
+        """Costs of a model; with ``recompute_layers`` (`--recompute-granularity full`) layers run forward twice."""
         flops = model_flops(sizes, training_stage, workload)
 
         def layer(part: Flops) -> float:

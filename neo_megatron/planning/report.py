@@ -108,6 +108,7 @@ def layout_text(layout: Layout) -> str:
 
 
 def recomputation_text(layout: Layout) -> str:
+    """The recomputation of a layout in a few words."""
     if layout.recompute_granularity == "full":
         return f"full, {layout.recompute_method} {layout.recompute_num_layers}"
     if layout.recompute_granularity == "selective":

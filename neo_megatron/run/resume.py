@@ -237,6 +237,7 @@ def _clear(directory: RunDirectory, start: int, starts_here: bool) -> list[str]:
 
 
 def rank_and_ranks() -> tuple[int, int]:
+    """This rank and the number of ranks; (0, 1) without a process group."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
