@@ -37,7 +37,7 @@ def read_metadata(directory: Path) -> Metadata:
     """
     if os.path.lexists(directory / "common.pt"):
         raise CheckpointError(
-            f"{directory / 'common.pt'}: as megatron-core before 0.19 writes it: load and save the checkpoint with 0.19"
+            f"{directory / 'common.pt'}: written by megatron-core before 0.19: load and save the checkpoint with 0.19"
         )
     if os.path.lexists(directory / CHECKSUMS):
         _compare_checksums(directory)
@@ -80,16 +80,16 @@ def _checked_ends(metadata: Metadata) -> dict[str, int]:
     ends: dict[str, int] = {}
     for index, place in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place.relative_path, str):
-            raise CheckpointError("a piece that lies nowhere")
+            raise CheckpointError("a piece has no position")
         piece = (index.fqn, None if index.offset is None else tuple(index.offset))
         if piece not in missing:
-            raise CheckpointError(f"a place of {index.fqn} of which nothing else is said")
+            raise CheckpointError(f"a position of {index.fqn}, which is not an entry")
         missing.remove(piece)
         if not _are_counts((place.offset, place.length)):
-            raise CheckpointError(f"a piece of {index.fqn} at no place of a file")
+            raise CheckpointError(f"a piece of {index.fqn} has an invalid position")
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     if missing:
-        raise CheckpointError(f"nothing says where {min(key for key, _ in missing)} lies")
+        raise CheckpointError(f"the position of {min(key for key, _ in missing)} is missing")
     return ends
 
 

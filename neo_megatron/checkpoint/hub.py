@@ -84,12 +84,12 @@ def _fetch(name: str, files: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
     except GatedRepoError as error:
-        raise HubError(f"{name}: its owners grant access: ask for it there, then set HF_TOKEN") from error
+        raise HubError(f"{name}: its owners must grant access: request it on its page, then set HF_TOKEN") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{name}: the model has no revision {revision}: leave it out for the main one") from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{name}: neither a directory here nor a model on {constants.ENDPOINT}: look at the spelling, or set "
+            f"{name}: neither a directory here nor a model on {constants.ENDPOINT}: check the spelling, or set "
             "HF_TOKEN if the model is private"
         ) from error
     except (HfHubHTTPError, OSError) as error:

@@ -69,7 +69,7 @@ def complete_config(
         if not is_neo(shapes):
             lacking = next(name for name in _MARKS if name not in shapes)
             raise CheckpointError(
-                f"{directory}: no NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
+                f"{directory}: not a NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
                 "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
             )
         said.append(f"model_type is {top.get('model_type')!r}, but the tensors are a NEO's: read as {MODEL_TYPE!r}")

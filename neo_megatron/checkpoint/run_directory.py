@@ -66,7 +66,7 @@ class RunDirectory:
         return last.is_file() and last.stat().st_size > 0
 
     def clear_after(self, iteration: int) -> list[str]:
-        """Makes room for a run that goes on from here, and gives a sentence for each checkpoint in its way.
+        """Makes room for a run that resumes from here, and gives a sentence for each checkpoint in its way.
 
         Megatron would save into what is there file by file, and a kill could then leave a mixture of two saves that
         looks complete. Unfinished saves are deleted; others a user may want, so they get another name.
@@ -83,7 +83,7 @@ class RunDirectory:
                 while aside.exists():
                     aside = aside.with_name(aside.name + "-")
                 path.rename(aside)
-                sentences.append(f"{path} is newer than where this run goes on: set aside as {aside.name}")
+                sentences.append(f"{path} is newer than the checkpoint to resume from: set aside as {aside.name}")
             else:
                 self.delete(n)
                 sentences.append(f"{path} was still being written when its run ended: deleted")

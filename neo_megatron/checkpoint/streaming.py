@@ -168,7 +168,7 @@ class FileWindow:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         if self._place < 0:
-            raise CheckpointError("a place before its beginning")
+            raise CheckpointError("a position before the start of the file")
         return self._place
 
     def read(self, size: int = -1) -> bytes:

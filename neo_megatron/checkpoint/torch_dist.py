@@ -205,7 +205,7 @@ class TorchDistDirectory:
         """The archive of one piece, or of an object; what is wrong with it is said of the file that it lies in."""
         place = self._places.get(MetadataIndex(key, offsets))
         if place is None:
-            raise CheckpointError(f"{self.directory}: nothing says where {key} lies: the save was incomplete")
+            raise CheckpointError(f"{self.directory}: the position of {key} is missing: the save was incomplete")
         path = self.directory / place.relative_path
         with path.open("rb", buffering=0) as file:
             try:

@@ -117,7 +117,7 @@ def refuse(message: str) -> NoReturn:
 def count(text: str) -> int:
     """A whole number from 1 on, as an argument type."""
     if not text.strip().isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return int(text)
 
 

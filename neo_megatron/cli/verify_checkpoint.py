@@ -59,7 +59,7 @@ def verify(args: argparse.Namespace) -> bool:
     print(describe(differences, sizes.pre_buffer_layers))
     worst = next((it for it in differences if not it.agrees), None)
     if worst:
-        print(f"they differ: {worst.part} is the first part of which a token is more than {TOLERANCE:g} away")
+        print(f"they differ: {worst.part} is the first part with a token outside the tolerance of {TOLERANCE:g}")
     else:
         print(f"they agree: every token of every part within {TOLERANCE:g} of its length")
     return worst is None

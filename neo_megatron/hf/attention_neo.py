@@ -42,7 +42,7 @@ def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int)
     """
     in_blocks = _kernel(implementation, queries) == "flex_attention"
     if in_blocks and isinstance(rule, Tensor):
-        raise ValueError("flex_attention takes no mask of four dimensions: pass position_ids, 0 at every document")
+        raise ValueError("flex_attention accepts no mask of four dimensions: pass position_ids, 0 at every document")
     if not isinstance(rule, AttentionRule):
         return rule
     return rule.blocks(FLEX_BLOCK) if in_blocks else rule.dense()[:, None]

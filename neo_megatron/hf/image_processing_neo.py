@@ -201,7 +201,7 @@ def _of_string(place: str, name: str) -> Image.Image:
     if place.startswith("data:"):
         return decode(_decoded_base64(place.partition(",")[2], name), name)
     if place.startswith(("http://", "https://")):
-        raise ValueError(f"the image {place} is far away, and the processor opens no addresses: download it first")
+        raise ValueError(f"the image {place} is a URL, and the processor opens files only: download it first")
     if place.startswith("file://"):
         place = unquote(urlsplit(place).path)
     if _BASE64.fullmatch(place) and not (len(place) <= _LONGEST_PATH and os.path.exists(place)):

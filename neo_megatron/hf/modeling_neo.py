@@ -232,7 +232,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         grid_hw = one_grid(grid_hw, image_grid_thw)
         if input_ids is None:
             if pixel_values is not None:
-                raise ValueError("inputs_embeds say nothing of where images are: pass input_ids with pixel_values")
+                raise ValueError("inputs_embeds do not tell where images are: pass input_ids with pixel_values")
             input_ids = torch.full(inputs_embeds.shape[:2], TEXT, device=inputs_embeds.device)
         position_ids = packed_positions(input_ids, position_ids, packing)
         cache = self._usable_cache(one_cache(past_key_values, cache), use_cache)
@@ -241,7 +241,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         implementation = self.config._attn_implementation
         if output_attentions and implementation != "eager":
             raise ValueError(
-                f"{implementation} makes no attention weights: call model.set_attn_implementation('eager') for them"
+                f"{implementation} returns no attention weights: call model.set_attn_implementation('eager') for them"
             )
         cached = cache.get_seq_length() if cache is not None else 0
         dense = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
@@ -257,7 +257,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         if dense is not None:
             rule = dense
             if not given:
-                raise ValueError("a mask of four dimensions says nothing of positions: pass positions_thw with it")
+                raise ValueError("a mask of four dimensions does not determine positions: pass positions_thw with it")
         else:
             document_BK = document_numbers(valid_BK, position_ids, cached)
             rule = self._rule(image_BL, document_BK, cached)
@@ -331,7 +331,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
     def _positions(
         self, input_ids: Tensor, image_BL: Tensor, document_BK: Tensor, cache: Cache | None, grid_hw: Tensor | None
     ) -> Tensor:
-        """`[B, L, 3]`; t goes on where the cache stopped, h and w are those of the images in `grid_hw`."""
+        """`[B, L, 3]`; t continues where the cache ends, h and w are those of the images in `grid_hw`."""
         cached = cache.get_seq_length() if cache is not None else 0
         length, *history = getattr(cache, "neo_history", (0,))
         if length != cached or any(rows.shape[0] != input_ids.shape[0] for rows in history):

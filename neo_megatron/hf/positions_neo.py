@@ -99,7 +99,7 @@ def text_positions(
 ) -> Tensor:
     """The position t `[B, L]`: text advances it by one, all tokens of one image share it; 0 on padding.
 
-    Padding does not count wherever it is: t goes on after a hole in the attention mask as if the hole were not there.
+    Padding does not count wherever it is: t continues after a hole in the attention mask as if the hole were not there.
 
     Args:
         document_BL: t starts at 0 where a new number begins; -1 on padding.

@@ -127,7 +127,7 @@ class NEOProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise ValueError(
-                "continue_final_message goes on with the last message: leave out add_generation_prompt and "
+                "continue_final_message continues the last message: leave out add_generation_prompt and "
                 "return_assistant_tokens_mask"
             )
         chats, several = as_conversations(conversation)

@@ -80,7 +80,7 @@ class AnswerRun:
         (self.directory / PROGRESS).unlink()
 
     def _begin(self, plan: dict[str, Any]) -> None:
-        """Reads what is there, up to a line that a kill has torn, and goes on after it."""
+        """Reads what is there, up to a line that a kill has truncated, and continues after it."""
         lines = [line for line in self._file if line.endswith(b"\n")]
         before, *entries = map(json.loads, lines) if lines else [plan]
         for key in plan | before:

@@ -97,7 +97,7 @@ class Answerer:
         ):
             raise DataError(
                 f"{directory}: the tokenizer has other ids for <img> and <IMG_CONTEXT> than config.json; "
-                "put the tokenizer there that the model was trained with"
+                "replace it by the tokenizer that the model was trained with"
             )
         self._encoder = ChatEncoder(self.tokenizer.backend_tokenizer.to_str(), self._ids)
         self.settings = PreprocessConfig(

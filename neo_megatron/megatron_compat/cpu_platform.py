@@ -254,7 +254,7 @@ def install_training() -> None:
         return
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    # Copies from the GPU before training goes on; on a CPU it copies nothing, and later steps would be saved.
+    # Copies from the GPU before training continues; on a CPU it copies nothing, and later steps would be saved.
     _patch(FileSystemWriterAsync, "preload_tensors", staticmethod(copy_before_writing))
 
     # Reads device properties. From 10 on Megatron also drops its rule about CUDA_DEVICE_MAX_CONNECTIONS.

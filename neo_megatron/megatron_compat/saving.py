@@ -129,7 +129,7 @@ def _refuse_ended(caller: PersistentAsyncCaller) -> None:
     if caller.process is not None and not caller.process.is_alive():
         raise DataError(
             f"the process that saves in the background has ended (exit code {caller.process.exitcode}; -9 where memory "
-            "runs out): run the same command again, which goes on from the checkpoint before, or leave out --async-save"
+            "runs out): run the same command again, which resumes from the checkpoint before, or leave out --async-save"
         )
 
 

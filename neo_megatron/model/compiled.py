@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 # A graph each for layers that train and frozen ones, with and without gradients, for training's and evaluation's
-# batches. Beyond PyTorch's limit of 8 it would go on uncompiled and say so in passing: slow, or out of memory.
+# batches. Beyond PyTorch's limit of 8 it would continue uncompiled with no more than a warning: slow, or out of memory.
 GRAPHS = 32
 
 

@@ -64,7 +64,7 @@ class NeoSizes:
         for field in dataclasses.fields(self):
             _check_field(field.name, getattr(self, field.name))
         if not 0 < self.num_layers <= MAX_LAYERS:
-            raise ConfigError(f"{self.num_layers} layers: give 1 to {MAX_LAYERS}")
+            raise ConfigError(f"{self.num_layers} layers are out of range: give 1 to {MAX_LAYERS}")
         if self.min_pixels > self.max_pixels:
             raise ConfigError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: lower it")
         if self.num_attention_heads % self.num_query_groups:

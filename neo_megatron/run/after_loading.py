@@ -50,7 +50,7 @@ def _go_on(
             _place(args, scheduler, optimizer, common_state)
     elif args.no_load_optim and scheduler is not None:
         _place(args, scheduler, optimizer, common_state)
-        _say_on_rank_0("--no-load-optim: moments begin at zero; iteration, samples and schedule go on")
+        _say_on_rank_0("--no-load-optim: moments start at zero; iteration, consumed packs and schedule continue")
     if args.train_samples:  # iterations so far may have been of another size
         left = args.train_samples - args.consumed_train_samples
         args.train_iters = common_state["iteration"] + max(0, left) // args.global_batch_size
@@ -62,7 +62,7 @@ def _sentence(args: Namespace, loaded: Loaded) -> str:
     if not loaded.known:
         return (
             f"{args.resume_from} has no optimizer state (saved with --no-save-optim, or before any step was taken): "
-            "moments begin at zero"
+            "moments start at zero"
         )
     fresh = f", zero for {loaded.fresh}" if loaded.fresh else ""
     steps = f" after {loaded.step} steps" if loaded.step else ""

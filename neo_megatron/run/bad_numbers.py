@@ -4,7 +4,7 @@ The rule, in every step of every start: the step is computed a second time, the 
 packs, and what the last step left is saved. With `--rerun-mode disabled` it ends at once.
 
 Megatron's rerun state machine finds such numbers and computes the step again. But it lets the first step of every start
-pass, fails without `--save`, and saves a checkpoint from which no start on the same machine goes on (exit code 16),
+pass, fails without `--save`, and saves a checkpoint from which no start on the same machine resumes (exit code 16),
 because it wants to see the step computed on another GPU.
 """
 
@@ -61,7 +61,7 @@ class BadNumbers:
     """Watches the numbers of a run.
 
     Attributes:
-        sentence: why the run ends; empty while it goes on.
+        sentence: why the run ends; empty while it continues.
     """
 
     sentence: str = ""

@@ -22,11 +22,11 @@ from neo_megatron.run.optimizer_state import has_moments, is_by_ranks
 
 # Flags that change the samples or the update from here on, with what that means.
 _TOLD = {
-    "train_packs": "--train-data-path: the run goes on at the same number of packs in them",
+    "train_packs": "--train-data-path: the run continues after the same number of packs of the new ones",
     "seed": "samples come in another order from here on, some again and others not in this epoch",
     "loss_weighting": "",
     "min_jpeg_quality": "",
-    "global_batch_size": "the schedule goes on from where it stands",
+    "global_batch_size": "the schedule continues from its position",
     "adam_beta1": "",
     "adam_beta2": "",
     "adam_eps": "",
@@ -63,7 +63,7 @@ def check_model(args: Namespace, common_state: dict[str, Any], checkpoint: Path)
 
 
 def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Path) -> None:
-    """Compares stage, optimizer and schedule of a run that goes on.
+    """Compares stage, optimizer and schedule of a resumed run with those of its checkpoint.
 
     Raises:
         ConfigError: the run would change what it trains, or its schedule without a flag that says so.
@@ -73,14 +73,14 @@ def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Pa
     saved = common_state["args"]
     if (saved.training_stage == 1) != (args.training_stage == 1):  # of the others each trains everything
         raise ConfigError(
-            f"the checkpoint {checkpoint} is of --training-stage {saved.training_stage} and this run, which goes on "
+            f"the checkpoint {checkpoint} is of --training-stage {saved.training_stage} and this run, which resumes "
             f"from it, of {args.training_stage}: to begin a stage, give it as --pretrained-checkpoint, with "
             "--pretrained-optimizer to keep the optimizer's state, and another --load and --save"
         )
     if saved.optimizer != args.optimizer:
         raise ConfigError(
             f"the checkpoint {checkpoint} holds the state of --optimizer {saved.optimizer}, this run has "
-            f"{args.optimizer}: add --no-load-optim to go on with the weights and the schedule alone"
+            f"{args.optimizer}: add --no-load-optim to resume with the weights and the schedule alone"
         )
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
@@ -129,7 +129,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
         return True
     if {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):
         raise ConfigError(
-            f"the checkpoint {checkpoint} holds its optimizer state by ranks, not by parameters: go on with the "
+            f"the checkpoint {checkpoint} holds its optimizer state by ranks, not by parameters: resume with the "
             "precision and the optimizer that it was saved with, or add --no-load-optim"
         )
     return False

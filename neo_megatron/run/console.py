@@ -136,7 +136,7 @@ class Console:
     """Sends all output of this process, and of processes that it starts, to a file from now on.
 
     Args:
-        log: is appended to, so that a run that goes on keeps what it said before.
+        log: is appended to, so that a resumed run keeps its earlier log.
         short: line -> what to show of it.
     """
 
@@ -178,4 +178,4 @@ class Console:
         """Says once that the log has ended."""
         if not self._log_failed:
             self._log_failed = True
-            self.show(f"{self.log} cannot be written ({error.strerror}): the training goes on without")
+            self.show(f"{self.log} cannot be written ({error.strerror}): training continues without it")

@@ -76,7 +76,7 @@ def _check_checkpoint(args: Namespace) -> tuple[int, int]:
     """Iteration and packs consumed where the run starts."""
     path = check_checkpoint(args, read_tensors=False)
     if path is None:
-        print("checkpoint   none: the run starts from random numbers")
+        print("checkpoint   none: the weights start from random values")
         return 0, 0
     print(f"checkpoint   {path}: fits this model, all files complete (checksums are compared when the run starts)")
     goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune

@@ -33,7 +33,7 @@ def check_evaluation_flags(args: Namespace) -> None:
     if args.eval_iters is None:
         args.eval_iters = 0
     if args.eval_iters < 0:
-        raise ConfigError(f"--eval-iters {args.eval_iters}: give 1 or more, or 0 to evaluate never")
+        raise ConfigError(f"--eval-iters {args.eval_iters}: give 1 or more, or 0 to never evaluate")
     if args.full_validation and not args.valid_data_path:
         raise ConfigError("--full-validation needs --valid-data-path, the packs that it evaluates in full")
     if args.skip_train:

@@ -55,7 +55,7 @@ def _wait(number: int, parent: int) -> None:
 
 
 def _end_worker(error: Exception, _: Any) -> NoReturn:
-    """In place of Python's own, which prints the error and goes on without what was to be handed over."""
+    """In place of Python's own, which prints the error and continues without the batch."""
     traceback.print_exception(error)
     os._exit(_CANNOT_HAND_OVER)
 

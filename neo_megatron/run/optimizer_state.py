@@ -115,7 +115,7 @@ def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
     for one in getattr(optimizer, "chained_optimizers", ()):
         if not isinstance(one, DistributedOptimizer) or one.is_stub_optimizer or one.init_state_fn is None:
             continue
-        if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot go on from moments without a count of steps
+        if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot continue from moments without a count of steps
             one.init_state_fn(one.optimizer, one.config)
 
 

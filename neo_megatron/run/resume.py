@@ -39,7 +39,7 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             damage = _verify_together(path, read_tensors)
             if damage is None:
                 for earlier in damages:
-                    _say_on_rank_0(f"{earlier}: going on from {path.name}")
+                    _say_on_rank_0(f"{earlier}: resuming from {path.name}")
                 return path
             damages.append(damage)
         if damages:
@@ -123,7 +123,7 @@ def _verify_together(path: Path, read_tensors: bool) -> str | None:
 
 
 def note_packs(args: Namespace) -> None:
-    """Adds to the arguments, which are saved, which packs train; a run that goes on compares. A call on all ranks."""
+    """Adds to the arguments, which are saved, which packs train; a resumed run compares them. A call on all ranks."""
     args.train_packs = None
     if args.train_data_path:
         args.train_packs = on_rank_0(partial(identity_of_packs, args.train_data_path[0]))
@@ -133,7 +133,7 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     """Compares the run with the checkpoint that it starts from, see `changes`; says what changes from here on.
 
     Raises:
-        ConfigError: the checkpoint is of another model, or a run that goes on would change what it trains or its
+        ConfigError: the checkpoint is of another model, or a resumed run would change what it trains or its
             schedule.
     """
     common_state = TorchDistDirectory(checkpoint).common_state()
@@ -148,7 +148,7 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     if not args.no_load_optim:
         needs_state_by_names(args, checkpoint)  # raises where it can be loaded neither way
     if told := told_changes(args, common_state):
-        _say_on_rank_0(f"going on from {checkpoint} with changes: {'; '.join(told)}")
+        _say_on_rank_0(f"resuming from {checkpoint} with changes: {'; '.join(told)}")
 
 
 def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) -> None:
@@ -177,7 +177,7 @@ def check_way(args: Namespace, checkpoint: Path | None) -> None:
     if args.finetune and _saves_where_it_loads(args) and _loaded_iteration(args, checkpoint) is not None:
         raise ConfigError(
             f"--finetune starts at iteration 0 and would save over {args.load}, from which it starts: give another "
-            "--save, or leave --finetune out to go on"
+            "--save, or leave --finetune out to resume"
         )
 
 

@@ -97,7 +97,7 @@ def test_pickled_weights_only_when_asked_for(server, golden):
     "name, sentence",
     [
         ("nobody/nothing", "nobody/nothing: neither a directory here nor a model on http"),
-        ("somebody/closed", "somebody/closed: its owners grant access: ask for it there"),
+        ("somebody/closed", "somebody/closed: its owners must grant access: request it"),
         ("somebody/neo@v9", "somebody/neo@v9: the model has no revision v9"),
     ],
 )

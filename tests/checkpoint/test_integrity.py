@@ -113,7 +113,7 @@ def test_metadata_cannot_name_files_outside_the_directory(intact, copy):
     data = next(copy.glob("*.distcp"))
     metadata = copy / ".metadata"
     metadata.write_bytes(metadata.read_bytes().replace(data.name.encode(), b"../" + data.name.encode()[3:]))
-    with pytest.raises(DamagedCheckpoint, match="no file of this directory"):
+    with pytest.raises(DamagedCheckpoint, match="which is not a file of this directory"):
         verify(copy)
 
 

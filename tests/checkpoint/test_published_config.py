@@ -206,7 +206,7 @@ def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
         ("llm_config", "rms_norm_eps", float("nan"), "norm_epsilon is nan: it must be a positive number below 1"),
         ("llm_config", "rms_norm_eps", 10**38, "it must be a positive number below 1"),
         ("llm_config", "rope_theta", 10**38, "it must be a positive number below 1e.18"),
-        ("llm_config", "num_hidden_layers", 10**9, "1000000000 layers: give 1 to"),
+        ("llm_config", "num_hidden_layers", 10**9, "1000000000 layers are out of range: give 1 to"),
         ("vision_config", "downsample_ratio", 0, "a size in it is not a number"),
         ("vision_config", "rope_theta_vision", "ten", "a size in it is not a number"),
     ],

@@ -93,7 +93,7 @@ def test_weights_of_every_generated_token(model, document):
 
 
 def test_the_fused_kernels_have_no_weights(model, document):
-    with pytest.raises(ValueError, match=r"sdpa makes no attention weights: call model.set_attn_implementation"):
+    with pytest.raises(ValueError, match=r"sdpa returns no attention weights: call model.set_attn_implementation"):
         model(**document, output_attentions=True)
 
 
