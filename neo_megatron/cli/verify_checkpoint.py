@@ -1,7 +1,7 @@
 """Verifies a conversion: runs one pack with images through both forms of a NEO and compares layer by layer.
 
-Exit code 0: they agree. 1: they do not, or one of them is broken. Computes in float32 whatever the stored types, with
-the weights of one layer in memory at a time, and of the embedding or the head.
+Exit code 0: they agree. 1: they do not, or one of them is broken. Computes in float32 whatever the stored dtypes, with
+the weights of one layer, or of the embedding or the head, in memory at a time.
 """
 
 import argparse
@@ -29,12 +29,14 @@ from neo_megatron.parity.pack import made_pack
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hf", metavar="NEO_HF_DIR", help="or the id of a model on the hub: org/name@revision")
-    parser.add_argument("megatron", metavar="MEGATRON_DIR", help="what --save filled, or one iteration of it")
+    parser.add_argument("hf", metavar="NEO_HF_DIR", help="a NEO in Hugging Face form, or its hub id: org/name@revision")
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+        "megatron", metavar="MEGATRON_DIR", help="a directory that --save filled, or one iteration of it"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the words and the pixels")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights if there are no safetensors")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of the tokens and pixels of the pack; default: %(default)s"
+    )
     return parser.parse_args()
 
 
