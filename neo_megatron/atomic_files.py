@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: written under another name, flushed to disk, then renamed."""
+"""Writes files that are either complete or absent: under another name, flushed to disk, then renamed."""
 
 import contextlib
 import errno
@@ -19,15 +19,19 @@ _PARTIAL_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 class AtomicFile:
     """A binary file that appears under its name when ``commit`` is called; counts and hashes what is written.
 
+    Attributes:
+        path: of the finished file.
+        size: bytes written so far.
+
     Raises:
-        DataError: from any method, where the disk does not take the bytes; nothing of the file is left behind then.
+        DataError: from any method: the file cannot be written. The unfinished file is removed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
         self._hash = hashlib.sha256()
-        # A name of its own: a process that outlives a killed run neither writes into this file nor renames it.
+        # A unique name: a process that outlives a killed run neither writes into this file nor renames it.
         self._partial = Path(f"{path}.{secrets.token_hex(4)}{PARTIAL}")
         try:
             self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by commit and discard
@@ -44,7 +48,7 @@ class AtomicFile:
             raise _refused(self.path, error) from error
 
     def commit(self) -> dict[str, Any]:
-        """Flushes, renames, and returns what a manifest says of the file."""
+        """Flushes and renames the file; returns its entry in a manifest: ``bytes`` and ``sha256``."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -56,36 +60,37 @@ class AtomicFile:
         return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
     def discard(self) -> None:
-        """Leaves nothing behind; what was committed stays."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered, which nobody wants any more
+        """Removes the file unless it was committed."""
+        with contextlib.suppress(OSError):  # closing writes buffered bytes, which are not needed any more
             self._file.close()
         self._partial.unlink(missing_ok=True)
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file is what a kill has left of a `AtomicFile`."""
+    """Whether a name is that of an unfinished `AtomicFile`, which a killed process has left."""
     return _PARTIAL_NAME.fullmatch(name) is not None
 
 
 def _refused(path: Path, error: OSError) -> DataError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "free space" if full else "remedy that"
+    remedy = "free space" if full else "correct the cause"
     return DataError(f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again")
 
 
 def write_atomically(path: Path, data: Any) -> dict[str, Any]:
+    """Writes a file, complete or not at all; returns its entry in a manifest, as `AtomicFile.commit`."""
     file = AtomicFile(path)
     file.write(data)
     return file.commit()
 
 
 def json_line(entry: dict[str, Any], indent: int | None = None) -> bytes:
-    """Readable in any language; a path that is no Unicode keeps its odd bytes as escapes."""
+    """A line of JSON, UTF-8 and not escaped, except for bytes of paths that are not valid Unicode."""
     return (json.dumps(entry, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def sync_directory(directory: Path) -> None:
-    """Brings the renames so far to the disk."""
+    """Flushes renames in a directory to the disk."""
     folder = os.open(directory, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

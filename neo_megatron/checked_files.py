@@ -1,7 +1,7 @@
-"""Reads files that others have written: regular files inside their directory, of bounded size; JSON of bounded depth.
+"""Reads untrusted files: only regular files inside their directory and of bounded size, and JSON of bounded depth.
 
-A FIFO or a device in place of a file would block its reader or never end, and a link may lead anywhere. Needs nothing
-but the standard library.
+A FIFO or a device in place of a file would block its reader or never end, and a link may lead anywhere. Only the
+standard library is needed.
 """
 
 import json
@@ -14,7 +14,7 @@ from neo_megatron.errors import DataError
 
 JSON_BYTES = 128 << 20  # the index of a large model and the largest tokenizers have about a quarter of this
 _DEPTH = 64
-_LONGEST_INTEGER = 40  # transformers writes 10**30 for a length without limit
+_LONGEST_INTEGER = 40  # digits; transformers writes 10**30 for an unlimited length
 _AGAIN = "copy or download it again"
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -26,24 +26,25 @@ _KINDS = {
 
 
 class UnreadableFile(DataError, ValueError):
-    """A file is not there, not a file, too large, or not what its name says; the text is a sentence with a remedy."""
+    """A file is missing, not a regular file, too large, or not what its name says; the text has a remedy."""
 
 
 def check_file(path: str | Path, largest: int | None = None) -> int:
-    """The size of a regular file, which is not opened.
+    """The size of a regular file in bytes, without opening it.
 
     Args:
+        path: of the file.
         largest: bytes that such a file may have.
 
     Raises:
-        UnreadableFile: it is missing, something else than a file, larger, or a link that leads out of its directory.
+        UnreadableFile: it is missing, not a regular file, too large, or a link that leads out of its directory.
     """
     path = Path(path)
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         if path.is_symlink():
-            raise UnreadableFile(f"{path}: a link that leads to no file: copy the file itself there") from error
+            raise UnreadableFile(f"{path}: a broken link: copy the file itself there") from error
         if isinstance(error, FileNotFoundError):
             raise UnreadableFile(f"{path}: no such file: give a directory that holds it") from error
         raise UnreadableFile(f"{path}: {getattr(error, 'strerror', error)}: {_AGAIN}") from error
@@ -57,7 +58,7 @@ def check_file(path: str | Path, largest: int | None = None) -> int:
 
 
 def _stays(path: Path) -> bool:
-    """Whether a link leads to a file of its directory, or as in the hub's cache: from a snapshot to a blob."""
+    """Whether a link leads to a file of its directory or, in the cache of the hub, from a snapshot to a blob."""
     directory, target = path.parent.resolve(), path.resolve()
     model = next((parent for parent in directory.parents if parent.name.startswith("models--")), None)
     in_cache = model is not None and model / "snapshots" in directory.parents and target.parent == model / "blobs"
@@ -68,7 +69,7 @@ def read_file(path: str | Path, largest: int) -> bytes:
     """The bytes of a file; errors as `check_file`."""
     check_file(path, largest)
     try:
-        # Not blocking, should it have become a FIFO since.
+        # Non-blocking, in case it has become a FIFO since.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
             content = file.read(largest + 1)
     except OSError as error:

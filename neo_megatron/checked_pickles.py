@@ -1,4 +1,4 @@
-"""Unpickles what a checkpoint holds besides its tensors: plain values and the classes that Megatron itself allows."""
+"""Unpickles checkpoint files safely: only tensors, plain values and the classes that Megatron itself allows."""
 
 import argparse
 import warnings
@@ -8,8 +8,12 @@ import torch
 
 
 def load_allowed(file: BinaryIO) -> Any:
-    """What `torch.save` wrote, of tensors, plain values and the classes that Megatron itself allows."""
-    # Only what was trained holds classes of Megatron's, whose import takes seconds.
+    """Loads a file of `torch.save` that holds only tensors, plain values and classes that Megatron itself allows.
+
+    Raises:
+        pickle.UnpicklingError: it holds anything else.
+    """
+    # Only training writes classes of Megatron, whose import takes seconds.
     named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
     with torch.serialization.safe_globals([argparse.Namespace, *(_megatron_classes() if named else [])]):
         file.seek(0)
@@ -18,7 +22,7 @@ def load_allowed(file: BinaryIO) -> Any:
 
 def _megatron_classes() -> list[Any]:
     with warnings.catch_warnings():
-        # It warns of optional packages, none of which a conversion uses.
+        # It warns about optional packages that conversion does not use.
         warnings.simplefilter("ignore")
         from megatron.core.safe_globals import SAFE_GLOBALS
     return SAFE_GLOBALS

@@ -1,14 +1,14 @@
 """The errors that a command turns into one sentence, and the rejection of one sample.
 
-A command line shows the text of a `NeoError` or an `OSError` alone; any other exception is a bug and keeps its
-traceback. An exported checkpoint has a copy of this file, so it needs nothing but the standard library.
+A command shows only the text of a `NeoError` or an `OSError`; any other exception is a bug and keeps its traceback. An
+exported checkpoint has a copy of this file, so only the standard library is used.
 """
 
 import re
 from enum import StrEnum
 from typing import Any
 
-# User and query of an address; access key ids of AWS, tokens of Hugging Face, GitHub and GitLab.
+# User and query of an address; access keys of AWS, tokens of Hugging Face, GitHub and GitLab.
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+@")
 _QUERY = re.compile(r"(\b\w+://[^\s?'\"]+\?)[^\s'\"]+")
 _KEYS = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:hf|ghp|gho|ghs|glpat)[_-][0-9A-Za-z_-]{16,}")
@@ -17,7 +17,7 @@ _KEYS = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\b(?:hf|ghp|gho|ghs|glpat)[_-
 def redacted(text: str) -> str:
     """The text with ``***`` for the user and the query of every address in it, and for every access key.
 
-    Here and not with its kin in `redaction`, because exports have a copy of this file.
+    It is not in `redaction`, because exports have a copy of this file.
     """
     if "://" in text:
         text = _QUERY.sub(r"\1***", _USER.sub("***@", text))
@@ -25,10 +25,10 @@ def redacted(text: str) -> str:
 
 
 class Reason(StrEnum):
-    """Why a sample was left out: the keys under which a manifest counts rejected samples.
+    """Why a sample was rejected: the keys under which a manifest counts rejected samples.
 
-    The values are in manifests and `rejects.jsonl` of earlier versions and must not change: three of them
-    have another word for an image.
+    The values must not change, because manifests and `rejects.jsonl` of earlier versions have them: three of them use
+    another word for an image.
     """
 
     BROKEN_JSON = "broken JSON"
@@ -54,15 +54,15 @@ class Reason(StrEnum):
 
 
 class NeoError(Exception):
-    """A command cannot go on; its text is one sentence for the person who started it, with a remedy."""
+    """A command cannot continue; the text is one sentence for its user, with a remedy."""
 
 
 class DataError(NeoError):
-    """Annotations, images, shards or packs are not what they must be."""
+    """Annotations, images, shards or packs are missing, damaged or not valid."""
 
 
 class ConfigError(NeoError, ValueError):
-    """Flags, sizes or a layout that cannot work; a `ValueError` too, as callers from Python expect."""
+    """Flags, sizes or a parallel layout cannot work; a `ValueError` too, as callers from Python expect."""
 
 
 class CheckpointError(NeoError, ValueError):
@@ -78,25 +78,27 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class DamagedFile(DataError):
-    """A file of a data set says what cannot be; made by `damaged_file`, as a loader's process sends the text alone.
+    """A file of a data set is damaged.
+
+    `damaged_file` makes it, since a process of a data loader sends only the text of an error, without attributes.
 
     Attributes:
         path: of the file.
-        what: is wrong.
+        what: is wrong with it.
     """
 
     path = what = ""
 
 
 def damaged_file(path: str, what: str, remedy: str) -> DamagedFile:
-    """The error for a damaged file; ``remedy`` follows what is wrong."""
+    """The error for a damaged file; the text ends with ``remedy``."""
     error = DamagedFile(f"{path} is damaged: {what}; {remedy}")
     error.path, error.what = path, what
     return error
 
 
 class TooManyRejected(DataError):
-    """More samples were rejected than --max-rejected allows; ``counts`` is what the manifest would say of them."""
+    """More samples were rejected than --max-rejected allows; ``counts`` are the counts that a manifest would have."""
 
     def __init__(self, sentence: str, counts: dict[str, Any]) -> None:
         super().__init__(sentence)
@@ -104,16 +106,16 @@ class TooManyRejected(DataError):
 
 
 class RejectedSample(Exception):
-    """One sample cannot be used; ``sentence`` says why, without naming the file and the record."""
+    """One sample cannot be used; ``sentence`` says why, without the file and the record."""
 
     def __init__(self, reason: Reason, sentence: str) -> None:
-        sentence = redacted(sentence)  # it is written into rejects.jsonl and shown on pages
+        sentence = redacted(sentence)  # because it is written to rejects.jsonl and shown on pages
         super().__init__(reason, sentence)
         self.reason = reason
         self.sentence = sentence
 
     def row(self, file: str, record: int, element: int | None) -> dict[str, Any]:
-        """Its line of a ``rejects.jsonl``.
+        """The row of the sample in a ``rejects.jsonl``.
 
         Args:
             file: the annotation file.

@@ -1,8 +1,8 @@
-"""Starts the ranks of a training on this machine as `torchrun` does, with the same flags; an error is the last line.
+"""Starts the ranks of a training run on this machine, like `torchrun` and with its flags, but ends with one message.
 
     python -m neo_megatron.launch --nproc-per-node 8 -m neo_megatron.pretrain_neo --neo-model neo-2b ...
 
-torchrun ends with a report of all ranks and a traceback of itself. This ends with the sentence of the rank that failed
+torchrun ends with a report on all ranks and its own traceback; this ends with the message of the rank that failed
 first. Mistyped paths are found before anything is started.
 """
 
@@ -20,6 +20,7 @@ _TRAINING = "neo_megatron.pretrain_neo"
 
 
 def main() -> None:
+    """Checks paths and runs the launcher; exits with the message of the first failure."""
     try:
         if _TRAINING in sys.argv:
             check_paths(sys.argv[sys.argv.index(_TRAINING) + 1 :])
@@ -42,7 +43,7 @@ def _launch() -> None:
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # they say at length what is said below
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they report at length what is reported below
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
     args = run.parse_args(None)
     try:
@@ -50,7 +51,7 @@ def _launch() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         killed = [(r, f) for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
-        if killed:  # the others fail because it is gone
+        if killed:  # the others failed because it was killed
             rank, failure = killed[0]
         if failure.exitcode == INTERRUPTED:
             end_interrupted(PROGRAM)
@@ -63,11 +64,12 @@ def _launch() -> None:
 
 
 def describe(rank: int, failure: Any, arguments: list[str]) -> str:
-    """What to tell of the rank that failed first.
+    """The message about the rank that failed first.
 
     Args:
+        rank: its global rank.
         failure: torch's `ProcessFailure`.
-        arguments: of the command line, for where the log is.
+        arguments: of the command line, to find the log.
     """
     message = failure.message
     if isinstance(message, str) and message.startswith(f"{PROGRAM}: "):
@@ -77,7 +79,7 @@ def describe(rank: int, failure: Any, arguments: list[str]) -> str:
     save = parser.parse_known_args(arguments)[0].save
     log = f"; its log is {log_file(save, rank)}" if save else ""
     if failure.exitcode < 0:
-        memory = ", as the system does where memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+        memory = ", as the system does when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
         return f"{PROGRAM}: rank {rank} was ended by {failure.signal_name()}{memory}{log}"
     what = message.get("message", "") if isinstance(message, dict) else ""
     return f"{PROGRAM}: rank {rank} failed with exit code {failure.exitcode}{what and ': '}{what}{log}"

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on a file or directory of an unfinished output, which ends with its process."""
+"""Locks unfinished outputs, so that only one process writes to each; a lock ends with its process."""
 
 import fcntl
 import os
@@ -8,11 +8,12 @@ from neo_megatron.errors import DataError
 
 
 def lock(path: Path, output: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Opens and locks a file or directory; the lock is held until the descriptor that is returned is closed.
+    """Opens and locks a file or directory; closing the returned descriptor releases the lock.
 
     Args:
-        path: of what an unfinished ``output`` has, and a finished one has not.
-        flags: as of `os.open`; ``os.O_DIRECTORY`` for a directory.
+        path: of a file or directory that exists only while ``output`` is unfinished.
+        output: for the message.
+        flags: of `os.open`; ``os.O_DIRECTORY`` for a directory.
 
     Raises:
         DataError: another process holds the lock.
@@ -22,7 +23,7 @@ def lock(path: Path, output: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = path.stat(follow_symlinks=False)
-        except FileNotFoundError:  # its holder has just finished, and removed or renamed it
+        except FileNotFoundError:  # its owner has just finished, and removed or renamed it
             os.close(descriptor)
             if not flags & os.O_CREAT:
                 raise
@@ -30,7 +31,7 @@ def lock(path: Path, output: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise DataError(
-                f"another run is writing to {output}; wait for its end, or choose another --output"
+                f"another run is writing to {output}; wait until it ends, or choose another --output"
             ) from error
         except BaseException:
             os.close(descriptor)

@@ -1,6 +1,6 @@
-"""Which package to install where an import fails. Versions are those of the extras in `setup.py`."""
+"""The packages to install when optional imports fail, with the versions of the extras in `setup.py`."""
 
-# Import name -> what pip installs: packages that are not installed with neo_megatron itself.
+# Import name -> requirement for pip, of packages that neo_megatron can do without.
 OPTIONAL = {
     "transformer_engine": "transformer-engine[pytorch]==2.20.*",
     "flash_attn": "flash-attn-4",
@@ -13,5 +13,5 @@ OPTIONAL = {
 
 
 def install(module: str) -> str:
-    """The command that installs an optional package, by the name under which it is imported."""
+    """The command that installs an optional package, given its import name."""
     return f"pip install '{OPTIONAL[module]}'"

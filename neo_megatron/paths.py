@@ -1,7 +1,7 @@
-"""Says what a given path is, and what to do where another kind of path is wanted.
+"""Recognises what a path holds, and says what to do if another kind of path is needed.
 
-Looks at file names and at the small JSON files next to them, so that a mistyped path is found before models and slow
-libraries are loaded. Needs nothing but the standard library.
+It checks file names and small JSON files next to them, so that a mistyped path is found before models and slow
+libraries are loaded. Only the standard library is needed.
 """
 
 import os
@@ -21,15 +21,15 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 _ANNOTATIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
 _IMAGES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LARGEST_JSON = 1 << 29  # bytes
-_NAMES_LOOKED_AT = 1000  # of a directory; one of images may have millions
+_MAX_NAMES = 1000  # names of a directory that are checked; one of images may have millions
 
 
 class WrongPath(DataError, ValueError):
-    """A path is of another kind than is wanted; the text is one sentence with the path and a remedy."""
+    """A path is of another kind than needed; the text is one sentence with the path and a remedy."""
 
 
 class Kind(Enum):
-    """What a path can be; the value follows the path in a sentence."""
+    """The kinds of paths; the value follows the path in a message."""
 
     MISSING = "does not exist"
     EMPTY = "is an empty directory"
@@ -40,7 +40,7 @@ class Kind(Enum):
     UNFINISHED_PACKS = "holds unfinished packs of neo-megatron pack"
     MEGATRON = "is a Megatron checkpoint"
     ITERATION = "is one iteration of a Megatron checkpoint"
-    UNFINISHED_SAVE = "holds only unfinished saves of a training"
+    UNFINISHED_SAVE = "holds only unfinished checkpoints of a training run"
     NEO = "is a Hugging Face checkpoint of a NEO"
     QWEN3 = "is a Hugging Face checkpoint of a Qwen3"
     OTHER_MODEL = "is a Hugging Face checkpoint"
@@ -60,12 +60,12 @@ _MODELS = frozenset({Kind.NEO, Kind.QWEN3, Kind.OTHER_MODEL})
 
 
 class Wanted(Enum):
-    """What a flag takes: words for it, and the kinds that do."""
+    """The kinds of paths that a flag accepts, with words for them in messages."""
 
     PACKS = "packs", {Kind.PACKS}
     SHARDS = "shards", {Kind.SHARDS}
     DATA_SET = "shards or packs", {Kind.SHARDS, Kind.PACKS}
-    NEO = "a NEO in Hugging Face form", {Kind.NEO, Kind.OTHER_MODEL}  # a published one may be labelled otherwise
+    NEO = "a NEO in Hugging Face form", {Kind.NEO, Kind.OTHER_MODEL}  # published ones may have another model type
     QWEN3 = "a Qwen3", {Kind.QWEN3, Kind.OTHER_MODEL}
     MEGATRON = "a Megatron checkpoint", {Kind.MEGATRON, Kind.ITERATION}
     EITHER_FORM = "a checkpoint", {Kind.MEGATRON, Kind.ITERATION, Kind.PRE_BUFFER, *_MODELS}
@@ -99,7 +99,7 @@ _COPY = "copy it again in full, or write it again"
 _CONTINUE_SHARDS = "run the same neo-megatron preprocess command again, which continues it"
 _CONTINUE_PACKS = "run the same neo-megatron pack command again"
 
-# What to do with a path of one kind where another is wanted.
+# What to do with a path of one kind if another is needed.
 _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     Wanted.PACKS: {
         Kind.SHARDS: _PACK,
@@ -141,13 +141,13 @@ _REMEDIES: dict[Wanted, dict[Kind, str]] = {
         for kind in (Kind.NEO, Kind.MEGATRON, Kind.ITERATION)
     },
 }
-_PARENT = "give the directory that it lies in, with --ckpt-step for another iteration than the newest"
+_PARENT = "give the directory that contains it, with --ckpt-step for another iteration than the newest"
 _REMEDIES[Wanted.START] = _REMEDIES[Wanted.MEGATRON] | {Kind.ITERATION: _PARENT}
 _REMEDIES[Wanted.RUN] = {
     kind: f"{remedy} and give it as --pretrained-checkpoint" for kind, remedy in _REMEDIES[Wanted.MEGATRON].items()
 } | {Kind.ITERATION: _PARENT}
 
-# Where no remedy above fits.
+# For all other kinds.
 _GIVE = {
     Wanted.PACKS: "give a directory that neo-megatron pack has written",
     Wanted.SHARDS: "give a directory that neo-megatron preprocess has written",
@@ -170,13 +170,13 @@ _GIVE = {
 
 
 def kind_of(path: str | Path) -> Kind:
-    """What lies at a local path."""
+    """The kind of a local path."""
     path = Path(path)
-    if os.path.isfile(path):  # False for a name that is too long too, unlike the method of Path
+    if os.path.isfile(path):  # unlike the method of Path, False for a name that is too long
         return _kind_of_file(path)
     if not os.path.isdir(path):
         return Kind.MISSING
-    names = {entry.name for entry in islice(path.iterdir(), _NAMES_LOOKED_AT)}
+    names = {entry.name for entry in islice(path.iterdir(), _MAX_NAMES)}
     if not names:
         return Kind.EMPTY
     return _kind_of_data_set(path) or _kind_of_checkpoint(path, names) or _kind_of_other(names)
@@ -198,7 +198,7 @@ def _kind_of_data_set(path: Path) -> Kind | None:
     files = {Kind.SHARDS: "00000.tokens.idx", Kind.PACKS: "patterns.npy"}
     known = next((kind for kind, file in files.items() if (path / file).is_file()), None)
     if (path / "manifest.json").is_file():
-        # A damaged manifest does not hide what the directory holds: its reader says what is wrong with it.
+        # A directory with a damaged manifest is still recognised; the reader of the manifest reports the damage.
         formats = {"neo-shards": Kind.SHARDS, "neo-packs": Kind.PACKS}
         return formats.get(str(_json(path / "manifest.json").get("format")), known)
     if (path / "run.json").is_file():
@@ -217,7 +217,7 @@ def _kind_of_checkpoint(path: Path, names: set[str]) -> Kind | None:
     if (path / "metadata.json").is_file():
         return Kind.ITERATION
     if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|index\.json)", name) for name in names):
-        return Kind.OTHER_MODEL  # its reader says that config.json is missing
+        return Kind.OTHER_MODEL  # its reader reports that config.json is missing
     if any(re.fullmatch(r"iter_\d{7,}", name) for name in names):
         return Kind.UNFINISHED_SAVE
     return Kind.TOKENIZER if names & {"tokenizer.json", "tokenizer_config.json", "vocab.json"} else None
@@ -230,7 +230,7 @@ def _kind_of_other(names: set[str]) -> Kind:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a small JSON file says; nothing where it is broken, which is for its reader to say."""
+    """The contents of a small JSON file; ``{}`` if it is broken, which its reader reports."""
     if path.stat().st_size > _LARGEST_JSON:
         return {}
     try:
@@ -240,13 +240,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
-    """Raises where a local path is not of the wanted kind. Object storage and hub ids are left to their readers.
+    """Checks that a local path is of the wanted kind. Object storage and hub ids are left to their readers.
 
     Args:
-        flag: that the path was given to, for the sentence.
+        path: to be checked.
+        wanted: what is needed.
+        flag: that the path was given to, for the message.
 
     Raises:
-        WrongPath: with the path, what it is, and what to do.
+        WrongPath: the text has the path, its kind, and what to do.
     """
     text = str(path)
     if text.startswith(REMOTE) and has_credentials(text):
@@ -256,16 +258,16 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
     if text.startswith(REMOTE):
         return
     found = kind_of(path)
-    elsewhere = wanted is Wanted.SIZES or (wanted in _HUB and text.count("/") == 1)  # a preset, or on a hub
+    elsewhere = wanted is Wanted.SIZES or (wanted in _HUB and text.count("/") == 1)  # a preset or a hub id
     if found in wanted.kinds or (found is Kind.MISSING and elsewhere):
         return
     raise WrongPath(f"{flag} {wrong_kind(text, found, wanted)}".strip())
 
 
 def _unwritable(text: str) -> str | None:
-    """Why nothing can be written to a directory, which may have to be made; `None` where something can."""
+    """Why a directory, which need not exist, cannot be written to; `None` if it can."""
     if text.startswith(REMOTE):
-        return "is object storage, which is only read: choose a directory of a mounted file system"
+        return "is object storage, which can only be read: choose a directory of a mounted file system"
     path = Path(text)
     if (link := _dangling(path)) is not None:
         return _leads_nowhere(path, link)
@@ -274,27 +276,27 @@ def _unwritable(text: str) -> str | None:
         return None if existing == path else f"lies under {existing}, which is a file: {_GIVE[Wanted.OUTPUT]}"
     if not os.access(existing, os.W_OK | os.X_OK):
         read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
-        reason = "is on a read-only file system" if read_only else f"cannot be written: {existing} gives no right to"
+        reason = "is on a read-only file system" if read_only else f"cannot be written: no permission for {existing}"
         return f"{reason}: {_GIVE[Wanted.OUTPUT]}"
     return None
 
 
 def _dangling(path: Path) -> Path | None:
-    """The link among a path and its parents that leads nowhere; `None` where all of them lead somewhere."""
+    """The first broken link among a path and its parents; `None` if there is none."""
     places = (path, *path.absolute().parents)
     return next((place for place in places if os.path.islink(place) and not os.path.exists(place)), None)
 
 
 def _leads_nowhere(path: Path, link: Path) -> str:
     place = "is" if link == path else f"lies under {link},"
-    return f"{place} a link that leads nowhere: make what it leads to, or remove the link"
+    return f"{place} a link that leads nowhere: create its target, or remove the link"
 
 
 def output_place(path: str | Path, flag: str = "--output") -> Path:
-    """Where an output is written that is put in place as a whole: links are followed, as for any other output.
+    """The path of an output that appears by renaming; links are followed, as for any other output.
 
     Raises:
-        WrongPath: the path, or a parent, is a link that leads nowhere.
+        WrongPath: the path or a parent is a broken link.
     """
     path = Path(path)
     if (link := _dangling(path)) is not None:
@@ -303,7 +305,7 @@ def output_place(path: str | Path, flag: str = "--output") -> Path:
 
 
 def wrong_kind(location: str, found: Kind, wanted: Wanted) -> str:
-    """The sentence about a location that is of another kind than is wanted."""
+    """The message about a location that is of another kind than needed."""
     what = found.value
     if found is Kind.MISSING and Path(f"{location}.partial").exists():
         return f"{location} does not exist, only {location}.partial, which is unfinished: run the same command again"
@@ -316,8 +318,8 @@ def check_flags(arguments: Sequence[str], flags: Mapping[str, Wanted]) -> None:
     """Checks the paths on a command line before it is parsed, which may need slow imports.
 
     Args:
-        arguments: without the program's name.
-        flags: the flags that take paths. One that is abbreviated or comes after ``--`` is checked by its reader alone.
+        arguments: without the name of the program.
+        flags: the flags that take paths. Abbreviated flags and those after ``--`` are checked only by their readers.
 
     Raises:
         WrongPath: as `check_path`.

@@ -1,4 +1,4 @@
-"""The sizes and the training stages that have names. A stage is the same for every size."""
+"""Presets: named model sizes, and the hyperparameters of the training stages, which are the same for every size."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from neo_megatron.paths import Wanted, check_path
 
 SIZES = {
     **PUBLISHED_SIZES,
-    # Learns the quickstart on two CPU cores.
+    # Small enough to learn the quickstart on two CPU cores.
     "tiny": NeoSizes(
         hidden_size=128,
         ffn_hidden_size=256,
@@ -37,10 +37,13 @@ STAGES: dict[int, dict[str, Any]] = {
 
 
 def sizes(name_or_directory: str) -> NeoSizes:
-    """The sizes of a preset, or those in the `config.json` of a NEO in Hugging Face form: a directory or a hub id.
+    """The sizes of a preset, or those in the `config.json` of a NEO in Hugging Face form.
+
+    Args:
+        name_or_directory: a preset, a directory or a hub id.
 
     Raises:
-        ConfigError: neither a preset nor such a directory.
+        ConfigError: it is none of these, or its sizes are not those of a NEO.
     """
     if name_or_directory in SIZES:
         return SIZES[name_or_directory]

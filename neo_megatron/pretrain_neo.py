@@ -3,8 +3,8 @@
     python -m neo_megatron.launch --nproc-per-node 8 -m neo_megatron.pretrain_neo --neo-model neo-2b \
         --training-stage 1 --train-data-path PACKS ...
 
-docs/flags.md says what becomes of each flag of Megatron; `arguments.py` has the few that NEO adds. `launch` takes the
-flags of torchrun, which works too, and one process needs no launcher.
+docs/flags.md says which flags of Megatron are accepted; `arguments.py` has those that NEO adds. `launch` takes the
+flags of torchrun, which can be used instead; a single process needs no launcher.
 """
 
 import sys
@@ -16,7 +16,7 @@ from neo_megatron.run.start import PROGRAM, check_paths, open_console, stand_alo
 
 
 def main() -> None:
-    """Trains, and ends the process with a sentence where the user can put right what is wrong."""
+    """Trains; ends the process with one sentence for an error that the user can remedy."""
     arguments = sys.argv[1:]
     try:
         stand_alone(arguments)
@@ -36,13 +36,13 @@ def main() -> None:
         if isinstance(stop.code, str):
             failure.tell(stop, stop.code.removeprefix(f"{PROGRAM}: "))
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         failure.tell(error, sentence_of(error))
 
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # in the process that saves in the background, which unpickles objects of Megatron
+elif __name__ == "__mp_main__":  # the process that saves in the background, which unpickles objects of Megatron
     from neo_megatron.megatron_compat import cpu_platform
 
     cpu_platform.install_training()

@@ -1,4 +1,4 @@
-"""Processes of a pool: Ctrl-C is for the process that the user sees, and none outlives it."""
+"""Processes for pools: they ignore Ctrl-C, which their parent handles, and never outlive it."""
 
 import os
 import signal
@@ -9,17 +9,18 @@ from collections.abc import Iterable
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 
-# Where a signal ends a tool, the tracker removes its semaphores; its warning of that would look like a mistake.
+# When a signal ends a tool, the resource tracker removes its semaphores; its warning would look like an error.
 sys.warnoptions.append("ignore:resource_tracker")
-_SECONDS_STOPPED = 10.0  # a debugger or a job scheduler stops a process for a moment
+_SECONDS_STOPPED = 10.0  # debuggers and job schedulers stop processes for a moment
 
 
 class _Process(SpawnProcess):
-    """Deaf to Ctrl-C from its first instruction on: its imports, which take seconds, would end with a traceback."""
+    """Blocks Ctrl-C from its first instruction on; otherwise its imports, which take seconds, print a traceback."""
 
     def start(self) -> None:
-        resource_tracker.ensure_running()  # starting it would unblock the signal again
-        # A new process inherits what its parent's thread blocks; the parent gets its own Ctrl-C when it unblocks.
+        """Starts the process with SIGINT blocked."""
+        resource_tracker.ensure_running()  # starting it later would unblock the signal again
+        # A new process inherits the signals that its parent's thread blocks; the parent gets Ctrl-C when it unblocks.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             super().start()
@@ -27,6 +28,7 @@ class _Process(SpawnProcess):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self) -> None:
+        """Runs the target until it or the parent ends."""
         threading.Thread(target=_end_with_parent, daemon=True).start()
         super().run()
 
@@ -36,20 +38,20 @@ class _Context(SpawnContext):
 
 
 def _end_with_parent() -> None:
-    """A pool would wait forever for the tasks of a process that a signal has ended."""
+    """Ends this process when its parent ends; it would wait forever for tasks of a parent that a signal has ended."""
     parent_process().join()
     os._exit(1)
 
 
 class StoppedWorkers:
-    """Tells of workers that SIGSTOP holds, so that a tool does not seem to hang; it waits for them to be continued."""
+    """Reports workers that SIGSTOP has stopped, so that a tool that waits for them does not seem to hang."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}
         self._told: set[int] = set()
 
     def look(self, pids: Iterable[int]) -> None:
-        """To be called every second or so while results are waited for."""
+        """Checks processes; to be called about once a second while waiting for results."""
         now = time.monotonic()
         stopped = {pid for pid in pids if _is_stopped(pid)}
         self._since = {pid: self._since.get(pid, now) for pid in stopped}
@@ -69,8 +71,8 @@ def _is_stopped(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
             return file.read().rpartition(")")[2].split()[0] in ("T", "t")
-    except OSError:  # it has ended, which its pool notices
+    except OSError:  # it has ended, which its pool will notice
         return False
 
 
-SPAWN = _Context()  # not fork, since a fork of a process with threads may hang
+SPAWN = _Context()  # not fork, because a fork of a process with threads may hang

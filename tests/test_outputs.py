@@ -25,8 +25,8 @@ DIRECTORY_TOOLS = {
     "evaluate": "--model {golden}/ckpt_untied --input {room}/annotations.json --image-root {golden}",
 }
 IN_THE_WAY = {
-    "a dangling link": "is a link that leads nowhere: make what it leads to, or remove the link",
-    "under a dangling link": "a link that leads nowhere: make what it leads to, or remove the link",
+    "a dangling link": "is a link that leads nowhere: create its target, or remove the link",
+    "under a dangling link": "a link that leads nowhere: create its target, or remove the link",
     "a file": "is a file, not a directory: choose another directory",
     "a link to a file": "is a file, not a directory: choose another directory",
     "under a file": "which is a file: choose another directory",
@@ -110,7 +110,7 @@ def inspect(room: Path, output: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("a dangling link", "is a link that leads nowhere: make what it leads to, or remove the link"),
+        ("a dangling link", "is a link that leads nowhere: create its target, or remove the link"),
         ("a file", "exists and is not a page of this tool; choose another --output"),
         ("a link to a file", "exists and is not a page of this tool; choose another --output"),
         ("a directory", "is not a file that can be written; choose another --output"),

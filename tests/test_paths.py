@@ -221,11 +221,11 @@ def test_every_tool_ends_with_the_sentence_before_it_loads_anything(room, comman
 
 
 def test_a_directory_that_cannot_be_written_is_found_at_once(room, tmp_path):
-    """Under a file, without rights to it or to a directory above it, and in object storage, which is only read."""
+    """Under a file, without rights to it or to a directory above it, and in object storage, which can only be read."""
     for path, sentence in (
         (room / "notes.txt" / "run", f"lies under {room / 'notes.txt'}, which is a file: choose another directory"),
         (room / "notes.txt" / "a" / "run", "which is a file"),
-        ("s3://bucket/run", "is object storage, which is only read: choose a directory of a mounted file system"),
+        ("s3://bucket/run", "is object storage, which can only be read: choose a directory of a mounted file system"),
     ):
         with pytest.raises(WrongPath) as raised:
             check_path(path, Wanted.OUTPUT, "--save")
@@ -237,7 +237,7 @@ def test_a_directory_that_cannot_be_written_is_found_at_once(room, tmp_path):
         os.setresuid(65534, 65534, 0)
     try:
         for path in (locked, locked / "run", locked / "a" / "run"):
-            with pytest.raises(WrongPath, match="cannot be written: .* gives no right to: choose another directory"):
+            with pytest.raises(WrongPath, match="cannot be written: no permission for .*: choose another directory"):
                 check_path(path, Wanted.OUTPUT, "--save")
     finally:
         if root:

@@ -23,7 +23,7 @@ from neo_megatron.benchmarks.tokenizer import write_tokenizer
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import smart_resize
 from neo_megatron.data.prepare.annotation_slices import slices
-from neo_megatron.data.prepare.executors import LocalEngine, in_order
+from neo_megatron.data.prepare.executors import LocalExecutor, in_order
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.worker import SliceWorker, Task
 from neo_megatron.data.tokenizer_process import load_parts
@@ -153,7 +153,7 @@ def _two_workers(scratch: Path, photos: Path, parts) -> Row:
     seconds = []
     for workers in (1, 2):
         task = Task([source], parts.json, parts.ids, settings, "fail", _emptied(scratch / "preprocess"))
-        engine = LocalEngine(task, workers, lambda *_: None)
+        engine = LocalExecutor(task, workers, lambda *_: None)
         for _ in in_order(engine, iter(pieces[:workers])):
             pass
         start = time.perf_counter()

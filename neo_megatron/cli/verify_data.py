@@ -37,4 +37,4 @@ def main() -> None:
     print(f"looked at {result.summary()} in {seconds:.1f} s")
     if result.damage:
         raise DataError(f"{arguments.data} is damaged in {len(result.damage)} places: {result.remedy()}")
-    print(f"{arguments.data} is whole: {result.proven}")
+    print(f"{arguments.data} is intact: {result.proven}")

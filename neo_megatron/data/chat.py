@@ -31,7 +31,7 @@ NEO_TOKENS = (
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the control tokens; all that a reader of tokenized samples needs of the tokenizer."""
+    """Ids of the control tokens: all that readers of tokenized samples need to know about the tokenizer."""
 
     image_context: int
     image_start: int
@@ -43,14 +43,14 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """``tokens`` int32 [n]; ``spans`` int32 [k, 2]: half-open ranges of trained tokens, ascending and apart."""
+    """``tokens`` int32 [n]; ``spans`` int32 [k, 2]: half-open ranges of trained tokens, ascending and disjoint."""
 
     tokens: np.ndarray
     spans: np.ndarray
 
 
 def add_neo_tokens(tokenizer: Any) -> int:
-    """Appends NEO's special tokens to a transformers tokenizer, but those it has; returns how many are new."""
+    """Appends the special tokens of NEO that a transformers tokenizer lacks; returns how many those are."""
     return tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in NEO_TOKENS], True)
 
 
@@ -58,14 +58,14 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer of a local directory, with NEO's tokens.
 
     Raises:
-        DataError: where there is none, it cannot be read, has no fast form, or names no pad token; a part of it is
-            not safe to use, see `tokenizer_checks`.
+        DataError: the directory has no tokenizer; it cannot be read, has no fast form or no pad token; or a part of it
+            is not safe to use, see `tokenizer_checks`.
     """
     # Imported here: transformers brings torch, and the workers of preprocessing import this module without either.
     from transformers import AutoTokenizer
 
     if not any(os.path.lexists(Path(directory) / name) for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise DataError(f"{directory} holds no tokenizer; give a Hugging Face directory with a tokenizer.json")
+        raise DataError(f"{directory} does not hold a tokenizer; give a Hugging Face directory with a tokenizer.json")
     check_tokenizer_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
@@ -73,15 +73,18 @@ def load_tokenizer(directory: str | Path) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"the tokenizer of {directory} cannot be read ({reason}); copy or download it again") from error
     if not tokenizer.is_fast:
-        raise DataError(f"the tokenizer of {directory} has no fast form; save it as tokenizer.json first")
+        raise DataError(
+            f"the tokenizer in {directory} has no fast form; load it with transformers and save it as tokenizer.json"
+        )
     check_built(tokenizer.backend_tokenizer.to_str(), directory)
     if tokenizer.pad_token_id is None:
-        raise DataError(f"the tokenizer of {directory} has no pad token; name one in its tokenizer_config.json")
+        raise DataError(f"the tokenizer in {directory} has no pad token; set pad_token in its tokenizer_config.json")
     add_neo_tokens(tokenizer)
     return tokenizer
 
 
 def special_ids(tokenizer: Any) -> SpecialIds:
+    """Ids of the control tokens in a transformers tokenizer that has NEO's tokens."""
     context, start, end, turn_start, turn_end = tokenizer.convert_tokens_to_ids(
         ["<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>"]
     )
@@ -89,7 +92,7 @@ def special_ids(tokenizer: Any) -> SpecialIds:
 
 
 def tokenizer_fingerprint(tokenizer_json: str) -> str:
-    """SHA-256 over what decides the ids of a text: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
+    """SHA-256 of the parts that decide the ids of a text: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
 
     The rest of a ``tokenizer.json`` (decoder, padding, spelling of the merges) differs between library versions.
     """

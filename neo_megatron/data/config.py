@@ -1,4 +1,4 @@
-"""What decides the bytes of a data set, besides its sources and its tokenizer."""
+"""The configuration of preprocessing: image sizes, image store, video frames, sampling and checks."""
 
 import math
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ EmptyAnswers = Literal["reject", "keep"]
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What decides the bytes of a data set, besides its sources and its tokenizer.
+    """All that decides the bytes of a data set in addition to its sources and its tokenizer.
 
     Args:
-        min_pixels, max_pixels: limits of the area of a resized image.
-        check: "decode" decodes every image to its end; "header" trusts what its header says, where pixels are not
-            needed anyway.
-        image_store: "encoded" keeps the files' bytes, "patches" keeps pixels ready for the model.
-        seed: of the draw where a source is not used whole.
+        min_pixels, max_pixels: limits of the area of a resized image, in pixels.
+        image_store: "encoded" keeps the bytes of the files, "patches" keeps pixels ready for the model.
+        check: "decode" decodes every image to its end; "header" trusts its header where pixels are not needed.
+        seed: of the draw from sources of which only a share is used.
         records_per_shard: records of an annotation file that make one shard.
-        video_fps: frames taken from a second of a video.
-        max_frames: of one video; of a longer one as many are taken, evenly spaced over the whole.
-        empty_answers: what happens to a sample with a blank answer to train on; those that are kept are counted.
+        video_fps: frames taken per second of a video.
+        max_frames: limit for one video; from a longer video so many frames are taken, evenly spaced.
+        empty_answers: whether a sample with a blank answer to train on is rejected, or kept and counted.
+
+    Raises:
+        DataError: a value is out of its range; the text names the flag.
     """
 
     min_pixels: int = 65536
@@ -39,7 +41,9 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise DataError(f"--min-pixels {self.min_pixels} must be above 0, at most --max-pixels {self.max_pixels}")
+            raise DataError(
+                f"--min-pixels is {self.min_pixels}: it must be above 0 and at most --max-pixels {self.max_pixels}"
+            )
         if self.records_per_shard < 1:
             raise DataError(f"--records-per-shard must be at least 1, not {self.records_per_shard}")
         if not (math.isfinite(self.video_fps) and self.video_fps > 0):

@@ -1,4 +1,4 @@
-"""One message of a conversation, as preprocessing, `chat()` and the commands that query a model have it."""
+"""`Turn`, one message of a conversation, which preprocessing, `chat()` and the commands that query a model share."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,12 @@ from neo_megatron.data.tags import split_tags
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: ``role`` in the words of the template, ``trained`` where the model learns to say it.
+    """One message of a conversation.
 
-    Tags in ``text`` are places for media, unless they are escaped; ``literal`` is the text with the escapes resolved.
+    Args:
+        role: "system", "user" or "assistant".
+        text: tags in it are places for media, unless they are escaped.
+        trained: whether the model is trained on it.
     """
 
     role: str
@@ -18,4 +21,5 @@ class Turn:
 
     @property
     def literal(self) -> str:
+        """The text with escapes resolved."""
         return "".join(split_tags(self.text))

@@ -1,4 +1,7 @@
-"""Images -> RGB pixels -> patches, in the arithmetic of the published code, with Pillow and NumPy alone.
+"""Decodes images to RGB pixels and cuts them into patches, with the arithmetic of the published code.
+
+Only Pillow and NumPy are needed.
+
 
 An image of ``grid_h x grid_w`` patches of 16 x 16 pixels makes ``grid_h/2 x grid_w/2`` image tokens of 2 x 2 patches
 each. Patches are uint8 ``[image tokens, 4, 768]``: image tokens row by row, the four patches of each in the order
@@ -40,19 +43,19 @@ _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _COMPRESSION_TAG, _PHOTOMETRIC_TAG, _FILL_ORDER_TAG, _PLANAR_TAG = 0x0102, 0x0103, 0x0106, 0x010A, 0x011C
 _COLORMAP_TAG, _INK_SET_TAG, _SAMPLE_FORMAT_TAG, _SUBSAMPLING_TAG = 0x0140, 0x014C, 0x0153, 0x0212
-# Texts that may hold the orientation; Pillow refuses compressed ones of over a megabyte.
+# Text chunks that may hold the orientation; Pillow refuses compressed ones of over a megabyte.
 _PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _MAX_ORIENTATION_TEXT = 64 << 20
 _STRIP_PIXELS = 1 << 20
 
-Image.init()  # registers the formats that Image.open would otherwise load by guessing
+Image.init()  # registers all formats, which Image.open would otherwise load one by one
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size, in multiples of ``factor``, to which an image is resized; its area lies within the limits if possible.
+    """(height, width) to which an image is resized: multiples of ``factor``, if possible with an area within limits.
 
     Raises:
-        ValueError: for an image more than 200 times as long as wide, or wide as long.
+        ValueError: one side of the image is more than 200 times as long as the other.
     """
     aspect = max(height, width) / min(height, width)
     if aspect > 200:
@@ -71,16 +74,20 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def pixel_limit(min_pixels: int, max_pixels: int, images: int) -> int:
-    """``max_pixels`` of each image of a sample: several share twice the limit of one."""
+    """The ``max_pixels`` of each image of a sample: several images share twice the limit of one."""
     return max_pixels if images <= 1 else max(max_pixels * 2 // images, min_pixels)
 
 
 def read_image(path: str) -> bytes:
-    """The bytes of an image file; rejects what is no regular file, or too large, before reading it."""
+    """The bytes of an image file.
+
+    Raises:
+        RejectedSample: it is missing, not a regular file or too large, which is found before it is read.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path} is no regular file")
+            raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path} is not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the image {path} has over {MAX_FILE_BYTES >> 20} MiB")
         with open(path, "rb") as file:
@@ -90,10 +97,14 @@ def read_image(path: str) -> bytes:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The image in the bytes of a file, as `upright_rgb` shows it; what it takes is checked before it is decoded.
+    """The image in the bytes of a file, as `upright_rgb` returns it; its cost is checked before it is decoded.
+
+    Args:
+        data: of the file.
+        name: of the image, for messages.
 
     Raises:
-        RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
+        RejectedSample: it cannot be decoded to its end, or is beyond the limits of `image_limits`.
     """
     try:
         data = without_end(data)
@@ -103,12 +114,12 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def decode_opened(image: Image.Image, name: str) -> Image.Image:
-    """An image that Pillow opened, and may not have read yet, as `upright_rgb` shows it.
+    """An image that Pillow has opened, and may not have read yet, as `upright_rgb` returns it.
 
     Raises:
-        RejectedSample: for what cannot be decoded to the end, or is beyond the limits of `image_limits`.
+        RejectedSample: it cannot be decoded to its end, or is beyond the limits of `image_limits`.
     """
-    # Without a file it was read already; a copy that was deep or pickled does not even have the attribute.
+    # Without a file it has been read already; a deep or pickled copy does not even have the attribute.
     if isinstance(image, ImageFile.ImageFile) and getattr(image, "fp", None) is not None:
         try:
             data = _file_of(image)
@@ -116,13 +127,13 @@ def decode_opened(image: Image.Image, name: str) -> Image.Image:
             check_opened(image, data)
         except TooCostly as error:
             raise _too_costly(name, error) from error
-        except Exception as error:  # a file that was closed, among others
+        except Exception as error:  # such as a file that was closed
             raise _unreadable(name, error) from error
     return _shown(image, name)
 
 
 def _file_of(image: ImageFile.ImageFile) -> bytes:
-    """The bytes that an image is read from, whose position stays."""
+    """The bytes that an image is read from; the position of its file is restored."""
     place = image.fp.tell()
     image.fp.seek(0)
     data = image.fp.read(MAX_FILE_BYTES + 1)
@@ -135,33 +146,33 @@ def _file_of(image: ImageFile.ImageFile) -> bytes:
 def _shown(image: Image.Image, name: str) -> Image.Image:
     try:
         return upright_rgb(image)
-    # Bytes of strangers make Pillow's decoders raise nearly any type; each means that this image cannot be shown.
+    # Untrusted bytes make Pillow's decoders raise nearly any type; each means that this image cannot be decoded.
     except Exception as error:
         raise _unreadable(name, error) from error
 
 
 def header_size(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) that `decode` would give, without decoding pixels.
+    """(height, width) of the image that `decode` would return, without decoding pixels.
 
     Raises:
-        RejectedSample: for what is no image that `decode` takes by its header, or has too many pixels.
+        RejectedSample: by its header it is not an image that `decode` accepts, or it has too many pixels.
     """
     image = _open(data, name)
     try:
         _check_form(image)
     except ValueError as error:
         raise _unreadable(name, error) from error
-    if image.format == "PNG" and _metadata_behind_pixels(data):
+    if image.format == "PNG" and _metadata_after_pixels(data):
         image = decode(data, name)
         return image.height, image.width
-    # Pillow gives the size of a TIFF as it stands upright, that of all others as it is stored.
+    # Pillow reports the size of a TIFF after rotation, that of all other formats as stored.
     if image.format != "TIFF" and _orientation(image) in _SIDEWAYS:
         return image.width, image.height
     return image.height, image.width
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    """Opens what is within the limits."""
+    """Opens an image that is within the limits."""
     try:
         check_bytes(data)
         image = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
@@ -182,7 +193,7 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _without_text(data: bytes) -> bytes:
-    """A PNG without texts and colour profile, which nothing here uses and Pillow limits; other bytes as they are."""
+    """A PNG without text and colour profile, which nothing here uses and Pillow limits; other bytes are unchanged."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     kept, place, texts = [data[:8]], 8, 0
@@ -194,7 +205,7 @@ def _without_text(data: bytes) -> bytes:
             kept.append(text)
             texts += len(text)
             if texts > _MAX_ORIENTATION_TEXT:
-                raise TooCostly(f"has over {_MAX_ORIENTATION_TEXT >> 20} MiB of text that may turn it")
+                raise TooCostly(f"has over {_MAX_ORIENTATION_TEXT >> 20} MiB of text that may hold its orientation")
         elif kind != b"iCCP":
             kept.append(data[place:end])
         place = end
@@ -202,7 +213,7 @@ def _without_text(data: bytes) -> bytes:
 
 
 def _orientation_text(kind: bytes, body: bytes, chunk: bytes) -> bytes:
-    """A text chunk, uncompressed, if it may hold the orientation; else nothing."""
+    """A text chunk, uncompressed, if it may hold the orientation, else ``b""``."""
     keyword, _, rest = body.partition(b"\0")
     if keyword not in _PNG_ORIENTATION:
         return b""
@@ -229,15 +240,15 @@ def _unreadable(name: str, error: Exception) -> RejectedSample:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation that is known so far. Viewers show an image whose EXIF is broken as it is stored."""
+    """The EXIF orientation that is known so far; ``None`` for broken EXIF, as viewers show such images as stored."""
     try:
         return Image.Image.getexif(image).get(_ORIENTATION_TAG)  # a PNG's own getexif would decode it
-    except Exception:  # bytes of strangers, as in decode
+    except Exception:  # untrusted bytes, as in decode
         return None
 
 
-def _metadata_behind_pixels(png: bytes) -> bool:
-    """Whether the orientation may stand where Pillow finds it only after decoding."""
+def _metadata_after_pixels(png: bytes) -> bool:
+    """Whether the orientation may be in a chunk that Pillow finds only after decoding."""
     pixels = png.find(b"IDAT")
     return any(png.find(mark, pixels) >= 0 for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"))
 
@@ -246,7 +257,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """An opened image as a viewer shows it: upright by its EXIF, transparency over white, 16 bits scaled to 8.
 
     Raises:
-        ValueError: for pixels that are no colours. Pillow raises many other types for a broken image.
+        ValueError: its pixels are not colours. Pillow raises many other types for a broken image.
     """
     _check_form(image)
     image.load()
@@ -261,7 +272,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of up to 16 bits, a strip at a time: whole it would need ten times the memory of its file."""
+    """A grey image of up to 16 bits, converted in strips: all at once would take ten times the memory of its file."""
     tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(_BITS_TAG, (16,))[0] == 12 else 16
     white_is_zero = tags.get(_PHOTOMETRIC_TAG) == 0
@@ -280,7 +291,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _check_form(image: Image.Image) -> None:
-    """Raises ValueError for an opened image whose pixels are no colours, or would be shown wrong."""
+    """Raises ValueError for an opened image whose pixels are not colours, or would be decoded wrongly."""
     if image.format == "TIFF":
         _check_tiff(image)
     if image.mode == "F":
@@ -288,13 +299,13 @@ def _check_form(image: Image.Image) -> None:
 
 
 def _check_tiff(image: Image.Image) -> None:
-    """Refuses what Pillow shows in wrong colours, found by writing all combinations of the tags.
+    """Rejects TIFFs that Pillow decodes to wrong colours; they were found by writing all combinations of the tags.
 
     Raises:
-        ValueError: with what the file has.
+        ValueError: the text says what the file has.
     """
     tags = getattr(image, "tag_v2", None)
-    if tags is None:  # a copy of an opened image that was deep or pickled has pixels alone
+    if tags is None:  # a deep or pickled copy of an opened image has only pixels
         return
     bits, photometric = tags.get(_BITS_TAG, (1,)), tags.get(_PHOTOMETRIC_TAG, 0)
     uncompressed, planar = tags.get(_COMPRESSION_TAG, 1) == 1, tags.get(_PLANAR_TAG, 1) == 2
@@ -322,7 +333,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def recompress(image: Image.Image, quality: int) -> Image.Image:
-    """The RGB image after JPEG compression of a quality from 1 to 95, which is lossy: an augmentation."""
+    """The RGB image after lossy JPEG compression with a quality from 1 to 100: an augmentation."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file, formats=("JPEG",)).convert("RGB")
@@ -337,7 +348,7 @@ def grid_of_size(height: int, width: int, name: str, min_pixels: int, max_pixels
     """(grid_h, grid_w) in patches of an image of ``height x width`` pixels.
 
     Raises:
-        RejectedSample: for an image that is too long or too wide.
+        RejectedSample: one side of the image is more than 200 times as long as the other.
     """
     try:
         height, width = smart_resize(height, width, IMAGE_TOKEN_SIDE, min_pixels, max_pixels)
@@ -369,20 +380,20 @@ def patches_from_image(image: Image.Image, grid: tuple[int, int], out: np.ndarra
         rows = values[top : top + 2]
         strip = resized.crop((0, top * IMAGE_TOKEN_SIDE, resized.width, (top + len(rows)) * IMAGE_TOKEN_SIDE))
         for channel, band in enumerate("RGB"):
-            # Pillow takes one colour out of its pixels four times as fast as NumPy does.
+            # Pillow extracts one channel four times as fast as NumPy.
             plane = np.frombuffer(strip.tobytes("raw", band), "V16").reshape(len(rows), 2, PATCH, grid_w // 2, 2)
             rows[..., channel, :] = plane.transpose(0, 3, 1, 4, 2)
     return out
 
 
 def resize_to_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
-    """The image in the pixels of its grid, bicubic."""
+    """The image resized (bicubic) to the pixels of its grid."""
     size = (grid[1] * PATCH, grid[0] * PATCH)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def normalise(patches: np.ndarray) -> np.ndarray:
-    """uint8 [..., 768] -> float32: scaled to [0, 1], then by ImageNet's mean and deviation of each channel."""
+    """Patches uint8 [..., 768] -> float32: scaled to [0, 1], then by ImageNet's mean and deviation of each channel."""
     mean = np.repeat(np.array(IMAGE_MEAN, np.float32), PATCH * PATCH)
     deviation = np.repeat(np.array(IMAGE_STD, np.float32), PATCH * PATCH)
     return (patches.astype(np.float32) / np.float32(255) - mean) / deviation

@@ -1,6 +1,6 @@
-"""Limits of what an image file may ask of its decoder, found in its structure before anything is decoded.
+"""Limits of the work that an image file may cause its decoder, checked in its structure before anything is decoded.
 
-An image that is refused here would take many seconds or gigabytes, whatever it shows; the limits are far above what
+An image that is rejected here would take many seconds or gigabytes, whatever it shows; the limits are far above what
 cameras and programs write. An export has a copy of this file (``hf/image_limits_neo.py``).
 """
 
@@ -15,15 +15,15 @@ from PIL import Image
 MAX_FILE_BYTES = 256 << 20
 # 134 megapixels: any phone's camera passes, and decoding takes at most about 1.3 gigabytes.
 MAX_DECODED_PIXELS = 1 << 27
-# Of formats whose decoders take twice as much memory.
+# For formats whose decoders take twice as much memory.
 _MAX_PIXELS = {"JPEG2000": 1 << 26, "WEBP": 1 << 26}
-# A few bytes of these may stand for any number of pixels, so large images need some bytes for theirs.
+# A few bytes in these formats may stand for any number of pixels, so large images need a minimum of bytes.
 _DENSE_FORMATS, _ALWAYS_PIXELS, _PIXELS_OF_A_BYTE = ("AVIF", "JPEG2000", "WEBP"), 1 << 24, 4096
 # Where Pillow has no compiled decoder, a pixel takes microseconds.
 _MAX_PYTHON_PIXELS, _MAX_PYTHON_BYTES = 1 << 21, 1 << 24
-# Each scan of a JPEG takes the time of a whole one, however few bytes it has: cameras and programs write up to 14.
+# Each scan of a JPEG takes the time of a complete image, however few bytes it has: cameras and programs write up to 14.
 _USUAL_SCANS, _MAX_SCANNED_PIXELS = 16, 1 << 30
-# Pillow reads these one by one, in Python; metadata of so many bytes are joined by copying all before.
+# Pillow reads these one by one in Python, and joins metadata by copying all that came before.
 _MAX_SEGMENTS, _MAX_CHUNKS, _MAX_BLOCKS = 1 << 14, 1 << 17, 1 << 16
 _MAX_METADATA, _MAX_JUNK = 4 << 20, 1 << 16
 _MAX_TIFF_ENTRIES, _MAX_PIECES, _MAX_TILE_PIXELS = 4096, 1 << 18, 1 << 28
@@ -43,7 +43,7 @@ _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 
 
 class TooCostly(ValueError):
-    """The text says what an image has, and the limit: it follows "the image a.png "."""
+    """Decoding an image would take too long or too much memory; the text continues "the image a.png "."""
 
 
 def check_bytes(data: bytes) -> None:
@@ -63,13 +63,13 @@ def check_bytes(data: bytes) -> None:
 
 
 def check_opened(image: Image.Image, data: bytes) -> None:
-    """Checks what decoding will take, of an image that Pillow has opened from the bytes. Raises TooCostly."""
+    """Checks what decoding an image will take that Pillow has opened from the bytes. Raises TooCostly."""
     kind, pixels = image.format or "", image.width * image.height
     _check_pixels(kind, image.width, image.height, len(data))
     decoders = {tile[0] for tile in getattr(image, "tile", ())}
     if decoders & Image.DECODERS.keys() and (pixels > _MAX_PYTHON_PIXELS or len(data) > _MAX_PYTHON_BYTES):
         raise TooCostly(
-            f"is a {kind} of a form that is decoded in Python, with {pixels} pixels in {len(data)} bytes, more than "
+            f"is a {kind} of a kind that is decoded in Python, with {pixels} pixels in {len(data)} bytes, more than "
             f"{_MAX_PYTHON_PIXELS} or {_MAX_PYTHON_BYTES}; save it as PNG"
         )
     if kind == "TIFF":
@@ -88,7 +88,7 @@ def _check_pixels(kind: str, width: int, height: int, size: int) -> None:
 
 
 def _size_of_webp(webp: bytes) -> tuple[int, int]:
-    """(width, height) by the first chunk; (0, 0) where it is not one of an image."""
+    """(width, height) from the first chunk; (0, 0) if it does not belong to an image."""
     kind, body = webp[12:16], webp[20:32].ljust(12, b"\0")
     if kind == b"VP8X":
         return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
@@ -146,7 +146,7 @@ def _check_scans(jpeg: bytes, place: int, pixels: int) -> None:
 
 
 def jpeg_segments(jpeg: bytes, place: int = 2) -> Iterator[tuple[int, bytes, int]]:
-    """The segments of a JPEG to its end marker: marker, body, and where the body, or the data of a scan, ends."""
+    """Segments of a JPEG up to its end marker: marker, body, and the offset where the body or the scan data end."""
     while marker := _JPEG_MARKER.match(jpeg, place):
         kind, place = marker[1][0], marker.end()
         if 0xD0 <= kind <= 0xD8 or kind == 0x01:  # markers alone
@@ -165,11 +165,11 @@ def jpeg_segments(jpeg: bytes, place: int = 2) -> Iterator[tuple[int, bytes, int
 
 
 def without_end(jpeg: bytes) -> bytes:
-    """Of a JPEG, bytes that decode alike if it is complete, and do not if it was cut off and closed with a marker.
+    """A JPEG without its end marker: it decodes to the same pixels if it is complete, and fails if it was cut off.
 
-    libjpeg fills missing pixels with grey where it meets the end marker, and Pillow hides its warning. Where one scan
-    has all components, zeros take the place of the marker, and a decoder that needs more data runs out of them. Of
-    several scans, as in progressive files, the last ones are found missing; a cut within the last cannot be told.
+    libjpeg fills missing pixels with grey when it meets the end marker, and Pillow hides its warning. If one scan
+    has all components, zeros replace the marker, so a decoder that needs more data runs out of it. In files of several
+    scans, such as progressive ones, missing last scans are detected; a cut within the last scan is not.
 
     Raises:
         ValueError: scans are missing.
@@ -253,24 +253,24 @@ def _check_tiff_tags(tiff: bytes) -> None:
 
 
 def _check_tiff_pieces(image: Image.Image, data: bytes) -> None:
-    """Each strip or tile is decoded to its end, also what lies outside of the image, and all may be the same bytes."""
+    """Checks strips and tiles: each is decoded to its end, even outside the image, and all may be the same bytes."""
     tags = image.tag_v2
     for places_tag, sizes_tag in _PIECE_TAGS:
         places, sizes = tags.get(places_tag, ()), tags.get(sizes_tag, ())
         if not places:
             continue
         if places_tag == _PIECE_TAGS[0][0]:
-            area = _whole(tags.get(_TILE_WIDTH_TAG)) * _whole(tags.get(_TILE_LENGTH_TAG))
+            area = _number(tags.get(_TILE_WIDTH_TAG)) * _number(tags.get(_TILE_LENGTH_TAG))
         else:
-            area = image.width * min(_whole(tags.get(_ROWS_TAG, image.height)), image.height)
+            area = image.width * min(_number(tags.get(_ROWS_TAG, image.height)), image.height)
         if len(places) * area > _MAX_TILE_PIXELS * max(1, _planes(tags)):
             raise TooCostly(f"has {len(places)} tiles or strips of {area} pixels, more than {_MAX_TILE_PIXELS} in all")
-        if isinstance(sizes, tuple) and sum(map(_whole, sizes)) > 16 * len(data) + _MAX_METADATA:
+        if isinstance(sizes, tuple) and sum(map(_number, sizes)) > 16 * len(data) + _MAX_METADATA:
             raise TooCostly(f"has tiles or strips of 16 times its {len(data)} bytes: they overlap")
         if tags.get(_COMPRESSION_TAG) in _JPEG_COMPRESSIONS:
             counts: dict[tuple[int, int], int] = {}
             scans = 0
-            for piece in zip(map(_whole, places), map(_whole, sizes), strict=False):
+            for piece in zip(map(_number, places), map(_number, sizes), strict=False):
                 if piece not in counts:
                     counts[piece] = data.count(b"\xff\xda", piece[0], sum(piece))
                 scans += counts[piece]
@@ -279,12 +279,12 @@ def _check_tiff_pieces(image: Image.Image, data: bytes) -> None:
 
 
 def _planes(tags: Any) -> int:
-    """Pieces that show the same place, one for each sample."""
-    return _whole(tags.get(_SAMPLES_TAG, 1)) if tags.get(_PLANAR_TAG) == 2 else 1
+    """Pieces that cover the same pixels: one for each sample of a pixel."""
+    return _number(tags.get(_SAMPLES_TAG, 1)) if tags.get(_PLANAR_TAG) == 2 else 1
 
 
-def _whole(value: object) -> int:
-    """A tag that should be a number; what is not one has no cost, as no decoder takes it."""
+def _number(value: object) -> int:
+    """A tag that should be a number; anything else counts as 0, because decoders do not accept it."""
     return value if isinstance(value, int) and value > 0 else 0
 
 
@@ -292,7 +292,7 @@ def _whole(value: object) -> int:
 
 
 def _check_jpeg2000(data: bytes) -> None:
-    """Precincts take memory, and a packet of each layer of each is looked for, also where there are no data."""
+    """Checks precincts and layers: each precinct takes memory, and a packet of each of its layers is searched for."""
     segments = list(_code_stream_segments(data))
     size = next((body for marker, body in segments if marker == 0xFF51), b"")
     if len(size) < 36:
@@ -345,7 +345,7 @@ def _code_stream_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _code_stream(jpeg2000: bytes) -> int:
-    """Where the code stream begins, in a file that may have boxes around it."""
+    """Offset of the code stream in a file, which may have boxes around it."""
     place = 0
     for _ in range(_MAX_CHUNKS):
         if jpeg2000[place : place + 2] == b"\xff\x4f":

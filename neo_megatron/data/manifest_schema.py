@@ -1,7 +1,7 @@
-"""What a manifest of shards or packs, or the state of unfinished shards, may say: every key, its type and its range.
+"""The schema of manifests and of the state of unfinished shards: every key, its type and its range.
 
-A checksum proves that a manifest is as it was written, not that a sound program wrote it. Where this check passes, a
-reader may rely on types and ranges; whether numbers are true is found when the files are opened, or by `verify`.
+A checksum proves that a manifest is as it was written, not that a correct program wrote it. After this check a reader
+may rely on types and ranges; whether numbers are true is found when the files are opened, or by `verify`.
 """
 
 import os
@@ -16,11 +16,11 @@ from neo_megatron.errors import DataError
 REJECTS = "rejects.jsonl"
 PACK_ARRAYS = ("units.npy", "patterns.npy", "runs.npy")
 SEQUENCE_KINDS = ("tokens", "spans", "pictures")
-# A pack is several arrays of so many numbers; no GPU holds a longer one.
+# A pack has several arrays of this length; no GPU holds longer ones.
 MAX_SEQUENCE_LENGTH = 1 << 24
 
 _MAX_COUNT = 1 << 53
-_MAX_ROWS = (1 << 31) - 1  # of a shard; its files number samples with 32 bits
+_MAX_ROWS = (1 << 31) - 1  # of a shard, whose files number samples with 32 bits
 _MAX_TEXT = 1 << 13
 _MAX_SHARE = 1 << 31
 _MAX_DIGITS = 64
@@ -31,7 +31,12 @@ _Check = Callable[[Any], None]
 
 
 class _WrongValue(Exception):
-    """What is wrong, and under which keys, innermost first."""
+    """A value that a manifest cannot have.
+
+    Attributes:
+        what: is wrong with it.
+        keys: under which it is, innermost first.
+    """
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -59,7 +64,7 @@ def check_manifest(manifest: dict[str, Any], kind: str) -> None:
 
 
 def check_outcome(outcome: Any, number: int, version: int) -> None:
-    """Checks what a file of unfinished shards says of slice ``number``.
+    """Checks the outcome of slice ``number``, a file of unfinished shards.
 
     Args:
         version: of the shard format.
@@ -80,7 +85,7 @@ def check_outcome(outcome: Any, number: int, version: int) -> None:
 
 
 def check_plan(plan: Any) -> None:
-    """Checks the form of ``run.json``, which is compared with the plan of the run that goes on.
+    """Checks the form of ``run.json``, which is then compared with the plan of the run that continues.
 
     Raises:
         ValueError: with the key and what is wrong with its value.
@@ -99,7 +104,7 @@ def expected_files(shard: str, version: int) -> set[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; a container by its type alone, as printing a deep one would fail."""
+    """A value for a message; containers are named by their type, because printing a deeply nested one would fail."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)
@@ -115,7 +120,7 @@ def _integer(least: int, most: int) -> _Check:
 
 
 def _number(value: Any) -> None:
-    # Its size first: a larger integer has no float.
+    # The range is checked on the value itself, because a larger integer cannot be converted to a float.
     if type(value) not in (int, float) or not -_MAX_COUNT <= value <= _MAX_COUNT:
         raise _WrongValue(f"is {_shown(value)}, not a finite number")
 
@@ -146,11 +151,11 @@ def _choice(*values: str) -> _Check:
 
 def _checksum(value: Any) -> None:
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise _WrongValue(f"is {_shown(value)}, not a SHA-256")
+        raise _WrongValue(f"is {_shown(value)}, not a SHA-256 checksum")
 
 
 def _share(value: Any) -> None:
-    """As ``str`` of a `Fraction` writes it: an exponent, which `Fraction` reads too, could stand for any memory."""
+    """A fraction as ``str`` writes it. Exponents, which `Fraction` reads too, could take any amount of memory."""
     if not isinstance(value, str) or not _SHARE.fullmatch(value):
         raise _WrongValue(f"is {_shown(value)}, not a fraction such as 1/2")
     above, below = map(int, (*value.split("/"), "1")[:2])
@@ -174,7 +179,7 @@ def _held_out(value: Any) -> None:
 
 
 def _location(value: Any) -> None:
-    """A path from the directory of the manifest, or an address."""
+    """A path relative to the directory of the manifest, or an address of object storage."""
     _text(value)
     try:
         encoded = os.fsencode(value)
@@ -183,11 +188,11 @@ def _location(value: Any) -> None:
     if not value or b"\0" in encoded or len(encoded) >= 4096:
         raise _WrongValue(f"is {_shown(value)}, which is not a path")
     if value.startswith("/"):
-        raise _WrongValue(f"is {_shown(value)}, not a path from this directory")
+        raise _WrongValue(f"is {_shown(value)}, not a path relative to this directory")
 
 
 def _optional(check: _Check) -> _Check:
-    """The value, or null."""
+    """Accepts null too."""
     return lambda value: None if value is None else check(value)
 
 
@@ -206,7 +211,7 @@ def _list_of(check: _Check, least: int = 0) -> _Check:
 
 
 def _mapping_of(check: _Check) -> _Check:
-    """An object of any keys."""
+    """An object with any keys."""
 
     def check_all(value: Any) -> None:
         if not isinstance(value, dict):
@@ -221,7 +226,7 @@ def _mapping_of(check: _Check) -> _Check:
 def _object(
     required: Mapping[str, _Check], optional: Mapping[str, _Check] | None = None, closed: bool = False
 ) -> _Check:
-    """An object with certain keys; ``closed`` ones have no other."""
+    """An object with the given keys; a ``closed`` one has no others."""
     others = optional or {}
 
     def check_all(value: Any) -> None:
@@ -264,7 +269,7 @@ def _files(value: Any, expected: set[str]) -> None:
 
 
 def _settings(value: Any) -> None:
-    """`PreprocessConfig`; one that was added later may be missing."""
+    """The fields of `PreprocessConfig`; those that were added in later versions may be missing."""
     checks: dict[Any, _Check] = {int: _integer(-_MAX_COUNT, _MAX_COUNT), float: _number}
     known = {
         name: checks.get(hint) or _choice(*get_args(hint)) for name, hint in get_type_hints(PreprocessConfig).items()
@@ -283,9 +288,9 @@ def _tokenizer(value: Any) -> None:
     ids = _object(dict.fromkeys(_IDS, _ROWS), closed=True)
     _object({"sha256": _checksum, "size": _ROWS, "ids": ids}, closed=True)(value)
     if max(value["ids"].values()) >= value["size"]:
-        raise _WrongValue("has an id outside its size")
+        raise _WrongValue("has an id that is not below its size")
     if len({value["ids"][name] for name in _IDS[:3]}) < 3:
-        raise _WrongValue("has one id for several of <IMG_CONTEXT>, <img> and </img>")
+        raise _WrongValue("has the same id for several of <IMG_CONTEXT>, <img> and </img>")
 
 
 _SOURCE = _object({"name": _text, "annotations": _text}, {"image_root": _text, "share": _share, "follow_links": _flag})
@@ -330,9 +335,9 @@ def _check_shards(manifest: dict[str, Any]) -> None:
 
 def _check_shard(entry: dict[str, Any], last: int, version: int) -> None:
     name = entry["name"]
-    # Of ASCII digits, so a name never leaves the directory; ascending, so no name is there twice.
+    # Only ASCII digits, so a name never leads out of the directory; ascending, so no name occurs twice.
     if not (name.isascii() and name.isdigit() and len(name) < 19 and name == f"{int(name):05d}"):
-        raise _WrongValue(f"has the name {_shown(name)}, which is not one of a shard")
+        raise _WrongValue(f"has the name {_shown(name)}, which is not the name of a shard")
     if int(name) <= last:
         raise _WrongValue(f"has the name {name}, which is not after {last:05d}")
     for key in ("media", "files") if version > 2 else ("files",):
@@ -397,4 +402,4 @@ _PACKS = _object(
 def _check_packs(manifest: dict[str, Any]) -> None:
     _PACKS(manifest)
     if manifest["version"] > 2 and manifest["held_out"] and not manifest.get("split"):
-        raise _WrongValue("holds records out and lacks 'split'")
+        raise _WrongValue("has held-out records but lacks 'split'")

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 
-# Fewer than eight leave the permutations of four things unevenly likely.
+# With fewer than eight, the permutations of four items are not equally likely.
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def permutation(count: int, *key: int | str) -> np.ndarray:
-    """An order of ``count`` things: int64 ``[count]``, a function of ``key`` and nothing else.
+    """A permutation of ``count`` items: int64 ``[count]``, a function of ``key`` alone.
 
     Built from the raw output of a bit generator, which NumPy keeps unchanged between versions (NEP 19), unlike that of
     ``Generator.permutation``.
@@ -21,21 +21,22 @@ def permutation(count: int, *key: int | str) -> np.ndarray:
 
 
 def key_of(*key: int | str) -> int:
-    """64 bits of a key, for `shuffled`."""
+    """64 bits of the hash of a key, for `shuffled`."""
     return int.from_bytes(_digest(key)[:8], "little")
 
 
 def shuffled(index: np.ndarray, count: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
-    """Where a permutation of ``range(count)`` sends ``index``, without drawing the permutation: int64 ``[n]``.
+    """Images of ``index`` under a permutation of ``range(count)`` that is never materialised: int64 ``[n]``.
 
-    Any one place costs the same, so nothing has to be drawn or kept for a hundred million samples. The bijection works
-    on the smallest power of two that holds ``count``; what falls outside is sent on until it falls inside (cycle
-    walking; Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"), at most two steps on average.
+    Any single position costs the same, so nothing has to be drawn or stored for a hundred million samples. The
+    bijection works on the smallest power of two that holds ``count``; values outside of the range are mapped again
+    until they fall inside (cycle walking; Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"), at most
+    two steps on average.
 
     Args:
         index: int ``[n]``, each below its ``count``.
         count: int ``[n]`` or one number, sizes of the permutations.
-        key: uint64 ``[n]`` or one number; other keys, other permutations.
+        key: uint64 ``[n]`` or one number; different keys give different permutations.
     """
     index, count, key = np.broadcast_arrays(index, count, np.asarray(key, np.uint64))
     bits = np.ceil(np.log2(np.maximum(count, 1))).astype(np.uint64)

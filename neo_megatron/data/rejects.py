@@ -12,7 +12,7 @@ _MAX_LINE = 1 << 20  # bytes; an entry names one file
 
 
 def reject_lines(directory: Directory) -> Iterator[dict[str, Any] | None]:
-    """The entries, in order, with ``None`` for a line that is not one; a line of over a megabyte is the last.
+    """The entries in order, ``None`` for a line that is not an entry; reading ends after a line of over a megabyte.
 
     Raises:
         DataError: the file is missing.

@@ -18,9 +18,9 @@ _TAG = re.compile(r"(\\*)(<image>|<video>)")
 def split_tags(text: str) -> list[str]:
     """Literal text and tags in turn: ``[text, tag, text, ..., tag, text]``, with escapes resolved.
 
-    Elements at odd places are tags; ``"".join`` of all gives the text a model would read if tags were words.
+    Elements at odd indices are tags; ``"".join`` of all is the text a model would read if tags were words.
     """
-    if IMAGE_TAG not in text and VIDEO_TAG not in text:  # the rule, and many times faster than the search
+    if IMAGE_TAG not in text and VIDEO_TAG not in text:  # the usual case, and many times faster than the search
         return [text]
     pieces, literal, end = [], "", 0
     for match in _TAG.finditer(text):
@@ -36,12 +36,12 @@ def split_tags(text: str) -> list[str]:
 
 
 def count_tags(text: str, tag: str) -> int:
-    """How many places for media of this kind the text has; escaped tags do not count."""
+    """Number of tags of this kind in a text; escaped tags do not count."""
     return split_tags(text)[1::2].count(tag) if tag in text else 0
 
 
 def replace_tags(text: str, tag: str, replacement: Callable[[], str]) -> str:
-    """The text with each tag of this kind replaced by the next ``replacement``, which must not begin with a tag."""
+    """The text with each tag of this kind replaced by ``replacement()``, which must not begin with a tag."""
 
     def replaced(match: re.Match[str]) -> str:
         backslashes = match[1]
@@ -53,10 +53,10 @@ def replace_tags(text: str, tag: str, replacement: Callable[[], str]) -> str:
 
 
 def escape_tags(text: str) -> str:
-    """Text that :func:`split_tags` reads back as exactly this one, without any tag."""
+    """The text escaped, so that :func:`split_tags` returns it unchanged and without any tag."""
     return _TAG.sub(lambda match: match[1] * 2 + "\\" + match[2], text)
 
 
 def as_literal(text: str) -> str:
-    """The same text with every tag that is not escaped yet made literal; what is escaped stays as it is."""
+    """The text with every tag that is not escaped yet made literal; escaped tags stay as they are."""
     return _TAG.sub(lambda match: match[0] if len(match[1]) % 2 else "\\" + match[0], text)

@@ -1,10 +1,10 @@
-"""Whether the files of a tokenizer are safe to load and to use: an allow-list of the parts of Qwen's tokenizers.
+"""Checks that the files of a tokenizer are safe to load and use, by an allow-list of the parts of Qwen's tokenizers.
 
 A `tokenizer.json` is a small program: normalizers that double a text many times over, regular expressions that never
-end, ids that ask for gigabytes. Trying a text in a process with limits would find those that misbehave on that text and
-none that wait for another one, and the library of tokenizers ends the process where memory runs out. So all parts are
-looked at before anything is built: only types whose cost and growth are known, and of regular expressions the published
-ones. That takes no process and no time limit, and says which part is at fault.
+end, ids that need gigabytes. Trying a text in a process with limits would find those that misbehave on that text but
+not those that wait for another one, and the tokenizers library ends the process when memory runs out. So all parts are
+checked before anything is built: only types with known cost and growth, and only published regular expressions. That
+needs neither a process nor a time limit, and the message names the part at fault.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import Any
 
 from neo_megatron.checked_files import UnreadableFile, check_file, read_json
 
-# What a library may take for a part of a tokenizer.
+# Names of files that a library may read as parts of a tokenizer.
 _ENDINGS = (".json", ".txt", ".jinja", ".model", ".bpe", ".vocab", ".v1", ".v3")
 _LARGEST_ID = 1 << 24  # every id takes a row of the embedding
 _LONGEST_TOKEN = 1024
-_LARGEST_GROWTH = 16  # of a text, in bytes, by all of its normalizers and decoders
+_LARGEST_GROWTH = 16  # of the bytes of a text, by all normalizers or decoders together
 _TEXT_BYTES = 128 << 20
-# GPT-2, cl100k, Llama 3 and Qwen 2 to 3.5, o200k, DeepSeek: they end on any text in a time that grows as it does.
+# Of GPT-2, cl100k, Llama 3, Qwen 2 to 3.5, o200k and DeepSeek: their time is linear in the length of any text.
 KNOWN_PATTERNS = frozenset(
     {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -40,11 +40,11 @@ KNOWN_PATTERNS = frozenset(
 
 
 def check_tokenizer_files(directory: str | Path) -> None:
-    """Looks at all files that a tokenizer is made of, before any library opens them.
+    """Checks all files of a tokenizer before any library opens them.
 
     Raises:
-        UnreadableFile: one is not a file, too large, or not what its name says; a part of it is not of the known
-            types, or would make a text or the memory of its reader grow beyond bounds.
+        UnreadableFile: a file is not a regular file, too large, or not what its name says; a part of it is not of a
+            known type, or would make a text or the memory of its reader grow beyond the limits.
     """
     directory = Path(directory)
     for place in (directory, directory / "chat_templates", directory / "additional_chat_templates"):
@@ -61,11 +61,14 @@ def check_tokenizer_files(directory: str | Path) -> None:
 
 
 def check_built(tokenizer_json: str, directory: str | Path) -> None:
-    """The same for what a library has built of the files: some of its classes bring parts of their own.
+    """Checks the tokenizer that a library has built from the files, as some of its classes add parts of their own.
 
     Args:
         tokenizer_json: the fast tokenizer as text.
-        directory: that it came from, for the sentence.
+        directory: that it came from, for messages.
+
+    Raises:
+        UnreadableFile: as `check_tokenizer_files`.
     """
     try:
         _check_parts(json.loads(tokenizer_json))
@@ -73,11 +76,11 @@ def check_built(tokenizer_json: str, directory: str | Path) -> None:
         raise UnreadableFile(f"{directory}: {error}: {_REMEDY}") from error
 
 
-_REMEDY = "give the tokenizer of a Qwen or a NEO as it was published"
+_REMEDY = "use the tokenizer of a Qwen or NEO model as it was published"
 
 
 class _Refused(ValueError):
-    """A part of a tokenizer that is not of the known types."""
+    """A part of a tokenizer is not of a known type."""
 
 
 def _require(condition: bool, what: str) -> None:
@@ -88,11 +91,11 @@ def _require(condition: bool, what: str) -> None:
 def _check_tokenizer(parts: dict[str, Any]) -> None:
     model = parts.get("model")
     _require(isinstance(model, dict), "it has no model")
-    _require(model.get("type", "BPE") == "BPE", f"a model of the type {_short(model.get('type'))}, not BPE")
+    _require(model.get("type", "BPE") == "BPE", f"its model is of type {_short(model.get('type'))}, not BPE")
     vocabulary = model.get("vocab")
     _require(isinstance(vocabulary, dict), "its vocab is not a table of tokens")
     _check_ids(vocabulary)
-    _require(len(set(vocabulary.values())) == len(vocabulary), "two tokens of its vocab have one id")
+    _require(len(set(vocabulary.values())) == len(vocabulary), "two tokens of its vocab have the same id")
     _check_merges(model.get("merges", []), vocabulary)
     for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
         _require(_is_short(model.get(key)), f"its {key} is {_short(model.get(key))}, not a short string")
@@ -135,11 +138,11 @@ def _check_merges(merges: Any, vocabulary: dict[str, int]) -> None:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         good = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
         if not good or pair[0] not in vocabulary or pair[1] not in vocabulary:
-            raise _Refused(f"a merge {_short(merge)} is not of two tokens of its vocab")
+            raise _Refused(f"the merge {_short(merge)} is not a pair of tokens of its vocab")
 
 
 def _check_length(setting: Any, key: str, name: str) -> None:
-    """Padding and truncation are set by whoever uses a tokenizer; what is saved of them may not ask for memory."""
+    """Checks padding or truncation, which each user of a tokenizer sets: saved lengths must not need much memory."""
     if setting is None:
         return
     strategy = setting.get("strategy") if isinstance(setting, dict) else 0
@@ -149,7 +152,7 @@ def _check_length(setting: Any, key: str, name: str) -> None:
 
 
 def _check_token(token: Any) -> None:
-    """A special token: its text, or its text and how it takes the spaces around it."""
+    """Checks a special token: a string, or an object with its text and how spaces around it are treated."""
     if isinstance(token, dict):
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         _require(
@@ -163,7 +166,7 @@ def _check_token(token: Any) -> None:
 
 
 def _check_special(contents: dict[str, Any]) -> None:
-    """`special_tokens_map.json`, and what `tokenizer_config.json` has of the same keys."""
+    """Checks `special_tokens_map.json`, and the same keys of `tokenizer_config.json`."""
     for key, value in contents.items():
         if key in ("additional_special_tokens", "extra_special_tokens"):
             tokens = list(value.values()) if isinstance(value, dict) else value
@@ -197,7 +200,7 @@ def _check_config(contents: dict[str, Any]) -> None:
 
 
 def _check_model_config(contents: dict[str, Any]) -> None:
-    """Of `config.json` transformers takes the type of a model to choose a class of tokenizers."""
+    """Checks the model type in `config.json`, by which transformers chooses a class of tokenizers."""
     kind = contents.get("model_type")
     _require(isinstance(kind, str | None), f"its model_type is {_short(kind)}, not a name")
 
@@ -211,13 +214,13 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "config.json": _check_model_config,
 }
 
-# Type of a part -> by how much it can make a text longer, in bytes.
+# Type of a part -> the factor by which it can grow the bytes of a text.
 _STRUCTURED = ("type", "pattern", "single", "pair", "special_tokens")
 _Growth = dict[str, "float | Callable[[dict[str, Any]], float]"]
 
 
 def _growth(part: Any, known: _Growth, what: str) -> float:
-    """By how much a part and those in it make a text longer; every one of a known type."""
+    """The factor by which a part and its inner parts can grow a text. Raises _Refused for a part of unknown type."""
     if part is None:
         return 1.0
     kind = part.get("type") if isinstance(part, dict) else None
@@ -230,7 +233,7 @@ def _growth(part: Any, known: _Growth, what: str) -> float:
         for one in inner:
             growth *= _growth(one, known, what)
         return growth
-    _require(kind in known, f"a {what} of the type {_short(kind)}, which is not one of {', '.join(sorted(known))}")
+    _require(kind in known, f"its {what} is of type {_short(kind)}, which is not one of {', '.join(sorted(known))}")
     for key, value in part.items():
         good = isinstance(value, bool) or _is_id(value) or _is_short(value) or key in _STRUCTURED
         _require(good, f"its {what} has {_short(key)}: {_short(value)}")
@@ -241,22 +244,22 @@ def _growth(part: Any, known: _Growth, what: str) -> float:
 def _replacing(part: dict[str, Any]) -> float:
     pattern, content = part.get("pattern"), part.get("content")
     literal = pattern.get("String") if isinstance(pattern, dict) else None
-    _require(isinstance(literal, str) and literal != "", "a Replace of something else than a literal string")
-    _require(isinstance(content, str), "a Replace without a content")
+    _require(isinstance(literal, str) and literal != "", "its Replace does not replace a literal string")
+    _require(isinstance(content, str), "its Replace has no content")
     return max(1.0, len(content.encode()) / len(literal.encode()))
 
 
 def _splitting(part: dict[str, Any]) -> float:
     pattern = part.get("pattern")
-    _require(isinstance(pattern, dict) and len(pattern) == 1, "a Split without a pattern")
+    _require(isinstance(pattern, dict) and len(pattern) == 1, "its Split has no pattern")
     if isinstance(pattern.get("String"), str) and _is_short(pattern["String"]) and pattern["String"]:
         return 1.0
     known = isinstance(pattern.get("Regex"), str) and pattern["Regex"] in KNOWN_PATTERNS
-    _require(known, f"it splits texts by {_short(pattern)}, which is none of the published expressions and may not end")
+    _require(known, f"it splits text by {_short(pattern)}, which is not a published expression and may never end")
     return 1.0
 
 
-# A character of two bytes becomes up to 9, by NFKD and NFKC one of three up to 33: the Arabic ligature U+FDFA.
+# A character of two bytes becomes up to 9; NFKD and NFKC turn one of three into 33: the Arabic ligature U+FDFA.
 _NORMALIZERS: _Growth = {"NFC": 3.0, "NFD": 4.0, "NFKC": 11.0, "NFKD": 11.0, "Lowercase": 1.5, "Strip": 1.0}
 _NORMALIZERS |= {"StripAccents": 1.0, "Replace": _replacing, "Prepend": 1.0}
 _PRE_TOKENIZERS: _Growth = {"ByteLevel": 2.0, "Split": _splitting, "Digits": 1.0, "Punctuation": 1.0, "Metaspace": 3.0}

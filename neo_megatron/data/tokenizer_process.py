@@ -1,6 +1,6 @@
-"""A tokenizer as the data path needs it, without the libraries that read it staying in memory.
+"""Loads a tokenizer in a process of its own, so that the libraries that read it do not stay in memory.
 
-Run as a module, it prints the parts of the tokenizer of a directory.
+Run as a module, it prints the parts of the tokenizer of a directory as JSON.
 """
 
 import json
@@ -17,7 +17,7 @@ from neo_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """The fast tokenizer as text, NEO's tokens included, its control tokens, and the number of its tokens."""
+    """``json`` the fast tokenizer as text, with NEO's tokens; ``ids`` its control tokens; ``size`` in tokens."""
 
     json: str
     ids: SpecialIds
@@ -27,15 +27,15 @@ class TokenizerParts:
 def load_parts(directory: str | Path) -> TokenizerParts:
     """Reads the tokenizer of a Hugging Face directory.
 
-    transformers takes memory for the whole run, so a process that ends reads the directory; where it is loaded
-    already, this process does.
+    transformers would take memory for the rest of the run, so another process reads the directory and ends; if this
+    process has imported transformers already, it reads the directory itself.
 
     Raises:
         DataError: as `load_tokenizer`.
     """
     if "transformers" in sys.modules:
         return _load(directory)
-    # In a session of its own: Ctrl-C is for this process, which then ends that one. Its input ends with this process.
+    # In a session of its own: only this process gets Ctrl-C, and then ends that one. Its input ends with this process.
     command = [sys.executable, "-m", __name__, str(directory)]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     with reader:
@@ -45,7 +45,7 @@ def load_parts(directory: str | Path) -> TokenizerParts:
             reader.kill()
             raise
     if reader.returncode:
-        raise DataError(f"the tokenizer of {directory} cannot be read; what its library says stands above")
+        raise DataError(f"the tokenizer in {directory} cannot be read; see the output of its library above")
     answer = json.loads(printed)
     if "error" in answer:
         raise DataError(answer["error"])
@@ -58,15 +58,15 @@ def _load(directory: str | Path) -> TokenizerParts:
 
 
 def _end_with_input() -> None:
-    """The process that reads the answer may be ended by a signal at any moment."""
-    os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock Python waits for at its end
+    """Ends this process with the one that reads its answer, which a signal may end at any moment."""
+    os.read(sys.stdin.fileno(), 1)  # unbuffered: at its end Python would wait for the lock of a buffer
     os._exit(1)
 
 
 def _main() -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
-    # A tokenizer needs no torch, whose import takes four seconds; transformers takes it for not installed, and would
-    # warn of what one cannot do without it.
+    # A tokenizer needs no torch, whose import takes four seconds. With None transformers considers it not installed,
+    # and would warn about that.
     sys.modules["torch"] = None
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     try:

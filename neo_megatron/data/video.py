@@ -1,7 +1,7 @@
-"""Video files -> the frames shown at given times, with PyAV (extra ``video``), imported when the first video is met.
+"""Reads the frames that a video shows at given times, with PyAV (extra ``video``), which the first video imports.
 
-A video is read twice: without decoding, to know from its packets how long it is and not from what its header claims;
-then decoded as far as the last frame that is wanted.
+A video is read twice: first without decoding, because its length is taken from its packets, not from the claim of its
+header; then it is decoded up to the last frame that is needed.
 """
 
 import io
@@ -25,12 +25,12 @@ MAX_FILE_BYTES = 8 << 30
 MAX_FRAME_PIXELS = 1 << 25
 # 36 minutes at 30 frames a second, of 1920 x 1080 pixels.
 MAX_FRAMES, MAX_VIDEO_PIXELS = 1 << 16, 1 << 37
-# Packets of all streams, and times that FFmpeg reads or seeks to look at a file once: of 8 GiB in pieces of 32 KiB, or
-# of frames and sound that lie far apart, it does so 400,000 times; of millions of empty boxes it would for hours.
+# Packets of all streams, and reads or seeks of FFmpeg in one pass over a file. 8 GiB in pieces of 32 KiB, or frames and
+# sound that lie far apart, take 400,000 of them; millions of empty boxes would take hours.
 MAX_PACKETS, MAX_ACCESSES = 1 << 20, 1 << 20
 
-# Bytes near the start of a file (at which offset) -> FFmpeg's reader for it. None of these opens other files or
-# addresses, as readers of playlists do; FFmpeg is not left to choose.
+# (offset, bytes near the start of a file, FFmpeg's demuxer for it). FFmpeg does not choose: these demuxers do not open
+# other files or addresses, as those of playlists do.
 _READERS = (
     *((4, mark, "mov") for mark in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")),
     (0, b"\x1aE\xdf\xa3", "matroska"),
@@ -40,9 +40,9 @@ _READERS = (
     (188, b"G", "mpegts"),
 )
 FORMATS = ("MP4", "MOV", "MKV", "WebM", "AVI", "MPEG", "GIF")
-# No other file or address is opened, and sizes are checked before memory is taken.
+# FFmpeg opens no other file or address, and checks sizes before it allocates memory.
 OPTIONS = {"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS)}
-# Seconds by which the times in an unbroken file may differ: headers are rounded, and some packets show no frame.
+# Seconds by which times in an intact file may differ: headers are rounded, and some packets show no frame.
 _TOLERANCE = Fraction(1, 2)
 
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -50,9 +50,12 @@ _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and the times at which it is looked at, ascending, in seconds since its first frame.
+    """A video file and the times of the frames that are taken from it.
 
-    ``last`` is the time of its last packet.
+    Args:
+        path: of the file.
+        times: ascending, in seconds since the first frame.
+        last: time of the last packet, in seconds.
     """
 
     path: str
@@ -61,12 +64,13 @@ class Clip:
 
 
 def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
-    """Chooses the times: 0, 1/fps, 2/fps, ... to the end of the video; where that is more than ``max_frames``, as many
-    evenly spaced from the first frame to the last.
+    """Chooses the times of frames: 0, 1/fps, 2/fps, ... to the end of the video.
+
+    If that is more than ``max_frames``, so many are evenly spaced from the first frame to the last.
 
     Raises:
-        RejectedSample: for a video that is missing, broken or too large.
-        DataError: where PyAV is not installed.
+        RejectedSample: the video is missing, broken or too large.
+        DataError: PyAV is not installed.
     """
     with _open(path) as (container, stream):
         last, end = _extent(container, stream, path)
@@ -78,10 +82,10 @@ def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
 
 
 def read_frames(clip: Clip) -> Iterator[Image.Image]:
-    """For each time of a clip the frame shown then: RGB, upright, with square pixels, transparency over white.
+    """The frame shown at each time of a clip: RGB, upright, with square pixels, transparency over white.
 
     Raises:
-        RejectedSample: where the video cannot be decoded as far as its last time.
+        RejectedSample: the video cannot be decoded up to its last time.
     """
     times = list(reversed(clip.times))
     with _open(clip.path) as (container, stream):
@@ -105,10 +109,10 @@ def read_frames(clip: Clip) -> Iterator[Image.Image]:
 
 
 def _extent(container: Any, stream: Any, path: str) -> tuple[Fraction, Fraction]:
-    """(time of the last packet, end of the video) in seconds since the first packet; checks what will be decoded."""
+    """(time of the last packet, end of the video) in seconds since the first packet; checks the size of the video."""
     _check_size(stream.codec_context.width, stream.codec_context.height, path)
     frames = packets = 0
-    spans: dict[int, list[Fraction]] = {}  # of each stream: its first and last time, and its end
+    spans: dict[int, list[Fraction]] = {}  # first time, last time and end of each stream
     for packet in container.demux():
         packets += 1
         if packets > MAX_PACKETS:
@@ -160,7 +164,7 @@ def _image(frame: Any, stream: Any, path: str) -> Image.Image:
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[Any, Any]]:
-    """(container, its video stream) of a local file that FFmpeg may read, and nothing besides it."""
+    """(container, its video stream) of a local file; FFmpeg cannot read anything else."""
     try:
         import av
     except ImportError as error:
@@ -177,17 +181,17 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
                     stream.codec_context.thread_count = 1  # one process is one worker
                     yield container, stream
             finally:
-                if file.is_exhausted:  # the reason of whatever else is said
+                if file.is_exhausted:  # the cause of any other error
                     raise _unreadable(path, f"FFmpeg reads or seeks in it over {MAX_ACCESSES} times to find its frames")
     except (RejectedSample, DataError):
         raise
-    # Bytes of strangers make FFmpeg and PyAV raise many types; each means that this video cannot be shown.
+    # Untrusted bytes make FFmpeg and PyAV raise many types; each means that this video cannot be decoded.
     except Exception as error:
         raise _unreadable(path, getattr(error, "strerror", None) or type(error).__name__) from error
 
 
 class _CountedFile(io.FileIO):
-    """A file that FFmpeg may read and seek in so many times; then it seems to end, which FFmpeg does not ignore."""
+    """A file with a limited number of reads and seeks; then it seems to end, which FFmpeg does not ignore."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, "rb")
@@ -195,6 +199,7 @@ class _CountedFile(io.FileIO):
 
     @property
     def is_exhausted(self) -> bool:
+        """Whether the limit is passed."""
         return self._accesses > MAX_ACCESSES
 
     def read(self, size: int | None = -1) -> bytes:
@@ -210,7 +215,7 @@ def _regular_file(path: str) -> _CountedFile:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is no regular file")
+            raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise _unreadable(path, f"it has over {MAX_FILE_BYTES >> 30} GiB; cut it into clips")
         return _CountedFile(path)

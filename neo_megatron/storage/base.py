@@ -1,4 +1,4 @@
-"""Where a data set lies: a directory of the local disk, or a prefix in object storage, behind one interface."""
+"""The interface for reading a data set from a local directory or object storage, and its local implementation."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ _SCHEMES = ("s3://", "msc://")
 
 
 class Content(Protocol):
-    """The bytes of one file. A mapped file is an array, which is this too."""
+    """The bytes of one file, sliced like an array; a mapped file is an array."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +25,7 @@ class Content(Protocol):
 
 
 class Range(NamedTuple):
-    """``size`` bytes of a file from ``offset`` on."""
+    """``size`` bytes of a file, from ``offset`` on."""
 
     content: Content
     offset: int
@@ -33,28 +33,32 @@ class Range(NamedTuple):
 
 
 class Directory(Protocol):
-    """A flat directory of files that are never changed once its manifest is there."""
+    """A flat directory of files that never change once its manifest exists.
+
+    Attributes:
+        location: its path or address.
+    """
 
     location: str
 
     def read(self, name: str) -> bytes:
-        """A whole small file. Raises DataError where it is not there."""
+        """The bytes of a small file. Raises DataError if it is missing."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or ``None`` where it is not there."""
+        """The size of a file in bytes, ``None`` if it is missing."""
         ...
 
     def local(self, name: str) -> Path:
-        """A whole file on the local disk. Raises DataError where it is not a regular file that is there."""
+        """The path of a complete file on the local disk. Raises DataError if it is not an existing regular file."""
         ...
 
     def map(self, name: str, size: int | None = None) -> np.ndarray:
-        """A whole file as uint8 [n], mapped. Raises DataError where it is not ``size`` bytes long."""
+        """A complete mapped file, uint8 [n]. Raises DataError if it does not have ``size`` bytes."""
         ...
 
     def open(self, name: str, size: int) -> Content:
-        """A file of which parts are wanted: mapped on the local disk, requested part by part elsewhere."""
+        """A file of which parts are read: mapped on the local disk, requested part by part from object storage."""
         ...
 
     def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
@@ -62,16 +66,16 @@ class Directory(Protocol):
         ...
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[np.ndarray]:
-        """Parts of files that ``open`` returned, uint8 [size] each; those that need requests all at the same time."""
+        """Parts of files that ``open`` returned, uint8 [size] each; requests are concurrent."""
         ...
 
     def prepare(self, files: Iterable[tuple[str, int]]) -> None:
-        """Brings files of the given names and sizes to the local disk, all at once, so that ``map`` need not wait."""
+        """Fetches files of the given names and sizes to the local disk concurrently, so that ``map`` need not wait."""
         ...
 
 
 class LocalDirectory:
-    """A directory of the local disk, or of a mounted file system. All that is read are views of mapped files."""
+    """A directory of the local disk or of a mounted file system; all arrays are views of mapped files."""
 
     def __init__(self, location: str | Path) -> None:
         self.location = str(location)
@@ -109,11 +113,12 @@ class LocalDirectory:
 
 
 def is_remote(location: str | Path) -> bool:
+    """Whether a location is an address of object storage."""
     return isinstance(location, str) and location.startswith(_SCHEMES)
 
 
 def join(location: str | Path, relative: str) -> str:
-    """The place that ``relative`` names as seen from ``location``, both for local paths and for object storage.
+    """Resolves a path relative to a location, for local paths and for object storage.
 
     Raises:
         DataError: it leads out of the bucket.
@@ -124,16 +129,17 @@ def join(location: str | Path, relative: str) -> str:
     joined = posixpath.normpath(posixpath.join(path, relative))
     if joined.split("/")[0] != path.split("/")[0]:
         raise DataError(
-            f"{relative} leads out of the bucket of {location}; pack where the shards lie next to the packs"
+            f"{relative} leads out of the bucket of {location}; pack with the shards in a directory next to the packs, "
+            "and upload both"
         )
     return f"{scheme}://{joined}"
 
 
 def regular_file(path: str) -> os.stat_result:
-    """What the file system says of a file of a data set. To open a FIFO could take for ever, and a device does things.
+    """The status of a file of a data set, which must be a regular file: opening a FIFO could block forever.
 
     Raises:
-        DataError: it is missing, a link to nothing, a directory, or not a regular file.
+        DataError: it is missing, a broken link, or not a regular file.
     """
     try:
         status = os.stat(path)
@@ -147,10 +153,10 @@ def regular_file(path: str) -> os.stat_result:
 
 
 def map_file(path: str | Path) -> np.ndarray:
-    """A file as uint8 [n]; the map lives as long as a view of it."""
+    """A mapped file, uint8 [n]; the map exists as long as any view of it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # An empty file cannot be mapped; a shard without an image has one.
+        # An empty file, which a shard without images has, cannot be mapped.
         if not os.fstat(descriptor).st_size:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
@@ -159,11 +165,11 @@ def map_file(path: str | Path) -> np.ndarray:
 
 
 def read_ahead(mapped: np.ndarray, rows: np.ndarray) -> None:
-    """Asks for the pages of some rows of a mapped array all at once, in place of waiting for the disk at each of them.
+    """Requests the pages of some rows of a mapped array at once, instead of waiting for the disk at each of them.
 
     Args:
-        mapped: an array that views a file of `map_file`.
-        rows: int [n], numbers of rows.
+        mapped: an array, or a view of one, that `map_file` returned; other arrays are ignored.
+        rows: int [n], indices of rows.
     """
     source: object = mapped
     while isinstance(source, np.ndarray | memoryview):
@@ -171,6 +177,6 @@ def read_ahead(mapped: np.ndarray, rows: np.ndarray) -> None:
     if not isinstance(source, mmap.mmap):
         return
     first = mapped.ctypes.data - np.frombuffer(source, np.uint8).ctypes.data
-    source.madvise(mmap.MADV_RANDOM)  # what lies around a row is of no use
+    source.madvise(mmap.MADV_RANDOM)  # pages around a row are not needed
     for page in np.unique((first + rows * mapped.itemsize) // mmap.PAGESIZE).tolist():
         source.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)

@@ -1,13 +1,13 @@
-"""Requests to object storage: configured, concurrent, repeated while the server fails, and ended by one sentence.
+"""Sends requests to object storage: concurrently, retried while the server fails, with one message if they fail.
 
-They go through ``multi-storage-client``, the library that Megatron and Energon use, and are configured as it documents:
-by ``AWS_*`` variables, or by its configuration file. The variables below set what it leaves open.
+They use ``multi-storage-client``, the library that Megatron and Energon use, and are configured as it documents: by
+``AWS_*`` variables, or by its configuration file. The variables below add to that.
 
 =============================  ==========================  =========================================================
-``NEO_CACHE_DIR``              ~/.cache/neo-megatron       where whole files (manifests, indices, packs) are kept
-``NEO_CACHE_GB``               64                          how much of them; those used longest ago go first
-``NEO_STORAGE_CONNECTIONS``    32                          requests at the same time, per process
-``NEO_STORAGE_RETRY_SECONDS``  300                         how long a failing request is repeated
+``NEO_CACHE_DIR``              ~/.cache/neo-megatron       cache of complete files (manifests, indices, packs)
+``NEO_CACHE_GB``               64                          its size in GB; least recently used files are removed
+``NEO_STORAGE_CONNECTIONS``    32                          concurrent requests of a process
+``NEO_STORAGE_RETRY_SECONDS``  300                         seconds for which a failing request is retried
 ``NEO_STORAGE_TIMEOUT``        20                          seconds to wait for a connection, and for the next byte; a
                                                            profile of the configuration file has its own
 =============================  ==========================  =========================================================
@@ -27,24 +27,32 @@ from neo_megatron.errors import DataError
 from neo_megatron.packages import install
 from neo_megatron.storage.file_cache import FileCache
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a repetition
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry
 _REMEDY = "once the server answers again, start the run again: it continues from its checkpoint"
 _log = logging.getLogger(__name__)
 
 
 class MissingObject(DataError):
-    """There is no object of that name."""
+    """An object does not exist."""
 
 
 class Connection:
-    """What one process needs to talk to object storage."""
+    """The cache, threads and clients with which one process reads from object storage.
+
+    Attributes:
+        cache: of complete files.
+        connections: concurrent requests.
+
+    Raises:
+        DataError: multi-storage-client is not installed, or a variable is not a number above 0.
+    """
 
     def __init__(self) -> None:
         try:
             from multistorageclient.types import RetryableError
         except ImportError as error:
             raise DataError(f"object storage needs multi-storage-client: {install('multistorageclient')}") from error
-        # What the library raises when a request fails; anything else is a mistake in a program.
+        # Raised by the library when a request fails; anything else is a bug.
         self._failures = (RetryableError, RuntimeError, OSError)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = Path(os.environ.get("NEO_CACHE_DIR") or home / "neo-megatron")
@@ -56,19 +64,19 @@ class Connection:
         self._clients: dict[str, Any] = {}
 
     def read(self, url: str, offset: int, size: int) -> bytes:
-        """One request for part of an object; fewer bytes come where it is shorter."""
+        """Requests part of an object; returns fewer bytes if it is shorter."""
         from multistorageclient.types import Range
 
         client, path = self._client(url)
         return client.read(path, byte_range=Range(offset, size))
 
     def information(self, url: str) -> Any:
-        """One request for ``content_length``, ``etag`` and ``last_modified``."""
+        """Requests ``content_length``, ``etag`` and ``last_modified`` of an object."""
         client, path = self._client(url)
         return client.info(path, strict=False)  # strict would list the prefix, which needs another permission
 
     def map[Item, Result](self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """``work`` for all items at the same time. After a failure, returns when nothing is at work any more."""
+        """Runs ``work`` for all items concurrently. After a failure it waits for those that are running, and raises."""
         if len(items) <= 1:
             return [work(item) for item in items]
         futures = [self._threads.submit(work, item) for item in items]
@@ -80,11 +88,11 @@ class Connection:
             wait(futures)
 
     def repeat[Result](self, request: Callable[[], Result], url: str) -> Result:
-        """The result of a request, which is repeated with growing pauses while the server fails.
+        """The result of a request, which is retried with growing pauses while the server fails.
 
         Raises:
-            MissingObject: there is no such object.
-            DataError: repeating cannot help, or has not helped.
+            MissingObject: the object does not exist.
+            DataError: retrying cannot help or has not helped.
         """
         start, pause, attempts = time.monotonic(), _FIRST_WAIT, 0
         while True:
@@ -100,11 +108,11 @@ class Connection:
                         f"{waited:.0f} seconds; {_REMEDY}"
                     ) from error
                 _log.warning("%s: %s; trying again in %.1f seconds", url, _reason(error), pause)
-            time.sleep(pause * random.uniform(0.5, 1))  # many processes fail together and should not return together
+            time.sleep(pause * random.uniform(0.5, 1))  # processes that fail at the same time should retry apart
             pause = min(2 * pause, _LONGEST_WAIT)
 
     def _client(self, url: str) -> tuple[Any, str]:
-        """The library's client for the bucket or profile of a URL, and the path that the client knows the object by."""
+        """The library's client for the bucket or profile of a URL, and the object's path for that client."""
         scheme, path = url.split("://", 1)
         place = f"{scheme}://{path.split('/')[0]}"
         if place not in self._clients:
@@ -113,7 +121,7 @@ class Connection:
         return client, prefix + path.partition("/")[2]
 
     def _open_client(self, place: str) -> tuple[Any, str]:
-        """Of ``s3://bucket`` or ``msc://profile``: the client, and the path of the bucket's root within it."""
+        """The client for ``s3://bucket`` or ``msc://profile``, and the path of the bucket's root for it."""
         import multistorageclient
         from multistorageclient import StorageClient, StorageClientConfig
 
@@ -134,7 +142,7 @@ class Connection:
             ) from error
 
     def _profile(self, bucket: str) -> dict[str, Any]:
-        """The library's own waits 60 seconds three times three times; repeating is done here, in one place."""
+        """A profile without retries, which are done here; the default would wait 3 x 3 times 60 seconds."""
         options = {
             "base_path": bucket,
             "connect_timeout": self._timeout,
@@ -146,7 +154,7 @@ class Connection:
 
 
 def connection() -> Connection:
-    """That of this process: neither threads nor sockets survive a fork."""
+    """The connection of this process; another one after a fork, which neither threads nor sockets survive."""
     return _connection_of(os.getpid())
 
 
@@ -167,6 +175,7 @@ def _setting(name: str, default: float) -> float:
 
 
 def _raise_if_permanent(error: Exception, url: str) -> None:
+    """Raises DataError for a failure that retrying cannot remedy."""
     place = "/".join(url.split("/")[:3])
     status, code = _answer(error)
     if code == "NoSuchBucket":
@@ -195,7 +204,7 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """An error, and those that it was raised from: the library wraps what botocore raises."""
+    """An error and its causes, as the library wraps errors of botocore."""
     causes = []
     while error is not None:
         causes.append(error)
@@ -204,7 +213,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _answer(error: Exception) -> tuple[int | None, str]:
-    """HTTP status and error code that the server gave, where it gave an answer."""
+    """HTTP status and error code of the server's answer; (``None``, "") without an answer."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
@@ -214,7 +223,7 @@ def _answer(error: Exception) -> tuple[int | None, str]:
 
 
 def _reason(error: Exception) -> str:
-    """What happened, in the words of whoever noticed it first."""
+    """The reason of a failure: the server's answer, else the message of botocore, else that of the library."""
     status, code = _answer(error)
     if status:
         return f"the server answers {status}" + (f" ({code})" if code and code != str(status) else "")

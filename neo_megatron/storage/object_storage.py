@@ -1,4 +1,4 @@
-"""A prefix in object storage as a directory: whole files through a cache, parts of files by range requests."""
+"""A directory in object storage: complete files are read through a cache, parts of files by range requests."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ from neo_megatron.errors import DataError
 from neo_megatron.storage.base import MANIFEST, Range, map_file
 from neo_megatron.storage.object_requests import MissingObject, connection
 
-_CHUNK = 8 << 20  # bytes of a request, where a file is fetched whole
-_GAP = 1 << 16  # bytes between two ranges up to which one request for both costs less than two
-_LARGE = 256 << 20  # bytes from which on fetching whole files shows its progress
-_MOST_FILES = 256  # that are fetched at the same time: each is an open file
+_CHUNK = 8 << 20  # bytes of a request when a complete file is fetched
+_GAP = 1 << 16  # bytes: up to such a gap, one request for two ranges costs less than two
+_LARGE = 256 << 20  # bytes from which fetching shows a progress bar
+_MOST_FILES = 256  # fetched at the same time, each of which is an open file
 
 
 class ObjectFile:
-    """One object, of which slices are requested."""
+    """One object, whose slices are requested on access."""
 
     def __init__(self, directory: "ObjectDirectory", name: str, size: int) -> None:
         self._directory, self.name, self._size = directory, name, size
@@ -35,7 +35,7 @@ class ObjectFile:
 
 
 class ObjectDirectory:
-    """See ``storage.Directory``. It holds names alone, so it can be sent to another process, or survive a fork.
+    """A `storage.base.Directory`. It holds only names, so it can be pickled and survives a fork.
 
     Args:
         location: ``s3://bucket/prefix`` or ``msc://profile/prefix``.
@@ -53,7 +53,7 @@ class ObjectDirectory:
             return self._information(name).content_length
         except MissingObject:
             with suppress(MissingObject):
-                self._request(name, 0, 1)  # the answer to this tells a missing bucket from a missing object
+                self._request(name, 0, 1)  # its answer tells a missing bucket from a missing object
             return None
 
     def local(self, name: str) -> Path:
@@ -66,7 +66,9 @@ class ObjectDirectory:
                 if size is None or len(array) == size:
                     return array
                 connection().cache.discard(self._key(name))
-        raise DataError(f"{self._url(name)} does not stay in {connection().cache.directory}; raise NEO_CACHE_GB")
+        raise DataError(
+            f"{self._url(name)} does not stay in the cache {connection().cache.directory}; raise NEO_CACHE_GB"
+        )
 
     def open(self, name: str, size: int) -> ObjectFile:
         return ObjectFile(self, name, size)
@@ -92,7 +94,7 @@ class ObjectDirectory:
         cache = connection().cache
         missing = sorted({(self._key(name), name, size) for name, size in files if not cache.find(self._key(name))})
         while missing:
-            # Together they must fit next to what other processes are fetching.
+            # Together they must fit into the cache with the files that other processes are fetching.
             count, total = 1, missing[0][2]
             while count < min(len(missing), _MOST_FILES) and total + missing[count][2] <= cache.limit // 8:
                 total += missing[count][2]
@@ -101,7 +103,7 @@ class ObjectDirectory:
             missing = missing[count:]
 
     def _fetch(self, files: Sequence[tuple[str, str, int]]) -> None:
-        """Brings (key, name, size) into the cache."""
+        """Fetches files, given as (key, name, size), into the cache."""
         with ExitStack() as stack:
             chunks: list[_Chunk] = []
             for key, name, size in files:
@@ -119,7 +121,7 @@ class ObjectDirectory:
         return chunk.size
 
     def _request(self, name: str, offset: int, size: int, ends: bool = False) -> np.ndarray:
-        """Part of an object; where it ``ends`` there, a longer object is an error too."""
+        """Part of an object; if it ``ends`` there, a longer object is an error too."""
         if not size:
             return np.empty(0, np.uint8)
 
@@ -135,7 +137,7 @@ class ObjectDirectory:
         return connection().repeat(read, self._url(name))
 
     def _information(self, name: str) -> Any:
-        """Size and ETag. Raises MissingObject where it is not there."""
+        """Size and ETag of an object. Raises MissingObject if it does not exist."""
         url = self._url(name)
         found = connection().repeat(lambda: connection().information(url), url)
         if name == MANIFEST:
@@ -150,7 +152,7 @@ class ObjectDirectory:
         return path
 
     def _key(self, name: str) -> str:
-        """The manifest names all files and is written last, so a file is the same while its manifest is."""
+        """The key of a file in the cache, with the version of the manifest: it lists all files and is written last."""
         if not self._version:
             self._information(MANIFEST)
         digest = hashlib.sha256(f"{self.location} {self._version}".encode()).hexdigest()[:32]
@@ -161,7 +163,7 @@ class ObjectDirectory:
 
 
 class _Chunk(NamedTuple):
-    """A part of a file that is fetched whole."""
+    """A part of a file that is fetched completely."""
 
     file: BinaryIO
     name: str
@@ -171,7 +173,7 @@ class _Chunk(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Bytes that one request brings, and the numbers of the ranges that lie in them."""
+    """The bytes of one request, and the numbers of the ranges within them."""
 
     file: ObjectFile
     start: int
@@ -180,7 +182,7 @@ class _Wanted(NamedTuple):
 
 
 def _merged(ranges: Sequence[Range]) -> list[_Wanted]:
-    """Requests that bring all ranges which are not mapped; neighbours in a file share one."""
+    """Requests for all ranges that are not mapped; neighbouring ranges of a file share one."""
     merged: list[_Wanted] = []
     of_objects = [
         (part.content, part.offset, part.size, number)

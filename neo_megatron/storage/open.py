@@ -1,6 +1,6 @@
 """Opens a location: a path of the local disk, or an address of object storage.
 
-Nothing of object storage is imported before such a location is opened; see ``object_storage.py``.
+Modules for object storage are imported only when such an address is opened.
 """
 
 from pathlib import Path

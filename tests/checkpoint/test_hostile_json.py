@@ -30,7 +30,7 @@ def test_broken_json_is_refused_in_one_sentence(text, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: not JSON .*: copy or download it again"):
         read_json(tmp_path / "config.json")
     for read in (ShardSet, verify):
-        with pytest.raises(DataError, match=r"manifest\.json is damaged .*; write the data set again"):
+        with pytest.raises(DataError, match=r"manifest\.json is damaged .* write the data set again"):
             read(str(tmp_path))
     (tmp_path / "manifest.json").unlink()
     assert kind_of(tmp_path) is Kind.OTHER_MODEL

@@ -21,7 +21,7 @@ def test_only_one_process_writes_an_output(tmp_path):
     output = tmp_path / "out"
     with output_directory(output) as partial:
         (partial / "weights").write_text("1")
-        with pytest.raises(DataError, match=f"another run is writing to {output}; wait for its end"):
+        with pytest.raises(DataError, match=f"another run is writing to {output}; wait until it ends"):
             write(output, "other")
     assert [path.name for path in output.iterdir()] == ["weights"]
     with pytest.raises(ValueError, match="exists already"):

@@ -112,7 +112,7 @@ def test_the_wheel_runs_outside_the_checkout(installed, tmp_path):
     tokenizer = ("--tokenizer", GOLDEN / "tokenizer")
     call("preprocess", "--input", "train.json", "--image-root", GOLDEN, *tokenizer, "--output", "shards", *pixels)
     call("pack", "--data", "shards", "--output", "packs", "--seq-length", 192)
-    assert "is whole" in call("verify-data", "--data", "packs")
+    assert "is intact" in call("verify-data", "--data", "packs")
     call("inspect", "--packs", "packs", *tokenizer, "--output", "page.html")
     assert "<canvas" in (tmp_path / "page.html").read_text() or "<img" in (tmp_path / "page.html").read_text()
     call("convert", "hf-to-megatron", "--hf", GOLDEN / "ckpt_untied", "--output", "start")

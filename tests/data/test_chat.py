@@ -135,5 +135,5 @@ def test_fingerprint_sees_what_changes_ids(neo):
 
 
 def test_a_directory_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="does not hold a tokenizer"):
         load_tokenizer(tmp_path)

@@ -246,7 +246,7 @@ def test_the_cache_keeps_its_bound(local, remote, settings, tmp_path):
             assert sum(path.stat().st_size for path in files) <= size * 0.7
     assert values(first) == expected[:1]  # its files may be gone by now
     settings(NEO_CACHE_GB=1000 / 1e9)
-    with pytest.raises(DataError, match=r"manifest\.json has .* more than the cache .* raise NEO_CACHE_GB"):
+    with pytest.raises(DataError, match=r"manifest\.json has .* more than the .* of the cache .* raise NEO_CACHE_GB"):
         ShardSet(remote)
 
 

@@ -1,8 +1,8 @@
-"""The packs of one global batch -> data-parallel ranks, so that every rank has about the same work.
+"""Deals the packs of one global batch to data-parallel ranks so that every rank has about the same work.
 
-Packs of one length cost different amounts: attention works on the sum over documents of tokens squared, the patch
-embedding on the image tokens. A step takes as long as the rank with the most, so packs are redistributed within
-each global batch. Which packs a batch holds, and with it the loss, stays as it is.
+Packs of one length differ in cost: attention works on the sum over documents of tokens squared, the patch embedding on
+the image tokens. A step takes as long as the rank with the most work, so packs are redistributed within each global
+batch. The packs of a batch, and with them the loss, stay the same.
 """
 
 import numpy as np
@@ -11,16 +11,17 @@ _SWAPS = 64
 
 
 def balanced_order(costs: np.ndarray, ranks: int, micro_batch_size: int) -> np.ndarray:
-    """The order in which a global batch is read, for even ranks: int64 [packs].
+    """The order in which to read a global batch so that ranks have about the same work: int64 [packs].
 
     Args:
-        costs: [packs, kinds] of work, of any units; each kind counts relative to its mean.
+        costs: [packs, kinds], work of several kinds in any units; each kind is weighed relative to its mean.
         ranks: data-parallel ranks. Megatron's sampler gives each in turn ``micro_batch_size`` consecutive packs;
             ``packs`` is a multiple of ``ranks * micro_batch_size``.
+        micro_batch_size: packs.
     """
     packs = len(costs)
     if ranks == 1 or packs <= ranks:
-        return np.arange(packs)  # nothing to choose: the order within a rank costs the same
+        return np.arange(packs)  # no choice: any order within a rank costs the same
     relative = costs / np.maximum(costs.mean(axis=0), 1)
     members = _deal(relative, ranks)
     _swap(relative, members)
@@ -29,14 +30,14 @@ def balanced_order(costs: np.ndarray, ranks: int, micro_batch_size: int) -> np.n
 
 
 def imbalance(costs: np.ndarray, ranks: int, micro_batch_size: int) -> np.ndarray:
-    """Largest over mean of the ranks' work, of each kind, for packs in the order in which they are read: [kinds]."""
+    """Largest-to-mean ratio of the ranks' work for packs in the order in which they are read: float64 [kinds]."""
     kinds = costs.shape[1]
     work = costs.reshape(-1, ranks, micro_batch_size, kinds).sum(axis=(0, 2), dtype=np.float64)
     return work.max(axis=0) / np.maximum(work.mean(axis=0), 1e-300)
 
 
 def _deal(relative: np.ndarray, ranks: int) -> np.ndarray:
-    """Costly packs first, each to the rank whose larger kind of work stays least: int64 [ranks, packs / ranks]."""
+    """Deals costly packs first, each to the rank whose dominant work stays smallest: int64 [ranks, packs / ranks]."""
     each = len(relative) // ranks
     load = np.zeros((ranks, relative.shape[1]))
     taken = np.zeros(ranks, np.int64)
@@ -52,11 +53,11 @@ def _deal(relative: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def _swap(relative: np.ndarray, members: np.ndarray) -> None:
-    """Exchanges packs between the rank with the most and the one with the least work while that evens them."""
+    """Swaps packs between the ranks with the most and the least work while that makes them more equal."""
     load = relative[members].sum(axis=1)
     for _ in range(_SWAPS):
         most, least = int(load.max(axis=1).argmax()), int(load.sum(axis=1).argmin())
-        # [packs of least, packs of most, kinds]: what the exchange of two packs adds to `most`
+        # [packs of least, packs of most, kinds]: work that swapping two packs adds to `most`
         change = relative[members[least]][:, None] - relative[members[most]][None]
         larger = np.maximum((load[most] + change).max(axis=-1), (load[least] - change).max(axis=-1))
         theirs, ours = np.unravel_index(int(larger.argmin()), larger.shape)

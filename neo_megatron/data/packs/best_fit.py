@@ -1,7 +1,7 @@
-"""A histogram of lengths -> patterns of packs.
+"""Best-fit packing on a histogram of lengths, which gives patterns of packs.
 
 Lengths are small integers, so the search works on their histogram (Krell et al. 2021, arXiv 2107.02027): its cost does
-not grow with the number of samples. Which samples fill a pattern is redrawn in every epoch: `pack_index.py`.
+not grow with the number of samples. The samples that fill a pattern are redrawn in every epoch, see `index.py`.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Pattern:
-    """``packs`` packs that hold the same lengths; ``runs`` are (length, how many of it) in one of them."""
+    """``packs`` packs that hold the same lengths; ``runs`` are (length, number of units of it) in one of them."""
 
     packs: int
     runs: tuple[tuple[int, int], ...]
 
 
 def best_fit(histogram: np.ndarray) -> list[Pattern]:
-    """Longest first, each into the fullest pack that still takes it, a whole class of equal packs at a time.
+    """Packs the longest units first, each into the fullest pack with room for it; equal packs are filled together.
 
     Args:
-        histogram: int64 [capacity + 1], how many units have each length; none has length 0.
+        histogram: int64 [capacity + 1], number of units of each length; there are no units of length 0.
     """
     capacity = len(histogram) - 1
-    # classes[room]: packs that are alike and have that much room left; has_room marks those that are not empty.
+    # classes[room]: patterns whose packs have so many tokens of room left; has_room marks rooms that have patterns.
     classes: list[list[Pattern]] = [[] for _ in range(capacity + 1)]
     has_room = bytearray(capacity + 1)
     for length in np.flatnonzero(histogram)[::-1].tolist():
@@ -43,7 +43,7 @@ def best_fit(histogram: np.ndarray) -> list[Pattern]:
 def _fill(
     pattern: Pattern, room: int, length: int, left: int, classes: list[list[Pattern]], has_room: bytearray
 ) -> int:
-    """Puts up to ``left`` units into the packs of a pattern, filling one before the next; how many it took."""
+    """Puts up to ``left`` units into the packs of a pattern, filling one before the next; returns how many fit."""
     times = room // length
     full, rest = divmod(min(left, pattern.packs * times), times)
     for packs, count in ((full, times), (1 if rest else 0, rest), (pattern.packs - full - bool(rest), 0)):

@@ -1,12 +1,12 @@
-"""The split into training and held-out records, by the image and video files that records share.
+"""Splits records into training and held-out records so that no image or video file is on both sides.
 
-Records are nodes of a graph, with an edge where two records use the same file. A connected component is never divided,
-so no file is on both sides. A component is drawn by a hash of its smallest file identity; a record without media is a
-component of its own, drawn by the hash of its text. The result depends on the set of records alone, not on their order,
-the number of shards or of workers.
+Records are the nodes of a graph; two records that use the same file are connected by an edge. A connected component is
+never divided. It is drawn by a hash of its smallest file identity; a record without media is a component of its own,
+drawn by the hash of its text. The result depends on the set of records alone, not on their order, nor on the number of
+shards or workers.
 
 Only records with several files link components, so only their identities are held in memory. A record with one file
-that no such record uses needs nothing but its own row.
+that is not used by any of them needs only its own row.
 """
 
 import math
@@ -27,7 +27,7 @@ _BUCKET_BITS = 16
 
 @dataclass(frozen=True)
 class _Links:
-    """Components that several-file records connect.
+    """Components that are connected by records with several files.
 
     Args:
         files: uint64 [F], identities of their files, ascending.
@@ -38,7 +38,7 @@ class _Links:
     component: np.ndarray
 
     def find(self, files: np.ndarray) -> np.ndarray:
-        """int64 [n]: index in ``files`` of the component's smallest identity, -1 for a file that links nothing."""
+        """Index in ``files`` of the smallest identity of the component, -1 for a file that links nothing: int64 [n]."""
         if not len(self.files):
             return np.full(len(files), -1)
         places = np.minimum(np.searchsorted(self.files, files), len(self.files) - 1)
@@ -46,10 +46,10 @@ class _Links:
 
 
 class Split:
-    """Which records of several data sets are held out.
+    """The held-out records of several data sets.
 
     A component with more records than the held-out part is to have stays in training, and the others are drawn with a
-    probability that is raised accordingly, so that the part still comes close to ``share`` of all records.
+    correspondingly higher probability, so that the part still comes close to ``share`` of all records.
 
     Args:
         sets: all data sets that are packed together.
@@ -57,8 +57,8 @@ class Split:
         by: a file is identified by its resolved path, or by its content.
 
     Attributes:
-        records: records of all data sets.
-        linked: those that share a component with a record of several files.
+        records: number of records of all data sets.
+        linked: records that share a component with a record of several files.
         largest: records of the largest such component.
         kept: records of the components that are too large to hold out.
 
@@ -70,8 +70,8 @@ class Split:
         for shards in sets:
             if shards.version < 3:
                 raise DataError(
-                    f"{shards.location} does not say which image files its samples use (shard format "
-                    f"{shards.version}), so none can be held out of it; preprocess it again, or pack without --held-out"
+                    f"{shards.location} does not list the image files of its samples (shard format {shards.version}), "
+                    "so no records of it can be held out; preprocess it again, or pack without --held-out"
                 )
         self._by = by
         self._links = _Links(*_connect(*_edges(sets, by)))
@@ -88,17 +88,17 @@ class Split:
         self.largest = int(sizes.max(initial=0))
         self._too_large, self.kept = self._find_too_large(sets, buckets, math.ceil(share * self.records))
         others = self.records - self.kept
-        # At most all others: the part may be smaller than asked, never larger by more than the draw.
+        # At most all others: the part may be smaller than asked for, but exceeds it only by the variance of the draw.
         self._limit = min(int(share * self.records / others * 2**64), 2**64 - 1) if others else 0
 
     def held_samples(self, shard: Shard) -> np.ndarray:
-        """bool [samples of the shard]: whether each is held out; all samples of a record go together."""
+        """Whether each sample of a shard is held out, bool [samples]; samples of a record stay together."""
         draws, _ = self._draws(shard)
         held = (draws < np.uint64(self._limit)) & ~np.isin(draws, self._too_large)
         return np.repeat(held, np.diff(shard.tokens.documents))
 
     def report(self) -> dict[str, Any]:
-        """What a manifest says of the split."""
+        """The entry ``split`` of a manifest."""
         return {
             "by": self._by,
             "records": self.records,
@@ -108,7 +108,7 @@ class Split:
         }
 
     def _draws(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-        """Of each record of a shard: uint64, evenly distributed and equal within a component; and `_Links.find`."""
+        """For each record of a shard: a draw, uint64, uniform and equal within a component; and `_Links.find`."""
         starts = np.asarray(shard.tokens.documents[:-1])
         # The sum is the sample's own number where a record has one sample.
         draws = np.add.reduceat(shard.samples["key"], starts)
@@ -119,7 +119,7 @@ class Split:
             components[records] = self._links.find(smallest)
             linked = components[records] >= 0
             smallest[linked] = self._links.files[components[records][linked]]
-            draws[records] = mix(smallest)  # mixed: the smallest of many is no even draw
+            draws[records] = mix(smallest)  # mixed, because the smallest of many is not uniform
         return draws, components
 
     def _find_too_large(self, sets: Sequence[ShardSet], buckets: np.ndarray, most: int) -> tuple[np.ndarray, int]:
@@ -144,14 +144,14 @@ def _shards(sets: Sequence[ShardSet]) -> Iterator[Shard]:
 
 
 def _files_of_records(shard: Shard, by: SplitBy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(records that have files, int64 [r]; where the files of each begin, int64 [r]; all files, uint64)."""
+    """(records with files, int64 [r]; index of the first file of each, int64 [r]; all files, uint64)."""
     owners = np.searchsorted(shard.tokens.documents, shard.media["sample"], side="right") - 1
     records, first = np.unique(owners, return_index=True)
     return records, first, shard.media[by]
 
 
 def _edges(sets: Sequence[ShardSet], by: SplitBy) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [E] each: the smallest file of each record with several, and each of its others."""
+    """Edges between the smallest file of each record with several files and its other files: uint64 [E] each."""
     ends: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
     for shard in _shards(sets):
         records, first, files = _files_of_records(shard, by)
@@ -165,8 +165,8 @@ def _edges(sets: Sequence[ShardSet], by: SplitBy) -> tuple[np.ndarray, np.ndarra
 def _connect(smaller: np.ndarray, larger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Connected components of a graph given by its edges: the arrays of `_Links`.
 
-    Each round hooks every root to the smallest root next to it and then flattens the trees (Shiloach and Vishkin 1982).
-    Identities are hashes, so their order is random and the rounds are few.
+    Each round hooks every root to the smallest adjacent root and then flattens the trees (Shiloach and Vishkin 1982).
+    Identities are hashes, so their order is random and few rounds are needed.
     """
     files = np.unique(np.concatenate([smaller, larger]))
     component = np.arange(len(files))

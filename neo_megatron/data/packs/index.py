@@ -1,9 +1,9 @@
-"""The packs of a data set for one sequence length, opened: which samples a pack holds, in any epoch, at random access.
+"""Opens the packs of a data set for one sequence length: the samples of any pack of any epoch, by random access.
 
-On disk are patterns (which lengths share a pack) and the units (what is packed as a whole) sorted by length. An epoch
-shuffles the units of each length among the places for that length, and the packs among themselves. Both permutations
-can be evaluated at one place (`draw.shuffled`), so every epoch has new neighbours at the same fill, nothing is drawn in
-advance, and the state is the number of the pack alone.
+On disk are patterns (which lengths share a pack) and units (samples that are packed together) sorted by length. An
+epoch shuffles the units of each length among the places for that length, and then the packs. Both permutations can be
+evaluated at single positions (`permutation.shuffled`), so in every epoch samples meet new neighbours while packs stay
+equally full, nothing is drawn in advance, and the only state is the number of the pack.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from neo_megatron.storage.base import join, read_ahead
 from neo_megatron.storage.open import open_directory
 
 FORMAT, VERSION = "neo-packs", 3
-READABLE = (2, VERSION)  # version 2 held records out by the names of their images
+READABLE = (2, VERSION)  # version 2 split off held-out records by the names of their images
 UNITS, PATTERNS, RUNS = PACK_ARRAYS
 # A `units.Units` on disk: ``cells`` are image tokens.
 UNIT = np.dtype([("first", "<i8"), ("samples", "<i4"), ("cells", "<i4"), ("squares", "<i8")])
@@ -33,7 +33,7 @@ _AGAIN = "copy it again, or pack again"
 
 @dataclass(frozen=True)
 class Drawn:
-    """Packs of an epoch: ``units`` int64 [n], pack after pack, and ``offsets`` int64 [packs + 1] where each begins."""
+    """Packs of an epoch: ``units`` int64 [n], pack by pack, and ``offsets`` int64 [packs + 1] at which each begins."""
 
     units: np.ndarray
     offsets: np.ndarray
@@ -44,15 +44,15 @@ class PackTable:
 
     Args:
         units: ``UNIT`` [U], by length ascending.
-        patterns: ``PATTERN`` [P]: how many packs are alike, and how many of the runs are theirs.
-        runs: ``RUN`` [R]: a length, and how many units of it are in each pack of the pattern.
+        patterns: ``PATTERN`` [P]: number of packs that are alike, and number of runs that describe one of them.
+        runs: ``RUN`` [R]: a length, and the number of units of it in each pack of the pattern.
         location: of the index, for messages.
         sequence_length: tokens of a pack.
-        samples: that the units are of, numbered from 0; ``None`` where that is not known.
+        samples: number of samples, which units refer to; ``None`` if it is not known.
 
     Raises:
-        DataError: here where the arrays do not fit each other; from methods where a unit cannot be. Units are checked
-            when they are drawn, because there may be gigabytes of them.
+        DataError: the arrays do not fit each other; from methods: a unit is not valid. Units are checked when they are
+            drawn, because there may be gigabytes of them.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PackTable:
         self._first_run = np.concatenate([[0], np.cumsum(patterns["runs"])])
         self._run_length, self._run_count = runs["length"], runs["count"]
         self._width = np.diff(np.concatenate([[0], np.cumsum(runs["count"])])[self._first_run])
-        used = np.repeat(patterns["packs"], patterns["runs"]) * runs["count"]  # units that each run takes in all
+        used = np.repeat(patterns["packs"], patterns["runs"]) * runs["count"]  # units of each run in all packs
         by_length = np.argsort(runs["length"], kind="stable")
         before = np.cumsum(used[by_length]) - used[by_length]
         lengths, first, which = np.unique(runs["length"][by_length], return_index=True, return_inverse=True)
@@ -102,7 +102,7 @@ class PackTable:
         return Drawn(units, np.concatenate([[0], np.cumsum(self._width[pattern])]))
 
     def read_ahead(self, drawn: Drawn) -> None:
-        """Gets what `samples` and `costs` will want of a disk that has not been read yet."""
+        """Starts to read from disk the units that `samples` and `costs` will need."""
         read_ahead(self.units, drawn.units)
 
     def samples(self, units: np.ndarray) -> np.ndarray:
@@ -111,13 +111,13 @@ class PackTable:
         return _expand(chosen["samples"].astype(np.int64), chosen["first"])[1]
 
     def costs(self, drawn: Drawn) -> np.ndarray:
-        """int64 [packs, 2]: attention work of each (sum over documents of tokens squared) and image tokens."""
+        """Attention work of each pack (sum over documents of tokens squared) and its image tokens: int64 [packs, 2]."""
         chosen = self.rows(drawn.units)
         work = np.stack([chosen["squares"], chosen["cells"].astype(np.int64)], axis=1)
         return np.add.reduceat(work, drawn.offsets[:-1], axis=0)
 
     def rows(self, units: np.ndarray) -> np.ndarray:
-        """``UNIT`` [n] of the given numbers. Raises DamagedFile where one claims more than there is."""
+        """``UNIT`` [n], the units of the given numbers. Raises DamagedFile for one that is not valid."""
         chosen, length = self.units[units], self._sequence_length
         first, samples, last = chosen["first"], chosen["samples"].astype(np.int64), self._samples
         wrong = (first < 0) | (samples < 1) | (samples > length) | (chosen["cells"] < 0) | (chosen["cells"] > length)
@@ -132,7 +132,7 @@ class PackTable:
 
 
 def check_patterns(patterns: np.ndarray, runs: np.ndarray, units: int, location: str, sequence_length: int) -> None:
-    """Raises DataError where patterns and runs are not those of packs with the given number of units."""
+    """Checks that patterns and runs describe packs with the given number of units. Raises DamagedFile."""
 
     def damaged(file: str, what: str) -> DamagedFile:
         return damaged_file(join(location, file), what, _AGAIN)
@@ -141,11 +141,11 @@ def check_patterns(patterns: np.ndarray, runs: np.ndarray, units: int, location:
         raise damaged(RUNS, f"a length is below 1, or more than the {sequence_length} tokens of a pack")
     if len(runs) and (runs["count"].min() < 1 or runs["count"].max() > sequence_length):
         raise damaged(RUNS, f"a pack does not have from 1 to {sequence_length} units of a length")
-    # Before sums are taken, which could overflow: no number is above that of all units.
+    # Checked before summing, which could overflow: no number exceeds that of all units.
     if not len(patterns) or min(patterns["packs"].min(), patterns["runs"].min()) < 1:
-        raise damaged(PATTERNS, "there is no pattern, or one of no packs or runs")
+        raise damaged(PATTERNS, "it has no pattern, or one without packs or runs")
     if max(patterns["packs"].max(), patterns["runs"].max()) > max(units, len(runs)):
-        raise damaged(PATTERNS, f"it has packs or runs for more than the {units} units that there are")
+        raise damaged(PATTERNS, f"it has packs or runs for more than the {units} existing units")
     if patterns["runs"].sum() != len(runs):
         raise damaged(PATTERNS, "the patterns do not fit the runs")
     filled = np.add.reduceat(runs["length"] * runs["count"], np.cumsum(patterns["runs"]) - patterns["runs"])
@@ -153,17 +153,17 @@ def check_patterns(patterns: np.ndarray, runs: np.ndarray, units: int, location:
         raise damaged(RUNS, f"a pack has {filled.max()} tokens, more than the {sequence_length} of a pack")
     places = (np.repeat(patterns["packs"], patterns["runs"]) * runs["count"].astype(np.float64)).sum()
     if places != units:
-        raise damaged(PATTERNS, f"the packs have places for {places:.0f} units, not for the {units} that there are")
+        raise damaged(PATTERNS, f"its packs have places for {places:.0f} units, but there are {units}")
 
 
 class PackIndex:
-    """A directory of packs with the data sets that it was made from.
+    """A directory of packs with the data sets that it was packed from.
 
     Attributes:
-        sequence_length: tokens of a pack, padding included.
-        manifest: as written.
-        table: where samples go.
-        data: where samples are read.
+        sequence_length: tokens of a pack, including padding.
+        manifest: of the packs.
+        table: the units of each pack.
+        data: the samples.
     """
 
     def __init__(self, location: str, manifest: dict[str, Any], table: PackTable, data: Mixture) -> None:
@@ -199,7 +199,7 @@ class PackIndex:
         return cls(str(location), manifest, table, data)
 
     def __reduce__(self) -> tuple:
-        """Another process opens it again: to send mapped gigabytes would copy them."""
+        """Lets another process open it again, because pickling would copy gigabytes of mapped arrays."""
         return PackIndex.open, (self.location,)
 
 
@@ -209,19 +209,21 @@ def open_table(
     sequence_length: int = MAX_SEQUENCE_LENGTH,
     samples: int | None = None,
 ) -> PackTable:
-    """Maps the three arrays of an index; their sizes are held against those of the manifest.
+    """Maps the three arrays of an index.
 
     Args:
+        location: of the index.
+        files: entries of its manifest.
         sequence_length, samples: see `PackTable`.
 
     Raises:
-        DataError: a file is missing or damaged, or they do not fit each other.
+        DataError: a file is missing or damaged, or the arrays do not fit each other.
     """
     return PackTable(*read_arrays(location, files), str(location), sequence_length, samples)
 
 
 def read_arrays(location: str | Path, files: dict[str, dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays ``UNIT`` [U], ``PATTERN`` [P] and ``RUN`` [R], mapped. Raises DataError where a file is damaged."""
+    """The mapped arrays ``UNIT`` [U], ``PATTERN`` [P] and ``RUN`` [R]. Raises DataError for a damaged file."""
     directory = open_directory(location)
     units, patterns, runs = (
         array_of(directory.map(name, files[name]["bytes"]), dtype, None, join(location, name), _AGAIN)
@@ -231,6 +233,6 @@ def read_arrays(location: str | Path, files: dict[str, dict[str, Any]]) -> tuple
 
 
 def _expand(sizes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``start, start + 1, ...`` of every range, one after another, and before them the number of the range."""
+    """Joins ranges, given by sizes and starts; returns, for each value, the number of its range, and the value."""
     of = np.repeat(np.arange(len(sizes)), sizes)
     return of, np.arange(len(of)) + (starts - (np.cumsum(sizes) - sizes))[of]

@@ -1,4 +1,4 @@
-"""Where the samples of data sets come from: annotation file, record, and place in a list-packed record."""
+"""Finds the origin of a sample: its annotation file, record, and element in a list-packed record."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -9,9 +9,9 @@ from neo_megatron.errors import DataError
 
 
 class Origins:
-    """Origins of the samples of a mixture; the lists of rejects are read when the first one is asked for.
+    """Origins of the samples of a mixture; lists of rejected samples are read when first needed.
 
-    A shard keeps the number of the record of a sample, not its place in a list-packed record. The place follows from
+    A shard stores the record number of a sample, but not its element in a list-packed record. The element follows from
     the samples of the record that were kept, in order, and from those that were rejected.
     """
 
@@ -22,7 +22,10 @@ class Origins:
     def of(self, sample: int) -> tuple[str, int, int | None]:
         """(annotation file, record, element) of a global sample number.
 
-        The element is ``None`` where the record is one sample, also where that is alone in its list.
+        The element is ``None`` for a record of one sample, even if that is alone in a list.
+
+        Raises:
+            DataError: the list of rejected samples contradicts the shards.
         """
         owner = bisect_right(self._data.starts, sample) - 1
         shards, local = self._data.sets[owner], sample - self._data.starts[owner]
@@ -35,7 +38,7 @@ class Origins:
         if count == 1 and not rejected:
             return file, record, None
         kept = [number for number in range(count + len(rejected)) if number not in rejected]
-        if len(kept) != count:  # a rejected sample that the record cannot have
+        if len(kept) != count:  # the list has an element that the record cannot have
             raise DataError(f"{shards.location}: rejects.jsonl and the shards contradict each other; copy it again")
         return file, record, kept[local - first]
 

@@ -1,4 +1,4 @@
-"""Directories of packs that become complete together, by one command or by the same one after a kill."""
+"""Output directories of packs, which become complete together; the same command completes them after a kill."""
 
 import os
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from neo_megatron.storage.base import MANIFEST
 
 
 class NewOutputs:
-    """Empty directories, locked, that become complete together: for the readers, or for the same command after a kill.
+    """Locked, empty directories that become complete together. Use it in a ``with`` statement.
 
-    Use it in a ``with`` statement. What an interrupted run of ours has left is removed, and nothing else.
+    Files of an interrupted run are removed, and no others.
 
     Raises:
-        DataError: a directory holds a data set or something else, or another run is writing to it.
+        DataError: a directory holds a data set or other files, or another run is writing to it.
     """
 
     def __init__(self, directories: Sequence[Path], kind: str) -> None:
@@ -36,7 +36,7 @@ class NewOutputs:
                     fresh.append(marker)
                 self._locks.append(lock(marker, directory))
             if all((directory / MANIFEST).exists() for directory in self._directories):
-                self._remove_marks()  # a kill came when all was done but this
+                self._remove_marks()  # an earlier run was killed when only this was left to do
                 _refuse_full(self._directories[0])
         except BaseException:
             for marker in fresh:
@@ -44,7 +44,7 @@ class NewOutputs:
             self.__exit__()
             raise
         for directory in self._directories:
-            (directory / MANIFEST).unlink(missing_ok=True)  # first, as it says that all the others are there
+            (directory / MANIFEST).unlink(missing_ok=True)  # first, because it means that all other files are there
             for path in directory.iterdir():
                 if path != self._marker(directory):
                     path.unlink()
@@ -55,7 +55,7 @@ class NewOutputs:
             os.close(descriptor)
 
     def finish(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Writes the manifests, and then removes the marks of an unfinished run."""
+        """Writes the manifests, and then removes the marker files of an unfinished run."""
         for directory, manifest in zip(self._directories, manifests, strict=True):
             write_manifest(directory, {"format": self._kind, **manifest})
         self._remove_marks()

@@ -1,4 +1,7 @@
-"""Shards -> units, what is packed as a whole: a record where it fits into a pack, else as many neighbours as fit."""
+"""Groups the samples of shards into units, which are packed together.
+
+A unit is a record if that fits into a pack, else as many neighbouring samples of it as fit.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ import numpy as np
 from neo_megatron.data.permutation import shuffled
 from neo_megatron.data.shards.reader import Shard
 
-_CHUNK = 1 << 20  # units that are worked on at once, where whole arrays would take much memory
+_CHUNK = 1 << 20  # units that are processed at once, because temporary arrays of all would take much memory
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,10 @@ class Units:
 
     Args:
         first: int64 [U], number of the first sample.
-        samples: int32 [U], consecutive samples in it.
+        samples: int32 [U], number of consecutive samples.
         lengths: int32 [U], tokens.
-        image_tokens: int32 [U]: what the patch embedding works on.
-        squares: int64 [U], sum over its samples of tokens squared: what attention works on.
+        image_tokens: int32 [U], work of the patch embedding.
+        squares: int64 [U], sum over samples of tokens squared: work of attention.
     """
 
     first: np.ndarray
@@ -39,17 +42,18 @@ class Units:
 
     @staticmethod
     def join(parts: Sequence["Units"]) -> "Units":
+        """The units of all parts, one part after another."""
         return Units(*(np.concatenate([getattr(part, name) for part in parts]) for name in Units.__dataclass_fields__))
 
     @staticmethod
     def of_samples(lengths: np.ndarray, image_tokens: np.ndarray) -> "Units":
-        """Every sample a unit of its own."""
+        """Units of one sample each."""
         ones = np.broadcast_to(np.int32(1), len(lengths))
         return Units(np.arange(len(lengths)), ones, lengths, image_tokens, lengths.astype(np.int64) ** 2)
 
 
 def units_of_shard(shard: Shard, first_sample: int, capacity: int) -> Units:
-    """The units of a shard; samples longer than ``capacity`` are in none.
+    """The units of a shard, without samples longer than ``capacity``.
 
     Args:
         shard: one shard.
@@ -71,7 +75,7 @@ def units_of_shard(shard: Shard, first_sample: int, capacity: int) -> Units:
 
 
 def _unit_starts(lengths: np.ndarray, records: np.ndarray, capacity: int) -> np.ndarray:
-    """First samples of units, over-long samples being units of their own; ``records`` are first samples of records."""
+    """First samples of units, where over-long samples are units of their own; ``records`` are those of records."""
     totals = np.add.reduceat(lengths, records) if len(records) else lengths
     ends = np.append(records[1:], len(lengths))
     further: list[int] = []
@@ -86,17 +90,20 @@ def _unit_starts(lengths: np.ndarray, records: np.ndarray, capacity: int) -> np.
 
 
 def draw_share(count: int, share: Fraction, key: int, due: Fraction = Fraction(0)) -> np.ndarray:
-    """Numbers of the units that a share of ``count`` takes, ascending: int64 [n].
+    """Numbers of the units that a share of ``count`` units takes, ascending: int64 [n].
 
-    Above 1 a unit comes as often as the share says; what is left over is drawn, a function of ``key`` alone.
+    Every unit is taken as often as the integer part of the share says; the remainder is drawn by ``key`` alone.
 
     Args:
-        due: the sum ``count * share`` of earlier draws; all draws together take its rounded value, so that the shares
-            of many small data sets add up.
+        count: number of units.
+        share: how often a unit is taken on average.
+        key: of the draw.
+        due: the sum of ``count * share`` over earlier draws; the total of all draws is rounded, so that the shares of
+            many small data sets add up.
     """
     half = Fraction(1, 2)
-    whole, rest = divmod(int(due + count * share + half) - int(due + half), max(count, 1))
-    times = np.full(count, whole, np.int32)
+    each, rest = divmod(int(due + count * share + half) - int(due + half), max(count, 1))
+    times = np.full(count, each, np.int32)
     for start in range(0, count if rest else 0, _CHUNK):
         index = np.arange(start, min(start + _CHUNK, count))
         times[index] += shuffled(index, count, key) < rest

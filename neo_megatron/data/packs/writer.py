@@ -1,4 +1,4 @@
-"""Shards -> the index of their packs: patterns and units, sorted by length. Only numbers are written, never tokens."""
+"""Packs shards and writes the index of the packs: patterns, and units sorted by length, but no tokens."""
 
 import io
 import os
@@ -39,13 +39,13 @@ from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
 _CHUNK = 1 << 20
-# The manifest reports the balance of such batches, as an example.
+# The manifest reports the balance of such batches as an example.
 _RANKS, _PACKS_EACH, _BATCHES = 8, 4, 50
 
 
 @dataclass(frozen=True)
 class PackInput:
-    """A data set to pack: its directory of shards, and how often an epoch uses a record of it on average."""
+    """A data set to pack: its directory of shards, and how often on average an epoch uses a record of it."""
 
     shards: str
     share: Fraction = Fraction(1)
@@ -53,7 +53,13 @@ class PackInput:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A part that is packed apart: about ``share`` of all records, each once, into ``output``; see `held_out.Split`."""
+    """A part that is packed separately.
+
+    Args:
+        share: of all records, approximately; each is used once. See `held_out.Split`.
+        output: its directory.
+        by: files are identified by their resolved path, or by their content.
+    """
 
     share: Fraction
     output: str
@@ -74,12 +80,13 @@ def write_packs(
         inputs: the data sets.
         output: a new directory.
         sequence_length: tokens of a pack.
-        seed: of the draw from data sets that are not used whole.
-        on_error: an over-long sample is listed, or stops.
-        held_out: what to keep apart.
+        seed: of the draw from data sets of which only a share is used.
+        on_error: "skip" lists over-long samples, "fail" stops at the first.
+        held_out: the part to keep apart.
 
     Raises:
-        DataError: nothing is left to pack; with ``on_error="fail"`` for the first over-long sample.
+        DataError: a data set cannot be read, no samples are left to pack, or there is an over-long sample with
+            ``on_error="fail"``.
     """
     if not 2 <= sequence_length <= MAX_SEQUENCE_LENGTH:
         raise DataError(f"--seq-length must be from 2 to {MAX_SEQUENCE_LENGTH}, not {sequence_length}")
@@ -105,7 +112,7 @@ def write_packs(
     for side in sides:
         if not any(len(part) for part in side.parts):
             raise DataError(
-                f"{side.directory} would hold nothing: no sample of at most {sequence_length} tokens is left to pack; "
+                f"{side.directory} would be empty: no sample of at most {sequence_length} tokens is left to pack; "
                 "raise --seq-length or the share"
             )
     common = {
@@ -123,20 +130,21 @@ def write_packs(
 
 
 class _Side:
-    """What one directory of packs is to hold."""
+    """The contents of one directory of packs: training or held-out."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.parts: list[Units] = []
         self.data: list[dict[str, Any]] = []
-        self._due = Fraction(0)  # units that the shares of the data sets so far add up to
+        self._due = Fraction(0)  # sum of the shares of the data sets so far, in units
         self._turns: Counter[str] = Counter()  # how often a data set was drawn from
 
     def add(self, entry: PackInput, shards: ShardSet, parts: list[Units], seed: int) -> None:
+        """Adds the units of a data set, of which a share is drawn."""
         if entry.share != 1:
             together = Units.join(parts)
-            # The same draw whatever a data set is mixed with and wherever it lies; one that is named twice is drawn
-            # from twice.
+            # The draw does not depend on the other data sets, nor on the path; from a data set that is given twice,
+            # two different draws are made.
             turn = self._turns[shards.text_fingerprint]
             self._turns[shards.text_fingerprint] += 1
             key = key_of(seed, shards.text_fingerprint, turn)
@@ -157,7 +165,7 @@ class _Side:
 def _read(
     data: Mixture, number: int, capacity: int, split: Split | None
 ) -> Iterator[tuple[Units, np.ndarray, list[tuple[int, int]]]]:
-    """Shard by shard of a data set: its units, which of them are held out, bool [U], and (sample, length) too long."""
+    """For each shard of a data set: its units, whether each is held out, bool [U], and over-long (sample, length)."""
     shards, first = data.sets[number], data.starts[number]
     for shard in map(shards.shard, range(len(shards.manifest["shards"]))):
         lengths = shard.tokens.lengths
@@ -171,7 +179,7 @@ def _read(
 
 
 def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Writes the files of one directory; returns what its manifest is to say."""
+    """Writes the files of one directory; returns the contents of its manifest."""
     length = common["seq_length"]
     rejects = AtomicFile(side.directory / REJECTS)
     origins = Origins(data)
@@ -180,7 +188,7 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
         rejects.write(json_line(rejected.row(*origins.of(sample))))
     files = {REJECTS: rejects.commit()}
     units = Units.join(side.parts)
-    side.parts.clear()  # they are as large as what they were joined to
+    side.parts.clear()  # they take as much memory as the joined units
     files |= write_table(side.directory, units, length)
     table = open_table(side.directory, files, length, len(data))
     tokens = sum(entry["tokens"] for entry in side.data)
@@ -201,13 +209,13 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
 
 
 def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[str, Any]]:
-    """Finds the patterns and writes the three arrays of an index; returns what a manifest says of the files."""
+    """Finds the patterns and writes the three arrays of an index; returns the entries of the files in a manifest."""
     patterns = best_fit(np.bincount(units.lengths, minlength=capacity + 1))
     runs = [run for pattern in patterns for run in pattern.runs]
     file = AtomicFile(directory / UNITS)
     file.write(_header(UNIT, len(units)))
     with tqdm(total=len(units), unit=" units", desc="sort and write packs", unit_scale=True) as bar:
-        # NumPy sorts 16-bit numbers by their digits, in linear time.
+        # NumPy uses radix sort, which takes linear time, for 16-bit numbers.
         order = np.argsort(units.lengths.astype(np.uint16) if capacity < 1 << 16 else units.lengths, kind="stable")
         for start in range(0, len(units), _CHUNK):
             chosen = units.take(order[start : start + _CHUNK])
@@ -224,7 +232,7 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
 
 
 def reported_imbalance(table: PackTable) -> dict[str, Any] | None:
-    """Largest over mean work of the ranks, as drawn and balanced, as an example; ``None`` for too few packs."""
+    """Largest-to-mean work of example ranks, before and after balancing; ``None`` if there are too few packs."""
     packs = _RANKS * _PACKS_EACH
     batches = min(len(table) // packs, _BATCHES)
     if not batches:
@@ -244,7 +252,7 @@ def reported_imbalance(table: PackTable) -> dict[str, Any] | None:
 
 
 def _seen_from(directory: Path, location: str) -> str:
-    """A path that stays right when the directories move together; an address stays as it is."""
+    """A relative path, which stays valid when the directories move together; addresses are unchanged."""
     return location if "://" in location else os.path.relpath(os.path.realpath(location), os.path.realpath(directory))
 
 

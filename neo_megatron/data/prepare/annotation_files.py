@@ -1,4 +1,4 @@
-"""Recognises annotation files that are not what their name says, before anything is read from them."""
+"""Recognises annotation files whose contents do not fit their name, before records are read from them."""
 
 import codecs
 import json
@@ -7,9 +7,9 @@ from typing import Any
 
 from neo_megatron.errors import DataError
 
-# A file is judged by its head; a first record that is longer is judged when it is read.
+# A file is checked by its head; a first record that is longer is checked when it is read.
 _HEAD_BYTES = 1 << 20
-# (offset, magic bytes, what the file is, what to do with it).
+# (offset, magic bytes, kind of file, remedy).
 _MAGIC = (
     (0, b"\x1f\x8b", "compressed with gzip", "unpack it with: gunzip"),
     (0, b"\x28\xb5\x2f\xfd", "compressed with Zstandard", "unpack it with: zstd -d"),
@@ -28,7 +28,7 @@ _MAGIC = (
     (0, b"\x93NUMPY", "a NumPy array", "write its records as JSON lines: those of"),
     (0, b"version https://git-lfs", "a pointer of Git LFS, not the file", "fetch it with: git lfs pull --include"),
 )
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
+# UTF-32 first: its little-endian byte order mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -39,12 +39,12 @@ _CONVERT = "write one record a line into a .jsonl file, or a JSON array of recor
 
 
 def check_annotation_file(path: str) -> None:
-    """Rejects a file that cannot be what its name says: one record a line in .jsonl, one JSON array else.
+    """Rejects a file whose contents do not fit its name: one record a line in .jsonl, else one JSON array.
 
-    Only files that are wrong as a whole are rejected here; a record that is broken is left to the reader of records.
+    Only files that are wrong as a whole are rejected here; broken records are left to the reader of records.
 
     Raises:
-        DataError: with what the file is, and what to do.
+        DataError: the text says what the file is, and what to do.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -70,7 +70,7 @@ def _suffix(path: str) -> str:
 
 
 def _wide_encoding(head: bytes) -> str:
-    """UTF-16 or UTF-32, by its mark or by the zero bytes of the characters of JSON; "" for anything else."""
+    """UTF-16 or UTF-32, by its byte order mark or by the zero bytes of JSON characters; "" for anything else."""
     for mark, name in _MARKS:
         if head.startswith(mark):
             return name
@@ -80,7 +80,7 @@ def _wide_encoding(head: bytes) -> str:
 
 
 class _Lines:
-    """The first two lines that are not blank, as far as the head of a file has them.
+    """The first two lines that are not blank, as far as they are in the head of a file.
 
     Args:
         path: of the file.
@@ -116,7 +116,7 @@ def _value(line: bytes) -> Any:
 
 
 def _is_unfinished(line: bytes) -> bool:
-    """Whether more lines could make JSON of a line, as of the first of a value that spans several."""
+    """Whether a line could be the first of a JSON value that spans several lines."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -127,7 +127,7 @@ def _is_unfinished(line: bytes) -> bool:
 
 
 def _is_one_line(path: str) -> bool:
-    """Whether nothing but white space follows the first line of a file, which is long."""
+    """Whether only white space follows the first line of a file, which is long."""
     with open(path, "rb") as file:
         found = False
         while block := file.read(_HEAD_BYTES):
@@ -139,7 +139,7 @@ def _is_one_line(path: str) -> bool:
 
 
 def _not_lines(lines: _Lines) -> str:
-    """Why a file is not one record a line, "" where it may be."""
+    """Why a file is not one record a line; "" if it may be."""
     value = _value(lines.first)
     spans_lines = not lines.is_single and _is_unfinished(lines.first) and not lines.second_is_value
     if lines.mark == b"[":
@@ -156,7 +156,7 @@ def _not_lines(lines: _Lines) -> str:
 
 
 def _not_array(lines: _Lines) -> str:
-    """Why a file is not one JSON array, "" where it may be."""
+    """Why a file is not one JSON array; "" if it may be."""
     value = _value(lines.first)
     has_lines = value is not _BROKEN and not lines.is_single and bool(lines.second)
     if lines.mark == b"[":
@@ -165,19 +165,19 @@ def _not_array(lines: _Lines) -> str:
         return f"is not a JSON array: it begins with {lines.begins}; {_CONVERT}"
     if has_lines:
         return "is not a JSON array: it has one record a line; rename it to .jsonl"
-    whole = _value(lines.text) if lines.is_complete else None
-    wrapped = _wrapped(whole) if isinstance(whole, dict) else ""
-    return wrapped or "is one JSON object, not an array; write the list of records alone, or one record in [ ]"
+    contents = _value(lines.text) if lines.is_complete else None
+    wrapped = _wrapped(contents) if isinstance(contents, dict) else ""
+    return wrapped or "is one JSON object, not an array; write only the list of records, or put one record in [ ]"
 
 
 def _wrapped(value: dict[str, Any]) -> str:
-    """Where one object holds all records, under a key or by their ids; "" for an object that may be a record."""
+    """How one object holds all records, under a key or by their ids; "" for an object that may be a record."""
     if "conversations" in value:
         return ""
     for key, records in value.items():
         if isinstance(records, list) and records and all(map(_is_record, records)):
             how = f"jq '.[{json.dumps(key)}]'"
-            return f"is one JSON object with the list of records under {key!r}; write that list alone, as with: {how}"
+            return f"is one JSON object with the list of records under {key!r}; write only that list, as with: {how}"
     if value and all(map(_is_record, value.values())):
         return "is one JSON object with a record under each key; write a list of its values, as with: jq '[.[]]'"
     return ""

@@ -1,7 +1,7 @@
-"""Annotation files -> slices of consecutive records, streamed; one worker reads a slice, and makes one shard of it.
+"""Streams annotation files as slices of consecutive records; each slice is read by one worker and becomes one shard.
 
-A slice is a place in its file: whoever holds one reads its records from the file itself. Memory holds a few slices at
-a time, whatever the size of the file.
+A slice is a position in its file; its worker reads the records from the file itself. Memory holds a few slices at a
+time, whatever the size of the file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,21 +14,21 @@ from neo_megatron.data.permutation import permutation
 from neo_megatron.data.prepare.record_bounds import element_bounds, line_bounds
 from neo_megatron.data.prepare.registry import Source
 
-# A record longer than this is no annotation; it is refused before it fills the memory.
+# A longer record is not an annotation; it is rejected before it fills the memory.
 MAX_RECORD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a slice begins.
+    """The position at which a slice begins.
 
     Args:
         number: of the slice, and of the shard that it becomes.
         source: index of its file in the list of sources.
-        part: which slice of its own source it is, from 0.
+        part: number of the slice within its source, from 0.
         first: number of its first record in the file; blank lines are not counted.
-        offset: in the file, where the record before it ends.
-        due: fraction of a record, as text, by which what is drawn before it falls short of the sum of the shares.
+        offset: in bytes, of the end of the record before it.
+        due: fraction of a record, as text, by which the records drawn so far fall short of the sum of the shares.
     """
 
     number: int = 0
@@ -45,9 +45,9 @@ class Slice:
 
     Args:
         place: where it begins.
-        bounds: int64 [records, 2], the bytes of each in the file.
-        broken: why nothing can be read after the last record; empty where the file goes on or ends well.
-        share: of its records that are drawn.
+        bounds: int64 [records, 2], first byte of each record in the file, and the byte after its last.
+        broken: why nothing can be read after the last record; "" if the file continues or ends as it should.
+        share: of its records that is drawn.
     """
 
     place: Place
@@ -57,18 +57,18 @@ class Slice:
 
     @property
     def end(self) -> int:
-        """Offset after its last record."""
+        """Offset of the byte after its last record."""
         return int(self.bounds[-1, 1]) if len(self.bounds) else self.place.offset
 
     @property
     def drawn(self) -> int:
-        """Records that are drawn, repetitions counted: by the rounded running total of all records so far."""
+        """Records drawn, repetitions included, so that the running total over all slices is the rounded share."""
         before = Fraction(self.place.due)
         return _round(before + len(self.bounds) * self.share) - _round(before)
 
     @property
     def next(self) -> Place:
-        """Where the next slice begins; nothing is read after a break."""
+        """The position of the next slice, which is in the next file if this one is broken."""
         due = str((Fraction(self.place.due) + len(self.bounds) * self.share) % 1)
         if self.broken:
             return Place(self.place.number + 1, self.place.source + 1, due=due)
@@ -77,7 +77,7 @@ class Slice:
 
 
 def slices(sources: Sequence[Source], records_per_slice: int, place: Place = Place()) -> Iterator[Slice]:
-    """The slices from ``place`` on. Cut at record counts, so that the cut does not depend on the workers."""
+    """Yields the slices from ``place`` on. They are cut at record counts, so the cut does not depend on the workers."""
     for index in range(place.source, len(sources)):
         if index != place.source:
             place = Place(place.number, index, due=place.due)
@@ -87,7 +87,7 @@ def slices(sources: Sequence[Source], records_per_slice: int, place: Place = Pla
 
 
 def read_slice(piece: Slice, source: Source, seed: int) -> Iterator[tuple[int, bytes | None]]:
-    """(record number, JSON text) of the records drawn from a slice, in order; ``None`` for one over the size limit."""
+    """(record number, JSON text) of the records drawn from a slice, in order; text ``None`` above the size limit."""
     with open(source.annotations, "rb", buffering=1 << 20) as file:
         for drawn in drawn_records(piece, source, seed).tolist():
             begin, end = piece.bounds[drawn].tolist()
@@ -100,16 +100,16 @@ def read_slice(piece: Slice, source: Source, seed: int) -> Iterator[tuple[int, b
 
 
 def drawn_records(piece: Slice, source: Source, seed: int) -> np.ndarray:
-    """Offsets of the records of a slice that are used, ascending, repeated where the share is above 1.
+    """Indices of the records of a slice that are used, ascending, repeated for a share above 1: int64 [n].
 
-    The total is exact: rounding is that of the running total over the slices of all sources in their order, so many
-    small sources add up too. Which records are drawn depends on (seed, name of the data set, slice) alone; the number
-    may be one more or less after other sources.
+    The total is exact: the running total over the slices of all sources in their order is rounded, so the shares of
+    many small sources add up too. Which records are drawn depends on (seed, name of the data set, slice) alone; the
+    number may be one more or less after other sources.
     """
     count = len(piece.bounds)
-    whole, rest = divmod(piece.drawn, max(count, 1))
+    times, rest = divmod(piece.drawn, max(count, 1))
     some = permutation(count, seed, source.name, piece.place.part)[:rest]
-    return np.sort(np.concatenate([np.repeat(np.arange(count), whole), some]))
+    return np.sort(np.concatenate([np.repeat(np.arange(count), times), some]))
 
 
 def _round(value: Fraction) -> int:

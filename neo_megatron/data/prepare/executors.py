@@ -1,7 +1,7 @@
-"""Who does the slices: this process, a pool of local processes, or a Ray cluster.
+"""Executors for annotation slices: in-process, a pool of local processes, or Ray.
 
-An engine takes a slice when it has a hand free, and gives back outcomes as they come; `in_order` puts them in order. A
-slice leaves all it makes in the output directory, so an engine carries little, and may do a slice twice.
+An executor takes a slice when a worker is free, and returns outcomes as they complete; `in_order` puts them in order.
+Workers write into the output directory, so an executor transfers little, and may run a slice twice.
 """
 
 import contextlib
@@ -20,52 +20,64 @@ from neo_megatron.errors import DataError
 from neo_megatron.packages import install
 from neo_megatron.processes import SPAWN, StoppedWorkers
 
-EngineName = Literal["local", "ray"]
+ExecutorName = Literal["local", "ray"]
 Report = Callable[[int, int], Any]  # as of SliceWorker
 _Result = Outcome | DataError
-# Slices that one worker may be ahead of another: what is in flight bounds the memory.
+# Slices in flight per worker, which bounds the memory.
 _WINDOW = 4
 
 
-class Engine(Protocol):
-    """Works on slices, several at a time."""
+class Executor(Protocol):
+    """Runs slices, several at a time.
 
-    hands: int
+    Attributes:
+        workers: slices that run at the same time.
+    """
+
+    workers: int
 
     def start(self, piece: Slice) -> None:
-        """Begins a slice; called while fewer than ``hands`` are in work."""
+        """Starts a slice; called while fewer than ``workers`` are running."""
 
     def wait(self) -> tuple[int, _Result]:
-        """The number of a slice that has come to its end, and what became of it.
+        """The number of a slice that has ended, and its outcome or error.
 
         Raises:
-            DataError: where a worker died; names the slice that it worked on.
+            DataError: a worker died; the text names the slice that it worked on.
         """
 
     def close(self) -> None:
-        """Stops all work, also that which has not come to its end."""
+        """Stops all workers, even in the middle of a slice."""
 
 
-def open_engine(name: EngineName, task: Task, workers: int, report: Report) -> Engine:
+def open_executor(name: ExecutorName, task: Task, workers: int, report: Report) -> Executor:
+    """The executor of a name; one local worker is this process.
+
+    Args:
+        report: see `SliceWorker`.
+
+    Raises:
+        DataError: Ray is asked for and not installed.
+    """
     if name == "ray":
-        return RayEngine(task, workers, report)
-    return InlineEngine(task, report) if workers == 1 else LocalEngine(task, workers, report)
+        return RayExecutor(task, workers, report)
+    return InlineExecutor(task, report) if workers == 1 else LocalExecutor(task, workers, report)
 
 
-def in_order(engine: Engine, pieces: Iterator[Slice]) -> Iterator[Outcome]:
-    """The outcomes of slices in the order of the slices; the first error in that order is raised."""
+def in_order(executor: Executor, pieces: Iterator[Slice]) -> Iterator[Outcome]:
+    """Runs slices and yields their outcomes in the order of the slices; the first error in that order is raised."""
     started: deque[int] = deque()
     results: dict[int, _Result] = {}
     while True:
-        while len(started) - len(results) < engine.hands and len(started) < _WINDOW * engine.hands:
+        while len(started) - len(results) < executor.workers and len(started) < _WINDOW * executor.workers:
             piece = next(pieces, None)
             if piece is None:
                 break
-            engine.start(piece)
+            executor.start(piece)
             started.append(piece.place.number)
         if not started:
             return
-        number, result = engine.wait()
+        number, result = executor.wait()
         results[number] = result
         while started and started[0] in results:
             result = results.pop(started.popleft())
@@ -74,10 +86,10 @@ def in_order(engine: Engine, pieces: Iterator[Slice]) -> Iterator[Outcome]:
             yield result
 
 
-class InlineEngine:
-    """This process alone."""
+class InlineExecutor:
+    """Runs slices in this process, one after another."""
 
-    hands = 1
+    workers = 1
 
     def __init__(self, task: Task, report: Report) -> None:
         self._worker = SliceWorker(task, report)
@@ -93,11 +105,11 @@ class InlineEngine:
         pass
 
 
-class LocalEngine:
-    """Processes on this machine, each at the other end of a pipe."""
+class LocalExecutor:
+    """Runs slices in processes on this machine, each at the other end of a pipe."""
 
     def __init__(self, task: Task, workers: int, report: Report) -> None:
-        self.hands = workers
+        self.workers = workers
         self._task = task
         self._report = report
         self._idle: list[tuple[Any, connection.Connection]] = []
@@ -138,13 +150,13 @@ class LocalEngine:
     def close(self) -> None:
         processes = [process for process, _ in [*self._idle, *self._busy.values()]]
         for process in processes:
-            process.kill()  # whatever it is at: half a slice is no slice
+            process.kill()  # in the middle of whatever it does: an unfinished slice does not count
         for process in processes:
             process.join()
 
 
 def _serve(task: Task, pipe: connection.Connection) -> None:
-    """One process of the pool. It ends when the other end of the pipe is gone."""
+    """Runs one process of the pool, until the other end of the pipe is gone."""
     try:
         worker = SliceWorker(task, lambda samples, size: pipe.send((samples, size)))
         while True:
@@ -153,15 +165,15 @@ def _serve(task: Task, pipe: connection.Connection) -> None:
         return
 
 
-class RayEngine:
-    """Tasks on a Ray cluster: the one of ``RAY_ADDRESS``, or the one of this machine, or one started for this run."""
+class RayExecutor:
+    """Runs slices on a Ray cluster: that of ``RAY_ADDRESS``, else that of this machine, else one started here."""
 
     def __init__(self, task: Task, workers: int, report: Report) -> None:
         try:
             import ray
         except ImportError as error:
             raise DataError(f"--engine ray needs Ray: {install('ray')}") from error
-        self.hands = workers
+        self.workers = workers
         self._ray = ray
         self._task = task
         self._report = report
@@ -170,7 +182,7 @@ class RayEngine:
             ray.init(log_to_driver=False)
         self._key = secrets.token_hex(8)
         self._shared_task = ray.put(task)
-        self._run = ray.remote(max_retries=2)(_run_on_ray)  # a machine may go; a slice may be done twice
+        self._run = ray.remote(max_retries=2)(_run_on_ray)  # a machine may be lost; a slice may run twice
         self._busy: dict[Any, Slice] = {}
 
     def start(self, piece: Slice) -> None:
@@ -182,7 +194,7 @@ class RayEngine:
         try:
             result = self._ray.get(done)
         except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError) as error:
-            raise _died(self._task, piece, "three times over") from error
+            raise _died(self._task, piece, "three times") from error
         if isinstance(result, Outcome):
             self._report(result.samples, result.bytes)
         return piece.place.number, result
@@ -220,6 +232,6 @@ def _died(task: Task, piece: Slice, how: str) -> DataError:
     file, first = task.sources[piece.place.source].annotations, piece.place.first
     return DataError(
         f"a worker died ({how}) while it worked on {file}, records {first} to {first + len(piece.bounds) - 1}; run the "
-        "same command again to continue, with fewer --workers where memory ran out; if it dies there again, an image "
+        "same command again to continue, with fewer --workers if memory ran out; if it dies there again, an image "
         "of these records crashes its decoder: leave it out"
     )

@@ -1,4 +1,4 @@
-"""64-bit identities of image and video files and of texts: records that share a file stay on one side of a split."""
+"""64-bit identities of image files, video files and texts, by which a split keeps records of one file together."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def identity_of_path(path: str) -> int:
-    """Identity of a file by its absolute path, links resolved."""
+    """Identity of a file by its absolute path, in which links are resolved."""
     return _number(hashlib.sha256(os.fsencode(path)))
 
 

@@ -1,4 +1,4 @@
-"""The images of a checked sample, and the frames of its videos, in the form in which a shard keeps them."""
+"""Loads the images of a checked sample, and the frames of its videos, in the form in which a shard stores them."""
 
 import io
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tag
 from neo_megatron.data.video import Clip, plan_clip, read_frames
 from neo_megatron.errors import Reason, RejectedSample
 
-# A sample waits in memory until it is written.
+# A sample is held in memory until it is written.
 MAX_SAMPLE_BYTES = 1 << 30
 
 # The bytes or patches of an image, its grid, and the identity of its file's content; None for a frame of a video.
@@ -34,10 +34,11 @@ _Stored = tuple[np.ndarray, tuple[int, int], int | None]
 
 @dataclass(frozen=True)
 class Media:
-    """What a shard keeps of a sample, its tokens excepted.
+    """The contents of a sample, before its turns are tokenized.
 
     Args:
-        turns: with one ``<image>`` tag for each image and frame.
+        turns: with one ``<image>`` tag for each image and frame. A video of n frames takes the place of its tag as
+            ``Frame-1: <image>`` to ``Frame-n: <image>``, one a line.
         images: uint8 [n] each, encoded bytes or flattened patches.
         grids: (height, width) of each in patches.
         identities: (by path, by content) of each image file, then of each video file.
@@ -91,7 +92,7 @@ def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
 
 
 def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, limit: int) -> Iterator[_Stored]:
-    """Images and frames in the order of the tags."""
+    """Yields images and frames in the order of the tags."""
     images, videos = iter(sample.images), iter(clips)
     for turn in sample.turns:
         for tag in split_tags(turn.text)[1::2]:
@@ -122,7 +123,7 @@ def _frame(image: Image.Image, path: str, settings: PreprocessConfig, limit: int
     grid = image_grid(image, path, settings.min_pixels, limit)
     if settings.image_store == "patches":
         return patches_from_image(image, grid).reshape(-1), grid, None
-    # Without loss, and in the size of its grid: both stores give the model the same pixels.
+    # Lossless and resized to its grid, so that both stores give the model the same pixels.
     file = io.BytesIO()
     resize_to_grid(image, grid).save(file, "PNG", compress_level=1)
     return np.frombuffer(file.getvalue(), np.uint8), grid, None

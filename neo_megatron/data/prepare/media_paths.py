@@ -1,4 +1,4 @@
-"""Paths of images and videos as records write them -> files, none of which lies outside the root."""
+"""Resolves the paths of images and videos in records, and rejects those that lead out of the image root."""
 
 import os
 import re
@@ -12,20 +12,20 @@ _ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.I
 
 
 def resolve_path(path: str, source: Source) -> str:
-    """Where an image or video lies, symbolic links resolved: the same for all spellings of a file.
+    """The path of an image or video with symbolic links resolved: the same for all spellings of a file.
 
-    Under an image root nothing outside it is reachable, by ``..``, an absolute path or a link; with
-    ``source.follow_links`` links in the root may lead anywhere. Without a root an absolute path is taken as it stands,
-    and a relative one may not leave the directory of the annotations.
+    With an image root, nothing outside it can be reached by ``..``, an absolute path or a link; with
+    ``source.follow_links``, links in the root may lead anywhere. Without a root, an absolute path is used as it is, and
+    a relative one must stay in the directory of the annotations.
 
     Raises:
         RejectedSample: the path is remote, in an archive, or outside the root.
     """
     if _REMOTE.match(path):
-        raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is no local file; download it first")
+        raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is not a local file; download it first")
     root = _real_directory(os.path.join(os.getcwd(), source.image_root or os.path.dirname(source.annotations)))
     if any(not os.path.isdir(os.path.join(root, path[: match.end()])) for match in _ARCHIVE.finditer(path)):
-        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or lies in one; unpack it first")
+        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or in an archive; unpack it first")
     found = os.path.join(root, path)
     directory, name = os.path.split(found)
     if name in ("", ".", "..") or os.path.islink(found):
@@ -48,9 +48,9 @@ def resolve_path(path: str, source: Source) -> str:
 
 
 def _link_on_the_way(root: str, path: str, written_root: str) -> str | None:
-    """The first link on the way down from the root, where the path itself does not leave it; else ``None``.
+    """The first link on the way down from the root, if the path does not leave the root by itself; else ``None``.
 
-    A ``..`` may take back directories below the root, but not a link: what lies above its target is not in the root.
+    A ``..`` may undo a directory below the root, but not a link: the parent of its target is not in the root.
     """
     if os.path.isabs(path):
         base = next((base for base in (root, written_root) if path.startswith(os.path.join(base, ""))), None)
@@ -74,5 +74,5 @@ def _link_on_the_way(root: str, path: str, written_root: str) -> str | None:
 
 @lru_cache(maxsize=1 << 14)
 def _real_directory(path: str) -> str:
-    """A directory with links followed; kept, because its images are many and each part of a path is a system call."""
+    """A directory with links resolved; cached, because it has many images and each part of a path is a system call."""
     return os.path.realpath(path)

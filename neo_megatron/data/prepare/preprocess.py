@@ -1,4 +1,4 @@
-"""Annotations -> shards. Each slice of records is one task and one shard, so the bytes do not depend on the workers."""
+"""Turns annotations into shards: each slice of records is one task and one shard, whatever the number of workers."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from neo_megatron.data.chat import tokenizer_fingerprint
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import EngineName, in_order, open_engine
+from neo_megatron.data.prepare.executors import ExecutorName, in_order, open_executor
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, Run, load_outcome, without_details
 from neo_megatron.data.prepare.tallies import Noticed
@@ -35,21 +35,28 @@ def preprocess(
     settings: PreprocessConfig,
     on_error: Literal["skip", "fail"] = "skip",
     workers: int = 1,
-    engine: EngineName = "local",
+    engine: ExecutorName = "local",
     max_rejected: float = 100.0,
 ) -> dict[str, Any]:
     """Writes the shards of all sources, ``rejects.jsonl`` and, last, the manifest, which is returned.
 
-    A run that was interrupted is continued by the same call; the result has the same bytes. Several workers of the
-    engine "local" are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
+    The same call continues an interrupted run; the result has the same bytes. Several workers of the engine "local"
+    are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
 
     Args:
-        max_rejected: percent of the samples read that may be rejected.
+        sources: annotation files, in order.
+        tokenizer_directory: with a Hugging Face tokenizer.
+        output: a new directory, or that of an unfinished run.
+        settings: see `PreprocessConfig`.
+        on_error: "skip" lists a rejected sample, "fail" stops at the first.
+        workers: processes, or tasks in flight on Ray.
+        engine: "local" or "ray".
+        max_rejected: percent of the samples read that may be rejected, from 0 to 100.
 
     Raises:
-        TooManyRejected: there are more. The shards and ``rejects.jsonl`` are there, but no manifest, so nothing packs
-            them; the same call with a higher limit completes them at once.
-        DataError: for input that stops the run; with ``on_error="fail"`` that is the first sample that is rejected.
+        TooManyRejected: more samples were rejected. Shards and ``rejects.jsonl`` are complete, but without a manifest,
+            so they cannot be packed; the same call with a higher limit completes them at once.
+        DataError: the input cannot be read, or a sample was rejected with ``on_error="fail"``.
     """
     output = Path(output)
     with Run(output) as run:
@@ -67,22 +74,22 @@ def preprocess(
         run.begin(_plan(head))
         if not run.has_manifest:
             task = Task(sources, tokenizer.json, tokenizer.ids, settings, on_error, output)
-            count = _do_slices(run, task, workers, engine)
+            count = _run_slices(run, task, workers, engine)
             _join_outcomes(output, count, head, max_rejected)
         run.clear()
     return read_manifest(output, FORMAT, VERSION)
 
 
 def _plan(head: dict[str, Any]) -> dict[str, Any]:
-    """All that decides the bytes of the data set, but for the images."""
+    """All that decides the bytes of the data set, except for the images."""
     files = [os.stat(source["annotations"]) for source in head["sources"]]
     states = [{"bytes": file.st_size, "modified_ns": file.st_mtime_ns} for file in files]
     return head | {"sources": [source | state for source, state in zip(head["sources"], states, strict=True)]}
 
 
-def _do_slices(run: Run, task: Task, workers: int, engine_name: EngineName) -> int:
-    """Does the slices that have no outcome yet; returns how many there are in all."""
-    # A run that stops at the first reject has to meet again those that an earlier run has skipped.
+def _run_slices(run: Run, task: Task, workers: int, engine: ExecutorName) -> int:
+    """Runs the slices that have no outcome yet; returns the number of all slices."""
+    # A run that stops at the first rejected sample has to read those again that an earlier run skipped.
     done = {
         outcome.number: without_details(outcome)
         for outcome in run.outcomes()
@@ -102,15 +109,15 @@ def _do_slices(run: Run, task: Task, workers: int, engine_name: EngineName) -> i
                 yield piece
 
     with _Progress(task.sources, sum(outcome.bytes for outcome in done.values())) as progress:
-        engine = open_engine(engine_name, task, workers, progress.add)
-        with contextlib.closing(engine):
-            for _ in in_order(engine, missing()):
+        executor = open_executor(engine, task, workers, progress.add)
+        with contextlib.closing(executor):
+            for _ in in_order(executor, missing()):
                 pass
     return count
 
 
 def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected: float) -> None:
-    """Makes the list of rejects and, where they are not too many, the manifest of the outcomes of all slices."""
+    """Writes the list of rejected samples and, if they are not too many, the manifest from the outcomes of slices."""
     counts: Counter[str] = Counter(records_read=0, samples_read=0)
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
@@ -142,7 +149,7 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected:
 
 
 def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[str, dict[str, Any]]) -> str:
-    """The sentence for a run with too many rejects; ``first`` is the first reject of each kind."""
+    """The message for a run with too many rejected samples; ``first`` is the first of each kind."""
     rejected, read = counts["samples_rejected"], counts["samples_read"]
     not_found = [kind for kind in _NOT_FOUND if kind in first]
     lost = sum(counts["rejected_by_reason"][kind] for kind in not_found)
@@ -155,14 +162,14 @@ def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[st
         )
     return (
         f"{rejected} of {read} samples ({rejected / read:.2%}) were rejected, more than --max-rejected {limit:g} "
-        f"(percent) allows; {listed} has the reason of each; {hint}nothing can be packed yet: correct the cause and "
-        "preprocess into a new --output, or accept the rejects by the same command with a higher --max-rejected, "
-        "which only finishes what is there"
+        f"(percent) allows; {listed} has the reason for each; {hint}nothing can be packed yet: correct the cause and "
+        "preprocess into a new --output, or run the same command with a higher --max-rejected, which only finishes "
+        "what is there"
     )
 
 
 class _Progress(tqdm):
-    """A bar over the bytes of the annotation files, with the samples per second of this run."""
+    """A progress bar over the bytes of the annotation files, with the samples per second of this run."""
 
     def __init__(self, sources: Sequence[Source], done: int) -> None:
         super().__init__(

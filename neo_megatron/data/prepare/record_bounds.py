@@ -1,8 +1,8 @@
-"""Where the records of an annotation file begin and end, found in its bytes without parsing them.
+"""Finds the bounds of the records in an annotation file from its bytes, without parsing JSON.
 
-In a JSON array every comma at depth 1, outside of strings, divides two records. A block of bytes is reduced to the
-places of its quotes, brackets and commas; running sums over those give what lies in a string, and the depth. Memory is
-that of a block, whatever the length of a record.
+In a JSON array every comma at depth 1, outside of strings, separates two records. A block of bytes is reduced to the
+positions of its quotes, brackets and commas; running sums over those tell what is within a string, and the depth. It
+takes the memory of a block, whatever the length of a record.
 """
 
 import os
@@ -18,17 +18,17 @@ BLOCK_BYTES = 1 << 18
 _WHITESPACE = b" \t\r\n"
 _QUOTE, _COMMA, _OPEN, _CLOSE = 1, 2, 3, 4
 _CLASSES = bytes.maketrans(b'",[{]}', bytes([_QUOTE, _COMMA, _OPEN, _OPEN, _CLOSE, _CLOSE]))
-# Of a byte, its class; of a byte that decides nothing, 0.
+# Class of each byte; 0 for bytes without a meaning here.
 _TABLE = bytes(_CLASSES[byte] if byte in b'",[{]}' else 0 for byte in range(256))
 _DEPTH_CHANGE = np.array([0, 0, 0, 1, -1], np.int32)
 
-# Arrays of int64 [n, 2], first byte of a record and the byte after its last; at the end, why the file breaks off
-# after them, "" where it ends well.
+# Yields int64 [n, 2], first byte of each record and the byte after its last; returns why the file breaks off after
+# them, or "".
 Bounds = Generator[np.ndarray, None, str]
 
 
 def line_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
-    """The lines of a JSONL file from the offset ``start``, where one begins; blank lines are no records."""
+    """Bounds of the lines of a JSONL file from the offset ``start``, where one begins, without blank lines."""
     begin = start
     for base, block in _blocks(file, start, block_bytes):
         ends = base + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
@@ -42,7 +42,7 @@ def line_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) 
 
 
 def _without_blank(file: BinaryIO, lines: np.ndarray, base: int, block: bytes) -> np.ndarray:
-    """All lines but the blank ones; every line but the first begins in the block."""
+    """The lines that are not blank; all but the first begin in the block."""
     firsts = np.frombuffer(block, np.uint8)[lines[1:, 0] - base]
     suspects = np.append(True, np.isin(firsts, np.frombuffer(_WHITESPACE, np.uint8)))
     blank = [number for number in np.flatnonzero(suspects) if _is_blank(file, *lines[number].tolist())]
@@ -50,13 +50,15 @@ def _without_blank(file: BinaryIO, lines: np.ndarray, base: int, block: bytes) -
 
 
 def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
-    """The elements of a JSON array, white space around them included.
+    """Bounds of the elements of a JSON array, including the white space around them.
 
     Args:
-        start: 0, or the end of an element, to go on after it.
+        file: the annotation file.
+        start: 0, or the end of an element, to continue after it.
+        block_bytes: read at once.
 
     Raises:
-        DataError: for a file that holds no array.
+        DataError: the file does not hold an array.
     """
     first = start or _opening_bracket(file)
     scan = _Scan(depth=1 if start else 0)
@@ -71,8 +73,8 @@ def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTE
                 yield bounds
             separator = int(separators[-1])
         if scan.depth == 0:
-            well = _is_blank(file, separator + 1, os.fstat(file.fileno()).st_size)
-            return "" if well else "the JSON array ends, but the file goes on"
+            ends = _is_blank(file, separator + 1, os.fstat(file.fileno()).st_size)
+            return "" if ends else "the JSON array ends, but the file continues"
     if scan.depth > 1 or scan.in_string:
         return "the JSON array breaks off in the middle of this record"
     size = os.fstat(file.fileno()).st_size
@@ -82,7 +84,7 @@ def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTE
 
 
 class _Scan:
-    """What is carried from one block of a JSON text to the next."""
+    """The state of a scan through JSON text, from one block to the next."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -93,7 +95,7 @@ class _Scan:
         """Offsets of the brackets of the array and of the commas between its elements; none after its end."""
         classes = np.frombuffer(bytearray(block.translate(_TABLE)), np.uint8)
         classes[self._escaped(block)] = 0
-        places = np.flatnonzero(classes != 0)  # many times faster on truths than on numbers
+        places = np.flatnonzero(classes != 0)  # many times faster on booleans than on numbers
         classes = classes[places]
         quotes = classes == _QUOTE
         in_string = np.logical_xor.accumulate(quotes) ^ self.in_string
@@ -152,4 +154,4 @@ def _opening_bracket(file: BinaryIO) -> int:
             if text.startswith(b"["):
                 return base + len(block) - len(text)
             break
-    raise DataError(f"{Path(file.name)} holds no JSON array; a file with one record a line must be named .jsonl")
+    raise DataError(f"{Path(file.name)} does not hold a JSON array; a file with one record a line must be named .jsonl")

@@ -1,9 +1,9 @@
-"""Keys of a sample and of its turns: honoured, rejected with the key's name, or ignored and reported.
+"""Classifies the keys of a sample and of its turns: honoured, rejected, or ignored and reported.
 
-Annotations come from many tools, and each has keys of its own. A key that means media, tools, a system prompt or
-training weights changes what the model learns, so it is never ignored: it is one of those that are honoured here, or
-it rejects the sample. Which key means what is decided by its words ("imageURLs" is image and URLs), so that a spelling
-that nobody listed is not lost. docs/data.md has the table.
+Annotations come from many tools, and each has keys of its own. A key for media, tools, a system prompt or training
+weights changes what the model learns, so it is never ignored: it is honoured, or the sample is rejected. The meaning of
+a key is decided by its words ("imageURLs" is image and URLs), so that a spelling that is not listed is not missed.
+docs/data.md has the table.
 """
 
 import re
@@ -13,20 +13,20 @@ from typing import Any
 
 from neo_megatron.errors import Reason, RejectedSample
 
-# In the first place the name that this project uses; each of the others means the same.
+# The first is the name that this project uses; the others mean the same.
 IMAGE_KEYS = (
     *("image", "images", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls"),
     *("img", "imgs", "img_path", "img_paths"),
 )
 VIDEO_KEYS = ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_urls")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
-# True or 1 trains on an assistant turn, false or 0 does not; no other weight is known here.
+# True or 1 trains on an assistant turn, false or 0 does not; other weights are not supported.
 _WEIGHT_KEYS = (
     *("weight", "loss", "loss_weight", "loss_mask", "loss_scale"),
     *("train", "training", "trainable", "trained", "is_trained", "do_train"),
 )
 _FLAGS = frozenset(("is_input", *_WEIGHT_KEYS))
-# Of the identity of a record, and sizes of images, which are read from the files.
+# Ids of records, and sizes of images, which are read from the files.
 _SILENT = ("id", "width", "height", "width_list", "height_list")
 _SAMPLE_KEYS = frozenset(("conversations", "is_input", *IMAGE_KEYS, *VIDEO_KEYS, *SYSTEM_KEYS, *_WEIGHT_KEYS, *_SILENT))
 _TURN_KEYS = frozenset(("from", "value", "is_input", "answers", *_WEIGHT_KEYS))  # `answers` is for evaluation
@@ -45,7 +45,7 @@ _MEDIA = _words(
 _TOOLS = _words("tool tools function functions plugin plugins")
 _WEIGHTS = _words("weight weights loss losses train training trainable trained mask masks masked kto")
 _PREFERENCES = _words("chosen rejected")
-# A key with one of these speaks about media or training: image_id, num_tools, train_split.
+# A key with one of these words only describes media or training: image_id, num_tools, train_split.
 _ABOUT = _words(
     "id ids idx index width widths height heights size sizes shape count counts num number n source sources license "
     "type types format hash md sha fps duration length resolution ratio aspect quality score scores category "
@@ -63,7 +63,7 @@ _MEANINGS = {
 
 @lru_cache(maxsize=4096)
 def _meaning(key: str) -> str:
-    """The entry of ``_MEANINGS`` for a key that is not honoured, "" where none of them is meant."""
+    """The entry of ``_MEANINGS`` for a key that is not honoured; "" if it has none of these meanings."""
     words = [word.lower() for word in _WORD.findall(key)]
     if _ABOUT.intersection(words):
         return ""
@@ -75,15 +75,15 @@ def _meaning(key: str) -> str:
     return next((meaning for meaning, of_it in known if of_it.intersection(words)), "")
 
 
-def _says_nothing(value: object) -> bool:
+def _is_empty(value: object) -> bool:
     return value is None or value in ("", [], {})
 
 
 def check_keys(sample: Mapping[str, Any]) -> None:
-    """Rejects a sample with a key that changes what is learned and is not honoured, in the sample or in a turn.
+    """Rejects a sample with a key, in itself or in a turn, that changes what is learned and is not honoured.
 
     Raises:
-        RejectedSample: with the name of the first such key.
+        RejectedSample: the text names the first such key.
     """
     _check_keys(sample, "the sample", _SAMPLE_KEYS)
     for number, turn in _turns(sample):
@@ -92,21 +92,21 @@ def check_keys(sample: Mapping[str, Any]) -> None:
 
 def _check_keys(holder: Mapping[str, Any], where: str, honoured: frozenset[str]) -> None:
     for key, value in holder.items():
-        if key in honoured or _says_nothing(value) or not (meaning := _meaning(key)):
+        if key in honoured or _is_empty(value) or not (meaning := _meaning(key)):
             continue
-        # A number or a truth can be a weight, but neither media nor a prompt.
+        # A number or a boolean can be a weight, but neither media nor a prompt.
         if isinstance(value, str | list | dict) or meaning == "weights":
             raise RejectedSample(Reason.UNSUPPORTED_KEY, f"{where} has the key {key!r:.80}: {_MEANINGS[meaning]}")
 
 
 def ignored_keys(sample: object) -> list[str]:
-    """Keys that nothing reads of a sample that passed :func:`check_keys`; those of turns as ``conversations[].key``."""
+    """Keys that nothing reads of a sample that passed `check_keys`; those of turns as ``conversations[].key``."""
     if not isinstance(sample, dict):
         return []
-    found = dict.fromkeys(key for key, value in sample.items() if key not in _SAMPLE_KEYS and not _says_nothing(value))
+    found = dict.fromkeys(key for key, value in sample.items() if key not in _SAMPLE_KEYS and not _is_empty(value))
     for _, turn in _turns(sample):
         for key, value in turn.items():
-            if key not in _TURN_KEYS and not _says_nothing(value):
+            if key not in _TURN_KEYS and not _is_empty(value):
                 found[f"conversations[].{key}"] = None
     return list(found)
 
@@ -119,12 +119,12 @@ def _turns(sample: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]
 
 
 def media_value(sample: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, object]:
-    """(key, value) that lists the files, under whichever of the keys; the value is ``[]`` where there are none.
+    """(key, value) of whichever key lists the files; the value is ``[]`` without files.
 
     Raises:
         RejectedSample: two keys list different files.
     """
-    found = [(key, sample[key]) for key in keys if not _says_nothing(sample.get(key))]
+    found = [(key, sample[key]) for key in keys if not _is_empty(sample.get(key))]
     for key, value in found[1:]:
         first, before = found[0]
         if _list(value) != _list(before):
@@ -137,12 +137,12 @@ def _list(value: object) -> list:
 
 
 def system_text(sample: Mapping[str, Any]) -> str:
-    """The system prompt of a sample outside of its turns, "" where there is none.
+    """The system prompt of a sample outside of its turns; "" without one.
 
     Raises:
-        RejectedSample: it is not a string, or two keys give different ones.
+        RejectedSample: it is not a string, or two keys have different prompts.
     """
-    found = {key: sample[key] for key in SYSTEM_KEYS if not _says_nothing(sample.get(key))}
+    found = {key: sample[key] for key in SYSTEM_KEYS if not _is_empty(sample.get(key))}
     for key, value in found.items():
         if not isinstance(value, str):
             raise RejectedSample(Reason.MALFORMED, f"{key!r} of the sample must be a string")
@@ -152,10 +152,10 @@ def system_text(sample: Mapping[str, Any]) -> str:
 
 
 def training_flag(holder: Mapping[str, Any], where: str) -> tuple[str, bool] | None:
-    """(key, whether to train) where a sample or a turn says so, else ``None``.
+    """(key, whether to train) if a sample or a turn says so, else ``None``.
 
     Raises:
-        RejectedSample: for a value that is neither true nor false, 1 nor 0; two keys contradict each other.
+        RejectedSample: a value is not true, false, 1 or 0, or two keys contradict each other.
     """
     found: dict[str, bool] = {}
     if _FLAGS.isdisjoint(holder):
@@ -171,7 +171,7 @@ def training_flag(holder: Mapping[str, Any], where: str) -> tuple[str, bool] | N
             )
         if key != "is_input":
             found[key] = bool(value)
-        elif value:  # false is what it is where nobody wrote it
+        elif value:  # false is its default
             found[key] = False
     if len(set(found.values())) > 1:
         raise RejectedSample(Reason.MALFORMED, f"{where} is both trained on and not: {', '.join(map(repr, found))}")

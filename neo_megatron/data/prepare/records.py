@@ -1,4 +1,4 @@
-"""One annotation record -> checked samples. A record is only read, never changed, so it can be read twice."""
+"""Parses one annotation record and checks its samples; the record itself is never changed."""
 
 import json
 import re
@@ -30,9 +30,11 @@ class Sample:
     """A conversation and its files: an image for each ``<image>`` tag, a video for each ``<video>`` tag, in order.
 
     Args:
-        turns: of an assistant all tags are escaped, because none of them is a place for media.
-        placeholder: of another project, in the text of a sample that has no tags of its own; it stays text.
-        first_turn: index in ``turns`` of the first under ``conversations``; 1 where a system prompt has its own key.
+        turns: all tags of assistant turns are escaped, because they are not places for media.
+        images: paths.
+        videos: paths.
+        placeholder: of another project, in the text of a sample without tags; it stays text.
+        first_turn: index in ``turns`` of the first turn under ``conversations``: 1 if a system prompt has its own key.
     """
 
     turns: tuple[Turn, ...]
@@ -46,7 +48,7 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, Any]]:
     """(element, sample as written) of a record; a list-packed record has several, any other one with element ``None``.
 
     Raises:
-        RejectedSample: where the line is no JSON, or an empty list.
+        RejectedSample: the line is too long (``None``), not JSON, or an empty list.
     """
     if line is None:
         raise RejectedSample(Reason.BROKEN_JSON, "the line is too long to be a record")
@@ -63,7 +65,7 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, Any]]:
 
 
 def _list(value: object) -> list:
-    """A value as written that may be a list, or stand alone."""
+    """A value that may be written as a list or alone, as a list."""
     return value if isinstance(value, list) else [value]
 
 
@@ -71,7 +73,7 @@ def check_sample(sample: object, source: Source) -> Sample:
     """Checks one sample as written and resolves its paths.
 
     Raises:
-        RejectedSample: with what is wrong.
+        RejectedSample: the text says what is wrong.
     """
     if not isinstance(sample, dict):
         raise RejectedSample(Reason.MALFORMED, f"a sample must be an object, not {type(sample).__name__}")
@@ -95,10 +97,10 @@ def check_sample(sample: object, source: Source) -> Sample:
 
 
 def check_answers(sample: Sample) -> None:
-    """Rejects a sample with an answer to train on that shows nothing: the model would learn to end at once.
+    """Rejects a sample with a blank answer to train on, from which the model would learn to end at once.
 
     Raises:
-        RejectedSample: with the number of the turn.
+        RejectedSample: the text has the number of the turn.
     """
     if (number := blank_answer(sample)) is not None:
         raise RejectedSample(
@@ -108,7 +110,7 @@ def check_answers(sample: Sample) -> None:
 
 
 def blank_answer(sample: Sample) -> int | None:
-    """Number of the first turn that is trained on and shows nothing, else ``None``."""
+    """Number of the first turn that is trained on and blank, else ``None``."""
     return next(
         (number for number, turn in enumerate(sample.turns) if turn.trained and is_blank(turn.text)),
         None,
@@ -153,7 +155,7 @@ def _check_turn(number: int, turn: object) -> Turn:
 
 
 def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turn of a system prompt under a key of its own; no media belong there, so its tags are text."""
+    """The turn of a system prompt under a key of its own; its tags are text, because media do not belong there."""
     text = system_text(sample)
     written = next((turn.literal for turn in turns if turn.role == "system"), text)
     if written != text and text:
@@ -165,10 +167,10 @@ def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def _foreign_media(asked: Sequence[Turn]) -> str:
-    """A placeholder of another project in turns that have no tags of this one, else "".
+    """A placeholder of another project in turns without tags of this one, else "".
 
     Raises:
-        RejectedSample: a path, or an encoded file, stands in the text.
+        RejectedSample: a path or an encoded file is in the text.
     """
     if inline := inline_form(turn.text for turn in asked):
         raise RejectedSample(
@@ -189,7 +191,7 @@ def _check_trained(sample: dict, turns: tuple[Turn, ...]) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """JSON can write one half of a surrogate pair, which no tokenizer and no file system takes."""
+    """Whether a text has no unpaired surrogates, which JSON can have but no tokenizer and no file system accepts."""
     return text.isascii() or re.search("[\ud800-\udfff]", text) is None
 
 
@@ -204,8 +206,8 @@ def _check_paths(key: str, value: object) -> tuple[str, ...]:
 def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason: Reason) -> tuple[Turn, ...]:
     """The turns with one tag for each path; a single file that no turn mentions belongs to the first human turn.
 
-    A tag of an assistant is text. It could also mean that the file belongs there, which is not trained and so not
-    done: where only that would explain the number of files, the sample is rejected.
+    A tag of an assistant is text. It might also mean that the file belongs there, which is not supported: if only that
+    would explain the number of files, the sample is rejected.
     """
     tags = sum(count_tags(turn.text, tag) for turn in turns if turn.role != "assistant")
     said = next((number for number, turn in enumerate(turns) if _says(turn, tag)), None)

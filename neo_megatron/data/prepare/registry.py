@@ -1,11 +1,11 @@
-"""Data sets by name: which annotation file, which root of images, and how much of it.
+"""Reads a registry of data sets: the annotation file of each, its image root, and how much of it is used.
 
 A registry is a YAML file; relative paths in it count from its own directory:
 
     llava_pretrain:
       annotation_path: llava/blip_laion_cc_sbu_558k.json
-      data_path: llava/images        # joined to the paths of images; empty: the paths are complete
-      follow_links: true             # trust links in data_path that lead outside it; false by default
+      data_path: llava/images        # the image root, joined to paths in records; without it, paths are complete
+      follow_links: true             # trust links in data_path that lead outside of it; false by default
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from neo_megatron.data.prepare.annotation_files import check_annotation_file
 from neo_megatron.errors import DataError
 from neo_megatron.paths import Wanted, check_path
 
-_MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may stand several times
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may occur several times
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,15 @@ class Source:
     """One annotation file of a run.
 
     Args:
-        name: part of the key of the draw, so that a data set is drawn the same whatever it is mixed with.
+        name: part of the key of the draw, so that the same records are drawn whatever the data set is mixed with.
         annotations: the JSON or JSONL file.
-        image_root: joined to the paths of images, none of which may leave it; "" where the paths are complete.
-        share: how often a record is used on average; 1/2 takes every second, 2 takes all of them twice.
-        follow_links: links in the root may lead outside it.
+        image_root: joined to the paths of images, which must not leave it; "" if the paths are complete.
+        share: how often a record is used on average; 1/2 takes half of the records, 2 takes all of them twice.
+        follow_links: links in the root may lead outside of it.
+
+    Raises:
+        WrongPath: a path does not exist or is of another kind.
+        DataError: the annotation file is not what its name says.
     """
 
     name: str
@@ -52,7 +56,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
     """The sources of names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
 
     Raises:
-        DataError: for a name that the registry lacks, a percentage that is none, or a registry of another form.
+        DataError: a name is not in the registry, a percentage is not valid, or the registry has another form.
     """
     entries = _read(Path(registry))
     folder = Path(registry).parent
@@ -61,10 +65,12 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
         name, share = split_share(text)
         if any(source.name == name for source in sources):
             raise DataError(
-                f"data set {name} is named twice; name it once, with its share of all: {name}%200 uses it twice"
+                f"data set {name} is named twice; name it once, with the sum of its shares: {name}%200 uses it twice"
             )
         if name not in entries:
-            raise DataError(f"data set {name} is not in {registry}, which holds: {', '.join(sorted(entries))}")
+            raise DataError(
+                f"data set {name} is not in {registry}; add it there, or choose from: {', '.join(sorted(entries))}"
+            )
         entry = entries[name]
         root = entry.get("data_path") or ""
         sources.append(
@@ -80,7 +86,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Rejects a mapping with a key twice, of which YAML would silently keep the last."""
+    """Rejects a mapping in which a key occurs twice; YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[Any, int] = {}
@@ -107,19 +113,24 @@ def _read(registry: Path) -> dict[str, dict[str, Any]]:
         keys = set(entry) if isinstance(entry, dict) else set()
         if "annotation_path" not in keys or keys - {"annotation_path", "data_path", "follow_links"}:
             raise DataError(
-                f"data set {name} in {registry} must have annotation_path; it may have data_path and follow_links"
+                f"data set {name} in {registry} must have annotation_path and may have data_path and follow_links; "
+                "correct its keys"
             )
         if not isinstance(entry["annotation_path"], str) or not isinstance(entry.get("data_path") or "", str):
-            raise DataError(f"data set {name} in {registry}: annotation_path and data_path must be texts")
+            raise DataError(f"data set {name} in {registry}: annotation_path and data_path must be strings")
         if not isinstance(entry.get("follow_links", False), bool):
             raise DataError(f"data set {name} in {registry}: follow_links must be true or false")
         if not isinstance(name, str) or "%" in name:
-            raise DataError(f"the name {name} in {registry} must be a text without %, which starts a percentage")
+            raise DataError(f"the name {name} in {registry} must be a string without %, which starts a percentage")
     return entries
 
 
 def split_share(text: str) -> tuple[str, Fraction]:
-    """``"name%12.5"`` -> ("name", 1/8): percent, any above 0; the share of a name alone is 1."""
+    """Splits ``"name%12.5"`` into ("name", 1/8); the share of a name alone is 1.
+
+    Raises:
+        DataError: the percentage is not a number above 0.
+    """
     name, percent, share = text.rpartition("%")
     if not percent:
         return text, Fraction(1)
@@ -133,6 +144,6 @@ def split_share(text: str) -> tuple[str, Fraction]:
 
 
 def split_path_share(text: str) -> tuple[str, Fraction]:
-    """As :func:`split_share` for a path, which may have a % itself: one that exists as it is written has no share."""
+    """As :func:`split_share`, for a path that may have a % itself: one that exists as it is written has no share."""
     in_a_directory = "/" in text.rpartition("%")[2]
     return (text, Fraction(1)) if in_a_directory or Path(text).exists() else split_share(text)

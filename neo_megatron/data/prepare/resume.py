@@ -1,8 +1,8 @@
-"""An output directory between the start of a run and its manifest: one run at a time, continued after a kill.
+"""The output directory of an unfinished run of preprocessing: locked by one run at a time, resumed after a kill.
 
-``run.json`` holds the plan, which is all that decides the bytes. It is locked while a run works, and is the last file
-that a finished run removes. ``NNNNN.outcome.json`` says what became of a slice; it appears after the files of its
-shard, so the slices that have one need not be done again.
+``run.json`` holds the plan: all that decides the bytes. It is locked while a run works, and is the last file that a
+finished run removes. ``NNNNN.outcome.json`` holds the outcome of a slice; it appears after the files of its shard, so
+slices that have one need not run again.
 """
 
 import json
@@ -27,21 +27,22 @@ PLAN = "run.json"
 _OUTCOME = ".outcome.json"
 _PLAN_REMEDY = "remove the directory to start again"
 _SAVED = re.compile(rf"(\d{{5}}|[1-9]\d{{5,17}}){re.escape(_OUTCOME)}", re.ASCII)
-_LARGEST = 1 << 30  # bytes; a million rejected records have about a quarter of this
-# What a run of ours may have left behind; a file of any other name is not ours to remove.
+_LARGEST = 1 << 30  # bytes; a million rejected records take about a quarter of this
+# Files that a run may have left behind; files with other names are never removed.
 _OURS = re.compile(rf"\d{{5,}}\.(tokens|spans|pictures|grids|samples|media)\..*|{REJECTS}|.*{re.escape(PARTIAL)}")
 
 
 @dataclass
 class Outcome:
-    """What became of a slice.
+    """The outcome of a slice.
 
     Args:
-        next: where the next one begins.
-        bytes: of the annotation file.
-        records, samples: read, in a list-packed record several samples.
-        rejects: of the samples that were left out, as in ``rejects.jsonl``.
-        shard: entry of the manifest, ``None`` where nothing was kept.
+        next: position of the next slice.
+        bytes: of the annotation file that were read.
+        records: that were read.
+        samples: that were read; a list-packed record has several.
+        rejects: rows of ``rejects.jsonl``, one for each rejected sample.
+        shard: entry of the manifest, ``None`` if no sample was kept.
         noticed: tallies of the samples that were kept.
     """
 
@@ -55,23 +56,24 @@ class Outcome:
 
     @property
     def number(self) -> int:
+        """Of the slice."""
         return self.next.number - 1
 
 
 def save_outcome(directory: Path, outcome: Outcome) -> None:
-    """The last step of a slice: from now on it is done."""
-    sync_directory(directory)  # the shard is on the disk before anything says so
+    """Saves the outcome of a slice, as the last step of it."""
+    sync_directory(directory)  # the shard must be on the disk before its outcome
     write_atomically(_path(directory, outcome.number), json_line(asdict(outcome)))
 
 
 def load_outcome(directory: Path, number: int) -> Outcome:
-    """What an earlier run, or this one, has saved of a slice.
+    """The outcome of a slice that this run or an earlier one has saved.
 
     Raises:
-        DamagedFile: it is not what `save_outcome` writes.
+        DamagedFile: it is not a file that `save_outcome` writes.
     """
     path = _path(directory, number)
-    remedy = "remove it, and the same command does this slice again"
+    remedy = "remove it, and run the same command again"
     fields = _read_json(path, remedy)
     try:
         check_outcome(fields, number, VERSION)
@@ -81,10 +83,10 @@ def load_outcome(directory: Path, number: int) -> Outcome:
 
 
 class Run:
-    """A lock on an output directory, and what an earlier run has left there. Use it in a ``with`` statement.
+    """A locked output directory, with the outcomes of an earlier run. Use it in a ``with`` statement.
 
     Raises:
-        DataError: for a directory that holds something else, a finished data set, or a run that is still at work.
+        DataError: the directory holds a finished data set or other files, or another run is writing to it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -99,14 +101,14 @@ class Run:
 
     @property
     def has_manifest(self) -> bool:
-        """Whether all that is left to do is to clear up."""
+        """Whether the data set is complete, so that only clearing up is left."""
         return (self.directory / MANIFEST).exists()
 
     def begin(self, plan: dict[str, Any]) -> None:
-        """Notes the plan of a new run, or checks that it is that of the run to be continued.
+        """Writes the plan of a new run, or checks that it equals that of the run to be continued.
 
         Raises:
-            DataError: where it is not; says what differs.
+            DataError: the plans differ; the text says in what.
         """
         if self._file.read().endswith(b"\n"):
             path = self.directory / PLAN
@@ -121,7 +123,7 @@ class Run:
                     "repeat its command to continue it, or remove the directory to start again"
                 )
             return
-        # Nothing is done before the plan is on the disk, so half a plan means that nothing is there.
+        # Work starts when the plan is on the disk, so an incomplete plan means that there is nothing to continue.
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json_line(plan))
@@ -129,7 +131,7 @@ class Run:
         os.fsync(self._file.fileno())
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Of the slices whose shards are there, in no order."""
+        """The outcomes of slices whose shards are there, in any order."""
         for path in self.directory.glob(f"*{_OUTCOME}"):
             if not _SAVED.fullmatch(path.name):
                 continue
@@ -139,7 +141,7 @@ class Run:
                 yield outcome
 
     def keep(self, done: dict[int, Outcome]) -> None:
-        """Removes what belongs to slices that are not done."""
+        """Removes the files of slices that are not done."""
         for path in list(self.directory.iterdir()):
             number = path.name.partition(".")[0]
             kept = number.isdigit() and int(number) in done and not path.name.endswith(PARTIAL)
@@ -147,7 +149,7 @@ class Run:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Leaves the data set alone; the plan goes last, so that a kill before that is put right by the next run."""
+        """Removes everything but the data set; the plan last, so that the next run can finish this after a kill."""
         for path in list(self.directory.iterdir()):
             if _SAVED.fullmatch(path.name) or path.name.endswith(PARTIAL):
                 path.unlink(missing_ok=True)
@@ -161,10 +163,10 @@ def _check_regular(path: Path, remedy: str) -> None:
 
 
 def _read_json(path: Path, remedy: str) -> Any:
-    """What one of our files says.
+    """The contents of a JSON file of this module.
 
     Raises:
-        DamagedFile: it is not a file of its own, larger than any of ours, or not JSON.
+        DamagedFile: it is not a regular file, too large, or not JSON.
     """
     _check_regular(path, remedy)
     if path.stat().st_size > _LARGEST:
@@ -190,14 +192,14 @@ def _lock(directory: Path) -> Any:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What of the plan of a run is not as it was; "" where all is."""
+    """How the plan of a run differs from an earlier one, as the end of "an unfinished run ..."; "" if it does not."""
     for key, value in new["settings"].items():
         if key in old["settings"] and (before := old["settings"][key]) != value:
             return f"with --{key.replace('_', '-')} {before}, not {value}"
     for before, now in zip(old["sources"], new["sources"], strict=False):
         file = now["annotations"]
         if before != now and before | {"bytes": now["bytes"], "modified_ns": now["modified_ns"]} == now:
-            return f"of the annotation file {file} as it was before it was changed"
+            return f"of the annotation file {file}, which has changed since"
     for key, flags in (("sources", "--input, --image-root, --registry or --datasets"), ("tokenizer", "--tokenizer")):
         if old[key] != new[key]:
             return f"with another {flags}"
@@ -213,5 +215,5 @@ def _path(directory: Path, number: int) -> Path:
 
 
 def without_details(outcome: Outcome) -> Outcome:
-    """The outcome without what only its file has to keep."""
+    """The outcome without details, which only its file has to keep."""
     return replace(outcome, rejects=[], shard=None, noticed=Noticed())

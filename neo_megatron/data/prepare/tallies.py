@@ -7,7 +7,7 @@ from typing import Any
 from neo_megatron.data.prepare.record_keys import ignored_keys
 from neo_megatron.data.prepare.records import Sample, blank_answer
 
-# A key may be made up for each record; what more names than these say is counted together.
+# Keys may be made up for each record, so names beyond this number are counted together.
 MAX_NAMES = 64
 OTHERS = "(other names)"
 _NAME_LENGTH = 80
@@ -19,8 +19,8 @@ class Noticed:
 
     Args:
         with_images: samples with an image or a frame of a video.
-        empty_answers: samples with an answer to train on that shows nothing.
-        ignored_keys: samples by key that was not read, those of turns as ``conversations[].key``.
+        empty_answers: samples with a blank answer to train on.
+        ignored_keys: samples by key that was not read, keys of turns as ``conversations[].key``.
         placeholders: by placeholder of another project: ``samples``; ``file``, ``record``, ``element`` of the first.
     """
 
@@ -30,7 +30,7 @@ class Noticed:
     placeholders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def note(self, sample: Sample, written: object, images: Sequence[Any], place: dict[str, Any]) -> None:
-        """Takes note of a kept sample; ``place`` is its ``file``, ``record`` and ``element``."""
+        """Counts a kept sample; ``place`` is its ``file``, ``record`` and ``element``."""
         self.with_images += bool(images)
         self.empty_answers += blank_answer(sample) is not None
         for key in ignored_keys(written):
@@ -48,7 +48,7 @@ class Noticed:
             self._add_placeholder(name, entry)
 
     def counts(self) -> dict[str, Any]:
-        """What the manifest says, under ``counts``."""
+        """The entries of the manifest under ``counts``."""
         entries = asdict(self)
         return {
             "samples_with_images": entries["with_images"],
@@ -58,7 +58,7 @@ class Noticed:
         }
 
     def sentences(self) -> list[str]:
-        """What to tell the user of keys that nothing reads and of placeholders that stay text."""
+        """Messages for the user about keys that were not read and placeholders that stay text."""
         lines = []
         if self.ignored_keys:
             named = ", ".join(f"{key!r} in {count}" for key, count in sorted(self.ignored_keys.items()))

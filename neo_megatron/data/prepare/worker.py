@@ -1,4 +1,4 @@
-"""One slice of records -> one shard: reads, checks, loads images, tokenizes in batches, writes."""
+"""Turns one slice of records into one shard: reads, checks, loads images, tokenizes in batches, writes."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _BATCH_SAMPLES, _BATCH_BYTES = 256, 64 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker needs besides its slice; sent to it once."""
+    """All that a worker needs in addition to its slices; sent to it once."""
 
     sources: Sequence[Source]
     tokenizer_json: str
@@ -56,9 +56,11 @@ class _Batch:
 
     @property
     def is_empty(self) -> bool:
+        """Whether all samples have been written."""
         return not self._samples
 
     def add(self, sample: _Pending) -> None:
+        """Adds a sample, and writes all once they are many or large."""
         self._in_record = True
         self._samples.append(sample)
         self._bytes += sum(image.nbytes for image in sample.media.images)
@@ -66,6 +68,7 @@ class _Batch:
             self.write()
 
     def end_record(self) -> None:
+        """Ends the record of the samples since the last call."""
         if self._in_record and self._samples:
             self._samples[-1].ends_record = True
         elif self._in_record:
@@ -87,13 +90,13 @@ class _Batch:
 
 
 class _Reported:
-    """What of a slice has been reported."""
+    """The samples and bytes of a slice that have been reported."""
 
     def __init__(self, offset: int) -> None:
         self._samples, self._offset = 0, offset
 
     def since(self, samples: int, offset: int) -> tuple[int, int]:
-        """(samples, bytes) since the last call."""
+        """(samples, bytes) since the last call, given both since the start."""
         new = samples - self._samples, offset - self._offset
         self._samples, self._offset = samples, offset
         return new
@@ -103,21 +106,21 @@ class SliceWorker:
     """Turns slices into shards."""
 
     def __init__(self, task: Task, report: Callable[[int, int], Any] = lambda samples, size: None) -> None:
-        """``report`` is called now and then with the samples and the bytes of annotations done since the last call."""
+        """``report`` is called now and then with the samples and bytes of annotations read since its last call."""
         self._task = task
         self._report = report
         self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
 
     def run(self, piece: Slice) -> Outcome:
-        """Writes the shard of a slice and, after it, its outcome, which is returned without its details.
+        """Writes the shard of a slice and then its outcome, which is returned without its details.
 
         Raises:
-            DataError: for the first rejected sample, where the task says so; for a disk that is full.
+            DataError: a sample was rejected and the task is to fail then; the disk is full.
         """
         writer = ShardWriter(self._task.output, piece.place.number)
         try:
             with warnings.catch_warnings():
-                # An image is either rejected with a reason or used; what Pillow says in addition would hide the bar.
+                # An image is either rejected with a reason or used; Pillow's warnings would hide the progress bar.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 outcome = self._run(piece, writer)
         except BaseException:
@@ -150,7 +153,7 @@ class SliceWorker:
         return outcome
 
     def _read_record(self, text: bytes | None, record: int, source: Source, batch: "_Batch", outcome: Outcome) -> None:
-        """Adds the usable samples of a record to the batch; the others are noted in the outcome."""
+        """Adds the usable samples of a record to the batch, and rejects the others."""
         try:
             elements = list(parse_record(text))
         except RejectedSample as rejected:

@@ -1,7 +1,7 @@
-"""The bytes of a ``.npy`` file as an array of a type that the reader knows.
+"""Writes ``.npy`` files, and reads them as arrays of a type that the reader knows.
 
-``numpy.load`` would take the type and the shape from the file, evaluate its header, and take longer than all the rest
-of opening a shard. Here the header is compared with the one that the writer wrote: nothing is evaluated or unpickled.
+``numpy.load`` would take type and shape from the file, evaluate its header, and take longer than all the rest of
+opening a shard. Here the header is compared with the expected one: nothing is evaluated or unpickled.
 """
 
 import math
@@ -17,17 +17,17 @@ _SHOWN = 160
 
 
 def array_of(content: np.ndarray, dtype: np.dtype, shape: tuple[int, ...] | None, path: str, remedy: str) -> np.ndarray:
-    """A view of the mapped bytes of a ``.npy`` file.
+    """The array in the bytes of a ``.npy`` file, as a view of them.
 
     Args:
-        content: uint8 [n], all of the file.
+        content: uint8 [n], the complete file.
         dtype: of the array.
         shape: of the array; ``None`` for one dimension of any length.
         path: of the file, for messages.
-        remedy: what to do about a damaged file.
+        remedy: for a damaged file.
 
     Raises:
-        DamagedFile: the file holds something else.
+        DamagedFile: the file holds anything else.
     """
     head = content[:_PREFIX].tobytes()
     start = _PREFIX + int.from_bytes(head[8:], "little")
@@ -36,7 +36,7 @@ def array_of(content: np.ndarray, dtype: np.dtype, shape: tuple[int, ...] | None
     text = content[_PREFIX:start].tobytes().rstrip().decode("latin1")
     size = len(content) - start
     wanted = (size // dtype.itemsize,) if shape is None else shape
-    # One dimension of any length is what the size says, so a wrong number of rows differs from the header.
+    # A dimension of any length follows from the size of the file, so a wrong number of rows differs from the header.
     described = f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {wanted}, }}"
     if text != described:
         raise damaged_file(path, f"it is not an array of {described}, its header says {_printable(text)}", remedy)

@@ -1,7 +1,7 @@
-"""Megatron's ``.bin`` / ``.idx`` pair: sequences of numbers one after another, and where each begins.
+"""Writes and reads Megatron's ``.bin`` / ``.idx`` pairs: sequences of numbers, and the offset of each.
 
-Written and read with NumPy alone, so that workers need no torch; ``megatron.core.datasets.indexed_dataset`` opens the
-same files. ``docs/shard_format.md`` has the layout.
+Only NumPy is needed, so that workers need not import torch; ``megatron.core.datasets.indexed_dataset`` opens the same
+files. ``docs/shard_format.md`` describes their bytes.
 """
 
 import struct
@@ -20,7 +20,7 @@ _CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
 
 
 class SequenceWriter:
-    """Writes ``{prefix}.bin`` as sequences come and ``{prefix}.idx`` at the end."""
+    """Writes ``{prefix}.bin`` while sequences are added, and ``{prefix}.idx`` at the end."""
 
     def __init__(self, prefix: Path, dtype: type) -> None:
         self._prefix = prefix
@@ -37,10 +37,11 @@ class SequenceWriter:
         self._lengths.append(sequence.size)
 
     def end_document(self) -> None:
+        """Ends the document of the sequences since the last call."""
         self._documents.append(len(self._lengths))
 
     def commit(self) -> dict[str, dict[str, Any]]:
-        """Makes both files appear; returns what a manifest says of them."""
+        """Makes both files appear under their names; returns their entries in a manifest."""
         lengths = np.array(self._lengths, np.int64)
         offsets = (np.cumsum(lengths) - lengths) * self._dtype.itemsize
         header = _HEADER.pack(_MAGIC, 1, _CODES[self._dtype], len(lengths), len(self._documents))
@@ -50,12 +51,12 @@ class SequenceWriter:
         return {files[0].name: self._bin.commit(), files[1].name: write_atomically(files[1], index)}
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Removes the unfinished file."""
         self._bin.discard()
 
 
 class SequenceReader:
-    """The sequences of a pair of files. The index is mapped; of the data, nothing is read before it is asked for.
+    """The sequences of a pair of files. The index is mapped; data are read on access.
 
     Attributes:
         lengths: int32 [sequences].
@@ -66,11 +67,11 @@ class SequenceReader:
         index: uint8 [n], the ``.idx``.
         data: the ``.bin``.
         dtype: of the numbers.
-        count: sequences that the manifest says there are.
-        documents: documents that it says there are, where it does.
+        count: number of sequences according to the manifest.
+        documents: number of documents according to the manifest, if that has it.
 
     Raises:
-        DamagedFile: the index is not one, or has other numbers of sequences or documents.
+        DamagedFile: the index is not valid, or has other numbers of sequences or documents.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class SequenceReader:
         self.documents = np.frombuffer(index, np.int64, starts, _HEADER.size + 12 * sequences)
 
     def check(self) -> None:
-        """Reads all of the index, which opening it does not.
+        """Checks all of the index, most of which is not read when it is opened.
 
         Raises:
             DamagedFile: sequences do not follow one another to the end of the ``.bin``, or documents are not in order.
@@ -107,14 +108,14 @@ class SequenceReader:
             raise self._damaged("bin", f"it has {len(self._data):,} bytes, not the {size:,} of its index")
 
     def range_of_document(self, document: int) -> range:
-        """Numbers of the sequences of a document. Raises DamagedFile where it has such as are not there."""
+        """Numbers of the sequences of a document. Raises DamagedFile if there are no such sequences."""
         start, end = self.documents.item(document), self.documents.item(document + 1)
         if not 0 <= start <= end <= len(self.lengths):
             raise self._damaged("idx", "its documents are not in order")
         return range(start, end)
 
     def range(self, sequence: int) -> Range:
-        """Where a sequence lies. Raises DamagedFile where that is outside of the file."""
+        """The bytes of a sequence in the file. Raises DamagedFile if they are outside of it."""
         offset = self._offsets.item(sequence)
         size = self.lengths.item(sequence) * self._dtype.itemsize
         if not 0 <= offset <= offset + size <= len(self._data):

@@ -1,4 +1,4 @@
-"""Several data sets as one list of samples."""
+"""Reads several data sets as one list of samples."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class Mixture:
         locations: directories of shards, in order.
 
     Raises:
-        DataError: where they were tokenized differently.
+        DataError: a data set cannot be opened, or they were tokenized with different tokenizers.
     """
 
     def __init__(self, locations: Sequence[str | Path]) -> None:
@@ -35,15 +35,16 @@ class Mixture:
 
     @property
     def tokenizer(self) -> dict:
-        """What the manifests say of the tokenizer: ``sha256``, ``size``, ``ids``."""
+        """The entry of the manifests for the tokenizer: ``sha256``, ``size``, ``ids``."""
         return self.sets[0].manifest["tokenizer"]
 
     @property
     def ids(self) -> SpecialIds:
+        """Ids of the control tokens."""
         return self.sets[0].ids
 
     def fetch(self, samples: Sequence[int], images: bool = True) -> list[tuple[StoredSample, ShardSet]]:
-        """The samples of the given numbers, in their order, each with the data set that it is of."""
+        """The samples of the given numbers, in their order, each with its data set."""
         owners = [self._owner(sample) for sample in samples]
         found: dict[int, StoredSample] = {}
         for number in sorted(set(owners)):

@@ -1,4 +1,4 @@
-"""The shards of a preprocessed data set: tokenized samples and their images, written once, read for any pack length.
+"""Reads the shards of a preprocessed data set: tokenized samples and their images, for packs of any length.
 
 The files are described in ``docs/shard_format.md``.
 """
@@ -48,7 +48,7 @@ class StoredSample:
         tokens: int32 [n].
         spans: int32 [k, 2], half-open ranges of trained tokens.
         grids: int32 [p, 2], in patches, one for each ``<img>`` in ``tokens``.
-        images: uint8 [bytes] each, as ``ShardSet.image_store`` says; empty where they were not asked for.
+        images: uint8 [bytes] each, in the form of ``ShardSet.image_store``; empty if they were not asked for.
     """
 
     tokens: np.ndarray
@@ -58,14 +58,15 @@ class StoredSample:
 
 
 def shard_name(number: int) -> str:
+    """The name of a shard, with which the names of its files begin."""
     return f"{number:05d}"
 
 
 class Shard:
-    """One shard; its files are mapped. Sizes are held against the manifest, so a cut copy is found when it is read.
+    """One shard with mapped files, whose sizes are compared with the manifest, so an incomplete copy is detected.
 
     Raises:
-        DataError: from any method or property, where a file is missing or says what cannot be.
+        DataError: from any method or property: a file is missing or damaged.
     """
 
     def __init__(self, directory: Directory, entry: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ class Shard:
 
     @cached_property
     def samples(self) -> np.ndarray:
-        """``SAMPLE`` [samples]"""
+        """Rows of samples: ``SAMPLE`` [samples]."""
         rows = self._rows("samples.npy", SAMPLE, (self._samples,))
         if (rows["pictures"] < 0).any() or rows["pictures"].sum(dtype=np.int64) != self._images:
             raise self._damaged("samples.npy", f"its samples do not have the {self._images} images of the shard")
@@ -87,12 +88,12 @@ class Shard:
 
     @cached_property
     def grids(self) -> np.ndarray:
-        """int32 [images, 2]; values are checked where they are used, see `check_grids`."""
+        """Grids of images in patches, int32 [images, 2]; values are checked where they are used, see `check_grids`."""
         return self._rows("grids.npy", np.dtype("<i4"), (self._images, 2))
 
     @cached_property
     def media(self) -> np.ndarray:
-        """``MEDIA`` [files], by ``sample`` ascending: identities of the image and video files of the samples."""
+        """Identities of the image and video files of samples: ``MEDIA`` [files], by ``sample`` ascending."""
         rows = self._rows("media.npy", MEDIA, (self._media,))
         owners = rows["sample"]
         if len(rows) and (owners[0] < 0 or owners[-1] >= self._samples or (owners[1:] < owners[:-1]).any()):
@@ -109,7 +110,7 @@ class Shard:
         return np.diff(up_to[ends], prepend=0)
 
     def check_text(self) -> None:
-        """Raises DamagedFile where the token index is not consistent; opening a shard does not read all of it."""
+        """Checks all of the token index, which opening a shard does not read. Raises DamagedFile."""
         self.tokens.check()
 
     def image_range(self, sample: int) -> range:
@@ -139,7 +140,7 @@ class Shard:
         )
 
     def _rows(self, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """A mapped array of the shape that the manifest says."""
+        """A mapped array of the shape given by the manifest."""
         name = f"{self.name}.{kind}"
         content = self._directory.map(name, self._files[name]["bytes"])
         return array_of(content, dtype, shape, f"{self._directory.location}/{name}", _AGAIN)
@@ -149,7 +150,7 @@ class Shard:
 
 
 def check_grids(grids: np.ndarray) -> str:
-    """What is wrong with the sizes of images in patches, int32 [n, 2]; "" where nothing is."""
+    """Says what is wrong with grids of images in patches, int32 [n, 2]; "" for nothing."""
     if len(grids) and (grids.min() < 2 or grids.max() > _MAX_GRID or (grids & 1).any()):
         return f"a grid is not even and positive, at most {_MAX_GRID} patches a side"
     return ""
@@ -159,13 +160,16 @@ class ShardSet:
     """All shards of a directory as one list of samples. Shards are mapped on first use, in each process separately.
 
     Args:
-        location: a local directory, or what else ``storage.open_directory`` takes.
+        location: a local directory, or an address that `open_directory` accepts.
 
     Attributes:
-        fingerprint: SHA-256 of the manifest, which has those of all files, and the paths that were preprocessed.
-        text_fingerprint: SHA-256 of the tokens alone: the same wherever the annotations and images were.
+        fingerprint: SHA-256 of the manifest, which contains the checksums of all files and the preprocessed paths.
+        text_fingerprint: SHA-256 of the tokens alone, which does not depend on where annotations and images were.
         version: of the format.
-        vocabulary: tokens of the tokenizer.
+        vocabulary: number of tokens of the tokenizer.
+
+    Raises:
+        DataError: the location does not hold a complete data set of a readable version.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -191,12 +195,12 @@ class ShardSet:
         return self.__dict__ | {"_opened": OrderedDict()}  # a mapped array would be copied to the other process
 
     def locate(self, sample: int) -> tuple[Shard, int]:
-        """The shard of a global sample number, and the sample's number in it."""
+        """The shard of a sample, given by its number in the data set, and its number in that shard."""
         number = bisect_right(self._starts, sample) - 1
         return self.shard(number), sample - self._starts[number]
 
     def shard(self, number: int) -> Shard:
-        """A shard, opened. The least recently used ones are closed; what was read of them stays valid."""
+        """An opened shard. The least recently used ones are closed; arrays that were read from them stay valid."""
         shard = self._opened.get(number)
         if shard is None:
             self._prepare([number])
@@ -208,7 +212,7 @@ class ShardSet:
         return shard
 
     def fetch(self, samples: Sequence[int], images: bool = True) -> list[StoredSample]:
-        """The samples of the given numbers, in their order; from object storage all are requested at the same time."""
+        """The samples of the given numbers, in their order; requests to object storage are concurrent."""
         self._prepare({bisect_right(self._starts, sample) - 1 for sample in samples})
         located = [self.locate(sample) for sample in samples]
         numbers = [shard.image_range(local) for shard, local in located]
@@ -217,7 +221,7 @@ class ShardSet:
             ranges += [shard.tokens.range(local), shard.spans.range(local)]
             if ranges[-1].size % _SPAN_BYTES:
                 path = f"{self.location}/{shard.name}.spans.idx"
-                raise damaged_file(path, f"a range of sample {local} has no end", _AGAIN)
+                raise damaged_file(path, f"a trained range of sample {local} has no end", _AGAIN)
             ranges += [shard.images.range(number) for number in wanted] if images else []
         arrays = iter(self.storage.read_ranges(ranges))
         return [
@@ -231,7 +235,7 @@ class ShardSet:
         ]
 
     def _prepare(self, numbers: Iterable[int]) -> None:
-        """Has the files of shards that are about to be opened fetched at the same time."""
+        """Fetches the files of shards that are about to be opened, all at the same time."""
         entries = (self._entries[number] for number in numbers if number not in self._opened)
         files = ((f"{shard_name(int(entry['name']))}.{kind}", entry) for entry in entries for kind in _MAPPED_FILES)
         self.storage.prepare((name, entry["files"][name]["bytes"]) for name, entry in files)
@@ -248,17 +252,17 @@ class ShardSet:
         sources = self.manifest["sources"]
         if not 0 <= source < len(sources):
             path = f"{self.location}/{shard.name}.samples.npy"
-            raise damaged_file(path, f"sample {local} comes from a source that the manifest does not have", _AGAIN)
+            raise damaged_file(path, f"sample {local} comes from a source that is not in the manifest", _AGAIN)
         return sources[source], record
 
 
 @cache
 def _most_opened() -> int:
-    """Shards that are open at once, at most; half of the descriptors that the process may have is left to others."""
+    """Maximum number of open shards, which use at most half of the file descriptors that the process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 2 * _MOST_MAPS if hard == resource.RLIM_INFINITY else min(2 * _MOST_MAPS, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
-        # The usual 1024 would leave 64 shards open; that limit protects programs that call select().
+        # The usual 1024 would allow only 64 open shards; it exists to protect programs that call select().
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return max(1, most // 2 // _FILES_OF_A_SHARD)
 

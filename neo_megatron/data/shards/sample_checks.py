@@ -1,4 +1,4 @@
-"""What makes a stored sample one that a model can be trained on: in words for one, fast for a pack."""
+"""Checks that stored samples can be trained on: one sample with a message, or all of a pack fast."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,13 @@ from neo_megatron.data.shards.reader import StoredSample, check_grids
 
 
 def wrong_tokens(tokens: np.ndarray, grids: np.ndarray | None, ids: SpecialIds, vocabulary: int) -> str:
-    """What is wrong with the tokens of a sample, "" where nothing is.
+    """Says what is wrong with the tokens of a sample; "" for nothing.
 
     Args:
         tokens: int [n].
-        grids: int32 [p, 2] of its images, even and positive; ``None`` where unknown.
-        vocabulary: tokens of the tokenizer.
+        grids: int32 [p, 2] of its images, even and positive; ``None`` if unknown.
+        ids: of the control tokens.
+        vocabulary: number of tokens of the tokenizer.
     """
     if not len(tokens):
         return "it has no tokens"
@@ -33,27 +34,30 @@ def wrong_tokens(tokens: np.ndarray, grids: np.ndarray | None, ids: SpecialIds, 
 
 
 def wrong_spans(spans: np.ndarray, length: int, trained: int | None = None) -> str:
-    """What is wrong with the trained ranges of a sample, "" where nothing is.
+    """Says what is wrong with the trained ranges of a sample; "" for nothing.
 
     Args:
         spans: int32 [2 k], ``start, end, start, end, ...``.
         length: tokens of the sample.
-        trained: how many of them its row says are trained, where that is known.
+        trained: number of trained tokens according to its row, if known.
     """
     if len(spans) < 2:
-        return "nothing of it is trained"
+        return "it has no trained tokens"
     if len(spans) % 2 or spans[0] < 1 or spans[-1] > length or (spans[1:] <= spans[:-1]).any():
         return "its trained ranges do not lie within the sample in ascending order"
     if trained is not None and int((spans[1::2] - spans[::2]).sum()) != trained:
-        return f"its trained ranges are not of the {trained} tokens that samples.npy says"
+        return f"its trained ranges do not have the {trained} tokens that samples.npy says"
     return ""
 
 
 def are_sound(samples: Sequence[StoredSample], tokens: np.ndarray, ids: SpecialIds, vocabulary: int) -> bool:
-    """Whether nothing is wrong with any of the samples of a pack; their images are not looked at.
+    """Whether the samples of a pack are sound; images are not checked.
 
     Args:
-        tokens: int [n], those of all samples, one sample after the other.
+        samples: of the pack.
+        tokens: int [n], of all samples, one sample after another.
+        ids: of the control tokens.
+        vocabulary: number of tokens of the tokenizer.
     """
     lengths = np.array([len(sample.tokens) for sample in samples])
     if not lengths.all() or tokens.min() < 0 or tokens.max() >= vocabulary:
@@ -76,7 +80,7 @@ def are_sound(samples: Sequence[StoredSample], tokens: np.ndarray, ids: SpecialI
 
 
 def what_is_wrong(sample: StoredSample, ids: SpecialIds, vocabulary: int) -> str:
-    """What `are_sound` found, where it is in this sample."""
+    """Says what `are_sound` found, if it is in this sample."""
     return (
         check_grids(sample.grids)
         or wrong_tokens(sample.tokens, sample.grids, ids, vocabulary)
@@ -89,7 +93,7 @@ def _images_in_place(tokens: np.ndarray, starts: np.ndarray, grids: np.ndarray, 
     counts = image_tokens(grids)
     context = np.flatnonzero(tokens == ids.image_context)
     total = int(counts.sum())
-    if len(context) != total:  # before an array of a size that grids alone say
+    if len(context) != total:  # checked before an array is allocated whose size depends on grids alone
         return False
     expected = np.arange(total) + np.repeat(starts + 1 - (np.cumsum(counts) - counts), counts)
     ends = np.flatnonzero(tokens == ids.image_end)

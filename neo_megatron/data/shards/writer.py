@@ -38,10 +38,12 @@ class ShardWriter:
         """Appends a sample.
 
         Args:
+            sample: its tokens and trained ranges.
             images: uint8 [n] each, encoded bytes or flattened patches.
             grids: of the images, in patches.
-            source, record: where it comes from.
-            key: identity of its text, which decides its side of a held-out split where its record has no media.
+            source: index of its annotation file.
+            record: number of its record in that file.
+            key: identity of its text, which decides its side of a held-out split if its record has no media.
             media: identities, by path and by content, of its image and video files.
         """
         self._tokens.add(sample.tokens)
@@ -55,17 +57,17 @@ class ShardWriter:
         self._samples.append((source, record, trained, len(images), key))
 
     def end_record(self) -> None:
-        """The samples since the last call are one record: one document of the token file."""
+        """Ends the record of the samples since the last call, which is one document of the token file."""
         self._tokens.end_document()
         self._spans.end_document()
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Removes the unfinished files."""
         for writer in (self._tokens, self._spans, self._images):
             writer.discard()
 
     def commit(self) -> dict[str, Any]:
-        """Makes the shard appear; returns its entry in the manifest."""
+        """Makes the files of the shard appear under their names; returns its entry in the manifest."""
         files = self._tokens.commit() | self._spans.commit() | self._images.commit()
         grids = np.array(self._grids, np.int32).reshape(-1, 2)
         media = np.array(self._media, MEDIA)

@@ -1,4 +1,4 @@
-"""Proves a directory of shards or packs: every file, every count, every sample. Finds all damage, and names it."""
+"""Verifies a directory of shards or packs: every file, every count and every sample; all damage is listed."""
 
 import json
 from collections import Counter
@@ -28,13 +28,13 @@ _LISTED = 100  # lines of the list of rejects that are not entries, one by one
 
 @dataclass
 class Verification:
-    """What was looked at, and what is wrong with it.
+    """The result of a verification.
 
     Args:
         damage: in the order of the manifest.
-        notes: what is no damage and yet unexpected.
-        files, bytes, samples, images: how many were looked at.
-        proven: what is true where there is no damage.
+        notes: unexpected findings that are not damage.
+        files, bytes, samples, images: how many were checked.
+        proven: what the verification has shown if there is no damage.
     """
 
     damage: list[Damage] = field(default_factory=list)
@@ -46,13 +46,13 @@ class Verification:
     proven: str = ""
 
     def remedy(self) -> str:
-        """What to do about the damage, as one sentence."""
+        """The remedy for the damage, for a message."""
         if any(damage.kind != "content" for damage in self.damage):
-            return "copy the files that are named again from where they were written, or write the data set again"
+            return "copy the listed files again from where they were written, or write the data set again"
         return "the files are as they were written, so copying does not help; write the data set again"
 
     def summary(self) -> str:
-        """How much was looked at."""
+        """How much was checked."""
         numbers = {"files": self.files, "bytes": self.bytes, "samples": self.samples}
         if self.images:
             numbers["images"] = self.images
@@ -60,17 +60,21 @@ class Verification:
 
 
 def verify(location: str | Path, workers: int = 1) -> Verification:
-    """Proves a directory of shards, or one of packs; the same result for any number of workers.
+    """Verifies a directory of shards or of packs; the result does not depend on the number of workers.
+
+    Args:
+        location: a directory or an address of object storage.
+        workers: processes.
 
     Raises:
-        DataError: there is no complete data set, its manifest cannot be understood, or a worker was killed.
+        DataError: there is no complete data set, its manifest is not valid, or a worker was killed.
     """
     directory = open_directory(location)
     text = manifest_bytes(directory, Wanted.DATA_SET)
     try:
         packed = json.loads(text).get("format") == index.FORMAT
     except (ValueError, AttributeError, RecursionError):
-        packed = False  # what is wrong is said below
+        packed = False  # the error is raised below
     if packed:
         manifest = parse_manifest(text, directory.location, index.FORMAT, *index.READABLE)
         result = _verify_packs(directory, manifest)
@@ -79,7 +83,7 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
             directory, parse_manifest(text, directory.location, reader.FORMAT, *reader.READABLE), workers
         )
     if not is_as_written(text):
-        result.damage.insert(0, Damage(MANIFEST, "it does not fit its own checksum", "changed"))
+        result.damage.insert(0, Damage(MANIFEST, "it does not have its own checksum", "changed"))
     return result
 
 
@@ -109,7 +113,7 @@ def _verify_shards(directory: Directory, manifest: dict[str, Any], workers: int)
 def _verify_packs(directory: Directory, manifest: dict[str, Any]) -> Verification:
     files = manifest["files"]
     total = sum(file["bytes"] for file in files.values())
-    work = total + files[index.UNITS]["bytes"]  # the units are held against the shards afterwards
+    work = total + files[index.UNITS]["bytes"]  # the units are then compared with the shards
     with tqdm(total=work, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:
         damage = check_packs(directory, manifest, bar.update)
     return Verification(
@@ -118,13 +122,13 @@ def _verify_packs(directory: Directory, manifest: dict[str, Any]) -> Verificatio
         files=1 + len(files),
         bytes=total,
         samples=manifest["counts"]["samples_packed"],
-        proven="sizes and checksums fit, every sample is where it belongs, and no pack is over its length; "
-        "the shards are to be proven by themselves",
+        proven="sizes and checksums fit, every sample is where it belongs, and no pack is too long; "
+        "verify the shards separately",
     )
 
 
 def _data_set(directory: Directory, manifest: dict[str, Any]) -> DataSet:
-    """What all shards have in common."""
+    """The properties that all shards of a data set share."""
     return DataSet(
         location=directory.location,
         ids=SpecialIds(**manifest["tokenizer"]["ids"]),
@@ -149,7 +153,7 @@ def _wrong_sums(counts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> li
 
 
 def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Damage]:
-    """The list of rejected samples against the manifest's counts of each reason."""
+    """Compares the list of rejected samples with the manifest's counts for each reason."""
     listed: Counter[str] = Counter()
     wrong = 0
     for number, entry in enumerate(reject_lines(directory), start=1):
@@ -160,7 +164,7 @@ def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Da
         if wrong <= _LISTED:
             yield Damage(REJECTS, f"line {number} is not an entry of a rejected sample", "changed")
     if wrong > _LISTED:
-        yield Damage(REJECTS, f"so are {wrong - _LISTED} more lines", "changed")
+        yield Damage(REJECTS, f"{wrong - _LISTED} more lines are not entries of rejected samples", "changed")
     for reason in sorted({*listed, *counted}):
         found, count = listed[reason], counted.get(reason, 0)
         if found != count:
@@ -168,8 +172,8 @@ def _check_rejects(directory: Directory, counted: dict[str, int]) -> Iterator[Da
 
 
 def _strays(directory: Directory, known: set[str]) -> list[str]:
-    """Files other than those of the manifest, which nothing reads; object storage is not listed."""
+    """Notes on files that are not in the manifest, which nothing reads; object storage is not listed."""
     if is_remote(directory.location):
         return []
     names = {path.name for path in Path(directory.location).iterdir()} - known - {MANIFEST}
-    return [f"{name} is a file that the {MANIFEST} does not have; nothing reads it" for name in sorted(names)]
+    return [f"{name} is not in {MANIFEST}; nothing reads it" for name in sorted(names)]

@@ -1,6 +1,6 @@
-"""Proves a directory of packs: its files, and that every sample is where it belongs, in no pack over its length.
+"""Verifies a directory of packs: its files, and that every sample is where it belongs and no pack is too long.
 
-Only indices are read. The data sets that were packed are recognised by their manifests; each is proven by itself.
+Only indices are read. The data sets that were packed are identified by their manifests, and are verified separately.
 """
 
 import math
@@ -26,14 +26,14 @@ from neo_megatron.storage.base import MANIFEST, Directory, join
 
 @dataclass(frozen=True)
 class _Table:
-    """Units, to be found by their samples.
+    """Units, indexed by their samples.
 
     Args:
         units: ``UNIT`` [U], by length ascending.
         order: int64 [U], their numbers in the order of their first samples.
         first: int64 [U], those first samples, ascending.
         lengths: int64 [L], the lengths that units have in the patterns, ascending.
-        length_ends: int64 [L], how many units are at most that long.
+        length_ends: int64 [L], the number of units of at most that length.
     """
 
     units: np.ndarray
@@ -43,13 +43,19 @@ class _Table:
     length_ends: np.ndarray
 
     def of_samples(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Units that begin at one of the samples, ``UNIT`` [u], and the tokens that the patterns count for each."""
+        """Units that begin at one of the samples, ``UNIT`` [u], and the length that the patterns give each."""
         places = self.order[slice(*np.searchsorted(self.first, [start, end]))]
         return self.units[places], self.lengths[np.searchsorted(self.length_ends, places, side="right")]
 
 
 def check_packs(directory: Directory, manifest: dict[str, Any], report: Callable[[int], Any]) -> list[Damage]:
-    """All damage of a directory of packs; ``report`` hears of bytes as they are checked, those of the units twice."""
+    """All damage of a directory of packs.
+
+    Args:
+        directory: of the packs.
+        manifest: of the packs.
+        report: is called with the number of bytes that were checked; those of the units count twice.
+    """
     damage: list[Damage] = []
     for name, file in manifest["files"].items():
         damage += check_file(directory, name, file, report)
@@ -69,11 +75,11 @@ def check_packs(directory: Directory, manifest: dict[str, Any], report: Callable
             damage.append(_of_manifest(f"it counts {counts[key]:,} {key}, but the parts add up to {total:,}"))
     fill = counts["tokens"] / (counts["packs"] * manifest["seq_length"])
     if not math.isclose(manifest["fill"], fill, rel_tol=1e-9):
-        damage.append(_of_manifest(f"it says that {manifest['fill']} of the packs is filled, but it is {fill}"))
+        damage.append(_of_manifest(f"its fill is {manifest['fill']}, but its counts give {fill}"))
     try:
         mixture = Mixture([join(directory.location, entry["shards"]) for entry in manifest["data"]])
     except DataError as error:
-        return [*damage, Damage(MANIFEST, f"what was packed cannot be opened: {error}")]
+        return [*damage, Damage(MANIFEST, f"the packed data sets cannot be opened: {error}")]
     others = [
         _of_manifest(f"the data set at {shards.location} is not the one that was packed")
         for shards, entry in zip(mixture.sets, manifest["data"], strict=True)
@@ -96,10 +102,10 @@ def _of_manifest(sentence: str) -> Damage:
 
 
 def _read_table(directory: Directory, manifest: dict[str, Any]) -> _Table:
-    """The three arrays, which fit each other.
+    """Reads the three arrays of an index.
 
     Raises:
-        DamagedFile: they do not; its path is the name of the file.
+        DamagedFile: they do not fit each other; its path is the name of the file.
     """
     units, patterns, runs = read_arrays(directory.location, manifest["files"])
     check_patterns(patterns, runs, len(units), "", manifest["seq_length"])
@@ -116,9 +122,9 @@ def _read_table(directory: Directory, manifest: dict[str, Any]) -> _Table:
 def _check_samples(
     table: _Table, mixture: Mixture, manifest: dict[str, Any], report: Callable[[int], Any]
 ) -> Iterator[Damage]:
-    """Shard by shard: the units that begin in it, against the samples that it has."""
+    """Compares the samples of each shard with the units that begin in it."""
     if not 0 <= table.first[0] <= table.first[-1] < len(mixture):
-        yield Damage(UNITS, "units are of samples that no data set has", "content")
+        yield Damage(UNITS, "it has units of samples that no data set has", "content")
         return
     seen, is_held = 0, _is_held(mixture, manifest)
     side = is_held and _side(table, mixture, is_held)
@@ -144,17 +150,17 @@ def _check_samples(
             start += listed["samples"]
         if (packed, tokens) != (entry["samples"], entry["tokens"]):
             yield _of_manifest(
-                f"of {entry['shards']} it counts {entry['samples']:,} samples and {entry['tokens']:,} tokens, "
+                f"it counts {entry['samples']:,} samples and {entry['tokens']:,} tokens of {entry['shards']}, but "
                 f"{packed:,} and {tokens:,} are packed"
             )
     if seen != len(table.units):
-        yield Damage(UNITS, f"{len(table.units) - seen} units are of samples that no data set has", "content")
+        yield Damage(UNITS, f"it has {len(table.units) - seen} units of samples that no data set has", "content")
 
 
 def _check_shard(
     shard: Shard, units: np.ndarray, claimed: np.ndarray, start: int, least: np.ndarray, most: np.ndarray
 ) -> list[tuple[int, str]]:
-    """(sample, what is wrong), at most one for each kind of mistake: one mistake may touch every sample of a shard."""
+    """(sample, what is wrong), at most one for each kind of mistake, as one mistake may affect all samples."""
     shard.check_text()
     lengths = np.asarray(shard.tokens.lengths, np.int64)
     first, last = units["first"] - start, units["first"] - start + units["samples"]
@@ -182,7 +188,7 @@ def _check_shard(
 
 
 def _is_held(mixture: Mixture, manifest: dict[str, Any]) -> Callable[[Shard], np.ndarray] | None:
-    """Gives bool [samples] of a shard, whether each is held out; ``None`` where nothing was."""
+    """A function of a shard: whether each sample is held out, bool [samples]; ``None`` without held-out records."""
     if not manifest["held_out"]:
         return None
     share = Fraction(manifest["held_out"])
@@ -192,7 +198,7 @@ def _is_held(mixture: Mixture, manifest: dict[str, Any]) -> Callable[[Shard], np
 
 
 def _side(table: _Table, mixture: Mixture, is_held: Callable[[Shard], np.ndarray]) -> bool:
-    """Whether the packs are the held-out part; a directory does not say it, its first sample does."""
+    """Whether the packs are the held-out part, which the manifest does not say, but the first sample tells."""
     number = bisect_right(mixture.starts, int(table.first[0])) - 1
     shard, local = mixture.sets[number].locate(int(table.first[0]) - mixture.starts[number])
     return bool(is_held(shard)[local])
@@ -201,7 +207,7 @@ def _side(table: _Table, mixture: Mixture, is_held: Callable[[Shard], np.ndarray
 def _expected_times(
     shard: Shard, manifest: dict[str, Any], share: Fraction, belongs: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How often each sample is in the packs of an epoch at least and at most: int64 [samples] each."""
+    """Minimum and maximum number of times that each sample is in the packs of an epoch: int64 [samples] each."""
     fits = (np.asarray(shard.tokens.lengths) <= manifest["seq_length"]).astype(np.int64)
     if belongs is not None:
         fits *= belongs

@@ -1,4 +1,4 @@
-"""Runs the checks of a data set in this process or in a pool; the results come in the order of the tasks either way."""
+"""Runs the checks of a data set in this process or in a pool of processes, with results in the order of the tasks."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +13,17 @@ from neo_megatron.errors import DataError
 from neo_megatron.processes import SPAWN, StoppedWorkers
 
 Check = Callable[..., list[Any]]
-_STEP = 1 << 20  # bytes after which a worker tells how far it is; asking for the lock each time would cost more
+_STEP = 1 << 20  # bytes after which a worker reports its progress; taking the lock each time would cost more
 
 
 def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar: tqdm) -> Iterator[list[Any]]:
-    """``check(*task, report)`` of each task, in order; ``report(bytes)`` moves the bar.
+    """Yields ``check(*task, report)`` of each task, in order; ``report(bytes)`` advances the bar.
+
+    Args:
+        check: a function that can be pickled.
+        tasks: its arguments.
+        workers: processes; with 1, this process.
+        bar: the progress bar.
 
     Raises:
         DataError: a worker was killed.
@@ -42,7 +48,7 @@ def run_checks(check: Check, tasks: Iterable[tuple[Any, ...]], workers: int, bar
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(active_children()) - others:
-            process.kill()  # whatever it is at: a check that nobody waits for
+            process.kill()  # in the middle of a check that nobody waits for
 
 
 def _await(future: "Future[list[Any]]", bar: tqdm, done: Any, stopped: StoppedWorkers) -> list[Any]:
@@ -54,7 +60,7 @@ def _await(future: "Future[list[Any]]", bar: tqdm, done: Any, stopped: StoppedWo
     return future.result()
 
 
-_done: Any  # the counter of bytes, where this process is one of the pool
+_done: Any  # the counter of bytes, in a process of the pool
 
 
 def _start_worker(done: Any) -> None:

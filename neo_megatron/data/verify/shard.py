@@ -1,7 +1,7 @@
-"""Proves one shard: its files, how they fit each other, and every sample in them. All damage is found, not the first.
+"""Verifies one shard: its files, how they fit each other, and every sample in them; all damage is listed.
 
-A file that differs from the manifest is not trusted for more: an index or an array is not read, and of a ``.bin`` the
-samples are still looked at, because that may tell which of them are hurt.
+If an index or an array differs from the manifest, it is not read any further. The samples of a ``.bin`` that differs
+are still checked, because that may tell which of them are damaged.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ _AGAIN = "preprocess again"
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong.
+    """One finding of damage.
 
     Args:
         file: its name in the directory.
-        sentence: what is wrong, with the sample where it is known.
-        kind: "lost" for a file that cannot be had whole, "changed" for one that has other bytes than the manifest says,
-            "content" where the file is the one that was written and what it says is wrong.
+        sentence: what is wrong, with the sample if it is known.
+        kind: "lost" if the file is missing, incomplete or unreadable; "changed" if its bytes differ from those of the
+            manifest; "content" if the file is as it was written, but its content is wrong.
     """
 
     file: str
@@ -46,7 +46,15 @@ class Damage:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the shards of a data set have in common."""
+    """The properties that all shards of a data set share.
+
+    Args:
+        location: of the data set.
+        ids: of the control tokens.
+        vocabulary: number of tokens of the tokenizer.
+        settings: of preprocessing.
+        annotations: annotation file of each source.
+    """
 
     location: str
     ids: SpecialIds
@@ -58,7 +66,7 @@ class DataSet:
 def check_file(
     directory: Directory, name: str, entry: dict[str, Any], report: Callable[[int], Any]
 ) -> Iterator[Damage]:
-    """Size and SHA-256 of a file against its entry in the manifest; ``report`` hears of bytes as they are read."""
+    """Compares size and SHA-256 of a file with its entry in the manifest; ``report`` is called with the bytes read."""
     try:
         size = directory.size(name)
     except DataError as error:
@@ -69,7 +77,7 @@ def check_file(
         return
     digest = hashlib.sha256()
     try:
-        # Read, not mapped: a bad sector of a mapped file would end the process.
+        # Read, not mapped, because a bad sector of a mapped file would end the process.
         with open(directory.local(name), "rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
@@ -85,26 +93,28 @@ def check_shard(data: DataSet, entry: dict[str, Any], first: int, report: Callab
     """All damage of a shard.
 
     Args:
+        data: the data set of the shard.
         entry: of the shard in the manifest.
-        first: global number of its first sample.
-        report: hears of bytes as they are checked; those of encoded images when they are decoded.
+        first: number of its first sample in the data set.
+        report: is called with the number of bytes that were checked; those of encoded images once they are decoded.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # an image that decodes is fine, whatever Pillow minds
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # an image that can be decoded is fine despite warnings
         return _ShardCheck(data, entry, first, report).run()
 
 
 class _ShardCheck:
-    """See `check_shard`."""
+    """The state of `check_shard`."""
 
     def __init__(self, data: DataSet, entry: dict[str, Any], first: int, report: Callable[[int], Any]) -> None:
         self._data, self._entry, self._first, self._report = data, entry, first, report
         self._directory = open_directory(data.location)
         self._damage: list[Damage] = []
         self._state: dict[str, str] = {}  # file -> "sound", or the kind of its damage
-        self._rows: np.ndarray | None = None  # samples.npy, where it is sound
+        self._rows: np.ndarray | None = None  # samples.npy, if it is sound
 
     def run(self) -> list[Damage]:
+        """Runs all checks."""
         for name, file in self._entry["files"].items():
             silent = self._data.settings.image_store == "encoded" and name == self._name("pictures.bin")
             found = list(check_file(self._directory, name, file, (lambda _: None) if silent else self._report))
@@ -126,7 +136,7 @@ class _ShardCheck:
         return f"{self._entry['name']}.{kind}"
 
     def _add(self, kind: str, sentence: str) -> None:
-        """Damage inside a file; where the file is the one that was written, it was written wrong."""
+        """Adds damage inside a file; if the file is as it was written, its content was written wrong."""
         name = self._name(kind)
         self._damage.append(Damage(name, sentence, "content" if self._state[name] == "sound" else "changed"))
 
@@ -145,10 +155,10 @@ class _ShardCheck:
             return None
         known = (samples["source"] >= 0) & (samples["source"] < len(self._data.annotations))
         if not known.all():
-            self._add("samples.npy", "a sample comes from a source that the manifest does not have")
+            self._add("samples.npy", "a sample comes from a source that is not in the manifest")
             return None
         if (samples["record"] < 0).any() or (samples["pictures"] < 0).any() or (samples["trained"] < 0).any():
-            self._add("samples.npy", "a record, or a number of images or trained tokens, is negative")
+            self._add("samples.npy", "a record number, or a number of images or trained tokens, is negative")
             return None
         return samples
 
@@ -160,7 +170,7 @@ class _ShardCheck:
         if owners.min() < 0 or owners.max() >= self._entry["samples"] or (owners[1:] < owners[:-1]).any():
             self._add("media.npy", "its samples are not in order, or not those of the shard")
         elif self._rows is not None and (self._rows["pictures"][owners] == 0).any():
-            self._add("media.npy", "it names files of a sample that has no image")
+            self._add("media.npy", "it has files of a sample without images")
 
     def _grids(self) -> np.ndarray | None:
         grids = self._array("grids.npy", np.dtype("<i4"), (self._entry["pictures"], 2))
@@ -170,7 +180,7 @@ class _ShardCheck:
         return grids
 
     def _sequences(self, kind: str) -> SequenceReader | None:
-        """A pair of files, where the index is consistent and the data are as long as it says."""
+        """The reader of a pair of files; ``None`` if the index is inconsistent or the data have another size."""
         index_name, data_name = self._name(f"{kind}.idx"), self._name(f"{kind}.bin")
         if self._state[index_name] != "sound" or self._state[data_name] == "lost":
             return None
@@ -199,7 +209,7 @@ class _ShardCheck:
 
     def _check_images(self, images: SequenceReader, grids: np.ndarray) -> None:
         if self._rows is not None and (np.diff(images.documents) != self._rows["pictures"]).any():
-            self._add("samples.npy", "its numbers of images are not those of the image index")
+            self._add("samples.npy", "its numbers of images differ from those of the image index")
         counts = image_tokens(grids)
         for sample, (start, end) in enumerate(zip(images.documents[:-1], images.documents[1:], strict=True)):
             for image in range(start, end):
@@ -223,7 +233,7 @@ class _ShardCheck:
 
     def _check_spans(self, tokens: SequenceReader, spans: SequenceReader) -> None:
         if not np.array_equal(tokens.documents, spans.documents):
-            self._add("spans.idx", "its records are not those of the token index")
+            self._add("spans.idx", "its records differ from those of the token index")
         for sample, length in enumerate(tokens.lengths.tolist()):
             trained = None if self._rows is None else int(self._rows["trained"][sample])
             if sentence := wrong_spans(spans[sample], length, trained):
@@ -231,7 +241,7 @@ class _ShardCheck:
 
 
 def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
-    """What is wrong with the bytes of an image's file, one of the ``count`` of a sample."""
+    """Says what is wrong with the file of an image, one of the ``count`` images of a sample; "" for nothing."""
     try:
         image = decode(stored.tobytes(), name)
         limit = pixel_limit(settings.min_pixels, settings.max_pixels, count)
@@ -241,5 +251,5 @@ def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, 
     height, width = (PATCH * grid).tolist()
     # A frame of a video is stored in the size of its grid.
     if expected != tuple(grid.tolist()) and (image.height, image.width) != (height, width):
-        return f"the image {name} makes a grid of {expected}, not of {tuple(grid.tolist())}"
+        return f"the image {name} has a grid of {expected}, not of {tuple(grid.tolist())}"
     return ""

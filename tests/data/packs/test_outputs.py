@@ -75,7 +75,7 @@ def test_the_mark_of_another_pair_goes_with_the_next_command(pack, tmp_path, dir
 def test_one_writer(pack, tmp_path):
     with (
         NewOutputs([tmp_path / "held"], FORMAT),
-        pytest.raises(DataError, match="another run is writing to .*held; wait for its end"),
+        pytest.raises(DataError, match="another run is writing to .*held; wait until it ends"),
     ):
         pack(tmp_path)
     assert list((tmp_path / "train").iterdir()) == []

@@ -124,7 +124,7 @@ def test_lines_belong_into_jsonl(tmp_path, content):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ({"info": {"version": 1}, "data": RECORDS}, "the list of records under 'data'; write that list alone"),
+        ({"info": {"version": 1}, "data": RECORDS}, "the list of records under 'data'; write only that list"),
         ({str(number): record for number, record in enumerate(RECORDS)}, "a record under each key"),
     ],
 )

@@ -66,7 +66,7 @@ def test_slices_come_before_the_file_is_read_to_its_end(tmp_path, monkeypatch):
         ('[{"n": 0}, {"n": 1},', [0, 1], [], "no closing bracket"),
         ('[{"n": 0} {"n": 1}, {"n": 2}]', [1], [0], ""),
         ('[{"n": 0}, {"n" 1}, {"n": 2}, ]', [0, 2], [1, 3], ""),
-        ('[{"n": 0}] [{"n": 1}]', [0], [], "the file goes on"),
+        ('[{"n": 0}] [{"n": 1}]', [0], [], "the file continues"),
         ("[", [], [], "no closing bracket"),
         ("[ ]", [], [], ""),
         ("[,]", [], [0, 1], ""),
@@ -95,7 +95,7 @@ def test_what_is_no_array_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text("[]")
     source = Source("a", str(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DataError, match="no JSON array"):
+    with pytest.raises(DataError, match="does not hold a JSON array"):
         list(slices([source], 100))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import LocalEngine, in_order
+from neo_megatron.data.prepare.executors import LocalExecutor, in_order
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome
@@ -24,7 +24,7 @@ class Shuffled:
     """An engine that finishes the newest slice first, and notes how many it held at a time."""
 
     def __init__(self, hands: int, failing: set[int]) -> None:
-        self.hands, self.failing = hands, failing
+        self.workers, self.failing = hands, failing
         self.held: list[int] = []
         self.most = self.last = 0
 
@@ -32,7 +32,7 @@ class Shuffled:
         self.held.append(piece.place.number)
         self.last = piece.place.number
         self.most = max(self.most, len(self.held))
-        assert len(self.held) <= self.hands
+        assert len(self.held) <= self.workers
 
     def wait(self) -> tuple[int, Outcome | DataError]:
         number = self.held.pop()
@@ -72,7 +72,7 @@ def test_a_worker_that_dies_ends_in_a_sentence(bench, new_sample, tmp_path):
     os.mkfifo(file)  # a worker that opens it waits for ever
     parts = load_parts(bench.tokenizer)
     task = Task([source], parts.json, parts.ids, bench.settings, "skip", tmp_path)
-    engine = LocalEngine(task, 1, lambda *_: None)
+    engine = LocalExecutor(task, 1, lambda *_: None)
     try:
         engine.start(piece)
         os.kill(active_children()[0].pid, signal.SIGSEGV)

@@ -167,7 +167,7 @@ def test_nothing_usable_leaves_no_shard(bench):
     shards = bench.preprocess([{}, {}])
     assert len(shards) == 0 and shards.manifest["shards"] == []
     assert sorted(path.name for path in (bench.path / "shards").iterdir()) == ["manifest.json", "rejects.jsonl"]
-    with pytest.raises(DataError, match="would hold nothing"):
+    with pytest.raises(DataError, match="would be empty"):
         bench.pack(64)
 
 

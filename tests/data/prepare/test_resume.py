@@ -166,8 +166,8 @@ def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
         (lambda bench: bench.sources.reverse() or {}, "with another --input"),
         (lambda bench: bench.sources.pop() and {}, "with another --input"),
         (lambda bench: more_tokens(bench), "with another --tokenizer"),
-        (lambda bench: Path(bench.sources[1].annotations).write_text("{}") and {}, r"lines\.jsonl as it was before"),
-        (lambda bench: os.utime(bench.sources[0].annotations) or {}, r"array\.json as it was before"),
+        (lambda bench: Path(bench.sources[1].annotations).write_text("{}") and {}, r"lines\.jsonl, which has changed since"),
+        (lambda bench: os.utime(bench.sources[0].annotations) or {}, r"array\.json, which has changed since"),
     ],
 )
 def test_another_command_is_refused(small, directory_bytes, change, sentence):

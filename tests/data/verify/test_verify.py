@@ -321,13 +321,13 @@ def test_a_pack_over_its_length_is_found(packs):
 
 def test_the_tool_lists_all_damage_and_ends_with_the_remedy(shards, run_tool):
     clean = run_tool("verify_data.py", "--data", shards, "--workers", 1)
-    assert clean.returncode == 0 and "5 samples" in clean.stdout and "is whole" in clean.stdout
+    assert clean.returncode == 0 and "5 samples" in clean.stdout and "is intact" in clean.stdout
     for name in ("00000.spans.bin", "00001.grids.npy"):
         flip(shards / name, -1)
     done = run_tool("verify_data.py", "--data", shards, "--workers", 1)
     assert done.returncode == 1
     assert "damaged: 00000.spans.bin: " in done.stdout and "damaged: 00001.grids.npy: " in done.stdout
-    assert "copy the files" in done.stderr.splitlines()[-1]
+    assert "copy the listed files" in done.stderr.splitlines()[-1]
 
 
 def test_the_tool_says_what_is_no_data_set(tmp_path, run_tool):
