@@ -29,7 +29,7 @@ class NeoModelArguments:
 
 @dataclass
 class NeoTrainingArguments:
-    """What is trained, and how samples count."""
+    """Training stage, optimizer state and the weight of samples."""
 
     training_stage: Literal[1, 2, 3] = 2
     """1: pre-training of the patch embedding, the pre-buffer and the h/w parts of the post-LLM; 2: mid-training and 3:

@@ -74,7 +74,7 @@ def add_new_neo(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokenizer",
         metavar="HF_DIR",
-        help="gets NEO's tokens and is saved with the model; by default no tokenizer is saved",
+        help="gets NEO's tokens and is saved with the model; default: no tokenizer",
     )
     command.add_argument(
         "--vocab-size",
