@@ -20,9 +20,9 @@ from megatron.core import parallel_state, tensor_parallel
 from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.neo_directory import open_neo
-from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.checkpoint.reader import open_megatron
 from neo_megatron.parity.comparison import TOLERANCE, compare, describe
-from neo_megatron.parity.models import check_tensors, run_megatron, run_transformers
+from neo_megatron.parity.models import check_same_sizes, run_megatron, run_transformers
 from neo_megatron.parity.pack import made_pack
 
 
@@ -48,16 +48,17 @@ def main() -> None:
 def verify(args: argparse.Namespace) -> bool:
     """Compares both forms on one pack and prints the result; returns whether they agree."""
     directory = model_directory(args.hf, args.allow_pickle)
-    neo, megatron = open_neo(directory, args.allow_pickle), TorchDistDirectory(args.megatron)
-    sizes = check_tensors(neo, megatron)
-    verify_pieces(stored_pieces(megatron.directory))
+    neo, megatron = open_neo(directory, args.allow_pickle), open_megatron(args.megatron)
+    check_same_sizes(neo, megatron)
+    sizes, saved = megatron.sizes, megatron.source.directory
+    verify_pieces(stored_pieces(saved))
     for sentence in neo.said:
         print(f"{args.hf}/config.json: {sentence}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pack = made_pack(sizes, args.seed)
     seen = run_transformers(neo, pack, device)
     _one_process()
-    differences = compare(seen, run_megatron(sizes, megatron.directory, pack, device))
+    differences = compare(seen, run_megatron(sizes, saved, pack, device))
     print(describe(differences, sizes.pre_buffer_layers))
     worst = next((it for it in differences if not it.agrees), None)
     if worst:

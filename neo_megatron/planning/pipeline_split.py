@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import Flops, model_flops
+from neo_megatron.planning.layout import layout_stages
 from neo_megatron.planning.workload import Workload
 
 # Megatron's flags that also say where stages begin; with one of them it decides alone.
@@ -166,15 +167,12 @@ def layer_counts(layout: str, num_layers: int, ranks: int) -> list[int]:
     Raises:
         ConfigError: it is not one of this model on so many ranks.
     """
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
     where = f"--pipeline-model-parallel-layout {layout}"
     if not re.fullmatch(r"[EtL|,()*\d]+", layout):
         raise ConfigError(f"{where}: write E for the embeddings, t for a layer, L for the head, | between stages")
-    stages = [[kind.name for kind in stage] for stage in PipelineParallelLayerLayout.parse_str_to_list(layout)]
-    flat = [kind for stage in stages for kind in stage]
-    counts = [stage.count("decoder") for stage in stages]
-    if flat != ["embedding", *["decoder"] * sum(counts), "loss"]:
+    stages = layout_stages(layout)
+    counts = [stage.count("t") for stage in stages]
+    if "".join(stages) != "E" + "t" * sum(counts) + "L":
         raise ConfigError(f"{where}: it must begin with one E, end with one L and have only layers between them")
     if sum(counts) != num_layers:
         raise ConfigError(f"{where}: it has {sum(counts)} layers, the model has {num_layers}")

@@ -12,15 +12,15 @@ _LEAST_READ = 1000
 def watch_broken_samples(
     micro_batches: Iterator[dict[str, Any]], max_share: float, report: bool
 ) -> Iterator[dict[str, Any]]:
-    """The same micro-batches; their broken samples weigh nothing in the loss already.
+    """Passes micro-batches on and counts their broken samples, whose loss weight is 0.
 
     Args:
         micro_batches: as `dataset.collate` gives them.
-        max_share: of broken samples among those that this rank has read, or among 1,000 where it has read fewer.
+        max_share: limit of broken samples, as a share of those read by this rank (of 1,000 if it has read fewer).
         report: whether to print each; one of the ranks that read the same packs does.
 
     Raises:
-        DataError: there are more; or a worker of the loader could not read on.
+        DataError: the limit is exceeded, or a worker of the loader failed.
     """
     read = broken = 0
     while True:

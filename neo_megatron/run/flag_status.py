@@ -11,7 +11,7 @@ class Status(Enum):
 
     WORKS = "works"
     WORKS_ON_GPU = "passed on"
-    """Megatron gets it as it is; it acts on GPUs alone, where no test of this repository has run it."""
+    """Passed to Megatron unchanged; it acts on GPUs only, where no test of this repository has run it."""
     NO_EFFECT = "no effect"
     REJECTED = "rejected"
 
@@ -35,7 +35,7 @@ class OnlyValues:
 
     Args:
         values: as they are written on the command line.
-        remedy: what to do instead of giving another one.
+        remedy: what to do instead of giving another value.
     """
 
     flag: str
@@ -59,5 +59,5 @@ class OnlyWith:
 
 
 def rejected(why: str, flags: str) -> Verdict:
-    """A verdict of `Status.REJECTED` on flags with spaces between them."""
+    """A verdict of `Status.REJECTED` on flags separated by spaces."""
     return Verdict(Status.REJECTED, why, tuple(flags.split()))

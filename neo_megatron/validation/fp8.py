@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 def check_fp8(args: Namespace) -> Iterator[str]:
-    """A sentence for everything that stands against ``--fp8-format``; `args` as Megatron parsed them."""
+    """A sentence for everything that rules out ``--fp8-format``; `args` as Megatron parsed them."""
     if not args.fp8:
         for flag, given in {
             "--fp8-param-gather": args.fp8_param_gather,

@@ -1,7 +1,7 @@
 """Rejects parallel layouts that cannot work, before anything is built: one sentence that names the flags and a remedy.
 
-Megatron stops many of them with an assertion in the middle of its start, some after minutes, and trains wrongly on one.
-Reads Megatron's arguments as parsed, without a process group, so that the planner can ask it of any layout.
+Megatron stops many of them with an assertion during its start, some after minutes, and trains wrongly with one.
+Reads Megatron's arguments as parsed, without a process group, so that a dry run can check any layout.
 """
 
 from argparse import Namespace
@@ -77,7 +77,7 @@ def _sequence(args: Namespace) -> Iterator[str]:
             "raise that, or pack shorter"
         )
     context, tensor = args.context_parallel_size, args.tensor_model_parallel_size
-    # Megatron asks for 2 parts a rank, as its causal kernels need them.
+    # Megatron requires 2 parts per rank, which its causal kernels need.
     parts = 2 * context if context > 1 else 1
     if length % parts:
         yield (
