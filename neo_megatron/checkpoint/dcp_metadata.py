@@ -22,14 +22,14 @@ from neo_megatron.checked_files import check_file, read_file, read_json
 from neo_megatron.errors import CheckpointError
 
 CHECKSUMS = "checksums.json"
-AGAIN = ": copy the checkpoint again"  # the remedy at the end of a sentence
+AGAIN = ": copy the checkpoint again"  # remedy at the end of messages
 _COVERED = (".metadata", "metadata.json")
 _METADATA_BYTES = 1 << 30  # some kilobytes for each tensor and rank
 _LARGEST = 1 << 60  # of a count that is stored as int64
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Which file of the directory holds which piece of which tensor.
+    """Reads which file of the directory holds which piece of which tensor.
 
     Raises:
         CheckpointError: it is missing, not as it was written, holds more than DCP's records, or names a file that is
@@ -59,8 +59,8 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _checked_ends(metadata: Metadata) -> dict[str, int]:
-    """File -> where its last piece ends, after a look at all that a reader takes for granted."""
-    missing: set[tuple[str, tuple[int, ...] | None]] = set()  # pieces of which no place is known yet
+    """File -> end of its last piece; checks everything that a reader relies on."""
+    missing: set[tuple[str, tuple[int, ...] | None]] = set()  # pieces whose position is not known yet
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
             raise CheckpointError(f"an entry {key!r} of another kind")
@@ -71,7 +71,7 @@ def _checked_ends(metadata: Metadata) -> dict[str, int]:
                 for numbers in (piece.offsets, piece.sizes):
                     if not _are_counts(numbers) or len(numbers) != len(entry.size):
                         raise CheckpointError(f"a piece of {key} has other dimensions")
-            # What no piece covers would stay as it was: memory of whatever was there before.
+            # Values that no piece covers would be uninitialised memory.
             if not pieces_make_up(entry.size, [(piece.offsets, piece.sizes) for piece in entry.chunks]):
                 raise CheckpointError(f"the pieces of {key} do not make up the tensor")
             missing |= {(key, tuple(piece.offsets)) for piece in entry.chunks}
@@ -119,7 +119,7 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def write_checksums(directory: Path) -> None:
-    """Notes the checksums of the files that say what a checkpoint holds; call it when the save is final."""
+    """Writes checksums of a checkpoint's metadata files; called when the save is final."""
     sums = {name: _sha256(directory / name) for name in _COVERED}
     partial = directory / (CHECKSUMS + ".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -145,7 +145,7 @@ def _sha256(path: Path) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """A pickle can call anything; this one can build the records that DCP writes and nothing else."""
+    """Unpickles only the records that DCP writes; an ordinary unpickler could call anything."""
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {

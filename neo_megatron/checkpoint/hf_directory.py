@@ -38,7 +38,7 @@ class SafetensorsDirectory:
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, _Place] = {}
-        self._listed: dict[str, str] = {}  # by an index: tensor -> file
+        self._listed: dict[str, str] = {}  # from an index: tensor -> file
         for path in self._files():
             for name, place in _places(path).items():
                 if name in self._places:
@@ -57,7 +57,7 @@ class SafetensorsDirectory:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The type of the largest tensor."""
+        """The dtype of the largest tensor."""
         return self.dtype(max(self.shapes, key=lambda name: math.prod(self.shapes[name])))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -113,7 +113,7 @@ class SafetensorsDirectory:
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
-        if os.path.lexists(single):  # first, as transformers: it leaves an old index next to what it saves in one file
+        if os.path.lexists(single):  # before an index, as in transformers
             return [single]
         if not os.path.lexists(index):
             raise CheckpointError(
@@ -253,7 +253,7 @@ def output_directory(output: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     held = lock(partial, output, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _refuse_full(output)  # by another run that has just ended
+        _refuse_full(output)  # another run may just have ended
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield partial
@@ -264,7 +264,7 @@ def output_directory(output: str | Path) -> Iterator[Path]:
         partial.rename(output)
         _to_disk(output.parent)
     except OSError as error:
-        error.filename = error.filename or str(partial)  # a failed write, such as on a full disk, does not say of what
+        error.filename = error.filename or str(partial)  # the error of a failed write does not name the file
         raise
     finally:
         os.close(held)
@@ -276,7 +276,7 @@ def _refuse_full(output: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """A rename that reaches the disk before the bytes it names would show a complete directory of torn files."""
+    """Flushes to disk: a rename that is written before the data would show a directory of torn files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

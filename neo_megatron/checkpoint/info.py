@@ -64,7 +64,7 @@ def contents(directory: str | Path, allow_pickle: bool = False) -> Contents:
 
 
 def weights_hash(opened: Contents) -> str:
-    """SHA-256 in hexadecimal, see above; reads every byte, and shows how far it is."""
+    """SHA-256 in hexadecimal, see above; reads every byte, with a progress bar."""
     lines = []
     names = [tensor.name for tensor in opened.stored]
     total = sum(tensor.nbytes for tensor in opened.stored)

@@ -31,13 +31,13 @@ class Piece(NamedTuple):
 
 
 def stored_pieces(directory: Path) -> list[Piece]:
-    """All pieces of a checkpoint, in the order in which they lie, after the checks that read no tensor.
+    """All pieces of a checkpoint in file order, after the checks that read no tensor.
 
     A checkpoint without `checksums.json` passes, as every one does that was saved by other programs or whose run was
     killed between Megatron's last file and ours.
 
     Raises:
-        DamagedCheckpoint: a file is missing, or longer or shorter than its pieces, or says something else than when
+        DamagedCheckpoint: a file is missing, longer or shorter than its pieces, or a metadata file has changed since
             it was written.
     """
     if not directory.is_dir():
@@ -47,7 +47,7 @@ def stored_pieces(directory: Path) -> list[Piece]:
             raise DamagedCheckpoint(f"{directory / 'metadata.json'} does not name the format torch_dist")
         metadata = read_metadata(directory)
     except ValueError as error:
-        raise DamagedCheckpoint(str(error).removesuffix(AGAIN)) from error  # who asks knows another remedy
+        raise DamagedCheckpoint(str(error).removesuffix(AGAIN)) from error  # callers name another remedy
     shapes = {
         (key, tuple(piece.offsets)): tuple(piece.sizes)
         for key, entry in metadata.state_dict_metadata.items()
@@ -71,7 +71,7 @@ def stored_pieces(directory: Path) -> list[Piece]:
 
 
 def share_of(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
-    """The pieces that one of several ranks verifies: neighbours, and about as many bytes for each rank."""
+    """The consecutive pieces that one of several ranks verifies, with about as many bytes for each rank."""
     total = sum(piece.length for piece in pieces)
     mine, before = [], 0
     for piece in pieces:

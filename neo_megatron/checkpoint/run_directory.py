@@ -1,7 +1,7 @@
 """The directory that a run saves into, as Megatron fills it: `iter_0000040` and a tracker file that names the newest.
 
 Megatron writes the tracker last. From then on a checkpoint counts: what lies next to it and is newer was still being
-written when the run ended, or belongs to a future that a user gave up. Nothing here needs Megatron.
+written when the run ended, or belongs to progress that a user discarded. Nothing here needs Megatron.
 """
 
 import os
@@ -61,7 +61,7 @@ class RunDirectory:
         return [self.path_of(n) for n in self.iterations() if self.is_finished(n)]
 
     def is_finished(self, iteration: int) -> bool:
-        """Whether a save came to its end: Megatron writes metadata.json after everything else in the directory."""
+        """Whether a save was completed: Megatron writes metadata.json after everything else in the directory."""
         last = self.path_of(iteration) / "metadata.json"
         return last.is_file() and last.stat().st_size > 0
 
@@ -96,7 +96,7 @@ class RunDirectory:
         return finished[limit:]
 
     def delete(self, iteration: int) -> None:
-        """Under another name first: what a kill leaves is then no checkpoint any more."""
+        """Renames before deleting, so that a kill does not leave a half-deleted checkpoint."""
         path = self.path_of(iteration)
         doomed = path.with_name(path.name + _DELETING)
         path.rename(doomed)

@@ -47,7 +47,7 @@ class Writable(Protocol):
 
 
 class BlockWriter:
-    """Hands bytes on in pieces of `WRITE_BYTES`."""
+    """Passes bytes on in pieces of `WRITE_BYTES`."""
 
     def __init__(self, file: Writable) -> None:
         self._file = file
@@ -58,7 +58,7 @@ class BlockWriter:
         return len(data)
 
     def flush(self) -> None:
-        """`torch.save` asks for it; what was handed on is not ours to flush."""
+        """Does nothing; `torch.save` calls it."""
 
 
 def read_into(view: Tensor, file: Readable, dtype: torch.dtype) -> None:
@@ -88,7 +88,7 @@ def write_from(view: Tensor, file: Writable) -> None:
 
 
 def copy_exactly(target: Tensor, source: Tensor) -> None:
-    """Copies into another type; rounding is what a smaller type is for, overflow is not.
+    """Copies into another type; rounding is allowed, overflow is not.
 
     Raises:
         CheckpointError: a finite value exceeds the range of the type of ``target``.
@@ -100,7 +100,7 @@ def copy_exactly(target: Tensor, source: Tensor) -> None:
 
 
 def _blocks(view: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of a view, each with memory for the same values as a file has them: itself where that is the same."""
+    """Pieces of a view, each with contiguous memory for its values: the piece itself if it is contiguous."""
     view = torch.atleast_1d(view)
     row_bytes = math.prod(view.shape[1:]) * dtype.itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))

@@ -41,7 +41,7 @@ CODE = (
     *("image_processing_neo.py", "kinds_neo.py", "loss_neo.py", "messages_neo.py", "modeling_neo.py"),
     *("positions_neo.py", "processing_neo.py", "rows_neo.py", "vision_neo.py"),
 )
-# Training and inference do these things by one text; only the import of a sibling changes with the place.
+# Training and exports share these files; only the import of a sibling changes.
 SHARED_CODE = {
     "data/image.py": "images_neo.py",
     "data/image_limits.py": "image_limits_neo.py",
@@ -63,7 +63,7 @@ def convert_megatron_to_hf(
 
     Args:
         megatron_directory: what `--save` filled, or one ``iter_XXXXXXX`` or ``release`` directory of it.
-        tokenizer: the transformers tokenizer of the training data, NEO's tokens in it.
+        tokenizer: the transformers tokenizer of the training data, with NEO's tokens.
         shard_bytes: largest weight file.
         dtype: of all tensors; by default each keeps its own, and every bit.
         allow_missing: patterns of Megatron names that may be missing; the Hugging Face tensors of such a one start as
@@ -114,7 +114,7 @@ def _read_hf(source: TorchDistDirectory, rows: Iterable[TensorRow], name: str) -
 
 
 def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, tokenizer: Any | None) -> None:
-    """Everything in addition to the weights; without a tokenizer, what a model alone needs."""
+    """Writes everything but the weights; without a tokenizer, only what the model needs."""
     config = {**sizes.to_hf(), "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     _write_code(directory)
     if tokenizer is not None:

@@ -42,7 +42,7 @@ COMMON_STATE = "common_state/shard_0_1"  # Megatron's name of piece 0 of 1
 
 
 class _StreamedWriter(dcp.FileSystemWriter):
-    """Writes each tensor when it comes and keeps none; DCP's own writer keeps all until the file is closed."""
+    """Writes each tensor as it arrives and keeps none; DCP's own writer keeps all until the file is closed."""
 
     def __init__(self, directory: Path, tensors: Sequence[StoredTensor], values: Iterable[Tensor]) -> None:
         super().__init__(directory)
@@ -74,7 +74,7 @@ def _save(value: Tensor, file: BinaryIO) -> None:
     try:
         torch.save(value, BlockWriter(file))
     except RuntimeError as error:
-        # torch says where it stood in the file, and not that the disk is full.
+        # torch reports a position in the file, not that the disk is full.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -97,13 +97,13 @@ def write_torch_dist(
     }
     state[COMMON_STATE] = [common_state]  # Megatron stores a list of the pieces that one rank held
     with warnings.catch_warnings():
-        # DCP warns that it works alone, which is what we want of it.
+        # DCP warns that it works on one process, as intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
             dcp.save(state, storage_writer=_StreamedWriter(directory, stored, values), planner=planner, no_dist=True)
         except CheckpointException as error:
-            raise error.failures[0][0] from None  # what went wrong, and not that it did on rank 0
+            raise error.failures[0][0] from None  # the cause, instead of the rank
     write_json(directory / "metadata.json", FORMAT)
 
 
@@ -140,7 +140,7 @@ class TorchDistDirectory:
         }
 
     def dtype(self, key: str) -> torch.dtype:
-        """Raises ValueError for a weight of a type that none of NEO has."""
+        """The dtype of an entry. Raises CheckpointError for one that NEO's weights never have."""
         dtype = self._entries[key].properties.dtype
         if dtype not in DTYPE_NAMES and not key.startswith("optimizer."):
             known = ", ".join(map(str, DTYPE_NAMES))
@@ -202,7 +202,7 @@ class TorchDistDirectory:
 
     @contextmanager
     def _opened(self, key: str, offsets: torch.Size | None = None) -> Iterator[FileWindow]:
-        """The archive of one piece, or of an object; what is wrong with it is said of the file that it lies in."""
+        """Opens the archive of one piece or object; errors name its file."""
         place = self._places.get(MetadataIndex(key, offsets))
         if place is None:
             raise CheckpointError(f"{self.directory}: the position of {key} is missing: the save was incomplete")

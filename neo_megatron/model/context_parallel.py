@@ -1,13 +1,12 @@
 """Context parallelism under NEO's mask: a rank holds S of the T tokens of each pack, attention sees all of them.
 
-No kernel library has this mask (bidirectional inside an image, packed documents). Two ways, neither of which asks
-anything of the kernel but a mask:
+No kernel library has this mask (bidirectional inside an image, packed documents). There are two ways, and both need
+only a mask from the kernel:
 
     a2a        tokens are exchanged for heads and back: in between a rank sees complete packs for its share of heads;
     allgather  keys and values are gathered: a rank sees complete packs, for the queries of its own rows only.
 
-Which rows a rank holds is decided in `sequence_split.py`, which way is taken, and what it costs, in
-`context_traffic.py`.
+`cp_token_split.py` decides which rows a rank holds; `context_parallel_cost.py` has the costs and chooses the way.
 
 Shape suffixes: S tokens of a pack held by this rank, T tokens of the complete pack, B packs, N query heads and G
 key-value heads of this tensor-parallel rank, D head dimension.
@@ -38,8 +37,8 @@ def context_parallel_attention(
     Args:
         core: attention on one rank; its mask is for all rows (a2a) or for this rank's rows (allgather), for all keys.
         group: the context-parallel ranks; with one of them this is `core`.
-        key_order_T: int64 ``[T]``, where each token of a pack stands among the gathered ones; ``None`` for a2a, which
-            wants rank r to hold the tokens ``r * S`` to ``(r + 1) * S`` and N and G to be multiples of the ranks.
+        key_order_T: int64 ``[T]``, position of each token of a pack among the gathered ones; ``None`` for a2a, which
+            requires rank r to hold the tokens ``r * S`` to ``(r + 1) * S`` and N and G to be multiples of the ranks.
     """
     if group.size() == 1:
         return core(query_SBN2D, key_SBG2D, value_SBGD)
@@ -103,7 +102,7 @@ class GatheredPacks:
         return gathered
 
     def forget(self, saved: Tensor) -> Any:
-        """A view of the gathered tensor is remembered by its place in it, everything else as it is."""
+        """Replaces a view of the gathered tensor by its geometry; keeps everything else."""
         if saved.untyped_storage().data_ptr() != self._storage:
             return saved
         return saved.size(), saved.stride(), saved.storage_offset()
@@ -116,7 +115,7 @@ class GatheredPacks:
         return self.gathered.as_strided(*remembered)
 
     def scatter(self, gradient_TBGW: Tensor) -> Tensor:
-        """The sum over all ranks, this rank's part of it; the kernel is done with the gathered tensors then."""
+        """This rank's part of the sum over all ranks; frees the gathered tensors, which the kernel no longer needs."""
         self.gathered = None
         gathered = torch.empty_like(gradient_TBGW, memory_format=torch.contiguous_format)
         gathered.index_copy_(0, self.key_order, gradient_TBGW)

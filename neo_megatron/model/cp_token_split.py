@@ -1,4 +1,4 @@
-"""Which tokens of its packs a context-parallel rank holds: equally many on each, with about the same attention work.
+"""Splits the tokens of packs over context-parallel ranks: equally many each, with about the same attention work.
 
 Under all-gather a rank's work is the number of keys that its queries may see. In a long document late tokens see many
 times what early ones see, so that contiguous parts would leave the first rank idle half of the time. Blocks of rows are
@@ -18,7 +18,7 @@ BLOCK = 128
 
 
 def allowed_keys(document_BT: Tensor, image_BT: Tensor) -> Tensor:
-    """How many keys each token may see under the rule of `mask.py`, int64 ``[B, T]``; padding sees itself alone."""
+    """Number of keys that each token sees under the rule of `mask.py`, int64 ``[B, T]``; padding sees itself."""
     length = document_BT.shape[1]
     place = torch.arange(length)
 
@@ -38,7 +38,7 @@ def allowed_keys(document_BT: Tensor, image_BT: Tensor) -> Tensor:
 
 
 def contiguous_rows(length: int, ranks: int) -> Tensor:
-    """int64 ``[ranks, length / ranks]``: neighbouring tokens together. For all-to-all, whose work is even by heads."""
+    """int64 ``[ranks, length / ranks]``: contiguous tokens. For all-to-all, whose work is even over heads."""
     return torch.arange(length).view(ranks, -1)
 
 

@@ -6,7 +6,7 @@ input over the ranks. Two layers of one input would do both twice; here it is do
 What was gathered does not outlive the forward, as in Megatron's layers: it is gathered a second time, once for both,
 while the backward of the attention computes.
 
-Without tensor parallelism Transformer Engine's fused norm and product hands the normalised input on. It could hand on
+Without tensor parallelism Transformer Engine's fused norm and product passes the normalised input on. It could pass on
 the gathered one too (`return_layernorm_output_gathered`), but 2.20 drops the gradient of that output: with tensor
 parallelism the norm stays a module of its own.
 """
@@ -25,7 +25,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 
 def keeps_input(config: NeoConfig) -> bool:
-    """Whether the products keep what they were given for their backward, rather than copies in FP8."""
+    """Whether the products keep their input for the backward, rather than copies in FP8."""
     return not (config.fp8 and config.fp8_recipe == "delayed")
 
 
@@ -37,14 +37,14 @@ def share_input(hidden_SBH: Tensor, group: ProcessGroup, sequence_parallel: bool
 
 
 def gather_again(gathered_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, context: Tensor, query: Tensor) -> None:
-    """Frees the memory of a gathered tensor, which products keep for their backward, and fills it in time for that.
+    """Frees the memory of a gathered tensor, which products keep for their backward, and refills it in time.
 
     The tensor keeps its identity, as in FSDP: `saved_tensors_hooks` would cost the parameters, saved next to it, the
     attributes through which Megatron's layers add to their gradients.
 
     Args:
-        gathered_TBH: what `share_input` gave; all that takes it has run.
-        part_SBH: what `share_input` was given.
+        gathered_TBH: result of `share_input`, after all its uses in the forward.
+        part_SBH: argument of `share_input`.
         context: the gradient of this tensor comes long before that of the products: gathering begins.
         query: and this one just before: gathering must have ended.
     """
@@ -69,7 +69,7 @@ def gather_again(gathered_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, co
 
 
 class SharedInputColumnParallelLinear(ColumnParallelLinear):
-    """Takes what `share_input` gives and communicates nothing."""
+    """Takes the result of `share_input` and does not communicate."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, disable_grad_reduce=True, **settings)
@@ -77,7 +77,7 @@ class SharedInputColumnParallelLinear(ColumnParallelLinear):
 
 
 class TESharedInputColumnParallelLinear(TEColumnParallelLinear):
-    """The same of Transformer Engine.
+    """The same with Transformer Engine.
 
     Under tensor parallelism it keeps its input as it is and quantizes it again in the backward: the tensor is then one
     for both products, may be freed in between, and so may the norm's output. Delayed scaling, whose scale will have

@@ -40,7 +40,7 @@ class Tile:
     bias: Tensor
 
     def queries(self, x_QBNX: Tensor, groups: int) -> Tensor:
-        """This tile's rows of something that query heads have -> ``[G, M, X]``, a copy."""
+        """This tile's rows of a tensor with query heads -> ``[G, M, X]``, a copy."""
         rows = x_QBNX[self.rows, self.pack]
         return rows.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
@@ -54,7 +54,7 @@ class Tile:
         return x_TBGX[self.keys, self.pack].transpose(0, 1)
 
     def mask(self, score_GMK: Tensor) -> None:
-        """Lowers the scores of what a row does not see, in place."""
+        """Adds -inf to the scores of keys that a row does not see, in place."""
         rows, last = self.bias.shape
         if last:
             score_GMK.unflatten(1, (-1, rows))[..., -last:].add_(self.bias)
@@ -101,7 +101,7 @@ class TiledMask:
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Those of all tiles, and of the padding, which is copied: a pair each."""
+        """Pairs of all tiles, plus one for each padding token, whose value is copied."""
         padding = len(self.padding_rows[0])
         computed, allowed = (sum(counts) for counts in zip(*(tile.pairs for tile in self.tiles), (0, 0), strict=True))
         return computed + padding, allowed + padding

@@ -1,4 +1,4 @@
-"""How a run is spread over GPUs, under Megatron's names; which layers each pipeline stage holds."""
+"""The parallel layout of a run, under Megatron's names, and the layers that each pipeline stage holds."""
 
 import re
 from argparse import Namespace
@@ -15,7 +15,7 @@ Precision = Literal["bf16", "fp8", "fp32"]
 
 
 def precision_of(args: Namespace) -> Precision:
-    """Of the matrix products of a run, by Megatron's arguments; fp16 runs at the rate of bf16."""
+    """Precision of a run's matrix products, from Megatron's arguments; fp16 has the rate of bf16."""
     return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
 
 
@@ -61,14 +61,14 @@ class Layout:
         """From Megatron's arguments, of which `world_size` is the number of GPUs.
 
         Raises:
-            ConfigError: so many GPUs, or such a global batch, cannot be shared out.
+            ConfigError: the number of GPUs or the global batch cannot be divided.
         """
         taken = {
             field.name: getattr(args, field.name)
             for field in fields(cls)
             if getattr(args, field.name, None) is not None and field.name != "recompute_modules"
         }
-        if isinstance(args.cp_comm_type, list):  # Megatron allows one for each layer
+        if isinstance(args.cp_comm_type, list):  # Megatron allows one per layer
             taken["cp_comm_type"] = args.cp_comm_type[0]
         if args.recompute_modules:
             taken["recompute_modules"] = tuple(args.recompute_modules)
@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def fp8_recipe(self) -> str:
-        """Megatron's default, unless it would not go with the recomputation."""
+        """Megatron's default, unless it conflicts with the recomputation."""
         return "tensorwise" if self.recomputes("layernorm") else "delayed"
 
     @property
@@ -130,7 +130,7 @@ class Layout:
         return 4 if self.precision == "fp32" else 2
 
     def refusal(self, sizes: NeoSizes, sequence_length: int) -> str | None:
-        """Why this layout cannot work, without Megatron; `parallel_layout` knows more reasons, which need its flags."""
+        """Why this layout cannot work, as far as it is known without Megatron; see also `validation.parallelism`."""
         tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
         for what, count in (
             ("query heads", sizes.num_attention_heads),
@@ -188,7 +188,7 @@ class Layout:
         return self.recompute_granularity == "selective" and module in self.recompute_modules
 
     def recomputes_layer(self, number: int) -> bool:
-        """Whether a layer, numbered within its chunk, is recomputed as a whole."""
+        """Whether a layer, numbered within its chunk, is fully recomputed."""
         if self.recompute_granularity != "full":
             return False
         return self.recompute_method == "uniform" or number < self.recompute_num_layers
@@ -203,7 +203,7 @@ class Layout:
         """The chunks of every pipeline rank, ``[pipeline][virtual]``.
 
         Raises:
-            ConfigError: the layers cannot be divided so.
+            ConfigError: the layers cannot be divided like this.
         """
         return _chunks(
             sizes.num_layers,

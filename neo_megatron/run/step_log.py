@@ -3,7 +3,7 @@
 Megatron's formula of operations is that of a causal model that trains everything: for NEO it is 1.1 to 1.8 times too
 high. Here they are those of `planning/flops.py` for what the packs of each step hold, so that TFLOP/s, tokens/s and MFU
 can be compared with a plan. Megatron also counts packs as "samples", spoils the mean loss of an interval by a step
-without loss weight, and logs the last validation twice; `megatron_patches.log_with` puts this module in its place.
+without loss weight, and logs the last validation twice; `megatron_compat.hooks.log_with` puts this module in its place.
 """
 
 import re

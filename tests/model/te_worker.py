@@ -141,7 +141,7 @@ def names_and_shapes() -> None:
 
 
 def gathered_norm_output_keeps_its_gradient() -> bool:
-    """Whether Transformer Engine passes on the gradient of the gathered norm output; see `shared_input.py`."""
+    """Whether Transformer Engine passes on the gradient of the gathered norm output; see `shared_input_linear.py`."""
     group = parallel_state.get_tensor_model_parallel_group()
     with pretended_hopper():
         layer = te.LayerNormLinear(
@@ -168,5 +168,7 @@ names_and_shapes()
 same_training(2, sequence_parallel=False, **RECOMPUTATION)
 same_training(2, sequence_parallel=True)
 same_training(2, sequence_parallel=True, **RECOMPUTATION)
-assert not gathered_norm_output_keeps_its_gradient(), "linear_qkv may share its gathered input now: see shared_input.py"
+assert not gathered_norm_output_keeps_its_gradient(), (
+    "linear_qkv may share its gathered input now: see shared_input_linear.py"
+)
 print("same names, shapes, losses and gradients")
