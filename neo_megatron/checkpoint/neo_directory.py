@@ -37,10 +37,10 @@ class NeoDirectory:
 
 
 def read_sizes(directory: str | Path) -> NeoSizes:
-    """The sizes that `config.json` tells, completed from the tensors where some lie next to it; reads headers only.
+    """The sizes in `config.json`, completed from the tensors next to it, if any; reads headers only.
 
     Raises:
-        CheckpointError: no NEO's configuration, or a broken file.
+        CheckpointError: not the configuration of a NEO, or a broken file.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
@@ -50,7 +50,7 @@ def read_sizes(directory: str | Path) -> NeoSizes:
 
 
 def sizes_of(config: dict[str, Any], directory: Path) -> NeoSizes:
-    """`NeoSizes.from_hf`, whose errors then name the file."""
+    """`NeoSizes.from_hf` with errors that name the file."""
     try:
         return NeoSizes.from_hf(config)
     except ConfigError as error:
@@ -65,7 +65,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
         allow_missing: patterns of names that may be missing.
 
     Raises:
-        CheckpointError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
+        CheckpointError: not a NEO, or a tensor is missing, unexpected or of another shape; a file is broken.
     """
     directory = Path(directory)
     check_path(directory, Wanted.NEO)

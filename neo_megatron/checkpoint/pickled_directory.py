@@ -18,11 +18,11 @@ PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.j
 
 
 class PickledDirectory(SafetensorsDirectory):
-    """The same for pickled weights; their values stay on the disk until one is read.
+    """As `SafetensorsDirectory`, for pickled weights; values stay on the disk until they are read.
 
     Raises:
-        CheckpointError: no weights; a file that is broken, holds anything else than tensors, or is of the form of
-            before PyTorch 1.6; an index that points outside the directory.
+        CheckpointError: no weights; a file that is broken, holds anything but tensors, or is older than PyTorch 1.6;
+            an index that points outside the directory.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -69,10 +69,10 @@ class PickledDirectory(SafetensorsDirectory):
 
 
 def open_weights(directory: str | Path, allow_pickle: bool = False) -> SafetensorsDirectory:
-    """The safetensors of a directory; where there are none, and only if allowed, its pickled weights.
+    """The safetensors of a directory; without any, and only if allowed, its pickled weights.
 
     Raises:
-        CheckpointError: as either class; pickled weights alone that are not allowed.
+        CheckpointError: as either class; there are only pickled weights, which are not allowed.
     """
     directory = Path(directory)
     safe = any(os.path.lexists(directory / name) for name in (WEIGHTS, INDEX))

@@ -1,4 +1,4 @@
-"""A trained pre-buffer by itself: NEO's visual front end, to be put in front of another Qwen3 of the same width.
+"""Extracts a trained pre-buffer, NEO's visual front end, to put it in front of another Qwen3 of the same width.
 
 A directory of the form of Hugging Face with `model_type: neo_pre_buffer` holds, under the names they have in a NEO, the
 patch embedding and the pre-buffer's layers. It also holds ``picture_tokens.weight``, the embeddings of ``<img>`` and
@@ -30,12 +30,12 @@ IMAGE_TOKENS = ("<img>", "</img>")
 IMAGE_ROWS = "picture_tokens.weight"  # the key in checkpoints since version 0.1.0
 # Writes trained values into a tensor of as many values.
 TrainedPart = Callable[[Tensor], None]
-# What a layer of the pre-buffer and one of the post-LLM must share, as they are layers of one decoder.
+# Sizes that pre-buffer and post-LLM share, because they are layers of one decoder.
 _SHARED = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("rope_theta", "norm_epsilon"),
 )
-# What concerns images alone, and no Qwen3 has.
+# Sizes that concern only images; a Qwen3 has none of them.
 _DECIDED = ("rope_theta_hw", "rope_theta_patch", "max_positions_hw", "min_pixels", "max_pixels")
 
 
@@ -96,7 +96,7 @@ class PreBuffer:
     sizes: NeoSizes
 
     def sizes_in_front_of(self, sizes: NeoSizes, where: str | Path) -> NeoSizes:
-        """Those of a new NEO with what this pre-buffer decides about images.
+        """Sizes of a new NEO: those given, with the image sizes of this pre-buffer.
 
         Raises:
             CheckpointError: layers of this pre-buffer do not fit such a NEO; the message names what differs.
@@ -114,7 +114,7 @@ class PreBuffer:
         return sizes.replace(**{key: getattr(self.sizes, key) for key in _DECIDED})
 
     def parts(self, sizes: NeoSizes, tokenizer: Any | None) -> dict[str, TrainedPart]:
-        """Hugging Face name -> what writes the trained values into that tensor of a new NEO, or into rows of it."""
+        """Hugging Face name -> function that writes trained values into that tensor of a new NEO, or into its rows."""
         parts: dict[str, TrainedPart] = {
             name: partial(self.source.read_into, name) for name in self.source.shapes if name != IMAGE_ROWS
         }

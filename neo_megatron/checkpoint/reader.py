@@ -1,4 +1,4 @@
-"""A NEO in Hugging Face form or in Megatron's, read as the same named tensors."""
+"""Opens a NEO in Hugging Face form or in Megatron's, as the same named tensors."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +23,9 @@ class EitherForm:
     """A NEO opened by `open_either`, in the form of Hugging Face or of Megatron.
 
     Args:
-        directory: where it lies; of a Megatron checkpoint the iteration.
+        directory: its path; for a Megatron checkpoint that of the iteration.
         sizes: of the model.
-        said: what was put right in its `config.json`.
+        said: corrections of its `config.json`.
         stored: names, shapes and types in the order of the table; a tied head is not among them.
         common_state: what a Megatron checkpoint holds besides tensors; empty for Hugging Face's form.
         further_bytes: of the tensors that are not weights, such as the optimizer's state.
@@ -81,7 +81,7 @@ def _saved_sizes(source: TorchDistDirectory) -> NeoSizes:
     """The sizes that a run or a conversion wrote into a Megatron checkpoint.
 
     Raises:
-        CheckpointError: it says nothing of them, other ones than a NEO has, or such as no NEO can have.
+        CheckpointError: there are none, or not those of a NEO, or impossible ones.
     """
     sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
     if not isinstance(sizes, dict):

@@ -1,4 +1,4 @@
-"""Annotation files -> questions to a model: what preprocessing rejects is rejected here, with the same sentence."""
+"""Reads questions from annotation files; samples that preprocessing rejects are rejected with the same sentence."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ _CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Question:
-    """One turn that the model is to say, and where it stands.
+    """One turn for the model to generate, and its place in the data.
 
     Args:
-        source, record, element: the data set, the number of the record in its file, the place in a list-packed record.
+        source, record, element: the data set, the number of the record in its file, the index in a list-packed record.
         turn: of the sample; the turns before it are the prompt.
-        id: what the record says under ``id``.
+        id: the record's ``id``.
         references: texts that count as right; empty where none are known.
-        length: about how many tokens the prompt has; batches are made by it, answers are not.
+        length: estimated tokens of the prompt; decides batches, not answers.
     """
 
     source: Source
@@ -57,7 +57,7 @@ class Question:
 class QuestionList:
     """The questions of annotation files in their order, and the samples left out, as in ``rejects.jsonl``.
 
-    What is asked of a model is small compared to what it is trained on, so it is held in memory, but for the images.
+    Evaluation data is small compared to training data, so it is held in memory, except for images.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -69,11 +69,11 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     """Reads all questions.
 
     Args:
-        sources: as of preprocessing; of a share below 1 the same records are drawn.
+        sources: as of preprocessing; for a share below 1 the same records are drawn.
         settings: limits of pixels, and the seed of the draw.
         ask: "every answer": each turn that is trained on is one question, the turns before it as they are written its
             prompt; its text and its ``answers``, a list of strings, are the references. "next turn": each sample is one
-            question, what follows its last turn of a user; it may have a ``prompt``, a string, for ``conversations``.
+            question, the turn after the user's last; it may have a ``prompt``, a string, in place of ``conversations``.
 
     Raises:
         DataError: a data set is named twice, or with more than all of it; there is no question at all.
@@ -132,7 +132,7 @@ def _read_record(
 
 
 def _with_room(written: object) -> object:
-    """The sample as written, with an empty turn after it that can be said."""
+    """The sample as written, with an empty turn after it to be generated."""
     if not isinstance(written, dict):
         return written
     turns = written.get("conversations")
@@ -140,7 +140,7 @@ def _with_room(written: object) -> object:
         if turns is not None:
             raise RejectedSample(Reason.MALFORMED, "the sample has both a 'prompt' and 'conversations'")
         turns = [{"from": "human", "value": written["prompt"]}]
-    if isinstance(turns, list) and turns:  # any other is for `check_sample` to reject
+    if isinstance(turns, list) and turns:  # `check_sample` rejects any other
         turns = [*turns, {"from": "gpt", "value": ""}]
     return {**written, "conversations": turns}
 
@@ -157,7 +157,7 @@ def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[s
         if turn.trained:
             place = number - sample.first_turn
             further = _further_answers(place, written["conversations"][place])
-            # An answer that is empty is right only where further ones say what else is.
+            # An empty answer is allowed only if there are further answers.
             if is_blank(turn.text) and not further:
                 raise RejectedSample(Reason.EMPTY_ANSWER, f"turn {place} is an empty answer; correct it")
             found.append((number, (turn.literal, *further)))
@@ -176,7 +176,7 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
 
 
 def _image_tokens(sample: Sample, settings: PreprocessConfig) -> int:
-    """Tokens of the images by their headers; frames of videos are not counted."""
+    """Image tokens of a sample, from the headers of its images; frames of videos are not counted."""
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [
         grid_of_size(*header_size(read_image(path), path), path, settings.min_pixels, limit) for path in sample.images

@@ -57,7 +57,7 @@ def _unfreeze(parent: torch.nn.Module, name: str) -> None:
 
 
 def describe_trainable(model: torch.nn.Module) -> str:
-    """A line per kind of module, layers folded together: how many parameters train, of how many on this rank."""
+    """Counts of trained and of all parameters on this rank per kind of module, layers folded together."""
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         kind, first_layer = name, None

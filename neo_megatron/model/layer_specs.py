@@ -1,4 +1,4 @@
-"""The modules a decoder layer is built from: Megatron's own (`local`) or Transformer Engine's.
+"""Specs of the modules of a decoder layer: Megatron's own (`local`) or Transformer Engine's.
 
 Both specs give the same parameter shapes and, in a distributed checkpoint, the same names.
 """

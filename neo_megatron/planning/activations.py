@@ -10,8 +10,8 @@
 | SwiGLU                             | its input                            | its input                                |
 | mask, once for each micro-batch    | one of tiles                         | blocks of 128 x 128: 16 bytes each       |
 
-Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. What is in this
-table was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
+Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. This table
+was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
 of Transformer Engine and of FlexAttention.
 
 Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes of an element.
@@ -29,7 +29,7 @@ FLEX_BLOCK = 128
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes of one layer, apart by what recomputation can do without."""
+    """Bytes of one layer, grouped by what recomputation can drop."""
 
     hidden: float
     """Input of the layer: all that full recomputation keeps."""

@@ -66,6 +66,6 @@ def measure_packs(index: PackIndex, count: int = PACKS) -> Workload:
 
 
 def measure_items(items: Iterable[dict[str, Any]]) -> Workload:
-    """The mean of packs as `PackDataset` gives them, or of micro-batches of them."""
+    """The mean of items of `PackDataset`, or of micro-batches of them."""
     counts = sum(map(count_packs, items), PackCounts())
     return counts.workload(f"measured on {counts.packs} packs")

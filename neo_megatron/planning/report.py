@@ -1,4 +1,4 @@
-"""A plan in words and tables: what every pipeline rank holds, sends and takes, and whether it fits."""
+"""A plan as text and tables: memory, traffic and time of every pipeline rank, and whether it fits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known of a run before it starts."""
+    """The plan of a run."""
 
     sizes: NeoSizes
     layout: Layout
@@ -49,7 +49,7 @@ class Plan:
         efficiency: Efficiency | None = None,
         memory: list[RankMemory] | None = None,
     ) -> "Plan":
-        """Raises ConfigError where the layers cannot be divided so, or the GPU lacks the precision."""
+        """Plans. Raises ConfigError if the layers cannot be divided like this, or the GPU lacks the precision."""
         efficiency = efficiency or Efficiency()
         memory = memory or pipeline_memory(sizes, layout, workload, training_stage)
         time = step_time(sizes, layout, workload, training_stage, gpu, efficiency)
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes of the fullest rank, with what is kept free."""
+        """Bytes of the fullest rank, reserve included."""
         return max(rank.total for rank in self.memory) + self.efficiency.reserved_bytes
 
     @property
@@ -80,7 +80,7 @@ class Plan:
 
 
 def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
-    """Columns as wide as they need be, the first `left` of them flush left; the first row is the header."""
+    """Aligns rows in columns, the first `left` of them flush left; the first row is the header."""
     texts = [[str(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
     return "\n".join(

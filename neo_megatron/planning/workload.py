@@ -30,10 +30,10 @@ class Workload:
         image_share: float = 0.85,
         trained_share: float = 0.1,
     ) -> "Workload":
-        """A pack of documents of one length, each with one image that takes a share of it.
+        """The workload of documents of one length, each with one image that takes a share of it.
 
-        The defaults stand for photographs, pages and some text: in the mix of `benchmarks/lengths.py` a query may
-        see as many keys, and images take as many tokens.
+        The defaults stand for photographs, pages and some text: in the mix of `benchmarks/lengths.py` queries see as
+        many keys, and images take as many tokens.
         """
         length = min(document_length, sequence_length)
         keys = mean_keys([length], [round(image_share * length)])
