@@ -72,7 +72,7 @@ def test_a_run_that_can_start_is_planned(case, ends):
     assert end is None, end
     packs = {"one process": 4, "1,024 processes": 256}[case]
     assert re.search(rf"train .*packs: {packs} packs read, \d+ samples", printed)
-    assert f"{room}/golden/release: of this model" in printed
+    assert f"{room}/golden/release: fits this model" in printed
     assert f"measured on {packs} packs" in printed and re.search(r"^fits: rank \d needs", printed, re.M)
     assert "nothing was found that would stop this run" in printed
     assert not (room / "events").exists() and not (room / "saved").exists()

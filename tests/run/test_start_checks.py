@@ -19,12 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:Deprecation
 
 WORKER = Path(__file__).parents[1] / "planning" / "dry_run_worker.py"
 BEGIN = "--pretrained-checkpoint {room}/golden"
-GO_ON = "--load {room}/saved --save {room}/saved"
+RESUME = "--load {room}/saved --save {room}/saved"
 REFUSED = {
     "no optimizer state": (f"{BEGIN} --pretrained-optimizer", "release has no optimizer state (converted, or saved"),
-    "another learning rate": (f"{GO_ON} --lr 5e-4", "follows another schedule"),
-    "saves over its start": (f"{GO_ON} --finetune", "--finetune starts at iteration 0 and would save over"),
-    "another model": (f"{GO_ON} --ffn-hidden-size 128", "is of another model"),
+    "another learning rate": (f"{RESUME} --lr 5e-4", "follows another schedule"),
+    "saves over its start": (f"{RESUME} --finetune", "--finetune starts at iteration 0 and would save over"),
+    "another model": (f"{RESUME} --ffn-hidden-size 128", "is of another model"),
     "attention backend": (f"{BEGIN} --attention-backend fused", "none of its kernels has NEO's mask: choose auto"),
     "name for W&B": (f"{BEGIN} --wandb-project neo", "--wandb-project needs the name of the run: add --wandb-exp-name"),
     "directory for W&B": (
@@ -48,7 +48,7 @@ TAKEN = {
     "evaluation alone": "--load {room}/saved --valid-data-path {room}/packs --eval-iters 2 --skip-train",
 }
 FINE = TAKEN | {
-    "goes on": GO_ON,
+    "resumes": RESUME,
     "has ended": "--load {room}/saved --save {room}/saved --train-iters 1 --override-opt-param-scheduler",
     "packages for GPUs": f"{BEGIN} --bf16 --transformer-impl transformer_engine --attention-backend flash",
 }
@@ -106,8 +106,8 @@ def test_a_dry_run_accepts_what_the_start_accepts(name, started, dry):
 
 
 def test_a_run_that_can_resume_is_not_refused(dry):
-    printed, end = dry["goes on"]
-    assert end is None and "iter_0000001: of this model" in printed, (printed, end)
+    printed, end = dry["resumes"]
+    assert end is None and "iter_0000001: fits this model" in printed, (printed, end)
 
 
 def test_a_finished_run_is_reported(dry):
