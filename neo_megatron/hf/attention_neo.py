@@ -1,8 +1,8 @@
 """NEO's native attention for transformers, and the kernels that `attn_implementation` chooses from.
 
     sdpa             PyTorch's scaled_dot_product_attention (the default)
-    flex_attention   blocks that nobody sees are left out: for long packs, on one device; the first call compiles it
-    eager            plain matrix products; the only one that gives attention weights
+    flex_attention   skips blocks that no query sees: for long packs, on one device; the first call compiles it
+    eager            plain matrix products; the only one that returns attention weights
 
 Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden, d head dim.
 """
@@ -38,7 +38,7 @@ def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int)
         boolean `[B, 1, L, K]`, True where a query sees a key; blocks for FlexAttention.
 
     Raises:
-        ValueError: a dense mask for FlexAttention, which is there to avoid it.
+        ValueError: a dense mask for FlexAttention, whose purpose is to avoid one.
     """
     in_blocks = _kernel(implementation, queries) == "flex_attention"
     if in_blocks and isinstance(rule, Tensor):
@@ -55,7 +55,7 @@ def kernel_function(implementation: str, queries: int) -> Callable[..., tuple[Te
 
 
 def _kernel(implementation: str, queries: int) -> str:
-    """FlexAttention would compile again for every length of a growing cache, and one query leaves no block out."""
+    """SDPA instead of FlexAttention for one query, which would recompile for every cache length and skip no block."""
     return "sdpa" if implementation == "flex_attention" and queries == 1 else implementation
 
 
@@ -68,7 +68,7 @@ def eager_attention_forward(
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention as it is defined -> context `[B, L, heads, d]` and weights `[B, heads, L, K]`.
+    """Softmax attention by its definition -> context `[B, L, heads, d]` and weights `[B, heads, L, K]`.
 
     Args:
         query: `[B, heads, L, 2d]`; key `[B, groups, K, 2d]`; value `[B, groups, K, d]`.
@@ -99,7 +99,7 @@ class NEORMSNorm(nn.Module):
 def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
     """Cos and sin `[..., width]` of a half-rotation, in float32 whatever the model's type.
 
-    The frequencies are made here and not kept as a buffer: `model.to(bfloat16)` would round a buffer.
+    Frequencies are computed here and not kept as a buffer, which `model.to(bfloat16)` would round.
     """
     exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
     angle = position[..., None].float() * theta**-exponent
@@ -158,7 +158,7 @@ class NEOAttention(nn.Module):
     def _positioned(
         self, for_t: Tensor, for_hw: Tensor, norms: tuple[nn.Module, ...], rotary: tuple[CosSin, ...]
     ) -> Tensor:
-        """`[B, heads, L, 2d]`: the parts for t, h and w side by side, each normalised, then rotated by its position."""
+        """`[B, heads, L, 2d]`: the parts for t, h and w concatenated, each normalised, then rotated by its position."""
         parts = (self._heads(for_t), *self._heads(for_hw).chunk(2, dim=-1))
         return torch.cat(
             [rotate_halves(norm(part), cos_sin) for part, norm, cos_sin in zip(parts, norms, rotary, strict=True)],

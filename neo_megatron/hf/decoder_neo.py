@@ -119,5 +119,5 @@ class NEOLanguageModel(nn.Module):
         self.model.embed_tokens.register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Adapters for causal language models ask for it; the model around this one generates."""
+        """Required by adapters for causal language models; only the model around this one generates."""
         raise NotImplementedError("call generate() of the NEOChatModel, which knows the images")

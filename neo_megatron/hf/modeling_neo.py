@@ -36,7 +36,7 @@ from .positions_neo import (
 from .tags_neo import IMAGE_TAG  # noqa: F401 - for chat_neo
 from .vision_neo import NEOVisionModel
 
-# Stands for every token that is given as a vector.
+# Token id that stands for tokens given as vectors.
 TEXT = -1
 
 
@@ -82,7 +82,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, which would make up a tensor that is missing and drop one that it does not know.
+        """As in transformers, but missing and unexpected tensors are errors instead of initialised or dropped.
 
         Raises:
             ValueError: the checkpoint is incomplete, or has tensors of another model, with their names.
@@ -111,7 +111,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         self.language_model.set_output_embeddings(value)
 
     def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, which would warn of the parts, for they are modules without a choice of their own."""
+        """As in transformers, without its warnings about submodules that have no such setting."""
         for part in (self.config.vision_config, self.config.llm_config):
             part._attn_implementation = attn_implementation
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -139,7 +139,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         prompt_length: int | None = None,
         **packing: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits, and the loss where labels are given.
+        """Logits, and the loss if labels are given.
 
         Args:
             input_ids: `[B, L]`, with `<IMG_CONTEXT>` for every image token, that is every 2x2 patches.
@@ -148,26 +148,26 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             attention_mask: `[B, K]`, 0 on padding, K counting the cache. Padding may lie anywhere; positions count
                 the other tokens. Or boolean `[B, 1, L, K]`, True where a query sees a key, which needs positions_thw.
             position_ids: `[B, L]`, for packed sequences: 0 at the first token of every document, as
-                `DataCollatorWithFlattening` counts them. Nothing else of them is looked at.
+                `DataCollatorWithFlattening` counts them. Only these zeros are used.
             positions_thw: `[B, L, 3]`; by default they follow from the other arguments.
             past_key_values: a `DynamicCache`.
             labels: `[B, L]`, not shifted, -100 where nothing is predicted, so at the first token of every document.
                 Those of image tokens are never predicted.
             loss_weight: `[B, L]`, not shifted; the loss is then the weighted mean.
-            use_cache: by default as the configuration says, and not in training.
+            use_cache: by default as in the configuration, and never in training.
             logits_to_keep: how many of the last positions get logits (0: all), or which. A loss is that of as many.
             num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
             output_attentions: also the weights of every layer, `[B, heads, L, K]`.
             inputs_embeds: `[B, L, H]` in place of input_ids, for text.
             image_grid_thw: `[images, 3]` in place of grid_hw, as Qwen-VL and TRL name it.
             cache: what transformers 5.24 calls past_key_values.
-            prompt_length: image tokens from this place of the sequence on are text, as a model may generate them.
-            packing: `PACKING`, by which other models are told the documents of a pack; checked against position_ids.
+            prompt_length: image tokens from this position on are text, because a model may generate them.
+            packing: `PACKING`, arguments that tell other models the documents of a pack; checked against position_ids.
 
         Raises:
             ValueError: images and `<IMG_CONTEXT>` tokens that do not fit each other; a cache of unknown history or
                 under gradient checkpointing; attention weights of another kernel than the eager one.
-            TypeError: an argument that is not one of these.
+            TypeError: an unknown argument.
         """
         if isinstance(logits_to_keep, Tensor) and labels is not None:
             raise ValueError("logits_to_keep selects places one by one, of which no loss is made: pass no labels")
@@ -279,10 +279,10 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             keep_weights=bool(output_attentions),
         )
         if cache is not None:
-            # Positions that are given may follow on other rows than the cache had, or on fewer tokens.
+            # Given positions may continue other rows than the cache had, or fewer tokens.
             history = () if given else getattr(cache, "neo_history", (0,))[1:]
             after = after_tokens(input_ids, positions_thw[..., 0], valid_BL, self.config, *history)
-            # t is not the number of cached tokens once an image was seen, so the cache carries it along.
+            # After an image t differs from the number of cached tokens, so the cache stores it.
             cache.neo_history = (cache.get_seq_length(), *after)
         return decoded, None if use_cache is False else cache, image_BL
 
@@ -290,7 +290,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         """The cache given, or a new one.
 
         Raises:
-            ValueError: gradient checkpointing, which would fill it a second time when it computes a layer again.
+            ValueError: gradient checkpointing, which would fill it twice when it recomputes a layer.
         """
         if use_cache is None:
             use_cache = self.config.llm_config.use_cache and not self.training
@@ -346,7 +346,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
 
 
 def unknown_argument(name: str) -> str:
-    """The sentence on an argument that `forward` does not take."""
+    """The error message on an argument that `forward` does not take."""
     known = [*inspect.signature(NEOChatModel.forward).parameters][1:-1]
     near = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
