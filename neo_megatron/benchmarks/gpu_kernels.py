@@ -17,7 +17,7 @@ def prepare() -> None:
 
 
 def run(report: Report, side: int, sizes: NeoSizes, lengths: Sequence[int], shrunk: int) -> None:
-    """Reports the ceilings, by which all else is judged, and then attention kernels at each length of packs."""
+    """Reports the ceilings, to which everything is compared, and then attention kernels at each pack length."""
     from neo_megatron.benchmarks.gpu_attention import measure_attention
 
     measure_ceilings(report, side)

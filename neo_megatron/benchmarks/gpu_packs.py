@@ -1,4 +1,4 @@
-"""Packs of the length mix, in memory: what a rank's loader gives, and the same as the exported model takes it.
+"""Packs of the length mix, in memory: as a rank's loader returns them, and as inputs of the exported model.
 
 Tokens and pixels are random, since no kernel's time depends on them; lengths, images and trained tokens are those of
 the mix.
@@ -26,7 +26,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
     """Micro-batches of one pack each, as `neo_megatron.data.dataset.collate` gives them.
 
     Args:
-        shrunk: divides texts and the sides of images, for models that learn nothing of size on a CPU.
+        shrunk: divides texts and the sides of images, for tiny models on a CPU.
     """
     random = np.random.default_rng(seed)
     samples = [sample.shrunk(shrunk) for sample in draw_samples(POOL, seed)]
@@ -37,7 +37,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
     histogram = np.bincount([tokens for tokens, alike in of_length.items() for _ in alike], minlength=length + 1)
     filled = [pattern.runs for pattern in best_fit(histogram) for _ in range(pattern.packs)]
     packs = [[of_length[tokens].pop() for tokens, times in runs for _ in range(times)] for runs in filled]
-    # The last ones are those that nothing was left for.
+    # The last packs are not full.
     full = [pack for pack in packs if sum(sample.tokens for sample in pack) > 0.95 * length]
     return [collate([_item(sizes, full[place], length, random)]) for place in random.permutation(len(full))[:count]]
 
@@ -70,7 +70,7 @@ def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random
     """The pack that `PackDataset` would give for these samples."""
     ids = SpecialIds(sizes.image_context_token_id, sizes.image_start_token_id, *[0] * 4)
     # Below the control tokens, which come after the tokens of text.
-    pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # again and again: drawing all takes seconds
+    pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # repeated: drawing all takes seconds
     tokens = random.integers(1, min(ids.image_context, ids.image_start), length)
     document, weight = np.full(length, -1, np.int32), np.zeros(length, np.float32)
     start = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first that fits a kernel's name. Inductor names a fused kernel after the operations in it.
+# The first pattern that matches a kernel's name counts. Inductor names a fused kernel after the operations in it.
 KINDS = {
     "copies": r"^memcpy|^memset|copybuffer|direct_copy|unrolled_elementwise.*copy|catarray|multi_tensor.*copy",
     "attention": r"flex_attention|flash_|fmha|triton_tem_fused.*(?:flex|zeros)|sdpa|flashattn|block_mask",

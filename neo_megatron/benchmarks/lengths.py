@@ -32,13 +32,13 @@ class Sample:
         return self.text + sum(rows * columns + 2 for rows, columns in self.grids)
 
     def shrunk(self, factor: int) -> "Sample":
-        """Text and both sides of every image divided by so much."""
+        """The sample with text and both sides of every image divided by ``factor``."""
         grids = tuple((max(rows // factor, 1), max(columns // factor, 1)) for rows, columns in self.grids)
         return Sample(max(self.text // factor, 12), grids)
 
 
 def draw_samples(count: int, seed: int = 0) -> list[Sample]:
-    """The samples of which `draw_lengths` gives the lengths; for a few thousand."""
+    """The samples whose lengths `draw_lengths` returns; for a few thousand."""
     text, images = _draw(count, np.random.default_rng(seed))
     grids: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     for rows, sizes in images:

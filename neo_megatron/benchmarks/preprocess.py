@@ -1,7 +1,7 @@
 """Preprocessing of 200 photographs, compared to the least code that does the same work.
 
-The floors are straight loops with nothing of ours: no check of a record, no index, no manifest. The tokenizer is loaded
-before the clock starts, on both sides.
+The baselines are straight loops without any of our code: no check of a record, no index, no manifest. The tokenizer is
+loaded before the clock starts, on both sides.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def measure(scratch: Path) -> list[Row]:
     output = scratch / "preprocess"
     rows = []
     for what, settings, copies, images, target in (
-        ("images kept encoded, header checked", HEADER, 10, True, ">= 0.7"),  # copies: work for a second or more
+        ("images kept encoded, header checked", HEADER, 10, True, ">= 0.7"),  # enough copies for a second of work
         ("images kept encoded, decoded as a check", DECODE, 1, True, ">= 0.85"),
         ("images as patches", PATCHES, 1, True, ">= 0.85"),
         ("text alone", DECODE, 20, False, ""),
@@ -72,7 +72,7 @@ def measure(scratch: Path) -> list[Row]:
 
 
 def _write_annotations(photos: Path, copies: int, images: bool) -> Path:
-    """The records of the photographs several times over; no text comes twice, so that nothing is tokenized twice."""
+    """Writes the records of the photographs several times; no text repeats, so that nothing is tokenized twice."""
     records = [json.loads(line) for line in (photos / "annotations.jsonl").read_text().splitlines()]
     path = photos / f"annotations_{copies}_{'images' if images else 'text'}.jsonl"
     lines = []

@@ -24,14 +24,14 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.mask import AttentionRule
 
 LENGTH, VOCABULARY = 1024, 1024
-# About 190 tokens an image.
+# About 190 tokens per image.
 PIXELS = 448 * 448
 # Together 1,005 tokens: 566 of images, 310 trained.
 PHOTOS = (3, 5, 6)
 
 
 def write_inputs(directory: Path, vocabulary: int) -> Path:
-    """``packs/`` and, for this vocabulary, ``megatron-N/`` and its export ``hf-N/``; keeps an earlier call's."""
+    """Writes ``packs/`` and, for this vocabulary, ``megatron-N/`` and its export ``hf-N/``; keeps existing ones."""
     if not (directory / "packs").exists():
         _write_packs(directory)
     megatron, exported = directory / f"megatron-{vocabulary}", directory / f"hf-{vocabulary}"
@@ -59,7 +59,7 @@ def write_inputs(directory: Path, vocabulary: int) -> Path:
 
 
 def _write_packs(directory: Path) -> None:
-    """One pack of three records, through the functions that the tools call."""
+    """Writes one pack of three records, with the functions that the commands call."""
     photos = write_photos(directory / "photos", count=8)
     records = [json.loads(line) for line in photos.read_text().splitlines()]
     _train_tokenizer(records).save_pretrained(directory / "tokenizer")
@@ -119,7 +119,7 @@ def _train_tokenizer(records: list[dict]) -> PreTrainedTokenizerFast:
 
 
 def _write_random_weights(directory: Path, sizes: NeoSizes) -> None:
-    """Norms of ones, all else N(0, 0.02), in the published form."""
+    """Writes weights in the published form: ones for norms, N(0, 0.02) for everything else."""
     torch.manual_seed(0)
     weights = {
         name: torch.ones(shape) if "norm" in name else 0.02 * torch.randn(shape)

@@ -15,7 +15,7 @@ class Step:
     Args:
         loss: of the pack, before the update.
         parts: CPU seconds, keyed by the name of the part; their sum is the step.
-        memory: bytes that the process has grown by at most, since before it built the model.
+        memory: peak growth of the process in bytes, since before it built the model.
     """
 
     loss: float
