@@ -1,6 +1,6 @@
 """Converts checkpoints: Qwen3 -> NEO, NEO in Hugging Face form -> Megatron, Megatron -> Hugging Face form.
 
-Takes pre-buffers out and puts them in front of other Qwen3s; says what is in a checkpoint.
+Also extracts pre-buffers, puts them in front of other Qwen3s, and describes checkpoints.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def add_qwen3_to_neo(commands: Any) -> None:
 
 
 def add_new_neo(command: argparse.ArgumentParser) -> None:
-    """Adds options that all subcommands share which make a NEO from a Qwen3."""
+    """Adds the options of subcommands that make a NEO from a Qwen3."""
     command.add_argument(
         "--tokenizer",
         metavar="HF_DIR",
@@ -102,7 +102,7 @@ def qwen3_to_neo(args: argparse.Namespace) -> None:
 
 
 def new_neo(args: argparse.Namespace, **front: Any) -> None:
-    """A NEO from a Qwen3 and what is put in front of it."""
+    """Writes a NEO from a Qwen3 and the front end given by ``front``."""
     missing = init_from_qwen3(
         model_directory(args.qwen3, args.allow_pickle),
         args.output,

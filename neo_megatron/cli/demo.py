@@ -1,9 +1,9 @@
-"""A page to talk to a NEO: drop an image, ask, and see where each word of the answer looked.
+"""Serves a page to query a NEO: drop an image, ask, and see the attention of each word of the answer on the image.
 
     bash examples/demo/run.sh --model neo          # in a checkout: installs what is missing first
 
-It listens on this machine alone, loads nothing from elsewhere, and takes the images that
-preprocessing takes.
+It listens on this machine only, loads nothing from elsewhere, and accepts the images that preprocessing
+accepts.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
         max_pixels=arguments.max_pixels,
         allow_pickle=arguments.allow_pickle,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the uploads removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the uploads removed
     with tempfile.TemporaryDirectory(prefix="neo-demo-") as uploads, suppress(KeyboardInterrupt):
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when Gradio is imported
         from neo_megatron.demo.server import page_app, serve

@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
-    """The answer on standard output, all else on standard error."""
+    """Prints the answer to standard output, everything else to standard error."""
     task, _ = task_of(arguments, generation)
     turns = [Turn("system", as_literal(arguments.system), False)] if arguments.system else []
     turns.append(user_turn(arguments.prompt, len(arguments.image)))

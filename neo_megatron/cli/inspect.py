@@ -22,7 +22,7 @@ from neo_megatron.inspection.token_text import Decode
 from neo_megatron.paths import output_place
 from neo_megatron.storage.open import open_directory
 
-_HEAD = 1024  # bytes of a page within which it says what has made it
+_HEAD = 1024  # bytes of a page that contain the name of its generator
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def refuse_others(output: Path) -> None:
-    """Raises DataError where the page would take the place of something that is not such a page."""
+    """Raises DataError if the output exists and is not such a page."""
     if output.exists():
         if not output.is_file():
             raise DataError(f"{output} is not a file that can be written; choose another --output")
@@ -89,7 +89,7 @@ def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str
     """The page of a directory of packs, with one of them.
 
     Raises:
-        DataError: there is no such pack, or the tokenizer is another one.
+        DataError: there is no such pack, or the tokenizer is not that of the packs.
     """
     data_set = PackDataset(location, sys.maxsize, seed)
     index = data_set.packs

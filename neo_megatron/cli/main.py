@@ -30,10 +30,10 @@ def main() -> None:
 
 
 def run_command(name: str) -> None:
-    """Runs a command on ``sys.argv``; an error that the user can put right ends the process with one sentence."""
+    """Runs a command on ``sys.argv``; an error that the user can remedy ends the process with one sentence."""
     command = COMMANDS[name]
     if command.starts_itself:
-        # As `python -m` does it: the process that saves in the background imports the main module again.
+        # As `python -m` does, because the process of asynchronous saves imports the main module again.
         runpy.run_module(command.module, run_name="__main__", alter_sys=True)
         return
     program = command_line.program_name()

@@ -67,7 +67,7 @@ def add_batches(parser: argparse._ActionsContainer) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Ends with a sentence where options contradict each other."""
+    """Ends with a message if an option is out of range."""
     for name in ("batch_size", "workers", "max_new_tokens", "min_pixels", "max_pixels"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -81,7 +81,7 @@ def quiet() -> None:
 
 
 def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[Task, int]:
-    """The task of each worker, and the number of workers. What had to be put right about the checkpoint is said."""
+    """The task of each worker, and the number of workers; prints corrections of the checkpoint's config."""
     directory = model_directory(arguments.model, arguments.allow_pickle)
     neo = open_neo(directory, arguments.allow_pickle)
     for sentence in neo.said:

@@ -28,7 +28,7 @@ from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.search import describe_search, distinct, flags, search
 from neo_megatron.planning.workload import Workload
 
-# What a layout has without flags; a search tries all.
+# Defaults of the parallel layout; a search tries all values.
 LAYOUT = {
     "tensor_model_parallel_size": 1,
     "sequence_parallel": False,
@@ -172,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
         help="selective: which modules; default: core_attn",
     )
 
-    # Flags of Megatron that this tool leaves out.
+    # Flags of Megatron that this command does not have.
     parser.set_defaults(**dict.fromkeys(UNEVEN_SPLIT_FLAGS))
 
     result = parser.add_argument_group("result")
@@ -189,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def refuse(message: str) -> NoReturn:
-    """In place of argparse's own, which prints the names of all flags first."""
+    """Replaces argparse's own error, which prints the names of all flags first."""
     raise ConfigError(f"{message}; --help lists all flags")
 
 
@@ -237,7 +237,7 @@ def main() -> None:
 
 
 def check_recomputation(given: dict[str, Any]) -> None:
-    """Raises ConfigError where flags of recomputation would do nothing, or contradict each other as in training."""
+    """Raises ConfigError if flags of recomputation have no effect or contradict each other, as in training."""
     granularity = given.get("recompute_granularity")
     if granularity == "full" and "recompute_method" not in given:
         raise ConfigError("--recompute-granularity full needs to know which layers: add --recompute-method uniform")
@@ -273,7 +273,7 @@ def show_search(
 
 
 class Progress:
-    """Says on stderr how far a search is: on a terminal in one line, else in a line now and then."""
+    """Reports the progress of a search on stderr: on a terminal in one line, else in occasional lines."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -296,7 +296,7 @@ class Progress:
 def workload_of(args: argparse.Namespace) -> Workload:
     """The workload of `--packs`, or of documents of one length."""
     if args.packs:
-        # Reading packs takes torch, which nothing else here does.
+        # Reading packs needs torch, which nothing else here does.
         from neo_megatron.data.packs.index import PackIndex
         from neo_megatron.planning.packs import measure_packs
 
@@ -319,7 +319,7 @@ def gpu_of(args: argparse.Namespace) -> Gpu:
 
 
 def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> Layout:
-    """The layout of the flags, cut into pipeline stages as `pretrain_neo` cuts it."""
+    """The layout of the flags, split into pipeline stages as by `pretrain_neo`."""
     args.world_size, args.num_layers = args.gpus, sizes.num_layers
     args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
     layout = Layout.from_arguments(args, args.precision)

@@ -11,7 +11,7 @@ import warnings
 from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
-# Both remark that one process loads alone, and in which order torch takes arguments.
+# Both warn of loading on one process, and of the order of torch's arguments.
 warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed\.checkpoint")
 
 import torch

@@ -1,4 +1,4 @@
-"""Floating-point operations of NEO's parts, forward and backward, as the training stage freezes them.
+"""Floating-point operations of NEO's parts, forward and backward, given what the training stage freezes.
 
 Counted are matrix products, two operations for a multiply-add; norms, rotary, softmax and the optimizer are not. A
 product with a weight costs as much again for the gradient of its input and for the gradient of the weight. A frozen
