@@ -13,28 +13,17 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from neo_megatron.model.block_mask import SeenKeys
+from neo_megatron.model.mask import AttentionRule
+
 # Rows of a FlexAttention block: dealt in these, a rank's rows mix no distant tokens in one block.
 BLOCK = 128
 
 
 def allowed_keys(document_BT: Tensor, image_BT: Tensor) -> Tensor:
     """Number of keys that each token sees under the rule of `mask.py`, int64 ``[B, T]``; padding sees itself."""
-    length = document_BT.shape[1]
-    place = torch.arange(length)
-
-    def neighbours(number_BT: Tensor, last: bool) -> Tensor:
-        """First, or last, position of the run of equal numbers that each token is in."""
-        new = torch.ones_like(number_BT, dtype=torch.bool)
-        new[:, 1:] = number_BT[:, 1:] != number_BT[:, :-1]
-        if not last:
-            return torch.where(new, place, 0).cummax(dim=1).values
-        ends = torch.ones_like(new)
-        ends[:, :-1] = new[:, 1:]
-        return torch.where(ends, place, length).flip(1).cummin(dim=1).values.flip(1)
-
-    first = neighbours(document_BT, last=False)
-    last = torch.where(image_BT >= 0, neighbours(image_BT, last=True), place)
-    return torch.where(document_BT >= 0, last - first + 1, 1)
+    seen = SeenKeys.of(AttentionRule(document_BT, image_BT))
+    return (seen.end - seen.first).long()
 
 
 def contiguous_rows(length: int, ranks: int) -> Tensor:
