@@ -273,7 +273,7 @@ def _unwritable(text: str) -> str | None:
         return _leads_nowhere(path, link)
     existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
     if not os.path.isdir(existing):
-        return None if existing == path else f"lies under {existing}, which is a file: {_GIVE[Wanted.OUTPUT]}"
+        return None if existing == path else f"is below {existing}, which is a file: {_GIVE[Wanted.OUTPUT]}"
     if not os.access(existing, os.W_OK | os.X_OK):
         read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
         reason = "is on a read-only file system" if read_only else f"cannot be written: no permission for {existing}"
@@ -288,7 +288,7 @@ def _dangling(path: Path) -> Path | None:
 
 
 def _leads_nowhere(path: Path, link: Path) -> str:
-    place = "is" if link == path else f"lies under {link},"
+    place = "is" if link == path else f"is below {link},"
     return f"{place} a link that leads nowhere: create its target, or remove the link"
 
 

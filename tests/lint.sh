@@ -9,11 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 WORDS=(
   CHANGELOG.md CITATION.cff CONTRIBUTING.md SECURITY.md .github .pre-commit-config.yaml docker docs/containers.md
-  README.md docs mkdocs.yml neo_megatron/__init__.py pyproject.toml setup.py tests/lint.sh
-  neo_megatron/{benchmarks,checkpoint,cli,demo,hf,inference,inspection,lmms_eval_plugin,megatron_compat,model,parity}
-  neo_megatron/{planning,run,validation,arguments.py}
-  tests/{benchmarks,checkpoint,demo,gpu,hf,inference,inspection,lmms_eval_plugin,megatron_compat,model,parity}
-  tests/{planning,run,validation}
+  README.md docs mkdocs.yml pyproject.toml setup.py tests/lint.sh neo_megatron tools examples
+  tests/{benchmarks,checkpoint,cli,data,demo,gpu,hf,inference,inspection,lmms_eval_plugin,megatron_compat,model,parity}
+  tests/{planning,run,storage,tools,validation} tests/test_[!h]*.py # test_habits.py quotes such words
 )
 TYPES=(neo_megatron tests/check_words.py tests/support/markers.py)
 

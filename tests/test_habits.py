@@ -60,7 +60,7 @@ class TestMetadata:
 
 class TestWorkflows:
     @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
-    def test_is_yaml(self, path):
+    def test_workflows_are_yaml(self, path):
         assert isinstance(yaml.safe_load(path.read_text()), dict)
 
     def test_ci_runs_the_commands_of_the_readme_and_the_linters(self):
@@ -79,11 +79,11 @@ class TestWorkflows:
 
 class TestLint:
     @pytest.mark.parametrize("check", ["format", "codespell", "words"])
-    def test_passes(self, check):
+    def test_a_check_passes(self, check):
         done = lint(check)
         assert done.returncode == 0, done.stdout
 
-    def test_an_unknown_check_is_named(self):
+    def test_an_unknown_check_is_reported(self):
         done = lint("spelling")
         assert done.returncode == 1 and "spelling is not a check; choose from" in done.stdout
 

@@ -15,7 +15,7 @@ from support.paths import ROOT
 LAYERS = [
     ["errors"],
     ["redaction", "checked_files", "checked_pickles", "packages", "processes", "locks", "atomic_files"],
-    ["paths"],
+    ["paths", "worker_pool"],
     ["command_line", "storage", "megatron_compat"],
     ["data"],
     ["model"],
@@ -50,7 +50,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(file: Path) -> Iterator[str]:
-    """What a file imports, wherever in it; of this package the module, also where a module is imported by name."""
+    """Names of the modules that a file imports anywhere; for this package, also modules imported from a package."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -65,7 +65,7 @@ def own_imports(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("prefix", "layers"), [("neo_megatron", LAYERS), ("neo_megatron.data", DATA_LAYERS)])
-def test_no_import_goes_up(prefix, layers):
+def test_imports_follow_the_order_of_packages(prefix, layers):
     rank = {part: number for number, row in enumerate(layers) for part in row}
     depth = prefix.count(".") + 1
 
@@ -84,7 +84,7 @@ def test_no_import_goes_up(prefix, layers):
     assert not wrong
 
 
-def test_no_cycle():
+def test_imports_have_no_cycle():
     graph = {name: own_imports(name) & modules().keys() for name in modules()}
     done: set[str] = set()
 
@@ -101,7 +101,7 @@ def test_no_cycle():
 
 @pytest.mark.parametrize("package", ["neo_megatron.data", "neo_megatron.storage"])
 def test_data_needs_no_model_and_no_megatron(package):
-    """`data` prepares on machines where no Megatron is; torch and transformers are imported where they are needed."""
+    """`data` prepares on machines without Megatron; torch and transformers are imported only where they are needed."""
     for name in modules():
         if name.startswith(package):
             for other in imported(modules()[name]):
@@ -132,7 +132,7 @@ def foreign_names(tree: ast.Module) -> set[str]:
 
 
 def changed(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """(first name of what is assigned to, line) of assignments to attributes; a library's settings are no patches."""
+    """(first name of the target, line) of assignments to attributes; changing a library's settings is not patching."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
             targets = [ast.Attribute(node.args[0], "")]

@@ -1,4 +1,4 @@
-"""What lies where an output goes: links are followed, all else that is in the way is one sentence, for every tool."""
+"""Outputs of every tool: links are followed, and anything else in the way is reported in one sentence."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def room(tmp_path_factory) -> Path:
 
 
 def put(directory: Path, kind: str) -> Path:
-    """The path of an output with this in its way."""
+    """The path of an output, with the given obstacle in its way."""
     output = directory / "output"
     (directory / "file").write_text("somebody's")
     if "dangling" in kind:
@@ -71,7 +71,7 @@ def files(directory: Path) -> dict[str, bytes | str]:
 
 @pytest.mark.parametrize("kind", IN_THE_WAY)
 @pytest.mark.parametrize("tool", DIRECTORY_TOOLS)
-def test_what_is_in_the_way_of_a_directory(room, tmp_path, tool, kind):
+def test_paths_that_cannot_be_an_output_directory_are_reported(room, tmp_path, tool, kind):
     output = put(tmp_path, kind)
     before = files(tmp_path)
     done = run(tool, DIRECTORY_TOOLS[tool], output, room)
@@ -116,7 +116,7 @@ def inspect(room: Path, output: Path, monkeypatch) -> None:
         ("a directory", "is not a file that can be written; choose another --output"),
     ],
 )
-def test_what_is_in_the_way_of_a_page(room, tmp_path, monkeypatch, kind, sentence):
+def test_paths_that_cannot_be_a_page_are_reported(room, tmp_path, monkeypatch, kind, sentence):
     output = tmp_path if kind == "a directory" else put(tmp_path, kind)
     before = files(tmp_path)
     with pytest.raises(DataError, match=sentence):

@@ -1,4 +1,4 @@
-"""Every hint to install something names an extra of setup.py, or a package that setup.py asks for."""
+"""Every installation hint names an extra of setup.py, or a package that setup.py requires."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_there_are_hints():
 
 
 @pytest.mark.parametrize(("file", "words"), sorted(set(hints())))
-def test_every_hint_names_what_there_is(file, words):
+def test_every_hint_names_an_existing_package(file, words):
     if extra := re.fullmatch(r"\.\[([\w,-]+)\]", words):  # of a checkout
         assert set(extra[1].split(",")) <= set(EXTRAS), file
         return

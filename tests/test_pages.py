@@ -1,4 +1,4 @@
-"""The pages of the tools and the quickstart: on a phone nothing is wider than the screen, and no text is markup.
+"""Pages of the tools and the quickstart fit a phone, and never show untrusted text as markup.
 
 The demo's page is tested in `examples/test_demo.py`.
 """
@@ -143,7 +143,7 @@ def test_a_page_fits_a_phone(browser, room, write):
 
 
 @pytest.mark.parametrize("write", [inspected, evaluated, learned], ids=lambda write: write.__name__)
-def test_what_others_wrote_is_shown_as_text(browser, marked_room, write):
+def test_untrusted_text_is_escaped(browser, marked_room, write):
     page = browser.new_page(java_script_enabled=True)
     said = []
     page.on("dialog", lambda dialog: said.append(dialog.message))

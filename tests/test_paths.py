@@ -121,14 +121,14 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize(("wanted", "kind"), SENTENCES)
-def test_the_remedy_fits_what_is_there(room, wanted, kind):
+def test_the_remedy_fits_the_path(room, wanted, kind):
     with pytest.raises(WrongPath) as raised:
         check_path(example(room, Kind[kind]), Wanted[wanted])
     assert SENTENCES[wanted, kind] in str(raised.value)
 
 
-def test_the_readers_say_the_same(room):
-    """Also where no command line was looked at, as for the second data set of a mixture."""
+def test_readers_raise_the_same_message(room):
+    """Even if no command line was checked, as for the second data set of a mixture."""
     for read, path, sentence in (
         (PackIndex.open, "shards", "holds shards, not packs: run neo-megatron pack first"),
         (ShardSet, "packs", "holds packs, not shards"),
@@ -148,7 +148,7 @@ def test_the_readers_say_the_same(room):
             read(str(room / path))
 
 
-def test_an_unfinished_conversion_is_named(room):
+def test_an_unfinished_conversion_is_reported(room):
     (room / "half.partial").mkdir()
     with pytest.raises(WrongPath, match="half does not exist, only .*half.partial, which is unfinished"):
         check_path(room / "half", Wanted.NEO)
@@ -164,7 +164,7 @@ def test_an_unfinished_conversion_is_named(room):
         ("-- --data {room}/nowhere", Wanted.NEO),
     ],
 )
-def test_a_right_command_line_passes(room, words, wanted):
+def test_a_correct_command_line_passes(room, words, wanted):
     check_flags(words.format(room=room).split(), {"--data": wanted})
 
 
@@ -172,7 +172,7 @@ def test_a_right_command_line_passes(room, words, wanted):
     "words",
     ["--data={room}/nowhere", "--data {room}/shards {room}/nowhere", "--data {room}/shards --data {room}/nowhere%50"],
 )
-def test_a_wrong_path_is_found_wherever_it_stands(room, words):
+def test_a_wrong_path_is_found_anywhere_on_the_command_line(room, words):
     with pytest.raises(WrongPath, match="--data .*nowhere does not exist"):
         check_flags(words.format(room=room).split(), {"--data": Wanted.SHARDS})
 
@@ -202,7 +202,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_tool_ends_with_the_sentence_before_it_loads_anything(room, command):
+def test_every_tool_reports_a_wrong_path_before_loading_anything(room, command):
     tool, *arguments = command.replace("@", str(room)).split()
     slow = ("torch", "transformers", "megatron", "numpy", "PIL")
     code = (
@@ -220,10 +220,10 @@ def test_every_tool_ends_with_the_sentence_before_it_loads_anything(room, comman
     assert not (room / "o").exists()
 
 
-def test_a_directory_that_cannot_be_written_is_found_at_once(room, tmp_path):
+def test_a_directory_that_cannot_be_written_is_reported(room, tmp_path):
     """Under a file, without rights to it or to a directory above it, and in object storage, which can only be read."""
     for path, sentence in (
-        (room / "notes.txt" / "run", f"lies under {room / 'notes.txt'}, which is a file: choose another directory"),
+        (room / "notes.txt" / "run", f"is below {room / 'notes.txt'}, which is a file: choose another directory"),
         (room / "notes.txt" / "a" / "run", "which is a file"),
         ("s3://bucket/run", "is object storage, which can only be read: choose a directory of a mounted file system"),
     ):

@@ -1,4 +1,4 @@
-"""Credentials never come into what is printed or written."""
+"""Credentials are never printed or written."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TOKEN = "hf_" + "aB3" * 11
         ("/data/a?b=c/image@2x.png, s3://bucket/image@2x.png", None),
     ],
 )
-def test_what_is_left_out(text, shown):
+def test_secrets_are_redacted(text, shown):
     assert redacted(text) == (text if shown is None else shown)
 
 
@@ -42,7 +42,7 @@ def test_errors_and_rejects_are_redacted():
 
 
 @pytest.mark.parametrize("address", ["s3://KEY:hunter2@bucket/x", "s3://bucket/x?token=hunter2", "msc://a:hunter2@p/x"])
-def test_addresses_with_credentials_are_refused(address):
+def test_addresses_with_credentials_are_rejected(address):
     """They would be stored in manifests."""
     for refuse in (open_directory, lambda address: check_path(address, Wanted.SHARDS, "--data")):
         with pytest.raises((DataError, WrongPath), match="has credentials in it, .* set AWS_ACCESS_KEY_ID") as refused:
@@ -50,7 +50,7 @@ def test_addresses_with_credentials_are_refused(address):
         assert "hunter2" not in str(refused.value)
 
 
-def test_nothing_that_a_tool_leaves_has_secrets(tmp_path):
+def test_outputs_of_tools_have_no_secrets(tmp_path):
     images = ["https://user:hunter2@host/a.png?X-Amz-Signature=SECRET", "s3://KEY:SECRET@bucket/a.png", f"{TOKEN}.png"]
     talk = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yes"}]
     (tmp_path / "a.json").write_text(json.dumps([{"image": image, "conversations": talk} for image in images]))

@@ -1,9 +1,9 @@
-"""Times FlexAttention's block sizes on this GPU: NEO's heads, a pack of the length mix, every choice that fits.
+"""Times all block sizes of FlexAttention that fit this GPU, with the heads of NEO and a pack of mixed lengths.
 
     python tools/sweep_flex_attention.py --neo-model neo-2b --seq-length 8192 [--out FILE.json]
 
-The choice in use comes first, then the fastest; write a faster one into `neo_megatron/model/flex_kernel.py`. Every
-choice is compiled: count on half an hour.
+The current choice is printed first, then the fastest; write a faster one into `neo_megatron/model/flex_kernel.py`.
+Every choice is compiled, which takes about half an hour.
 """
 
 from neo_megatron import command_line
@@ -36,17 +36,19 @@ Options = dict[str, int]
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--neo-model", default="neo-2b", choices=("neo-2b", "neo-9b"))
-    parser.add_argument("--seq-length", type=int, default=8192)
-    parser.add_argument("--out", type=Path, help="file for all times as JSON")
+    parser.add_argument("--neo-model", default="neo-2b", choices=("neo-2b", "neo-9b"), help="preset (%(default)s)")
+    parser.add_argument("--seq-length", type=int, default=8192, help="tokens of the pack (%(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write all times to, as JSON")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Times all choices and prints the fastest."""
     arguments = parse_arguments()
     if not torch.cuda.is_available():
-        sys.exit("sweep_flex_attention: no GPU on this machine: there is nothing to time")
+        sys.exit("sweep_flex_attention: this machine has no GPU: run it on one that has")
     sizes = presets.SIZES[arguments.neo_model]
     properties = torch.cuda.get_device_properties(0)
     widths = Widths(2 * sizes.head_dim, sizes.head_dim)
@@ -91,13 +93,13 @@ def main() -> None:
 def time_all(
     direction: str, seconds: Callable[[Options], float], chosen: Options, choices: Sequence[Forward | Backward]
 ) -> list[dict]:
-    """Options and seconds of the choice in use, which must run, and of all others; None for what does not compile."""
+    """Options and seconds of the current choice, which must run, and of all others; None if one does not compile."""
     prefix = "fwd_" if direction == "forward" else "bwd_"
     rows = [{"options": {k: v for k, v in chosen.items() if k.startswith(prefix)}, "seconds": seconds(chosen)}]
     for choice in tqdm(choices, desc=direction):
         try:
             taken = seconds(chosen | choice.options)
-        except Exception as error:  # Triton and Inductor have many; what was asked for and failed is in the table
+        except Exception as error:  # Triton and Inductor raise many types; the table shows which choices failed
             tqdm.write(f"{_words(choice.options)}: {str(error).splitlines()[0][:150]}")
             taken = None
         rows.append({"options": choice.options, "seconds": taken})

@@ -1,7 +1,9 @@
-"""Writes docs/commands.md, the --help of every command: python tools/write_commands.py [--output FILE]
+"""Writes docs/commands.md, which has the --help of every command.
+
+    python tools/write_commands.py [--output FILE]
 
 The page is the same on every machine: lines have at most 100 columns, and a default that is the number of cores is
-described, not counted.
+described instead of its value.
 """
 
 import argparse
@@ -95,7 +97,7 @@ def with_subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.Argume
 
 
 def help_of(parser: argparse.ArgumentParser) -> str:
-    """What --help prints, `WIDTH` columns wide."""
+    """The output of --help, `WIDTH` columns wide."""
     for action in parser._actions:
         if action.default == _CORES:
             action.default = "the number of cores"

@@ -1,4 +1,4 @@
-"""What the start of the new keys does to the first 200 steps: gradients, clipping, loss, and what is left of the text.
+"""Compares ways to initialise the new keys by gradients, clipping and losses of the first 200 steps.
 
     python examples/key_hw_init/compare.py --output docs      25 minutes on one core; needs the extra quickstart
 
@@ -36,14 +36,16 @@ SMALL = 1e-5
 
 @dataclass(frozen=True)
 class Way:
-    """A way to start.
+    """A way to start training.
 
     Args:
-        name: as the plot and the table name it.
+        name: in the plot and the table.
         init: `--key-hw-init` of `qwen3-to-neo`.
-        std: K_hw is drawn with this deviation after that; ``None`` leaves it.
-        clipping: "apart" clips the keys' gradient by itself first.
-        clip_grad: the norm to which gradients are clipped; 0 leaves them.
+        std: standard deviation with which K_hw is drawn after that; ``None`` keeps it.
+        clipping: "apart" first clips the gradient of the keys separately.
+        stage: `--training-stage`.
+        warm_up: steps.
+        clip_grad: the norm to which gradients are clipped; 0 for no clipping.
     """
 
     name: str
@@ -67,7 +69,7 @@ WAYS = (
     Way("published, stage 2", "published", stage=2),
     Way("zero-norm, stage 2", "zero-norm", stage=2),
 )
-# Titles of the rows of the plot, and which of the ways each shows.
+# Titles of the rows of the plot, and the ways that each shows.
 DRAWN = {"stage 1, warm-up of 20 steps": slice(0, 4), "stage 1, warm-up of 1,000 steps": slice(4, 6)}
 
 
@@ -85,7 +87,7 @@ def make_start(way: Way, qwen3: Path, scratch: Path) -> Path:
 
 
 def _change(weights: Path, change: Callable[[torch.Tensor], object]) -> None:
-    """Changes the projections of the post-LLM's new keys, layers 2 and 3."""
+    """Changes the projections of the new keys in the post-LLM, layers 2 and 3."""
     torch.manual_seed(1)
     tensors = load_file(weights)
     for layer in (2, 3):
@@ -120,9 +122,10 @@ def run(way: Way, start: Path, packs: dict[str, Path], output: Path) -> Recorded
 
 
 def main() -> None:
+    """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for the plot")
-    parser.add_argument("--scratch", type=Path, help="directory for what is made on the way, kept; default: temporary")
+    parser.add_argument("--scratch", type=Path, help="directory to keep intermediate files in; default: temporary")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""What the runs of the comparison recorded, as a plot and as a table."""
+"""Plots the recorded curves of the runs of the comparison, and writes them as a table."""
 
 import json
 import math
@@ -18,12 +18,13 @@ WIDTH, HEIGHT, LEFT, TOP, GAP, ROW = 330, 210, 44, 62, 16, 310
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run.
+    """The curves of a run.
 
     Args:
-        total, keys, to_clip: norms of the gradient: of all, of the post-LLM's new keys, and as it came to the clipping.
-        loss, text: loss of the training packs of each step, and of held-out texts.
-        clip_grad: norm to which gradients were clipped; 0 for none.
+        name: of the way to start.
+        clip_grad: norm to which gradients were clipped; 0 for no clipping.
+        total, keys, to_clip: norms of the gradient: of all parameters, of the new keys, and before the final clipping.
+        loss, text: loss of the training packs of each step, and of held-out text.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Recorded:
 
     @classmethod
     def read(cls, name: str, clip_grad: float, directory: Path) -> "Recorded":
+        """Reads the files that a run wrote."""
         norms = [json.loads(line) for line in (directory / "norms.jsonl").read_text().splitlines()]
         events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
         loss, text = (
@@ -46,14 +48,14 @@ class Recorded:
 
 
 def smooth(curve: Curve, steps: int = 5) -> Curve:
-    """Means over the last steps."""
+    """Running means over the last ``steps`` steps."""
     values = [value for _, value in curve]
     means = [sum(values[max(0, n - steps + 1) : n + 1]) / min(n + 1, steps) for n in range(len(values))]
     return [(step, mean) for (step, _), mean in zip(curve, means, strict=True)]
 
 
 def table(runs: Sequence[Recorded]) -> str:
-    """Markdown: the gradient of the first step, how much is clipped, and where the losses stand."""
+    """A Markdown table of the gradient of the first step, the clipping, and the losses at some steps."""
     lines = [
         "| start | gradient norm of step 1 | without the new keys | clip factor of step 1 | steps clipped below 0.1 | "
         "training loss at 5 | at 20 | at 50 | at 200 | text loss at 10 | at 50 | at 200 |",
@@ -77,7 +79,7 @@ def table(runs: Sequence[Recorded]) -> str:
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Recorded]]]) -> str:
-    """An SVG that stands alone: a row of panels for each title and its runs."""
+    """A self-contained SVG with a row of panels for each title and its runs."""
     parts = [part for number, row in enumerate(rows) for part in _row(number * ROW, *row)]
     width, height = 3 * WIDTH + 2 * GAP + 10, len(rows) * ROW
     style = "text{font:12px sans-serif;fill:#333}path{fill:none;stroke-width:1.4}.grid{stroke:#ddd;stroke-width:1}"
@@ -88,7 +90,7 @@ def draw(rows: Sequence[tuple[str, Sequence[Recorded]]]) -> str:
 
 
 def _row(top: int, title: str, runs: Sequence[Recorded]) -> list[str]:
-    """Gradient norm, training loss and held-out text loss side by side, under the title and the names of the runs."""
+    """Panels for gradient norm, training loss and held-out text loss, under the title and the names of the runs."""
     panels = [
         ("gradient norm, before it is clipped to 1", [run.to_clip for run in runs], [10.0**n for n in range(-1, 5)]),
         ("loss of training packs, mean of 5 steps", [smooth(run.loss) for run in runs], [0.5, 0.7, 1, 1.5, 2, 3]),
@@ -105,7 +107,7 @@ def _row(top: int, title: str, runs: Sequence[Recorded]) -> list[str]:
 
 
 def _panel(left: int, top: int, title: str, curves: Sequence[Curve], ticks: Sequence[float]) -> str:
-    """Logarithmic upwards."""
+    """A panel with a logarithmic vertical axis."""
     values = [value for curve in curves for _, value in curve]
     low, high = math.log(min(values)) - 0.03, math.log(max(values)) + 0.03
     last = max(curve[-1][0] for curve in curves)

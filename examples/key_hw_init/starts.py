@@ -1,4 +1,4 @@
-"""What the comparison starts from: the quickstart's images and texts as packs, and a Qwen3 trained on the texts."""
+"""Prepares the comparison: packs of the quickstart's images and texts, and a Qwen3 trained on the texts."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ QWEN3_STEPS, PACKS_PER_STEP = 400, 8
 
 
 def write_packs(scratch: Path) -> dict[str, Path]:
-    """Packs of images and texts, 7 tokens to 3 as in stage 1, and of texts alone, to train on and held out."""
+    """Packs of images and texts, 7 tokens to 3 as in stage 1, and of texts alone, for training and held out."""
     data, packs = (
         scratch / "data",
         {name: scratch / "packs" / name for name in ("mixed", "text-questions", "text-test")},
@@ -59,14 +59,14 @@ def write_packs(scratch: Path) -> dict[str, Path]:
 
 
 def _pack(scratch: Path, name: str, *parts: str) -> int:
-    """Packs of these shards; returns their tokens."""
+    """Packs shards; returns the tokens of the packs."""
     shards, packs = (scratch / "shards" / part for part in parts), scratch / "packs" / name
     _python("tools/pack_data.py", "--data", *shards, "--output", packs, "--seq-length", SEQUENCE)
     return json.loads((packs / "manifest.json").read_text())["counts"]["tokens"]
 
 
 def _text_record(record: dict) -> dict:
-    """A question about an image as a task without one: to ask it."""
+    """A question about an image as a text-only task: to generate the question."""
     question, answer = (turn["value"] for turn in record["conversations"])
     return {
         "conversations": [
@@ -77,7 +77,7 @@ def _text_record(record: dict) -> dict:
 
 
 def train_qwen3(scratch: Path, packs: dict[str, Path]) -> Path:
-    """A Qwen3 of the sizes of the quickstart's post-LLM, trained for some steps on texts; in Hugging Face form."""
+    """Trains a Qwen3 of the size of the quickstart's post-LLM on texts; returns it in Hugging Face form."""
     if (scratch / "qwen3").exists():
         return scratch / "qwen3"
     sizes = read_sizes(scratch / "data" / "model")

@@ -1,9 +1,9 @@
-"""easy-VQA -> annotations in the published form, a registry of them, a tokenizer, and the model's config.json.
+"""Converts easy-VQA to annotations with a registry, trains a tokenizer, and writes the model's config.json.
 
     python examples/quickstart/prepare_data.py --output out --pixels 16384 --vocabulary 512 --questions-per-sample 1
 
-Writes `{shapes,questions,test}.json`, `registry.yaml`, `tokenizer/` and `model/config.json`. `shapes` are those
-of the training questions that ask for the shape. The tokenizer learns from training questions alone.
+Writes `{shapes,questions,test}.json`, `registry.yaml`, `tokenizer/` and `model/config.json`. `shapes` are the training
+questions that ask for the shape. The tokenizer is trained on training questions only.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def conversation(image: str, turns: Sequence[tuple[str, str]]) -> dict:
 
 
 def question_records(questions: Sequence[Question], per_sample: int) -> Iterator[dict]:
-    """Records with up to ``per_sample`` questions about an image each."""
+    """Records with up to ``per_sample`` questions about one image each."""
     by_image: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question in questions:
         by_image[question.image].append((question.text, question.answer))
@@ -64,9 +64,9 @@ def question_records(questions: Sequence[Question], per_sample: int) -> Iterator
 
 
 def train_tokenizer(records: Sequence[dict], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``size`` tokens, NEO's control tokens among them.
+    """A byte-level BPE of ``size`` tokens, including NEO's control tokens.
 
-    Text is not cut into words first, so that phrases that come back in many questions become single tokens.
+    Text is not split into words first, so that phrases of many questions become single tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -86,14 +86,14 @@ def train_tokenizer(records: Sequence[dict], size: int) -> PreTrainedTokenizerFa
 
 
 def _pieces(turn: dict) -> tuple[str, ...]:
-    """The texts of a turn as the data path cuts them: at the image, and after the header of an answer."""
+    """The text of a turn as the data path splits it: at the image, and after the header of an answer."""
     if turn["from"] == "human":
         return tuple(f"user\n{turn['value']}".split(IMAGE_TAG.strip()))
     return ("assistant\n", turn["value"])
 
 
 def write_model_config(output: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int, pixels: int) -> None:
-    """The preset `tiny` with this tokenizer's ids and this size of images, for `--neo-model` and the export."""
+    """Writes the preset `tiny` with the ids of this tokenizer and this image size, for `--neo-model` and the export."""
     sizes = SIZES["tiny"].replace(
         vocab_size=vocabulary,
         image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
@@ -106,17 +106,18 @@ def write_model_config(output: Path, tokenizer: PreTrainedTokenizerFast, vocabul
 
 
 def write_annotations(path: Path, records: Sequence[dict]) -> None:
-    """A JSON array with one record a line."""
+    """Writes a JSON array with one record a line."""
     path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
     print(f"{len(records)} records in {path}", flush=True)
 
 
 def main() -> None:
+    """Writes all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory to write into")
-    parser.add_argument("--pixels", type=int, required=True, help="area to which every image is resized")
-    parser.add_argument("--vocabulary", type=int, required=True, help="tokens of the tokenizer, rows of the embedding")
-    parser.add_argument("--questions-per-sample", type=int, required=True, help="about one image, in training")
+    parser.add_argument("--pixels", type=int, required=True, help="area in pixels to which every image is resized")
+    parser.add_argument("--vocabulary", type=int, required=True, help="tokens of the tokenizer")
+    parser.add_argument("--questions-per-sample", type=int, required=True, help="training questions about one image")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 

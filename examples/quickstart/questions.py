@@ -1,4 +1,4 @@
-"""What easy-VQA asks: kinds of questions, the best answers without the image, accuracy by kind."""
+"""The questions of easy-VQA: their kinds, the best answers without the image, and accuracy by kind."""
 
 import json
 from collections import Counter, defaultdict
@@ -22,12 +22,13 @@ class Question:
 
     @property
     def kind(self) -> str:
+        """See `kind_of_question`."""
         return kind_of_question(self.text)
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many of ``total`` questions of a kind were answered rightly, with the image and by their text alone."""
+    """How many of ``total`` questions of a kind were answered correctly, by the model and from their text alone."""
 
     kind: str
     total: int
@@ -47,14 +48,14 @@ def _of_record(record: dict) -> Iterator[Question]:
 
 
 def kind_of_question(text: str) -> str:
-    """One of `KINDS`. Questions for yes or no about a colour say "a blue shape"; only those about a shape name it."""
+    """One of `KINDS`. Yes-or-no questions about a colour say "a blue shape"; only those about a shape name it."""
     if text.startswith("what "):
         return "what colour" if "color" in text else "what shape"
     return "yes or no, shape" if any(shape in text for shape in SHAPES) else "yes or no, colour"
 
 
 def text_only_answers(training: Sequence[Question], asked: Sequence[Question]) -> list[str]:
-    """The most frequent training answer to each question, whatever the image; to an unknown one, of all questions."""
+    """The most frequent training answer to each question, or that of all questions if it is unknown."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for question in training:
         by_text[question.text][question.answer] += 1

@@ -1,4 +1,4 @@
-"""The page of a quickstart: accuracy, loss, images with questions and answers. One file that needs no other.
+"""Writes the report of a quickstart: accuracy, loss, and images with questions and answers, in one HTML file.
 
 python examples/quickstart/report.py --data out
 """
@@ -53,11 +53,12 @@ class Answer:
 
     @property
     def right(self) -> bool:
+        """Whether the model's answer is correct."""
         return self.given == self.question.answer
 
 
 def read_answers(evaluation: Path, training: Sequence[Question]) -> list[Answer]:
-    """What `neo-megatron evaluate` wrote, next to the best answers that training questions give without an image."""
+    """The answers that `neo-megatron evaluate` wrote, with the best answers without the image."""
     lines = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
     asked = [
         Question(Path(*line["pictures"]).name, line["question"].removeprefix(IMAGE_TAG), *line["references"])
@@ -68,6 +69,7 @@ def read_answers(evaluation: Path, training: Sequence[Question]) -> list[Answer]
 
 
 def scores_of(answers: Sequence[Answer]) -> list[Score]:
+    """The score of all answers, then of each kind of question."""
     return scores(
         [answer.question for answer in answers],
         [answer.given for answer in answers],
@@ -76,6 +78,7 @@ def scores_of(answers: Sequence[Answer]) -> list[Score]:
 
 
 def print_scores(answers: Sequence[Answer]) -> None:
+    """Prints the scores as a table."""
     print(f"{'':20} questions   this model   best without the image")
     for score in scores_of(answers):
         right, guessed = score.right / score.total, score.text_only / score.total
@@ -83,11 +86,11 @@ def print_scores(answers: Sequence[Answer]) -> None:
 
 
 def drawn(answers: Sequence[Answer], shown: int = SHOWN, wrong: int = SHOWN_WRONG) -> list[Answer]:
-    """Answers to show, one about an image, up to ``wrong`` of them wrong; the same for the same answers."""
+    """A fixed random choice of up to ``shown`` answers, at most one per image, with up to ``wrong`` wrong ones."""
     shuffled = random.Random(0).sample(answers, len(answers))
     images: set[str] = set()
     chosen: dict[bool, list[Answer]] = {True: [], False: []}
-    # Wrong ones first: they are few, and a right answer about the same image would take their place.
+    # Wrong ones first, because they are few, and a right answer about the same image would take their place.
     for answer in sorted(shuffled, key=lambda answer: answer.right):
         full = len(chosen[False]) + len(chosen[True]) == shown or (not answer.right and len(chosen[False]) == wrong)
         if answer.question.image not in images and not full:
@@ -97,7 +100,7 @@ def drawn(answers: Sequence[Answer], shown: int = SHOWN, wrong: int = SHOWN_WRON
 
 
 def parameters(model: Path) -> int:
-    """Of an exported checkpoint, from the headers of its weight files."""
+    """Number of parameters of an exported checkpoint, from the headers of its weight files."""
     total = 0
     for path in model.glob("*.safetensors"):
         with safe_open(path, framework="np") as tensors:
@@ -106,6 +109,7 @@ def parameters(model: Path) -> int:
 
 
 def score_row(score: Score) -> str:
+    """A row of the table of scores, as HTML."""
     model, guess = score.right / score.total, score.text_only / score.total
     return (
         f"<tr{' class="all"' if score.kind == 'all questions' else ''}><td>{score.kind}</td>"
@@ -116,6 +120,7 @@ def score_row(score: Score) -> str:
 
 
 def card(answer: Answer, images: Path) -> str:
+    """An image with its question and answer, as HTML; ``images`` is the directory of the test images."""
     data = base64.b64encode((images / answer.question.image).read_bytes()).decode()
     given = escape(answer.given) or "(nothing)"
     if answer.right:
@@ -129,6 +134,7 @@ def card(answer: Answer, images: Path) -> str:
 
 
 def setting_rows(runs: Sequence[TrainingRun]) -> str:
+    """The rows of the table of settings, with a column for each run, as HTML."""
     rows = []
     for label, name in SETTINGS.items():
         cells = "".join(f'<td class="number">{escape(run.settings[name])}</td>' for run in runs)
@@ -143,11 +149,14 @@ def page(
     seconds: Sequence[tuple[str, int]],
     parameter_count: int,
 ) -> str:
-    """The whole page.
+    """The complete page, as HTML.
 
     Args:
+        answers: to the test questions.
         images: directory of the test images.
+        runs: of training.
         seconds: title and wall seconds of every step of the quickstart so far.
+        parameter_count: of the model.
     """
     everything, *kinds = scores_of(answers)
     shown = drawn(answers)
@@ -179,8 +188,9 @@ def page(
 
 
 def main() -> None:
+    """Writes the page and prints the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="what the other steps of run.sh wrote")
+    parser.add_argument("--data", type=Path, required=True, help="output directory of the other steps of run.sh")
     data = parser.parse_args().data
     registry = yaml.safe_load((data / "registry.yaml").read_text())
     runs = [TrainingRun.read(name, data / directory / "tensorboard") for name, directory in RUNS.items()]

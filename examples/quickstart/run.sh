@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole line on real images, on two CPU cores or on GPUs: a small NEO learns to answer questions about images that
-# it has never seen, and answers them as a Hugging Face checkpoint.     usage: [LAYOUT=pp2|tp2|dp2] bash examples/quickstart/run.sh
+# Runs the complete pipeline on real images, on two CPU cores or on GPUs: a small NEO learns to answer questions about
+# unseen images, and answers them as a Hugging Face checkpoint.     usage: [LAYOUT=pp2|tp2|dp2] bash examples/quickstart/run.sh
 #
-# Everything lands in examples/quickstart/out, which every run starts afresh; the page to look at is out/report.html.
+# Everything is written to examples/quickstart/out, which every run empties first; the report is out/report.html.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# ---- what may be changed -------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------------------------
 # pp2: the pre-buffer on a pipeline stage of its own; dp2: data parallelism, the fastest here; tp2: tensor parallelism,
-# which talks so much that on a CPU it takes about twice as long.
+# whose communication makes it about twice as slow on a CPU.
 LAYOUT=${LAYOUT:-pp2}
 PIXELS=16384                    # of an image: 128 x 128, 16 tokens
 VOCABULARY=512                  # tokens
@@ -17,8 +17,8 @@ SEQUENCE=256                    # tokens of a pack
 PACKS_PER_STEP=8                # --global-batch-size
 PACKS_AT_ONCE=2                 # --micro-batch-size
 INIT_STD=0.1                    # about 1/sqrt(hidden size): so small a model learns shapes many times faster than at 0.02
-# A first run on the questions that ask for the shape, a second on all of them, with the first's mixed in: colours are so
-# much easier that alongside them, from a random start, shapes would hardly be learnt in minutes.
+# A first run on the questions about shapes, a second on all questions with the first ones mixed in: colours are so much
+# easier that together with them, from a random start, shapes would hardly be learnt in minutes.
 SHAPES=(shapes)
 SHAPE_STEPS=${SHAPE_STEPS:-350}
 QUESTIONS=(questions shapes)

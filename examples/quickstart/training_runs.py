@@ -1,4 +1,4 @@
-"""What TensorBoard recorded of a training run, and its loss curve as SVG."""
+"""Reads the TensorBoard files of training runs, and draws their loss curves as SVG."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class TrainingRun:
 
     @classmethod
     def read(cls, name: str, directory: Path) -> "TrainingRun":
-        """Reads what `--tensorboard-dir` was filled with; 0 in `size_guidance` keeps every step."""
+        """Reads a `--tensorboard-dir`; 0 in `size_guidance` keeps every step."""
         events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         scalars = set(events.Tags()["scalars"])
         curves = {
@@ -49,7 +49,7 @@ class TrainingRun:
 
 
 def thinned(curve: Curve, points: int = POINTS) -> Curve:
-    """At most ``points`` means of equally many neighbouring steps."""
+    """At most ``points`` means, each over the same number of neighbouring steps."""
     size = math.ceil(len(curve) / points)
     parts = [curve[start : start + size] for start in range(0, len(curve), size or 1)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
@@ -59,7 +59,7 @@ def loss_curves(runs: Sequence[TrainingRun]) -> list[str]:
     """One SVG for each run, all with the same vertical axis."""
     curves = [(thinned(run.loss), run.held_out) for run in runs]
     losses = [loss for pair in curves for curve in pair for _, loss in curve if loss > 0]
-    # Half a power of ten around what is drawn, so that one constant curve has an axis too.
+    # With a margin, so that a constant curve has an axis too.
     low, high = math.log10(min(losses)) - 0.15, math.log10(max(losses)) + 0.15
     return [_svg(*pair, low, high) for pair in curves]
 

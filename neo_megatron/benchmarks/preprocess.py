@@ -23,10 +23,11 @@ from neo_megatron.benchmarks.tokenizer import write_tokenizer
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import smart_resize
 from neo_megatron.data.prepare.annotation_slices import slices
-from neo_megatron.data.prepare.executors import LocalExecutor, in_order
+from neo_megatron.data.prepare.executors import LocalExecutor
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.worker import SliceWorker, Task
 from neo_megatron.data.tokenizer_process import load_parts
+from neo_megatron.worker_pool import in_order
 
 BATCH = 256
 UNIT = "samples per CPU-second"

@@ -1,13 +1,13 @@
-"""Asks a NEO the questions of annotation files and scores its answers: exact match, and ANLS (Biten et al. 2019).
+"""Answers the questions of annotation files with a NEO and scores them: exact match, and ANLS (Biten et al. 2019).
 
 neo-megatron evaluate --model neo --input test.json --image-root images --output evaluation
 neo-megatron evaluate --model neo --registry registry.yaml --datasets docvqa chartqa%10 --output evaluation
 
-Every turn that training would train on is a question; the turns before it, as they are written, are its prompt. Its
-text is right, and so is what it lists under "answers". Letter case and white space do not count. Decoding is greedy.
+Every turn that training would train on is a question; the turns before it, as written, are its prompt. Correct answers
+are the text of the turn, and those that it lists under "answers". Case and white space are ignored. Decoding is greedy.
 
-The output holds answers.jsonl, scores.json, rejects.jsonl and report.html, a page of the worst answers with their
-images. The same command continues a run that was interrupted, also with another --batch-size or --workers.
+The output has answers.jsonl, scores.json, rejects.jsonl and report.html, a page of the worst answers with their images.
+The same command continues an interrupted run, also with another --batch-size or --workers.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
+from neo_megatron.cli.source_options import add_sources, check_sources, sources_of
 from neo_megatron.data.manifest import REJECTS
-from neo_megatron.data.prepare.registry import Source, data_list
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
 from neo_megatron.inference.batches import answer_all, plan_of
 from neo_megatron.inference.evaluation import Evaluation, evaluate_answers
@@ -25,31 +25,29 @@ from neo_megatron.inference.report_page import page
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
-    inputs.add_argument("--registry", help="YAML file that maps names to data sets")
-    parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%10")
-    parser.add_argument("--image-root", default="", help="directory of the images of --input, which none may leave")
-    parser.add_argument("--output", type=Path, required=True, help="new directory")
+    add_sources(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new directory for answers, scores and report, or that of an unfinished run",
+    )
     add_batches(parser)
     add_model(parser, max_new_tokens=128)
     arguments = parser.parse_args()
     check_arguments(parser, arguments)
-    if bool(arguments.registry) != bool(arguments.datasets):
-        parser.error("--registry and --datasets go together")
-    if arguments.registry and arguments.image_root:
-        parser.error("--image-root goes with --input; a registry has data_path")
+    check_sources(parser, arguments)
     return arguments
 
 
 def main() -> None:
+    """Answers all questions, writes the output and prints the scores."""
     arguments = parse_arguments()
     quiet()
-    if arguments.registry:
-        sources = data_list(arguments.datasets, arguments.registry)
-    else:
-        sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
+    sources = sources_of(arguments)
     task, workers = task_of(arguments, {})
     with AnswerRun(arguments.output, plan_of(task, sources, "every answer")) as run:
         listed = read_questions(sources, task.settings, "every answer")
@@ -70,6 +68,7 @@ def main() -> None:
 
 
 def print_scores(evaluation: Evaluation) -> None:
+    """Prints a table of the scores of each data set, and how many answers were cut and samples rejected."""
     print(f"\n{'data set':24} questions  exact match    ANLS")
     for name, scores in (*evaluation.data_sets.items(), ("all questions", evaluation.total)):
         print(f"{name:24} {scores.questions:9,}  {scores.exact_match:10.2%}  {scores.anls:7.4f}")

@@ -1,4 +1,4 @@
-"""Packs complete samples into sequences of one length; only indices are written, nothing is tokenized again.
+"""Packs complete samples into sequences of one length; only indices are written, and nothing is tokenized again.
 
 neo-megatron pack --data shards --output packs --seq-length 16384
 neo-megatron pack --data web%50 docs text%300 --output packs --seq-length 16384 --held-out 0.5 packs-held-out
@@ -9,37 +9,60 @@ from fractions import Fraction
 from pathlib import Path
 
 from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.prepare.registry import split_path_share, split_share
 from neo_megatron.errors import DataError
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data",
         nargs="+",
         required=True,
-        help="directories written by neo-megatron preprocess, each with an optional share: shards%%50 uses half of its "
-        "records in an epoch, shards%%200 each twice; a directory of exactly this name has no share",
+        metavar="DIR",
+        help="directories written by neo-megatron preprocess, each with an optional share above 0 percent: shards%%50 "
+        "uses half of its records in an epoch, shards%%200 each twice; a directory of exactly this name has no share "
+        "(100)",
     )
-    parser.add_argument("--output", required=True, help="new directory for the packs")
-    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a pack")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new directory for the packs, or that of an unfinished run"
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        required=True,
+        metavar="TOKENS",
+        help=f"tokens of a pack, from 2 to {MAX_SEQUENCE_LENGTH}; longer samples are left out",
+    )
     parser.add_argument(
         "--held-out",
         nargs=2,
-        metavar=("PERCENT", "OUTPUT"),
-        help="packs this share of the records apart, each once, for --valid-data-path; records that use the same image "
-        "or video file stay together, so name all data sets of a training in one call",
+        metavar=("PERCENT", "DIR"),
+        help="packs this share of the records, above 0 and below 100 percent, separately for --valid-data-path, each "
+        "record once; records with the same image or video file stay together, so give all data sets of a training run "
+        "in one call (no records)",
     )
     parser.add_argument(
         "--held-out-by",
         choices=["path", "content"],
-        help="what makes two files the same: the resolved path, or the bytes, which also finds copies and does not "
-        "change when a data set is moved (path)",
+        help="files are the same if their resolved paths are equal, or their bytes; content also finds copies and does "
+        "not change when a data set is moved (path)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the draw from data sets with a share (0)")
-    parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="over-long: listed, or stops")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the draw from data sets with a share; any integer (%(default)s)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=["skip", "fail"],
+        default="skip",
+        help="skip lists an over-long sample in rejects.jsonl and continues; fail stops at the first (%(default)s)",
+    )
     arguments = parser.parse_args()
     if arguments.held_out_by and not arguments.held_out:
         parser.error("--held-out-by goes with --held-out")
@@ -47,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Packs and prints a report."""
     arguments = parse_arguments()
     inputs = [PackInput(*split_path_share(text)) for text in arguments.data]
     held_out = None
@@ -54,7 +78,7 @@ def main() -> None:
         percent, directory = arguments.held_out
         _, share = split_share(f"--held-out%{percent}")
         if share >= 1:
-            raise DataError(f"--held-out {percent}: hold out less than 100 percent")
+            raise DataError(f"--held-out {percent} must be above 0 and below 100 percent")
         held_out = HeldOut(share, directory, arguments.held_out_by or HeldOut.by)
     outputs = [arguments.output] + ([held_out.output] if held_out else [])
     manifests = write_packs(
@@ -67,7 +91,7 @@ def main() -> None:
 
 
 def report(output: str, manifest: dict) -> None:
-    """Prints what a directory of packs holds."""
+    """Prints the contents of a directory of packs."""
     counts, tokens = manifest["counts"], manifest["counts"]["tokens"]
     padding = counts["packs"] * manifest["seq_length"] - tokens
     print(f"{output}: packed {counts['samples_packed']} samples into {counts['packs']} packs")
@@ -84,7 +108,7 @@ def report(output: str, manifest: dict) -> None:
 
 
 def report_split(split: dict, share: Fraction) -> None:
-    """Prints which records the held-out split kept together."""
+    """Prints how many records the held-out split kept together."""
     if split["linked_records"]:
         print(
             f"held out by {split['by']}: {split['linked_records']} of {split['records']} records are linked by records "

@@ -1,17 +1,17 @@
-"""Annotations and images -> indexed shards, once for every pack length. The format: docs/shard_format.md.
+"""Preprocesses annotations and images into shards, once for all pack lengths. The format: docs/shard_format.md.
 
 neo-megatron preprocess --input train.json --image-root images --tokenizer HF_DIR --output shards
 neo-megatron preprocess --registry registry.yaml --datasets llava%50 docvqa --tokenizer HF_DIR --output shards
 
-The same command continues a run that was interrupted; the data set is the same to the byte.
-docs/data.md says which forms of annotations are read, and what becomes of each key of a record.
+The same command continues an interrupted run; the data set has the same bytes as without the interruption.
+docs/data.md lists the supported forms of annotations, and how each key of a record is treated.
 
 Exit codes: 0 the data set is complete; 1 an error; 2 wrong arguments; 3 more samples were rejected than --max-rejected
-allows: there are shards and the list of rejects, but no manifest, so that nothing packs them.
+allows: shards and the list of rejected samples are written, but no manifest, so the data set cannot be packed.
 
-With --engine ray the tasks run on the cluster of RAY_ADDRESS, else on the one that this machine belongs to, else on
-this machine. Annotations, images and output must lie on a file system that all its machines see under the same
-paths, and neo-megatron must be installed on them.
+With --engine ray, tasks run on the cluster of RAY_ADDRESS, else on the cluster that this machine belongs to, else on
+this machine. Annotations, images and output must be on a file system that all its machines see under the same paths,
+and neo-megatron must be installed on them.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
+from neo_megatron.cli.source_options import add_sources, check_sources, sources_of
 from neo_megatron.command_line import program_name
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.prepare.preprocess import preprocess
-from neo_megatron.data.prepare.registry import Source, data_list
 from neo_megatron.data.prepare.tallies import Noticed
 from neo_megatron.errors import TooManyRejected
 
@@ -33,72 +33,111 @@ TOO_MANY_REJECTED = 3  # exit code
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--input", help="annotation file: a JSON array, or .jsonl with one record a line")
-    inputs.add_argument("--registry", help="YAML file that maps names to data sets")
-    parser.add_argument("--datasets", nargs="+", help="names in the registry, each with an optional share: name%%50")
-    parser.add_argument("--image-root", default="", help="directory of the images of --input, which none may leave")
+    add_sources(parser, with_links=True)
     parser.add_argument(
-        "--follow-links",
-        action="store_true",
-        help="trust symbolic links in --image-root that lead outside it; .. and absolute paths still may not",
+        "--tokenizer",
+        required=True,
+        metavar="HF_DIR",
+        help="directory or hub id of a tokenizer in Hugging Face form; NEO's tokens are added to it",
     )
-    parser.add_argument("--tokenizer", required=True, help="Hugging Face directory or hub id; NEO's tokens are added")
-    parser.add_argument("--output", required=True, help="new directory for the shards")
-    parser.add_argument("--min-pixels", type=int, default=PreprocessConfig.min_pixels, help="per image (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=PreprocessConfig.max_pixels, help="per image (%(default)s)")
     parser.add_argument(
+        "--output", required=True, metavar="DIR", help="new directory for the shards, or that of an unfinished run"
+    )
+    images = parser.add_argument_group("images and videos")
+    images.add_argument(
+        "--min-pixels",
+        type=int,
+        default=PreprocessConfig.min_pixels,
+        metavar="PIXELS",
+        help="smaller images are enlarged to this area; above 0 (%(default)s)",
+    )
+    images.add_argument(
+        "--max-pixels",
+        type=int,
+        default=PreprocessConfig.max_pixels,
+        metavar="PIXELS",
+        help="larger images are reduced to this area; several images of a sample share twice of it; at least "
+        "--min-pixels (%(default)s)",
+    )
+    images.add_argument(
         "--image-store",
         choices=["encoded", "patches"],
         default=PreprocessConfig.image_store,
-        help="keep the bytes of the files, or pixels that need no decoding in training and several times the space",
+        help="encoded keeps the bytes of image files; patches keeps pixels, which take several times the space but are "
+        "not decoded in training (%(default)s)",
     )
-    parser.add_argument(
+    images.add_argument(
         "--check",
         choices=["decode", "header"],
         default=PreprocessConfig.check,
-        help="decode every image to its end, or trust its header; patches are always decoded (%(default)s)",
+        help="decode every image to its end, or trust its header; with --image-store patches images are always decoded "
+        "(%(default)s)",
     )
-    parser.add_argument(
-        "--video-fps", type=float, default=PreprocessConfig.video_fps, help="frames a second (%(default)s)"
+    images.add_argument(
+        "--video-fps",
+        type=float,
+        default=PreprocessConfig.video_fps,
+        metavar="FPS",
+        help="frames taken per second of a video; above 0 (%(default)s)",
     )
-    parser.add_argument(
-        "--max-frames", type=int, default=PreprocessConfig.max_frames, help="of one video (%(default)s)"
-    )
-    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
-    parser.add_argument(
-        "--workers",
+    images.add_argument(
+        "--max-frames",
         type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes, or tasks in flight on Ray, of one CPU each (%(default)s)",
+        default=PreprocessConfig.max_frames,
+        metavar="FRAMES",
+        help="frames taken of one video, evenly spaced in longer ones; at least 1 (%(default)s)",
     )
-    parser.add_argument("--on-error", choices=["skip", "fail"], default="skip", help="a bad sample is listed, or stops")
-    parser.add_argument(
+    samples = parser.add_argument_group("samples")
+    samples.add_argument(
+        "--on-error",
+        choices=["skip", "fail"],
+        default="skip",
+        help="skip lists a rejected sample in rejects.jsonl and continues; fail stops at the first (%(default)s)",
+    )
+    samples.add_argument(
         "--max-rejected",
         type=float,
         default=1.0,
         metavar="PERCENT",
-        help="of the samples read, from 0 to 100; above it the exit code is 3 and the data set is not completed, until "
-        "the same command is run with a higher limit (%(default)s)",
+        help="share of rejected samples, from 0 to 100 percent of those read; above it the exit code is 3 and the data "
+        "set is not completed, until the same command is run with a higher limit (%(default)s)",
     )
-    parser.add_argument(
+    samples.add_argument(
         "--empty-answers",
         choices=["reject", "keep"],
         default=PreprocessConfig.empty_answers,
-        help="a sample with an empty or blank answer to train on is rejected, or kept and counted (%(default)s)",
+        help="whether a sample with a blank answer to train on is rejected, or kept and counted (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the draw from data sets with a share (0)")
-    parser.add_argument(
-        "--records-per-shard", type=int, default=PreprocessConfig.records_per_shard, help="(%(default)s)"
+    samples.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of the draw from data sets with a share; any integer (%(default)s)",
+    )
+    samples.add_argument(
+        "--records-per-shard",
+        type=int,
+        default=PreprocessConfig.records_per_shard,
+        metavar="RECORDS",
+        help="records of an annotation file that make one shard and one task; at least 1 (%(default)s)",
+    )
+    workers = parser.add_argument_group("workers")
+    workers.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="run tasks in processes on this machine, or on a Ray cluster (%(default)s)",
+    )
+    workers.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes, or tasks in flight on Ray, of one core each; at least 1 (%(default)s)",
     )
     arguments = parser.parse_args()
-    if bool(arguments.registry) != bool(arguments.datasets):
-        parser.error("--registry and --datasets go together")
-    if arguments.registry and arguments.image_root:
-        parser.error("--image-root goes with --input; a registry has data_path")
-    if arguments.registry and arguments.follow_links:
-        parser.error("--follow-links goes with --input; a registry has follow_links: true")
+    check_sources(parser, arguments)
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
     if not 0 <= arguments.max_rejected <= 100:
@@ -107,14 +146,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Preprocesses and prints a report; exits with 3 if too many samples were rejected."""
     arguments = parse_arguments()
-    # One process is one worker; a tokenizer with threads of its own would take the cores of the others.
+    # One process is one worker; threads of a tokenizer would take the cores of the others.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if arguments.registry:
-        sources = data_list(arguments.datasets, arguments.registry)
-    else:
-        name = Path(arguments.input).stem
-        sources = [Source(name, arguments.input, arguments.image_root, follow_links=arguments.follow_links)]
+    sources = sources_of(arguments)
     settings = PreprocessConfig(
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,

@@ -1,7 +1,7 @@
-"""Proves a directory of shards or of packs: every file, every count, every sample; all damage is listed.
+"""Verifies a directory of shards or of packs: every file, every count and every sample; all damage is listed.
 
 neo-megatron verify-data --data shards
-neo-megatron verify-data --data packs       # that they fit their shards, which are to be proven by themselves
+neo-megatron verify-data --data packs       # checks that they fit their shards, which are verified separately
 """
 
 import argparse
@@ -14,9 +14,15 @@ from neo_megatron.errors import DataError
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="directory of shards or of packs")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="directory or address of shards or of packs")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes of one core each, at least 1; only used for shards (%(default)s)",
+    )
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
@@ -24,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Verifies, prints all damage, and fails if there is any."""
     arguments = parse_arguments()
     # Manifests may hold paths that are not Unicode.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -34,7 +41,7 @@ def main() -> None:
         print(f"damaged: {damage.file}: {damage.sentence}")
     for note in result.notes:
         print(f"note: {note}")
-    print(f"looked at {result.summary()} in {seconds:.1f} s")
+    print(f"checked {result.summary()} in {seconds:.1f} s")
     if result.damage:
         raise DataError(f"{arguments.data} is damaged in {len(result.damage)} places: {result.remedy()}")
     print(f"{arguments.data} is intact: {result.proven}")

@@ -1,0 +1,1 @@
+"""From annotations to tensors: preprocessing, shards, packs and the PyTorch data set."""

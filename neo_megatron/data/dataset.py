@@ -50,7 +50,7 @@ class PackDataset(torch.utils.data.Dataset):
         seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
         images: "patches" returns patches. A rank that embeds no images need not read them; but a rank that computes
-            the loss has to "check" whether they can be decoded, to agree with the embedding rank which samples count.
+            the loss has to "check" if they can be decoded, to agree with the embedding rank on which samples count.
         global_batch: balances the work of its ranks; without it items come in the order drawn.
         min_jpeg_quality: from 1 to 100. Below 100, every image of an encoded store is recompressed as JPEG, with a
             quality drawn from here to 100 for each (seed, epoch, sample, image).

@@ -87,13 +87,17 @@ def read_image(path: str) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path} is not a regular file")
+            raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path} is not a regular file; correct its path")
         if status.st_size > MAX_FILE_BYTES:
-            raise RejectedSample(Reason.DECOMPRESSION_BOMB, f"the image {path} has over {MAX_FILE_BYTES >> 20} MiB")
+            raise RejectedSample(
+                Reason.DECOMPRESSION_BOMB, f"the image {path} has over {MAX_FILE_BYTES >> 20} MiB; reduce it"
+            )
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise RejectedSample(Reason.MISSING_IMAGE, f"the image {path}: {error.strerror}") from error
+        raise RejectedSample(
+            Reason.MISSING_IMAGE, f"the image {path} cannot be opened ({error.strerror}); correct its path"
+        ) from error
 
 
 def decode(data: bytes, name: str) -> Image.Image:

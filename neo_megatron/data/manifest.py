@@ -27,6 +27,18 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     sync_directory(directory)
 
 
+def check_vacant(directory: Path, marker: Path) -> None:
+    """Checks that a new data set can be written into a directory; ``marker`` is the file of an unfinished one.
+
+    Raises:
+        DataError: it holds a data set, or other files and no marker, which another run may have just written.
+    """
+    if (directory / MANIFEST).exists():
+        raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
+    if any(directory.iterdir()) and not marker.exists():
+        raise DataError(f"{directory} is not empty; choose another --output")
+
+
 def is_as_written(manifest: bytes) -> bool:
     """Whether a manifest fits its checksum. A manifest edited by hand can still be opened; `verify` reports it."""
     text, _, checksum = manifest.rpartition(_CHECKSUM)

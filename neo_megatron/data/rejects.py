@@ -1,4 +1,4 @@
-"""Reads ``rejects.jsonl``, the list of rejected samples of shards and packs."""
+"""Reads ``rejects.jsonl``, the list of rejected samples of shards and packs, and names the places of samples."""
 
 import json
 from collections.abc import Iterator
@@ -9,6 +9,11 @@ from neo_megatron.errors import DataError
 from neo_megatron.storage.base import Directory, join
 
 _MAX_LINE = 1 << 20  # bytes; an entry names one file
+
+
+def place_of(file: str, record: int, element: int | None) -> str:
+    """The place of a sample, for messages: "train.json, record 3, sample 1"."""
+    return f"{file}, record {record}" + ("" if element is None else f", sample {element}")
 
 
 def reject_lines(directory: Directory) -> Iterator[dict[str, Any] | None]:

@@ -215,12 +215,14 @@ def _regular_file(path: str) -> _CountedFile:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is not a regular file")
+            raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is not a regular file; correct its path")
         if status.st_size > MAX_FILE_BYTES:
             raise _unreadable(path, f"it has over {MAX_FILE_BYTES >> 30} GiB; cut it into clips")
         return _CountedFile(path)
     except OSError as error:
-        raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path}: {error.strerror}") from error
+        raise RejectedSample(
+            Reason.MISSING_VIDEO, f"the video {path} cannot be opened ({error.strerror}); correct its path"
+        ) from error
 
 
 def _reader(head: bytes, path: str) -> str:

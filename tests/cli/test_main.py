@@ -43,7 +43,7 @@ def test_version(monkeypatch, capsys):
     ("name", "remedy"),
     [("preprocess-data", "did you mean preprocess"), ("train", "did you mean pretrain"), ("x", "give one")],
 )
-def test_an_unknown_command_is_a_sentence(monkeypatch, capsys, name, remedy):
+def test_an_unknown_command_is_an_error(monkeypatch, capsys, name, remedy):
     assert run(monkeypatch, name) == 2
     assert capsys.readouterr().err.startswith(f"neo-megatron: there is no command {name!r}: {remedy}")
 

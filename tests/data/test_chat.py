@@ -1,4 +1,4 @@
-"""The token layout against the published way: whole strings through the transformers tokenizer."""
+"""The token layout compared with the published one: complete strings through the transformers tokenizer."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def encoder(neo):
 
 
 def published_layout(tokenizer, turns: list[Turn], counts: list[int]) -> tuple[list[int], list[bool]]:
-    """NEO's rule read literally: strings with the control tokens written in them, which the tokenizer recognises."""
+    """NEO's rule read literally: strings with control tokens in them, which the tokenizer recognises."""
     counts, tokens, trained = list(counts), [], []
     for turn in turns:
         text = turn.text
@@ -68,7 +68,7 @@ def mask(spans: np.ndarray, length: int) -> list[bool]:
 
 @pytest.mark.parametrize("text", TRICKY)
 @pytest.mark.parametrize("is_input", [False, True])
-def test_layout_equals_whole_strings(neo, encoder, text, is_input):
+def test_layout_equals_that_of_complete_strings(neo, encoder, text, is_input):
     turns = [
         Turn("system", text, False),
         Turn("user", f"{text}<image>{text}<image>\n{text}", False),
@@ -91,7 +91,7 @@ def test_a_batch_equals_its_samples(encoder):
         assert together.spans.tolist() == alone.spans.tolist()
 
 
-def test_typed_special_tokens_stay_text(neo, encoder):
+def test_special_tokens_typed_by_users_stay_text(neo, encoder):
     special = sorted(set(neo.all_special_tokens) | set(NEO_TOKENS))
     typed = " ".join(special) + "".join(special)
     turns = [Turn("user", typed, False), Turn("assistant", typed, True)]
@@ -127,13 +127,13 @@ def test_neo_tokens_are_appended_once_in_order(tokenizer):
     assert plain.convert_tokens_to_ids(new) == list(range(size, size + len(new)))
 
 
-def test_fingerprint_sees_what_changes_ids(neo):
+def test_the_fingerprint_depends_on_all_that_changes_ids(neo):
     text = neo.backend_tokenizer.to_str()
     assert tokenizer_fingerprint(text) == tokenizer_fingerprint(text.replace(", ", ","))
     assert tokenizer_fingerprint(text) != tokenizer_fingerprint(text.replace('"NFC"', '"NFKC"'))
     assert tokenizer_fingerprint(text) != tokenizer_fingerprint(text.replace("<IMG_CONTEXT>", "<CONTEXT>"))
 
 
-def test_a_directory_without_tokenizer_is_named(tmp_path):
+def test_a_directory_without_a_tokenizer_is_reported(tmp_path):
     with pytest.raises(DataError, match="does not hold a tokenizer"):
         load_tokenizer(tmp_path)

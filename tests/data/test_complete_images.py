@@ -1,4 +1,4 @@
-"""Files that other programs write and Pillow reads too strictly or not strictly enough: PNG texts, JPEGs cut off."""
+"""Files that Pillow reads too strictly or not strictly enough: PNGs with long text, truncated JPEGs."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ CASES = Path(__file__).parent / "cases"
 
 
 def photo(height: int = 240, width: int = 320) -> Image.Image:
-    """Something like a photograph: smooth areas, edges and noise."""
+    """An image like a photograph, with smooth areas, edges and noise."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x % 256, y % 256, (x + y) % 256], -1).astype(np.float64)
     pixels[60:120, 80:200] = (200, 30, 60)
@@ -35,7 +35,7 @@ def jpeg(image: Image.Image | None = None, **options) -> bytes:
 
 
 def closed(data: bytes, share: float) -> bytes:
-    """Cut off after a share of its scans, and closed with an end marker."""
+    """A JPEG cut off after a share of its scans, and closed with an end marker."""
     start = data.index(b"\xff\xda")
     cut = data[: start + int((len(data) - start) * share)]
     return cut.removesuffix(b"\xff") + b"\xff\xd9"
@@ -70,7 +70,7 @@ def test_complete_jpegs_are_decoded_to_the_same_pixels(options):
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9, 0.98])
 @pytest.mark.parametrize("options", [JPEGS[name] for name in list(JPEGS)[:9]], ids=list(JPEGS)[:9])
-def test_jpegs_cut_off_and_closed_are_rejected(options, share):
+def test_truncated_jpegs_with_an_end_marker_are_rejected(options, share):
     data = closed(jpeg(**options), share)
     Image.open(io.BytesIO(data)).load()  # Pillow alone fills the rest with grey
     with pytest.raises(RejectedSample) as raised:
@@ -81,7 +81,7 @@ def test_jpegs_cut_off_and_closed_are_rejected(options, share):
 
 @pytest.mark.parametrize("name", ["progressive", "progressive grey"])
 def test_progressive_jpegs_without_their_last_scans_are_rejected(name):
-    """Wherever they are cut before the last scan. A cut in that one costs the last bit of some coefficients."""
+    """If they are cut before the last scan; a cut within it only loses the last bit of some coefficients."""
     data = jpeg(**JPEGS[name])
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     assert len(starts) > 4
@@ -92,12 +92,12 @@ def test_progressive_jpegs_without_their_last_scans_are_rejected(name):
             assert raised.value.reason == Reason.UNREADABLE_IMAGE
 
 
-def test_the_grey_half_of_the_issue_is_found():
+def test_the_half_grey_image_of_a_bug_report_is_rejected():
     with pytest.raises(RejectedSample, match="truncated"):
         decode((CASES / "base_trunc_plus_EOI.jpg").read_bytes(), "x")
 
 
-def test_any_damage_of_a_jpeg_is_decoded_or_rejected():
+def test_damaged_jpegs_are_decoded_or_rejected():
     data = jpeg(photo(40, 60))
     draw = np.random.default_rng(0)
     for _ in range(400):
@@ -110,12 +110,12 @@ def test_any_damage_of_a_jpeg_is_decoded_or_rejected():
             assert rejected.sentence
 
 
-def png_with(*chunks: tuple[bytes, bytes], behind: bool = False) -> bytes:
+def png_with(*chunks: tuple[bytes, bytes], after: bool = False) -> bytes:
     """A PNG of 40 x 60 pixels with further chunks before or after its pixels."""
     file = io.BytesIO()
     photo(60, 40).save(file, "PNG")
     data = file.getvalue()
-    place = data.index(b"IEND" if behind else b"IDAT") - 4
+    place = data.index(b"IEND" if after else b"IDAT") - 4
     written = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
@@ -140,15 +140,15 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("chunks", TEXTS.values(), ids=TEXTS)
-def test_pngs_with_much_text_are_read(chunks, behind):
-    data = png_with(*chunks, behind=behind)
+def test_pngs_with_much_text_are_read(chunks, after):
+    data = png_with(*chunks, after=after)
     assert (np.asarray(decode(data, "x")) == np.asarray(photo(60, 40))).all()
     assert header_size(data, "x") == (60, 40)
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
     "chunk",
     [
@@ -157,8 +157,8 @@ def test_pngs_with_much_text_are_read(chunks, behind):
     ],
     ids=["plain", "compressed"],
 )
-def test_the_orientation_in_a_long_text_is_kept(chunk, behind):
-    data = png_with(chunk, behind=behind)
+def test_the_orientation_in_a_long_text_is_kept(chunk, after):
+    data = png_with(chunk, after=after)
     assert header_size(data, "x") == (40, 60)
     upright = np.rot90(np.asarray(photo(60, 40)), -1)
     assert (np.asarray(decode(data, "x")) == upright).all()
@@ -173,7 +173,7 @@ def test_the_orientation_in_a_compressed_exif_text_is_kept():
     assert (np.asarray(decode(data, "x")) == np.asarray(photo(60, 40))[::-1, ::-1]).all()
 
 
-def test_the_text_of_the_issue_is_read():
+def test_the_png_text_of_a_bug_report_is_read():
     data = (CASES / "bigtext.png").read_bytes()
     with pytest.raises(ValueError, match="too large"):
         Image.open(io.BytesIO(data))
@@ -181,7 +181,7 @@ def test_the_text_of_the_issue_is_read():
     assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20  # the limit of the process stays as it is
 
 
-def test_training_and_verify_find_what_a_header_check_let_through(bench, new_sample):
+def test_training_and_verify_find_images_that_passed_a_header_check(bench, new_sample):
     (bench.path / "images").mkdir()
     for name, data in (("good.jpg", jpeg()), ("half.jpg", closed(jpeg(), 0.5))):
         (bench.path / "images" / name).write_bytes(data)
@@ -196,13 +196,13 @@ def test_training_and_verify_find_what_a_header_check_let_through(bench, new_sam
 
 
 def with_scans(more: int, size: tuple[int, int]) -> bytes:
-    """A progressive JPEG whose last scan follows so many times more."""
+    """A progressive JPEG whose last scan is repeated so many times."""
     data = jpeg(Image.new("RGB", size, "red"), progressive=True)
     start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     return data[:end] + data[start:end] * more + data[end:]
 
 
-def test_scans_without_end_are_refused_before_they_are_decoded():
+def test_endless_scans_are_rejected_before_decoding():
     decode(with_scans(6, (4000, 3000)), "usual.jpg")
     decode(with_scans(500, (320, 240)), "small.jpg")
     with pytest.raises(RejectedSample, match="slow.jpg .* more than 16 scans of 12000000 pixels take too long"):
@@ -210,7 +210,7 @@ def test_scans_without_end_are_refused_before_they_are_decoded():
     Image.open(io.BytesIO(with_scans(100, (4000, 3000)))).load()  # Pillow takes it
 
 
-def test_a_webp_of_few_bytes_has_fewer_pixels():
+def test_webp_has_its_own_pixel_limit():
     """Its decoder takes twice the memory of the others."""
     file = io.BytesIO()
     Image.new("RGB", (16383, 4200), "white").save(file, "WEBP", lossless=True, quality=0, method=0)

@@ -1,4 +1,4 @@
-"""Items of the data set: their state is one integer, and their tensors mean what the contract says."""
+"""Items of the data set: their state is one integer, and their tensors are those of the documented contract."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from neo_megatron.run.broken_samples import watch_broken_samples
 
 @pytest.fixture
 def packs(bench, new_sample):
-    """Samples of many lengths, some with images, one without any trained turn but the last, in packs of 96."""
+    """Samples of many lengths, some with images, one in which only the last turn is trained, in packs of 96."""
     bench.images("a.png", "b.png", "c.png")
     records = []
     for number in range(40):
@@ -41,7 +41,7 @@ def equal(left: dict, right: dict) -> bool:
     )
 
 
-def test_any_item_alone_equals_reading_in_order(packs):
+def test_random_access_equals_reading_in_order(packs):
     dataset = PackDataset(packs, 100, seed=5)
     in_order = [dataset[index] for index in range(100)]
     for index in (99, 0, 57, 3):
@@ -55,7 +55,7 @@ def documents_of(item: dict) -> list[tuple[int, ...]]:
     return [tuple(item["tokens"][item["document"] == n].tolist()) for n in range(int(item["document"].max()) + 1)]
 
 
-def test_an_epoch_has_every_sample_once_in_packs_of_its_own(packs):
+def test_every_epoch_has_every_sample_once_in_new_packs(packs):
     dataset = PackDataset(packs, 1000, seed=0)
     count, data = len(dataset.packs), dataset.packs.data
     every = sorted(tuple(stored.tokens.tolist()) for stored, _ in data.fetch(range(len(data))))
@@ -71,7 +71,7 @@ def test_an_epoch_has_every_sample_once_in_packs_of_its_own(packs):
         assert number == 0 or {*map(tuple, items)} != {*map(tuple, epochs[0])}  # other neighbours, not only an order
 
 
-def test_balance_deals_the_same_packs_of_a_global_batch_out_anew(packs):
+def test_balancing_reorders_the_packs_of_a_global_batch(packs):
     plain = PackDataset(packs, 48, seed=5)
     even = PackDataset(packs, 48, seed=5, global_batch=GlobalBatch(size=12, ranks=3, micro_batch_size=2))
     for start in range(0, 48, 12):
@@ -89,7 +89,7 @@ def test_balance_deals_the_same_packs_of_a_global_batch_out_anew(packs):
 
 
 @pytest.mark.parametrize("size", [12, 6, 24])
-def test_a_run_resumed_with_another_global_batch_reads_the_packs_that_are_left(packs, size):
+def test_a_run_resumed_with_another_global_batch_reads_the_remaining_packs(packs, size):
     before = PackDataset(packs, 120, seed=5, global_batch=GlobalBatch(12, 3, 2))
     after = PackDataset(packs, 120, seed=5, global_batch=GlobalBatch(size, 3, 2, start=36))
     plain = PackDataset(packs, 120, seed=5)
@@ -100,8 +100,8 @@ def test_a_run_resumed_with_another_global_batch_reads_the_packs_that_are_left(p
 
 
 @pytest.mark.parametrize("images", ["patches", "none"])
-def test_the_largest_of_items_is_known_without_reading_them(packs, images):
-    """At most a byte count: what is trained is not known, so all tokens are counted as trained."""
+def test_the_largest_item_is_known_without_reading_items(packs, images):
+    """It is an upper bound: which tokens are trained is not known, so all are counted as trained."""
     dataset = PackDataset(packs, 100, seed=5, images=images)
     read = [sum(part.nbytes for part in dataset[n].values() if torch.is_tensor(part)) for n in range(10, 60)]
     assert max(read) <= dataset.largest(10, 50) <= max(read) + 20 * dataset.packs.sequence_length
@@ -173,8 +173,8 @@ def test_tensors_against_a_naive_reading_of_the_samples(packs, weighting):
         assert item["patches"].shape == (len(item["image_token_index"]), 4, 768)
 
 
-def test_image_tokens_of_old_shards_are_no_targets(bench, new_sample, monkeypatch):
-    """Shards could have images in assistant turns within their trained spans; here all but the first token are."""
+def test_image_tokens_of_old_shards_are_not_targets(bench, new_sample, monkeypatch):
+    """Old shards could have images of assistant turns in trained spans; here all but the first token are trained."""
     lay_out = ChatEncoder._lay_out
 
     def all_trained(self, turns, counts):
@@ -207,7 +207,7 @@ def test_patches_are_those_of_the_image(bench, new_sample):
     assert len(item["image_token_index"]) == 6
 
 
-def test_without_images_only_they_are_missing(packs):
+def test_without_images_only_image_tensors_are_missing(packs):
     full, bare = PackDataset(packs, 20, seed=0), PackDataset(packs, 20, seed=0, images="none")
     for with_images, without in zip(full, bare, strict=True):
         assert without["patches"].shape == (0, 4, 768) and without["image_token_index"].shape == (0,)
@@ -254,7 +254,7 @@ def test_a_sample_as_long_as_a_pack_fits(bench, new_sample):
         bench.pack(int(lengths[0]) - 1, output="short")
 
 
-def test_over_long_samples_stop_the_tool_where_asked(bench, new_sample, run_tool):
+def test_over_long_samples_stop_the_tool_with_on_error_fail(bench, new_sample, run_tool):
     bench.preprocess([new_sample(), new_sample("long " * 100, "c")])
     shards, packs = bench.path / "shards", bench.path / "packs"
     done = run_tool("pack_data.py", "--data", shards, "--output", packs, "--seq-length", 64, "--on-error", "fail")
@@ -273,13 +273,13 @@ def test_list_packed_samples_share_a_pack(bench, new_sample):
         assert sum(bool(members & set(index.samples(3, 1, place).tolist())) for place in range(len(index))) == 1
 
 
-def test_same_packs_again(bench, new_sample, directory_bytes):
+def test_packing_again_gives_the_same_packs(bench, new_sample, directory_bytes):
     bench.preprocess([new_sample("w " * n, "x") for n in range(50)])
     first = directory_bytes(bench.pack(100, output="first"))
     assert directory_bytes(bench.pack(100, output="again")) == first
 
 
-def test_packs_of_other_shards_are_refused(bench, new_sample):
+def test_packs_of_changed_shards_are_rejected(bench, new_sample):
     bench.preprocess([new_sample()])
     packs = bench.pack(64)
     manifest = bench.path / "shards" / "manifest.json"
@@ -316,7 +316,7 @@ def test_jpeg_augmentation_does_not_depend_on_how_packs_are_dealt(packs):
 
 
 def test_several_data_sets_with_shares(bench, new_sample):
-    """Half of one and the other twice, in every epoch; samples are named with their own files."""
+    """Every epoch has half of one data set and the other twice; samples are reported with their own files."""
     first = bench.preprocess(bench.annotations([new_sample(f"a{n}", "b") for n in range(20)], "a.json"), "first")
     second = bench.preprocess(bench.annotations([new_sample(f"c{n}", "d e") for n in range(5)], "c.json"), "second")
     inputs = [PackInput(str(first.location), Fraction(1, 2)), PackInput(str(second.location), Fraction(2))]
@@ -337,7 +337,7 @@ def test_several_data_sets_with_shares(bench, new_sample):
     ]
 
 
-def test_a_share_is_drawn_the_same_whatever_it_is_mixed_with(bench, new_sample):
+def test_the_draw_does_not_depend_on_other_data_sets(bench, new_sample):
     first = bench.preprocess(bench.annotations([new_sample(f"a{n}", "b") for n in range(40)], "a.json"), "first")
     second = bench.preprocess(bench.annotations([new_sample(f"c{n}", "d") for n in range(7)], "c.json"), "second")
     half = PackInput(str(first.location), Fraction(1, 2))
@@ -347,7 +347,7 @@ def test_a_share_is_drawn_the_same_whatever_it_is_mixed_with(bench, new_sample):
     assert drawn == samples_of(bench.path / "alone") and len(drawn) == 20
 
 
-def test_a_share_is_drawn_the_same_wherever_the_data_lie(bench, new_sample):
+def test_the_draw_does_not_depend_on_the_location(bench, new_sample):
     drawn = []
     for name in ("here", "there", "elsewhere"):
         annotations = bench.annotations([new_sample(f"a{n}", "b") for n in range(40)], f"{name}.json")
@@ -370,7 +370,7 @@ def test_shares_of_many_small_data_sets_add_up(bench, new_sample, percent, total
     assert verify(bench.path / "packs").damage == []
 
 
-def test_what_is_held_out_is_packed_once_whatever_the_share(bench, new_sample):
+def test_held_out_records_are_packed_once_whatever_the_share(bench, new_sample):
     shards = bench.preprocess([new_sample(f"a{n}", "b") for n in range(60)])
     packed = {}
     for percent in (50, 100, 200):
@@ -385,7 +385,7 @@ def test_what_is_held_out_is_packed_once_whatever_the_share(bench, new_sample):
         write_packs(share, bench.path / "same", 64, held_out=HeldOut(Fraction(1, 4), str(bench.path / "same")))
 
 
-def test_data_sets_of_different_tokenizers_are_refused(bench, new_sample):
+def test_data_sets_of_different_tokenizers_are_rejected(bench, new_sample):
     for name in ("first", "second"):
         bench.preprocess([new_sample()], name)
     manifest = bench.path / "second" / "manifest.json"
@@ -394,8 +394,8 @@ def test_data_sets_of_different_tokenizers_are_refused(bench, new_sample):
         write_packs([PackInput(str(bench.path / name)) for name in ("first", "second")], bench.path / "packs", 64)
 
 
-def test_a_held_out_part_is_stable_and_has_every_question_about_an_image(bench, new_sample, run_tool):
-    """The same images are held out after the data set has grown and was reordered; the rest holds none of them."""
+def test_held_out_images_stay_held_out_when_the_data_set_grows(bench, new_sample, run_tool):
+    """The same images are held out after the data set has grown and was reordered, and training has none of them."""
     bench.images("a.png")
     for number in range(60):
         (bench.path / "images" / f"{number}.png").write_bytes((bench.path / "images" / "a.png").read_bytes())
@@ -422,7 +422,7 @@ def test_a_held_out_part_is_stable_and_has_every_question_about_an_image(bench, 
 
 
 def broken_image(bench, new_sample) -> None:
-    """Two records, the image of the second of which is damaged after a header check."""
+    """Two records; the image of the second is damaged after a header check."""
     bench.images("a.png", "b.png")
     good = (bench.path / "images" / "b.png").read_bytes()
     (bench.path / "images" / "b.png").write_bytes(good[:100] + b"damage" + good[106:])
@@ -430,7 +430,7 @@ def broken_image(bench, new_sample) -> None:
     bench.preprocess(records, settings=dataclasses.replace(bench.settings, check="header"))
 
 
-def test_a_broken_image_costs_its_sample_its_weight_and_nothing_else(bench, new_sample):
+def test_a_broken_image_only_sets_the_weight_of_its_sample_to_zero(bench, new_sample):
     broken_image(bench, new_sample)
     item = PackDataset(bench.pack(128), 1, seed=0)[0]
     (sentence,) = item["broken"]
@@ -446,7 +446,7 @@ def test_a_broken_image_costs_its_sample_its_weight_and_nothing_else(bench, new_
     assert checked["patches"].shape == (0, 4, 768)
 
 
-def test_broken_samples_are_named_and_too_many_stop(bench, new_sample, capsys):
+def test_broken_samples_are_reported_and_too_many_stop_the_run(bench, new_sample, capsys):
     broken_image(bench, new_sample)
     dataset = PackDataset(bench.pack(128), 3, seed=0)
     loader = torch.utils.data.DataLoader(dataset, collate_fn=collate, num_workers=1)
@@ -459,7 +459,7 @@ def test_broken_samples_are_named_and_too_many_stop(bench, new_sample, capsys):
         list(watch_broken_samples(iter(loader), 0.001, report=False))
 
 
-def test_the_error_of_a_loaders_worker_is_one_sentence(bench, new_sample):
+def test_an_error_in_a_loader_worker_is_one_sentence(bench, new_sample):
     bench.preprocess([new_sample()])
     packs = bench.pack(64)
     (bench.path / "shards" / "00000.tokens.bin").write_bytes(b"cut")

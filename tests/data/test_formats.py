@@ -1,4 +1,4 @@
-"""Shards and packs that version 0.1.0 has written are read as it read them, and are written the same today."""
+"""Shards and packs of version 0.1.0 are read as before, and the same bytes are written today."""
 
 import hashlib
 import json

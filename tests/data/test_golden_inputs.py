@@ -1,4 +1,4 @@
-"""The real tools reproduce what the published data set and collator made of the same annotations."""
+"""The tools reproduce what the published data set and collator make from the same annotations."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def published(name: str, golden: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def packs(name: str, published: dict, golden: Path, tokenizer: Path, run_tool: Callable, tmp_path_factory) -> Path:
-    """Packs that the command lines made of the annotations of the golden files."""
+    """Packs that the commands make from the annotations of the golden files."""
     folder = tmp_path_factory.mktemp(name)
     records = json.loads((golden / "meta.json").read_text())[f"untied_{name}"]["docs"]
     (folder / "annotations.json").write_text(json.dumps(records))

@@ -1,4 +1,4 @@
-"""The images with which Pillow tests itself: of many programs, found by fuzzing, bombs, and broken files."""
+"""Images from Pillow's own tests: from many programs, from fuzzing, decompression bombs, and broken files."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ print(json.dumps([done, int(status.split("VmHWM:")[1].split()[0])]))
 
 
 def indexes() -> list[str]:
-    """Package indexes that pip is told to use, and the default."""
+    """The package indexes that pip is configured to use, and the default."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     told = subprocess.run(command, capture_output=True, text=True).stdout
     lines = [line for line in told.splitlines() if "index-url=" in line]
@@ -108,7 +108,7 @@ def names(images: Path) -> list[str]:
 
 
 def shown(images: Path, name: str) -> np.ndarray:
-    """An image as the tool decodes it, uint8 [height, width, 3]."""
+    """An image as `decode` returns it, uint8 [height, width, 3]."""
     return np.asarray(decode((images / name).read_bytes(), name))
 
 
@@ -118,7 +118,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def netpbm(file: Path) -> np.ndarray:
-    """A binary PGM or PPM file, as its definition says."""
+    """A binary PGM or PPM file, by the definition of the format."""
     data = file.read_bytes()
     kind, width, height, most, start = re.match(rb"(P[56])(?:\s+#.*)?\s+(\d+)\s+(\d+)\s+(\d+)\s", data).groups() + (0,)
     start = re.match(rb"P[56](?:\s+#.*)?\s+\d+\s+\d+\s+\d+\s", data).end()
@@ -126,8 +126,8 @@ def netpbm(file: Path) -> np.ndarray:
     return values.reshape(int(height), int(width), 3 if kind == b"P6" else 1)
 
 
-def test_nothing_crashes_writes_or_takes_much_memory(images, names, tmp_path):
-    """And the header alone gives the grid of every image that can be decoded."""
+def test_decoding_never_crashes_or_takes_much_memory(images, names, tmp_path):
+    """And the header gives the grid of every image that can be decoded."""
     assert len(names) == FILES
     process = subprocess.run(
         [sys.executable, "-c", PROBE],
@@ -148,7 +148,7 @@ def test_nothing_crashes_writes_or_takes_much_memory(images, names, tmp_path):
     assert [name for name, pixels, header in readable if pixels != header] == []
 
 
-def test_kept_and_rejected_make_all(bench, images, names, new_sample):
+def test_every_image_is_kept_or_rejected(bench, images, names, new_sample):
     (bench.path / "images").symlink_to(images)
     records = [new_sample("What?", f"It is {name}.", image=name) for name in names]
     shards = bench.preprocess(records, settings=PreprocessConfig(min_pixels=1024, max_pixels=65536))
@@ -170,13 +170,13 @@ def test_kept_and_rejected_make_all(bench, images, names, new_sample):
 
 
 @pytest.mark.parametrize("kind", ["jpg", "webp"])
-def test_turned_images_stand_upright(images, kind):
+def test_rotated_images_become_upright(images, kind):
     upright = netpbm(images / "hopper.ppm")
     for orientation in range(2, 9):
         assert distance(shown(images, f"hopper_orientation_{orientation}.{kind}"), upright) < 12
 
 
-def test_other_turned_images_stand_upright(images):
+def test_other_rotated_images_become_upright(images):
     page = shown(images, "g4_orientation_1.tif")
     for orientation in range(2, 9):
         assert distance(shown(images, f"g4_orientation_{orientation}.tif"), page) < 1
@@ -222,7 +222,7 @@ READERS = {
 
 
 def by_ffmpeg(file: Path) -> np.ndarray | None:
-    """The first image of a file as FFmpeg decodes it, over white; ``None`` where it cannot."""
+    """The first image of a file as FFmpeg decodes it, over white; ``None`` if it cannot."""
     av = pytest.importorskip("av")
     with open(file, "rb") as stream:
         head = stream.read(8)
@@ -239,7 +239,7 @@ def by_ffmpeg(file: Path) -> np.ndarray | None:
     return colours if alpha.min() == 255 else (colours * (alpha / 255) + 255 - alpha).round().astype(np.uint8)
 
 
-def test_another_decoder_shows_the_same(images, names):
+def test_another_decoder_gives_the_same_pixels(images, names):
     """Palettes, 16 bits, CMYK, transparency of all kinds, first frames of animations, multi-image files."""
     compared, different = 0, []
     for name in names:

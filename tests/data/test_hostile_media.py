@@ -1,4 +1,4 @@
-"""Small files that would take minutes or gigabytes are refused with their limit, wherever an image is read.
+"""Small files that would take minutes or gigabytes are rejected with their limit, wherever images are read.
 
 `python tests/hostile_images.py` prints what decoding each takes.
 """
@@ -38,7 +38,7 @@ OPENED = [
 
 
 def in_limits(run: Callable[[], str]) -> str:
-    """What a function says, called in a process of limited memory and processor time."""
+    """The result of a function in a process with limited memory and CPU time."""
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
@@ -57,7 +57,7 @@ def in_limits(run: Callable[[], str]) -> str:
 
 
 def refusal(read: Callable, *arguments) -> str:
-    """The sentence with which something is refused."""
+    """The message of a rejection."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -71,7 +71,7 @@ def refusal(read: Callable, *arguments) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_takes_long_is_refused_with_its_limit_by_pixels_and_by_header(name):
+def test_costly_images_are_rejected_with_their_limit(name):
     make, words = HOSTILE[name]
     data = make()
     sentences = [in_limits(lambda read=read: refusal(read, data, "x.img")) for read in (decode, header_size)]
@@ -81,25 +81,25 @@ def test_what_takes_long_is_refused_with_its_limit_by_pixels_and_by_header(name)
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", _LARGE)
-def test_large_ones_too(name):
-    test_what_takes_long_is_refused_with_its_limit_by_pixels_and_by_header(name)
+def test_costly_large_images_are_rejected(name):
+    test_costly_images_are_rejected_with_their_limit(name)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, words) in HOSTILE.items() if not words])
-def test_what_only_looks_hostile_is_shown_in_little_time(name):
+def test_images_that_only_look_hostile_are_decoded_quickly(name):
     outcome, seconds, memory = measured(HOSTILE[name][0](), _SECONDS)
     assert " x " in outcome and memory < 1 << 29
 
 
 @pytest.mark.parametrize("name", OPENED)
-def test_an_image_that_the_user_has_opened_is_refused_before_it_is_decoded(name):
+def test_an_opened_image_is_rejected_before_it_is_decoded(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(HOSTILE[name][0]()))
     assert HOSTILE[name][1] in in_limits(lambda: refusal(decode_opened, image, "x.img"))
 
 
-def test_the_processor_prompts_and_preprocessing_have_the_same_limits(bench, new_sample, tmp_path):
+def test_processor_prompts_and_preprocessing_have_the_same_limits(bench, new_sample, tmp_path):
     names = REFUSED[:3] + OPENED[2:4]
     (bench.path / "images").mkdir()
     for number, name in enumerate(names):
@@ -125,7 +125,7 @@ def test_an_export_carries_the_limits(tmp_path):
 
 
 def test_usual_files_stay_within_the_limits():
-    """The largest of each kind that programs write, with room to spare."""
+    """The largest of each kind that programs write, with a margin."""
     pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
     noise, plain = Image.fromarray(pixels), Image.new("RGB", (4096, 4096), "red")
     exif = Image.Exif()
@@ -153,8 +153,8 @@ def test_usual_files_stay_within_the_limits():
     assert decode(hostile_images.jpeg_segments(2000, b"\xff\xe5\0\2"), "segments.jpg").size == (8, 8)
 
 
-def test_segments_that_hide_scans_are_followed():
-    """An end marker within a comment does not end the file, and a scan within a table is not one."""
+def test_scans_hidden_between_segments_are_counted():
+    """An end marker in a comment does not end the file, and a scan marker in a table does not count."""
     data = hostile_images.jpeg_scans(0, 64)
     end = data.rindex(b"\xff\xda")
     comment = b"\xff\xfe" + (2 + 4 * 40).to_bytes(2, "big") + b"\xff\xd9\xff\xda" * 40

@@ -1,4 +1,4 @@
-"""Images against the published numbers, and what a viewer would show."""
+"""Images compared with the published numbers, and with what a viewer would show."""
 
 import copy
 import io
@@ -58,7 +58,7 @@ def test_images_equal_the_published_ones(golden, name):
         np.testing.assert_allclose(normalise(mine), values, atol=1e-6, rtol=0)
 
 
-def test_patches_are_written_where_they_are_wanted(new_png):
+def test_patches_are_written_into_a_given_array(new_png):
     image = decode(new_png(80, 110), "x")
     expected = patches_from_image(image, (4, 6))
     # The definition: image tokens, patches in each, channel, y, x.
@@ -81,7 +81,7 @@ def test_several_images_share_twice_the_limit():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
-    """Against a table of where the stored row 0 and column 0 belong (TIFF 6.0, tag 274)."""
+    """Compared with a table of where the stored row 0 and column 0 belong (TIFF 6.0, tag 274)."""
     upright = np.zeros((32, 64, 3), np.uint8)
     upright[:8], upright[:, :8] = (255, 0, 0), (0, 0, 255)
     stored = {
@@ -101,7 +101,7 @@ def test_exif_orientation_is_applied(orientation):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_transparency_lies_over_white(kind):
+def test_transparency_is_blended_with_white(kind):
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[:, :4] = (10, 20, 30, 255)
     pixels[0, 7] = (0, 0, 0, 128)
@@ -111,7 +111,7 @@ def test_transparency_lies_over_white(kind):
     assert abs(shown[0, 7].astype(int) - 127).max() <= 1
 
 
-def test_palette_transparency_lies_over_white():
+def test_palette_transparency_is_blended_with_white():
     image = Image.new("P", (8, 8), 0)
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.paste(1, (0, 0, 4, 8))
@@ -133,7 +133,7 @@ def test_twelve_bits_are_scaled(tmp_path):
     assert np.asarray(decode(data, "x"))[0, :, 0].tolist() == [255, 16]
 
 
-def test_sixteen_bits_may_be_transparent():
+def test_sixteen_bit_images_may_be_transparent():
     ramp = np.array([[0, 300, 65535]], np.uint16)
     header = struct.pack(">IIBBBBB", 3, 1, 16, 0, 0, 0, 0)
     data = png_of(
@@ -142,7 +142,7 @@ def test_sixteen_bits_may_be_transparent():
     assert np.asarray(decode(data, "x"))[0, :, 0].tolist() == [0, 255, 255]
 
 
-def test_pixels_without_a_brightness_are_refused():
+def test_pixels_without_a_brightness_are_rejected():
     for pixels in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70000, np.int32), np.full((8, 8), -1, np.int32)):
         with pytest.raises(RejectedSample) as raised:
             decode(encoded(Image.fromarray(pixels), "TIFF"), "x")
@@ -158,7 +158,7 @@ def test_broken_exif_is_ignored(exif):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_header_gives_the_size_of_the_decoded_image(kind, orientation):
+def test_the_size_from_the_header_is_that_of_the_decoded_image(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.new("RGB", (96, 64)), kind, exif=exif)
@@ -167,8 +167,8 @@ def test_header_gives_the_size_of_the_decoded_image(kind, orientation):
     assert header_size(data, "x") == (image.height, image.width)
 
 
-def test_orientation_behind_the_pixels_is_seen():
-    """PNG allows it; Pillow knows of it only after decoding."""
+def test_orientation_after_the_pixels_is_applied():
+    """PNG allows that; Pillow reads it only while decoding."""
     exif = Image.Exif()
     exif[0x0112] = 6
     header = (b"IHDR", struct.pack(">IIBBBBB", 3, 2, 8, 2, 0, 0, 0))
@@ -178,24 +178,24 @@ def test_orientation_behind_the_pixels_is_seen():
     assert header_size(data, "x") == (3, 2)
 
 
-def test_the_header_alone_refuses_what_it_shows():
+def test_images_are_rejected_by_their_header():
     with pytest.raises(RejectedSample, match="none of the formats"):
         header_size(b"no image", "x")
     with pytest.raises(RejectedSample, match="12000 x 12000"):
         header_size(bomb(12000, 12000), "x")
-    whole = encoded(Image.new("RGB", (96, 64)), "JPEG")
-    assert header_size(whole[: len(whole) - 20], "x") == (64, 96)  # pixels are not looked at
+    image = encoded(Image.new("RGB", (96, 64)), "JPEG")
+    assert header_size(image[: len(image) - 20], "x") == (64, 96)  # pixels are not read
 
 
 def test_multi_image_jpegs_are_kept():
-    """What phones write; the first image counts."""
+    """Phones write them; the first image is decoded."""
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert np.asarray(decode(data, "x"))[0, 0].tolist() == [254, 0, 0]
 
 
-def test_recompression_loses_by_its_quality(new_png):
+def test_recompression_loses_more_at_lower_quality(new_png):
     image = decode(new_png(64, 64), "x")
     errors = [
         np.abs(np.asarray(recompress(image, quality)).astype(int) - np.asarray(image)).mean() for quality in (95, 50, 5)
@@ -205,14 +205,14 @@ def test_recompression_loses_by_its_quality(new_png):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK"])
-def test_other_modes_become_rgb(mode):
+def test_other_modes_are_converted_to_rgb(mode):
     image = Image.new(mode, (8, 8))
     assert decode(encoded(image, "TIFF"), "x").mode == "RGB"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
 def test_copies_of_an_opened_image_are_decoded(kind, new_png):
-    """As data loaders and trainers make them; Pillow's copies have no file, and deep ones not even the attribute."""
+    """Data loaders and trainers make them; Pillow's copies have no file, and deep ones not even the attribute."""
     file = io.BytesIO()
     Image.open(io.BytesIO(new_png(40, 30))).save(file, kind)
     expected = np.array(decode(file.getvalue(), "a"))
@@ -221,14 +221,14 @@ def test_copies_of_an_opened_image_are_decoded(kind, new_png):
         assert (np.array(decode_opened(copied(opened), "a")) == expected).all()
 
 
-def test_first_frame_of_an_animation():
+def test_the_first_frame_of_an_animation_is_decoded():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(decode(data, "x"))[0, 0].tolist() == [255, 0, 0]
 
 
 def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of the chunks."""
+    """A PNG file with these chunks."""
     written = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in (*chunks, (b"IEND", b""))
@@ -244,15 +244,15 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize("size", [(12000, 12000), (60000, 60000)])
-def test_too_many_pixels_are_refused_by_the_header(size):
+def test_too_many_pixels_are_rejected_by_the_header(size):
     with pytest.raises(RejectedSample) as raised:
         decode(bomb(*size), "bomb.png")
     assert raised.value.reason == Reason.DECOMPRESSION_BOMB
     assert "bomb.png" in raised.value.sentence
 
 
-def test_jpeg_2000_has_a_limit_of_its_own():
-    """Its decoder takes 18 bytes a pixel."""
+def test_jpeg_2000_has_its_own_pixel_limit():
+    """Its decoder takes 18 bytes per pixel."""
     data = bytearray(encoded(Image.new("RGB", (64, 64)), "JPEG2000", no_jp2=True))
     start = data.index(b"\xff\x51") + 6
     data[start : start + 8] = struct.pack(">II", 10000, 7000)
@@ -261,17 +261,17 @@ def test_jpeg_2000_has_a_limit_of_its_own():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
-def test_truncated_images_are_refused(kind, new_png):
-    whole = encoded(Image.open(io.BytesIO(new_png(64, 64))), kind)
-    assert decode(whole, "x").size == (64, 64)
+def test_truncated_images_are_rejected(kind, new_png):
+    image = encoded(Image.open(io.BytesIO(new_png(64, 64))), kind)
+    assert decode(image, "x").size == (64, 64)
     with pytest.raises(RejectedSample) as raised:
-        decode(whole[: len(whole) // 2], "x")
+        decode(image[: len(image) // 2], "x")
     assert raised.value.reason == Reason.UNREADABLE_IMAGE
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_what_is_no_image_is_refused_without_addresses(data):
-    """The reason is the same in every run: no address of a buffer in it. EPS would start a program."""
+def test_other_bytes_are_rejected_without_memory_addresses(data):
+    """The message is the same in every run, without the address of a buffer. EPS would start a program."""
     reasons = set()
     for _ in range(2):
         with pytest.raises(RejectedSample) as raised:

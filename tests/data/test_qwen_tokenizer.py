@@ -37,7 +37,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 def test_added_tokens_are_those_of_the_published_tokenizer(directory, tokenizer):
-    """The golden one has its 26 added tokens, behind fewer ranks."""
+    """The golden tokenizer has the same 26 added tokens, after fewer ranks."""
     built, golden = (
         json.loads((path / "tokenizer.json").read_text())["added_tokens"] for path in (directory, tokenizer)
     )
@@ -64,7 +64,7 @@ def test_ids_are_those_of_qwen3_and_neo(directory):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_equals_tiktoken(directory, ranks, text):
-    """tiktoken reads the same ranks with another implementation of byte-pair encoding."""
+    """tiktoken is another implementation of byte-pair encoding for the same ranks."""
     reference = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -72,8 +72,8 @@ def test_text_equals_tiktoken(directory, ranks, text):
     assert tokenizer.decode(ids) == text
 
 
-def test_a_sample_runs_through_the_data_path(directory, golden, tmp_path):
-    """The published pack, in the ids of the real tokenizer: every piece read by tiktoken, images in their places."""
+def test_a_sample_passes_through_the_data_path(directory, golden, tmp_path):
+    """The published pack in the ids of the real tokenizer: pieces of text encoded by tiktoken, with images between."""
     records = json.loads((golden / "meta.json").read_text())["untied_pack1"]["docs"]
     (tmp_path / "a.json").write_text(json.dumps(records))
     source = Source("a", str(tmp_path / "a.json"), str(golden))

@@ -1,4 +1,4 @@
-r"""Tags in text: `\<image>` is literal, `\\<image>` a backslash and a slot, and any text can be written."""
+r"""Tags in text: `\<image>` is literal, `\\<image>` a backslash and a tag, and any text can be escaped."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ texts = st.lists(st.sampled_from(["<image>", "<video>", "\\", "<", "a", "\n", "i
         ("<image><video>", ["", "<image>", "", "<video>", ""]),
     ],
 )
-def test_pieces(written, pieces):
+def test_text_is_split_at_tags(written, pieces):
     assert split_tags(written) == pieces
     assert count_tags(written, IMAGE_TAG) == pieces[1::2].count("<image>")
     assert count_tags(written, VIDEO_TAG) == pieces[1::2].count("<video>")
@@ -32,11 +32,11 @@ def test_any_text_can_be_written_literally(text):
 
 
 @given(texts)
-def test_literal_text_keeps_what_was_escaped_and_has_no_slots(text):
+def test_literal_text_keeps_escapes_and_has_no_tags(text):
     assert split_tags(as_literal(text)) == ["".join(split_tags(text))]
 
 
 @given(texts)
-def test_text_without_backslashes_is_cut_only_at_tags(text):
+def test_text_without_backslashes_is_split_only_at_tags(text):
     plain = text.replace("\\", "")
     assert "".join(split_tags(plain)) == plain and not any("<image>" in piece for piece in split_tags(plain)[::2])

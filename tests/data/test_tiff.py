@@ -1,4 +1,4 @@
-"""TIFF in all its forms: every one is decoded to the pixels that were written, or rejected; none is shown wrong."""
+"""TIFF in all its forms: each is decoded to the pixels that were written, or rejected, but never decoded wrongly."""
 
 import itertools
 import struct
@@ -30,7 +30,7 @@ def tiff(
     kind: str = "u",
     tags: dict[int, list[int]] | None = None,
 ) -> bytes:
-    """A file of TIFF 6.0; what it writes was checked with tifffile 2026.11. ``samples`` [height, width, samples]."""
+    """A file of TIFF 6.0; its output was checked with tifffile 2026.11. ``samples`` [height, width, samples]."""
 
     def chunk(block: np.ndarray) -> bytes:
         rows = block.reshape(len(block), -1)
@@ -106,7 +106,7 @@ def image_of(
 
 
 def shown(data: bytes) -> np.ndarray | None:
-    """The decoded pixels; ``None`` where the file is rejected, which its header alone has to say as well."""
+    """The decoded pixels; ``None`` for a file that is rejected, which must also happen by its header alone."""
     try:
         return np.asarray(decode(data, "x"), float)
     except RejectedSample as rejected:
@@ -115,7 +115,7 @@ def shown(data: bytes) -> np.ndarray | None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16, 32])
-def test_every_form_is_right_or_rejected(bits):
+def test_every_form_is_decoded_correctly_or_rejected(bits):
     right: Counter = Counter()
     extras = [(), (UNSPECIFIED,), (ASSOCIATED,), (UNASSOCIATED,)]
     for photometric, extra in itertools.product([WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK], extras):
@@ -155,7 +155,7 @@ def test_signed_samples_and_fractions_are_rejected(kind, photometric):
 
 @pytest.mark.parametrize("deflate", [False, True])
 @pytest.mark.parametrize("planar", [1, 2])
-def test_other_colour_spaces_are_right_or_rejected(planar, deflate):
+def test_other_colour_spaces_are_decoded_correctly_or_rejected(planar, deflate):
     """Colours by the definitions: CIE L*a*b* of D50 in sRGB, and YCbCr of CCIR 601."""
     for photometric, values, colour in (
         (LAB, (255, 0, 0), (255, 255, 255)),
@@ -172,7 +172,7 @@ def test_other_colour_spaces_are_right_or_rejected(planar, deflate):
         assert shown(tiff(samples, 8, photometric, "<", planar, deflate)) is None
 
 
-def test_what_is_rejected_says_why_and_the_header_says_it_too():
+def test_rejections_by_pixels_and_by_header_have_a_reason():
     gray, rgb, cmyk = (image_of(8, photometric, ())[0] for photometric in (BLACK_IS_ZERO, RGB, CMYK))
     for data, words in (
         (tiff(rgb, 16, RGB, planar=2), "separate planes of 16 bits"),

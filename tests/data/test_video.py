@@ -1,4 +1,4 @@
-"""Videos as frames: the frames a viewer sees at those times, or a reason why not."""
+"""Videos: the frames that a viewer sees at given times, or the reason why they cannot be read."""
 
 import io
 import os
@@ -37,14 +37,14 @@ FORMATS = [
 
 
 def brightness(number: int) -> int:
-    """Of frame ``number``, so that a decoded frame tells which it is."""
+    """Brightness of frame ``number``, by which decoded frames are identified."""
     return 20 + 6 * number
 
 
 def write_video(
     path: Path, codec: str = "libx264", rate: int = 10, frames: int = 35, size: tuple[int, int] = (64, 48), **stream
 ) -> Path:
-    """A video of grey frames, each brighter than the one before, with a red corner at the top left."""
+    """A video of grey frames, each brighter than the last, with a red corner at the top left."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=rate)
         video.width, video.height = size
@@ -72,7 +72,7 @@ def refusal(path: Path, fps: float = 1.0) -> tuple[Reason, str]:
 
 
 @pytest.mark.parametrize(("name", "codec", "rate"), FORMATS)
-def test_frames_are_those_shown_at_the_times(tmp_path, name, codec, rate):
+def test_the_frames_shown_at_given_times_are_taken(tmp_path, name, codec, rate):
     """35 frames: at 10 a second 0 s, 1 s, 2 s, 3 s show the frames 0, 10, 20, 30; a GIF has few greys."""
     path = write_video(tmp_path / name, codec, rate)
     few_greys = {"gif": 40, "mpeg2video": 8}.get(codec, 4)  # MPEG's writer leaves out a time now and then
@@ -115,7 +115,7 @@ def with_matrix(path: Path, matrix: tuple[int, int, int, int]) -> Path:
         ((0, -1, 1, 0), (48, 64), (-1, 0)),
     ],
 )
-def test_turned_videos_stand_upright(tmp_path, matrix, size, corner):
+def test_rotated_videos_become_upright(tmp_path, matrix, size, corner):
     path = with_matrix(write_video(tmp_path / "a.mp4"), matrix)
     frame = next(read_frames(plan_clip(str(path), 1.0, 32)))
     assert frame.size == size
@@ -125,7 +125,7 @@ def test_turned_videos_stand_upright(tmp_path, matrix, size, corner):
             assert (pixels[y, x, 0] > 200) == ((y, x) == corner)
 
 
-def test_transparency_lies_over_white(tmp_path):
+def test_transparency_is_blended_with_white(tmp_path):
     frames = [Image.new("P", (40, 40), number) for number in (0, 1)]
     for frame in frames:
         frame.putpalette([200, 0, 0, 0, 200, 0])
@@ -135,14 +135,14 @@ def test_transparency_lies_over_white(tmp_path):
     assert (first[:, :20] == (0, 200, 0)).all() and (first[:, 20:] == 255).all()
 
 
-def test_pixels_become_square(tmp_path):
+def test_pixels_are_made_square(tmp_path):
     path = write_video(tmp_path / "a.mp4", sample_aspect_ratio=Fraction(2, 1))
     assert next(read_frames(plan_clip(str(path), 1.0, 32))).size == (128, 48)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi", "a.mpg"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6])
-def test_cut_off_videos_are_refused(tmp_path, name, share):
+def test_truncated_videos_are_rejected(tmp_path, name, share):
     codec, rate = next((codec, rate) for path, codec, rate in FORMATS if path == name)
     path = write_video(tmp_path / name, codec, rate)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
@@ -150,7 +150,7 @@ def test_cut_off_videos_are_refused(tmp_path, name, share):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
-def test_a_video_broken_half_way_is_refused(tmp_path, name):
+def test_a_video_that_breaks_off_halfway_is_rejected(tmp_path, name):
     codec, rate = next((codec, rate) for path, codec, rate in FORMATS if path == name)
     path = write_video(tmp_path / name, codec, rate)
     data = bytearray(path.read_bytes())
@@ -161,14 +161,14 @@ def test_a_video_broken_half_way_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
-def test_damage_is_noticed(tmp_path, name):
-    """FFmpeg hides damage where it can, and marks the frame; it does not see every changed byte."""
+def test_damage_is_detected(tmp_path, name):
+    """FFmpeg conceals damage if it can, and marks the frame; it does not detect every changed byte."""
     path = write_video(tmp_path / name, next(codec for file, codec, _ in FORMATS if file == name))
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     refused = 0
     for seed in range(12):
         random = np.random.default_rng(seed)
-        data = bytearray(whole)
+        data = bytearray(intact)
         for place in random.integers(len(data) // 3, len(data), 10):
             data[place] ^= 0xFF
         path.write_bytes(data)
@@ -179,8 +179,8 @@ def test_damage_is_noticed(tmp_path, name):
     assert refused > 6
 
 
-def test_a_header_that_lies_about_the_length_ends_in_a_reason(tmp_path):
-    """The duration of the movie header (``mvhd``) set to 12 days."""
+def test_a_header_with_a_wrong_length_is_rejected(tmp_path):
+    """The duration in the movie header (``mvhd``) is set to 12 days."""
     path = write_video(tmp_path / "a.mp4")
     data = bytearray(path.read_bytes())
     for box, offset in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20), (b"elst", 12)):
@@ -208,7 +208,7 @@ def test_a_header_that_lies_about_the_length_ends_in_a_reason(tmp_path):
 )
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.m3u8"])
 def test_playlists_open_nothing(tmp_path, name, text):
-    """A playlist under any name is no video, and the good video that it names is not read."""
+    """A playlist under any name is not a video, and the good video that it names is not read."""
     secret = write_video(tmp_path / "secret.mp4")
     path = tmp_path / name
     path.write_text(text.format(secret=secret))
@@ -216,16 +216,16 @@ def test_playlists_open_nothing(tmp_path, name, text):
     assert reason == Reason.UNREADABLE_VIDEO and "none of the formats MP4" in sentence
 
 
-def test_ffmpeg_may_open_no_address(tmp_path):
-    """The playlist, behind the first bytes of a format that is allowed."""
+def test_ffmpeg_cannot_open_addresses(tmp_path):
+    """A playlist after the first bytes of an allowed format."""
     for start in (b"\0\0\0\x18ftyp", b"\x1aE\xdf\xa3", b"RIFF\0\0\0\0AVI ", b"G" + bytes(187) + b"G", b"GIF89a"):
         path = tmp_path / "a.mp4"
         path.write_bytes(start + b"\n#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")
         assert refusal(path)[0] == Reason.UNREADABLE_VIDEO
 
 
-def test_even_a_playlist_reader_opens_nothing(tmp_path):
-    """The options shut the door behind the choice of the reader."""
+def test_even_a_playlist_demuxer_opens_nothing(tmp_path):
+    """The options prevent it, whatever demuxer is chosen."""
     secret = write_video(tmp_path / "secret.ts")
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{secret}\n#EXT-X-ENDLIST\n".encode()
     with av.open(io.BytesIO(playlist), format="hls") as container:
@@ -234,7 +234,7 @@ def test_even_a_playlist_reader_opens_nothing(tmp_path):
         av.open(io.BytesIO(playlist), format="hls", options=OPTIONS)
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path):
+def test_files_that_are_not_regular_are_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
     for name in ("pipe.mp4", "folder.mp4", "missing.mp4"):
@@ -249,8 +249,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     assert "no images" in refusal(sound)[1]
 
 
-def test_frames_that_are_too_large_are_refused(tmp_path):
-    """JPEGs of 144 megapixels under a header that says 64 x 48."""
+def test_frames_that_are_too_large_are_rejected(tmp_path):
+    """JPEGs of 144 megapixels with a header that says 64 x 48."""
     file = io.BytesIO()
     Image.new("RGB", (12000, 12000)).save(file, "JPEG")
     path = tmp_path / "a.avi"
@@ -265,18 +265,18 @@ def test_frames_that_are_too_large_are_refused(tmp_path):
     assert refusal(path)[0] == Reason.UNREADABLE_VIDEO
 
 
-def test_long_videos_are_refused(tmp_path, monkeypatch):
+def test_long_videos_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("neo_megatron.data.video.MAX_FRAMES", 30)
     assert "too long; cut it into clips" in refusal(write_video(tmp_path / "a.mp4"))[1]
 
 
-def test_many_packets_are_refused(tmp_path, monkeypatch):
+def test_too_many_packets_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("neo_megatron.data.video.MAX_PACKETS", 30)
     assert "over 30 packets; cut it into clips" in refusal(write_video(tmp_path / "a.mkv", "mpeg4"))[1]
 
 
-def test_boxes_without_end_are_refused(tmp_path, monkeypatch):
-    """Each is a place that FFmpeg goes to."""
+def test_endless_boxes_are_rejected(tmp_path, monkeypatch):
+    """FFmpeg seeks to each of them."""
     monkeypatch.setattr("neo_megatron.data.video.MAX_ACCESSES", 10_000)
     path = write_video(tmp_path / "a.mp4")
     assert len(list(read_frames(plan_clip(str(path), 1.0, 8)))) == 4  # as often as a usual file needs
@@ -290,7 +290,7 @@ def sample(tmp_path: Path, *texts: str, images=(), videos=()) -> Sample:
     return Sample(turns, tuple(str(tmp_path / name) for name in images), tuple(str(tmp_path / n) for n in videos))
 
 
-def test_frames_stand_in_the_text_and_share_the_limit(tmp_path, new_png):
+def test_frames_are_listed_in_the_text_and_share_the_pixel_limit(tmp_path, new_png):
     write_video(tmp_path / "a.mp4", size=(512, 512))
     write_video(tmp_path / "b.mp4", frames=15)
     (tmp_path / "a.png").write_bytes(new_png(512, 512))
@@ -338,7 +338,7 @@ def test_both_stores_give_the_same_pixels(tmp_path):
             assert (patches_from_image(image, grid).reshape(-1) == ready).all()
 
 
-def test_videos_go_through_the_tool(bench, new_sample):
+def test_the_tool_preprocesses_videos(bench, new_sample):
     (bench.path / "images").mkdir()
     write_video(bench.path / "images" / "a.mp4")
     (bench.path / "images" / "broken.mp4").write_bytes(b"\0\0\0\x18ftypisom")
@@ -352,7 +352,7 @@ def test_videos_go_through_the_tool(bench, new_sample):
     ]
 
 
-def test_without_pyav_the_tool_stops_and_says_what_to_install(tmp_path, monkeypatch):
+def test_without_pyav_the_message_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DataError, match="pip install 'av>=19,<20'"):
         load_media(sample(tmp_path, "<video>", videos=["a.mp4"]), PreprocessConfig())

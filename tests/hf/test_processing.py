@@ -65,7 +65,7 @@ def test_all_forms_of_an_image_are_accepted(processor, golden, spelling):
     "part, sentence",
     [
         ({"type": "image", "image": "https://example.org/cat.png"}, "opens files only: download it first"),
-        ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png: No such file"),
+        ({"type": "image", "image": "/nowhere/cat.png"}, "/nowhere/cat.png cannot be opened .No such file"),
         ({"type": "image", "image": "data:image/png;base64,!!"}, "is not valid base64"),
         ({"type": "image", "image": "data:image/png;base64,é"}, "number 1 is not valid base64"),
         ({"type": "image", "base64": "aGVsbG8="}, "in none of the formats"),

@@ -141,7 +141,7 @@ def test_an_undecoded_image(processor, golden, images, form):
         ("cats", "'cats' is neither the path of a file that exists nor an image in base64"),
         ("images/cat", "neither the path of a file that exists nor"),
         ("QUJD" * 4000, "neither the path of a file that exists nor"),
-        ("cat.png", "cat.png: No such file"),
+        ("cat.png", "cat.png cannot be opened .No such file"),
         ({"bytes": None, "path": None}, "give {'bytes': ..., 'path': ...}"),
         ({"array": [0.0]}, "the keys 'array'"),
         ({"bytes": b"no image", "path": None}, "number 1 is in none of the formats"),

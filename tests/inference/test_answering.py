@@ -164,7 +164,7 @@ def test_images_are_refused_as_in_preprocessing(answerer, golden, tmp_path):
         (tmp_path / "torn.png", "torn.png cannot be decoded"),
         (Image.open(tmp_path / "torn.png"), "number 1 cannot be decoded"),
         (b"no image", "number 1 is in none of the formats"),
-        (str(tmp_path / "none.png"), "none.png: No such file"),
+        (str(tmp_path / "none.png"), "none.png cannot be opened (No such file"),
         (Image.new("RGB", (3000, 10)), "aspect ratio"),
     ):
         with pytest.raises(RejectedSample) as rejected:

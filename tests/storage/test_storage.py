@@ -1,4 +1,4 @@
-"""Data sets in object storage: what is read equals the local files, whatever the server does on the way."""
+"""Data sets in object storage: data equal those of local files, whatever the server does."""
 
 import json
 import multiprocessing
@@ -28,11 +28,11 @@ from neo_megatron.storage.open import open_directory
 
 
 class Proxy(ThreadingHTTPServer):
-    """Stands before the S3 server, and can fail as servers and networks do.
+    """A proxy for the S3 server that can fail as servers and networks do.
 
     Attributes:
-        fault: given a request, what goes wrong with it; ``None`` where nothing does.
-        requests: (method, path, range) of all that came.
+        fault: given a request, the failure to simulate, or ``None``.
+        requests: (method, path, range) of all requests.
     """
 
     daemon_threads = True
@@ -109,7 +109,7 @@ def proxy() -> Iterator[Proxy]:
 
 @pytest.fixture(autouse=True)
 def settings(proxy, monkeypatch, tmp_path) -> Callable[..., None]:
-    """Sets environment variables for the library and for us, as a user does; what was opened before is forgotten."""
+    """Sets environment variables for the library and this package, as a user does; open connections are forgotten."""
 
     def set_(**variables: Any) -> None:
         for name, value in variables.items():
@@ -140,7 +140,7 @@ def settings(proxy, monkeypatch, tmp_path) -> Callable[..., None]:
 
 @pytest.fixture
 def upload(proxy) -> Callable[..., str]:
-    """Copies the directories of shards and packs that lie in a folder to a new bucket; returns its URL."""
+    """Copies the directories of shards and packs in a folder to a new bucket; returns its URL."""
     host, port = proxy.server
 
     def copy(folder: Path, bucket: str) -> str:
@@ -202,7 +202,7 @@ def test_the_same_samples_as_from_disk(local, remote):
     assert shard.tokens[place].tolist() == local.fetch([7])[0].tokens.tolist()
 
 
-def test_neighbours_share_a_request_and_whole_files_come_once(remote, proxy):
+def test_neighbouring_ranges_share_a_request_and_files_are_fetched_once(remote, proxy):
     ShardSet(remote).fetch(range(12))
     assert len(proxy.parts("pictures.bin")) == len(proxy.parts("tokens.bin")) == 3
     for kind in ("manifest.json", "tokens.idx", "spans.bin", "grids.npy"):
@@ -214,7 +214,7 @@ def test_neighbours_share_a_request_and_whole_files_come_once(remote, proxy):
 
 
 def test_ranges_are_requested_at_the_same_time(local, remote, proxy, settings):
-    """Six requests wait for each other; one after the other they would never be answered."""
+    """Six requests wait for each other; sent one after another, they would never be answered."""
     settings(NEO_STORAGE_TIMEOUT=10, NEO_STORAGE_RETRY_SECONDS=0.001)
     shards = ShardSet(remote)
     shards.fetch(ORDER)
@@ -228,12 +228,12 @@ def test_ranges_are_requested_at_the_same_time(local, remote, proxy, settings):
 
 
 def cached_bytes(shards: ShardSet) -> int:
-    """Of the files that are kept on the local disk."""
+    """Bytes of the files that are cached on the local disk."""
     files = Path(shards.location).iterdir()
     return sum(path.stat().st_size for path in files if path.suffix in (".idx", ".npy", ".json"))
 
 
-def test_the_cache_keeps_its_bound(local, remote, settings, tmp_path):
+def test_the_cache_stays_within_its_limit(local, remote, settings, tmp_path):
     size = cached_bytes(local)
     settings(NEO_CACHE_GB=size * 0.7 / 1e9)
     shards = ShardSet(remote)
@@ -255,7 +255,7 @@ def fetch_all(shards: ShardSet, results) -> None:
 
 
 def test_processes_share_a_cache_that_is_too_small(local, remote, settings):
-    """What one of them maps another may remove; none sees half a file."""
+    """One may remove a file that another has mapped, but none reads an incomplete file."""
     size = cached_bytes(local)
     settings(NEO_CACHE_GB=size * 0.7 / 1e9)
     shards, context = ShardSet(remote), multiprocessing.get_context("fork")
@@ -270,7 +270,7 @@ def test_processes_share_a_cache_that_is_too_small(local, remote, settings):
         process.join()
 
 
-def test_another_data_set_at_the_same_place_is_not_confused(bench, remote, proxy, upload, new_sample):
+def test_a_replaced_data_set_is_not_read_from_the_cache(bench, remote, proxy, upload, new_sample):
     ShardSet(remote).fetch([0])
     other = bench.preprocess([new_sample("something", "else")], output="other/shards")
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*proxy.server))
@@ -284,7 +284,7 @@ FAULTS = {500: "answers 500", 503: r"answers 503 \(SlowDown\)", "stall": "[Tt]im
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_server_that_recovers(local, remote, proxy, fault):
+def test_requests_are_retried_until_a_server_recovers(local, remote, proxy, fault):
     seen: dict[Any, int] = {}
 
     def twice(request: _Handler) -> Any:
@@ -298,7 +298,7 @@ def test_a_server_that_recovers(local, remote, proxy, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_server_that_does_not_recover(remote, proxy, settings, fault):
+def test_a_server_that_does_not_recover_is_reported(remote, proxy, settings, fault):
     # A busy machine may take longer than the usual half a second for an answer that is none.
     settings(NEO_STORAGE_RETRY_SECONDS=0.3, NEO_STORAGE_TIMEOUT=0.5 if fault == "stall" else 20)
     shards = ShardSet(remote)
@@ -312,7 +312,7 @@ def test_a_server_that_does_not_recover(remote, proxy, settings, fault):
     assert "attempts" in sentence and "continues from its checkpoint" in sentence
 
 
-def test_a_server_that_is_not_there(settings):
+def test_an_unreachable_server_is_reported(settings):
     settings(AWS_ENDPOINT_URL="http://127.0.0.1:9", NEO_STORAGE_RETRY_SECONDS=0.2)
     with pytest.raises(DataError, match=r"s3://bucket/shards/manifest\.json could not be read: .*127\.0\.0\.1:9"):
         ShardSet("s3://bucket/shards")
@@ -320,7 +320,7 @@ def test_a_server_that_is_not_there(settings):
 
 @pytest.mark.parametrize("change", [-1, 1])
 @pytest.mark.parametrize("kind", ["tokens.bin", "tokens.idx", "spans.bin", "pictures.bin", "grids.npy"])
-def test_an_object_of_another_size_is_named(local, remote, proxy, kind, change):
+def test_an_object_of_another_size_is_reported(local, remote, proxy, kind, change):
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*proxy.server))
     content = (Path(local.location) / f"00000.{kind}").read_bytes()
     content = content[:change] if change < 0 else content + b"x"
@@ -331,7 +331,7 @@ def test_an_object_of_another_size_is_named(local, remote, proxy, kind, change):
         ShardSet(remote).fetch(range(4))
 
 
-def test_a_missing_object_bucket_or_data_set(remote, proxy):
+def test_missing_objects_buckets_and_data_sets_are_reported(remote, proxy):
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*proxy.server))
     client.delete_object(Bucket=remote.split("/")[2], Key="shards/00001.tokens.bin")
     with pytest.raises(DataError, match=r"00001\.tokens\.bin is missing; copy the data set again"):
@@ -342,7 +342,7 @@ def test_a_missing_object_bucket_or_data_set(remote, proxy):
         ShardSet("s3://no-such-bucket/shards")
 
 
-def test_credentials_that_are_missing_or_refused(remote, proxy, settings):
+def test_missing_and_rejected_credentials_are_reported(remote, proxy, settings):
     proxy.fault = lambda request: 403
     with pytest.raises(DataError, match=r"may not be read .*they need s3:GetObject"):
         ShardSet(remote)
@@ -351,13 +351,13 @@ def test_credentials_that_are_missing_or_refused(remote, proxy, settings):
         ShardSet(remote)
 
 
-def test_the_library_is_an_extra(monkeypatch, remote):
+def test_without_the_library_the_message_says_how_to_install_it(monkeypatch, remote):
     monkeypatch.setitem(sys.modules, "multistorageclient.types", None)
     with pytest.raises(DataError, match=r"pip install 'multi-storage-client\[boto3\]>=1.3'"):
         ShardSet(remote)
 
 
-def test_local_files_need_no_library(local):
+def test_local_files_do_not_need_the_library(local):
     code = "import sys; from neo_megatron.data.shards.reader import ShardSet; ShardSet(sys.argv[1]).fetch([0]);"
     code += "print([name for name in ('multistorageclient', 'boto3', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, local.location], capture_output=True, text=True, check=True)
@@ -365,14 +365,14 @@ def test_local_files_need_no_library(local):
 
 
 @pytest.mark.parametrize("name", ["NEO_CACHE_GB", "NEO_STORAGE_TIMEOUT"])
-def test_a_wrong_setting_is_named(settings, name):
+def test_a_wrong_setting_is_reported(settings, name):
     settings(**{name: "much"})
     with pytest.raises(DataError, match=f"{name} must be a number above 0, not 'much'"):
         ShardSet("s3://bucket/shards")
 
 
-def test_a_profile_of_the_library(local, remote, settings, tmp_path, proxy):
-    """Its configuration file, with a profile that is named in the location, or that a bucket is mapped to."""
+def test_profiles_of_the_library_are_used(local, remote, settings, tmp_path, proxy):
+    """Its configuration file, with a profile that the location names, or to which a bucket is mapped."""
     bucket = remote.split("/")[2]
     options = {"base_path": bucket, "endpoint_url": proxy.url, "region_name": "us-east-1"}
     config = {
@@ -387,7 +387,7 @@ def test_a_profile_of_the_library(local, remote, settings, tmp_path, proxy):
         ShardSet("msc://other/shards")
 
 
-def test_whole_files_larger_than_a_request(remote, tmp_path, monkeypatch, upload):
+def test_files_larger_than_a_request_are_fetched_in_parts(remote, tmp_path, monkeypatch, upload):
     monkeypatch.setattr("neo_megatron.storage.object_storage._CHUNK", 1000)
     content = np.random.default_rng(0).bytes(12_345)
     (tmp_path / "large").mkdir()
@@ -399,7 +399,7 @@ def test_whole_files_larger_than_a_request(remote, tmp_path, monkeypatch, upload
     assert directory.read_range("units.npy", 5000, 77).tobytes() == content[5000:5077]
 
 
-def test_join():
+def test_relative_paths_are_joined_to_locations():
     assert join("s3://bucket/data/packs", "../shards") == "s3://bucket/data/shards"
     assert join("s3://bucket/data/packs/", "s3://other/shards") == "s3://other/shards"
     assert join("/data/packs", "../shards") == "/data/packs/../shards"

@@ -1,4 +1,4 @@
-"""The locks of tools/locks hold what setup.py asks for, in the same versions wherever they share a directory."""
+"""The locks in tools/locks satisfy setup.py, with the same versions if they share an environment."""
 
 import re
 
@@ -18,7 +18,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def requirements(extra: str) -> list[Requirement]:
-    """What setup.py asks for, with one extra."""
+    """The requirements of setup.py, with one extra."""
     installed, extras = setup_requirements()
     return [Requirement(line) for line in [*installed, *extras[extra]]]
 
@@ -32,7 +32,7 @@ def test_a_lock_has_what_setup_py_asks_for(name):
 
 
 @pytest.mark.parametrize("name", ["quickstart", "demo", "transformer-engine"])
-def test_what_shares_an_environment_has_the_same_versions(name):
+def test_locks_of_one_environment_have_the_same_versions(name):
     shared = pins("test")
     differing = {package: version for package, version in pins(name).items() if shared.get(package, version) != version}
     assert not differing

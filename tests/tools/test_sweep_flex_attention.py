@@ -1,4 +1,4 @@
-"""The sweep of block sizes, with times that are made up: it needs a GPU for nothing else."""
+"""The sweep of block sizes with invented times, for which alone it needs a GPU."""
 
 import json
 import sys
@@ -21,13 +21,13 @@ def sweep(monkeypatch):
     return sweep_flex_attention
 
 
-def test_without_a_gpu_it_says_so(sweep, monkeypatch):
+def test_without_a_gpu_the_tool_reports_it(sweep, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep_flex_attention.py"])
-    with pytest.raises(SystemExit, match="no GPU on this machine"):
+    with pytest.raises(SystemExit, match="this machine has no GPU"):
         sweep.main()
 
 
-def test_the_choice_in_use_then_the_fastest_and_what_failed(sweep, monkeypatch, capsys, tmp_path):
+def test_the_current_choice_comes_first_then_the_fastest(sweep, monkeypatch, capsys, tmp_path):
     properties = SimpleNamespace(name="H100", major=9, minor=0, shared_memory_per_block_optin=227 * 1024)
     heads = torch.zeros(256, 1, 1, 1, requires_grad=True)
     inputs = SimpleNamespace(query=heads, key=heads, value=heads, gradient=torch.zeros(256, 1, 1, 1), scale=1.0)

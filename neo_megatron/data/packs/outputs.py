@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.atomic_files import PARTIAL
-from neo_megatron.data.manifest import write_manifest
-from neo_megatron.errors import DataError
+from neo_megatron.data.manifest import check_vacant, write_manifest
 from neo_megatron.locks import lock
 from neo_megatron.storage.base import MANIFEST
 
@@ -32,12 +31,12 @@ class NewOutputs:
                 directory.mkdir(parents=True, exist_ok=True)
                 marker = self._marker(directory)
                 if not marker.exists():
-                    _refuse_full(directory)
+                    check_vacant(directory, marker)
                     fresh.append(marker)
                 self._locks.append(lock(marker, directory))
             if all((directory / MANIFEST).exists() for directory in self._directories):
                 self._remove_marks()  # an earlier run was killed when only this was left to do
-                _refuse_full(self._directories[0])
+                check_vacant(self._directories[0], self._marker(self._directories[0]))
         except BaseException:
             for marker in fresh:
                 marker.unlink(missing_ok=True)
@@ -66,10 +65,3 @@ class NewOutputs:
     def _remove_marks(self) -> None:
         for directory in self._directories:
             self._marker(directory).unlink()
-
-
-def _refuse_full(directory: Path) -> None:
-    if (directory / MANIFEST).exists():
-        raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
-    if any(directory.iterdir()):
-        raise DataError(f"{directory} is not empty; choose another --output")

@@ -1,6 +1,5 @@
 """Packs shards and writes the index of the packs: patterns, and units sorted by length, but no tokens."""
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from neo_megatron.atomic_files import AtomicFile, json_line, write_atomically
+from neo_megatron.atomic_files import AtomicFile, json_line
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.packs.balance import balanced_order, imbalance
@@ -34,6 +33,8 @@ from neo_megatron.data.packs.origins import Origins
 from neo_megatron.data.packs.outputs import NewOutputs
 from neo_megatron.data.packs.units import Units, draw_share, units_of_shard
 from neo_megatron.data.permutation import key_of
+from neo_megatron.data.rejects import place_of
+from neo_megatron.data.shards.arrays import header_of, write_array
 from neo_megatron.data.shards.mixture import Mixture
 from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.errors import DataError, Reason, RejectedSample
@@ -213,7 +214,7 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
     patterns = best_fit(np.bincount(units.lengths, minlength=capacity + 1))
     runs = [run for pattern in patterns for run in pattern.runs]
     file = AtomicFile(directory / UNITS)
-    file.write(_header(UNIT, len(units)))
+    file.write(header_of(UNIT, len(units)))
     with tqdm(total=len(units), unit=" units", desc="sort and write packs", unit_scale=True) as bar:
         # NumPy uses radix sort, which takes linear time, for 16-bit numbers.
         order = np.argsort(units.lengths.astype(np.uint16) if capacity < 1 << 16 else units.lengths, kind="stable")
@@ -226,8 +227,8 @@ def write_table(directory: Path, units: Units, capacity: int) -> dict[str, dict[
             bar.update(len(rows))
     return {
         UNITS: file.commit(),
-        PATTERNS: _write_array(directory / PATTERNS, np.array([(p.packs, len(p.runs)) for p in patterns], PATTERN)),
-        RUNS: _write_array(directory / RUNS, np.array(runs, RUN)),
+        PATTERNS: write_array(directory / PATTERNS, np.array([(p.packs, len(p.runs)) for p in patterns], PATTERN)),
+        RUNS: write_array(directory / RUNS, np.array(runs, RUN)),
     }
 
 
@@ -261,20 +262,5 @@ def _too_long(length: int, capacity: int) -> str:
 
 
 def _stop(data: Mixture, sample: int, length: int, capacity: int) -> str:
-    file, record, element = Origins(data).of(sample)
-    place = f"record {record}" if element is None else f"record {record}, sample {element}"
     remedy = "raise --seq-length, or leave it out with --on-error skip"
-    return f"{file}, {place}: {_too_long(length, capacity)}; {remedy}"
-
-
-def _header(dtype: np.dtype, count: int) -> bytes:
-    buffer = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
-
-
-def _write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return write_atomically(path, buffer.getbuffer())
+    return f"{place_of(*Origins(data).of(sample))}: {_too_long(length, capacity)}; {remedy}"

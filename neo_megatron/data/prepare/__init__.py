@@ -1,0 +1,1 @@
+"""Preprocessing: annotations and media to shards."""

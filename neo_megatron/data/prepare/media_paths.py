@@ -41,10 +41,12 @@ def resolve_path(path: str, source: Source) -> str:
     if link:
         raise RejectedSample(
             Reason.OUTSIDE_ROOT,
-            f"{path!r:.200} lies outside {root}, because {link} is a link to {os.path.realpath(link)}; "
+            f"{path!r:.200} is outside {root}, because {link} is a link to {os.path.realpath(link)}; "
             "trust the links in the root with --follow-links (follow_links: true in a registry)",
         )
-    raise RejectedSample(Reason.OUTSIDE_ROOT, f"{path!r:.200} lies outside {root}")
+    raise RejectedSample(
+        Reason.OUTSIDE_ROOT, f"{path!r:.200} is outside {root}; correct the path, or --image-root (data_path)"
+    )
 
 
 def _link_on_the_way(root: str, path: str, written_root: str) -> str | None:

@@ -16,7 +16,7 @@ from neo_megatron.data.chat import tokenizer_fingerprint
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import ExecutorName, in_order, open_executor
+from neo_megatron.data.prepare.executors import ExecutorName, open_executor
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, Run, load_outcome, without_details
 from neo_megatron.data.prepare.tallies import Noticed
@@ -24,6 +24,7 @@ from neo_megatron.data.prepare.worker import Task
 from neo_megatron.data.shards.reader import FORMAT, VERSION
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import Reason, TooManyRejected
+from neo_megatron.worker_pool import in_order
 
 _NOT_FOUND = (Reason.MISSING_IMAGE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
 
@@ -163,8 +164,8 @@ def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[st
     return (
         f"{rejected} of {read} samples ({rejected / read:.2%}) were rejected, more than --max-rejected {limit:g} "
         f"(percent) allows; {listed} has the reason for each; {hint}nothing can be packed yet: correct the cause and "
-        "preprocess into a new --output, or run the same command with a higher --max-rejected, which only finishes "
-        "what is there"
+        "preprocess into a new --output, or run the same command with a higher --max-rejected, which only writes the "
+        "manifest"
     )
 
 

@@ -127,12 +127,13 @@ def media_value(sample: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ob
     found = [(key, sample[key]) for key in keys if not _is_empty(sample.get(key))]
     for key, value in found[1:]:
         first, before = found[0]
-        if _list(value) != _list(before):
+        if as_list(value) != as_list(before):
             raise RejectedSample(Reason.MALFORMED, f"{first!r} and {key!r} list different files; keep one of the keys")
     return found[0] if found else (keys[0], [])
 
 
-def _list(value: object) -> list:
+def as_list(value: object) -> list:
+    """A value that may be written as a list or alone, as a list."""
     return value if isinstance(value, list) else [value]
 
 

@@ -12,6 +12,7 @@ from neo_megatron.data.prepare.media_paths import resolve_path
 from neo_megatron.data.prepare.record_keys import (
     IMAGE_KEYS,
     VIDEO_KEYS,
+    as_list,
     check_keys,
     media_value,
     system_text,
@@ -62,11 +63,6 @@ def parse_record(line: bytes | None) -> Iterator[tuple[int | None, Any]]:
         raise RejectedSample(Reason.MALFORMED, "the list of samples is empty")
     else:
         yield from enumerate(record)
-
-
-def _list(value: object) -> list:
-    """A value that may be written as a list or alone, as a list."""
-    return value if isinstance(value, list) else [value]
 
 
 def check_sample(sample: object, source: Source) -> Sample:
@@ -196,7 +192,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _check_paths(key: str, value: object) -> tuple[str, ...]:
-    paths = _list(value)
+    paths = as_list(value)
     for path in paths:
         if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
             raise RejectedSample(Reason.MALFORMED, f"'{key}' must be a path or a list of paths")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_megatron.atomic_files import PARTIAL, json_line, sync_directory, write_atomically
-from neo_megatron.data.manifest import REJECTS
+from neo_megatron.data.manifest import REJECTS, check_vacant
 from neo_megatron.data.manifest_schema import check_outcome, check_plan
 from neo_megatron.data.prepare.annotation_slices import Place
 from neo_megatron.data.prepare.tallies import Noticed
@@ -184,10 +184,7 @@ def _lock(directory: Path) -> Any:
     if path.is_symlink() or path.exists():
         _check_regular(path, _PLAN_REMEDY)
     else:
-        if (directory / MANIFEST).exists():
-            raise DataError(f"{directory} already holds a data set; remove it, or choose another --output")
-        if any(directory.iterdir()) and not path.exists():
-            raise DataError(f"{directory} is not empty; choose another --output")
+        check_vacant(directory, path)
     return open(lock(path, directory), "r+b")  # noqa: SIM115 - closed by Run
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from neo_megatron.data.prepare.record_keys import ignored_keys
 from neo_megatron.data.prepare.records import Sample, blank_answer
+from neo_megatron.data.rejects import place_of
 
 # Keys may be made up for each record, so names beyond this number are counted together.
 MAX_NAMES = 64
@@ -64,8 +65,7 @@ class Noticed:
             named = ", ".join(f"{key!r} in {count}" for key, count in sorted(self.ignored_keys.items()))
             lines.append(f"ignored keys of samples kept, which nothing reads: {named}")
         for name, found in sorted(self.placeholders.items()):
-            where = f"{found['file']}, record {found['record']}"
-            where += "" if found["element"] is None else f", sample {found['element']}"
+            where = place_of(found["file"], found["record"], found["element"])
             lines.append(
                 f"warning: {name!r} stays text in {found['samples']} samples without <image> tags "
                 f"(the first: {where}); if it is the place of an image, write <image> instead"

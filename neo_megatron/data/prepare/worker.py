@@ -17,6 +17,7 @@ from neo_megatron.data.prepare.media import Media, read_media
 from neo_megatron.data.prepare.records import check_answers, check_sample, parse_record
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, save_outcome, without_details
+from neo_megatron.data.rejects import place_of
 from neo_megatron.data.shards.writer import ShardWriter
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
@@ -179,8 +180,6 @@ class SliceWorker:
         self, rejected: RejectedSample, record: int, element: int | None, source: Source, outcome: Outcome
     ) -> None:
         if self._task.on_error == "fail":
-            where = f"record {record}" if element is None else f"record {record}, sample {element}"
-            raise DataError(
-                f"{source.annotations}, {where}: {rejected.sentence}; correct it, or leave it out with --on-error skip"
-            )
+            where = place_of(source.annotations, record, element)
+            raise DataError(f"{where}: {rejected.sentence}; correct it, or leave it out with --on-error skip")
         outcome.rejects.append(rejected.row(source.annotations, record, element))

@@ -1,0 +1,1 @@
+"""The shard format: writing, reading and checking tokenized samples and their images."""

@@ -4,16 +4,35 @@
 opening a shard. Here the header is compared with the expected one: nothing is evaluated or unpickled.
 """
 
+import io
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from neo_megatron.atomic_files import write_atomically
 from neo_megatron.errors import damaged_file
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _PREFIX = 10  # bytes before the header text: the magic and the length of the text
 _MAX_HEADER = 4096
 _SHOWN = 160
+
+
+def header_of(dtype: np.dtype, count: int) -> bytes:
+    """The header of the ``.npy`` file of a one-dimensional array, whose ``count`` values follow it."""
+    buffer = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Writes a ``.npy`` file atomically; returns its entry in a manifest."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return write_atomically(path, buffer.getbuffer())
 
 
 def array_of(content: np.ndarray, dtype: np.dtype, shape: tuple[int, ...] | None, path: str, remedy: str) -> np.ndarray:

@@ -1,14 +1,13 @@
 """Writes the shards of a preprocessed data set. The files are described in ``docs/shard_format.md``."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neo_megatron.atomic_files import write_atomically
 from neo_megatron.data.chat import TokenizedSample
+from neo_megatron.data.shards.arrays import write_array
 from neo_megatron.data.shards.indexed import SequenceWriter
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, shard_name
 
@@ -72,10 +71,8 @@ class ShardWriter:
         grids = np.array(self._grids, np.int32).reshape(-1, 2)
         media = np.array(self._media, MEDIA)
         for kind, array in (("grids", grids), ("samples", np.array(self._samples, SAMPLE)), ("media", media)):
-            buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
             path = self._path(kind + ".npy")
-            files[path.name] = write_atomically(path, buffer.getvalue())
+            files[path.name] = write_array(path, array)
         counts = {"samples": len(self._samples), "pictures": len(grids), "media": len(media)}
         return {"name": self._prefix.name, **counts, "files": files}
 

@@ -1,4 +1,4 @@
-"""Packs: nothing lost, nothing over the length, records together, new neighbours in every epoch."""
+"""Packing: no sample is lost, no pack is too long, records stay together, every epoch has new neighbours."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def epoch_of(table: PackTable, seed: int, epoch: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("count", "high"), [(1, 64), (7, 64), (500, 64), (500, 20), (3000, 3), (2000, 40)])
-def test_every_sample_once_in_every_epoch_and_no_pack_over_its_length(table_of, count, high):
+def test_every_epoch_has_every_sample_once_and_no_pack_is_too_long(table_of, count, high):
     lengths = draw(0, count, high)
     table = table_of(lengths)
     for epoch in range(3):
@@ -41,7 +41,7 @@ def test_every_sample_once_in_every_epoch_and_no_pack_over_its_length(table_of, 
         assert all(0 < lengths[members].sum() <= 64 for members in packs)
 
 
-def test_the_same_seed_packs_the_same_and_every_epoch_has_new_neighbours(table_of):
+def test_same_seed_gives_same_packs_and_every_epoch_has_new_neighbours(table_of):
     table = table_of(draw(0, 20_000, 32))
     first, again, next_epoch, other = (epoch_of(table, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert first == again and len(first) == len(next_epoch) == len(other)
@@ -53,11 +53,11 @@ def test_the_same_seed_packs_the_same_and_every_epoch_has_new_neighbours(table_o
         assert len(pairs(first) & pairs(others)) < 0.02 * len(pairs(first))
 
 
-def test_any_one_pack_equals_the_whole_epoch(table_of):
+def test_a_single_pack_equals_that_of_the_complete_epoch(table_of):
     table = table_of(draw(1, 700, 50))
-    whole = epoch_of(table, 7, 2)
+    epoch = epoch_of(table, 7, 2)
     for place in range(0, len(table), 13):
-        assert table.samples(table.draw(7, 2, np.array([place])).units).tolist() == whole[place]
+        assert table.samples(table.draw(7, 2, np.array([place])).units).tolist() == epoch[place]
 
 
 def test_costs_are_those_of_the_documents_of_a_pack(table_of):
@@ -81,13 +81,13 @@ def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_packs_are_as_few_as_with_the_textbook_algorithm(seed):
+def test_there_are_no_more_packs_than_with_the_textbook_algorithm(seed):
     lengths = draw(seed, 400, 100)
     patterns = best_fit(np.bincount(lengths, minlength=129))
     assert sum(pattern.packs for pattern in patterns) == naive_best_fit_decreasing(lengths.tolist(), 128)
 
 
-def test_fill_on_a_mix_of_lengths(table_of):
+def test_packs_of_mixed_lengths_are_nearly_full(table_of):
     lengths = np.clip(np.random.default_rng(0).lognormal(6.5, 1.0, 100_000), 20, 16384).astype(np.int32)
     assert lengths.sum() / (len(table_of(lengths, 16384)) * 16384) > 0.999
 
@@ -98,12 +98,12 @@ def test_lengths_beyond_sixteen_bits(table_of):
     assert sorted(sum(packs, [])) == [0, 1, 2, 3] and len(packs) == 2
 
 
-def test_records_are_units_where_they_fit(bench, new_sample):
+def test_records_that_fit_into_a_pack_are_units(bench, new_sample):
     records = [[new_sample("q " * n, "a") for n in range(1 + number % 5)] for number in range(20)]
     records.insert(3, [new_sample("a", "b"), new_sample("w " * 200, "c"), new_sample("c", "d"), new_sample("e", "f")])
     shards = bench.preprocess(records, settings=type(bench.settings)(records_per_shard=6))
-    whole = [units_of_shard(shards.shard(number), 0, 100_000) for number in range(4)]
-    assert [len(units) for units in whole] == [6, 6, 6, 3]  # one for each record
+    undivided = [units_of_shard(shards.shard(number), 0, 100_000) for number in range(4)]
+    assert [len(units) for units in undivided] == [6, 6, 6, 3]  # one for each record
     lengths = np.concatenate([shards.shard(number).tokens.lengths for number in range(4)])
     first = 0
     seen: list[int] = []
@@ -121,7 +121,7 @@ def test_records_are_units_where_they_fit(bench, new_sample):
 
 
 @pytest.mark.parametrize(("share", "expected"), [("1/2", 50), ("1/3", 33), ("2", 200), ("5/2", 250), ("1/1000", 0)])
-def test_a_share_takes_exactly_its_part(share, expected):
+def test_a_share_takes_the_exact_number_of_units(share, expected):
     from fractions import Fraction
 
     taken = draw_share(100, Fraction(share), key=5)

@@ -23,7 +23,7 @@ from neo_megatron.errors import DataError
 
 
 class Splitter:
-    """Preprocesses data sets, holds a part of them out and says which records are on which side."""
+    """Preprocesses data sets, packs them with a held-out part, and finds the records of each side."""
 
     def __init__(self, bench) -> None:
         self.bench = bench
@@ -69,7 +69,7 @@ IMAGES = 120
 
 @pytest.fixture
 def images(bench, new_png) -> Path:
-    """A directory of different images, with links to it and in it, each under several names."""
+    """A directory of different images, each under several names, with links to it and within it."""
     root = bench.path / "images"
     (root / "a").mkdir(parents=True)
     for number in range(IMAGES):
@@ -94,7 +94,7 @@ def images(bench, new_png) -> Path:
         "{root}/../other_root/{n}.png",
     ],
 )
-def test_other_spellings_of_a_file_are_on_its_side(splitter, images, new_sample, spelling, by):
+def test_all_spellings_of_a_file_are_on_the_same_side(splitter, images, new_sample, spelling, by):
     plain = [new_sample("<image>q", f"A{n}", image=f"{n}.png") for n in range(IMAGES)]
     other = [new_sample("<image>q", f"B{n}", image=spelling.format(n=n, root=images)) for n in range(IMAGES)]
     train, held, _ = splitter.split([splitter.shards(plain, images), splitter.shards(other, images)], by=by)
@@ -103,7 +103,7 @@ def test_other_spellings_of_a_file_are_on_its_side(splitter, images, new_sample,
     assert 10 <= len(held) // 2 <= 60 and len(train) + len(held) == 2 * IMAGES
 
 
-def test_data_sets_with_other_roots_agree(splitter, images, bench, new_sample):
+def test_data_sets_with_different_roots_split_alike(splitter, images, bench, new_sample):
     """The same files below another root, without a root, and through a link to the root."""
     (images / "deep").mkdir()
     for number in range(IMAGES):
@@ -124,7 +124,7 @@ def test_data_sets_with_other_roots_agree(splitter, images, bench, new_sample):
 
 
 def random_records(new_sample, seed: int, count: int = 120) -> list:
-    """Records of no, one and several images, and list-packed ones."""
+    """Records with no, one or several images, and list-packed ones."""
     draw = random.Random(seed)
 
     def sample(number: int):
@@ -143,7 +143,7 @@ def images_of(record) -> set[str]:
 
 
 def groups_of(records: list) -> list[set[int]]:
-    """Connected components, one record after the other: the reference."""
+    """The reference: connected components, found one record after another."""
     groups: list[tuple[set[int], set[str]]] = []
     for number, record in enumerate(records):
         numbers, names = {number}, images_of(record)
@@ -175,7 +175,7 @@ def test_records_linked_through_several_images_stay_together(splitter, images, n
 
 
 def test_a_chain_of_images_is_one_group(splitter, images, new_sample):
-    """[a], [a, b], [b, c], ... and a list-packed record with the last: the longest way between two records."""
+    """[a], [a, b], [b, c], ... and a list-packed record with the last: the longest path between two records."""
     chain = [new_sample("<image>q", "a", image=["0.png"])]
     chain += [new_sample("<image><image>q", f"{n}", image=[f"{n}.png", f"{n + 1}.png"]) for n in range(20)]
     chain += [[new_sample("text", "b", image=[]), new_sample("<image>q", "c", image=["20.png"])]]
@@ -187,8 +187,8 @@ def test_a_chain_of_images_is_one_group(splitter, images, new_sample):
     assert len(sides[0]) == 1 and sides[1] == {True, False}
 
 
-def test_the_split_depends_on_the_records_alone(splitter, images, new_sample):
-    """Not on their order, the shards, the workers, the other data sets' order, or the length of packs."""
+def test_the_split_depends_only_on_the_records(splitter, images, new_sample):
+    """Not on their order, the shards, the workers, the order of data sets, or the length of packs."""
     records = random_records(new_sample, 7, 60)
     halves = records[:30], records[30:]
     found = set()
@@ -208,7 +208,7 @@ def test_the_split_depends_on_the_records_alone(splitter, images, new_sample):
 
 
 def test_by_content_finds_copies_and_survives_a_move(splitter, images, bench, new_sample):
-    """By path, copies are different files, and files that moved are others."""
+    """By path, copies are different files, and so are files that have moved."""
     records = [new_sample("<image>q", f"A{n}", image=[f"{n}.png"]) for n in range(IMAGES)]
     moved = bench.path / "moved"
     moved.mkdir()
@@ -223,8 +223,8 @@ def test_by_content_finds_copies_and_survives_a_move(splitter, images, bench, ne
     assert {n for _, n in splitter.split([second], 30, "content")[1]} == ones
 
 
-def test_a_group_larger_than_the_part_stays_in_training_and_the_part_comes_close(splitter, images, new_sample):
-    """One image in 200 of 400 records, as data sets with a placeholder image have it."""
+def test_a_group_larger_than_the_held_out_part_stays_in_training(splitter, images, new_sample):
+    """One image in 200 of 400 records, as in data sets with a placeholder image."""
     shared = [new_sample("<image>q", f"A{n}", image=["0.png"]) for n in range(200)]
     texts = [new_sample(f"text {n}", "b") for n in range(200)]
     train, held, (manifest, _) = splitter.split([splitter.shards(shared + texts, images)], 25)
@@ -233,7 +233,7 @@ def test_a_group_larger_than_the_part_stays_in_training_and_the_part_comes_close
     assert 80 <= len(held) <= 120  # 100 were asked for
 
 
-def test_a_grown_data_set_moves_only_what_it_links(splitter, images, new_sample):
+def test_a_grown_data_set_moves_only_records_that_it_links(splitter, images, new_sample):
     records = [new_sample("<image>q", f"A{n}", image=[f"{n % 30}.png"]) for n in range(120)]
     more = [new_sample("<image>q", f"B{n}", image=[f"{30 + n}.png"]) for n in range(10)]
     link = [new_sample("<image><image>q", "link", image=["3.png", "5.png"])]
@@ -246,7 +246,7 @@ def test_a_grown_data_set_moves_only_what_it_links(splitter, images, new_sample)
 
 
 def test_videos_and_images_count_as_files(splitter, images, bench, new_sample):
-    """An animated GIF may be named as an image and as a video."""
+    """An animated GIF may be listed as an image and as a video."""
     pytest.importorskip("av")
     from PIL import Image
 
@@ -261,7 +261,7 @@ def test_videos_and_images_count_as_files(splitter, images, bench, new_sample):
 
 
 def as_version_2(directory: Path) -> None:
-    """Makes a directory of shards what the release before wrote."""
+    """Converts a directory of shards to what the previous release wrote."""
     manifest = json.loads((directory / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["version"] = 2
@@ -271,7 +271,7 @@ def as_version_2(directory: Path) -> None:
     write_manifest(directory, manifest)
 
 
-def test_older_shards_are_packed_and_only_the_split_is_refused(splitter, images, new_sample):
+def test_shards_of_version_2_can_be_packed_but_not_split(splitter, images, new_sample):
     shards = splitter.shards([new_sample("<image>q", f"A{n}", image=f"{n}.png") for n in range(9)], images)
     as_version_2(shards)
     assert verify(shards).damage == []
@@ -282,8 +282,8 @@ def test_older_shards_are_packed_and_only_the_split_is_refused(splitter, images,
         splitter.split([shards])
 
 
-def test_packs_of_the_release_before_are_still_verified(splitter, images, new_sample):
-    """It held records out by the number that shards keep for the text."""
+def test_packs_of_version_2_can_be_verified(splitter, images, new_sample):
+    """It held out records by the key that shards store for the text."""
     shards = splitter.shards([new_sample(f"q{n}", "b") for n in range(40)], images)
     _, held, _ = splitter.split([shards])
     as_version_2(shards)
@@ -297,7 +297,7 @@ def test_packs_of_the_release_before_are_still_verified(splitter, images, new_sa
         assert verify(directory).damage == []
 
 
-def test_the_tool_prints_what_stays_together(splitter, images, bench, new_sample, run_tool):
+def test_the_tool_prints_which_records_stay_together(splitter, images, bench, new_sample, run_tool):
     linked = [new_sample("<image><image>q", f"{n}", image=["0.png", f"{n + 1}.png"]) for n in range(20)]
     texts = [new_sample(f"text {n}", "b") for n in range(60)]
     shards = splitter.shards(linked + texts, images)
@@ -314,7 +314,7 @@ def test_the_tool_prints_what_stays_together(splitter, images, bench, new_sample
     assert done.returncode == 2 and "--held-out-by goes with --held-out" in done.stderr
 
 
-def test_large_graphs_against_a_search():
+def test_components_of_large_graphs_equal_those_of_a_search():
     """Components of a random graph near the size at which one large component appears, and of a path."""
     from neo_megatron.data.packs.held_out import _connect
 

@@ -1,4 +1,4 @@
-"""Packing that is killed is completed by the same command; an output has one writer at a time."""
+"""The same command completes packing after a kill, and an output has one writer at a time."""
 
 import dataclasses
 import os
@@ -39,10 +39,10 @@ def contents(directory: Path, directory_bytes) -> list[dict[str, bytes]]:
     return [directory_bytes(directory / side) for side in ("train", "held")]
 
 
-def test_a_pair_is_completed_after_a_kill_at_any_step(pack, tmp_path, directory_bytes):
-    pack(tmp_path / "whole")
-    whole = contents(tmp_path / "whole", directory_bytes)
-    assert all(MARK not in side and "manifest.json" in side for side in whole)
+def test_both_outputs_are_completed_after_a_kill_at_any_step(pack, tmp_path, directory_bytes):
+    pack(tmp_path / "complete")
+    complete = contents(tmp_path / "complete", directory_bytes)
+    assert all(MARK not in side and "manifest.json" in side for side in complete)
 
     def until_killed(step: int) -> None:
         kill_at_step(step, before=bool(step % 2))
@@ -59,12 +59,12 @@ def test_a_pair_is_completed_after_a_kill_at_any_step(pack, tmp_path, directory_
             with pytest.raises(DataError, match="already holds a data set"):
                 pack(tmp_path / str(step))
         found = contents(tmp_path / str(step), directory_bytes)
-        assert [{name: side[name] for name in side if name != MARK} for side in found] == whole, step
+        assert [{name: side[name] for name in side if name != MARK} for side in found] == complete, step
     assert step > 10 and again > 8
 
 
-def test_the_mark_of_another_pair_goes_with_the_next_command(pack, tmp_path, directory_bytes):
-    """Where the kill came between the marks of two complete directories, the second is complete as well."""
+def test_the_next_command_removes_a_marker_left_by_a_kill(pack, tmp_path, directory_bytes):
+    """After a kill between removing the markers of two complete directories, the second is complete too."""
     pack(tmp_path)
     (tmp_path / "held" / MARK).touch()
     with pytest.raises(DataError, match="held already holds a data set"), NewOutputs([tmp_path / "held"], FORMAT):
@@ -72,7 +72,7 @@ def test_the_mark_of_another_pair_goes_with_the_next_command(pack, tmp_path, dir
     assert not (tmp_path / "held" / MARK).exists()
 
 
-def test_one_writer(pack, tmp_path):
+def test_an_output_has_one_writer(pack, tmp_path):
     with (
         NewOutputs([tmp_path / "held"], FORMAT),
         pytest.raises(DataError, match="another run is writing to .*held; wait until it ends"),
@@ -81,7 +81,7 @@ def test_one_writer(pack, tmp_path):
     assert list((tmp_path / "train").iterdir()) == []
 
 
-def test_what_is_not_ours_stays(pack, tmp_path):
+def test_other_files_are_not_removed(pack, tmp_path):
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "thesis.tex").touch()
     with pytest.raises(DataError, match="held is not empty; choose another --output"):

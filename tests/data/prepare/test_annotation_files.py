@@ -1,4 +1,4 @@
-"""Files that are not what their name says end in a sentence with what they are; files that are right pass."""
+"""Annotation files whose contents do not fit their name are rejected with a remedy; others are accepted."""
 
 import bz2
 import gzip
@@ -39,7 +39,7 @@ def archive(kind: str) -> bytes:
 
 
 def said(path, content: bytes) -> str:
-    """The sentence about a file, "" where it passes."""
+    """The message about a file; "" if it is accepted."""
     path.write_bytes(content)
     try:
         check_annotation_file(str(path))
@@ -76,7 +76,7 @@ BINARY = {
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 @pytest.mark.parametrize("kind", BINARY)
-def test_files_that_are_not_json_are_named(tmp_path, name, kind):
+def test_other_file_formats_are_recognised(tmp_path, name, kind):
     content, sentence = BINARY[kind]
     assert sentence in said(tmp_path / name, content)
 
@@ -97,7 +97,7 @@ def test_files_that_are_not_json_are_named(tmp_path, name, kind):
         json.dumps([RECORDS]).encode(),
     ],
 )
-def test_an_array_belongs_into_json(tmp_path, content):
+def test_an_array_in_a_jsonl_file_is_rejected(tmp_path, content):
     assert "is one JSON array; rename it to .json" in said(tmp_path / "a.jsonl", content)
     assert not said(tmp_path / "a.json", content)
 
@@ -114,7 +114,7 @@ def test_an_array_belongs_into_json(tmp_path, content):
         json.dumps([LONG]).encode() + b"\n" + json.dumps([LONG]).encode(),
     ],
 )
-def test_lines_belong_into_jsonl(tmp_path, content):
+def test_lines_in_a_json_file_are_rejected(tmp_path, content):
     assert not said(tmp_path / "a.jsonl", content)
     if len(content) < 1 << 20:
         assert "has one record a line; rename it to .jsonl" in said(tmp_path / "a.json", content)
@@ -128,13 +128,13 @@ def test_lines_belong_into_jsonl(tmp_path, content):
         ({str(number): record for number, record in enumerate(RECORDS)}, "a record under each key"),
     ],
 )
-def test_an_object_with_all_records_is_named(tmp_path, value, sentence, indent):
+def test_an_object_that_holds_all_records_is_rejected(tmp_path, value, sentence, indent):
     content = json.dumps(value, indent=indent).encode()
     assert sentence in said(tmp_path / "a.json", content)
     assert (sentence if indent is None else "span several lines") in said(tmp_path / "a.jsonl", content)
 
 
-def test_one_record_over_several_lines_is_named(tmp_path):
+def test_a_record_that_spans_several_lines_is_rejected(tmp_path):
     content = json.dumps(RECORDS[0], indent=2).encode()
     assert "span several lines; write one a line" in said(tmp_path / "a.jsonl", content)
     assert "is one JSON object, not an array" in said(tmp_path / "a.json", content)
@@ -142,15 +142,15 @@ def test_one_record_over_several_lines_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("first", [b"{broken", b'{"conversations": [', b"[{broken", b'"text"', b"log: started"])
-def test_a_broken_first_record_is_left_to_its_own_reject(tmp_path, first):
+def test_a_broken_first_record_does_not_reject_the_file(tmp_path, first):
     assert not said(tmp_path / "a.jsonl", first + b"\n" + LINES)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is no fault
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine may be slow
 @given(
     st.lists(st.recursive(st.none() | st.integers() | st.text(), lambda v: st.dictionaries(st.text(), v)), min_size=2)
 )
-def test_what_json_writes_passes_under_its_own_name(tmp_path_factory, records):
+def test_files_written_by_json_are_accepted(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("written")
     assert not said(path / "a.json", json.dumps(records).encode())
     objects = [{"value": record} for record in records]

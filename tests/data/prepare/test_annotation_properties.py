@@ -1,4 +1,4 @@
-"""Whatever stands in an annotation file: nothing crashes, every sample is kept or rejected with its reason."""
+"""Property tests: whatever an annotation file holds, every sample is kept, or rejected with its reason."""
 
 import json
 import tempfile
@@ -79,7 +79,7 @@ records = mostly(samples, st.lists(samples, max_size=3))
 
 
 def deep(levels: int, kind: str = "[]") -> bytes:
-    """A usable sample with something nested in it that nobody asked for."""
+    """A usable sample with arbitrary nested values in it."""
     opening = b"[" if kind == "[]" else b'{"a":'
     closing = b"]" if kind == "[]" else b"}"
     turns = b'[{"from":"human","value":"a"},{"from":"gpt","value":"b"}]'
@@ -98,7 +98,7 @@ lines = mostly(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of images, with links that leave it, and one that goes round."""
+    """A directory of images, with links that leave it and one that is circular."""
     directory = tmp_path_factory.mktemp("properties") / "images"
     (directory / "sub").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(directory / "a.png")
@@ -126,7 +126,7 @@ def encoder(neo) -> ChatEncoder:
 @example(line=deep(900))
 @example(line=deep(900, "{}"))
 @example(line=deep(100_000))
-def test_a_record_is_taken_or_refused(root, neo, encoder, line):
+def test_a_record_is_kept_or_rejected(root, neo, encoder, line):
     source = Source("train", str(root.parent / "train.jsonl"), str(root))
     try:
         written = list(parse_record(line))
@@ -147,7 +147,7 @@ def test_a_record_is_taken_or_refused(root, neo, encoder, line):
 
 
 def check_layout(tokens: list[int], neo, images: int | None = None, turns: int | None = None) -> None:
-    """Control tokens stand where the template puts them, and nowhere else, whatever the text says."""
+    """Checks that control tokens are where the template puts them, and nowhere else, whatever the text."""
     ids = special_ids(neo)
     special = set(neo.all_special_ids) | set(neo.convert_tokens_to_ids(list(neo.get_added_vocab())))
     names = {ids.turn_start: "S", ids.turn_end: "E", ids.image_start: "(", ids.image_context: ".", ids.image_end: ")"}
@@ -161,7 +161,7 @@ def check_layout(tokens: list[int], neo, images: int | None = None, turns: int |
 
 
 def run(root: Path, tokenizer: Path, content: bytes, name: str) -> tuple[dict, list[dict], ShardSet]:
-    """(counts, rejects, shards) of an annotation file of these bytes."""
+    """Preprocesses an annotation file of these bytes; returns (counts, rejects, shards)."""
     directory = Path(tempfile.mkdtemp(dir=root.parent))
     (directory / name).write_bytes(content)
     source = Source("train", str(directory / name), str(root))
@@ -171,7 +171,7 @@ def run(root: Path, tokenizer: Path, content: bytes, name: str) -> tuple[dict, l
 
 
 def check_books(counts: dict, rejects: list[dict], shards: ShardSet, neo) -> None:
-    """Kept and rejected make what was read, and each reject says what and why."""
+    """Checks that kept and rejected samples add up to those read, and that each reject has its place and reason."""
     assert len(shards) == counts["samples_kept"]
     assert len(rejects) == counts["samples_rejected"] == sum(counts["rejected_by_reason"].values())
     assert counts["samples_read"] == counts["samples_kept"] + counts["samples_rejected"]

@@ -1,4 +1,4 @@
-"""Annotation files: slices, shares, registry."""
+"""Slices of annotation files, shares of data sets, and registries."""
 
 import json
 import os
@@ -32,19 +32,19 @@ def test_array_and_lines_give_the_same_records(tmp_path, size):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_slices_can_be_read_from_any_place_on(tmp_path, name):
-    """Which is how a run is continued: nothing before the place is read again."""
+def test_slicing_can_start_at_any_slice(tmp_path, name):
+    """As when a run is continued: nothing before the slice is read again."""
     texts = [json.dumps({"n": n}) for n in range(20)]
     (tmp_path / name).write_text("\n".join(texts) if name == "a.jsonl" else "[" + ", ".join(texts) + "]")
     (tmp_path / "broken.json").write_text("[" + texts[0] + ", " + texts[1] + ", {")
     sources = [Source("a", str(tmp_path / name)), Source("b", str(tmp_path / "broken.json"))] * 2
     for size in (1, 3, 20, 100):
-        whole = list(slices(sources, size))
-        for number, piece in enumerate(whole):
+        every = list(slices(sources, size))
+        for number, piece in enumerate(every):
             rest = list(slices(sources, size, piece.next))
-            assert [other.place for other in rest] == [other.place for other in whole[number + 1 :]]
-            assert [other.broken for other in rest] == [other.broken for other in whole[number + 1 :]]
-            for one, other in zip(rest, whole[number + 1 :], strict=True):
+            assert [other.place for other in rest] == [other.place for other in every[number + 1 :]]
+            assert [other.broken for other in rest] == [other.broken for other in every[number + 1 :]]
+            for one, other in zip(rest, every[number + 1 :], strict=True):
                 assert np.array_equal(one.bounds, other.bounds)
 
 
@@ -72,26 +72,26 @@ def test_slices_come_before_the_file_is_read_to_its_end(tmp_path, monkeypatch):
         ("[,]", [], [0, 1], ""),
     ],
 )
-def test_a_broken_array_gives_what_is_whole(tmp_path, text, usable, damaged, reason):
-    """What is whole is kept; every other record is there to be reported, the last as the reason of the break."""
+def test_intact_records_of_a_broken_array_are_kept(tmp_path, text, usable, damaged, reason):
+    """The other records can be reported, the last with the reason why the array breaks off."""
     (tmp_path / "a.json").write_text(text)
     source = Source("a", str(tmp_path / "a.json"))
     pieces = list(slices([source], 100))
-    whole, other = [], []
+    intact, other = [], []
     for number, record in (pair for piece in pieces for pair in read_slice(piece, source, 0)):
         try:
             json.loads(record)
-            whole.append(number)
+            intact.append(number)
         except ValueError:
             other.append(number)
-    assert (whole, other) == (usable, damaged)
+    assert (intact, other) == (usable, damaged)
     assert [piece.broken for piece in pieces if piece.broken or reason] == [ANY] * bool(reason)
     assert all(reason in piece.broken for piece in pieces)
 
 
 @pytest.mark.parametrize("text", ["", '{"n": 0}', '{"n": 0}\n{"n": 1}\n'])
-def test_what_is_no_array_is_refused(tmp_path, text):
-    """Also where the file changes after the source was checked."""
+def test_a_file_without_an_array_is_rejected(tmp_path, text):
+    """Even if the file changes after the source was checked."""
     (tmp_path / "a.json").write_text("[]")
     source = Source("a", str(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text(text)
@@ -100,7 +100,7 @@ def test_what_is_no_array_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_a_record_that_is_too_long_is_left_out_unread(tmp_path, monkeypatch, name):
+def test_a_record_that_is_too_long_is_not_read(tmp_path, monkeypatch, name):
     monkeypatch.setattr(annotation_slices, "MAX_RECORD_BYTES", 1 << 17)
     records = ['{"n": 0}', '{"x": "' + "y" * (1 << 20) + '"}', '{"n": 2}']
     (tmp_path / name).write_text("\n".join(records) if name == "a.jsonl" else "[" + ",".join(records) + "]")
@@ -121,7 +121,7 @@ def test_shares_are_exact(tmp_path, percent):
     assert numbers == sorted(numbers)
 
 
-def test_draw_depends_on_seed_and_name_alone(tmp_path):
+def test_draw_depends_only_on_seed_and_name(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(100)))
     half = [Source(name, str(tmp_path / f"{name}.jsonl"), share=Fraction(1, 2)) for name in ("a", "b")]
@@ -134,7 +134,7 @@ def test_draw_depends_on_seed_and_name_alone(tmp_path):
         ]
 
     alone = draw(half[:1], half[0])
-    assert draw(half[::-1], half[0]) == alone  # behind another data set
+    assert draw(half[::-1], half[0]) == alone  # after another data set
     assert draw(half[:1], half[0], seed=1) != alone
     assert draw(half[1:], half[1]) != alone
     tenth = Source("a", half[0].annotations, share=Fraction(1, 10))
@@ -143,7 +143,7 @@ def test_draw_depends_on_seed_and_name_alone(tmp_path):
 
 @pytest.mark.parametrize(("percent", "total"), [("50", 100), ("10", 20), ("0.5", 1), ("150", 300), ("33.3", 67)])
 def test_shares_of_many_small_files_add_up(tmp_path, percent, total):
-    """200 files of one record each; rounding file by file would take none or all of them."""
+    """200 files of one record each; rounding for each file would take none or all of them."""
     paths = [tmp_path / f"{number}.jsonl" for number in range(200)]
     for path in paths:
         path.write_text("{}\n")
@@ -204,7 +204,7 @@ def test_registry_resolves_names_and_percentages(registry, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("nothing", "holds: caption, text"),
+        ("nothing", "choose from: caption, text"),
         ("text%0", "above 0"),
         ("text%-5", "above 0"),
         ("text%", "above 0"),
@@ -213,7 +213,7 @@ def test_registry_resolves_names_and_percentages(registry, monkeypatch):
         ("text%inf", "above 0"),
     ],
 )
-def test_wrong_names_are_refused(registry, name, sentence):
+def test_unknown_names_are_rejected(registry, name, sentence):
     with pytest.raises(DataError, match=sentence):
         data_list([name], registry)
 
@@ -221,13 +221,13 @@ def test_wrong_names_are_refused(registry, name, sentence):
 @pytest.mark.parametrize(
     "text", ["[1, 2", "- a", "a: b", "a: {annotation_path: x, root: y}", "a: {annotation_path: 3}"]
 )
-def test_wrong_registries_are_refused(tmp_path, text):
+def test_malformed_registries_are_rejected(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(DataError, match=r"r\.yaml"):
         data_list(["a"], tmp_path / "r.yaml")
 
 
-def test_a_data_set_that_is_named_twice_is_refused(registry):
+def test_a_data_set_that_is_named_twice_is_rejected(registry):
     with pytest.raises(DataError, match="data set text is named twice; .*text%200"):
         data_list(["text", "caption", "text%50"], registry)
 
@@ -245,7 +245,7 @@ def test_a_data_set_that_is_named_twice_is_refused(registry):
         ),
     ],
 )
-def test_keys_that_a_registry_has_twice_are_refused(tmp_path, text, said):
+def test_duplicate_keys_in_a_registry_are_rejected(tmp_path, text, said):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(DataError, match=rf"r\.yaml is not valid YAML: .*{said}"):
         data_list(["a"], tmp_path / "r.yaml")

@@ -1,4 +1,4 @@
-"""Who does the slices: the same bytes from any engine, and a sentence when a worker dies."""
+"""Executors: all give the same bytes, keep the order, and report a worker that dies."""
 
 import dataclasses
 import os
@@ -11,26 +11,27 @@ import numpy as np
 import pytest
 
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import LocalExecutor, in_order
+from neo_megatron.data.prepare.executors import LocalExecutor
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome
 from neo_megatron.data.prepare.worker import Task
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import DataError
+from neo_megatron.worker_pool import in_order
 
 
 class Shuffled:
-    """An engine that finishes the newest slice first, and notes how many it held at a time."""
+    """An executor that finishes the newest slice first, and records how many slices it had at a time."""
 
-    def __init__(self, hands: int, failing: set[int]) -> None:
-        self.workers, self.failing = hands, failing
+    def __init__(self, workers: int, failing: set[int]) -> None:
+        self.workers, self.failing = workers, failing
         self.held: list[int] = []
         self.most = self.last = 0
 
-    def start(self, piece: Slice) -> None:
-        self.held.append(piece.place.number)
-        self.last = piece.place.number
+    def start(self, number: int, piece: Slice) -> None:
+        self.held.append(number)
+        self.last = number
         self.most = max(self.most, len(self.held))
         assert len(self.held) <= self.workers
 
@@ -46,14 +47,14 @@ def pieces(count: int) -> Iterator[Slice]:
     return (Slice(Place(number), np.empty((0, 2), np.int64)) for number in range(count))
 
 
-@pytest.mark.parametrize("hands", [1, 2, 5])
-def test_outcomes_come_in_order_with_bounded_work(hands):
-    engine = Shuffled(hands, set())
-    for number, outcome in enumerate(in_order(engine, pieces(40))):
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_outcomes_are_in_order_and_work_in_flight_is_bounded(workers):
+    executor = Shuffled(workers, set())
+    for number, outcome in enumerate(in_order(executor, pieces(40))):
         assert outcome.number == number
-        assert engine.last - number < 4 * hands  # a slow slice does not let the others run away
+        assert executor.last - number < 4 * workers  # others do not get far ahead of a slow slice
     assert number == 39
-    assert engine.most == hands
+    assert executor.most == workers
 
 
 def test_the_first_error_in_order_is_raised():
@@ -64,29 +65,29 @@ def test_the_first_error_in_order_is_raised():
     assert got == list(range(6))
 
 
-def test_a_worker_that_dies_ends_in_a_sentence(bench, new_sample, tmp_path):
+def test_a_worker_that_dies_is_reported_with_its_records(bench, new_sample, tmp_path):
     file = bench.annotations([new_sample()] * 10, "train.jsonl")
     source = Source("train", str(file))
     piece = next(slices([source], 4))
     file.unlink()
-    os.mkfifo(file)  # a worker that opens it waits for ever
+    os.mkfifo(file)  # a worker that opens it waits forever
     parts = load_parts(bench.tokenizer)
     task = Task([source], parts.json, parts.ids, bench.settings, "skip", tmp_path)
-    engine = LocalExecutor(task, 1, lambda *_: None)
+    executor = LocalExecutor(task, 1, lambda *_: None)
     try:
-        engine.start(piece)
+        executor.start(0, piece)
         os.kill(active_children()[0].pid, signal.SIGSEGV)
         with pytest.raises(DataError) as raised:
-            engine.wait()
+            executor.wait()
     finally:
-        engine.close()
+        executor.close()
     assert str(raised.value).startswith("a worker died (by SIGSEGV) while it worked on ")
     assert "train.jsonl, records 0 to 3; run the same command again to continue" in str(raised.value)
 
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    """Two machines of one worker each, as far as Ray can tell."""
+    """A Ray cluster of two simulated machines with one CPU each."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -113,7 +114,7 @@ def test_a_ray_cluster_makes_the_same_bytes(bench, new_sample, directory_bytes, 
         preprocess([source], bench.tokenizer, bench.path / "fail", settings, "fail", workers=2, engine="ray")
 
 
-def test_without_ray_a_sentence_says_how_to_install_it(bench, new_sample, monkeypatch):
+def test_without_ray_the_message_says_how_to_install_it(bench, new_sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     source, settings = mixed(bench, new_sample)
     with pytest.raises(DataError, match="--engine ray needs Ray: pip install 'ray>=2.40,<2.61'"):

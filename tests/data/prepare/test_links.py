@@ -1,4 +1,4 @@
-"""Symbolic links in an image root: rejected with the link's name, or trusted with ``follow_links``."""
+"""Symbolic links in an image root are rejected and named, or trusted with ``follow_links``."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def source(root: Path, follow: bool = True) -> Source:
         ("{root}/coco/train2017/1.png", "disk/train2017/1.png"),
     ],
 )
-def test_links_are_followed_where_they_are_trusted(root, path, target):
+def test_trusted_links_are_followed(root, path, target):
     path = path.format(root=root)
     assert resolve_path(path, source(root)) == os.path.realpath(root.parent / target)
     linked = Source("s", str(root.parent / "notes.json"), str(root.parent / "root_link"), follow_links=True)
@@ -79,19 +79,19 @@ def test_the_sentence_names_the_link_and_where_it_leads(root):
         "..",
     ],
 )
-def test_what_leaves_the_root_without_a_link_is_refused_either_way(root, path, follow):
+def test_paths_that_leave_the_root_without_a_link_are_always_rejected(root, path, follow):
     with pytest.raises(RejectedSample) as raised:
         resolve_path(path.format(root=root), source(root, follow))
     assert raised.value.reason == Reason.OUTSIDE_ROOT and "--follow-links" not in raised.value.sentence
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_links_within_the_root_need_no_trust(root, follow):
+def test_links_within_the_root_are_always_followed(root, follow):
     for path in ("inner/2.png", "up/data/3.png", "up/data/inner/2.png"):
         assert resolve_path(path, source(root, follow)) == os.path.realpath(root / path)
 
 
-def test_links_beside_the_annotations_count_as_well(root):
+def test_links_next_to_the_annotations_are_checked(root):
     (root.parent / "out.png").symlink_to("/etc/hostname")
     notes = str(root.parent / "notes.json")
     assert resolve_path("out.png", Source("s", notes, follow_links=True)) == "/etc/hostname"
@@ -99,7 +99,7 @@ def test_links_beside_the_annotations_count_as_well(root):
         resolve_path("out.png", Source("s", notes))
 
 
-def test_the_tool_follows_links_and_notes_it(root, bench, new_sample, run_tool):
+def test_the_tool_follows_links_and_records_it(root, bench, new_sample, run_tool):
     notes = bench.annotations([new_sample("<image>q", "a", image="coco/train2017/1.png")], "llava.json")
     flags = (
         "preprocess_data.py",
@@ -122,7 +122,7 @@ def test_the_tool_follows_links_and_notes_it(root, bench, new_sample, run_tool):
     assert manifest["counts"]["samples_kept"] == 1 and manifest["sources"][0]["follow_links"] is True
 
 
-def test_a_registry_has_a_key_for_it(root, tokenizer, run_tool):
+def test_a_registry_can_trust_links(root, tokenizer, run_tool):
     registry = root.parent / "r.yaml"
     entry = "{annotation_path: notes.json, data_path: data, follow_links: %s}"
     registry.write_text(f"a: {entry % 'true'}\nb: {entry % 'false'}\nc: {{annotation_path: notes.json}}\n")

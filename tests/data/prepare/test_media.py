@@ -1,4 +1,4 @@
-"""The images of a sample in the form in which a shard keeps them."""
+"""Images and video frames of a sample, in the form in which shards store them."""
 
 import io
 from pathlib import Path
@@ -21,7 +21,7 @@ def sample(*images: Path) -> Sample:
 
 @pytest.fixture
 def photo(tmp_path, new_png) -> Path:
-    """A JPEG lying on its side, as its EXIF says."""
+    """A JPEG stored sideways, with EXIF that says so."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "photo.jpg"
@@ -29,7 +29,7 @@ def photo(tmp_path, new_png) -> Path:
     return path
 
 
-def test_the_header_gives_what_decoding_gives(photo):
+def test_header_check_and_decoding_give_the_same_media(photo):
     both = [load_media(sample(photo), PreprocessConfig(check=check)) for check in ("decode", "header")]
     (turns, decoded, grid), (same_turns, trusted, same_grid) = both
     assert turns == same_turns == sample(photo).turns
@@ -50,7 +50,7 @@ def test_only_the_pixels_of_a_broken_image_pass_the_header_check(photo):
 
 
 @pytest.mark.parametrize("check", ["decode", "header"])
-def test_long_strips_are_refused_by_either_check(tmp_path, check):
+def test_long_strips_are_rejected_by_both_checks(tmp_path, check):
     path = tmp_path / "strip.png"
     Image.new("RGB", (2010, 10)).save(path)
     with pytest.raises(RejectedSample) as raised:
@@ -64,7 +64,7 @@ def test_patches_are_those_of_the_resized_image(photo):
     assert stored.dtype == np.uint8 and (stored == expected.reshape(-1)).all()
 
 
-def test_a_sample_has_a_limit_of_memory(photo, monkeypatch):
+def test_the_memory_of_a_sample_is_limited(photo, monkeypatch):
     monkeypatch.setattr("neo_megatron.data.prepare.media.MAX_SAMPLE_BYTES", 2 * photo.stat().st_size)
     load_media(sample(photo, photo), PreprocessConfig())
     with pytest.raises(RejectedSample) as raised:

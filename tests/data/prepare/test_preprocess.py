@@ -1,4 +1,4 @@
-"""The whole step from annotations to shards: what is kept, what is rejected and why, and the same bytes every time."""
+"""Preprocessing from annotations to shards: kept and rejected samples, and reproducible bytes."""
 
 import dataclasses
 import json
@@ -41,8 +41,8 @@ print({"torch", "transformers", "megatron"} & {*sys.modules})
 """
 
 
-def test_no_process_keeps_torch_or_transformers(bench, new_sample, directory_bytes):
-    """They would cost each worker half a gigabyte and seconds; a process of its own reads the tokenizer."""
+def test_torch_and_transformers_do_not_stay_loaded(bench, new_sample, directory_bytes):
+    """They would cost each worker seconds and half a gigabyte; a separate process reads the tokenizer."""
     file = bench.annotations([new_sample()])
     command = [sys.executable, "-c", RUN, str(file), str(bench.tokenizer), str(bench.path / "alone")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -86,7 +86,7 @@ def test_both_image_stores_give_the_same_items(bench, new_sample, new_png):
         assert len(encoded["patches"]) == len(encoded["image_token_index"])
 
 
-def test_several_images_get_the_smaller_limit(bench, new_sample, new_png):
+def test_several_images_share_a_pixel_limit(bench, new_sample, new_png):
     bench.images("a.png")
     (bench.path / "images" / "a.png").write_bytes(new_png(512, 512))
     settings = dataclasses.replace(bench.settings, max_pixels=128 * 128)
@@ -121,7 +121,7 @@ def bad_images(bench, new_png) -> None:
 
 
 @pytest.mark.parametrize("store", ["encoded", "patches"])
-def test_each_bad_image_has_its_reason_and_nothing_replaces_it(bench, new_sample, new_png, samples_of, store):
+def test_each_bad_image_is_rejected_with_its_reason(bench, new_sample, new_png, samples_of, store):
     bad_images(bench, new_png)
     good = [new_sample("<image>", "first", image="a.png"), new_sample("last", "one")]
     records = [good[0], *(new_sample("<image>", "bad", image=path) for path in BAD), good[1]]
@@ -136,7 +136,7 @@ def test_each_bad_image_has_its_reason_and_nothing_replaces_it(bench, new_sample
     assert sum(counts["rejected_by_reason"].values()) == len(BAD)
 
 
-def test_a_bad_element_leaves_the_rest_of_its_list(bench, new_sample):
+def test_a_bad_element_does_not_reject_the_rest_of_its_list(bench, new_sample):
     shards = bench.preprocess([[new_sample("a", "b"), {"conversations": []}, new_sample("c", "d")], [], [[]]])
     assert [(entry["record"], entry["element"], entry["kind"]) for entry in bench.rejects()] == [
         (0, 1, Reason.EMPTY_CONVERSATION),
@@ -147,7 +147,7 @@ def test_a_bad_element_leaves_the_rest_of_its_list(bench, new_sample):
     assert shards.shard(0).tokens.documents.tolist() == [0, 2]
 
 
-def test_broken_json_costs_the_broken_record_alone(bench, new_sample):
+def test_broken_json_rejects_only_the_broken_record(bench, new_sample):
     lines = [json.dumps(new_sample("a", "b")), "{broken", "", json.dumps(new_sample("c", "d")), '{"conversations": [']
     (bench.path / "lines.jsonl").write_text("\n".join(lines))
     shards = bench.preprocess(bench.path / "lines.jsonl", "lines")
@@ -163,7 +163,7 @@ def test_broken_json_costs_the_broken_record_alone(bench, new_sample):
     assert shards.manifest["counts"]["samples_read"] == 3
 
 
-def test_nothing_usable_leaves_no_shard(bench):
+def test_a_slice_without_usable_samples_has_no_shard(bench):
     shards = bench.preprocess([{}, {}])
     assert len(shards) == 0 and shards.manifest["shards"] == []
     assert sorted(path.name for path in (bench.path / "shards").iterdir()) == ["manifest.json", "rejects.jsonl"]
@@ -183,7 +183,7 @@ def test_fail_stops_at_the_first_bad_record_in_order(bench, new_sample, workers)
     assert len(bench.preprocess(records, settings=settings)) == 5  # what was done is continued
 
 
-def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
+def test_the_command_ends_with_the_error(bench, new_sample, run_tool):
     file = bench.annotations([new_sample(), [new_sample(), new_sample("<image>", "x")]])
     done = run_tool(
         "preprocess_data.py",
@@ -211,7 +211,7 @@ def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
         (["--workers", "0"], "--workers must be at least 1"),
         (["--engine", "spark"], "invalid choice: 'spark'"),
         (["--check", "no"], "invalid choice: 'no'"),
-        (["--min-pixels", "0"], "--min-pixels 0 must be above 0"),
+        (["--min-pixels", "0"], "--min-pixels is 0: it must be above 0"),
         (["--max-frames", "0"], "--max-frames must be at least 1"),
         (
             ["--tokenizer", "tests/data"],
@@ -219,7 +219,7 @@ def test_command_line_ends_with_the_sentence(bench, new_sample, run_tool):
         ),
     ],
 )
-def test_wrong_flags_end_in_a_sentence(bench, golden, run_tool, flags, sentence):
+def test_wrong_flags_are_rejected(bench, golden, run_tool, flags, sentence):
     file = bench.annotations([])
     done = run_tool(
         "preprocess_data.py", "--input", file, "--tokenizer", golden / "tokenizer", "--output", bench.path / "s", *flags
@@ -227,7 +227,7 @@ def test_wrong_flags_end_in_a_sentence(bench, golden, run_tool, flags, sentence)
     assert done.returncode and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_finished_data_and_foreign_files_are_never_overwritten(bench, new_sample, directory_bytes):
+def test_finished_data_and_other_files_are_never_overwritten(bench, new_sample, directory_bytes):
     bench.preprocess([new_sample()])
     before = directory_bytes(bench.path / "shards")
     with pytest.raises(DataError, match="already holds a data set"):

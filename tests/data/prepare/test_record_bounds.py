@@ -1,4 +1,4 @@
-"""Bounds of records against ``json.loads`` of the whole document, with blocks cut anywhere."""
+"""Bounds of records against ``json.loads`` of the complete document, for blocks cut anywhere."""
 
 import json
 
@@ -51,31 +51,31 @@ SURVEY = settings(max_examples=100, deadline=None, derandomize=True)
 
 @SURVEY
 @given(documents)
-def test_elements_are_those_of_the_whole_document(path, text):
-    whole = json.loads(text)
+def test_elements_equal_those_of_the_parsed_document(path, text):
+    document = json.loads(text)
     for block in BLOCKS:
         bounds, records, broken = read(path, text, block=block)
-        assert [json.loads(record) for record in records] == whole
+        assert [json.loads(record) for record in records] == document
         assert broken == ""
         for number, (_, end) in enumerate(bounds):
-            assert read(path, text, block=block, start=end)[0] == bounds[number + 1 :]  # going on behind any record
+            assert read(path, text, block=block, start=end)[0] == bounds[number + 1 :]  # continuing after any record
 
 
 @SURVEY
 @given(st.binary(max_size=3), documents, st.data())
-def test_what_is_no_json_is_never_taken_for_whole(path, noise, text, data):
-    """A damaged array parses as a whole exactly when all of its elements do and it does not break off."""
+def test_broken_json_is_never_accepted(path, noise, text, data):
+    """A damaged document parses exactly if all of its elements do and it does not break off."""
     begin = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(begin, min(begin + 3, len(text))))
     text = (text[:begin] + noise + text[end:]).replace(b"\0", b"0")  # zeros make json.loads guess at UTF-16
     try:
-        whole = json.loads(text.decode("utf-8-sig", "surrogatepass"))
+        document = json.loads(text.decode("utf-8-sig", "surrogatepass"))
     except ValueError:
-        whole = None
+        document = None
     try:
         results = [read(path, text, block=block) for block in BLOCKS]
     except DataError:
-        assert not isinstance(whole, list)
+        assert not isinstance(document, list)
         return
     assert all(result == results[0] for result in results)
     _, records, broken = results[0]
@@ -84,9 +84,9 @@ def test_what_is_no_json_is_never_taken_for_whole(path, noise, text, data):
     except ValueError:
         parsed = None
     if broken or parsed is None:
-        assert whole is None
+        assert document is None
     else:
-        assert json.dumps(parsed) == json.dumps(whole)  # as texts: NaN is not equal to itself
+        assert json.dumps(parsed) == json.dumps(document)  # as texts: NaN is not equal to itself
 
 
 @SURVEY

@@ -1,4 +1,4 @@
-"""Keys of other projects: honoured, or the sample is rejected with the key's name; nothing is dropped silently."""
+"""Keys of other projects are honoured, or reject the sample, or are reported; keys are never dropped silently."""
 
 import json
 import re
@@ -21,7 +21,7 @@ CASES = TESTS / "data" / "cases"
 
 @pytest.fixture
 def source(tmp_path):
-    """Files are not opened by the checks, so none is there."""
+    """An annotation file without images, because these checks do not open images."""
     (tmp_path / "train.json").write_text("[{}]")
     return Source("train", str(tmp_path / "train.json"))
 
@@ -43,7 +43,7 @@ def rejected(written: dict, source: Source) -> RejectedSample:
 
 
 def case(name: str, source: Source) -> list[Sample | RejectedSample]:
-    """What becomes of the records of a case."""
+    """The results for the records of a case."""
     found = []
     for line in (CASES / f"{name}.jsonl").read_text().splitlines():
         try:
@@ -71,7 +71,7 @@ def test_keys_of_videos_mean_the_same(source, key):
 
 @pytest.mark.parametrize("value", ["", [], None, {}])
 @pytest.mark.parametrize("key", ["image", "images", "videos", "audios", "tools", "system", "objects"])
-def test_an_empty_value_says_nothing(source, key, value):
+def test_empty_values_are_ignored(source, key, value):
     checked = check_sample(sample(**{key: value}), source)
     assert checked == check_sample(sample(), source) and not checked.images
 
@@ -101,21 +101,21 @@ def test_two_keys_for_the_same_files_agree_or_reject(source):
         *(("kto_tag", False), ("chosen", {"value": "x"}), ("rejected", "x"), ("rejected_response", "x")),
     ],
 )
-def test_keys_that_change_what_is_learned_reject_with_their_name(source, key, value):
+def test_keys_that_change_what_is_learned_are_rejected(source, key, value):
     for written in (sample(**{key: value}), {"conversations": turns("Hi", "Hello!", **{key: value})}):
         error = rejected(written, source)
         assert error.reason == Reason.UNSUPPORTED_KEY and f"the key {key!r}" in error.sentence
 
 
 @pytest.mark.parametrize("key", ["image", "images", "video", "system"])
-def test_media_of_a_turn_reject_with_the_key(source, key):
+def test_media_keys_of_a_turn_are_rejected(source, key):
     assert f"turn 0 has the key {key!r}" in rejected({"conversations": turns("Hi", **{key: "a"})}, source).sentence
 
 
 @pytest.mark.parametrize(
     "key", ["image_id", "image_width", "video_duration", "num_tools", "train_split", "imageSource"]
 )
-def test_facts_about_media_do_not_reject(source, key):
+def test_keys_that_describe_media_are_accepted(source, key):
     check_sample(sample(**{key: "x"}), source)
     assert ignored_keys(sample(**{key: "x"})) == [key]
 
@@ -126,7 +126,7 @@ def test_a_system_prompt_is_the_first_turn(source, key):
     assert (first.role, first.literal, first.trained) == ("system", "You are a pirate; say <image>", False)
 
 
-def test_a_system_prompt_that_is_written_twice_is_one(source):
+def test_equal_system_prompts_are_merged(source):
     written = {"system": "s", "conversations": [{"from": "system", "value": "s"}, *turns("Hi", "Hello!")]}
     assert [turn.role for turn in check_sample(written, source).turns] == ["system", "user", "assistant"]
     assert "differ" in rejected(written | {"system": "other"}, source).sentence
@@ -142,12 +142,12 @@ def test_weights_of_turns_are_honoured(source, key, value, trained):
 
 @pytest.mark.parametrize("key", ["weight", "loss", "loss_mask", "train"])
 @pytest.mark.parametrize("value", [0.5, 2, -1, "0", "false", [0, 1], float("nan")])
-def test_other_weights_reject_with_the_key(source, key, value):
+def test_unsupported_weights_are_rejected(source, key, value):
     for written in (sample(**{key: value}), {"conversations": turns("a", "b", **{key: value})}):
         assert repr(key) in rejected(written, source).sentence
 
 
-def test_weights_that_cannot_be_honoured_reject(source):
+def test_weights_that_cannot_be_honoured_are_rejected(source):
     assert "'weight' says" in rejected({"conversations": [*turns("a", weight=1), *turns("a", "b")]}, source).sentence
     both = {"conversations": turns("a", "b", is_input=True, train=True)}
     assert "both trained on and not: 'is_input', 'train'" in rejected(both, source).sentence
@@ -162,7 +162,7 @@ def test_ignored_keys_are_listed(source):
     assert ignored_keys(written) == ["note", "url", "conversations[].name"]
 
 
-def test_forms_of_other_projects_are_named(source):
+def test_formats_of_other_projects_are_rejected_with_a_remedy(source):
     messages = {"messages": [{"role": "user", "content": "Hi"}]}
     assert "its keys are 'messages'" in rejected(messages, source).sentence
     assert "rename 'role' to 'from'" in rejected({"conversations": messages["messages"]}, source).sentence
@@ -171,7 +171,7 @@ def test_forms_of_other_projects_are_named(source):
 @pytest.mark.parametrize(
     "text",
     [
-        "Picture 1: <img>a.jpg</img>\nWhat is it?",
+        "Image 1: <img>a.jpg</img>\nWhat is it?",
         "<image>a.jpg</image>",
         "(<image>./</image>)",
         "<audio>a.wav</audio>",
@@ -179,7 +179,7 @@ def test_forms_of_other_projects_are_named(source):
         f"![](data:image/png;base64,{'A' * 80})",
     ],
 )
-def test_media_in_the_text_are_named(source, text):
+def test_media_in_the_text_are_rejected(source, text):
     error = rejected({"conversations": turns(text, "ok"), "image": []}, source)
     assert error.reason == Reason.INLINE_MEDIA
     assert re.search("<img>a.jpg</img>|/</image>|<(image|audio|video)>a|data:image/png;base64,AAAA", error.sentence)
@@ -193,13 +193,13 @@ def test_media_in_the_text_are_named(source, text):
         *("<image 1>", "<|image_1|>", "<start_of_image>", "<IMG_CONTEXT>", "<Image>", "<im_patch>", "[IMG_2]"),
     ],
 )
-def test_placeholders_of_other_projects_are_noticed_where_there_is_no_tag(source, text):
+def test_placeholders_of_other_projects_are_reported_without_tags(source, text):
     assert check_sample({"conversations": turns(f"{text} what?", "x"), "image": "a.jpg"}, source).placeholder == text
     with_tag = {"conversations": turns(f"<image>{text} what?", "x"), "image": "a.jpg"}
     assert not check_sample(with_tag, source).placeholder
 
 
-def test_a_placeholder_explains_images_without_tags(source):
+def test_the_message_about_missing_tags_names_a_placeholder(source):
     error = rejected({"conversations": turns("<ImageHere> <ImageHere>", "x"), "image": ["a.jpg", "b.jpg"]}, source)
     assert "its text has '<ImageHere>', a placeholder of another project: write <image>" in error.sentence
     error = rejected({"conversations": turns("What is <image> in RSS?", "x")}, source)
@@ -207,12 +207,12 @@ def test_a_placeholder_explains_images_without_tags(source):
 
 
 @pytest.mark.parametrize("text", ["<|im_start|>", "a < image", r"\<image>", "<imagine>", "[image of a cat]", "<html>"])
-def test_other_text_is_no_placeholder(source, text):
+def test_other_text_is_not_a_placeholder(source, text):
     assert not check_sample({"conversations": turns(text, "x"), "image": "a.jpg"}, source).placeholder
 
 
 @pytest.mark.parametrize("answer", ["", " \n\t", "\u3000", "\u200b"])
-def test_blank_answers_are_rejected_by_their_own_check(source, answer):
+def test_blank_answers_are_rejected(source, answer):
     checked = check_sample({"system": "s", "conversations": [*turns("a", "b"), *turns("c", answer)]}, source)
     with pytest.raises(RejectedSample, match="turn 3 is an empty answer") as raised:
         check_answers(checked)
@@ -220,7 +220,7 @@ def test_blank_answers_are_rejected_by_their_own_check(source, answer):
     check_answers(check_sample({"conversations": [*turns("c", answer, train=0), *turns("a", "b")]}, source))
 
 
-def test_the_cases_of_keys(source):
+def test_recorded_cases_of_keys(source):
     images, path, videos = case("01_images_key", source)
     assert names(images.images) == names(path.images) == ["a.jpg"] and names(videos.videos) == ["a.mp4"]
     (inline,) = case("02_qwenvl_inline_img", source)
@@ -233,7 +233,7 @@ def test_the_cases_of_keys(source):
     assert not empty.images
 
 
-def test_the_cases_of_tags(source):
+def test_recorded_cases_of_tags(source):
     for name in ("04_tag_only_in_answer", "05_image_in_gpt_turn_trained"):
         (error,) = case(name, source)
         assert error.reason == Reason.IMAGE_COUNT
@@ -262,7 +262,7 @@ words = st.lists(st.sampled_from(["<image>", "<video>", "\\", "a", "\n", "<img>"
 
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
 def test_image_tokens_are_never_targets(source_of_module, encoder, pairs):
-    """Whatever is written where: as many images as tags of users, the rest is text, and targets are text alone."""
+    """For any text: there are as many images as tags of users, the rest is text, and only text is a target."""
     chat, ids, tokenizer = encoder
     conversation = [turn for pair in pairs for turn in turns(*pair)]
     try:

@@ -1,4 +1,4 @@
-"""One record: roles, tags and images, and paths that stay inside their root."""
+"""Records: roles, tags and images, and paths that stay inside their root."""
 
 import copy
 import os
@@ -14,7 +14,7 @@ from neo_megatron.errors import Reason, RejectedSample
 @pytest.fixture
 def source(tmp_path, new_png):
     """Annotations in ``notes/``, images in ``root/``, and an image outside both."""
-    for path in ("root/a.png", "root/sub/b.png", "outside.png", "notes/beside.png"):
+    for path in ("root/a.png", "root/sub/b.png", "outside.png", "notes/near.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(new_png())
     (tmp_path / "notes" / "train.json").write_text("[]")
@@ -36,7 +36,7 @@ def turns(*pairs: tuple[str, str], **keys) -> dict:
     return {"conversations": [{"from": role, "value": text} for role, text in pairs], **keys}
 
 
-def test_roles_of_both_spellings(source):
+def test_both_spellings_of_roles_are_accepted(source):
     pairs = [("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
     checked = check_sample(turns(*pairs), source)
     assert [turn.role for turn in checked.turns] == ["system", "user", "assistant", "user", "assistant"]
@@ -133,11 +133,11 @@ def test_images_and_tags_must_agree(source, text, image):
         (None, Reason.MALFORMED),
     ],
 )
-def test_bad_samples_have_their_reason(source, sample, expected):
+def test_bad_samples_are_rejected_with_their_reason(source, sample, expected):
     assert reason(sample, source) == expected
 
 
-def test_a_sibling_with_the_root_as_prefix_is_outside(source, tmp_path):
+def test_a_sibling_directory_with_the_roots_prefix_is_outside(source, tmp_path):
     (tmp_path / "root2").mkdir()
     assert reason(turns(("human", "a"), ("gpt", "b"), image="../root2/a.png"), source) == Reason.OUTSIDE_ROOT
 
@@ -149,7 +149,7 @@ def test_paths_that_stay_inside_are_followed(source, tmp_path, path):
     assert checked.images == (str(tmp_path / "root/sub/b.png"),)
 
 
-def test_a_relative_root_is_that_of_the_directory_one_is_in(source, tmp_path, monkeypatch):
+def test_a_relative_root_is_relative_to_the_working_directory(source, tmp_path, monkeypatch):
     sample = turns(("human", "a"), ("gpt", "b"), image="a.png")
     for directory in ("one", "two"):
         (tmp_path / directory / "root").mkdir(parents=True)
@@ -165,8 +165,8 @@ def test_a_directory_named_as_an_archive_is_a_directory(source, tmp_path, new_pn
     assert checked.images == (str(tmp_path / "root/part.tar/x/a.png"),)
 
 
-def test_a_link_that_appears_later_is_seen(source, tmp_path):
-    """Directories are remembered, files are not: each is looked at when it is used."""
+def test_a_link_that_is_created_later_is_detected(source, tmp_path):
+    """Directories are cached but files are not: each is checked when it is used."""
     sample = turns(("human", "a"), ("gpt", "b"), image="a.png")
     assert check_sample(sample, source).images == (str(tmp_path / "root/a.png"),)
     (tmp_path / "root" / "a.png").unlink()
@@ -181,9 +181,9 @@ def test_single_video_without_a_tag_goes_to_the_first_human_turn(source, tmp_pat
     assert (checked.images, checked.videos) == ((str(tmp_path / "root/a.png"),), (str(tmp_path / "root/clip.mp4"),))
 
 
-def test_without_a_root_paths_are_complete_or_beside_the_annotations(source, tmp_path):
+def test_without_a_root_paths_are_absolute_or_next_to_the_annotations(source, tmp_path):
     source = Source("train", source.annotations)
-    for path, found in (("beside.png", "notes/beside.png"), (str(tmp_path / "outside.png"), "outside.png")):
+    for path, found in (("near.png", "notes/near.png"), (str(tmp_path / "outside.png"), "outside.png")):
         checked = check_sample(turns(("human", "a"), ("gpt", "b"), image=path), source)
         assert checked.images == (os.path.realpath(tmp_path / found),)
     assert reason(turns(("human", "a"), ("gpt", "b"), image="../outside.png"), source) == Reason.OUTSIDE_ROOT

@@ -1,4 +1,4 @@
-"""A run that is killed, wherever it is, is continued by the same command, and leaves the same bytes."""
+"""The same command continues a run that was killed at any point, with the same bytes."""
 
 import dataclasses
 import errno
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 @pytest.fixture
 def small(bench, new_sample, monkeypatch):
-    """Two data sets, an array and lines: 12 records in slices of 3, some rejected, one slice of nothing but rejects."""
+    """Two data sets, an array and lines: 12 records in slices of 3, some rejected, one slice with only rejects."""
     bench.images("a.png", "b.png")
     good = new_sample("<image>\nWhat?", "An image.", image="a.png")
     records = [good, new_sample(), {}, *[{}] * 3, [good, {}, new_sample("a", "b")], new_sample("c", "d")]
@@ -51,12 +51,12 @@ def run(bench, output: str, **changes) -> None:
     preprocess(bench.sources, bench.tokenizer, bench.path / output, settings, **changes)
 
 
-def test_killed_at_any_step_and_continued(small, directory_bytes):
-    """Every rename and every removal of a run, those at its end included."""
+def test_a_run_killed_at_any_step_is_continued(small, directory_bytes):
+    """At every rename and every removal, including those at the end of the run."""
     del small.sources[0]
-    run(small, "whole")
-    whole = directory_bytes(small.path / "whole")
-    assert len([name for name in whole if name.endswith("tokens.bin")]) == 2
+    run(small, "complete")
+    complete = directory_bytes(small.path / "complete")
+    assert len([name for name in complete if name.endswith("tokens.bin")]) == 2
 
     def until_killed(step: int) -> None:
         kill_at_step(step, before=bool(step % 2))
@@ -68,14 +68,14 @@ def test_killed_at_any_step_and_continued(small, directory_bytes):
         killed = os.WIFSIGNALED(in_child(lambda: until_killed(step)))  # noqa: B023 - called at once
         if killed and not (small.path / "killed" / "manifest.json").exists() or (small.path / "killed" / PLAN).exists():
             run(small, "killed")
-        assert directory_bytes(small.path / "killed") == whole, step
+        assert directory_bytes(small.path / "killed") == complete, step
         shutil.rmtree(small.path / "killed")
     assert step > 20
 
 
-def test_killed_again_and_again(small, directory_bytes):
-    """No run is given time for more than two slices; what is done is not done again."""
-    run(small, "whole")
+def test_a_run_killed_repeatedly_makes_progress(small, directory_bytes):
+    """No run has time for more than two slices, and finished slices are not repeated."""
+    run(small, "complete")
     runs = 0
     while True:
         runs += 1
@@ -88,7 +88,7 @@ def test_killed_again_and_again(small, directory_bytes):
             break
         assert runs < 10
     assert runs > 2
-    assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "whole")
+    assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "complete")
 
 
 def command(bench, output: str, workers: int, *more: str) -> list[str]:
@@ -99,7 +99,7 @@ def command(bench, output: str, workers: int, *more: str) -> list[str]:
 
 @pytest.fixture
 def large(bench, new_sample, new_png):
-    """600 records of half a millisecond each: time enough to be killed in the middle."""
+    """600 records of half a millisecond each, which is enough time for a kill in the middle."""
     bench.images("a.png")
     (bench.path / "images" / "a.png").write_bytes(new_png(300, 300))
     good = new_sample("<image>\nWhat?", "An image.", image="a.png")
@@ -108,10 +108,10 @@ def large(bench, new_sample, new_png):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_with_all_its_processes_and_continued(large, directory_bytes, workers):
+def test_a_run_killed_with_all_its_processes_is_continued(large, directory_bytes, workers):
     source = Source("large", str(large.file), str(large.path / "images"))
     settings = dataclasses.replace(large.settings, records_per_shard=50, max_pixels=4194304)
-    preprocess([source], large.tokenizer, large.path / "whole", settings)
+    preprocess([source], large.tokenizer, large.path / "complete", settings)
     started = subprocess.Popen(command(large, "killed", workers), stderr=subprocess.DEVNULL, start_new_session=True)
     while not (large.path / "killed" / "00003.tokens.bin").exists():
         assert started.poll() is None
@@ -121,11 +121,11 @@ def test_killed_with_all_its_processes_and_continued(large, directory_bytes, wor
     left = {path.name for path in (large.path / "killed").iterdir()}
     assert PLAN in left and "manifest.json" not in left
     preprocess([source], large.tokenizer, large.path / "killed", settings, workers=workers)
-    assert directory_bytes(large.path / "killed") == directory_bytes(large.path / "whole")
+    assert directory_bytes(large.path / "killed") == directory_bytes(large.path / "complete")
 
 
 def unfinished(bench, output: str = "killed") -> None:
-    """A run that was killed when it had done two slices."""
+    """A run that was killed after two slices."""
 
     def stop() -> None:
         original = executors.SliceWorker.run
@@ -142,8 +142,8 @@ def unfinished(bench, output: str = "killed") -> None:
     assert (bench.path / output / "00001.outcome.json").exists()
 
 
-def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
-    run(small, "whole")
+def test_finished_slices_are_kept(small, monkeypatch, directory_bytes):
+    run(small, "complete")
     unfinished(small)
     done = []
     original = executors.SliceWorker.run
@@ -155,7 +155,7 @@ def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
     (small.path / "killed" / "00005.grids.npy").touch()  # of a slice whose images were there at that time
     run(small, "killed")
     assert done == [0, 2, 3, 4]
-    assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "whole")
+    assert directory_bytes(small.path / "killed") == directory_bytes(small.path / "complete")
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,14 @@ def test_what_is_done_is_not_done_again(small, monkeypatch, directory_bytes):
         (lambda bench: bench.sources.reverse() or {}, "with another --input"),
         (lambda bench: bench.sources.pop() and {}, "with another --input"),
         (lambda bench: more_tokens(bench), "with another --tokenizer"),
-        (lambda bench: Path(bench.sources[1].annotations).write_text("{}") and {}, r"lines\.jsonl, which has changed since"),
+        (
+            lambda bench: Path(bench.sources[1].annotations).write_text("{}") and {},
+            r"lines\.jsonl, which has changed since",
+        ),
         (lambda bench: os.utime(bench.sources[0].annotations) or {}, r"array\.json, which has changed since"),
     ],
 )
-def test_another_command_is_refused(small, directory_bytes, change, sentence):
+def test_a_different_command_is_rejected(small, directory_bytes, change, sentence):
     unfinished(small)
     before = directory_bytes(small.path / "killed")
     with pytest.raises(DataError, match=f"unfinished run .*{sentence}.*; repeat its command .*, or remove the direc"):
@@ -186,23 +189,23 @@ def more_tokens(bench) -> dict:
     return {}
 
 
-def test_a_run_that_failed_goes_on_without_the_bad_records(small, directory_bytes):
-    run(small, "whole")
+def test_a_failed_run_continues_without_the_bad_records(small, directory_bytes):
+    run(small, "complete")
     with pytest.raises(DataError, match="record 2"):
         run(small, "failed", on_error="fail")
     run(small, "failed")
-    assert directory_bytes(small.path / "failed") == directory_bytes(small.path / "whole")
+    assert directory_bytes(small.path / "failed") == directory_bytes(small.path / "complete")
 
 
-def test_a_run_that_skipped_and_now_may_not_stops_at_what_it_skipped(small):
+def test_a_run_continued_with_on_error_fail_stops_at_skipped_samples(small):
     unfinished(small)
     with pytest.raises(DataError, match=r"array\.json, record 2:"):
         run(small, "killed", on_error="fail")
 
 
 @pytest.mark.parametrize("name", [PLAN, "00000.outcome.json", "00001.outcome.json"])
-def test_a_changed_state_of_an_unfinished_run_is_a_sentence_with_the_file(small, name):
-    """Or the run goes on: a number may be wrong without being impossible."""
+def test_a_changed_state_of_an_unfinished_run_is_reported_with_its_file(small, name):
+    """Or the run continues, as a number may be wrong without being impossible."""
     unfinished(small)
     state = (small.path / "killed" / name).read_bytes()
     texts = {
@@ -232,7 +235,7 @@ def test_a_changed_state_of_an_unfinished_run_is_a_sentence_with_the_file(small,
 
 @pytest.mark.parametrize("name", [PLAN, "00001.outcome.json"])
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_what_is_in_the_place_of_the_state_is_not_read(small, name, make):
+def test_state_files_that_are_not_regular_are_not_read(small, name, make):
     unfinished(small)
     (small.path / "killed" / name).unlink()
     make(small.path / "killed" / name)
@@ -240,7 +243,7 @@ def test_what_is_in_the_place_of_the_state_is_not_read(small, name, make):
         run(small, "killed")
 
 
-def test_foreign_files_stay(small, directory_bytes):
+def test_files_of_others_are_kept(small, directory_bytes):
     unfinished(small)
     (small.path / "killed" / "notes.txt").write_text("mine")
     (small.path / "killed" / "00001.tokens.bin.1234.partial").write_text("left behind")
@@ -249,7 +252,7 @@ def test_foreign_files_stay(small, directory_bytes):
     assert not list((small.path / "killed").glob("*.partial"))
 
 
-def test_two_runs_into_one_directory_are_refused(small):
+def test_two_runs_with_one_output_are_rejected(small):
     with Run(small.path / "shared"), pytest.raises(DataError, match="another run is writing to .*shared"):
         run(small, "shared")
     run(small, "shared")
@@ -267,16 +270,16 @@ def without_space(bench, output: str, workers: int) -> None:
 
 
 def late_images(bench, new_sample) -> None:
-    """100 records without an image, and behind them more images than a file may hold."""
+    """100 records without images, followed by more images than a file may hold."""
     bench.file = bench.annotations([new_sample()] * 100 + [new_sample(image="a.png")] * 5, "late.json")
     bench.sources = [Source("late", str(bench.file), str(bench.path / "images"))]
     bench.settings = dataclasses.replace(bench.settings, records_per_shard=50, max_pixels=4194304)
 
 
-def test_a_disk_without_space_ends_in_a_sentence_and_can_be_continued(large, new_sample, directory_bytes):
-    """The limit on the size of a file takes the way of a full disk: writing fails in the middle."""
+def test_a_run_continues_after_a_full_disk(large, new_sample, directory_bytes):
+    """A limit on the size of files acts like a full disk: writing fails in the middle."""
     late_images(large, new_sample)
-    run(large, "whole")
+    run(large, "complete")
     full = large.path / "full"
     done = subprocess.run(
         command(large, "full", 2), capture_output=True, text=True, preexec_fn=lambda: limited(1 << 20)
@@ -290,11 +293,11 @@ def test_a_disk_without_space_ends_in_a_sentence_and_can_be_continued(large, new
     assert {"00000.outcome.json", "00001.outcome.json"} <= left and not [name for name in left if "partial" in name]
     assert in_child(lambda: without_space(large, "full", workers=1)) == 0
     run(large, "full")
-    assert directory_bytes(full) == directory_bytes(large.path / "whole")
+    assert directory_bytes(full) == directory_bytes(large.path / "complete")
 
 
 @pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
-def test_a_full_disk_is_named_at_any_step(tmp_path, monkeypatch, step):
+def test_a_full_disk_is_reported_at_any_step(tmp_path, monkeypatch, step):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""What preprocessing says of a data set: kept and rejected samples, ignored keys, and the limit of rejects."""
+"""Reports of preprocessing: kept and rejected samples, ignored keys, and the limit of rejects."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def run(bench, file, *, root="images", output="shards", **options):
     return preprocess([source], bench.tokenizer, bench.path / output, bench.settings, **options)
 
 
-def test_the_manifest_counts_what_was_noticed_in_samples_kept(bench, new_sample, directory_bytes):
+def test_the_manifest_counts_findings_in_kept_samples(bench, new_sample, directory_bytes):
     """The same for any number of workers, with names up to a limit."""
     bench.images("a.png")
     records = [new_sample("<image>", "x", image="a.png", note="n", id=number) for number in range(5)]
@@ -52,7 +52,7 @@ def test_empty_answers_are_rejected_or_kept_and_counted(bench, new_sample):
     assert (counts["samples_kept"], counts["samples_rejected"], counts["empty_answers"]) == (3, 0, 2)
 
 
-def test_too_many_rejects_leave_shards_that_the_same_call_completes(bench, new_sample, directory_bytes, monkeypatch):
+def test_after_too_many_rejects_the_same_call_completes_the_shards(bench, new_sample, directory_bytes, monkeypatch):
     file = bench.annotations([new_sample()] * 97 + [new_sample(image="no.png")] * 2 + [{}])
     with pytest.raises(
         TooManyRejected, match=r"3 of 100 samples \(3\.00%\) were rejected, more than --max-rej"
@@ -89,8 +89,8 @@ def test_a_wrong_image_root_ends_the_command(bench, new_sample, run_tool):
 
 
 @pytest.mark.parametrize("records_per_shard", [1, 3, 8192])
-def test_every_list_of_rejects_has_rows_of_one_form(bench, new_sample, records_per_shard):
-    """With the place in a list-packed record also where samples in front of it were rejected."""
+def test_all_lists_of_rejects_have_rows_of_the_same_form(bench, new_sample, records_per_shard):
+    """With the element in a list-packed record, even if samples before it were rejected."""
     long, bad = new_sample("word " * 80, "x"), {}
     records = [bad, [new_sample(), bad], long, [bad, long, new_sample(), bad, long], [new_sample(), long], [bad, long]]
     bench.preprocess(records, settings=dataclasses.replace(bench.settings, records_per_shard=records_per_shard))
@@ -107,8 +107,8 @@ def test_every_list_of_rejects_has_rows_of_one_form(bench, new_sample, records_p
 
 
 @pytest.mark.parametrize("name", ["50%", "a%20b %s", "100%"])
-def test_directories_with_a_percent_sign(bench, new_sample, run_tool, name):
-    """From annotations to packs, as the tools are called."""
+def test_directories_may_have_a_percent_sign(bench, new_sample, run_tool, name):
+    """From annotations to packs, on the command line."""
     bench.images("a.png")
     place = bench.path / name
     shutil.copytree(bench.path / "images", place / "im%ages")

@@ -1,6 +1,6 @@
-"""Directories of shards and packs that a stranger or a bad disk has changed: one sentence, never a traceback or a lie.
+"""Shards and packs changed by an attacker or a bad disk: one sentence, never a traceback or wrong data.
 
-Each mutation is tried in a process of limited memory that is ended when it hangs. `-m thorough` tries all of them.
+Each mutation is tried in a process with limited memory, which is killed if it hangs. `-m thorough` tries all of them.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _SECONDS = 60  # of one mutation, which takes a tenth of one
 
 
 def texts(directory: Path) -> list[Any]:
-    """What the samples of a directory of shards are."""
+    """The samples of a directory of shards."""
     shards = ShardSet(directory)
     stored = shards.fetch(range(len(shards)))
     places = [shards.describe(number) for number in range(len(shards))]
@@ -50,7 +50,7 @@ def texts(directory: Path) -> list[Any]:
 
 
 def items(directory: Path) -> list[Any]:
-    """What a training reads of a directory of packs, as `run/loaders.py` does; the ids of padding do not matter."""
+    """The items that a training run reads from packs, as `run/loaders.py` does, without the ids of padding."""
     found = []
     for images, batch in (("patches", None), ("check", GlobalBatch(4, 2, 1)), ("none", None)):
         dataset = PackDataset(directory, None, seed=1, images=images, global_batch=batch)
@@ -77,7 +77,7 @@ def attempt(step: Callable[[Path], Any], directory: Path) -> tuple[str, Any]:
 
 
 class Room:
-    """Sound directories of shards and packs, and copies of them to change."""
+    """Valid directories of shards and packs, and copies of them to change."""
 
     def __init__(self, bench: Any, sample: Callable[..., dict], store: str) -> None:
         bench.images("a.png", "b.png")
@@ -147,7 +147,7 @@ class Room:
 
 
 def _adopt(packs: Path, shards: Path) -> None:
-    """Lets packs name shards as what they were packed from."""
+    """Makes packs refer to other shards as those they were packed from."""
     manifest = json.loads((packs / "manifest.json").read_text())
     del manifest["sha256"]
     if os.path.isfile(shards / "manifest.json") and os.path.getsize(shards / "manifest.json") < 1 << 24:
@@ -170,7 +170,7 @@ def _inspect_packs(packs: Path) -> None:
 
 
 def try_all(attempts: list[tuple[str, Callable[[], str]]]) -> list[str]:
-    """What was wrong with which of the attempts, made one by one in processes of limited memory."""
+    """Makes all attempts in processes with limited memory; returns the failures."""
     wrong: list[str] = []
     while attempts:
         receiver, sender = os.pipe()
@@ -227,7 +227,7 @@ def check(room: Room, each: int | None, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("room", ["encoded"], indirect=True)
-def test_a_sample_of_all_kinds_of_mutations(room, monkeypatch):
+def test_a_selection_of_mutations(room, monkeypatch):
     check(room, 1, monkeypatch)
 
 
@@ -237,8 +237,8 @@ def test_all_mutations(room, monkeypatch):
 
 
 @pytest.mark.parametrize("room", ["encoded"], indirect=True)
-def test_the_tool_names_what_is_not_unicode_and_a_fifo(room, run_tool, tmp_path):
-    """As a file name may be, which a manifest keeps as an escape."""
+def test_the_tool_reports_a_name_that_is_not_unicode_and_a_fifo(room, run_tool, tmp_path):
+    """A file name need not be valid Unicode; a manifest stores it with escapes."""
     shards = tmp_path / "shards"
     shutil.copytree(room.sound / "shards", shards)
     manifest = json.loads((shards / "manifest.json").read_text())
@@ -258,7 +258,7 @@ def test_the_tool_names_what_is_not_unicode_and_a_fifo(room, run_tool, tmp_path)
 
 
 @pytest.mark.parametrize("room", ["encoded"], indirect=True)
-def test_a_damaged_file_is_a_data_error_from_the_process_of_a_loader(room, tmp_path):
+def test_a_damaged_file_is_a_data_error_of_a_loader_worker(room, tmp_path):
     for name in ("shards", "packs"):
         shutil.copytree(room.sound / name, tmp_path / name)
     spans = tmp_path / "shards" / "00000.spans.idx"

@@ -1,4 +1,4 @@
-"""Shards as files: Megatron opens them, and damage is found."""
+"""The files of shards: Megatron can open them, and damage is found."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def test_samples_name_where_they_come_from(shards):
             assert np.diff(shard.spans[sample].reshape(-1, 2)).sum() == trained
 
 
-def test_cells_of_every_sample_are_its_image_tokens(shards):
+def test_image_tokens_of_samples_are_those_in_their_text(shards):
     for shard in (shards.shard(0), shards.shard(1)):
         context = [int((shard.tokens[n] == shards.ids.image_context).sum()) for n in range(len(shard.samples))]
         assert shard.image_tokens.tolist() == context
@@ -103,7 +103,7 @@ def read_all(location: Path) -> None:
     ["tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "pictures.bin", "pictures.idx", "grids.npy", "samples.npy"],
 )
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x", None])
-def test_a_file_of_another_size_is_named(shards, kind, damage):
+def test_a_file_of_another_size_is_reported(shards, kind, damage):
     path = Path(shards.location) / f"00000.{kind}"
     content = path.read_bytes()
     path.unlink()
@@ -116,8 +116,8 @@ def test_a_file_of_another_size_is_named(shards, kind, damage):
 @pytest.mark.parametrize("kind", ["tokens", "spans", "pictures"])
 @pytest.mark.parametrize("sequence", [0, 3])
 @pytest.mark.parametrize("length", [-1, 1 << 30])
-def test_an_index_that_lies_is_found(shards, kind, sequence, length):
-    """Same size, other numbers: the sequence would lie outside of the data."""
+def test_a_wrong_index_is_found(shards, kind, sequence, length):
+    """An index of the same size with a sequence outside of the data."""
     path = Path(shards.location) / f"00000.{kind}.idx"
     index = bytearray(path.read_bytes())
     struct.pack_into("<i", index, 34 + 4 * sequence, length)
@@ -134,8 +134,8 @@ def test_an_array_of_another_shape_is_found(shards):
         read_all(Path(shards.location))
 
 
-def test_few_shards_are_open_at_once(bench, new_sample, monkeypatch, samples_of):
-    """A process may map 65,530 files: old maps go, and what was read of them stays."""
+def test_the_number_of_open_shards_is_limited(bench, new_sample, monkeypatch, samples_of):
+    """A process may map 65,530 files: old maps are closed, and arrays that were read from them stay valid."""
     settings = type(bench.settings)(records_per_shard=1)
     shards = bench.preprocess([new_sample("w " * number, "x") for number in range(40)], settings=settings)
     monkeypatch.setattr("neo_megatron.data.shards.reader._most_opened", lambda: 4)
@@ -149,7 +149,7 @@ def test_few_shards_are_open_at_once(bench, new_sample, monkeypatch, samples_of)
     assert 0 < len(maps) <= 4 * 8
 
 
-def test_fetch_gives_what_the_files_hold(shards):
+def test_fetch_returns_the_contents_of_the_files(shards):
     order = [4, 0, 3, 3, 1]
     for sample, stored in zip(order, shards.fetch(order), strict=True):
         shard, local = shards.locate(sample)
@@ -163,19 +163,19 @@ def test_fetch_gives_what_the_files_hold(shards):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "neo-packs", "version": 1}', '{"format": "neo-shards"}'])
-def test_a_wrong_manifest_is_named(shards, text):
+def test_a_wrong_manifest_is_reported(shards, text):
     (Path(shards.location) / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest\.json|holds packs, not shards"):
         ShardSet(Path(shards.location))
 
 
-def test_an_unfinished_directory_is_no_data_set(shards):
+def test_an_unfinished_directory_is_not_a_data_set(shards):
     (Path(shards.location) / "manifest.json").unlink()
     with pytest.raises(DataError, match="holds a data set without its manifest.json"):
         ShardSet(Path(shards.location))
 
 
-def test_another_process_gets_names_and_no_maps(shards, samples_of):
+def test_pickled_shards_have_names_but_not_maps(shards, samples_of):
     before = samples_of(shards)
     sent = pickle.dumps(shards)
     assert len(sent) < 3 * len(json.dumps(shards.manifest))
@@ -183,7 +183,7 @@ def test_another_process_gets_names_and_no_maps(shards, samples_of):
 
 
 def test_the_reader_of_the_format_page_works(shards, monkeypatch):
-    """``docs/shard_format.md`` ends with a reader; it reads what ours reads."""
+    """``docs/shard_format.md`` ends with a reader, which reads the same samples as `ShardSet`."""
     page = (ROOT / "docs" / "shard_format.md").read_text()
     code = page.split("```python\n")[1].split("```")[0].replace("[7]", "[2]")
     monkeypatch.chdir(Path(shards.location))

@@ -1,4 +1,4 @@
-"""What `neo-megatron verify-data` finds: damage of every kind in every file, all of it, with its name."""
+"""`neo-megatron verify-data` finds damage of every kind in every file, and lists all of it."""
 
 import dataclasses
 import io
@@ -47,7 +47,7 @@ def shards(request, bench, records) -> Path:
 
 @pytest.fixture
 def packs(bench, records) -> Path:
-    """Packs of a list-packed data set, none of whose samples is too long."""
+    """Packs of a list-packed data set without over-long samples."""
     bench.images("a.png", "b.png")
     bench.preprocess(records)
     write_packs([PackInput(str(bench.path / "shards"))], bench.path / "packs", 64)
@@ -69,7 +69,7 @@ def read(directory: Path) -> dict:
 
 
 def rewrite(directory: Path, shard: int, name: str, content: bytes) -> None:
-    """Replaces a file of a shard together with its checksum: what a faulty writer would leave."""
+    """Replaces a file of a shard together with its checksum: the result of a faulty writer."""
     manifest = read(directory)
     manifest["shards"][shard]["files"][name] = write_atomically(directory / name, content)
     write_manifest(directory, manifest)
@@ -85,7 +85,7 @@ def found(directory: Path) -> list[tuple[str, str]]:
     return [(damage.file, damage.sentence) for damage in verify(directory).damage]
 
 
-def test_a_clean_set_is_whole(shards):
+def test_an_intact_data_set_has_no_damage(shards):
     result = verify(shards)
     assert result.damage == [] and result.notes == []
     files = [path for path in shards.iterdir() if path.name not in ("manifest.json", "rejects.jsonl")]
@@ -95,12 +95,12 @@ def test_a_clean_set_is_whole(shards):
 
 @pytest.mark.parametrize("name", SHARD_FILES)
 @pytest.mark.parametrize("place", [0, -1])
-def test_one_flipped_bit_is_found_and_its_file_named(shards, name, place):
+def test_a_flipped_bit_is_reported_with_its_file(shards, name, place):
     flip(shards / name, place)
     assert name in {file for file, _ in found(shards)}
 
 
-def test_a_flipped_bit_in_the_second_shard_is_its_own(shards):
+def test_a_flipped_bit_is_reported_for_its_shard(shards):
     flip(shards / "00001.tokens.bin", 0)
     assert {file for file, _ in found(shards)} == {"00001.tokens.bin"}
 
@@ -127,14 +127,14 @@ def test_a_flipped_bit_of_the_list_of_rejects_is_found(shards):
 
 
 @pytest.mark.parametrize("name", ["00000.tokens.bin", "00000.pictures.bin", "00000.samples.npy", "rejects.jsonl"])
-def test_cut_and_missing_files_are_named(shards, name):
+def test_truncated_and_missing_files_are_reported(shards, name):
     (shards / name).write_bytes((shards / name).read_bytes()[:-2])
     assert {file for file, _ in found(shards)} == {name}
     (shards / name).unlink()
     assert (name, "it is missing") in found(shards)
 
 
-def test_swapped_shards_are_named_file_by_file(shards):
+def test_swapped_shards_are_reported_file_by_file(shards):
     for name in SHARD_FILES:
         other = shards / name.replace("00000", "00001")
         (shards / name).rename(shards / "aside")
@@ -159,7 +159,7 @@ def test_all_damage_is_listed_in_one_order_for_any_number_of_workers(shards):
     assert len(one.notes) == 1 and "stray.txt" in one.notes[0]
 
 
-def test_a_token_outside_the_tokenizer_names_its_sample(shards):
+def test_a_token_outside_the_tokenizer_is_reported_with_its_sample(shards):
     flip(shards / "00000.tokens.bin", 3)  # the highest byte of the first token
     sentences = [sentence for file, sentence in found(shards) if file == "00000.tokens.bin"]
     assert len(sentences) == 2
@@ -167,8 +167,8 @@ def test_a_token_outside_the_tokenizer_names_its_sample(shards):
 
 
 @pytest.mark.parametrize("shards", ["encoded"], indirect=True)
-def test_a_broken_image_behind_right_checksums_names_its_record(shards):
-    """As a header-checked data set may hold it."""
+def test_a_broken_image_with_a_correct_checksum_is_reported(shards):
+    """Which a data set with a header check may have."""
     content = bytearray((shards / "00000.pictures.bin").read_bytes())
     first = np.fromfile(shards / "00000.pictures.idx", np.uint8)[34:50].view("<i4")
     end = int(first[:3].sum())  # a, b, b: the second image of the shard's last sample but one is the third
@@ -193,7 +193,7 @@ def test_an_image_of_another_size_does_not_fit_its_grid(shards, bench):
 
 
 def change(dtype: str, place: int, value: int):
-    """Another number at a place of a file."""
+    """Changes a number in a file."""
 
     def apply(content: bytes) -> bytes:
         number = np.array([value], dtype).tobytes()
@@ -222,11 +222,11 @@ def change(dtype: str, place: int, value: int):
         ("samples.npy", lambda content: b"no array", "not a NumPy array"),
         ("media.npy", change("<i4", -20, 9), "not those of the shard"),
         ("media.npy", change("<i4", -20, 0), "not in order"),
-        ("media.npy", change("<i4", -80, 1), "no image"),
+        ("media.npy", change("<i4", -80, 1), "without images"),
     ],
 )
 @pytest.mark.parametrize("shards", ["encoded"], indirect=True)
-def test_what_a_faulty_writer_could_leave_is_found_though_checksums_fit(shards, kind, applied, words):
+def test_errors_of_a_faulty_writer_are_found_despite_correct_checksums(shards, kind, applied, words):
     name = f"00000.{kind}"
     rewrite(shards, 0, name, applied((shards / name).read_bytes()))
     result = verify(shards)
@@ -234,11 +234,11 @@ def test_what_a_faulty_writer_could_leave_is_found_though_checksums_fit(shards, 
     assert all(damage.kind == "content" for damage in result.damage)
 
 
-def test_a_data_set_without_an_image_is_whole(bench, new_sample):
+def test_a_data_set_without_images_has_no_damage(bench, new_sample):
     assert verify(bench.preprocess([new_sample(), new_sample()]).location).damage == []
 
 
-def test_counts_that_contradict_each_other_are_named(shards):
+def test_contradictory_counts_are_reported(shards):
     manifest = read(shards)
     manifest["counts"]["samples_read"] += 1
     manifest["counts"]["rejected_by_reason"]["missing picture"] += 1
@@ -248,7 +248,7 @@ def test_counts_that_contradict_each_other_are_named(shards):
     assert "samples_read" in files[0][1] and "missing picture" in files[2][1]
 
 
-def test_packs_are_whole(packs):
+def test_intact_packs_have_no_damage(packs):
     assert verify(packs).damage == []
 
 
@@ -259,21 +259,21 @@ def test_a_flipped_bit_in_a_file_of_packs_is_found(packs, name, place):
     assert [file for file, _ in found(packs)] == [name]
 
 
-def test_packs_of_another_data_set_are_named(packs, bench, new_sample):
+def test_packs_of_another_data_set_are_reported(packs, bench, new_sample):
     shutil.rmtree(bench.path / "shards")
     bench.preprocess([new_sample()])
     [(file, sentence)] = found(packs)
     assert file == "manifest.json" and "not the one that was packed" in sentence
 
 
-def test_packs_whose_data_set_is_gone_are_named_with_the_other_damage(packs, bench):
+def test_a_missing_data_set_of_packs_is_reported_with_other_damage(packs, bench):
     shutil.rmtree(bench.path / "shards")
     flip(packs / "runs.npy", -1)
     assert [file for file, _ in found(packs)] == ["runs.npy", "manifest.json"]
 
 
 @pytest.mark.parametrize("share", [Fraction(1, 3), Fraction(1), Fraction(5, 2)])
-def test_shares_and_over_long_samples_are_whole(bench, new_sample, share):
+def test_shares_and_over_long_samples_are_not_damage(bench, new_sample, share):
     texts = ["word " * (3 * number % 50) for number in range(60)]
     bench.preprocess([new_sample(text, "ok") for text in texts])
     inputs = [PackInput(str(bench.path / "shards"), share)]
@@ -304,14 +304,14 @@ def rewrite_unit(packs: Path, first: int, field: str, value: int) -> None:
         (4, "samples", 0, "does not end"),
     ],
 )
-def test_units_that_lie_are_found(packs, first, field, value, words):
+def test_wrong_units_are_found(packs, first, field, value, words):
     """Samples 1 and 2 are of one record, and one unit."""
     rewrite_unit(packs, first, field, value)
     damage = verify(packs).damage
     assert any(words in entry.sentence for entry in damage), damage
 
 
-def test_a_pack_over_its_length_is_found(packs):
+def test_a_pack_that_is_too_long_is_found(packs):
     manifest = read(packs)
     runs = np.load(packs / "runs.npy")
     manifest["seq_length"] = int(runs["length"].max()) - 1
@@ -330,7 +330,7 @@ def test_the_tool_lists_all_damage_and_ends_with_the_remedy(shards, run_tool):
     assert "copy the listed files" in done.stderr.splitlines()[-1]
 
 
-def test_the_tool_says_what_is_no_data_set(tmp_path, run_tool):
+def test_the_tool_reports_that_a_directory_is_not_a_data_set(tmp_path, run_tool):
     done = run_tool("verify_data.py", "--data", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "is an empty directory: give a directory that" in done.stderr

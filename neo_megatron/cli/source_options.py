@@ -1,0 +1,58 @@
+"""Options that select the annotations of a command: one file, or data sets of a registry."""
+
+import argparse
+from pathlib import Path
+
+from neo_megatron.data.prepare.registry import Source, data_list
+
+
+def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> None:
+    """Adds --input, --registry, --datasets and --image-root; ``with_links`` adds --follow-links."""
+    group = parser.add_argument_group("annotations")
+    inputs = group.add_mutually_exclusive_group(required=True)
+    inputs.add_argument(
+        "--input", metavar="FILE", help="annotation file: a JSON array, or .jsonl with one record a line"
+    )
+    inputs.add_argument("--registry", metavar="FILE", help="YAML file that maps names to data sets; needs --datasets")
+    group.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="NAME",
+        help="names in the registry, each with an optional share above 0 percent: name%%50 uses half of the records, "
+        "name%%200 each twice (100)",
+    )
+    group.add_argument(
+        "--image-root",
+        default="",
+        metavar="DIR",
+        help="directory to which the image and video paths in --input are relative, and which they must not leave; "
+        "without it paths are absolute, or relative to the directory of --input",
+    )
+    if with_links:
+        group.add_argument(
+            "--follow-links",
+            action="store_true",
+            help="trust symbolic links in --image-root that lead outside of it; .. and absolute paths still must not",
+        )
+
+
+def check_sources(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends with a usage error if these options contradict each other."""
+    if bool(arguments.registry) != bool(arguments.datasets):
+        parser.error("--registry and --datasets go together")
+    if arguments.registry and arguments.image_root:
+        parser.error("--image-root goes with --input; a registry has data_path")
+    if arguments.registry and getattr(arguments, "follow_links", False):
+        parser.error("--follow-links goes with --input; a registry has follow_links: true")
+
+
+def sources_of(arguments: argparse.Namespace) -> list[Source]:
+    """The selected annotation files.
+
+    Raises:
+        DataError: a path or a name is wrong, or a file is not what its name says.
+    """
+    if arguments.registry:
+        return data_list(arguments.datasets, arguments.registry)
+    links = getattr(arguments, "follow_links", False)
+    return [Source(Path(arguments.input).stem, arguments.input, arguments.image_root, follow_links=links)]
