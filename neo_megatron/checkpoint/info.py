@@ -85,7 +85,7 @@ def _neo(directory: Path, allow_pickle: bool) -> Contents:
     opened = open_either(directory, allow_pickle)
     form = "Megatron's form" if opened.common_state else "Hugging Face form"
     lines = {"checkpoint": f"{opened.directory}, a NEO in {form}"}
-    lines |= {f"put right {number}": sentence for number, sentence in enumerate(opened.said, start=1)}
+    lines |= {f"corrected {number}": sentence for number, sentence in enumerate(opened.said, start=1)}
     lines |= _sizes(opened.sizes) | _totals(opened.stored)
     lines |= {f"  {part}": _amount(stored) for part, stored in _parts(opened.stored, opened.sizes).items()}
     lines["tokens"] = _tokens(opened.sizes, added_token_ids(directory))

@@ -25,7 +25,7 @@ class NeoDirectory:
             embedding may be.
         config: `config.json`, completed.
         sizes: the same as `NeoSizes`.
-        said: a sentence for everything that was put right.
+        said: a sentence for every correction of the configuration.
         missing: names of the table that are not there, and may be.
     """
 

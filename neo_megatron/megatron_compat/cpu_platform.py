@@ -265,7 +265,7 @@ def install_training() -> None:
 
 @cache
 def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
-    """Has Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
+    """Makes Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
 
     Megatron has no hook of its own after loading that knows the optimizer.
     """
@@ -283,7 +283,7 @@ def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
 
 @cache
 def call_before_saving(hook: Callable[[Any], None]) -> None:
-    """Has Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
+    """Makes Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
     from megatron.training import training
 
     save = training.save_checkpoint
@@ -300,7 +300,7 @@ def call_before_saving(hook: Callable[[Any], None]) -> None:
 
 @cache
 def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
-    """Has Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
+    """Makes Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
 
     Megatron also evaluates splits without data, and all splits with one number of iterations.
     """

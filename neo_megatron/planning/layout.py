@@ -147,13 +147,13 @@ class Layout:
             return "--sequence-parallel shares sequences out to tensor-parallel ranks: add --tensor-model-parallel-size"
         if sequence_length % (2 * context if context > 1 else 1) or sequence_length % (context * self.sequence_ranks):
             return (
-                f"--seq-length {sequence_length} cannot be shared out to --context-parallel-size {context} and "
+                f"--seq-length {sequence_length} cannot be divided over --context-parallel-size {context} and "
                 f"{self.sequence_ranks} sequence-parallel ranks: pack again, or choose other sizes"
             )
         if self.cp_comm_type == "a2a" and sizes.num_query_groups // tensor % context:
             return (
                 f"--cp-comm-type a2a with --context-parallel-size {context}: a tensor-parallel rank's "
-                f"{sizes.num_query_groups // tensor} key-value heads cannot be shared out evenly; choose allgather"
+                f"{sizes.num_query_groups // tensor} key-value heads cannot be divided evenly; choose allgather"
             )
         virtual, pipeline = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
         if virtual > 1 and (pipeline == 1 or self.micro_batches % pipeline):

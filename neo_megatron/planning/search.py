@@ -188,7 +188,7 @@ def _nothing_to_look_at(gpus: int, global_batch_size: int, given: Mapping[str, A
     if given and refusals:
         return f"no layout of --gpus {gpus} and the given flags can work; the first reason: {refusals[0]}"
     return (
-        f"--global-batch-size {global_batch_size} cannot be shared out to the data-parallel ranks of any layout of "
+        f"--global-batch-size {global_batch_size} cannot be divided over the data-parallel ranks of any layout of "
         f"--gpus {gpus}: choose a larger batch, fewer GPUs, or numbers with more common divisors"
     )
 

@@ -85,7 +85,7 @@ class StepLog:
         self._validated: int | None = None
 
     def note(self, micro_batch: dict[str, Any]) -> None:
-        """Counts a micro-batch of a training step, before it is shared out to context-parallel ranks."""
+        """Counts a micro-batch of a training step, before it is split over context-parallel ranks."""
         self._reading += Counted.of(micro_batch)
 
     def end_step(self) -> tuple[None, None]:

@@ -108,7 +108,7 @@ def _context_parallel(args: Namespace) -> Iterator[str]:
     if args.cp_comm_type == ["a2a"] and heads % size:
         yield (
             f"--cp-comm-type a2a with --context-parallel-size {size}: a tensor-parallel rank's {heads} key-value heads "
-            "cannot be shared out evenly; choose --cp-comm-type allgather, or a smaller size"
+            "cannot be divided evenly; choose --cp-comm-type allgather, or a smaller size"
         )
 
 

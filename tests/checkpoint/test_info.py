@@ -77,7 +77,7 @@ def test_contents_of_a_checkpoint(golden):
 def test_a_mislabelled_checkpoint_is_shown_as_what_it_is(variant):
     lines = contents(variant(model_type="internvl_chat")).lines
     assert lines["checkpoint"].endswith("a NEO in Hugging Face form")
-    assert lines["put right 1"].startswith("model_type is 'internvl_chat'")
+    assert lines["corrected 1"].startswith("model_type is 'internvl_chat'")
 
 
 def test_progress_and_optimizer_state_of_a_run_are_shown(converted, tmp_path):

@@ -1,4 +1,4 @@
-"""Every published form of `config.json` loads; what is absent or wrong is put right from the tensors, and said."""
+"""Every published form of `config.json` loads; missing and wrong values are corrected from the tensors, with a note."""
 
 import json
 import shutil

@@ -216,7 +216,7 @@ def test_a_full_disk_is_reported(tmp_path):
 
 
 def test_a_run_resumes_only_with_the_same_command(run, evaluated, asked, tmp_path, monkeypatch):
-    """Unless it has no answer yet: then a slip in its command is put right by another one."""
+    """Unless it has no answer yet: then another command replaces it."""
     answer, sizes, most = Answerer.answer, [], 0
 
     def counting(self, prompts, *arguments):

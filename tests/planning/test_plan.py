@@ -40,7 +40,7 @@ def test_the_tool_prints_a_plan_without_torch():
             "--tensor-model-parallel-size 16 --gpus 16",
             "--tensor-model-parallel-size 16 does not divide the 8 key-value",
         ),
-        ("--context-parallel-size 3 --gpus 24 --global-batch-size 24", "--seq-length 16384 cannot be shared out to"),
+        ("--context-parallel-size 3 --gpus 24 --global-batch-size 24", "--seq-length 16384 cannot be divided over"),
         ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, and 4 is not a multiple"),
         ("--gpu a100 --precision fp8", "--gpu a100 has no fp8"),
         ("--gpu-memory 1 --search --gpus 1 --global-batch-size 4", "none of the"),
@@ -53,7 +53,7 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--gpus 100000", "--global-batch-size 256 is not a multiple of"),
         (
             "--gpus 100000 --search",
-            "--global-batch-size 256 cannot be shared out to the data-parallel ranks of any layout",
+            "--global-batch-size 256 cannot be divided over the data-parallel ranks of any layout",
         ),
         (
             "--search --tensor-model-parallel-size 16",

@@ -40,7 +40,7 @@ REFUSED = [
     # Context parallelism.
     (2, f"{CP} 2 --cp-comm-type p2p", "--cp-comm-type p2p: NEO's mask has one way for all layers, a2a or allgather"),
     (2, f"{CP} 2 --cp-comm-type a2a allgather", "one way for all layers"),
-    (16, f"{TP} 4 {CP} 4 --cp-comm-type a2a", "rank's 2 key-value heads cannot be shared out evenly; choose --cp-comm"),
+    (16, f"{TP} 4 {CP} 4 --cp-comm-type a2a", "rank's 2 key-value heads cannot be divided evenly; choose --cp-comm"),
     (2, f"{CP} 2 --hierarchical-context-parallel-sizes 1 2", "--hierarchical-context-parallel-sizes 1 2: NEO's mask"),
     # The pipeline.
     (64, f"{PP} 64", "40 layers are too few for 64 pipeline stages"),
