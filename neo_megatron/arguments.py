@@ -9,73 +9,77 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 @dataclass
 class NeoModelArguments:
-    """The model."""
+    """Sizes of the model, and its pipeline stages."""
 
     neo_model: str = ""
-    """Required. Sizes: neo-2b, neo-9b, tiny, or a directory with the config.json of a NEO in Hugging Face form.
-    Megatron's size flags (--hidden-size, --num-layers, ...) change single ones."""
+    """Required. neo-2b, neo-9b, tiny, or a directory or hub id with the config.json of a NEO in Hugging Face form: the
+    sizes of the model. Megatron's size flags (--hidden-size, --num-layers, ...) change single ones."""
 
     pre_buffer_num_layers: int = 0
-    """How many of --num-layers form the pre-buffer. Default: as in --neo-model."""
+    """How many of --num-layers form the pre-buffer, 0 to all. Default: as in --neo-model."""
 
     patch_embedding_size: int = 0
-    """Channels of the patch embedding. Default: as in --neo-model."""
+    """Channels of the patch embedding, a multiple of 4. Default: as in --neo-model."""
 
     pre_buffer_pipeline_stages: int = 0
-    """Puts the embeddings and the pre-buffer on this many pipeline stages of their own (virtual ones count); both parts
-    are cut by what their layers cost. Default: Megatron's even split, or one by costs where layers do not divide.
-    --pipeline-model-parallel-layout overrides both."""
+    """Puts the embeddings and the pre-buffer on this many pipeline stages of their own, virtual ones included; the
+    layers of both parts are split by their costs. Default: Megatron's even split, or one by costs if the stages do not
+    divide the layers. --pipeline-model-parallel-layout overrides both."""
 
 
 @dataclass
 class NeoTrainingArguments:
-    """The training."""
+    """Training stage, optimizer state and the weight of samples."""
 
     training_stage: Literal[1, 2, 3] = 2
-    """1 pre-training (the patch embedding, the pre-buffer and the h/w parts of the post-LLM train), 2 mid-training,
-    3 SFT (all trains). Sets learning rate, schedule and AdamW as published; Megatron's flags change single ones."""
+    """1: pre-training of the patch embedding, the pre-buffer and the h/w parts of the post-LLM; 2: mid-training and 3:
+    SFT of all parameters. Sets learning rate, schedule and AdamW as published; Megatron's flags change single ones.
+    Default: %(default)s."""
 
     pretrained_optimizer: bool = False
-    """Takes over the optimizer's state of --pretrained-checkpoint for all parameters that were trained there, as from
-    stage 1 to stage 2; others start with moments of zero. The schedule and the count of samples restart."""
+    """Takes over the optimizer state of --pretrained-checkpoint for all parameters that were trained there, as from
+    stage 1 to stage 2; others start with moments of zero. The schedule and the number of consumed packs restart.
+    Default: off."""
 
     loss_weighting: Literal["square", "sample", "token"] = "square"
-    """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1."""
+    """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1. Default: %(default)s."""
 
     max_broken_samples: float = 0.001
-    """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when they
-    are more than this share of the samples that a rank has read (or of 1,000, where it has read fewer)."""
+    """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when such
+    samples exceed this share, 0 to 1, of the samples that a rank has read (of 1,000 if it has read fewer). Default:
+    %(default)s."""
 
     min_jpeg_quality: int = 100
-    """Augmentation, off at 100: every image is recompressed as JPEG with a quality drawn from here to 100. Needs
-    data preprocessed with --image-store encoded."""
+    """Augmentation: every image is recompressed as JPEG with a quality drawn from this, 1 to 100, to 100. Needs data
+    preprocessed with --image-store encoded. Default: 100, no augmentation."""
 
 
 @dataclass
 class NeoDryRunArguments:
-    """The dry run."""
+    """A check of the run without training."""
 
     dry_run: bool = False
     """Checks flags, layout, checkpoint and the packs of the first global batch, prints the plan of the run and exits
-    before anything is built. One process will do: WORLD_SIZE=1024 python -m neo_megatron.pretrain_neo ... --dry-run"""
+    before anything is built. One process is enough: WORLD_SIZE=1024 python -m neo_megatron.pretrain_neo ...
+    --dry-run"""
 
 
 @dataclass
 class NeoLogArguments:
-    """The log."""
+    """Output on the screen."""
 
     console_log: Literal["short", "full"] = "short"
-    """short: the screen shows steps, validation, checkpoints and warnings, and everything that any rank prints goes to
-    logs/rank_NNNNN.log in --save, which every start of the run appends to. full, or without --save: all is printed."""
+    """short: the screen shows steps, validation, checkpoints and warnings, and all output of every rank is appended to
+    logs/rank_NNNNN.log in --save. full, or without --save: the screen shows all output. Default: %(default)s."""
 
 
 @dataclass
 class NeoCheckpointArguments:
-    """The checkpoints of a run."""
+    """Checkpoints that a run keeps."""
 
     save_total_limit: int = 0
-    """Keeps this many checkpoints in --save, the newest, and deletes older ones once a newer one is verified.
-    Default: all are kept."""
+    """Keeps this many of the newest checkpoints in --save, 1 or more, and deletes older ones once a newer one is
+    verified. Default: keeps all."""
 
 
 def add_neo_arguments(parser: ArgumentParser) -> ArgumentParser:

@@ -9,9 +9,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 WORDS=(
   CHANGELOG.md CITATION.cff CONTRIBUTING.md SECURITY.md .github .pre-commit-config.yaml docker docs/containers.md
-  README.md docs mkdocs.yml pyproject.toml setup.py tests/lint.sh
-  neo_megatron/*.py neo_megatron/data neo_megatron/storage tools examples
-  tests/data tests/storage tests/tools tests/cli tests/test_[!h]*.py # test_habits.py quotes such words
+  README.md docs mkdocs.yml pyproject.toml setup.py tests/lint.sh neo_megatron tools examples
+  tests/{benchmarks,checkpoint,cli,data,demo,gpu,hf,inference,inspection,lmms_eval_plugin,megatron_compat,model,parity}
+  tests/{planning,run,storage,tools,validation} tests/test_[!h]*.py # test_habits.py quotes such words
 )
 TYPES=(neo_megatron tests/check_words.py tests/support/markers.py)
 

@@ -1,9 +1,9 @@
 """A checkpoint of the shapes of NEO-2B in bfloat16, converted both ways, compared to a copy of its files.
 
-Whole commands are measured, from the start of Python to the last byte on the disk; the copy is brought to the disk,
-too. Inputs are in the page cache. Each way takes turns with a copy, whose output is deleted before, so that both write
-into the same memory: what a virtual machine has not used for minutes, its host may have to give it again, which takes
-longer than the copy. It takes 15.6 GB of disk.
+Complete commands are measured, from the start of Python to the last byte on the disk; the copy is also flushed to the
+disk. Inputs are in the page cache. Each way takes turns with a copy, whose output is deleted before, so that both write
+into the same memory: a host may have to give a virtual machine memory again that it has not used for minutes, which
+takes longer than the copy. It takes 15.6 GB of disk.
 """
 
 import filecmp
@@ -35,7 +35,7 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class Spent:
-    """What a piece of work took: seconds on the clock, seconds of all cores, bytes of memory at most."""
+    """Cost of a piece of work: wall-clock seconds, CPU seconds of all cores, peak memory in bytes."""
 
     seconds: float
     cpu_seconds: float
@@ -49,6 +49,7 @@ _UNITS = (
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Times both conversions of a random NEO-2B and their peak memory, next to copies of the same files."""
     room = scratch / "convert"
     tokenizer = write_tokenizer(scratch / "tokenizer")
     source, megatron, output = room / "hf", room / "megatron", room / "output"
@@ -64,7 +65,7 @@ def measure(scratch: Path) -> list[Row]:
         (f"Hugging Face to Megatron, {total / 1e9:.2f} GB", there, megatron),
         ("and back", back, output),
     ):
-        rows += _beside_copies(way, [*command, "--output", written], written, source, room / "copy", limit)
+        rows += _next_to_copies(way, [*command, "--output", written], written, source, room / "copy", limit)
     for file in source.glob("*.safetensors"):
         if not filecmp.cmp(file, output / file.name, shallow=False):
             raise RuntimeError(f"{file.name} is not what it was after both conversions")
@@ -73,10 +74,10 @@ def measure(scratch: Path) -> list[Row]:
     return rows
 
 
-def _beside_copies(
+def _next_to_copies(
     way: str, arguments: list[str | Path], written: Path, source: Path, copy: Path, memory_limit: str
 ) -> list[Row]:
-    """One conversion and a copy of ``source``, in turns; what the last conversion has written stays."""
+    """Times a conversion and a copy of ``source``, in turns; keeps the output of the last conversion."""
     copies, ours = [], []
     for _ in range(_REPEATS):
         for place in (written, copy):
@@ -92,7 +93,7 @@ def _beside_copies(
 
 
 def _write_random(directory: Path, stored: list[StoredTensor]) -> None:
-    """Each tensor begins at another place of the same noise: drawing all of it would take minutes."""
+    """Writes random tensors, each from another offset of the same noise: drawing all of it would take minutes."""
     noise = torch.empty(2**24, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
 
     def values() -> Iterator[Tensor]:
@@ -109,7 +110,7 @@ def _write_random(directory: Path, stored: list[StoredTensor]) -> None:
 
 
 def _spent(work: Callable[[], int]) -> Spent:
-    """Runs work that waits for processes; gives the largest of their peaks."""
+    """Runs work that waits for processes; returns its cost, with the largest of their memory peaks."""
     os.sync()
     begin, before = time.perf_counter(), os.times()
     memory = work()

@@ -1,6 +1,6 @@
-"""A GPU measured: steps of NEO next to the exported model, the attention kernel alone, and where the time goes.
+"""Benchmarks a GPU: steps of NEO next to the exported model, the attention kernel alone, and a profile.
 
-On a machine without one the same runs at a tiny size; what needs a GPU is listed as not run.
+Without a GPU the same runs at a tiny size; figures that need one are listed as not run.
 """
 
 import datetime
@@ -20,8 +20,8 @@ from neo_megatron.benchmarks import gpu_kernels, gpu_report
 from neo_megatron.benchmarks.gpu_jobs import Job, run_jobs
 from neo_megatron.benchmarks.gpu_steps import ON_CPU, ON_GPU, as_record, measure_steps
 
-# No process begins after so many seconds: all has to be done in eight minutes. It begins by importing, while the one
-# before it measures, so that two runs are still to end.
+# No process starts after so many seconds: everything has to be done in eight minutes. A process starts by importing,
+# while the one before it measures, so that two runs are still unfinished then.
 LAST_START = 390
 
 PRODUCT_SIDE = {True: 8192, False: 256}
@@ -31,7 +31,7 @@ def measure(scratch: Path, parts: Sequence[str], out: Path | None) -> str:
     """Runs everything, writes ``out`` whenever something is added, and returns the tables."""
     start, on_gpu = time.monotonic(), torch.cuda.is_available()
     scale = ON_GPU if on_gpu else ON_CPU
-    # Compiled once, read by the processes after it.
+    # Compiled once, and reused by later processes.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
     (scratch / "config.json").write_text(json.dumps(scale.sizes.to_hf()))
     results: dict[str, Any] = {"machine": _machine(), "on_gpu": on_gpu, "ceilings": {}, "attention": [], "steps": []}
@@ -58,7 +58,7 @@ def measure(scratch: Path, parts: Sequence[str], out: Path | None) -> str:
 
 
 def _machine() -> dict[str, str]:
-    """What the figures belong to; asked of the driver alone, so that this process takes none of the GPU's memory."""
+    """Machine and versions of the figures; asks the driver only, so that this process takes no GPU memory."""
     named = {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
     for package in ("torch", "triton", "transformers", "megatron-core", "transformer_engine"):
         try:

@@ -93,7 +93,7 @@ def _ours(
         forward, both = _forward_and_both(
             lambda: attend(query, key, value, mask, inputs.scale), tensors, inputs.gradient
         )
-    except Exception as error:  # compilers raise what they like; the other kernels are still to be measured
+    except Exception as error:  # compilers raise any exception; the other kernels still have to be measured
         return _refused(inputs, kernel, name, error)
     figures = _figures(inputs, kernel, name, mean_keys, forward, both) | {"mask_seconds": kernel_seconds(build)}
     if isinstance(mask, FlexMask):
@@ -118,7 +118,7 @@ def _library(inputs: AttentionInputs, name: str, backend: SDPBackend, padded: bo
 
     try:
         forward, both = _forward_and_both(kernel, tensors, torch.randn_like(value))
-    except RuntimeError as error:  # it does not take these widths; another may
+    except RuntimeError as error:  # it does not support these widths; another one may
         return _refused(inputs, name, CAUSAL, error)
     return _figures(inputs, name, CAUSAL, (length + 1) / 2, forward, both)
 
@@ -138,7 +138,7 @@ def _forward_and_both(kernel: Callable[[], Tensor], inputs: Sequence[Tensor], gr
 def _figures(
     inputs: AttentionInputs, kernel: str, mask: str, mean_keys: float, forward: float, both: float
 ) -> dict[str, Any]:
-    """Rates by the operations that the mask asks for, whatever the kernel computes in addition."""
+    """Rates from the operations that the mask needs, whatever the kernel computes in addition."""
     length = len(inputs.query)
     flops = length * attention_core_flops(inputs.sizes, mean_keys)
     return {

@@ -1,6 +1,6 @@
-"""Pieces of the GPU benchmark in processes of their own: a failure is a row, and memory is free for the next one.
+"""Runs parts of the GPU benchmark in processes of their own: a failure is a row, and memory is freed for the next one.
 
-The next process already imports what it needs while one measures; it touches the GPU when its turn has come.
+The next process already imports what it needs while one measures; it uses the GPU only in its turn.
 """
 
 import os
@@ -20,7 +20,7 @@ class Job:
     """One process.
 
     Args:
-        name: for people, and of its log.
+        name: on the screen, and of its log.
         prepare: imports what is slow to import, and touches no GPU.
         run: ``run(report, **settings)`` gives ``report`` a dictionary of plain values for everything it has measured.
     """
@@ -32,7 +32,7 @@ class Job:
 
 
 def run_jobs(jobs: Iterable[Job], logs: Path) -> Iterator[tuple[Job, list[dict[str, Any]]]]:
-    """Each job with its reports, in their order; ``{"failed": sentence}`` stands last where its process ended early.
+    """Each job with its reports, in their order; ``{"failed": sentence}`` comes last if its process ended early.
 
     A job may be followed by others that depend on its reports: the iterable is asked for one job ahead only.
     """

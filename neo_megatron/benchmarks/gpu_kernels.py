@@ -1,4 +1,4 @@
-"""What the machine's own kernels reach, and our attention next to them."""
+"""Measures the rates that the machine's own kernels reach, and our attention next to them."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from neo_megatron.model.config import NeoSizes
 
 
 def prepare() -> None:
+    """Imports what `run` needs, before the GPU is used."""
     from neo_megatron.megatron_compat import cpu_platform
 
     cpu_platform.install()
@@ -16,7 +17,7 @@ def prepare() -> None:
 
 
 def run(report: Report, side: int, sizes: NeoSizes, lengths: Sequence[int], shrunk: int) -> None:
-    """Reports the ceilings, by which all else is judged, and then attention kernels at each length of packs."""
+    """Reports the ceilings, to which everything is compared, and then attention kernels at each pack length."""
     from neo_megatron.benchmarks.gpu_attention import measure_attention
 
     measure_ceilings(report, side)

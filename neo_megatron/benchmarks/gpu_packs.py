@@ -1,4 +1,4 @@
-"""Packs of the length mix, in memory: what a rank's loader gives, and the same as the exported model takes it.
+"""Packs of the length mix, in memory: as a rank's loader returns them, and as inputs of the exported model.
 
 Tokens and pixels are random, since no kernel's time depends on them; lengths, images and trained tokens are those of
 the mix.
@@ -26,7 +26,7 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
     """Micro-batches of one pack each, as `neo_megatron.data.dataset.collate` gives them.
 
     Args:
-        shrunk: divides texts and the sides of images, for models that learn nothing of size on a CPU.
+        shrunk: divides texts and the sides of images, for tiny models on a CPU.
     """
     random = np.random.default_rng(seed)
     samples = [sample.shrunk(shrunk) for sample in draw_samples(POOL, seed)]
@@ -37,14 +37,14 @@ def draw_packs(sizes: NeoSizes, length: int, count: int, seed: int, shrunk: int 
     histogram = np.bincount([tokens for tokens, alike in of_length.items() for _ in alike], minlength=length + 1)
     filled = [pattern.runs for pattern in best_fit(histogram) for _ in range(pattern.packs)]
     packs = [[of_length[tokens].pop() for tokens, times in runs for _ in range(times)] for runs in filled]
-    # The last ones are those that nothing was left for.
+    # The last packs are not full.
     full = [pack for pack in packs if sum(sample.tokens for sample in pack) > 0.95 * length]
     return [collate([_item(sizes, full[place], length, random)]) for place in random.permutation(len(full))[:count]]
 
 
 def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     """A pack as arguments of the exported model: documents begin where ``position_ids`` are 0."""
-    tokens, document, cells = pack["tokens"], pack["document"][0], pack["image_token_index"]
+    tokens, document, image_index = pack["tokens"], pack["document"][0], pack["image_token_index"]
     starts = torch.nonzero(document.diff(prepend=document.new_tensor([-2]))).flatten()
     place = torch.arange(len(document))
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)
@@ -52,9 +52,9 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
     weight[0, pack["target_index"] + 1] = pack["target_weight"]
     rows, grids = [], []
     pixels = _normalised(pack["patches"])
-    for image in pack["image"][0, cells].unique():
-        here = pack["image"][0, cells] == image
-        height, width = (pack["positions_thw"][0, cells[here], 1:].amax(dim=0) + 1).tolist()
+    for image in pack["image"][0, image_index].unique():
+        here = pack["image"][0, image_index] == image
+        height, width = (pack["positions_thw"][0, image_index[here], 1:].amax(dim=0) + 1).tolist()
         rows.append(pixels[here].view(height, width, 2, 2, -1).transpose(1, 2).reshape(-1, PATCH_VALUES))
         grids.append((2 * height, 2 * width))
     inputs = {
@@ -67,10 +67,10 @@ def plain_inputs(pack: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random.Generator) -> dict[str, Any]:
-    """What `PackDataset` would give for these samples."""
+    """The pack that `PackDataset` would give for these samples."""
     ids = SpecialIds(sizes.image_context_token_id, sizes.image_start_token_id, *[0] * 4)
     # Below the control tokens, which come after the tokens of text.
-    pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # again and again: drawing all takes seconds
+    pixels = random.integers(0, 256, (64, 4, PATCH_VALUES), np.uint8)  # repeated: drawing all takes seconds
     tokens = random.integers(1, min(ids.image_context, ids.image_start), length)
     document, weight = np.full(length, -1, np.int32), np.zeros(length, np.float32)
     start = 0
@@ -86,8 +86,8 @@ def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random
         start = end
     tokens[start:] = 0
     grids = np.array([grid for sample in samples for grid in sample.grids], np.int64).reshape(-1, 2)
-    targets, cells = np.flatnonzero(weight), int(grids.prod(axis=1).sum())
-    patches = np.resize(pixels, (cells, 4, PATCH_VALUES))
+    targets, patch_count = np.flatnonzero(weight), int(grids.prod(axis=1).sum())
+    patches = np.resize(pixels, (patch_count, 4, PATCH_VALUES))
     tensors = pack_tensors(tokens, document, 2 * grids, ids, targets, weight[targets], patches)
     return {**tensors, "samples": len(samples), "broken": []}
 

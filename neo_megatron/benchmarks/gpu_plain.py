@@ -1,4 +1,4 @@
-"""The other side: the exported model in plain PyTorch, with compiled FlexAttention, AdamW and a loop written by hand.
+"""The baseline: the exported model in plain PyTorch, with compiled FlexAttention, AdamW and a loop written by hand.
 
 Weights and moments are bfloat16 and PyTorch's fused AdamW updates them: the fastest that a plain loop can be, faster
 than weights in float32 under autocast. Ours keeps float32 weights, gradients and moments besides.
@@ -12,6 +12,7 @@ from neo_megatron.benchmarks.gpu_window import Meter, Windows
 
 
 def prepare() -> None:
+    """Imports what `run` needs, before the GPU is used."""
     import torch  # noqa: F401
 
     from neo_megatron.hf import modeling_neo  # noqa: F401
@@ -41,7 +42,7 @@ def run(report: Callable[[dict[str, Any]], None], windows: Windows, checkpointin
 
     def form(pack: dict[str, Any]) -> dict[str, Any]:
         inputs = plain_inputs(pack)
-        # All but the patches is small; pixels in the type that the first product takes.
+        # Everything but the patches is small; pixels in the dtype of the first product.
         return {key: value.to(dtype if key == "pixel_values" else value.dtype) for key, value in inputs.items()}
 
     meter = Meter(windows, report)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes on the GPU: kernels by kind, and the time in which none runs."""
+"""Profiles a step on the GPU: shares of time by kind of kernel, and of idle time."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first that fits a kernel's name. Inductor names a fused kernel after the operations in it.
+# The first pattern that matches a kernel's name counts. Inductor names a fused kernel after the operations in it.
 KINDS = {
     "copies": r"^memcpy|^memset|copybuffer|direct_copy|unrolled_elementwise.*copy|catarray|multi_tensor.*copy",
     "attention": r"flex_attention|flash_|fmha|triton_tem_fused.*(?:flex|zeros)|sdpa|flashattn|block_mask",
@@ -23,6 +23,7 @@ OTHER, IDLE = "all else", "idle"
 
 
 def kind_of(kernel: str) -> str:
+    """The kind of a kernel, from its name: a key of `KINDS`, "products" or `OTHER`."""
     name = kernel.lower()
     if re.search(r"gemm|nvjet|xmma", name) and "fmha" not in name:  # FP8 products have fp8 in their names
         return "products"
@@ -44,12 +45,12 @@ def share_by_kind(kernels: Iterable[tuple[str, float, float]]) -> dict[str, floa
     Kernels that run in parallel to others count in their kinds as well, so that the shares may add up to more than one.
     """
     kernels = list(kernels)
-    whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
+    span = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
     kinds: dict[str, float] = {}
     for name, start, end in kernels:
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + (end - start) / whole
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + (end - start) / span
     ordered = dict(sorted(kinds.items(), key=lambda item: -item[1]))
-    return ordered | {IDLE: 1 - busy((start, end) for _, start, end in kernels) / whole}
+    return ordered | {IDLE: 1 - busy((start, end) for _, start, end in kernels) / span}
 
 
 @dataclass

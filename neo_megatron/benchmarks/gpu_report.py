@@ -120,7 +120,7 @@ def _profiles(steps: Sequence[dict[str, Any]], on_gpu: bool) -> str:
 
 
 def _targets(steps: Sequence[dict[str, Any]], ceilings: dict[str, Any], on_gpu: bool) -> str:
-    """What was set out to be reached on one H100, at each length of packs."""
+    """Targets for one H100 and the measured figures, at each pack length."""
     rows = []
     for length in dict.fromkeys(step["length"] for step in steps) if on_gpu else ON_GPU.lengths:
         found = {

@@ -36,19 +36,19 @@ PRECISIONS = {
 }
 FP8 = tuple(name for name, flags in PRECISIONS.items() if "--fp8-recipe" in flags)
 OURS, PLAIN = "neo_megatron", "transformers"
-# Of the layers, computed again in the backward: the first with which the plan fits, and the next where it was wrong.
+# Shares of layers to recompute: the first with which the plan fits, and the next one if memory runs out.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured on a machine.
+    """The size of the measurement on a machine.
 
     Args:
         steps: of each measured window.
         shrunk: divides the samples of the mix, see `draw_packs`.
         precisions: of `PRECISIONS`; the first is the plain loop's as well.
-        at_last: more of them, in stage 2 and at the first length alone, and only where time is left.
+        at_last: further precisions, only in stage 2 and at the first length, and only if time is left.
     """
 
     sizes: NeoSizes
@@ -79,7 +79,7 @@ ON_CPU = Scale(
 
 @dataclass(frozen=True)
 class StepRun:
-    """One row: who trains what, on packs of which length, with how many layers recomputed."""
+    """One row: side, precision, training stage, pack length and recomputed layers."""
 
     who: str
     precision: str
@@ -91,7 +91,7 @@ class StepRun:
 def measure_steps(
     scale: Scale, memory: float | None, scratch: Path, last_start: float
 ) -> Iterator[tuple[StepRun, dict[str, Any]]]:
-    """Every run with its figures, or with ``failed``, the reason why there are none.
+    """Every run with its figures, or with ``failed``, the reason why it has none.
 
     Args:
         memory: bytes of the GPU; ``None`` without one.
@@ -128,7 +128,7 @@ def measure_steps(
 
 
 def runs(scale: Scale) -> list[StepRun]:
-    """The rows in the order of what is to be known first."""
+    """The rows, most important first."""
     first = scale.precisions[0]
     order = [(OURS, first, 2), (PLAIN, first, 2), (OURS, first, 1)]
     order += [(OURS, precision, stage) for precision in scale.precisions[1:] for stage in (2, 1)]
@@ -145,7 +145,7 @@ def grouped(rows: Sequence[StepRun]) -> list[list[StepRun]]:
 
 
 def planned(run: StepRun, sizes: NeoSizes, memory: float | None) -> int:
-    """How many layers have to be recomputed by the planner's estimate; the plain loop begins without."""
+    """Layers to recompute by the planner's estimate; the plain loop starts with none."""
     if memory is None or run.who == PLAIN:
         return 0
     workload = Workload.of_alike_documents(run.length)
@@ -164,13 +164,14 @@ def planned(run: StepRun, sizes: NeoSizes, memory: float | None) -> int:
 
 
 def with_more_recomputed(run: StepRun, sizes: NeoSizes) -> StepRun | None:
-    """The next try of a run that has run out of memory; ``None`` where all layers were recomputed already."""
+    """The next attempt at a run that has run out of memory; ``None`` if all layers were recomputed already."""
     shares = SHARES if run.who == OURS else (0.0, 1.0)
     more = [layers for share in shares if (layers := round(share * sizes.num_layers)) > run.recomputed]
     return replace(run, recomputed=more[0]) if more else None
 
 
 def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
+    """The process that measures a group of runs, which differ only in the length of packs."""
     run = group[0]
     lengths = tuple(row.length for row in group)
     windows = Windows(scale.sizes, run.training_stage, lengths, scale.steps, scale.shrunk)
@@ -196,4 +197,5 @@ def flags(run: StepRun) -> list[str]:
 
 
 def as_record(run: StepRun, report: dict[str, Any]) -> dict[str, Any]:
+    """A run and its report as one flat row of JSON."""
     return asdict(run) | report

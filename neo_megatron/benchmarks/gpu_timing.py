@@ -37,4 +37,5 @@ def kernel_seconds(work: Callable[[], object]) -> float:
 
 
 def device_and_dtype() -> tuple[str, torch.dtype]:
+    """The device to measure on, and the dtype to compute in there."""
     return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

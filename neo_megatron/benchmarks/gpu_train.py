@@ -15,6 +15,7 @@ from neo_megatron.benchmarks.gpu_window import SEED, Meter, Windows
 
 
 def prepare() -> None:
+    """Sets the environment of a run of one process, on a free port, and imports what `run` needs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -55,12 +56,12 @@ def run(report: Callable[[dict[str, Any]], None], windows: Windows, model: Path,
     sys.argv = ["pretrain_neo", *arguments(windows, model), *flags]
     try:
         pretraining.train()
-    except StopIteration:  # Megatron has asked for more steps than were to be measured
+    except StopIteration:  # Megatron has requested more steps than are measured
         return
 
 
 def pinned(pack: dict[str, Any]) -> dict[str, Any]:
-    """As the loader of pretrain_neo gives it."""
+    """A micro-batch in pinned memory, as the loader of pretrain_neo returns it."""
     import torch
 
     pack = {**pack, "packs": [0], "describe": str}

@@ -1,4 +1,4 @@
-"""What a training process measures: a window of steps over packs, after some to warm up."""
+"""Measures a window of training steps over packs, after some warm-up steps."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ class Windows:
 
     Args:
         lengths: tokens of a pack, a window each.
-        steps: of a window; each takes one pack that no other step of the window takes.
+        steps: of a window; each uses a pack of its own.
         shrunk: see `draw_packs`.
         profiled: whether a few more steps at the end of each window are profiled.
     """
@@ -48,10 +48,10 @@ class Meter:
     def __init__(self, windows: Windows, report: Callable[[dict[str, Any]], None]) -> None:
         self.windows, self.report = windows, report
         self.losses: list[Any] = []
-        """Of all steps so far, to be filled by the training loop with what it takes no wait to get."""
+        """Figures of all steps so far, filled by the training loop without synchronising."""
 
     def batches(self, form: Callable[[dict[str, Any]], Any]) -> Iterator[Any]:
-        """The inputs of all steps, made beforehand by `form` from collated packs; measures from step to step."""
+        """The inputs of all steps, made in advance by `form` from collated packs; measures from step to step."""
         windows = self.windows
         for length in windows.lengths:
             packs = windows.packs(length)
@@ -90,5 +90,6 @@ class Meter:
 
 
 def synchronise() -> None:
+    """Waits for the GPU; without one there is nothing to wait for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

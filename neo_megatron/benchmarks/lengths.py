@@ -1,5 +1,7 @@
-"""A realistic mix of samples to pack: 35 % web photos, 20 % large photos, 20 % document pages, 10 % with 2 to 4
-images, 15 % text alone; lengths of texts are log-normal.
+"""Draws a realistic mix of samples to pack.
+
+35 % web photos, 20 % large photos, 20 % document pages, 10 % with 2 to 4 images, 15 % text alone; lengths of texts are
+log-normal.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """What decides the work of one sample: tokens that are text, and (rows, columns) of cells of each image."""
+    """Size of one sample: text tokens, and (rows, columns) of image tokens of each image."""
 
     text: int
     grids: tuple[tuple[int, int], ...]
@@ -30,13 +32,13 @@ class Sample:
         return self.text + sum(rows * columns + 2 for rows, columns in self.grids)
 
     def shrunk(self, factor: int) -> "Sample":
-        """Text and both sides of every image divided by so much."""
+        """The sample with text and both sides of every image divided by ``factor``."""
         grids = tuple((max(rows // factor, 1), max(columns // factor, 1)) for rows, columns in self.grids)
         return Sample(max(self.text // factor, 12), grids)
 
 
 def draw_samples(count: int, seed: int = 0) -> list[Sample]:
-    """The samples of which `draw_lengths` gives the lengths; for a few thousand."""
+    """The samples whose lengths `draw_lengths` returns; for a few thousand."""
     text, images = _draw(count, np.random.default_rng(seed))
     grids: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     for rows, sizes in images:
@@ -47,17 +49,17 @@ def draw_samples(count: int, seed: int = 0) -> list[Sample]:
 
 def draw_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, of which image tokens) of each sample, int32 [count] both."""
-    tokens, cells = np.empty(count, np.int32), np.empty(count, np.int32)
+    tokens, image_tokens = np.empty(count, np.int32), np.empty(count, np.int32)
     random = np.random.default_rng(seed)
     for start in range(0, count, _CHUNK):
         part = slice(start, min(start + _CHUNK, count))
         tokens[part], images = _draw(part.stop - part.start, random)
-        cells[part] = 0
+        image_tokens[part] = 0
         for rows, sizes in images:
             here = sizes.prod(axis=0) // SIDE**2
-            cells[start + rows] += here
+            image_tokens[start + rows] += here
             tokens[start + rows] += here + 2
-    return tokens, cells
+    return tokens, image_tokens
 
 
 def _draw(count: int, random: np.random.Generator) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:

@@ -15,10 +15,11 @@ from neo_megatron.benchmarks.table import Row
 from neo_megatron.benchmarks.tokenizer import write_tokenizer
 
 _SMALL, _LARGE = 50_000_000, 5_000_000_000
-_RECORDS = 5000  # that are drawn from a file of any size; the whole file is read
+_RECORDS = 5000  # that are drawn from a file of any size; all of the file is read
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Peak memory of preprocessing annotation files of 5 GB, next to 50 MB."""
     photos = write_photos(scratch / "photos")
     rows = []
     for suffix, form in ((".json", "JSON array"), (".jsonl", "JSONL")):

@@ -29,10 +29,10 @@ from neo_megatron.data.packs.units import Units
 def memory(kind):
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) * 1024
 before = memory("VmRSS")
-lengths, cells = (np.load(f"{sys.argv[1]}.{name}.npy") for name in ("lengths", "cells"))
+lengths, image_tokens = (np.load(f"{sys.argv[1]}.{name}.npy") for name in ("lengths", "image_tokens"))
 output = Path(sys.argv[2])
 start = time.process_time()
-files = write_table(output, Units.of_samples(lengths, cells), int(sys.argv[3]))
+files = write_table(output, Units.of_samples(lengths, image_tokens), int(sys.argv[3]))
 seconds = time.process_time() - start
 peak = memory("VmHWM") - before
 table = open_table(output, files)
@@ -60,6 +60,7 @@ print(time.perf_counter() - start)
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Time and memory of packing 10 and 100 million samples, and of resuming among them."""
     rows: list[Row] = []
     for millions, seconds, repeats in ((10, 10, 3), (100, 120, 1)):
         results = [_pack(scratch, millions * _MILLION) for _ in range(repeats)]
@@ -86,8 +87,8 @@ def measure(scratch: Path) -> list[Row]:
 
 def _pack(scratch: Path, count: int) -> dict:
     stem = scratch / f"mix-{count}"
-    if not Path(f"{stem}.cells.npy").exists():
-        for name, array in zip(("lengths", "cells"), draw_lengths(count), strict=True):
+    if not Path(f"{stem}.image_tokens.npy").exists():
+        for name, array in zip(("lengths", "image_tokens"), draw_lengths(count), strict=True):
             np.save(f"{stem}.{name}.npy", array)
     output = scratch / "table"
     output.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ _QUESTIONS = [
 ]
 _WORDS = [
     *("the", "a", "small", "large", "bright", "red", "blue", "old", "quiet", "street", "river", "table", "person"),
-    *("cat", "coffee", "tower", "sky", "stands", "near", "behind", "with", "and", "under", "light"),
+    *("cat", "coffee", "tower", "sky", "stands", "near", "beyond", "with", "and", "under", "light"),
 ]
 
 

@@ -1,7 +1,7 @@
 """Preprocessing of 200 photographs, compared to the least code that does the same work.
 
-The floors are straight loops with nothing of ours: no check of a record, no index, no manifest. The tokenizer is loaded
-before the clock starts, on both sides.
+The baselines are straight loops without any of our code: no check of a record, no index, no manifest. The tokenizer is
+loaded before the clock starts, on both sides.
 """
 
 import hashlib
@@ -37,12 +37,13 @@ PATCHES = PreprocessConfig(image_store="patches")
 
 
 def measure(scratch: Path) -> list[Row]:
+    """CPU seconds of preprocessing for each image store, next to the least code that does the same work."""
     photos = write_photos(scratch / "photos").parent
     parts = load_parts(write_tokenizer(scratch / "tokenizer"))
     output = scratch / "preprocess"
     rows = []
     for what, settings, copies, images, target in (
-        ("images kept encoded, header checked", HEADER, 10, True, ">= 0.7"),  # copies: work for a second or more
+        ("images kept encoded, header checked", HEADER, 10, True, ">= 0.7"),  # enough copies for a second of work
         ("images kept encoded, decoded as a check", DECODE, 1, True, ">= 0.85"),
         ("images as patches", PATCHES, 1, True, ">= 0.85"),
         ("text alone", DECODE, 20, False, ""),
@@ -72,7 +73,7 @@ def measure(scratch: Path) -> list[Row]:
 
 
 def _write_annotations(photos: Path, copies: int, images: bool) -> Path:
-    """The records of the photographs several times over; no text comes twice, so that nothing is tokenized twice."""
+    """Writes the records of the photographs several times; no text repeats, so that nothing is tokenized twice."""
     records = [json.loads(line) for line in (photos / "annotations.jsonl").read_text().splitlines()]
     path = photos / f"annotations_{copies}_{'images' if images else 'text'}.jsonl"
     lines = []
@@ -120,7 +121,7 @@ def _least(file: Path, tokenizer: Tokenizer, output: Path, stored: Callable[[byt
 
 
 def _stored(settings: PreprocessConfig) -> Callable[[bytes], bytes]:
-    """What is done to the bytes of an image file."""
+    """The least work on the bytes of an image file."""
 
     def header(data: bytes) -> bytes:
         assert Image.open(io.BytesIO(data)).size

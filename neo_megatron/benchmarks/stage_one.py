@@ -22,6 +22,7 @@ VOCABULARIES = (1024, 32768)
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Time and memory of a step of stage 1, next to a step that trains everything."""
     rows = []
     for vocabulary in VOCABULARIES:
         inputs = write_inputs(scratch / "train", vocabulary)
@@ -30,7 +31,7 @@ def measure(scratch: Path) -> list[Row]:
 
 
 def take_turns(inputs: Path, vocabulary: int) -> tuple[list[Step], list[Step]]:
-    """Steps of stage 1 and of stage 2, each in a process of its own; one of them works at a time."""
+    """Steps of stage 1 and of stage 2, each in a process of its own, which take turns."""
     with ExitStack() as stack:
         sides = [stack.enter_context(worker(train_ours.run, inputs, vocabulary, False, stage)) for stage in (1, 2)]
         steps: list[list[Step]] = [[], []]
@@ -63,7 +64,7 @@ def _rows(what: str, inputs: Path, vocabulary: int, first: Sequence[Step], every
 
 
 def _operations(inputs: Path, vocabulary: int, stage: int) -> float:
-    """In 10^9, for this very pack."""
+    """GFLOP of this pack."""
     pack = load_file(inputs / "plain.safetensors")
     workload = Workload(
         LENGTH,

@@ -28,10 +28,11 @@ from neo_megatron.storage.object_requests import connection
 
 _BUCKET = "benchmark"
 _REPEATS = 3
-_RECORDS_PER_SHARD = 10  # moto reads a whole object for every range of it
+_RECORDS_PER_SHARD = 10  # moto reads an entire object for every range of it
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Time of reading packs from an S3 server on this machine, next to the local disk."""
     rows: list[Row] = []
     with _server(scratch) as client:
         for store in ("encoded", "patches"):

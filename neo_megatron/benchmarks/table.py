@@ -1,4 +1,4 @@
-"""One line of a benchmark: our figure, what it is held against in the same run, and their ratio."""
+"""A row of a benchmark's table: our figure, the baseline of the same run, and their ratio."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ class Row:
         what: measured, with its setting.
         unit: of ``ours`` and ``floor``; the ratio is ours / floor.
         ours: our figure.
-        floor: the same work without us, or the figure of another program; ``None`` where there is none.
+        floor: the baseline: the same work without our code, or the figure of another program; ``None`` without one.
         floor_name: what ``floor`` is.
-        target: what was set out to be reached, as text.
+        target: the target, as text.
     """
 
     what: str

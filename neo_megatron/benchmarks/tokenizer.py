@@ -53,6 +53,7 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 def read_ranks() -> dict[bytes, int]:
+    """Qwen's BPE ranks: bytes of a token -> its rank."""
     lines = files("dashscope").joinpath("resources/qwen.tiktoken").read_bytes().splitlines()
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
 

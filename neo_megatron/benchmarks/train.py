@@ -16,12 +16,13 @@ from neo_megatron.processes import SPAWN
 
 VOCABULARIES = {1024: ">= 1.3", 32768: ">= 1.8"}
 WARM_UP, STEPS = 2, 9
-# Of the losses of two implementations over eleven steps of AdamW in float32.
+# Tolerance of the losses of two implementations over eleven steps of AdamW in float32.
 TOLERANCE = 1e-4
 LOG = "train.log"
 
 
 def measure(scratch: Path) -> list[Row]:
+    """Time and memory of a training step, next to a plain loop over the exported model."""
     rows = []
     for vocabulary, target in VOCABULARIES.items():
         inputs = write_inputs(scratch / "train", vocabulary)
@@ -33,7 +34,7 @@ def measure(scratch: Path) -> list[Row]:
 
 
 def take_turns(inputs: Path, vocabulary: int, recompute: bool) -> tuple[list[Step], list[Step]]:
-    """Our steps and the plain ones. Each side has a process of its own; one of them works at a time.
+    """Our steps and the plain ones. Each side has a process of its own, and they take turns.
 
     Raises:
         RuntimeError: a side has failed, or their losses differ, so that they do not do the same work.
@@ -54,7 +55,7 @@ def take_turns(inputs: Path, vocabulary: int, recompute: bool) -> tuple[list[Ste
 
 
 def answer(side: Connection, inputs: Path) -> Step:
-    """The step that a side has been asked for."""
+    """The result of the step that a side was asked for."""
     try:
         return side.recv()
     except (EOFError, ConnectionResetError) as error:
@@ -81,7 +82,7 @@ def _rows(what: str, ours: Sequence[Step], plain: Sequence[Step], target: str) -
 
 @contextmanager
 def worker(run: Callable[..., None], *arguments: object) -> Iterator[Connection]:
-    """A fresh process; what it prints goes to `LOG` next to its inputs."""
+    """A new process, whose output goes to `LOG` next to its inputs."""
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=_run_silently, args=(run, there, *arguments))
     process.start()

@@ -1,4 +1,4 @@
-"""What both sides of the training benchmark start from: a pack with three photographs, and random weights."""
+"""Inputs of both sides of the training benchmark: a pack with three photographs, and random weights."""
 
 import json
 from pathlib import Path
@@ -24,14 +24,14 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.mask import AttentionRule
 
 LENGTH, VOCABULARY = 1024, 1024
-# About 190 tokens an image.
+# About 190 tokens per image.
 PIXELS = 448 * 448
 # Together 1,005 tokens: 566 of images, 310 trained.
 PHOTOS = (3, 5, 6)
 
 
 def write_inputs(directory: Path, vocabulary: int) -> Path:
-    """``packs/`` and, for this vocabulary, ``megatron-N/`` and its export ``hf-N/``; keeps an earlier call's."""
+    """Writes ``packs/`` and, for this vocabulary, ``megatron-N/`` and its export ``hf-N/``; keeps existing ones."""
     if not (directory / "packs").exists():
         _write_packs(directory)
     megatron, exported = directory / f"megatron-{vocabulary}", directory / f"hf-{vocabulary}"
@@ -59,7 +59,7 @@ def write_inputs(directory: Path, vocabulary: int) -> Path:
 
 
 def _write_packs(directory: Path) -> None:
-    """One pack of three records, through the functions that the tools call."""
+    """Writes one pack of three records, with the functions that the commands call."""
     photos = write_photos(directory / "photos", count=8)
     records = [json.loads(line) for line in photos.read_text().splitlines()]
     _train_tokenizer(records).save_pretrained(directory / "tokenizer")
@@ -74,16 +74,16 @@ def _write_packs(directory: Path) -> None:
 def _write_plain_pack(directory: Path) -> None:
     """The pack as the exported model takes it."""
     packs = collate([PackDataset(directory / "packs", 1, SEED)[0]])
-    tokens, positions, cells = packs["tokens"], packs["positions_thw"], packs["image_token_index"]
+    tokens, positions, image_index = packs["tokens"], packs["positions_thw"], packs["image_token_index"]
     labels, weight = torch.full_like(tokens, -100), torch.zeros(tokens.shape)
     labels[0, packs["target_index"] + 1] = packs["targets"]
     weight[0, packs["target_index"] + 1] = packs["target_weight"]
     mean, std = torch.tensor(IMAGE_MEAN)[:, None], torch.tensor(IMAGE_STD)[:, None]
     pixels = ((packs["patches"].unflatten(-1, (3, -1)) / 255 - mean) / std).flatten(2)
     rows, grids = [], []
-    for image in packs["image"][0, cells].unique():
-        here = packs["image"][0, cells] == image
-        height, width = (positions[0, cells[here], 1:].amax(dim=0) + 1).tolist()
+    for image in packs["image"][0, image_index].unique():
+        here = packs["image"][0, image_index] == image
+        height, width = (positions[0, image_index[here], 1:].amax(dim=0) + 1).tolist()
         blocks = pixels[here].view(height, width, 2, 2, -1).transpose(1, 2)
         rows.append(blocks.reshape(-1, pixels.shape[-1]))
         grids.append((2 * height, 2 * width))
@@ -119,7 +119,7 @@ def _train_tokenizer(records: list[dict]) -> PreTrainedTokenizerFast:
 
 
 def _write_random_weights(directory: Path, sizes: NeoSizes) -> None:
-    """Norms of ones, all else N(0, 0.02), in the published form."""
+    """Writes weights in the published form: ones for norms, N(0, 0.02) for everything else."""
     torch.manual_seed(0)
     weights = {
         name: torch.ones(shape) if "norm" in name else 0.02 * torch.randn(shape)

@@ -17,12 +17,12 @@ from neo_megatron.benchmarks.train_step import SEED, Clock, Step, StopTraining, 
 
 
 def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, training_stage: int = 2) -> None:
-    """Trains step by step as ``connection`` asks, and answers each with a `Step`."""
+    """Trains one step per request on ``connection``, and answers with a `Step`."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    # It prepares torch and Megatron when it is imported, and so comes before them.
+    # Importing it prepares torch and Megatron, so it comes before them.
     from neo_megatron.run import pretraining
 
     sys.argv = ["pretrain_neo", *arguments(inputs, vocabulary, recompute, training_stage)]

@@ -7,7 +7,7 @@ from neo_megatron.benchmarks.train_step import Clock, Step, grown, settings
 
 
 def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) -> None:
-    """Trains step by step as ``connection`` asks, and answers each with a `Step`."""
+    """Trains one step per request on ``connection``, and answers with a `Step`."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool) 
     ).train()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Made before, so that the plain loop's data cost nothing.
+    # Made in advance, so that the plain loop's data cost nothing.
     batch = load_file(inputs / "plain.safetensors")
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]

@@ -1,4 +1,4 @@
-"""What the two sides of the training benchmark agree on."""
+"""Settings and measurements that both sides of the training benchmark share."""
 
 import time
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Step:
 
     Args:
         loss: of the pack, before the update.
-        parts: CPU seconds by name; their sum is the step.
-        memory: bytes that the process has grown by at most, since before it built the model.
+        parts: CPU seconds, keyed by the name of the part; their sum is the step.
+        memory: peak growth of the process in bytes, since before it built the model.
     """
 
     loss: float
@@ -28,7 +28,7 @@ class Step:
 
 
 class Clock:
-    """CPU seconds between the marks of a step, added up by name."""
+    """CPU seconds between the marks of a step, added up for each part."""
 
     def __init__(self) -> None:
         self.restart()
@@ -38,7 +38,7 @@ class Clock:
         self._last = time.process_time()
 
     def mark(self, part: str) -> None:
-        """What passed since the last mark belongs to ``part``."""
+        """Adds the time since the last mark to ``part``."""
         now = time.process_time()
         self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now

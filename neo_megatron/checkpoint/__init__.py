@@ -1,0 +1,1 @@
+"""Checkpoints: conversion between Hugging Face's form and Megatron's, initialization, and verification."""

@@ -1,4 +1,4 @@
-"""What `.metadata` says of a torch_dist checkpoint, believed as far as it was checked.
+"""Reads and checks `.metadata` of a torch_dist checkpoint, and its checksums.
 
 It is a pickle, so it is read by an unpickler that builds DCP's records alone. No checksum of torch's covers it, so
 `checksums.json` does: it is written once a save is final. Checkpoints of other programs have none.
@@ -22,14 +22,14 @@ from neo_megatron.checked_files import check_file, read_file, read_json
 from neo_megatron.errors import CheckpointError
 
 CHECKSUMS = "checksums.json"
-AGAIN = ": copy the checkpoint again"  # the remedy at the end of a sentence
+AGAIN = ": copy the checkpoint again"  # remedy at the end of messages
 _COVERED = (".metadata", "metadata.json")
 _METADATA_BYTES = 1 << 30  # some kilobytes for each tensor and rank
 _LARGEST = 1 << 60  # of a count that is stored as int64
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Which file of the directory holds which piece of which tensor.
+    """Reads which file of the directory holds which piece of which tensor.
 
     Raises:
         CheckpointError: it is missing, not as it was written, holds more than DCP's records, or names a file that is
@@ -37,7 +37,7 @@ def read_metadata(directory: Path) -> Metadata:
     """
     if os.path.lexists(directory / "common.pt"):
         raise CheckpointError(
-            f"{directory / 'common.pt'}: as megatron-core before 0.19 writes it: load and save the checkpoint with 0.19"
+            f"{directory / 'common.pt'}: written by megatron-core before 0.19: load and save the checkpoint with 0.19"
         )
     if os.path.lexists(directory / CHECKSUMS):
         _compare_checksums(directory)
@@ -52,15 +52,15 @@ def read_metadata(directory: Path) -> Metadata:
         raise CheckpointError(f"{path}: not the metadata of a checkpoint ({error}){AGAIN}") from error
     for name, end in ends.items():
         if Path(name).name != name:
-            raise CheckpointError(f"{path}: names {name!r}, which is no file of this directory{AGAIN}")
+            raise CheckpointError(f"{path}: names {name!r}, which is not a file of this directory{AGAIN}")
         if (size := check_file(directory / name)) < end:
             raise CheckpointError(f"{directory / name}: has {size} bytes instead of {end}{AGAIN}")
     return metadata
 
 
 def _checked_ends(metadata: Metadata) -> dict[str, int]:
-    """File -> where its last piece ends, after a look at all that a reader takes for granted."""
-    missing: set[tuple[str, tuple[int, ...] | None]] = set()  # pieces of which no place is known yet
+    """File -> end of its last piece; checks everything that a reader relies on."""
+    missing: set[tuple[str, tuple[int, ...] | None]] = set()  # pieces whose position is not known yet
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(key, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
             raise CheckpointError(f"an entry {key!r} of another kind")
@@ -71,7 +71,7 @@ def _checked_ends(metadata: Metadata) -> dict[str, int]:
                 for numbers in (piece.offsets, piece.sizes):
                     if not _are_counts(numbers) or len(numbers) != len(entry.size):
                         raise CheckpointError(f"a piece of {key} has other dimensions")
-            # What no piece covers would stay as it was: memory of whatever was there before.
+            # Values that no piece covers would be uninitialised memory.
             if not pieces_make_up(entry.size, [(piece.offsets, piece.sizes) for piece in entry.chunks]):
                 raise CheckpointError(f"the pieces of {key} do not make up the tensor")
             missing |= {(key, tuple(piece.offsets)) for piece in entry.chunks}
@@ -80,25 +80,25 @@ def _checked_ends(metadata: Metadata) -> dict[str, int]:
     ends: dict[str, int] = {}
     for index, place in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place.relative_path, str):
-            raise CheckpointError("a piece that lies nowhere")
+            raise CheckpointError("a piece has no position")
         piece = (index.fqn, None if index.offset is None else tuple(index.offset))
         if piece not in missing:
-            raise CheckpointError(f"a place of {index.fqn} of which nothing else is said")
+            raise CheckpointError(f"a position of {index.fqn}, which is not an entry")
         missing.remove(piece)
         if not _are_counts((place.offset, place.length)):
-            raise CheckpointError(f"a piece of {index.fqn} at no place of a file")
+            raise CheckpointError(f"a piece of {index.fqn} has an invalid position")
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     if missing:
-        raise CheckpointError(f"nothing says where {min(key for key, _ in missing)} lies")
+        raise CheckpointError(f"the position of {min(key for key, _ in missing)} is missing")
     return ends
 
 
 def pieces_make_up(size: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
     """Whether pieces, given as offsets and sizes, cover every value of a tensor exactly once."""
     inside = all(
-        begin + length <= whole
+        begin + length <= extent
         for offsets, sizes in pieces
-        for begin, length, whole in zip(offsets, sizes, size, strict=True)
+        for begin, length, extent in zip(offsets, sizes, size, strict=True)
     )
     if not inside or sum(math.prod(sizes) for _, sizes in pieces) != math.prod(size):
         return False
@@ -119,7 +119,7 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def write_checksums(directory: Path) -> None:
-    """Notes the checksums of the files that say what a checkpoint holds; call it when the save is final."""
+    """Writes checksums of a checkpoint's metadata files; called when the save is final."""
     sums = {name: _sha256(directory / name) for name in _COVERED}
     partial = directory / (CHECKSUMS + ".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -145,7 +145,7 @@ def _sha256(path: Path) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """A pickle can call anything; this one can build the records that DCP writes and nothing else."""
+    """Unpickles only the records that DCP writes; an ordinary unpickler could call anything."""
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {

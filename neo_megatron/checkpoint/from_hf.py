@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checkpoint.dcp_metadata import write_checksums
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, output_directory
 from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import Start, hf_tensors, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
@@ -61,7 +61,7 @@ def convert_hf_to_megatron(
         StoredTensor(key, row.megatron_shape, dtype or _dtype(source, [name for name in row.hf if name not in missing]))
         for key, row in rows.items()
     ]
-    with whole_directory(output) as partial:
+    with output_directory(output) as partial:
         release = partial / "release"
         release.mkdir()
         write_torch_dist(release, stored, one_ahead(stored, fill, "to Megatron"), _common_state(sizes))
@@ -79,7 +79,7 @@ def _dtype(source: SafetensorsDirectory, names: list[str]) -> torch.dtype:
 
 
 def _common_state(sizes: NeoSizes) -> dict[str, Any]:
-    """What `megatron.training` compares with the run's own arguments, or takes over with `--use-checkpoint-args`."""
+    """The saved arguments: Megatron compares them with a run's, or takes them over with `--use-checkpoint-args`."""
     args = argparse.Namespace(
         neo_sizes=dataclasses.asdict(sizes),
         num_layers=sizes.num_layers,

@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors read one tensor at a time, and output that appears whole or not at all."""
+"""Hugging Face directories: safetensors read one tensor at a time, and output that appears complete or not at all."""
 
 import json
 import math
@@ -38,7 +38,7 @@ class SafetensorsDirectory:
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, _Place] = {}
-        self._listed: dict[str, str] = {}  # by an index: tensor -> file
+        self._listed: dict[str, str] = {}  # from an index: tensor -> file
         for path in self._files():
             for name, place in _places(path).items():
                 if name in self._places:
@@ -57,7 +57,7 @@ class SafetensorsDirectory:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The type of the largest tensor."""
+        """The dtype of the largest tensor."""
         return self.dtype(max(self.shapes, key=lambda name: math.prod(self.shapes[name])))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -113,7 +113,7 @@ class SafetensorsDirectory:
 
     def _files(self) -> list[Path]:
         single, index = self.directory / WEIGHTS, self.directory / INDEX
-        if os.path.lexists(single):  # first, as transformers: it leaves an old index next to what it saves in one file
+        if os.path.lexists(single):  # before an index, as in transformers
             return [single]
         if not os.path.lexists(index):
             raise CheckpointError(
@@ -124,7 +124,7 @@ class SafetensorsDirectory:
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies, and how."""
+    """File, position, shape and dtype of a stored tensor."""
 
     path: Path
     offset: int
@@ -134,13 +134,15 @@ class _Place(NamedTuple):
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """The header of a file, after safetensors itself has checked that it is one and describes the whole file."""
+    """The header of a file, after safetensors itself has checked that it is valid and describes the entire file."""
     check_file(path)
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from error
+        raise CheckpointError(
+            f"{path}: not a complete safetensors file ({error}): copy or download it again"
+        ) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -167,13 +169,14 @@ def read_index(index: Path, ending: str) -> dict[str, str]:
             what = (
                 "safetensors file of this directory" if ending == ".safetensors" else f"file of it ending in {ending}"
             )
-            raise CheckpointError(f"{index}: {name!r} is no {what}: download the index again")
+            raise CheckpointError(f"{index}: {name!r} is not a {what}: download the index again")
         if not os.path.lexists(index.parent / name):
             raise CheckpointError(f"{index}: its file {name} is missing: download that file too")
     return {tensor: str(name) for tensor, name in names.items()}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON as UTF-8 with sorted keys, so that equal values give equal bytes."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -235,7 +238,7 @@ def _header(shard: list[StoredTensor]) -> bytes:
 
 
 @contextmanager
-def whole_directory(output: str | Path) -> Iterator[Path]:
+def output_directory(output: str | Path) -> Iterator[Path]:
     """Yields a directory next to ``output`` that becomes ``output`` when the block ends well.
 
     An interrupted run leaves ``OUTPUT.partial``, which no reader takes for a checkpoint and the next run replaces.
@@ -250,7 +253,7 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     held = lock(partial, output, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _refuse_full(output)  # by another run that has just ended
+        _refuse_full(output)  # another run may just have ended
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield partial
@@ -261,7 +264,7 @@ def whole_directory(output: str | Path) -> Iterator[Path]:
         partial.rename(output)
         _to_disk(output.parent)
     except OSError as error:
-        error.filename = error.filename or str(partial)  # a failed write, such as on a full disk, does not say of what
+        error.filename = error.filename or str(partial)  # the error of a failed write does not name the file
         raise
     finally:
         os.close(held)
@@ -273,7 +276,7 @@ def _refuse_full(output: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """A rename that reaches the disk before the bytes it names would show a whole directory of torn files."""
+    """Flushes to disk: a rename that is written before the data would show a directory of torn files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

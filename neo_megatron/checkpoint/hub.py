@@ -1,17 +1,17 @@
 """Models by their hub id, as `org/name` or `org/name@revision`: the files that are needed, in huggingface_hub's cache.
 
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean everywhere. Nothing downloaded is run, and
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` have their usual meaning. Nothing downloaded is run, and
 pickled weights are not even fetched unless asked for.
 """
 
-# Libraries are imported where a hub is asked: local directories, the usual case, need none of them.
+# Libraries are imported only when a hub is used: local directories, the usual case, need none of them.
 from pathlib import Path
 
 from neo_megatron.errors import HubError
 from neo_megatron.paths import Wanted, check_path
 
 CONFIG = "config.json"
-# Which of these there are depends on the age of the tokenizer.
+# Which of these exist depends on the age of the tokenizer.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.jinja"),
@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
 
 
 def model_directory(name: str, allow_pickle: bool = False) -> Path:
-    """A local directory as it is, or one of the cache with weights, configuration and tokenizer of a model on a hub.
+    """A local directory, or the cached weights, configuration and tokenizer of a model on a hub.
 
     Raises:
         HubError: neither; no access; no network and not in the cache; no safetensors there.
@@ -32,7 +32,7 @@ def model_directory(name: str, allow_pickle: bool = False) -> Path:
     from neo_megatron.checkpoint.published_config import code_files
 
     directory = _fetch(name, (CONFIG,))
-    # Code is fetched only to say whether it is there, as a mislabelled checkpoint names code that is not.
+    # Code is fetched only to tell whether it exists: a mislabelled checkpoint names code that does not.
     code = code_files(read_json(directory / CONFIG).get("auto_map"))
     weights = (WEIGHTS, INDEX, "model-*-of-*.safetensors")
     directory = _fetch(name, (CONFIG, "generation_config.json", *TOKENIZER_FILES, *code, *weights))
@@ -47,7 +47,7 @@ def model_directory(name: str, allow_pickle: bool = False) -> Path:
 
 
 def tokenizer_directory(name: str) -> Path:
-    """A local directory as it is, or one of the cache with the tokenizer of a model on a hub; errors as above."""
+    """A local directory, or the cached tokenizer of a model on a hub; errors as above."""
     local = _local(name)
     if local is not None:
         check_path(local, Wanted.TOKENIZER)
@@ -55,7 +55,7 @@ def tokenizer_directory(name: str) -> Path:
 
 
 def config_directory(name: str) -> Path:
-    """A local directory as it is, or one of the cache with the `config.json` of a model on a hub; errors as above."""
+    """A local directory, or the cached `config.json` of a model on a hub; errors as above."""
     local = _local(name)
     return _fetch(name, (CONFIG,)) if local is None else local
 
@@ -76,7 +76,7 @@ def _local(name: str) -> Path | None:
 
 
 def _fetch(name: str, files: tuple[str, ...]) -> Path:
-    """Those of the files that the model has. Where the hub cannot be asked, what the cache holds of it."""
+    """Fetches those of the files that the model has; offline, those in the cache."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -84,12 +84,12 @@ def _fetch(name: str, files: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
     except GatedRepoError as error:
-        raise HubError(f"{name}: its owners grant access: ask for it there, then set HF_TOKEN") from error
+        raise HubError(f"{name}: its owners must grant access: request it on its page, then set HF_TOKEN") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{name}: the model has no revision {revision}: leave it out for the main one") from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{name}: neither a directory here nor a model on {constants.ENDPOINT}: look at the spelling, or set "
+            f"{name}: neither a directory here nor a model on {constants.ENDPOINT}: check the spelling, or set "
             "HF_TOKEN if the model is private"
         ) from error
     except (HfHubHTTPError, OSError) as error:

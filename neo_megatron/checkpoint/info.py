@@ -1,4 +1,4 @@
-"""What is in a checkpoint: sizes, layers, types, tokens, and one hash of all weights.
+"""Describes a checkpoint: sizes, layers, dtypes, tokens, and one hash of all weights.
 
 The hash is over names, shapes, types and values of the tensors by their Hugging Face names, and so is the same for any
 sharding and in either form: two checkpoints with one hash hold the same weights. It is the SHA-256 of a line
@@ -64,7 +64,7 @@ def contents(directory: str | Path, allow_pickle: bool = False) -> Contents:
 
 
 def weights_hash(opened: Contents) -> str:
-    """SHA-256 in hexadecimal, see above; reads every byte, and shows how far it is."""
+    """SHA-256 in hexadecimal, see above; reads every byte, with a progress bar."""
     lines = []
     names = [tensor.name for tensor in opened.stored]
     total = sum(tensor.nbytes for tensor in opened.stored)
@@ -85,7 +85,7 @@ def _neo(directory: Path, allow_pickle: bool) -> Contents:
     opened = open_either(directory, allow_pickle)
     form = "Megatron's form" if opened.common_state else "Hugging Face form"
     lines = {"checkpoint": f"{opened.directory}, a NEO in {form}"}
-    lines |= {f"put right {number}": sentence for number, sentence in enumerate(opened.said, start=1)}
+    lines |= {f"corrected {number}": sentence for number, sentence in enumerate(opened.said, start=1)}
     lines |= _sizes(opened.sizes) | _totals(opened.stored)
     lines |= {f"  {part}": _amount(stored) for part, stored in _parts(opened.stored, opened.sizes).items()}
     lines["tokens"] = _tokens(opened.sizes, added_token_ids(directory))

@@ -1,4 +1,4 @@
-"""A Qwen3 Hugging Face directory -> a NEO Hugging Face directory to start stage 1 from (spec: the initialisation).
+"""Makes a NEO from a Qwen3, both Hugging Face directories, to start stage 1 from.
 
 Qwen3's layer i becomes layer ``pre_buffer_layers + i``, unchanged, and computes on text what it computed before: its
 new keys for rows and columns are zero. The pre-buffer and the patch embedding are drawn from a seed.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_safetensors
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, output_directory, write_safetensors
 from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import (
     DECODER,
@@ -80,7 +80,7 @@ def init_from_qwen3(
         The missing tensors by their names in the new NEO, and what they start as.
 
     Raises:
-        CheckpointError: not a whole Qwen3 in it; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
+        CheckpointError: not a complete Qwen3; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
             pre-buffer of another shape.
     """
     check_path(qwen3_directory, Wanted.QWEN3)
@@ -129,7 +129,7 @@ def init_from_qwen3(
         return dtype or source.main_dtype
 
     stored = [StoredTensor(name, tensor.shape, dtype_of(name)) for name, tensor in tensors.items()]
-    with whole_directory(output) as directory:
+    with output_directory(output) as directory:
         write_safetensors(directory, stored, one_ahead(stored, fill, "to NEO"), shard_bytes)
         write_companions(directory, sizes, dtype or source.main_dtype, tokenizer)
     return listed
@@ -180,9 +180,9 @@ def _neo_sizes(
 
 
 def _rows(qwen3_rows: int, tokenizer: Any | None) -> int:
-    """Qwen3's rows as they are: 267 of its 151936 are unused and hold NEO's tokens, and published NEOs keep them all.
+    """Rows of the embedding: those of Qwen3, of which 267 of 151936 are unused and hold NEO's tokens.
 
-    More only for a larger tokenizer, and then a number that tensor parallelism can divide.
+    Published NEOs keep them all. More only for a larger tokenizer, rounded up for tensor parallelism.
     """
     if tokenizer is None or len(tokenizer) <= qwen3_rows:
         return qwen3_rows
@@ -192,7 +192,7 @@ def _rows(qwen3_rows: int, tokenizer: Any | None) -> int:
 def _check_tensors(
     source: SafetensorsDirectory, sizes: NeoSizes, qwen3_rows: int, allow_missing: Sequence[str]
 ) -> list[str]:
-    """The source must be exactly the Qwen3 of these sizes: a NEO without what NEO adds."""
+    """Checks that the source is exactly the Qwen3 of these sizes: a NEO without what NEO adds."""
     as_stored = hf_tensors(sizes.replace(vocab_size=qwen3_rows))
     expected = {tensor.qwen3: tensor.shape for tensor in as_stored.values() if tensor.qwen3}
     head = qwen3_name(LM_HEAD)

@@ -1,4 +1,4 @@
-"""What a tensor of NEO holds where no checkpoint gives it, by the rules of the one table."""
+"""Initial values of tensors that no checkpoint provides, by the rules of the table in `names.py`."""
 
 from collections.abc import Callable, Sequence
 
@@ -43,7 +43,7 @@ class StartValues:
 
 
 def missing_starts(missing: Sequence[str], tensors: dict[str, HfTensor]) -> dict[str, Start]:
-    """What each missing Hugging Face tensor starts as.
+    """Initialization of each missing Hugging Face tensor.
 
     Raises:
         CheckpointError: one starts from another that is missing too.

@@ -1,4 +1,4 @@
-"""Whether a torch_dist checkpoint is as it was written: every file there, whole, and with its bytes.
+"""Verifies that a torch_dist checkpoint is as it was written: every file present, complete and unchanged.
 
 Tensors need no checksums of ours. Each piece is an archive of `torch.save`, a zip whose records carry a CRC-32 that
 torch writes and never compares when it reads. `.metadata` says where each piece begins and ends, so that ranks can
@@ -22,7 +22,7 @@ _TORCH_ZIP_FLAGS = 0x808  # sizes after the data, names in UTF-8
 
 
 class Piece(NamedTuple):
-    """Where one stored piece of a tensor, or one object, lies; ``shape`` of a tensor's piece."""
+    """Position of one stored piece of a tensor, or of one object; ``shape`` is None for an object."""
 
     path: Path
     offset: int
@@ -31,13 +31,13 @@ class Piece(NamedTuple):
 
 
 def stored_pieces(directory: Path) -> list[Piece]:
-    """All pieces of a checkpoint, in the order in which they lie, after the checks that read no tensor.
+    """All pieces of a checkpoint in file order, after the checks that read no tensor.
 
     A checkpoint without `checksums.json` passes, as every one does that was saved by other programs or whose run was
     killed between Megatron's last file and ours.
 
     Raises:
-        DamagedCheckpoint: a file is missing, or longer or shorter than its pieces, or says something else than when
+        DamagedCheckpoint: a file is missing, longer or shorter than its pieces, or a metadata file has changed since
             it was written.
     """
     if not directory.is_dir():
@@ -47,7 +47,7 @@ def stored_pieces(directory: Path) -> list[Piece]:
             raise DamagedCheckpoint(f"{directory / 'metadata.json'} does not name the format torch_dist")
         metadata = read_metadata(directory)
     except ValueError as error:
-        raise DamagedCheckpoint(str(error).removesuffix(AGAIN)) from error  # who asks knows another remedy
+        raise DamagedCheckpoint(str(error).removesuffix(AGAIN)) from error  # callers name another remedy
     shapes = {
         (key, tuple(piece.offsets)): tuple(piece.sizes)
         for key, entry in metadata.state_dict_metadata.items()
@@ -71,7 +71,7 @@ def stored_pieces(directory: Path) -> list[Piece]:
 
 
 def share_of(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
-    """The pieces that one of several ranks verifies: neighbours, and about as many bytes for each rank."""
+    """The consecutive pieces that one of several ranks verifies, with about as many bytes for each rank."""
     total = sum(piece.length for piece in pieces)
     mine, before = [], 0
     for piece in pieces:
@@ -97,7 +97,7 @@ def verify_pieces(pieces: Sequence[Piece]) -> None:
 
 
 def _damage(archive: FileWindow, piece: Piece) -> str | None:
-    """What is wrong with an archive of `torch.save`; `None` where every record is as it was written."""
+    """Describes the damage of an archive of `torch.save`; `None` if every record is as it was written."""
     try:
         torch._C.PyTorchFileReader(archive)  # compares the parts of the table of contents; zipfile leaves some unread
         with zipfile.ZipFile(archive) as records:

@@ -1,9 +1,9 @@
-"""ONE table: every tensor's Hugging Face name, its Megatron name, how the two forms differ, how it is split over TP.
+"""The table of all tensors: Hugging Face name, Megatron name, how both forms differ, and how TP splits them.
 
 Conversion in both directions, the initialisation from Qwen3, the planner's counts and the tests derive from it.
 Megatron keeps one tensor where Hugging Face keeps several (query, key and value; gate and up), so a row names one
-Megatron tensor and its Hugging Face parts. Each part is a view of the Megatron tensor: converting moves whole values
-around and computes nothing, so a round trip is bit-equal.
+Megatron tensor and its Hugging Face parts. Each part is a view of the Megatron tensor: converting moves values
+around and computes none, so a round trip is bit-equal.
 
 Shape suffixes: V vocabulary, H hidden, F feed-forward, E patch-embedding width, G key-value groups, d head dim.
 """
@@ -35,7 +35,7 @@ type _Views = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Start:
-    """What a tensor starts as where no checkpoint gives it: NEO's published rules.
+    """Initialization of a tensor that no checkpoint provides: NEO's published rules.
 
     Args:
         kind: ``normal`` with the standard deviation ``number``, ``uniform`` within ``number``, all ``constant``
@@ -106,7 +106,7 @@ class TensorRow:
 
 @cache
 def tensor_table(sizes: NeoSizes) -> tuple[TensorRow, ...]:
-    """The rows of a whole model, in the order of Megatron's modules."""
+    """The rows of a complete model, in the order of Megatron's modules."""
     rows = [*_stem_rows(sizes)]
     for layer in range(sizes.num_layers):
         rows += _layer_rows(sizes, layer)
@@ -119,17 +119,17 @@ def tensor_table(sizes: NeoSizes) -> tuple[TensorRow, ...]:
 
 
 def hf_tensors(sizes: NeoSizes) -> dict[str, HfTensor]:
-    """Hugging Face name -> tensor of a whole checkpoint; ``lm_head`` is absent where it is the embedding."""
+    """Hugging Face name -> tensor of a complete checkpoint; ``lm_head`` is absent where it is the embedding."""
     return {name: tensor for row in tensor_table(sizes) for name, tensor in row.hf.items()}
 
 
 def hf_shapes(sizes: NeoSizes) -> dict[str, Shape]:
-    """Hugging Face name -> shape of a whole checkpoint; ``lm_head`` is absent where it is the embedding."""
+    """Hugging Face name -> shape of a complete checkpoint; ``lm_head`` is absent where it is the embedding."""
     return {name: tensor.shape for name, tensor in hf_tensors(sizes).items()}
 
 
 def qwen3_name(name: str) -> str:
-    """What Qwen3 calls a tensor outside of the layers."""
+    """Qwen3's name of a tensor outside the layers."""
     return name.removeprefix("language_model.")
 
 
@@ -231,7 +231,7 @@ def _whole(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _groups(groups: int, rows: Sequence[int], tensor: Tensor) -> Sequence[Tensor]:
-    """Rows sorted by key-value group, so that a TP rank's contiguous slice holds whole groups with all their heads."""
+    """Rows sorted by key-value group, so that a TP rank's contiguous slice holds complete groups of heads."""
     return tensor.view(groups, sum(rows), -1).split(rows, dim=1)
 
 
@@ -240,7 +240,7 @@ def _same(megatron: str, hf: str, tensor: HfTensor, split_dim: int | None = None
 
 
 def _convolution_rows(megatron: str, hf: str, shape: Shape, channels_last: bool) -> Iterator[TensorRow]:
-    """A convolution whose stride is its size, as the matrix product it is; every rank holds the small matrix whole."""
+    """A convolution whose stride is its size, as the matrix product it is; every rank holds all of the small matrix."""
     out, channels, height, width = shape
     fan_in = math.prod(shape[1:])
     start = Start("uniform", 1 / math.sqrt(fan_in))  # PyTorch draws both weight and bias of a convolution so

@@ -1,4 +1,4 @@
-"""A NEO in Hugging Face form, opened and known to be whole: its sizes, its tensors, and what had to be put right."""
+"""Opens a NEO in Hugging Face form and checks that it is complete: sizes, tensors, and corrections of its config."""
 
 import os
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from neo_megatron.paths import Wanted, check_path
 
 @dataclass(frozen=True)
 class NeoDirectory:
-    """What `open_neo` gives.
+    """A NEO in Hugging Face form, as `open_neo` returns it.
 
     Args:
         source: the tensors, every one of the table that is not missing and none besides; a tied head that repeats the
             embedding may be.
         config: `config.json`, completed.
         sizes: the same as `NeoSizes`.
-        said: a sentence for everything that was put right.
+        said: a sentence for every correction of the configuration.
         missing: names of the table that are not there, and may be.
     """
 
@@ -37,10 +37,10 @@ class NeoDirectory:
 
 
 def read_sizes(directory: str | Path) -> NeoSizes:
-    """The sizes that `config.json` tells, completed from the tensors where some lie next to it; reads headers only.
+    """The sizes in `config.json`, completed from the tensors next to it, if any; reads headers only.
 
     Raises:
-        CheckpointError: no NEO's configuration, or a broken file.
+        CheckpointError: not the configuration of a NEO, or a broken file.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
@@ -50,7 +50,7 @@ def read_sizes(directory: str | Path) -> NeoSizes:
 
 
 def sizes_of(config: dict[str, Any], directory: Path) -> NeoSizes:
-    """`NeoSizes.from_hf`, whose errors then name the file."""
+    """`NeoSizes.from_hf` with errors that name the file."""
     try:
         return NeoSizes.from_hf(config)
     except ConfigError as error:
@@ -65,7 +65,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
         allow_missing: patterns of names that may be missing.
 
     Raises:
-        CheckpointError: no NEO, or one of which a tensor is missing, unexpected or of another shape; a file is broken.
+        CheckpointError: not a NEO, or a tensor is missing, unexpected or of another shape; a file is broken.
     """
     directory = Path(directory)
     check_path(directory, Wanted.NEO)

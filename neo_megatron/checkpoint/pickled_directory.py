@@ -1,5 +1,7 @@
-"""Weights in `pytorch_model.bin` or shards of it, for those who ask: a pickle can run anything, unless it may build
-nothing but tensors, which is what `weights_only` means."""
+"""Weights in `pytorch_model.bin` or shards of it, read only with `--allow-pickle`.
+
+A pickle can run anything, unless it may build nothing but tensors, which is what `weights_only` means.
+"""
 
 import os
 from pathlib import Path
@@ -16,11 +18,11 @@ PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.j
 
 
 class PickledDirectory(SafetensorsDirectory):
-    """The same for pickled weights; their values stay on the disk until one is read.
+    """As `SafetensorsDirectory`, for pickled weights; values stay on the disk until they are read.
 
     Raises:
-        CheckpointError: no weights; a file that is broken, holds anything else than tensors, or is of the form of
-            before PyTorch 1.6; an index that points outside the directory.
+        CheckpointError: no weights; a file that is broken, holds anything but tensors, or is older than PyTorch 1.6;
+            an index that points outside the directory.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -29,7 +31,9 @@ class PickledDirectory(SafetensorsDirectory):
         for path in self._files():
             for name, tensor in _load(path).items():
                 if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                    raise CheckpointError(f"{path}: {name!r} is no tensor: give a file that holds a state_dict alone")
+                    raise CheckpointError(
+                        f"{path}: {name!r} is not a tensor: give a file that holds a state_dict alone"
+                    )
                 # A file of bytes can claim a shape of terabytes by strides of zero.
                 if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
                     raise CheckpointError(f"{path}: {name} does not hold all of its values: save it as a plain tensor")
@@ -65,10 +69,10 @@ class PickledDirectory(SafetensorsDirectory):
 
 
 def open_weights(directory: str | Path, allow_pickle: bool = False) -> SafetensorsDirectory:
-    """The safetensors of a directory; where there are none, and only if allowed, its pickled weights.
+    """The safetensors of a directory; without any, and only if allowed, its pickled weights.
 
     Raises:
-        CheckpointError: as either class; pickled weights alone that are not allowed.
+        CheckpointError: as either class; there are only pickled weights, which are not allowed.
     """
     directory = Path(directory)
     safe = any(os.path.lexists(directory / name) for name in (WEIGHTS, INDEX))

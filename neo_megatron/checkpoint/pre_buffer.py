@@ -1,4 +1,4 @@
-"""A trained pre-buffer by itself: NEO's visual front end, to be put in front of another Qwen3 of the same width.
+"""Extracts a trained pre-buffer, NEO's visual front end, to put it in front of another Qwen3 of the same width.
 
 A directory of the form of Hugging Face with `model_type: neo_pre_buffer` holds, under the names they have in a NEO, the
 patch embedding and the pre-buffer's layers. It also holds ``picture_tokens.weight``, the embeddings of ``<img>`` and
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neo_megatron.checked_files import read_json
-from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.hf_directory import SafetensorsDirectory, output_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.names import DECODER, PATCH_EMBEDDING, WORD_EMBEDDING, Shape, check_shapes, hf_shapes
 from neo_megatron.checkpoint.neo_directory import sizes_of
 from neo_megatron.checkpoint.published_config import added_token_ids
@@ -30,12 +30,12 @@ IMAGE_TOKENS = ("<img>", "</img>")
 IMAGE_ROWS = "picture_tokens.weight"  # the key in checkpoints since version 0.1.0
 # Writes trained values into a tensor of as many values.
 TrainedPart = Callable[[Tensor], None]
-# What a layer of the pre-buffer and one of the post-LLM must share, as they are layers of one decoder.
+# Sizes that pre-buffer and post-LLM share, because they are layers of one decoder.
 _SHARED = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
     *("rope_theta", "norm_epsilon"),
 )
-# What concerns images alone, and no Qwen3 has.
+# Sizes that concern only images; a Qwen3 has none of them.
 _DECIDED = ("rope_theta_hw", "rope_theta_patch", "max_positions_hw", "min_pixels", "max_pixels")
 
 
@@ -62,7 +62,7 @@ def extract_pre_buffer(neo: EitherForm, output: str | Path, shard_bytes: int) ->
 
     config = {**neo.sizes.replace(post_llm_layers=0).to_hf(), "model_type": MODEL_TYPE}
     del config["architectures"]
-    with whole_directory(output) as unfinished:
+    with output_directory(output) as unfinished:
         write_safetensors(unfinished, [*kept, image_rows], values(), shard_bytes)
         write_json(unfinished / "config.json", config)
 
@@ -85,7 +85,7 @@ def image_token_ids(sizes: NeoSizes, known: dict[str, int], where: Path) -> list
 
 @dataclass(frozen=True)
 class PreBuffer:
-    """An extracted pre-buffer, known to be whole.
+    """An extracted pre-buffer, checked to be complete.
 
     Args:
         source: its tensors.
@@ -96,10 +96,10 @@ class PreBuffer:
     sizes: NeoSizes
 
     def sizes_in_front_of(self, sizes: NeoSizes, where: str | Path) -> NeoSizes:
-        """Those of a new NEO with what this pre-buffer decides about images.
+        """Sizes of a new NEO: those given, with the image sizes of this pre-buffer.
 
         Raises:
-            CheckpointError: layers of this pre-buffer are no layers of such a NEO; it names what differs.
+            CheckpointError: layers of this pre-buffer do not fit such a NEO; the message names what differs.
         """
         differing = [
             f"{key} {getattr(self.sizes, key)} (there {getattr(sizes, key)})"
@@ -114,7 +114,7 @@ class PreBuffer:
         return sizes.replace(**{key: getattr(self.sizes, key) for key in _DECIDED})
 
     def parts(self, sizes: NeoSizes, tokenizer: Any | None) -> dict[str, TrainedPart]:
-        """Hugging Face name -> what writes the trained values into that tensor of a new NEO, or into rows of it."""
+        """Hugging Face name -> function that writes trained values into that tensor of a new NEO, or into its rows."""
         parts: dict[str, TrainedPart] = {
             name: partial(self.source.read_into, name) for name in self.source.shapes if name != IMAGE_ROWS
         }
@@ -144,7 +144,7 @@ def open_pre_buffer(directory: str | Path) -> PreBuffer:
 
 
 def _shapes(sizes: NeoSizes) -> dict[str, Shape]:
-    """What belongs to the pre-buffer of a NEO of these sizes."""
+    """The tensors that belong to the pre-buffer of a NEO of these sizes."""
     layers = tuple(f"{DECODER}layers.{number}." for number in range(sizes.pre_buffer_layers))
     shapes = {name: shape for name, shape in hf_shapes(sizes).items() if name.startswith((PATCH_EMBEDDING, *layers))}
     return shapes | {IMAGE_ROWS: (len(IMAGE_TOKENS), sizes.hidden_size)}

@@ -1,8 +1,8 @@
-"""A NEO's `config.json` as it was published, in whatever form, completed from the tensors and the tokenizer next to it.
+"""Completes a published `config.json` of any form from the tensors and the tokenizer next to it.
 
-Published configurations differ: some lack what later code reads, and a stage-1 checkpoint calls itself an InternVL
-whose code is not there. The tensors decide what a checkpoint is. What no tensor tells, such as a rotary base, is taken
-from the published models. Everything that was added or put right is said.
+Published configurations differ: some lack keys that later code reads, and a stage-1 checkpoint is declared as an
+InternVL whose code is missing. The tensors decide what a checkpoint is. Values that no tensor determines, such as a
+rotary base, are those of the published models. Every addition and correction is reported.
 """
 
 import os
@@ -28,7 +28,7 @@ _MARKS = (
 )
 # One norm for h and w, where NEO 1.0 has two.
 UNIFY_TENSOR = _FIRST_LAYER + "self_attn.q_norm_hw.weight"
-# What no tensor tells: key -> value of the published models.
+# Values that no tensor determines: key -> value of the published models.
 _PUBLISHED = {
     "rope_theta": NeoSizes.rope_theta,
     "rope_theta_hw": NeoSizes.rope_theta_hw,
@@ -38,14 +38,14 @@ _PUBLISHED = {
 
 
 def is_neo(shapes: dict[str, Shape]) -> bool:
-    """Whether tensors of these names are a NEO's, whatever their configuration says."""
+    """Whether tensors of these names are those of a NEO, whatever the configuration says."""
     return all(name in shapes for name in _MARKS)
 
 
 def complete_config(
     config: dict[str, Any], shapes: dict[str, Shape], directory: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """The configuration with all that `NeoSizes.from_hf` reads, and a sentence for everything that was put right.
+    """The configuration with all keys that `NeoSizes.from_hf` reads, and a sentence for every correction.
 
     Args:
         config: `config.json` as it is; not changed.
@@ -53,8 +53,8 @@ def complete_config(
         directory: whose tokenizer, if it has one, knows the ids of the image tokens.
 
     Raises:
-        CheckpointError: no NEO by its tensors; a NEO-unify, a quantised checkpoint, an unknown template; nothing tells
-            the ids of the image tokens; a value is of another type.
+        CheckpointError: the tensors are not those of a NEO; a NEO-unify, a quantised checkpoint, an unknown
+            template; the ids of the image tokens are unknown; a value is of another type.
     """
     refuse_other_kinds(config, f"{directory}/config.json")
     if UNIFY_TENSOR in shapes:
@@ -69,7 +69,7 @@ def complete_config(
         if not is_neo(shapes):
             lacking = next(name for name in _MARKS if name not in shapes)
             raise CheckpointError(
-                f"{directory}: no NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
+                f"{directory}: not a NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
                 "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
             )
         said.append(f"model_type is {top.get('model_type')!r}, but the tensors are a NEO's: read as {MODEL_TYPE!r}")
@@ -79,7 +79,7 @@ def complete_config(
     _check_types(llm, directory)
     _complete_layers(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
-    if "rope_parameters" in llm:  # how transformers 5 writes the base of a rotation
+    if "rope_parameters" in llm:  # where transformers 5 puts the rotary base
         llm.setdefault("rope_theta", (llm["rope_parameters"] or {}).get("rope_theta", NeoSizes.rope_theta))
     _fill(llm, _PUBLISHED, "in the published models", said)
     _fill(vision, _vision_sizes(shapes), "in the tensors", said)
@@ -94,7 +94,7 @@ def _plain(section: Any) -> dict[str, Any]:
 
 
 def _check_types(llm: dict[str, Any], directory: Path) -> None:
-    """Of the values that are used here; `NeoSizes` checks them all."""
+    """Checks the values used here; `NeoSizes` checks all of them."""
     kinds = dict.fromkeys(("num_hidden_layers", "extra_num_layers", "vocab_size"), int) | {"rope_parameters": dict}
     for key, kind in kinds.items():
         if not isinstance(llm.get(key), kind | None):
@@ -122,7 +122,7 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
         elif named + pre_buffer == total and pre_buffer:
             said.append(f"num_hidden_layers is {named}, without the pre-buffer: {total}, as in the tensors")
         else:
-            llm["num_hidden_layers"] = named  # if it is wrong, the check of the tensors says so
+            llm["num_hidden_layers"] = named  # if it is wrong, the check of the tensors reports it
         return
     by_shape = {(size.hidden_size, size.num_layers): size.pre_buffer_layers for size in PUBLISHED_SIZES.values()}
     if named is not None and named < total:
@@ -137,17 +137,17 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
 
 
 def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, said: list[str]) -> None:
-    """The whole model's word counts; where it contradicts the decoder's, the tensors decide."""
-    whole, decoder = top.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
-    if whole is None and decoder is None:
+    """The top level of the configuration counts; where it contradicts the decoder's, the tensors decide."""
+    model, decoder = top.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
+    if model is None and decoder is None:
         _fill(top, {"tie_word_embeddings": not has_head}, "in the tensors", said)
-    elif whole is False and decoder is True and not has_head:
+    elif model is False and decoder is True and not has_head:
         top["tie_word_embeddings"] = True
         said.append("tie_word_embeddings is False, but True in llm_config, and there is no head: read as True")
 
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
-    """What the tensors of the first layer tell; nothing where one is missing, which the check of all tensors names."""
+    """Sizes read from the first layer's tensors; empty if one is missing, which the check of all tensors reports."""
     names = ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
     found = [shapes.get(f"{_FIRST_LAYER}{name}.weight") for name in names]
     if not all(found) or not _width(shapes):
@@ -216,7 +216,9 @@ def added_token_ids(directory: Path) -> dict[str, int]:
             try:
                 ids = {token: int(number) for token, number in read(contents)} | ids
             except (TypeError, KeyError, AttributeError, ValueError) as error:
-                raise CheckpointError(f"{directory / name}: its added tokens are no list of words and ids") from error
+                raise CheckpointError(
+                    f"{directory / name}: its added tokens are not a list of words and ids"
+                ) from error
     return ids
 
 

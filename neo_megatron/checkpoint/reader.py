@@ -1,32 +1,34 @@
-"""A NEO in Hugging Face form or in Megatron's, read as the same named tensors."""
+"""Opens a NEO in Hugging Face form or in Megatron's, as the same named tensors."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from neo_megatron.checkpoint.names import check_shapes, hf_shapes, tensor_table
+from neo_megatron.checkpoint.names import Shape, check_shapes, hf_shapes, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.streaming import StoredTensor
-from neo_megatron.checkpoint.to_hf import MODEL_PREFIXES, saved_sizes
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
+from neo_megatron.errors import CheckpointError, ConfigError
 from neo_megatron.model.config import NeoSizes
+
+_MODEL_PREFIXES = ("embedding.", "patch_embedding.", "decoder.", "output_layer.")
 
 
 @dataclass(frozen=True)
 class EitherForm:
-    """What `open_either` gives.
+    """A NEO opened by `open_either`, in the form of Hugging Face or of Megatron.
 
     Args:
-        directory: where it lies; of a Megatron checkpoint the iteration.
+        directory: its path; for a Megatron checkpoint that of the iteration.
         sizes: of the model.
-        said: what was put right in its `config.json`.
+        said: corrections of its `config.json`.
         stored: names, shapes and types in the order of the table; a tied head is not among them.
         common_state: what a Megatron checkpoint holds besides tensors; empty for Hugging Face's form.
-        further_bytes: of the tensors that are no weights: the optimizer's state.
+        further_bytes: of the tensors that are not weights, such as the optimizer's state.
         values: names -> their tensors, one in memory at a time; quickest in the order of ``stored``.
     """
 
@@ -37,6 +39,64 @@ class EitherForm:
     common_state: dict[str, Any]
     further_bytes: int
     values: Callable[[Iterable[str]], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class MegatronNeo:
+    """A NEO in Megatron's form whose tensors fit its sizes.
+
+    Args:
+        source: the checkpoint.
+        sizes: of the model.
+        shapes: Megatron names -> shapes of the model's tensors that are in the checkpoint.
+        missing: names of those that are not, as ``allow_missing`` permits.
+    """
+
+    source: TorchDistDirectory
+    sizes: NeoSizes
+    shapes: dict[str, Shape]
+    missing: list[str]
+
+
+def open_megatron(directory: str | Path, allow_missing: Sequence[str] = ()) -> MegatronNeo:
+    """Reads the metadata of a Megatron checkpoint and compares its tensors with the table.
+
+    Args:
+        directory: what `--save` filled, or one iteration of it.
+        allow_missing: patterns of Megatron names that may be missing.
+
+    Raises:
+        CheckpointError: not a NEO in Megatron's form; a tensor is missing, unexpected or of another shape.
+    """
+    source = TorchDistDirectory(directory)
+    sizes = _saved_sizes(source)
+    found = {key: shape for key, shape in source.shapes.items() if key.startswith(_MODEL_PREFIXES)}
+    if not found:
+        raise CheckpointError(f"{source.directory}: no tensor of a NEO in it: give a checkpoint saved by pretrain_neo")
+    expected = {row.megatron: row.megatron_shape for row in tensor_table(sizes)}
+    return MegatronNeo(source, sizes, found, check_shapes(found, expected, str(source.directory), allow_missing))
+
+
+def _saved_sizes(source: TorchDistDirectory) -> NeoSizes:
+    """The sizes that a run or a conversion wrote into a Megatron checkpoint.
+
+    Raises:
+        CheckpointError: there are none, or not those of a NEO, or impossible ones.
+    """
+    sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
+    if not isinstance(sizes, dict):
+        raise CheckpointError(
+            f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo"
+        )
+    if other := sizes.keys() ^ {field.name for field in fields(NeoSizes)}:
+        names = ", ".join(sorted(map(str, other)))
+        raise CheckpointError(
+            f"{source.directory}: its sizes and ours differ in {names}: use the version that saved it"
+        )
+    try:
+        return NeoSizes(**sizes)
+    except ConfigError as error:
+        raise CheckpointError(f"{source.directory}: {error}") from error
 
 
 def is_megatron(directory: Path) -> bool:
@@ -52,22 +112,19 @@ def open_either(directory: str | Path, allow_pickle: bool = False) -> EitherForm
         CheckpointError: no NEO in either form; a tensor is missing, unexpected or of another shape; a file is broken.
     """
     directory = Path(directory)
-    return _open_megatron(directory) if is_megatron(directory) else _open_hf(directory, allow_pickle)
+    return _either_from_megatron(directory) if is_megatron(directory) else _either_from_hf(directory, allow_pickle)
 
 
-def _open_hf(directory: Path, allow_pickle: bool) -> EitherForm:
+def _either_from_hf(directory: Path, allow_pickle: bool) -> EitherForm:
     neo = open_neo(directory, allow_pickle)
     names = [name for row in tensor_table(neo.sizes) for name in row.hf]
     stored = [StoredTensor(name, neo.source.shapes[name], neo.source.dtype(name)) for name in names]
     return EitherForm(directory, neo.sizes, neo.said, stored, {}, 0, lambda names: map(neo.source.read, names))
 
 
-def _open_megatron(directory: Path) -> EitherForm:
-    source = TorchDistDirectory(directory)
-    sizes = saved_sizes(source)
-    rows = tensor_table(sizes)
-    found = {key: shape for key, shape in source.shapes.items() if key.startswith(MODEL_PREFIXES)}
-    check_shapes(found, {row.megatron: row.megatron_shape for row in rows}, str(source.directory))
+def _either_from_megatron(directory: Path) -> EitherForm:
+    neo = open_megatron(directory)
+    source, sizes, rows = neo.source, neo.sizes, tensor_table(neo.sizes)
     shapes = hf_shapes(sizes)
     stored = [StoredTensor(name, shapes[name], source.dtype(row.megatron)) for row in rows for name in row.hf]
     row_of = {name: row for row in rows for name in row.hf}
@@ -81,6 +138,6 @@ def _open_megatron(directory: Path) -> EitherForm:
             yield parts[name]
 
     further = sum(
-        math.prod(shape) * source.dtype(key).itemsize for key, shape in source.shapes.items() if key not in found
+        math.prod(shape) * source.dtype(key).itemsize for key, shape in source.shapes.items() if key not in neo.shapes
     )
     return EitherForm(source.directory, sizes, [], stored, source.common_state(), further, read)

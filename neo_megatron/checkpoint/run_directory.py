@@ -1,7 +1,7 @@
 """The directory that a run saves into, as Megatron fills it: `iter_0000040` and a tracker file that names the newest.
 
 Megatron writes the tracker last. From then on a checkpoint counts: what lies next to it and is newer was still being
-written when the run ended, or belongs to a future that a user gave up. Nothing here needs Megatron.
+written when the run ended, or belongs to progress that a user discarded. Nothing here needs Megatron.
 """
 
 import os
@@ -32,7 +32,7 @@ class RunDirectory:
         return sorted((n for n in found if self.path_of(n).is_dir()), reverse=True)
 
     def named(self) -> int | str | None:
-        """What the tracker names: an iteration or "release"; `None` where there is none, or a half-written one."""
+        """The tracker's content: an iteration or "release"; `None` if it is missing or half-written."""
         return tracked(self.tracker) if os.path.lexists(self.tracker) else None
 
     def named_path(self) -> Path | None:
@@ -61,15 +61,15 @@ class RunDirectory:
         return [self.path_of(n) for n in self.iterations() if self.is_finished(n)]
 
     def is_finished(self, iteration: int) -> bool:
-        """Whether a save came to its end: Megatron writes metadata.json after everything else in the directory."""
+        """Whether a save was completed: Megatron writes metadata.json after everything else in the directory."""
         last = self.path_of(iteration) / "metadata.json"
         return last.is_file() and last.stat().st_size > 0
 
     def clear_after(self, iteration: int) -> list[str]:
-        """Makes room for a run that goes on from here, and gives a sentence for each checkpoint in its way.
+        """Makes room for a run that resumes from here, and gives a sentence for each checkpoint in its way.
 
         Megatron would save into what is there file by file, and a kill could then leave a mixture of two saves that
-        looks whole. Unfinished saves are deleted; others a user may want, so they get another name.
+        looks complete. Unfinished saves are deleted; others a user may want, so they get another name.
         """
         for left in self.root.glob(f"iter_*{_DELETING}"):
             shutil.rmtree(left)
@@ -83,7 +83,7 @@ class RunDirectory:
                 while aside.exists():
                     aside = aside.with_name(aside.name + "-")
                 path.rename(aside)
-                sentences.append(f"{path} is newer than where this run goes on: set aside as {aside.name}")
+                sentences.append(f"{path} is newer than the checkpoint to resume from: set aside as {aside.name}")
             else:
                 self.delete(n)
                 sentences.append(f"{path} was still being written when its run ended: deleted")
@@ -96,7 +96,7 @@ class RunDirectory:
         return finished[limit:]
 
     def delete(self, iteration: int) -> None:
-        """Under another name first: what a kill leaves is then no checkpoint any more."""
+        """Renames before deleting, so that a kill does not leave a half-deleted checkpoint."""
         path = self.path_of(iteration)
         doomed = path.with_name(path.name + _DELETING)
         path.rename(doomed)

@@ -23,7 +23,7 @@ WRITE_BYTES = 2**17
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of a tensor."""
+    """Name, shape and dtype of a tensor, as a header states them."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,19 +35,19 @@ class StoredTensor:
 
 
 class Readable(Protocol):
-    """What is needed of a file to read tensors."""
+    """The part of a file that reading tensors needs."""
 
     def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
 class Writable(Protocol):
-    """What is needed of a file to write tensors."""
+    """The part of a file that writing tensors needs."""
 
     def write(self, data: memoryview, /) -> int: ...
 
 
 class BlockWriter:
-    """Hands bytes on in pieces of `WRITE_BYTES`."""
+    """Passes bytes on in pieces of `WRITE_BYTES`."""
 
     def __init__(self, file: Writable) -> None:
         self._file = file
@@ -58,7 +58,7 @@ class BlockWriter:
         return len(data)
 
     def flush(self) -> None:
-        """`torch.save` asks for it; what was handed on is not ours to flush."""
+        """Does nothing; `torch.save` calls it."""
 
 
 def read_into(view: Tensor, file: Readable, dtype: torch.dtype) -> None:
@@ -88,7 +88,7 @@ def write_from(view: Tensor, file: Writable) -> None:
 
 
 def copy_exactly(target: Tensor, source: Tensor) -> None:
-    """Copies into another type; rounding is what a smaller type is for, overflow is not.
+    """Copies into another type; rounding is allowed, overflow is not.
 
     Raises:
         CheckpointError: a finite value exceeds the range of the type of ``target``.
@@ -100,7 +100,7 @@ def copy_exactly(target: Tensor, source: Tensor) -> None:
 
 
 def _blocks(view: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of a view, each with memory for the same values as a file has them: itself where that is the same."""
+    """Pieces of a view, each with contiguous memory for its values: the piece itself if it is contiguous."""
     view = torch.atleast_1d(view)
     row_bytes = math.prod(view.shape[1:]) * dtype.itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
@@ -133,7 +133,7 @@ def one_ahead(
 
     def filled(turn: int) -> Tensor:
         wanted = stored[turn]
-        # Of exactly this size: torch.save writes the whole storage of a tensor.
+        # Of exactly this size: torch.save writes the entire storage of a tensor.
         tensor = torch.frombuffer(buffers[turn % 2], dtype=wanted.dtype, count=math.prod(wanted.shape))
         tensor = tensor.view(wanted.shape)
         fill(wanted, tensor)
@@ -168,7 +168,7 @@ class FileWindow:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         if self._place < 0:
-            raise CheckpointError("a place before its beginning")
+            raise CheckpointError("a position before the start of the file")
         return self._place
 
     def read(self, size: int = -1) -> bytes:

@@ -7,7 +7,6 @@ image settings, and the code of `neo_megatron/hf` for `trust_remote_code`.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor
 
 import neo_megatron
-from neo_megatron.checkpoint.hf_directory import whole_directory, write_json, write_safetensors
+from neo_megatron.checkpoint.hf_directory import output_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.initialization import StartValues, missing_starts
-from neo_megatron.checkpoint.names import Start, TensorRow, check_shapes, hf_tensors, tensor_table
+from neo_megatron.checkpoint.names import Start, TensorRow, hf_tensors, tensor_table
+from neo_megatron.checkpoint.reader import open_megatron
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.errors import CheckpointError, ConfigError
+from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes
 
 SHARD_BYTES = 5 * 10**9
-MODEL_PREFIXES = ("embedding.", "patch_embedding.", "decoder.", "output_layer.")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_neo.NEOChatConfig",
@@ -42,7 +41,7 @@ CODE = (
     *("image_processing_neo.py", "kinds_neo.py", "loss_neo.py", "messages_neo.py", "modeling_neo.py"),
     *("positions_neo.py", "processing_neo.py", "rows_neo.py", "vision_neo.py"),
 )
-# Training and inference do these things by one text; only the import of a sibling changes with the place.
+# Training and exports share these files; only the import of a sibling changes.
 SHARED_CODE = {
     "data/image.py": "images_neo.py",
     "data/image_limits.py": "image_limits_neo.py",
@@ -64,7 +63,7 @@ def convert_megatron_to_hf(
 
     Args:
         megatron_directory: what `--save` filled, or one ``iter_XXXXXXX`` or ``release`` directory of it.
-        tokenizer: the transformers tokenizer of the training data, NEO's tokens in it.
+        tokenizer: the transformers tokenizer of the training data, with NEO's tokens.
         shard_bytes: largest weight file.
         dtype: of all tensors; by default each keeps its own, and every bit.
         allow_missing: patterns of Megatron names that may be missing; the Hugging Face tensors of such a one start as
@@ -77,14 +76,9 @@ def convert_megatron_to_hf(
         CheckpointError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's;
             ``output`` exists; the checkpoint is broken.
     """
-    source = TorchDistDirectory(megatron_directory)
-    sizes = saved_sizes(source)
+    neo = open_megatron(megatron_directory, allow_missing)
+    source, sizes, missing = neo.source, neo.sizes, neo.missing
     rows = {row.megatron: row for row in tensor_table(sizes)}
-    found = {key: shape for key, shape in source.shapes.items() if key.startswith(MODEL_PREFIXES)}
-    if not found:
-        raise CheckpointError(f"{source.directory}: no tensor of a NEO in it: give a checkpoint saved by pretrain_neo")
-    expected = {key: row.megatron_shape for key, row in rows.items()}
-    missing = check_shapes(found, expected, str(source.directory), allow_missing)
     check_tokenizer(tokenizer, sizes)
     listed = missing_starts([name for key in missing for name in rows[key].hf], hf_tensors(sizes))
     starts = StartValues(seed=0, head_dim=sizes.head_dim, read=partial(_read_hf, source, rows.values()))
@@ -97,7 +91,7 @@ def convert_megatron_to_hf(
             for part, view in zip(row.hf.values(), row.views(tensor), strict=True):
                 starts.fill(view, part)
 
-    largest = max(found, key=lambda key: math.prod(found[key]))
+    largest = max(neo.shapes, key=lambda key: math.prod(neo.shapes[key]))
     merged = [
         StoredTensor(key, row.megatron_shape, dtype or source.dtype(largest if key in missing else key))
         for key, row in rows.items()
@@ -107,7 +101,7 @@ def convert_megatron_to_hf(
     ]
     tensors = one_ahead(merged, fill, "to Hugging Face")
     values = (view for row, tensor in zip(rows.values(), tensors, strict=True) for view in row.views(tensor))
-    with whole_directory(output) as directory:
+    with output_directory(output) as directory:
         write_safetensors(directory, stored, values, shard_bytes)
         write_companions(directory, sizes, Counter(tensor.dtype for tensor in stored).most_common(1)[0][0], tokenizer)
     return listed
@@ -120,7 +114,7 @@ def _read_hf(source: TorchDistDirectory, rows: Iterable[TensorRow], name: str) -
 
 
 def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, tokenizer: Any | None) -> None:
-    """Everything in addition to the weights; without a tokenizer, what a model alone needs."""
+    """Writes everything but the weights; without a tokenizer, only what the model needs."""
     config = {**sizes.to_hf(), "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     _write_code(directory)
     if tokenizer is not None:
@@ -145,28 +139,6 @@ def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
             f"{tokenizer.name_or_path}: {len(tokenizer)} tokens, the model has {sizes.vocab_size}: "
             "give --tokenizer the directory that preprocessing used"
         )
-
-
-def saved_sizes(source: TorchDistDirectory) -> NeoSizes:
-    """The sizes that a run or a conversion wrote into a Megatron checkpoint.
-
-    Raises:
-        CheckpointError: it says nothing of them, other ones than a NEO has, or such as no NEO can have.
-    """
-    sizes = getattr(source.common_state().get("args"), "neo_sizes", None)
-    if not isinstance(sizes, dict):
-        raise CheckpointError(
-            f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo"
-        )
-    if other := sizes.keys() ^ {field.name for field in fields(NeoSizes)}:
-        names = ", ".join(sorted(map(str, other)))
-        raise CheckpointError(
-            f"{source.directory}: its sizes and ours differ in {names}: use the version that saved it"
-        )
-    try:
-        return NeoSizes(**sizes)
-    except ConfigError as error:
-        raise CheckpointError(f"{source.directory}: {error}") from error
 
 
 def _write_code(directory: Path) -> None:

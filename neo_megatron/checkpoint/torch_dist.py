@@ -1,8 +1,8 @@
 """Megatron's torch_dist checkpoints as named tensors: written one at a time, read without trusting their pickles.
 
 The format is that of `torch.distributed.checkpoint` (DCP): `.metadata` says which file holds which piece of a tensor.
-Megatron adds `metadata.json`, by which it knows the format, and one entry of bytes, `common_state`, with all that is no
-tensor. Neither a process group nor a GPU is needed.
+Megatron adds `metadata.json`, by which it knows the format, and one entry of bytes, `common_state`, with everything
+that is not a tensor. Neither a process group nor a GPU is needed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ COMMON_STATE = "common_state/shard_0_1"  # Megatron's name of piece 0 of 1
 
 
 class _StreamedWriter(dcp.FileSystemWriter):
-    """Writes each tensor when it comes and keeps none; DCP's own writer keeps all until the file is closed."""
+    """Writes each tensor as it arrives and keeps none; DCP's own writer keeps all until the file is closed."""
 
     def __init__(self, directory: Path, tensors: Sequence[StoredTensor], values: Iterable[Tensor]) -> None:
         super().__init__(directory)
@@ -74,7 +74,7 @@ def _save(value: Tensor, file: BinaryIO) -> None:
     try:
         torch.save(value, BlockWriter(file))
     except RuntimeError as error:
-        # torch says where it stood in the file, and not that the disk is full.
+        # torch reports a position in the file, not that the disk is full.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -90,25 +90,25 @@ def write_torch_dist(
     Args:
         stored: what comes, in order.
         values: the tensors themselves, in the same order, each with a storage of its own size.
-        common_state: what is no tensor: ``args``, ``iteration``, ``checkpoint_version``.
+        common_state: what is not a tensor: ``args``, ``iteration``, ``checkpoint_version``.
     """
     state: dict[str, Any] = {
         tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in stored
     }
     state[COMMON_STATE] = [common_state]  # Megatron stores a list of the pieces that one rank held
     with warnings.catch_warnings():
-        # DCP warns that it works alone, which is what we want of it.
+        # DCP warns that it works on one process, as intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
             dcp.save(state, storage_writer=_StreamedWriter(directory, stored, values), planner=planner, no_dist=True)
         except CheckpointException as error:
-            raise error.failures[0][0] from None  # what went wrong, and not that it did on rank 0
+            raise error.failures[0][0] from None  # the cause, instead of the rank
     write_json(directory / "metadata.json", FORMAT)
 
 
 def tracked(tracker: Path) -> int | str | None:
-    """What a tracker file names: an iteration or "release"; `None` where it names neither, as a half-written one.
+    """The content of a tracker file: an iteration or "release"; `None` if it is neither, such as a half-written one.
 
     Raises:
         CheckpointError: not a file.
@@ -140,7 +140,7 @@ class TorchDistDirectory:
         }
 
     def dtype(self, key: str) -> torch.dtype:
-        """Raises ValueError for a weight of a type that none of NEO has."""
+        """The dtype of an entry. Raises CheckpointError for one that NEO's weights never have."""
         dtype = self._entries[key].properties.dtype
         if dtype not in DTYPE_NAMES and not key.startswith("optimizer."):
             known = ", ".join(map(str, DTYPE_NAMES))
@@ -150,7 +150,7 @@ class TorchDistDirectory:
         return dtype
 
     def read(self, key: str) -> Tensor:
-        """One whole tensor, put together from however many ranks saved pieces of it.
+        """One complete tensor, put together from the pieces that any number of ranks saved.
 
         Call it only for keys whose shape was checked: this takes the memory that the shape asks for.
         """
@@ -173,7 +173,7 @@ class TorchDistDirectory:
                 _read_archive(archive, part, entry.properties.dtype)
 
     def common_state(self) -> dict[str, Any]:
-        """What is no tensor. Only the classes that Megatron itself allows are unpickled.
+        """Everything that is not a tensor. Only the classes that Megatron itself allows are unpickled.
 
         Raises:
             CheckpointError: there is none; it is damaged, or holds something else.
@@ -202,10 +202,10 @@ class TorchDistDirectory:
 
     @contextmanager
     def _opened(self, key: str, offsets: torch.Size | None = None) -> Iterator[FileWindow]:
-        """The archive of one piece, or of an object; what is wrong with it is said of the file that it lies in."""
+        """Opens the archive of one piece or object; errors name its file."""
         place = self._places.get(MetadataIndex(key, offsets))
         if place is None:
-            raise CheckpointError(f"{self.directory}: nothing says where {key} lies: the save was incomplete")
+            raise CheckpointError(f"{self.directory}: the position of {key} is missing: the save was incomplete")
         path = self.directory / place.relative_path
         with path.open("rb", buffering=0) as file:
             try:
@@ -235,9 +235,9 @@ def _read_archive(archive: FileWindow, view: Tensor, dtype: torch.dtype) -> None
         _plain_records(archive)
         stored = torch.load(archive, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes can make a pickle raise anything
-        raise CheckpointError(f"is no tensor ({error}): copy the checkpoint again") from error
+        raise CheckpointError(f"is not a readable tensor ({error}): copy the checkpoint again") from error
     if not isinstance(stored, Tensor):
-        raise CheckpointError(f"is no tensor but a {type(stored).__name__}: copy the checkpoint again")
+        raise CheckpointError(f"is not a tensor but a {type(stored).__name__}: copy the checkpoint again")
     if (stored.shape, stored.dtype) != (view.shape, dtype):
         raise CheckpointError(f"holds {stored.dtype} {list(stored.shape)} instead of {dtype} {list(view.shape)}")
     if not stored.is_contiguous() or stored.storage_offset() or stored.untyped_storage().nbytes() != stored.nbytes:
@@ -260,9 +260,7 @@ def _iteration_directory(path: Path) -> Path:
             f"{path}: neither {TRACKER} nor metadata.json in it: give a directory that --save has filled"
         )
     if (named := tracked(tracker)) is None:
-        raise CheckpointError(
-            f"{tracker}: what it names is no iteration: write the number of a saved iteration into it"
-        )
+        raise CheckpointError(f"{tracker}: does not name an iteration: write the number of a saved iteration into it")
     directory = path / (named if isinstance(named, str) else f"iter_{named:07d}")
     if not directory.is_dir():
         raise CheckpointError(

@@ -1,0 +1,1 @@
+"""The commands of `neo-megatron`, one module each."""

@@ -1,4 +1,4 @@
-"""Measures speed side by side with what it is compared to; prints a table.
+"""Measures speed and memory, next to what they are compared to, and prints a table.
 
 neo-megatron benchmark data|train|convert [--only packing loader ...] [--scratch DIR]
 neo-megatron benchmark gpu [--only attention steps] [--scratch DIR] [--out FILE.json]
@@ -25,11 +25,19 @@ SUITES = {
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; options that do not fit the suite end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--only", nargs="+", help="parts of the suite: " + ", ".join(sum(SUITES.values(), [])))
-    parser.add_argument("--scratch", help="directory for inputs and outputs, kept for the next run; default: temporary")
-    parser.add_argument("--out", type=Path, help="file for the figures as JSON (gpu)")
+    parser.add_argument("suite", choices=SUITES, help="what to measure")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="; ".join(f"parts of {suite}: {', '.join(parts)}" for suite, parts in SUITES.items()) + "; default: all",
+    )
+    parser.add_argument(
+        "--scratch", metavar="DIR", help="for inputs and outputs, kept for the next run; default: temporary"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="gpu: file for the figures as JSON; default: none")
     arguments = parser.parse_args()
     if unknown := set(arguments.only or []) - set(SUITES[arguments.suite]):
         parser.error(f"{arguments.suite} has no part {', '.join(sorted(unknown))}")
@@ -39,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Runs a suite, or parts of it, and prints its table."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(arguments.scratch or temporary)

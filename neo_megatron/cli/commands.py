@@ -13,9 +13,9 @@ class Command:
     Args:
         module: its module; ``main()`` reads ``sys.argv``.
         summary: a line for `neo-megatron --help`.
-        paths: flags that take paths, and what must be there.
-        interrupted: what to say after Ctrl-C.
-        starts_itself: ``main()`` checks paths and ends with a sentence by itself.
+        paths: flags that take paths, and what must exist there.
+        interrupted: message after Ctrl-C.
+        starts_itself: ``main()`` checks paths and reports errors by itself.
     """
 
     module: str

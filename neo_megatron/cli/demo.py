@@ -1,9 +1,9 @@
-"""A page to talk to a NEO: drop an image, ask, and see where each word of the answer looked.
+"""Serves a page to query a NEO: drop an image, ask, and see the attention of each word of the answer on the image.
 
     bash examples/demo/run.sh --model neo          # in a checkout: installs what is missing first
 
-It listens on this machine alone, loads nothing from elsewhere, and takes the images that
-preprocessing takes.
+It listens on this machine only, loads nothing from elsewhere, and accepts the images that preprocessing
+accepts.
 """
 
 import argparse
@@ -22,18 +22,32 @@ from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; values out of range end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
+    parser.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO in Hugging Face form, or its hub id")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights if there are no safetensors")
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+        "--port", type=int, metavar="N", default=7860, help="0 to 65535; 0: any free port; default: %(default)s"
     )
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
-    parser.add_argument("--max-upload-mb", type=int, default=32, help="largest image file (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, help="of a resized image (the checkpoint's)")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs (the first GPU where there is one)")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as it is stored"
+        "--max-upload-mb", type=int, metavar="N", default=32, help="largest image file in MiB; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="most pixels of a resized image; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        default=MAX_NEW_TOKENS,
+        help="most tokens of an answer; default: %(default)s",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs; default: the first GPU, else cpu")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="of weights and computation; auto, the default: as stored",
     )
     arguments = parser.parse_args()
     for name in ("max_upload_mb", "max_pixels", "max_new_tokens"):
@@ -46,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Loads the checkpoint and serves the page on this machine until it is stopped."""
     arguments = parse_arguments()
     if importlib.util.find_spec("gradio") is None:
         raise DataError(
@@ -61,7 +76,7 @@ def main() -> None:
         max_pixels=arguments.max_pixels,
         allow_pickle=arguments.allow_pickle,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, the uploads removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the uploads removed
     with tempfile.TemporaryDirectory(prefix="neo-demo-") as uploads, suppress(KeyboardInterrupt):
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when Gradio is imported
         from neo_megatron.demo.server import page_app, serve

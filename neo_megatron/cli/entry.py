@@ -1,10 +1,10 @@
-"""Where every command starts. Needs nothing but `sys`, so that Ctrl-C while modules are loaded is one sentence too."""
+"""Entry points of all commands. Imports only `sys`, so that Ctrl-C while modules load is one sentence too."""
 
 import sys
 
 
 def main() -> None:
-    """What pip installs as `neo-megatron`."""
+    """The entry point `neo-megatron` of the installed package."""
     try:
         from neo_megatron.cli import main as commands
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
-"""An image and a prompt -> the answer of a NEO, shown as it is made; or all prompts of a JSONL.
+"""Answers a prompt about images with a NEO, shown as it is generated; or answers all prompts of a JSONL.
 
 neo-megatron generate --model neo --image cat.png --prompt "What is the cat doing?"
 neo-megatron generate --model neo --input prompts.jsonl --image-root images --output answers
 
 A line of the JSONL is an annotation record without its answer, or {"image": "cat.png", "prompt": "What is it?"}; the
-turn after the last one of a user is answered, in answers.jsonl of the output. What is left out is listed in
+turn after the last one of a user is answered, in answers.jsonl of the output. Rejected prompts are listed in
 rejects.jsonl. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
 
@@ -32,23 +32,44 @@ from neo_megatron.inference.questions import read_questions
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; options that contradict each other end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one = parser.add_argument_group("one answer")
     one.add_argument(
         "--prompt",
-        help=f"with {IMAGE_TAG} where an image belongs; by default they come first. \\{IMAGE_TAG} is the word",
+        help=f"with {IMAGE_TAG} where an image belongs; without tags images come first; \\{IMAGE_TAG} is text",
     )
-    one.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images, in the order of their tags")
-    one.add_argument("--system", help="a system turn in front")
+    one.add_argument(
+        "--image", nargs="+", default=[], metavar="FILE", help="images, in the order of their tags; default: none"
+    )
+    one.add_argument("--system", metavar="TEXT", help="a system turn in front; default: none")
     many = parser.add_argument_group("many answers")
-    many.add_argument("--input", metavar="FILE", help="a .jsonl with one record a line, or a JSON array")
-    many.add_argument("--image-root", default="", help="directory of the images, which none may leave")
-    many.add_argument("--output", type=Path, metavar="DIR", help="new directory")
+    many.add_argument("--input", metavar="FILE", help=".jsonl with one record per line, or a JSON array")
+    many.add_argument(
+        "--image-root",
+        default="",
+        metavar="DIR",
+        help="directory of the images; paths that leave it are rejected; default: paths are relative to --input's "
+        "directory, or absolute",
+    )
+    many.add_argument("--output", type=Path, metavar="DIR", help="directory to write; new, or of the same command")
     add_batches(many)
     add_model(parser, MAX_NEW_TOKENS)
-    choice = parser.add_argument_group("choice of tokens")
-    choice.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (%(default)s)")
-    choice.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (%(default)s)")
+    choice = parser.add_argument_group("sampling")
+    choice.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="0 or more; 0: always the likeliest token; default: %(default)s",
+    )
+    choice.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="draw from the likeliest tokens that make up this probability, above 0, up to 1; default: %(default)s",
+    )
     arguments = parser.parse_args()
     check_arguments(parser, arguments)
     if (arguments.prompt is None) == (arguments.input is None):
@@ -67,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Answers one prompt, or all prompts of a file."""
     arguments = parse_arguments()
     quiet()
     generation: dict[str, Any] = {}
@@ -79,7 +101,7 @@ def main() -> None:
 
 
 def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
-    """The answer on standard output, all else on standard error."""
+    """Prints the answer to standard output, everything else to standard error."""
     task, _ = task_of(arguments, generation)
     turns = [Turn("system", as_literal(arguments.system), False)] if arguments.system else []
     turns.append(user_turn(arguments.prompt, len(arguments.image)))
@@ -101,6 +123,7 @@ def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> Non
 
 
 def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
+    """Writes the answers to all prompts of `--input`, and lists what was left out."""
     sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
     task, workers = task_of(arguments, generation)
     with AnswerRun(arguments.output, plan_of(task, sources, "next turn")) as run:

@@ -1,4 +1,4 @@
-"""One HTML page to look at: a pack as the model sees it, and what the data set holds. It needs no network.
+"""Writes an HTML page that shows a pack as the model sees it, and statistics of the data set. It needs no network.
 
 neo-megatron inspect --packs packs --tokenizer HF_DIR --output page.html
 neo-megatron inspect --data shards --output page.html        # a data set that is not packed
@@ -22,19 +22,40 @@ from neo_megatron.inspection.token_text import Decode
 from neo_megatron.paths import output_place
 from neo_megatron.storage.open import open_directory
 
-_HEAD = 1024  # bytes of a page within which it says what has made it
+_HEAD = 1024  # bytes of a page that contain the name of its generator
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; negative numbers end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--packs", help="directory written by neo-megatron pack")
-    inputs.add_argument("--data", help="directory written by neo-megatron preprocess, to see it without a pack")
-    parser.add_argument("--pack", type=int, default=0, help="which pack of the epoch, in the order drawn (%(default)s)")
-    parser.add_argument("--epoch", type=int, default=0, help="which epoch (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="--seed of the training (%(default)s)")
-    parser.add_argument("--tokenizer", help="Hugging Face directory or hub id, to show text; without it ids are shown")
-    parser.add_argument("--output", type=Path, required=True, help="the HTML file to write")
+    inputs.add_argument("--packs", metavar="DIR", help="directory written by neo-megatron pack")
+    inputs.add_argument(
+        "--data", metavar="DIR", help="directory written by neo-megatron preprocess, to see it without a pack"
+    )
+    parser.add_argument(
+        "--pack",
+        type=int,
+        metavar="N",
+        default=0,
+        help="number of the pack in its epoch, in the order drawn, from 0; default: %(default)s",
+    )
+    parser.add_argument(
+        "--epoch", type=int, metavar="N", default=0, help="number of the epoch, from 0; default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=1234, help="--seed of the training; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="HF_DIR", help="Hugging Face directory or hub id, to show text; default: ids are shown"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="HTML file to write; an earlier page of this tool is replaced",
+    )
     arguments = parser.parse_args()
     if arguments.pack < 0 or arguments.epoch < 0:
         parser.error("--pack and --epoch count from 0")
@@ -42,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Writes the page."""
     arguments = parse_arguments()
     output = output_place(arguments.output)
     refuse_others(output)
@@ -50,11 +72,11 @@ def main() -> None:
     else:
         html = page(arguments.data, "", count(Mixture([arguments.data])), None, "")
     write_atomically(output, html.encode(errors="backslashreplace"))
-    print(f"the page to look at: {output.resolve()}")
+    print(f"written to {output.resolve()}")
 
 
 def refuse_others(output: Path) -> None:
-    """Raises DataError where the page would take the place of something that is not such a page."""
+    """Raises DataError if the output exists and is not such a page."""
     if output.exists():
         if not output.is_file():
             raise DataError(f"{output} is not a file that can be written; choose another --output")
@@ -67,7 +89,7 @@ def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str
     """The page of a directory of packs, with one of them.
 
     Raises:
-        DataError: there is no such pack, or the tokenizer is another one.
+        DataError: there is no such pack, or the tokenizer is not that of the packs.
     """
     data_set = PackDataset(location, sys.maxsize, seed)
     index = data_set.packs
@@ -83,7 +105,7 @@ def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str
 
 
 def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:
-    """ids -> text, special tokens included."""
+    """Ids -> text, special tokens included."""
     tokenizer = load_tokenizer(tokenizer_directory(directory))
     if tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str()) != fingerprint:
         raise DataError(f"{directory} is not the tokenizer that {location} was made with; give that one")

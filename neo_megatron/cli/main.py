@@ -12,7 +12,7 @@ WRONG_USAGE = 2  # exit code, as that of argparse
 
 
 def main() -> None:
-    """What pip installs as `neo-megatron`."""
+    """Runs the command that the command line names."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(_help())
@@ -30,10 +30,10 @@ def main() -> None:
 
 
 def run_command(name: str) -> None:
-    """Runs a command on ``sys.argv``; an error that the user can put right ends the process with one sentence."""
+    """Runs a command on ``sys.argv``; an error that the user can remedy ends the process with one sentence."""
     command = COMMANDS[name]
     if command.starts_itself:
-        # As `python -m` does it: the process that saves in the background imports the main module again.
+        # As `python -m` does, because the process of asynchronous saves imports the main module again.
         runpy.run_module(command.module, run_name="__main__", alter_sys=True)
         return
     program = command_line.program_name()

@@ -1,4 +1,4 @@
-"""Options that both tools have, and what follows from them."""
+"""Options that `generate` and `evaluate` share, and the task that they describe."""
 
 import argparse
 import sys
@@ -13,31 +13,61 @@ from neo_megatron.inference.batches import Task, default_workers
 
 
 def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Adds the options of the checkpoint, of image sizes and of the length of answers."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO checkpoint, or the hub id of one")
+    model.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO in Hugging Face form, or its hub id")
+    model.add_argument("--allow-pickle", action="store_true", help="read pickled weights if there are no safetensors")
     model.add_argument(
-        "--allow-pickle", action="store_true", help="take pickled weights where there are no safetensors"
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="of weights and computation; auto, the default: as stored",
     )
-    model.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: as it is stored")
-    model.add_argument("--min-pixels", type=int, help="of a resized image (the checkpoint's)")
-    model.add_argument("--max-pixels", type=int, help="of a resized image (the checkpoint's)")
-    model.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer (%(default)s)")
+    model.add_argument(
+        "--min-pixels", type=int, metavar="N", help="fewest pixels of a resized image; default: the checkpoint's"
+    )
+    model.add_argument(
+        "--max-pixels", type=int, metavar="N", help="most pixels of a resized image; default: the checkpoint's"
+    )
+    model.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        default=max_new_tokens,
+        help="most tokens of an answer; default: %(default)s",
+    )
 
 
 def add_batches(parser: argparse._ActionsContainer) -> None:
+    """Adds the options of answering many questions."""
     parser.add_argument(
-        "--video-fps", type=float, default=PreprocessConfig.video_fps, help="frames a second (%(default)s)"
+        "--video-fps",
+        type=float,
+        metavar="X",
+        default=PreprocessConfig.video_fps,
+        help="frames taken per second of a video; default: %(default)s",
     )
     parser.add_argument(
-        "--max-frames", type=int, default=PreprocessConfig.max_frames, help="of one video (%(default)s)"
+        "--max-frames",
+        type=int,
+        metavar="N",
+        default=PreprocessConfig.max_frames,
+        help="most frames of a video; default: %(default)s",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (%(default)s)")
-    parser.add_argument("--workers", type=int, help="processes, each with a model (one for each GPU, or for each core)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", default=32, help="questions answered together; default: %(default)s"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes, each with a model of its own; default: one per GPU, or one per core without GPUs",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of random draws; default: %(default)s")
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Ends with a sentence where options contradict each other."""
+    """Ends with a message if an option is out of range."""
     for name in ("batch_size", "workers", "max_new_tokens", "min_pixels", "max_pixels"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -45,13 +75,13 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def quiet() -> None:
-    """What transformers says and shows while it loads would hide what matters."""
+    """Silences transformers, whose messages and bars while it loads would hide what matters."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[Task, int]:
-    """The task of each worker, and the number of workers. What had to be put right about the checkpoint is said."""
+    """The task of each worker, and the number of workers; prints corrections of the checkpoint's config."""
     directory = model_directory(arguments.model, arguments.allow_pickle)
     neo = open_neo(directory, arguments.allow_pickle)
     for sentence in neo.said:

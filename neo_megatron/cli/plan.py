@@ -1,10 +1,11 @@
-"""Plans a run without a GPU: what every rank holds, sends and takes, and whether it fits; or the best layouts.
+r"""Plans a run without a GPU: memory, traffic and time of every rank, and whether it fits; or ranks parallel layouts.
 
     neo-megatron plan --neo-model neo-9b --training-stage 2 --seq-length 18432 --gpus 64 \
         --tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer
     neo-megatron plan --neo-model neo-9b --training-stage 2 --seq-length 18432 --search --gpus 256
 
-Flags of layout and recomputation are Megatron's. With --search all layouts have those that are given.
+Flags of the parallel layout and of recomputation are Megatron's. --search keeps those that are given and tries all
+values of the others.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from neo_megatron.planning.report import Plan, describe
 from neo_megatron.planning.search import describe_search, distinct, flags, search
 from neo_megatron.planning.workload import Workload
 
-# What a layout has without flags; a search tries all.
+# Defaults of the parallel layout; a search tries all values.
 LAYOUT = {
     "tensor_model_parallel_size": 1,
     "sequence_parallel": False,
@@ -50,80 +51,162 @@ LAYOUT = {
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; an invalid one raises ConfigError, as in training."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = refuse
     run = parser.add_argument_group("run")
-    run.add_argument("--neo-model", required=True, metavar="SIZE", help="neo-2b, neo-9b, tiny, or a directory")
-    run.add_argument("--training-stage", type=int, default=2, choices=(1, 2, 3), help="(%(default)s)")
-    run.add_argument("--seq-length", type=count, help="tokens of a pack; default: as in --packs, else 16384")
-    run.add_argument("--global-batch-size", type=count, default=256, help="packs of a step (%(default)s)")
-    run.add_argument("--precision", choices=("bf16", "fp8", "fp32"), default="bf16", help="(%(default)s)")
+    run.add_argument(
+        "--neo-model", required=True, metavar="SIZE", help="neo-2b, neo-9b, tiny, or a directory or hub id of a NEO"
+    )
+    run.add_argument(
+        "--training-stage", type=int, default=2, choices=(1, 2, 3), help="training stage; default: %(default)s"
+    )
+    run.add_argument(
+        "--seq-length", type=count, metavar="N", help="tokens of a pack; default: as in --packs, else 16384"
+    )
+    run.add_argument(
+        "--global-batch-size", type=count, metavar="N", default=256, help="packs of a step; default: %(default)s"
+    )
+    run.add_argument(
+        "--precision", choices=("bf16", "fp8", "fp32"), default="bf16", help="of the products; default: %(default)s"
+    )
     run.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
-        help="local: the kernels of a CPU (transformer_engine)",
+        help="transformer_engine: the kernels of a GPU; local: those of a CPU; default: transformer_engine",
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--gpus", type=count, default=8, help="(%(default)s)")
-    machine.add_argument("--gpu", choices=GPUS, default="h100", help="(%(default)s)")
-    machine.add_argument("--gpu-memory", type=gigabytes, metavar="GB", help="instead of that GPU's")
+    machine.add_argument("--gpus", type=count, metavar="N", default=8, help="number of GPUs; default: %(default)s")
+    machine.add_argument("--gpu", choices=GPUS, default="h100", help="kind of GPU; default: %(default)s")
     machine.add_argument(
-        "--reserve", type=gigabytes, metavar="GB", default=5.0, help="to keep free of it (%(default)s)"
+        "--gpu-memory", type=gigabytes, metavar="GB", help="memory of a GPU in GB of 10^9 bytes; default: that of --gpu"
+    )
+    machine.add_argument(
+        "--reserve",
+        type=gigabytes,
+        metavar="GB",
+        default=5.0,
+        help="GB of it that the plan leaves free; default: %(default)s",
     )
 
-    packs = parser.add_argument_group("packs, which decide the work of attention and head")
-    packs.add_argument("--packs", metavar="DIR", help="measure some of these")
-    packs.add_argument("--document-length", type=count, default=2500, help="tokens of a document (%(default)s)")
-    packs.add_argument("--image-share", type=share, default=0.85, help="of a document's tokens (%(default)s)")
+    packs = parser.add_argument_group("contents of packs, which decide the work of attention and head")
+    packs.add_argument(
+        "--packs", metavar="DIR", help="measure some packs of this directory, in place of the next three options"
+    )
+    packs.add_argument(
+        "--document-length", type=count, metavar="N", default=2500, help="tokens of a document; default: %(default)s"
+    )
+    packs.add_argument(
+        "--image-share",
+        type=share,
+        metavar="X",
+        default=0.85,
+        help="image tokens as a share of all tokens, 0 to 1; default: %(default)s",
+    )
     add_old_name(packs, "--picture-share", "--image-share", share)
-    packs.add_argument("--trained-share", type=share, default=0.1, help="of a document's tokens (%(default)s)")
+    packs.add_argument(
+        "--trained-share",
+        type=share,
+        metavar="X",
+        default=0.1,
+        help="trained tokens as a share of all tokens, 0 to 1; default: %(default)s",
+    )
 
-    layout = parser.add_argument_group("layout, under Megatron's names")
-    layout.add_argument("--tensor-model-parallel-size", type=count)
-    layout.add_argument("--sequence-parallel", action="store_true", default=None)
-    layout.add_argument("--pipeline-model-parallel-size", type=count)
-    layout.add_argument("--num-virtual-stages-per-pipeline-rank", type=count)
-    layout.add_argument("--pipeline-model-parallel-layout")
-    layout.add_argument("--pre-buffer-pipeline-stages", type=count)
-    layout.add_argument("--context-parallel-size", type=count)
-    layout.add_argument("--cp-comm-type", choices=("a2a", "allgather"))
-    layout.add_argument("--micro-batch-size", type=count, help="packs that a rank takes at once (1)")
+    layout = parser.add_argument_group("parallel layout, under Megatron's names; default: that of one GPU")
+    layout.add_argument(
+        "--tensor-model-parallel-size", type=count, metavar="N", help="ranks that share each matrix; default: 1"
+    )
+    layout.add_argument(
+        "--sequence-parallel", action="store_true", default=None, help="split tokens between layers over those ranks"
+    )
+    layout.add_argument("--pipeline-model-parallel-size", type=count, metavar="N", help="pipeline stages; default: 1")
+    layout.add_argument(
+        "--num-virtual-stages-per-pipeline-rank",
+        type=count,
+        metavar="N",
+        help="interleaved stages of a rank; default: 1",
+    )
+    layout.add_argument(
+        "--pipeline-model-parallel-layout",
+        metavar="TEXT",
+        help="the pipeline split: E embeddings, t a layer, L head, | between stages, such as 'Ett|ttL'; default: "
+        "even, or by the costs of layers where they do not divide",
+    )
+    layout.add_argument(
+        "--pre-buffer-pipeline-stages",
+        type=count,
+        metavar="N",
+        help="pipeline stages that hold the pre-buffer alone; default: none",
+    )
+    layout.add_argument(
+        "--context-parallel-size", type=count, metavar="N", help="ranks that share each pack; default: 1"
+    )
+    layout.add_argument(
+        "--cp-comm-type", choices=("a2a", "allgather"), help="of context parallelism; default: the one that sends less"
+    )
+    layout.add_argument(
+        "--micro-batch-size", type=count, metavar="N", help="packs that a rank reads at once; default: 1"
+    )
     for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
         layout.add_argument(f"--{flag}", action="store_true", default=None, help="always on in a search")
-    layout.add_argument("--recompute-granularity", choices=("full", "selective"))
-    layout.add_argument("--recompute-method", choices=("uniform", "block"))
-    layout.add_argument("--recompute-num-layers", type=count)
-    layout.add_argument("--recompute-modules", nargs="+", choices=("core_attn", "layernorm", "mlp"))
+    layout.add_argument(
+        "--recompute-granularity",
+        choices=("full", "selective"),
+        help="activations computed again in the backward: all of a layer, or modules of it; default: none",
+    )
+    layout.add_argument(
+        "--recompute-method",
+        choices=("uniform", "block"),
+        help="full: all layers in groups, or the first layers of each stage; no default",
+    )
+    layout.add_argument(
+        "--recompute-num-layers", type=count, metavar="N", help="full: layers of a group or of a stage; default: 1"
+    )
+    layout.add_argument(
+        "--recompute-modules",
+        nargs="+",
+        choices=("core_attn", "layernorm", "mlp"),
+        help="selective: which modules; default: core_attn",
+    )
 
-    # Flags of Megatron that this tool leaves out.
+    # Flags of Megatron that this command does not have.
     parser.set_defaults(**dict.fromkeys(UNEVEN_SPLIT_FLAGS))
 
     result = parser.add_argument_group("result")
-    result.add_argument("--search", action="store_true", help="rank the layouts of --gpus that fit")
-    result.add_argument("--top", type=count, default=15, help="layouts to show (%(default)s)")
-    result.add_argument("--json", action="store_true")
+    result.add_argument(
+        "--search",
+        action="store_true",
+        help="rank the parallel layouts of --gpus that fit, by estimated tokens per second",
+    )
+    result.add_argument(
+        "--top", type=count, metavar="N", default=15, help="parallel layouts to show; default: %(default)s"
+    )
+    result.add_argument("--json", action="store_true", help="print JSON, sizes in bytes and times in seconds")
     return parser.parse_args()
 
 
 def refuse(message: str) -> NoReturn:
-    """In place of argparse's own, which prints the names of all flags first."""
+    """Replaces argparse's own error, which prints the names of all flags first."""
     raise ConfigError(f"{message}; --help lists all flags")
 
 
 def count(text: str) -> int:
+    """A whole number from 1 on, as an argument type."""
     if not text.strip().isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return int(text)
 
 
 def share(text: str) -> float:
+    """A number from 0 to 1, as an argument type."""
     return _number(text, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def gigabytes(text: str) -> float:
+    """A number of gigabytes of 10**9 bytes, as an argument type."""
     return _number(text, "a number of gigabytes from 0 on", lambda value: 0 <= value < math.inf)
 
 
@@ -138,6 +221,7 @@ def _number(text: str, what: str, allowed: Callable[[float], bool]) -> float:
 
 
 def main() -> None:
+    """Prints a plan, or ranks parallel layouts."""
     args = parse_arguments()
     given = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
     check_recomputation(given)
@@ -153,7 +237,7 @@ def main() -> None:
 
 
 def check_recomputation(given: dict[str, Any]) -> None:
-    """Raises ConfigError where flags of recomputation would do nothing, or contradict each other as in training."""
+    """Raises ConfigError if flags of recomputation have no effect or contradict each other, as in training."""
     granularity = given.get("recompute_granularity")
     if granularity == "full" and "recompute_method" not in given:
         raise ConfigError("--recompute-granularity full needs to know which layers: add --recompute-method uniform")
@@ -171,6 +255,7 @@ def show_search(
     gpu: Gpu,
     efficiency: Efficiency,
 ) -> None:
+    """Prints the best parallel layouts, and the plan of the first one."""
     if "recompute_modules" in given:
         given["recompute_modules"] = tuple(given["recompute_modules"])
     progress = Progress()
@@ -188,7 +273,7 @@ def show_search(
 
 
 class Progress:
-    """Says on stderr how far a search is: on a terminal in one line, else in a line now and then."""
+    """Reports the progress of a search on stderr: on a terminal in one line, else in occasional lines."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -209,8 +294,9 @@ class Progress:
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
+    """The workload of `--packs`, or of documents of one length."""
     if args.packs:
-        # Reading packs takes torch, which nothing else here does.
+        # Reading packs needs torch, which nothing else here does.
         from neo_megatron.data.packs.index import PackIndex
         from neo_megatron.planning.packs import measure_packs
 
@@ -227,12 +313,13 @@ def workload_of(args: argparse.Namespace) -> Workload:
 
 
 def gpu_of(args: argparse.Namespace) -> Gpu:
+    """The GPU of `--gpu`, with `--gpu-memory` in place of its own."""
     gpu = GPUS[args.gpu]
     return gpu if args.gpu_memory is None else gpu.with_memory(args.gpu_memory * 1e9)
 
 
 def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> Layout:
-    """The layout of the flags, cut into pipeline stages as `pretrain_neo` cuts it."""
+    """The layout of the flags, split into pipeline stages as by `pretrain_neo`."""
     args.world_size, args.num_layers = args.gpus, sizes.num_layers
     args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
     layout = Layout.from_arguments(args, args.precision)

@@ -9,7 +9,7 @@ from neo_megatron.command_line import program_name
 
 
 class _Renamed(argparse.Action):
-    """Stores the value where the flag of the new name would."""
+    """Stores the value under the new flag's name, with a note on stderr."""
 
     def __init__(self, option_strings: list[str], dest: str, new: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, **kwargs)
@@ -27,7 +27,7 @@ class _Renamed(argparse.Action):
 
 
 def add_old_name(parser: argparse._ActionsContainer, old: str, new: str, kind: Callable[[str], Any]) -> None:
-    """Accepts ``old`` for ``new``, a flag with one value of the type ``kind``; `--help` does not list it."""
+    """Accepts ``old`` for ``new``, a flag with one value of the type ``kind``; `--help` does not list the old one."""
     parser.add_argument(
         old,
         dest=new.removeprefix("--").replace("-", "_"),

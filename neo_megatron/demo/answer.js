@@ -42,7 +42,7 @@ function draw() {
   });
   find(".card").classList.toggle("running", Boolean(props.value?.running));
   find(".note").textContent = props.value?.note ?? "";
-  find(".tools").hidden = !props.value?.whole?.levels;
+  find(".tools").hidden = !props.value?.all?.levels;
   show();
 }
 
@@ -50,21 +50,21 @@ function show() {
   const answer = props.value;
   const automatic = answer?.running ? answer.words.length - 1 : ALL;
   const number = pointed ?? chosen ?? automatic;
-  const seen = number === ALL ? answer?.whole : answer?.words[number];
-  for (const [place, made] of [...find(".words").querySelectorAll("span").entries(), [ALL, whole]]) {
+  const seen = number === ALL ? answer?.all : answer?.words[number];
+  for (const [place, made] of [...find(".words").querySelectorAll("span").entries(), [ALL, complete]]) {
     made.classList.toggle("on", place === number);
     made.ariaPressed = place === chosen;
   }
   const heat = seen?.levels ? { levels: decode(seen.levels), top: seen.top } : null;
-  const what = number === ALL ? "Whole answer" : `“${seen?.text.trim()}”`;
+  const what = number === ALL ? "Entire answer" : `“${seen?.text.trim()}”`;
   find(".facts").textContent = heat ? `${what}: ${percent(seen.share)} of its attention is on the image` : "";
   document.dispatchEvent(new CustomEvent("neo-heat", { detail: heat }));
 }
 
-const whole = choice(ALL);
-whole.textContent = "whole answer";
-whole.classList.add("whole");
-find(".tools").append(whole);
+const complete = choice(ALL);
+complete.textContent = "entire answer";
+complete.classList.add("complete");
+find(".tools").append(complete);
 
 watch("value", draw);
 draw();

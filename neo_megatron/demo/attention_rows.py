@@ -1,8 +1,8 @@
-"""Where each generated token looked: one row of attention weights for it in every layer, and no more.
+"""Records attention during generation: for each generated token one row of weights per layer, and no more.
 
-transformers chooses its attention kernel by name. The one registered here attends as `sdpa` does and keeps, of each
-call, the weights of the last query: with a cache that is the query from which the next token is generated. An image of
-four megapixels has 4,096 tokens; all the weights of one layer would be 4,096 times as many.
+transformers chooses its attention kernel from a registry. The one registered here attends as `sdpa` does and keeps, of
+each call, the weights of the last query: with a cache that is the query from which the next token is generated. An
+image of four megapixels has 4,096 tokens; all the weights of one layer would be 4,096 times as many.
 """
 
 import torch
@@ -11,14 +11,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 KERNEL = "sdpa_keeping_last_row"
-_TENSOR_BYTES = 600  # of a tensor without its numbers
+_TENSOR_BYTES = 600  # estimate for a tensor object without its values
 
 
 class AttentionRows:
     """The rows of one answer.
 
     Args:
-        columns: places in the prompt of the tokens that the rows are about: those of the image.
+        columns: positions in the prompt of the tokens that the rows cover: those of the image.
         layers: of the model.
     """
 
@@ -29,11 +29,11 @@ class AttentionRows:
 
     @property
     def bytes(self) -> int:
-        """Memory of the rows, about."""
+        """Estimated memory of the rows."""
         return sum(row.nbytes + _TENSOR_BYTES for rows in self._rows for row in rows)
 
     def forget(self) -> None:
-        """Frees the rows; those of every layer are empty from now on."""
+        """Frees the rows; from then on those of every layer are empty."""
         self.forgotten = True
         self._rows = [[] for _ in self._rows]
 
@@ -43,7 +43,7 @@ class AttentionRows:
         self._rows[layer].append(weights_K[self._columns.to(weights_K.device)])
 
     def of_layer(self, layer: int) -> Tensor:
-        """float32 `[tokens, columns]` on the CPU: how much of its attention each generated token has there.
+        """float32 `[tokens, columns]` on the CPU: attention of each generated token to the columns.
 
         Row n is that of the query from which the n-th token was generated, the mean over the heads.
         """
@@ -52,10 +52,10 @@ class AttentionRows:
 
 
 class AttentionWatch:
-    """Keeps the rows of what a model generates, which is the same as before.
+    """Records the rows of a model's answers, without changing the answers.
 
     Args:
-        model: a NEO. One in a process: transformers knows the kernel by its name.
+        model: a NEO. One per process, because transformers registers the kernel globally.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -65,7 +65,7 @@ class AttentionWatch:
         model.set_attn_implementation(KERNEL)
 
     def begin(self, columns: Tensor) -> AttentionRows:
-        """The rows of the next answer, which fill as it is generated; its prompt stands alone, in no batch."""
+        """The rows of the next answer, filled while it is generated; its prompt must be a batch of one."""
         self._rows = AttentionRows(columns, self._layers)
         return self._rows
 

@@ -1,4 +1,4 @@
-"""What happens on the page, without Gradio: what comes in, what is shown, and what is remembered of each visitor."""
+"""Handlers of the page's events, without Gradio: checked input, shown output, and the state of each visitor."""
 
 import time
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from typing import Any
 from neo_megatron.demo.talk import Answer, Talk
 from neo_megatron.errors import RejectedSample
 
-# An answer is drawn so often at most, in seconds: a small model says a hundred words in that time.
+# Least seconds between drawings of an answer: a small model generates a hundred words in that time.
 REDRAW_SECONDS = 0.1
 
 Shown = dict[str, Any]
-"""What image.js or answer.js draws; {} is nothing."""
+"""Data that image.js or answer.js draws; {} draws nothing."""
 
 
 class Events:
-    """The page's handlers; ``answer`` is the visitor's last one, ``path`` where the uploaded image lies.
+    """The page's handlers; ``answer`` is the visitor's last one, ``path`` is that of the uploaded image.
 
     Args:
         longest_answer: in tokens.
@@ -35,14 +35,14 @@ class Events:
             return {"refused": _sentence(rejected)}, None, {}, None
 
     def ask(self, question: str, path: str | None, layer: int) -> Iterator[tuple[Shown, Answer | None]]:
-        """A question -> words, answer, again and again as it grows."""
+        """A question -> words, answer, repeatedly as it grows."""
         if not question.strip():
             yield {"note": "Type a question first."}, None
             return
         drawn = 0.0
         try:
             for answer in self._talk.answers(question, path, layer - 1, self._longest_answer):
-                if answer.outdated:  # its heat map would lie over another image
+                if answer.outdated:  # its heat map would cover another image
                     yield {}, None
                     return
                 if not answer.running or time.monotonic() - drawn > REDRAW_SECONDS:
@@ -51,7 +51,7 @@ class Events:
         except RejectedSample as rejected:
             yield {"note": _sentence(rejected)}, None
         except Exception as error:
-            yield {"note": f"The model failed: {error}"}, None  # or the page would wait for it
+            yield {"note": f"The model failed: {error}"}, None  # otherwise the page would wait for it
             raise
 
     def show_layer(self, layer: int, answer: Answer | None) -> Shown:

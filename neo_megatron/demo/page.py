@@ -1,4 +1,4 @@
-"""The page in Gradio's blocks: what is where, how it looks, and which event is whose."""
+"""The page in Gradio's blocks: layout, style and events."""
 
 from html import escape
 from pathlib import Path
@@ -11,7 +11,7 @@ from neo_megatron.demo.talk import Talk
 HERE = Path(__file__).parent
 LONGEST_QUESTION = 4000  # characters
 
-# No event is offered as an API, and none covers the page while it runs.
+# No event has an API, and none covers the page while it runs.
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 
 HEADER = """<header><h1>Ask NEO</h1><p>Drop an image, ask about it, and see where each word of the answer looked.</p>
@@ -26,7 +26,7 @@ IMAGE = """<figure class="panel">
 ANSWER = """<section class="card"><div class="words" aria-live="polite"></div><p class="note" role="alert"></p>
 <div class="tools" hidden><span class="facts"></span></div></section>"""
 
-_SYSTEM_FONT = ["system-ui", "sans-serif"]  # Gradio's themes have theirs from elsewhere
+_SYSTEM_FONT = ["system-ui", "sans-serif"]  # Gradio's themes load fonts from other servers
 THEME = gr.themes.Base(neutral_hue="stone", font=_SYSTEM_FONT, font_mono=["ui-monospace"], radius_size="md").set(
     body_background_fill="#fbfaf8",
     body_background_fill_dark="#17191c",
@@ -53,10 +53,10 @@ STYLE = (HERE / "style.css").read_text()
 
 
 def build_page(talk: Talk, model: str, longest_answer: int) -> gr.Blocks:
-    """The page over a checkpoint.
+    """The page for a checkpoint.
 
     Args:
-        model: what to call it.
+        model: its name on the page.
         longest_answer: in tokens.
     """
     with gr.Blocks(title="Ask NEO", analytics_enabled=False) as page:

@@ -1,4 +1,4 @@
-"""The page as a web application for the browsers of this machine."""
+"""Serves the page to browsers on this machine."""
 
 import socket
 from pathlib import Path
@@ -15,12 +15,12 @@ from neo_megatron.demo.page import STYLE, THEME, build_page
 from neo_megatron.demo.talk import Talk
 from neo_megatron.demo.uploads import remove_oldest
 
-# All that the browser loads comes from here. Gradio makes functions of the scripts of its HTML components.
+# The browser loads everything from here. Gradio makes functions of the scripts of its HTML components.
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
 )
-# Of all uploads together, in bytes; older ones are removed.
+# Limit of all uploads together, in bytes; older ones are removed.
 MOST_UPLOADED = 1 << 30
 
 
@@ -29,12 +29,12 @@ def page_app(talk: Talk, uploads: Path, model: str, longest_answer: int, largest
 
     Args:
         uploads: the directory that Gradio keeps uploads in.
-        model: what to call the checkpoint.
+        model: name of the checkpoint on the page.
         longest_answer: in tokens.
         largest_upload: in bytes.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    # A page of another site could speak to this one by giving its own name this machine's address.
+    # DNS rebinding: another site could give its own name this machine's address.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     @app.middleware("http")
@@ -48,7 +48,7 @@ def page_app(talk: Talk, uploads: Path, model: str, longest_answer: int, largest
         return response
 
     page = build_page(talk, model, longest_answer)
-    # Only of a page that it launched itself does Gradio ask whether a file was uploaded; otherwise a request could name
+    # Gradio checks only pages that it launched itself for whether a file was uploaded; otherwise a request could name
     # any file of this machine.
     page.has_launched = True
     return gr.mount_gradio_app(
@@ -65,7 +65,7 @@ def page_app(talk: Talk, uploads: Path, model: str, longest_answer: int, largest
 
 
 def _is_of_another_site(request: Request) -> bool:
-    """Whether a page of another site, or a file that was opened in the browser, makes it: it could upload and ask."""
+    """Whether a request comes from another site or a local file in the browser, which could upload and ask."""
     origin = request.headers.get("origin")
     if origin is not None:
         return urlsplit(origin).netloc != request.headers.get("host")
@@ -74,7 +74,7 @@ def _is_of_another_site(request: Request) -> bool:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answers until a signal ends it."""
+    """Serves until a signal ends it."""
     # An open page never closes its connection by itself.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""What the page shows: an image as the model sees it, and an answer with where its words looked."""
+"""Data for the page: an image as the model sees it, and an answer with the attention of its words."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from neo_megatron.inference.answering import Answerer, Piece
 
 # A page needs no more pixels than a screen has.
 LONGEST_SIDE_SHOWN = 1600
-# The rows of attention kept for the answers of all visitors together, in bytes; an answer may have 300 MB of them.
+# Limit of the attention rows of all visitors' answers together, in bytes; an answer may have 300 MB.
 MOST_ROWS = 1 << 30
 
 
@@ -31,8 +31,8 @@ class Answer:
 
     Args:
         rows: attention of its tokens on the tokens of the image.
-        layer: of which the page shows it.
-        stopped: set from outside, ends it; ``outdated`` says that its image is no longer on the page.
+        layer: the layer that the page shows.
+        stopped: set by others to end it; ``outdated``: its image is no longer on the page.
     """
 
     rows: AttentionRows
@@ -44,7 +44,7 @@ class Answer:
     note: str = ""
 
     def view(self) -> dict[str, Any]:
-        """What answer.js draws."""
+        """Data that answer.js draws."""
         words = words_of(self.pieces)
         rows = self.rows.of_layer(self.layer)
         means = [rows[word.tokens].mean(dim=0) if len(rows) else rows.new_empty(0) for word in words]
@@ -54,7 +54,7 @@ class Answer:
             if self.rows.forgotten
             else self.note,
             "words": [{"text": word.text, **_heat(mean)} for word, mean in zip(words, means, strict=True)],
-            "whole": _heat(torch.stack(means).mean(dim=0)) if means else {},
+            "all": _heat(torch.stack(means).mean(dim=0)) if means else {},
         }
 
 
@@ -73,7 +73,7 @@ class Talk:
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
         self._watch = AttentionWatch(answerer.model)
-        self._alone = threading.Lock()  # an answer that nobody reads any more may not have stopped yet
+        self._alone = threading.Lock()  # an abandoned answer may not have stopped yet
         self._kept: deque[AttentionRows] = deque()
         parameters = sum(parameter.numel() for parameter in answerer.model.parameters())
         self.facts = f"{_short(parameters)} parameters, {answerer.model.dtype} on {answerer.model.device}".replace(
@@ -83,7 +83,7 @@ class Talk:
         self.pre_buffer_layers: int = answerer.config.llm_config.extra_num_layers
 
     def image_view(self, path: str) -> dict[str, Any]:
-        """What image.js draws of an uploaded file.
+        """Data that image.js draws for an uploaded file.
 
         Raises:
             RejectedSample: for an image that preprocessing would reject.
@@ -101,7 +101,7 @@ class Talk:
         }
 
     def answers(self, question: str, path: str | None, layer: int, max_new_tokens: int) -> Iterator[Answer]:
-        """One answer, again and again as it grows; it ends where it is told to stop.
+        """One answer, repeatedly as it grows; ends when it is stopped.
 
         Raises:
             RejectedSample: for an image that preprocessing would reject, or tags in the question without an image.
@@ -124,7 +124,7 @@ class Talk:
         yield answer
 
     def _keep(self, rows: AttentionRows) -> None:
-        """Forgets the oldest answers' rows where there are too many; of the two newest answers they stay."""
+        """Forgets the oldest answers' rows beyond the limit, but never those of the two newest."""
         self._kept.append(rows)
         while len(self._kept) > 2 and sum(kept.bytes for kept in self._kept) > MOST_ROWS:
             self._kept.popleft().forget()

@@ -1,4 +1,4 @@
-"""The directory of uploads stays bounded, however many files are sent."""
+"""Bounds the directory of uploads."""
 
 import shutil
 import threading
@@ -8,7 +8,7 @@ _alone = threading.Lock()
 
 
 def remove_oldest(directory: Path, most: int) -> None:
-    """Removes the oldest uploads until the others have at most so many bytes together; the newest one stays.
+    """Removes the oldest uploads until the others have at most ``most`` bytes together; the newest one stays.
 
     Args:
         directory: in which each upload has a directory of its own.

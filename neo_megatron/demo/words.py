@@ -1,4 +1,4 @@
-"""Pieces of a streamed answer -> the words that a reader sees it made of."""
+"""Groups the pieces of a streamed answer into words."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from neo_megatron.inference.answering import Piece
 
 @dataclass
 class Word:
-    """``text`` with the white space in front of it; ``tokens``: their numbers in the answer."""
+    """``text`` with the white space in front of it; ``tokens``: indices of its tokens in the answer."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -30,12 +30,12 @@ def words_of(pieces: Iterable[Piece]) -> list[Word]:
 
 def _begins_word(before: str, text: str) -> bool:
     if not before.strip() or not text:
-        return False  # white space stands in front of its word
+        return False  # white space belongs to the word after it
     if before[-1].isspace() or text[0].isspace() or _stands_alone(text[0]):
         return True
-    return _stands_alone(before[-1]) and text[0].isalnum()  # punctuation stays with the word it follows
+    return _stands_alone(before[-1]) and text[0].isalnum()  # punctuation belongs to the word before it
 
 
 def _stands_alone(character: str) -> bool:
-    """Whether it is Chinese, Japanese or Korean."""
+    """Whether a character is Chinese, Japanese or Korean."""
     return character.isalpha() and unicodedata.east_asian_width(character) in "WF"

@@ -1,8 +1,8 @@
 """NEO's native attention for transformers, and the kernels that `attn_implementation` chooses from.
 
     sdpa             PyTorch's scaled_dot_product_attention (the default)
-    flex_attention   blocks that nobody sees are left out: for long packs, on one device; the first call compiles it
-    eager            plain matrix products; the only one that gives attention weights
+    flex_attention   skips blocks that no query sees: for long packs, on one device; the first call compiles it
+    eager            plain matrix products; the only one that returns attention weights
 
 Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden, d head dim.
 """
@@ -27,7 +27,7 @@ FLEX_BLOCK = (128, 128)
 
 
 def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int) -> AttentionMask:
-    """Who sees whom, in the form that the kernel takes: made once per call, for all layers.
+    """The attention mask in the form that the kernel takes; made once per call, for all layers.
 
     Args:
         rule: the rule, or a boolean `[B, 1, L, K]`.
@@ -38,24 +38,24 @@ def kernel_mask(rule: AttentionRule | Tensor, implementation: str, queries: int)
         boolean `[B, 1, L, K]`, True where a query sees a key; blocks for FlexAttention.
 
     Raises:
-        ValueError: a dense mask for FlexAttention, which is there to avoid it.
+        ValueError: a dense mask for FlexAttention, whose purpose is to avoid one.
     """
     in_blocks = _kernel(implementation, queries) == "flex_attention"
     if in_blocks and isinstance(rule, Tensor):
-        raise ValueError("flex_attention takes no mask of four dimensions: pass position_ids, 0 at every document")
+        raise ValueError("flex_attention accepts no mask of four dimensions: pass position_ids, 0 at every document")
     if not isinstance(rule, AttentionRule):
         return rule
     return rule.blocks(FLEX_BLOCK) if in_blocks else rule.dense()[:, None]
 
 
 def kernel_function(implementation: str, queries: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What `attn_implementation` names; takes the arguments of :func:`eager_attention_forward`."""
+    """The kernel that `attn_implementation` selects; takes the arguments of :func:`eager_attention_forward`."""
     name = _kernel(implementation, queries)
     return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _kernel(implementation: str, queries: int) -> str:
-    """FlexAttention would compile again for every length of a growing cache, and one query leaves no block out."""
+    """SDPA instead of FlexAttention for one query, which would recompile for every cache length and skip no block."""
     return "sdpa" if implementation == "flex_attention" and queries == 1 else implementation
 
 
@@ -68,7 +68,7 @@ def eager_attention_forward(
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention as it is defined -> context `[B, L, heads, d]` and weights `[B, heads, L, K]`.
+    """Softmax attention by its definition -> context `[B, L, heads, d]` and weights `[B, heads, L, K]`.
 
     Args:
         query: `[B, heads, L, 2d]`; key `[B, groups, K, 2d]`; value `[B, groups, K, d]`.
@@ -84,6 +84,8 @@ def eager_attention_forward(
 
 
 class NEORMSNorm(nn.Module):
+    """RMSNorm in float32, rounded to the input's dtype before it is multiplied by the weight, as in Qwen3."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -97,7 +99,7 @@ class NEORMSNorm(nn.Module):
 def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
     """Cos and sin `[..., width]` of a half-rotation, in float32 whatever the model's type.
 
-    The frequencies are made here and not kept as a buffer: `model.to(bfloat16)` would round a buffer.
+    Frequencies are computed here and not kept as a buffer, which `model.to(bfloat16)` would round.
     """
     exponent = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
     angle = position[..., None].float() * theta**-exponent
@@ -106,6 +108,7 @@ def rotary_cos_sin(position: Tensor, width: int, theta: float) -> CosSin:
 
 
 def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
+    """Rotates pairs (i, i + X/2) of the last dimension X by angles given as cosines and sines."""
     cos, sin = cos_sin
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
@@ -155,7 +158,7 @@ class NEOAttention(nn.Module):
     def _positioned(
         self, for_t: Tensor, for_hw: Tensor, norms: tuple[nn.Module, ...], rotary: tuple[CosSin, ...]
     ) -> Tensor:
-        """`[B, heads, L, 2d]`: the parts for t, h and w side by side, each normalised, then rotated by its position."""
+        """`[B, heads, L, 2d]`: the parts for t, h and w concatenated, each normalised, then rotated by its position."""
         parts = (self._heads(for_t), *self._heads(for_hw).chunk(2, dim=-1))
         return torch.cat(
             [rotate_halves(norm(part), cos_sin) for part, norm, cos_sin in zip(parts, norms, rotary, strict=True)],

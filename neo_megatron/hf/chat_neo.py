@@ -1,4 +1,4 @@
-"""`chat()` as the published model has it: one question, about images or not, after those before it.
+"""`chat()` as in the published model: one question, with or without images, after a history.
 
 Control tokens are placed by their id, between pieces of text in which no special token is recognised, as in the
 training data: what a user types stays text.
@@ -56,20 +56,20 @@ class NEOChatMixin:
     ) -> str | tuple[str, list[Message]]:
         """The answer to a question.
 
-        As in the published code, what looks at the tokens so far looks at those of the answer alone:
+        As in the published code, settings that depend on earlier tokens see only those of the answer:
         ``repetition_penalty``, ``no_repeat_ngram_size``, ``bad_words_ids``, ``sequence_bias``, ``stop_strings``,
         ``prefix_allowed_tokens_fn``, ``logits_processor``, ``stopping_criteria``, ``streamer``. In `generate` they
-        look at the prompt as well. ``max_length`` and ``min_length`` count the prompt here and there.
+        also see the prompt. ``max_length`` and ``min_length`` count the prompt in both.
 
         Args:
             tokenizer: the one saved with the model.
             pixel_values, grid_hw: of all images of the conversation in the order of their `<image>` tags, as the
                 image processor returns them; ``None`` without images.
-            question: with a tag at the place of every image. Where none of the conversation has one, the image comes
-                in front of the first question. A tag after a backslash, and any in an answer, is text.
+            question: with a tag at the place of every image. If the conversation has no tag, the image comes in front
+                of the first question. A tag after a backslash, and any in an answer, is text.
             generation_config: arguments of `generate`, such as ``{"max_new_tokens": 512, "do_sample": False}``.
-            history: earlier questions and answers, as a former call returned them. Turns may be messages instead; a
-                system turn there, which comes first, stands in place of ``system_message``.
+            history: earlier questions and answers, as an earlier call returned them. Turns may be messages instead; a
+                system turn there, which comes first, replaces ``system_message``.
             return_history: also return the history with this question and its answer.
             verbose: print both.
 
@@ -83,8 +83,8 @@ class NEOChatMixin:
             history, question, turns = _with_tag(history, question, turns)
         _check_turns(turns, len(grids), given=pixel_values is not None)
         if self.system_message and turns[0][0] != "system":
-            turns = [("system", as_literal(self.system_message)), *turns]  # no image can belong there
-        # Weights that wait on disk or in main memory for their turn are on no device.
+            turns = [("system", as_literal(self.system_message)), *turns]  # it cannot contain an image
+        # Offloaded weights are on no device.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         ids = torch.tensor([list(_tokens(tokenizer, turns, grids))], device=device)
         images = {}
@@ -120,13 +120,13 @@ def _turns(history: Sequence[Message]) -> list[Turn]:
 
 
 def _slots(turn: Turn) -> int:
-    """How many images a turn has places for; in an answer a tag is text."""
+    """Number of image tags of a turn; in an answer a tag is text."""
     role, text = turn
     return 0 if role == "assistant" else count_tags(text, IMAGE_TAG)
 
 
 def _with_tag(history: list[Message], question: str, turns: list[Turn]) -> tuple[list[Message], str, list[Turn]]:
-    """The image in front of the first question."""
+    """The conversation with an image tag in front of its first question."""
     first = next(number for number, (role, _) in enumerate(turns) if role == "user")
     text = f"{IMAGE_TAG}\n{turns[first][1]}"
     turns = [*turns[:first], ("user", text), *turns[first + 1 :]]
@@ -154,7 +154,7 @@ def _check_turns(turns: Sequence[Turn], grids: int, given: bool) -> None:
 
 def _tokens(tokenizer: Any, turns: Sequence[Turn], grids: Sequence[tuple[int, int]]) -> Iterator[int]:
     """The ids of a conversation up to the answer to come; the published code cuts texts at the same places."""
-    cells = iter(rows * columns // MERGE_SIZE**2 for rows, columns in grids)
+    counts = iter(rows * columns // MERGE_SIZE**2 for rows, columns in grids)
     turn_start, turn_end = _id(tokenizer, "<|im_start|>"), _id(tokenizer, "<|im_end|>")
     for role, text in turns:
         yield turn_start
@@ -165,7 +165,7 @@ def _tokens(tokenizer: Any, turns: Sequence[Turn], grids: Sequence[tuple[int, in
             yield from _text(tokenizer, f"{role}\n{first}")
             for literal in others:
                 yield _id(tokenizer, "<img>")
-                yield from [_id(tokenizer, "<IMG_CONTEXT>")] * next(cells)
+                yield from [_id(tokenizer, "<IMG_CONTEXT>")] * next(counts)
                 yield _id(tokenizer, "</img>")
                 yield from _text(tokenizer, literal)
         yield from (turn_end, *_text(tokenizer, "\n"))
@@ -181,7 +181,7 @@ def _text(tokenizer: Any, text: str) -> list[int]:
 
 
 class _AnswerProcessor(LogitsProcessor):
-    """A logits processor that is shown the tokens of the answer alone."""
+    """A logits processor that sees only the tokens of the answer."""
 
     def __init__(self, inner: Callable[[Tensor, Tensor], Tensor], prompt_length: int) -> None:
         self._inner = inner
@@ -192,7 +192,7 @@ class _AnswerProcessor(LogitsProcessor):
 
 
 class _AnswerCriterion(StoppingCriteria):
-    """A stopping criterion that is shown the tokens of the answer alone."""
+    """A stopping criterion that sees only the tokens of the answer."""
 
     def __init__(self, inner: Callable[..., Any], prompt_length: int) -> None:
         self._inner = inner
@@ -203,7 +203,7 @@ class _AnswerCriterion(StoppingCriteria):
 
 
 class _AnswerStreamer(BaseStreamer):
-    """Passes on all but the prompt, which `generate` puts first."""
+    """Streams everything but the prompt, which `generate` puts first."""
 
     def __init__(self, inner: BaseStreamer) -> None:
         self._inner = inner
@@ -218,20 +218,20 @@ class _AnswerStreamer(BaseStreamer):
 
 
 def _about_the_answer(settings: dict[str, Any], defaults: Any, tokenizer: Any, prompt: Tensor) -> dict[str, Any]:
-    """Arguments of `generate` by which it looks at the answer alone, where it would look at the prompt as well.
+    """Arguments of `generate` that restrict settings to the answer, which would otherwise also see the prompt.
 
     Args:
-        settings: what was asked for.
-        defaults: the model's generation config, which holds where ``settings`` says nothing.
+        settings: as requested.
+        defaults: the model's generation config, used where ``settings`` has no value.
         prompt: ids `[1, L]`.
     """
     length = prompt.shape[1]
 
     def take(name: str, unset: Any = None) -> Any:
-        """The value in force, no longer among the settings."""
+        """The value in force, removed from the settings."""
         default = getattr(defaults, name, None)
         if unset is None and default is not None:
-            return None  # `generate` would still add the model's own, so it is left to it
+            return None  # `generate` adds the model's own in any case
         value = settings.pop(name, None)
         value = default if value is None else value
         if unset is not None:

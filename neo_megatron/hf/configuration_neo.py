@@ -48,8 +48,8 @@ class NEOVisionConfig(PretrainedConfig):
 class NEOLLMConfig(PretrainedConfig):
     """Sizes of the decoder: Qwen3's keys, `rope_theta_hw` and the number of pre-buffer layers in front.
 
-    `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them; ``None`` where the
-    checkpoint does not say how many those are, which matters to training alone.
+    `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them; ``None`` if the
+    checkpoint does not say how many those are, which matters only for training.
     """
 
     model_type = "qwen3"
@@ -80,7 +80,7 @@ class NEOLLMConfig(PretrainedConfig):
             raise ValueError(f"hidden_act {hidden_act!r} in llm_config: NEO is defined with 'silu'")
         if kwargs.pop("use_sliding_window", False):
             raise ValueError("use_sliding_window in llm_config: NEO attends to all tokens, set it to false")
-        kwargs.pop("sliding_window", None)  # not used, and a cache made from this configuration would use it
+        kwargs.pop("sliding_window", None)  # unused, but a cache made from this configuration would use it
         self.vocab_size = _scalar(vocab_size)
         self.hidden_size = _scalar(hidden_size)
         self.intermediate_size = _scalar(intermediate_size)
@@ -91,7 +91,7 @@ class NEOLLMConfig(PretrainedConfig):
         self.head_dim = _scalar(head_dim)
         self.hidden_act = hidden_act
         self.rms_norm_eps = _scalar(rms_norm_eps)
-        # transformers 5 writes Qwen3's base of a rotation into a dictionary.
+        # transformers 5 puts Qwen3's rotary base into a dictionary.
         in_dictionary = (kwargs.pop("rope_parameters", None) or {}).get("rope_theta", 1e6)
         self.rope_theta = float(_scalar(in_dictionary if rope_theta is None else rope_theta))
         self.rope_theta_hw = float(_scalar(rope_theta_hw))
@@ -99,15 +99,15 @@ class NEOLLMConfig(PretrainedConfig):
         self.max_position_embeddings_hw = _scalar(max_position_embeddings_hw)
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        kwargs.pop("layer_types", None)  # every layer attends in full; a list of that many words says no more
+        kwargs.pop("layer_types", None)  # every layer has full attention, so the list adds nothing
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 class NEOChatConfig(PretrainedConfig):
     """The model: `llm_config`, `vision_config` and the ids of the image tokens.
 
-    A NEO that calls itself by another name, as a published checkpoint does, is read as what it is, and that is said.
-    `image_token_id`, as other models call it, is `img_context_token_id`.
+    A NEO under another name, such as a published checkpoint, is recognised, with a warning.
+    `image_token_id`, the name in other models, is an alias of `img_context_token_id`.
 
     Raises:
         ValueError: a configuration of another model, of a quantised or NEO-unify checkpoint or with another template;
@@ -141,13 +141,13 @@ class NEOChatConfig(PretrainedConfig):
         if tie_word_embeddings is None:
             tie_word_embeddings = _scalar((llm_config or {}).get("tie_word_embeddings", False))
         self.vision_config = NEOVisionConfig(**(vision_config or {}))
-        # One fact with one place: transformers looks for it in either configuration, depending on its version.
+        # Stored once: versions of transformers read it from either configuration.
         self.llm_config = NEOLLMConfig(**{**(llm_config or {}), "tie_word_embeddings": tie_word_embeddings})
         self.downsample_ratio = _scalar(downsample_ratio)
         self.template = template
         self.img_start_token_id = _scalar(img_start_token_id)
         self.img_context_token_id = _scalar(img_context_token_id)
-        kwargs.pop("hidden_size", None)  # the decoder's, which llm_config holds
+        kwargs.pop("hidden_size", None)  # kept in llm_config
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
@@ -159,13 +159,13 @@ class NEOChatConfig(PretrainedConfig):
         return self.llm_config.vocab_size
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> NEOLLMConfig:
-        """What generation asks for the number of layers and heads."""
+        """The decoder's configuration, from which generation takes the number of layers and heads."""
         return self.llm_config
 
     @classmethod
     def _rename(cls, name: str, vision_config: dict[str, Any], others: dict[str, Any]) -> None:
         if "llm_hidden_size" not in vision_config:
             raise ValueError(f"a config.json of the model_type {name!r} without llm_hidden_size: give that of a NEO")
-        others.pop("auto_map", None)  # it names the other model's code
+        others.pop("auto_map", None)  # it refers to the other model's code
         others["architectures"] = ["NEOChatModel"]
         logger.warning(f"config.json calls this NEO {name!r}: read as {cls.model_type!r}, its auto_map is not used")

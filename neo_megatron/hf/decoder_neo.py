@@ -16,6 +16,8 @@ from .configuration_neo import NEOLLMConfig
 
 
 class NEOMLP(nn.Module):
+    """Qwen3's SwiGLU."""
+
     def __init__(self, config: NEOLLMConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -27,6 +29,8 @@ class NEOMLP(nn.Module):
 
 
 class NEODecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer of Qwen3 with NEO's attention."""
+
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = NEOAttention(config, layer)
@@ -115,5 +119,5 @@ class NEOLanguageModel(nn.Module):
         self.model.embed_tokens.register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Adapters for causal language models ask for it; the model around this one generates."""
+        """Required by adapters for causal language models; only the model around this one generates."""
         raise NotImplementedError("call generate() of the NEOChatModel, which knows the images")

@@ -1,4 +1,4 @@
-"""The errors of `images_neo`; an export has a copy of `neo_megatron/errors.py` in this one's place."""
+"""The errors of `images_neo`; an export has a copy of `neo_megatron/errors.py` in place of this one."""
 
 from neo_megatron.errors import RejectedSample
 

@@ -1,4 +1,4 @@
-"""What `generate()` of transformers (4.57 to 5.24) asks of NEO: the inputs of a step, rows repeated with their images.
+"""Hooks of `generate()` of transformers (4.57 to 5.24): inputs of a step, and rows repeated with their images.
 
 Shape suffixes: B batch, L tokens, K tokens with those of the cache.
 """
@@ -14,14 +14,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .positions_neo import document_numbers, image_numbers, one_grid, valid_tokens
 
-# What this version of transformers calls the cache.
+# The name of the cache in this version of transformers.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 GROWING_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
 NO_STATIC_CACHE = "NEO generates over a cache that grows, not a static one: leave cache_implementation unset"
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache under the name that transformers has for it: `past_key_values`, from 5.24 on `cache`.
+    """The cache, under its name in any version of transformers: `past_key_values`, from 5.24 on `cache`.
 
     Raises:
         ValueError: two caches; a static one.
@@ -38,7 +38,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 class NEOGenerationMixin(GenerationMixin):
-    """For a model with `_positions()`, which works out t, h and w."""
+    """`generate()` for a model with `_positions()`, which computes t, h and w."""
 
     def prepare_inputs_for_generation(
         self,
@@ -61,28 +61,28 @@ class NEOGenerationMixin(GenerationMixin):
         labels: Tensor | None = None,
         **others: Any,
     ) -> dict[str, Any]:
-        """What the next call of `forward` needs of a sequence of which the cache holds the beginning.
+        """Arguments of the next call of `forward`, for a sequence that begins in the cache.
 
-        Positions come from all the tokens, so that they are right after a cache was cropped or its rows exchanged.
+        Positions come from all the tokens, so that they are correct after a cache was cropped or reordered.
         Images that the cache holds are not passed on.
 
         Args:
             input_ids: `[B, K]`, those of the cache among them.
             prompt_length: tokens from here on were generated, so an image token among them is text.
-            position_ids, cache_position, next_sequence_length: what versions of transformers count as well; it follows
-                from the tokens and the cache.
+            position_ids, cache_position, next_sequence_length: counted by some versions of transformers; ignored,
+                because they follow from the tokens and the cache.
             is_first_iteration: the first step begins with more than the prompt if a draft was made of it.
-            labels: which Trainers leave among the inputs; not used.
+            labels: left among the inputs by Trainers; not used.
 
         Raises:
-            RuntimeError: transformers hands on no cache although one is to be used.
-            TypeError: an argument that NEO does not know.
+            RuntimeError: transformers passes no cache although one is to be used.
+            TypeError: an unknown argument.
             ValueError: not all tokens are given.
         """
         if unknown := [name for name, value in others.items() if value is not None]:
             raise TypeError(f"generate() got {', '.join(unknown)}, which NEO does not take: leave it out")
         cache = one_cache(past_key_values, cache)
-        # The first step may come without: `forward` makes a cache then, and some versions count on that.
+        # The first step may have none: `forward` then makes a cache, which some versions rely on.
         has_generated = prompt_length is not None and input_ids.shape[1] > prompt_length
         if use_cache and cache is None and has_generated and not is_first_iteration:
             raise RuntimeError(
@@ -132,7 +132,7 @@ class NEOGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams and several answers repeat every row, and with it its images, of which rows differ in number.
+        """Repeats every row with its images, for beams and several answers; rows differ in their number of images.
 
         Raises:
             ValueError: not all images of the tokens are given; position_ids of several documents.
@@ -140,7 +140,7 @@ class NEOGenerationMixin(GenerationMixin):
         pixel_values = kwargs.pop("pixel_values", None)
         grid_hw = one_grid(kwargs.pop("grid_hw", None), kwargs.pop("image_grid_thw", None))
         attention_mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        # An assistant model is called with the prompt and what was generated of it so far.
+        # An assistant model is called with the prompt and the tokens generated so far.
         prompt_length = kwargs.pop("prompt_length", None) or input_ids.shape[1]
         valid_BK = valid_tokens(input_ids, attention_mask, 0)
         if position_ids is not None and bool((((position_ids == 0) & valid_BK).sum(dim=-1) > 1).any()):
@@ -186,7 +186,7 @@ class NEOGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """What `generate_batch` begins with.
+        """The first call of `generate_batch`.
 
         Raises:
             NotImplementedError: always. Its paged cache and causal mask have no room for images.

@@ -1,4 +1,4 @@
-"""Images -> patches as the model takes them, by the code that made the training data.
+"""Turns images into patches, with the code that made the training data.
 
 transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
@@ -34,7 +34,7 @@ from .tags_neo import split_tags
 
 MERGE_SIZE = 2
 
-# What an image may be given as: Pillow's, 8-bit RGB `[height, width, 3]`, the bytes of a file, a path, `file://`,
+# Accepted forms of an image: Pillow's, 8-bit RGB `[height, width, 3]`, the bytes of a file, a path, `file://`,
 # base64 with or without `data:`, or as an undecoded image of a data set, {"bytes": ..., "path": ...}.
 ImageInput = Image.Image | np.ndarray | bytes | str | os.PathLike | Mapping
 
@@ -43,7 +43,7 @@ _LONGEST_PATH = 4096
 
 
 class NEOImagesKwargs(ImagesKwargs, total=False):
-    """What `from_pretrained` of transformers 5 takes over from its arguments."""
+    """Options that `from_pretrained` of transformers 5 takes from its arguments."""
 
     min_pixels: int
     max_pixels: int
@@ -55,12 +55,12 @@ class NEOImageProcessor(ImageProcessingMixin):
 
     Args:
         min_pixels, max_pixels: limits of the area of a resized image.
-        image_grid_thw: give the rows and columns of patches as Qwen-VL's processors do, ``image_grid_thw``
-            `[images, 3]` in place of ``grid_hw`` `[images, 2]`: by them TRL's GRPO tells which patches are whose.
+        image_grid_thw: return the rows and columns of patches as Qwen-VL's processors do, ``image_grid_thw``
+            `[images, 3]` in place of ``grid_hw`` `[images, 2]`; TRL's GRPO needs it to split patches between images.
     """
 
     valid_kwargs = NEOImagesKwargs
-    # What is saved carries its code, so that it loads alone.
+    # Saved with its code, so that it loads alone.
     _auto_class = "AutoImageProcessor"
 
     def __init__(
@@ -135,7 +135,7 @@ class NEOImageProcessor(ImageProcessingMixin):
 
 
 def write_shared_code(directory: Path) -> None:
-    """Writes the files that training shares as a checkpoint has them, in place of those that import a package."""
+    """Writes the files shared with training, in place of those here that import this package."""
     shared = {
         "errors_neo": RejectedSample,
         "image_limits_neo": check_bytes,
@@ -151,6 +151,7 @@ def write_shared_code(directory: Path) -> None:
 
 
 def check_tensors(return_tensors: str | None) -> None:
+    """Raises ValueError if ``return_tensors`` asks for another kind than PyTorch's tensors or lists."""
     if return_tensors not in ("pt", None):
         raise ValueError(
             f"return_tensors={return_tensors!r}: NEO's processor makes PyTorch tensors, say 'pt', or lists"
@@ -186,7 +187,7 @@ def _upright(image: ImageInput, name: str) -> Image.Image:
 
 
 def _of_data_set(image: Mapping[str, Any], name: str) -> Image.Image:
-    """The `Image` of Hugging Face's datasets where it is not decoded; the path of one with bytes is only its name."""
+    """An undecoded `Image` of Hugging Face's datasets; if it has bytes, its path is only a name."""
     data, path = image.get("bytes"), image.get("path")
     if not image.keys() <= {"bytes", "path"} or (data is None and path is None):
         raise ValueError(
@@ -200,7 +201,7 @@ def _of_string(place: str, name: str) -> Image.Image:
     if place.startswith("data:"):
         return decode(_decoded_base64(place.partition(",")[2], name), name)
     if place.startswith(("http://", "https://")):
-        raise ValueError(f"the image {place} is far away, and the processor opens no addresses: download it first")
+        raise ValueError(f"the image {place} is a URL, and the processor opens files only: download it first")
     if place.startswith("file://"):
         place = unquote(urlsplit(place).path)
     if _BASE64.fullmatch(place) and not (len(place) <= _LONGEST_PATH and os.path.exists(place)):
@@ -216,11 +217,11 @@ def _of_string(place: str, name: str) -> Image.Image:
 def _decoded_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError as error:  # a letter that base64 has not, or a number of them
-        raise ValueError(f"the image {name} is no base64 ({error})") from error
+    except ValueError as error:  # an invalid character, or a wrong number of them
+        raise ValueError(f"the image {name} is not valid base64 ({error})") from error
 
 
-def row_major(cells: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
-    """`[cells, 4, 768]`, the patches of a cell together, -> `[grid_h * grid_w, 768]`, row by row of the image."""
-    blocks = cells.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
+def row_major(blocks: np.ndarray, grid_h: int, grid_w: int) -> np.ndarray:
+    """`[image tokens, 4, 768]` -> `[grid_h * grid_w, 768]`: patches in blocks of 2x2 -> row by row of the image."""
+    blocks = blocks.reshape(grid_h // MERGE_SIZE, grid_w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE, -1)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(grid_h * grid_w, -1)

@@ -1,4 +1,4 @@
-"""What `neo_megatron/data/image.py` does with an image; an export has a copy of that file in this one's place."""
+"""Image preprocessing of `neo_megatron/data/image.py`; an export has a copy of that file in place of this one."""
 
 from neo_megatron.data.image import (
     decode,

@@ -1,8 +1,8 @@
-"""Checkpoints that call themselves `neo_chat` and are not a NEO that this code runs."""
+"""Refuses checkpoints that are declared as `neo_chat` but are not a NEO that this code runs."""
 
 from typing import Any
 
-# The conversations that the tokenizer's template and `chat()` write.
+# Names of the conversation format of the tokenizer's template and of `chat()`.
 TEMPLATES = ("neo1_0",)
 # Keys of NEO-unify (SenseNova-U1), which has the same model_type and class names.
 UNIFY_KEYS = (
@@ -16,7 +16,7 @@ UNIFY_KEYS = (
 
 
 def refuse_other_kinds(config: dict[str, Any], where: str = "config.json") -> None:
-    """Names what calls itself `neo_chat` and is not what this code runs.
+    """Raises for a `neo_chat` that this code does not run.
 
     Args:
         config: the keys of a `config.json`.
@@ -41,7 +41,7 @@ def refuse_other_kinds(config: dict[str, Any], where: str = "config.json") -> No
             f"{where} has a quantization_config ({kind}): this is a quantised checkpoint; give the one it was made from"
         )
     template = config.get("template")
-    # Of a NEO with another model's name, the template is that model's too.
+    # A NEO under another model's name also has that model's template.
     if config.get("model_type", "neo_chat") == "neo_chat" and template is not None and template not in TEMPLATES:
         raise ValueError(
             f"{where} has the template {template!r}, and NEO knows {', '.join(map(repr, TEMPLATES))}: if the model was "

@@ -1,4 +1,4 @@
-"""What `neo_megatron/model/mask.py` says of who sees whom; an export has a copy of that file in this one's place."""
+"""The attention mask of `neo_megatron/model/mask.py`; an export has a copy of that file in place of this one."""
 
 from neo_megatron.model.mask import AttentionRule
 

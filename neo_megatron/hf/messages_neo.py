@@ -19,6 +19,7 @@ def template_reads(template: str, key: str) -> bool:
 
 
 def template_has_variable(template: str, name: str) -> bool:
+    """Whether a chat template reads a variable; mentions within its string literals do not count."""
     return template_reads(re.sub(r"'[^']*'|\"[^\"]*\"", "", template), name)
 
 
@@ -118,7 +119,7 @@ def _image(key: str, image: Any, name: str) -> Any:
 
 
 DETAIL = ("detail", "auto")
-"""What OpenAI's images may also say; another detail is a number of pixels, which the processor's ``max_pixels`` is."""
+"""A key of OpenAI's images and its only accepted value; other details set resolution, as ``max_pixels`` does here."""
 
 
 def _check_empty(others: Mapping[str, Any], name: str) -> None:

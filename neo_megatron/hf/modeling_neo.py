@@ -1,6 +1,6 @@
 """NEO for transformers (4.57 to 5.24): images and text in one decoder, with `generate()` over a growing cache.
 
-Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C merged cells, H hidden.
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C image tokens, H hidden.
 
 transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
@@ -25,9 +25,9 @@ from .mask_neo import AttentionRule
 from .positions_neo import (
     PACKING,
     after_tokens,
-    cell_positions,
     document_numbers,
     image_numbers,
+    image_token_positions,
     one_grid,
     packed_positions,
     text_positions,
@@ -36,7 +36,7 @@ from .positions_neo import (
 from .tags_neo import IMAGE_TAG  # noqa: F401 - for chat_neo
 from .vision_neo import NEOVisionModel
 
-# Stands for every token that is given as a vector.
+# Token id that stands for tokens given as vectors.
 TEXT = -1
 
 
@@ -59,6 +59,8 @@ class NEOBackbone:
 
 
 class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
+    """NEO with its head: `forward` for training and inference, `generate()` and `chat()`."""
+
     config_class = NEOChatConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -80,7 +82,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, which would make up a tensor that is missing and drop one that it does not know.
+        """As in transformers, but missing and unexpected tensors are errors instead of initialised or dropped.
 
         Raises:
             ValueError: the checkpoint is incomplete, or has tensors of another model, with their names.
@@ -109,7 +111,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         self.language_model.set_output_embeddings(value)
 
     def set_attn_implementation(self, attn_implementation: str, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, which would warn of the parts, for they are modules without a choice of their own."""
+        """As in transformers, without its warnings about submodules that have no such setting."""
         for part in (self.config.vision_config, self.config.llm_config):
             part._attn_implementation = attn_implementation
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -137,35 +139,35 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         prompt_length: int | None = None,
         **packing: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits, and the loss where labels are given.
+        """Logits, and the loss if labels are given.
 
         Args:
-            input_ids: `[B, L]`, with `<IMG_CONTEXT>` in place of every merged cell of every image.
+            input_ids: `[B, L]`, with `<IMG_CONTEXT>` for every image token, that is every 2x2 patches.
             pixel_values: `[N, 768]` normalised 16x16 patches of all images, row by row of the batch, each row-major.
             grid_hw: `[images, 2]` rows and columns of patches.
             attention_mask: `[B, K]`, 0 on padding, K counting the cache. Padding may lie anywhere; positions count
                 the other tokens. Or boolean `[B, 1, L, K]`, True where a query sees a key, which needs positions_thw.
             position_ids: `[B, L]`, for packed sequences: 0 at the first token of every document, as
-                `DataCollatorWithFlattening` counts them. Nothing else of them is looked at.
+                `DataCollatorWithFlattening` counts them. Only these zeros are used.
             positions_thw: `[B, L, 3]`; by default they follow from the other arguments.
             past_key_values: a `DynamicCache`.
             labels: `[B, L]`, not shifted, -100 where nothing is predicted, so at the first token of every document.
                 Those of image tokens are never predicted.
             loss_weight: `[B, L]`, not shifted; the loss is then the weighted mean.
-            use_cache: by default as the configuration says, and not in training.
+            use_cache: by default as in the configuration, and never in training.
             logits_to_keep: how many of the last positions get logits (0: all), or which. A loss is that of as many.
             num_items_in_batch: divides the summed loss instead of the number of labels (gradient accumulation).
             output_attentions: also the weights of every layer, `[B, heads, L, K]`.
             inputs_embeds: `[B, L, H]` in place of input_ids, for text.
             image_grid_thw: `[images, 3]` in place of grid_hw, as Qwen-VL and TRL name it.
             cache: what transformers 5.24 calls past_key_values.
-            prompt_length: image tokens from this place of the sequence on are text, as a model may generate them.
-            packing: `PACKING`, by which other models are told the documents of a pack; checked against position_ids.
+            prompt_length: image tokens from this position on are text, because a model may generate them.
+            packing: `PACKING`, arguments that tell other models the documents of a pack; checked against position_ids.
 
         Raises:
             ValueError: images and `<IMG_CONTEXT>` tokens that do not fit each other; a cache of unknown history or
                 under gradient checkpointing; attention weights of another kernel than the eager one.
-            TypeError: an argument that is not one of these.
+            TypeError: an unknown argument.
         """
         if isinstance(logits_to_keep, Tensor) and labels is not None:
             raise ValueError("logits_to_keep selects places one by one, of which no loss is made: pass no labels")
@@ -230,7 +232,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         grid_hw = one_grid(grid_hw, image_grid_thw)
         if input_ids is None:
             if pixel_values is not None:
-                raise ValueError("inputs_embeds say nothing of where images are: pass input_ids with pixel_values")
+                raise ValueError("inputs_embeds do not tell where images are: pass input_ids with pixel_values")
             input_ids = torch.full(inputs_embeds.shape[:2], TEXT, device=inputs_embeds.device)
         position_ids = packed_positions(input_ids, position_ids, packing)
         cache = self._usable_cache(one_cache(past_key_values, cache), use_cache)
@@ -239,7 +241,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         implementation = self.config._attn_implementation
         if output_attentions and implementation != "eager":
             raise ValueError(
-                f"{implementation} makes no attention weights: call model.set_attn_implementation('eager') for them"
+                f"{implementation} returns no attention weights: call model.set_attn_implementation('eager') for them"
             )
         cached = cache.get_seq_length() if cache is not None else 0
         dense = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
@@ -255,7 +257,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         if dense is not None:
             rule = dense
             if not given:
-                raise ValueError("a mask of four dimensions says nothing of positions: pass positions_thw with it")
+                raise ValueError("a mask of four dimensions does not determine positions: pass positions_thw with it")
         else:
             document_BK = document_numbers(valid_BK, position_ids, cached)
             rule = self._rule(image_BL, document_BK, cached)
@@ -277,10 +279,10 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             keep_weights=bool(output_attentions),
         )
         if cache is not None:
-            # Positions that are given may follow on other rows than the cache had, or on fewer tokens.
+            # Given positions may continue other rows than the cache had, or fewer tokens.
             history = () if given else getattr(cache, "neo_history", (0,))[1:]
             after = after_tokens(input_ids, positions_thw[..., 0], valid_BL, self.config, *history)
-            # t is not the number of cached tokens once an image was seen, so the cache carries it along.
+            # After an image t differs from the number of cached tokens, so the cache stores it.
             cache.neo_history = (cache.get_seq_length(), *after)
         return decoded, None if use_cache is False else cache, image_BL
 
@@ -288,7 +290,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         """The cache given, or a new one.
 
         Raises:
-            ValueError: gradient checkpointing, which would fill it a second time when it computes a layer again.
+            ValueError: gradient checkpointing, which would fill it twice when it recomputes a layer.
         """
         if use_cache is None:
             use_cache = self.config.llm_config.use_cache and not self.training
@@ -304,8 +306,8 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         """`[B, L, H]`, the image tokens in their places."""
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            cells_CH = self._cells(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)
-            return embeddings.masked_scatter((image_BL >= 0)[..., None].to(embeddings.device), cells_CH)
+            image_CH = self._image_tokens(pixel_values, grid_hw).to(embeddings.device, embeddings.dtype)
+            return embeddings.masked_scatter((image_BL >= 0)[..., None].to(embeddings.device), image_CH)
         # One token alone has no <img> before it; a graph has no branch that depends on tokens.
         if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool((image_BL >= 0).any()):
             raise ValueError(
@@ -314,13 +316,13 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
             )
         return embeddings
 
-    def _cells(self, pixel_values: Tensor, grid_hw: Tensor | None) -> Tensor:
+    def _image_tokens(self, pixel_values: Tensor, grid_hw: Tensor | None) -> Tensor:
         if grid_hw is None or int(grid_hw.prod(dim=-1).sum()) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} patches do not fit grid_hw: pass both as the processor returns them")
         return self.vision_model(pixel_values, grid_hw)
 
     def _rule(self, image_BL: Tensor, document_BK: Tensor, cached: int) -> AttentionRule:
-        """Who sees whom; images in the cache are seen like text before them."""
+        """The mask of this call; images in the cache are seen like text before them."""
         image_BK = nn.functional.pad(image_BL, (cached, 0), value=-1)
         return AttentionRule(
             document_BK, image_BK, rows=torch.arange(cached, image_BK.shape[1], device=image_BK.device)
@@ -329,7 +331,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
     def _positions(
         self, input_ids: Tensor, image_BL: Tensor, document_BK: Tensor, cache: Cache | None, grid_hw: Tensor | None
     ) -> Tensor:
-        """`[B, L, 3]`; t goes on where the cache stopped, h and w are those of the images in `grid_hw`."""
+        """`[B, L, 3]`; t continues where the cache ends, h and w are those of the images in `grid_hw`."""
         cached = cache.get_seq_length() if cache is not None else 0
         length, *history = getattr(cache, "neo_history", (0,))
         if length != cached or any(rows.shape[0] != input_ids.shape[0] for rows in history):
@@ -337,12 +339,14 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
         positions = input_ids.new_zeros(*input_ids.shape, 3)
         positions[..., 0] = text_positions(input_ids, document_BK[:, cached:], self.config, *history)
         if grid_hw is not None:
-            positions[..., 1:][image_BL >= 0] = cell_positions(image_BL, grid_hw, self.vision_model.embeddings.merge)
+            positions[..., 1:][image_BL >= 0] = image_token_positions(
+                image_BL, grid_hw, self.vision_model.embeddings.merge
+            )
         return positions
 
 
 def unknown_argument(name: str) -> str:
-    """The sentence on an argument that `forward` does not take."""
+    """The error message on an argument that `forward` does not take."""
     known = [*inspect.signature(NEOChatModel.forward).parameters][1:-1]
     near = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"

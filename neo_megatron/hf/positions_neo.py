@@ -1,6 +1,6 @@
-"""Tokens -> documents, images and the positions t, h, w: what the published layout of a sequence says of each token.
+"""Derives documents, images and the positions t, h, w from tokens, as in the published layout of a sequence.
 
-Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, C merged cells.
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, C image tokens.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .configuration_neo import NEOChatConfig
 
-# What collators say about the documents of a pack, next to position_ids.
+# Arguments in which collators describe the documents of a pack, in addition to position_ids.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -32,7 +32,7 @@ def valid_tokens(tokens_BL: Tensor, attention_mask: Tensor | None, cached: int) 
 
 
 def packed_positions(input_ids_BL: Tensor, position_ids: Tensor | None, packing: dict[str, Any]) -> Tensor | None:
-    """`position_ids [B, L]` of a pack, from all that collators say about where its documents begin.
+    """`position_ids [B, L]` of a pack, from everything that collators say about its documents.
 
     Args:
         packing: `PACKING` -> as `DataCollatorWithFlattening` and TRL make them for other kernels: cumulated lengths
@@ -74,8 +74,8 @@ def document_numbers(valid_BK: Tensor, position_ids: Tensor | None, cached: int)
 
     Args:
         position_ids: `[B, L]`, 0 at the first token of every document, as `DataCollatorWithFlattening` of transformers
-            counts; ``None`` for one document in every row. With a cache it is not looked at: the cached document
-            goes on.
+            counts; ``None`` for one document in every row. Ignored with a cache, whose document
+            continues.
 
     Raises:
         ValueError: positions of another shape.
@@ -99,11 +99,11 @@ def text_positions(
 ) -> Tensor:
     """The position t `[B, L]`: text advances it by one, all tokens of one image share it; 0 on padding.
 
-    Padding does not count wherever it is: t goes on after a hole in the attention mask as if the hole were not there.
+    Padding does not count wherever it is: t continues after a hole in the attention mask as if the hole were not there.
 
     Args:
         document_BL: t starts at 0 where a new number begins; -1 on padding.
-        next_t_B, after_start_B: where the cached part stopped; whether its last token was `<img>`.
+        next_t_B, after_start_B: the next t after the cached part; whether its last token was `<img>`.
     """
     valid = document_BL >= 0
     starts = _last_valid(input_ids_BL == config.img_start_token_id, valid, after_start_B)[:, :-1]
@@ -133,7 +133,7 @@ def after_tokens(
 
 
 def _last_valid(flag_BL: Tensor, valid_BL: Tensor, before_B: Any) -> Tensor:
-    """The flag of the last token that is no padding before every place, and after the last one: `[B, L + 1]`."""
+    """The flag of the last non-padding token before every position, and after the last one: `[B, L + 1]`."""
     place = torch.arange(1, flag_BL.shape[1] + 1, device=flag_BL.device)
     last = nn.functional.pad(torch.where(valid_BL, place, 0).cummax(dim=-1).values, (1, 0))
     flags = nn.functional.pad(flag_BL, (1, 0))
@@ -149,8 +149,8 @@ def image_numbers(
 ) -> Tensor:
     """A number `[B, L]` that the tokens of one image share and no other image of the row has; -1 outside images.
 
-    It is the place of the image's `<img>`. An `<IMG_CONTEXT>` that follows no `<img>`, as a model may generate it, is
-    text.
+    It is the position of the image's `<img>`. An `<IMG_CONTEXT>` that follows no `<img>`, which a model may generate,
+    is text.
 
     Args:
         valid_BL: False on padding, which may lie inside an image; an image that is all padding keeps its number.
@@ -192,8 +192,8 @@ def one_grid(grid_hw: Tensor | None, image_grid_thw: Tensor | None) -> Tensor | 
     return image_grid_thw[:, 1:]
 
 
-def cell_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
-    """Row and column `[C, 2]` of every cell of all images, checked against the places that the text has for them."""
+def image_token_positions(image_BL: Tensor, grid_hw: Tensor, merge: int) -> Tensor:
+    """Row and column `[C, 2]` of every token of all images, checked against the image tokens in the text."""
     grids = (grid_hw // merge).tolist()
     rows = torch.arange(len(image_BL), device=image_BL.device)[:, None] * image_BL.shape[1]
     places = torch.unique_consecutive((image_BL + rows)[image_BL >= 0], return_counts=True)[1].tolist()

@@ -1,4 +1,4 @@
-"""Text with `<image>` tags and images -> what the model takes, cut and tokenized as the training data is.
+"""Processor: text with `<image>` tags, and images -> model inputs, cut and tokenized as the training data is.
 
 transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
 """
@@ -23,11 +23,11 @@ from .tags_neo import IMAGE_TAG
 
 __all__ = ["NEOImageProcessor", "NEOProcessor", "row_major"]
 
-# As transformers 5 has it where a caller says nothing: lists, unless padding is asked for.
+# Default as in transformers 5: lists, unless padding is requested.
 UNSET = "auto"
-# By which transformers groups the arguments of a processor.
+# Groups of a processor's arguments in transformers.
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
-# Whoever gives one of these means rows of one length, or says which.
+# These arguments imply rows of one length.
 _OF_ROWS = {"padding", "padding_side", "pad_to_multiple_of", "return_tensors"}
 
 
@@ -43,7 +43,7 @@ class NEOProcessor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
     image_token = "<IMG_CONTEXT>"
-    # What is saved carries its code, so that it loads alone.
+    # Saved with its code, so that it loads alone.
     _auto_class = "AutoProcessor"
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
@@ -51,7 +51,7 @@ class NEOProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "NEOProcessor":
-        """Loads both parts directly: the AutoImageProcessor of transformers 5 wants torchvision, NEO does not.
+        """Loads both parts directly: the AutoImageProcessor of transformers 5 needs torchvision, NEO does not.
 
         Args:
             min_pixels, max_pixels, image_grid_thw: of the image processor, in place of the checkpoint's.
@@ -69,7 +69,7 @@ class NEOProcessor(ProcessorMixin):
 
     @property
     def image_grid_thw(self) -> bool:
-        """Whether grids are given as Qwen-VL's processors do; see `NEOImageProcessor`."""
+        """Whether grids have the form of Qwen-VL's processors; see `NEOImageProcessor`."""
         return self.image_processor.image_grid_thw
 
     @property
@@ -101,15 +101,15 @@ class NEOProcessor(ProcessorMixin):
         A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``, its image given in any
         form of `ImageInput`, or under the key "url", "path" or "base64", or as OpenAI's "image_url". A tag in the text
         of a user or a system message is the place of an image, too, unless a backslash stands in front of it; in a
-        message of the assistant it is text, and comes out escaped where a string is asked for.
+        message of the assistant it is text, and is escaped if a string is requested.
 
         Args:
             tokenize: whether to call the processor with what the template made of the conversation; control tokens in
                 a content are then tokenized as the text they are, with or without ``sanitize_control_tokens``.
-            return_tensors, padding: as in a call. Where neither is said, rows are lists, not padded.
+            return_tensors, padding: as in a call. Without either, rows are lists without padding.
             return_assistant_tokens_mask: also ``assistant_masks``, 1 on the tokens that training would train on.
-            processor_kwargs, kwargs: of a call; ``images`` there are for parts that come without one. What else the
-                template reads.
+            processor_kwargs, kwargs: of a call; ``images`` there are for parts without one. Further
+                variables of the template.
 
         Raises:
             ValueError: a message that NEO cannot take; tools or documents, for which NEO's template has no place.
@@ -127,7 +127,7 @@ class NEOProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise ValueError(
-                "continue_final_message goes on with the last message: leave out add_generation_prompt and "
+                "continue_final_message continues the last message: leave out add_generation_prompt and "
                 "return_assistant_tokens_mask"
             )
         chats, several = as_conversations(conversation)
@@ -187,7 +187,7 @@ class NEOProcessor(ProcessorMixin):
             padding_side: "left", as generation needs it, or "right".
             truncation, max_length, pad_to_multiple_of, return_attention_mask, add_special_tokens: as for a tokenizer.
             return_tensors: "pt" (the default), or ``None`` for lists; rows are then padded only on demand, and so are
-                those of texts without images where nothing is said of either, as a tokenizer gives them.
+                those of texts without images by default, as a tokenizer returns them.
             return_mm_token_type_ids: also ``mm_token_type_ids``, 1 on the tokens of images.
             min_pixels, max_pixels: limits of a resized image in place of the image processor's.
             text_kwargs, images_kwargs, common_kwargs: dictionaries of the above.
@@ -224,7 +224,7 @@ class NEOProcessor(ProcessorMixin):
         max_pixels: int | None = None,
         answers: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> BatchFeature:
-        """As a call; ``answers`` are the spans of each text, in characters, that the mask is to mark."""
+        """As `__call__`; ``answers`` are the spans of each text, in characters, that the mask marks."""
         check_tensors(return_tensors)
         if add_special_tokens and self.tokenizer.num_special_tokens_to_add():
             raise ValueError("add_special_tokens: the template places all of NEO's, so leave it False")
@@ -326,7 +326,7 @@ def _in_order(images: Any, tags: Sequence[int]) -> list[ImageInput]:
         tags: how many each text has.
 
     Raises:
-        ValueError: images and tags differ in number, with the text where that can be told.
+        ValueError: images and tags differ in number, naming the text if it is known.
     """
     flat = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
     nested = [image is None or isinstance(image, (list, tuple)) for image in flat]

@@ -1,4 +1,4 @@
-"""Prompts -> rows of token ids, cut where the training data is cut, so that BPE merges nothing across.
+"""Turns prompts into rows of token ids, cut where the training data is cut, so that BPE does not merge across.
 
 Control tokens are placed by their id, between pieces of text in which no special token is recognised.
 """
@@ -10,14 +10,14 @@ from typing import Any
 
 from .tags_neo import IMAGE_TAG, VIDEO_TAG, as_literal, split_tags
 
-# Marks control tokens that a user typed, until they are tokenized as text: a character that no text has (Unicode keeps
-# it for such use).
+# Marks control tokens that a user typed, until they are tokenized as text: a character that Unicode reserves for such
+# use, so that it occurs in no text.
 TYPED = "\ufdd0"
 
 
 @dataclass
 class Layout:
-    """What a prompt is made of: (text, control token or image, whether it is in an answer), ``None`` for an image."""
+    """Pieces of a prompt: (text, control token or image, whether it is in an answer), ``None`` for an image."""
 
     pieces: list[tuple[str | int | None, bool]] = field(default_factory=list)
 
@@ -28,7 +28,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids, and for each 1 where it is in an answer."""
+    """Token ids, and a mask with 1 for tokens of answers."""
 
     ids: list[int]
     in_answer: list[int]
@@ -47,7 +47,7 @@ class PromptEncoder:
         self._controls = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def mark_typed(self, text: str) -> str:
-        """The text of a message, its control tokens marked as typed."""
+        """The text of a message with control tokens marked as typed."""
         return self._controls.sub(lambda found: f"{found[0][0]}{TYPED}{found[0][1:]}", text)
 
     def lay_out(self, prompt: str, answers: Sequence[tuple[int, int]] = ()) -> Layout:
@@ -127,7 +127,7 @@ def padded_rows(
     Args:
         padding: True or "longest", "max_length", or False or "do_not_pad".
         side: where padding goes, "left" or "right".
-        multiple: of which the length is one.
+        multiple: the length is a multiple of this.
 
     Raises:
         ValueError: another padding or side.

@@ -1,4 +1,4 @@
-"""What `neo_megatron/data/tags.py` says about tags in text; an export has a copy of that file in this one's place."""
+"""Tags in text, as `neo_megatron/data/tags.py` defines them; an export has a copy of that file in place of this one."""
 
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags
 

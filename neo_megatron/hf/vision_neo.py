@@ -1,6 +1,6 @@
-"""NEO's patch embedding: patches of images -> one vector per merged cell.
+"""NEO's patch embedding: patches of images -> one vector per image token (2x2 patches).
 
-Shape suffixes: N patches, C merged cells, E patch-embedding width, H hidden, X values of a patch or a cell.
+Shape suffixes: N patches, C image tokens, E patch-embedding width, H hidden, X values of a patch or an image token.
 """
 
 import torch
@@ -28,7 +28,7 @@ class NEOPatchConvolution(nn.Conv2d):
 
 
 class NEOPatchEmbeddings(nn.Module):
-    """Patches -> one vector per 2x2 cell."""
+    """Patches -> one vector per image token."""
 
     def __init__(self, config: NEOVisionConfig) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class NEOPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, grid_hw: Tensor) -> Tensor:
         """`pixel_values [N, 768]`, row-major per image; `grid_hw [images, 2]` in patches. Returns `[C, H]`."""
         patches_NE = self.rotate(gelu(self.patch_embedding(pixel_values)), grid_hw)
-        return self.merge_cells(patches_NE, grid_hw)
+        return self.merge_patches(patches_NE, grid_hw)
 
     def rotate(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
         """First half of the channels by the patch's column, second half by its row, in float32."""
@@ -52,16 +52,18 @@ class NEOPatchEmbeddings(nn.Module):
         rotated = torch.cat([rotate_pairs(by_column, column, theta), rotate_pairs(by_row, row, theta)], dim=-1)
         return rotated.to(patches_NE.dtype)
 
-    def merge_cells(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
-        cells, start, m, E = [], 0, self.merge, patches_NE.shape[-1]
+    def merge_patches(self, patches_NE: Tensor, grid_hw: Tensor) -> Tensor:
+        merged, start, m, E = [], 0, self.merge, patches_NE.shape[-1]
         for h, w in grid_hw.tolist():
             image = patches_NE[start : start + h * w].view(h // m, m, w // m, m, E)
-            cells.append(image.permute(0, 2, 4, 1, 3).reshape(-1, E * m * m))
+            merged.append(image.permute(0, 2, 4, 1, 3).reshape(-1, E * m * m))
             start += h * w
-        return self.dense_embedding(torch.cat(cells))
+        return self.dense_embedding(torch.cat(merged))
 
 
 class NEOVisionModel(nn.Module):
+    """The patch embedding under the name that the published checkpoints give it."""
+
     def __init__(self, config: NEOVisionConfig) -> None:
         super().__init__()
         self.embeddings = NEOPatchEmbeddings(config)

@@ -1,1 +1,1 @@
-"""Using a trained NEO: prompts, answers in batches and as streams, and how right they are."""
+"""Using a trained NEO: prompts, answers in batches and as streams, and their metrics."""

@@ -1,7 +1,7 @@
-"""The output directory of a run that asks many questions: continued after a kill, whole or not there.
+"""The output directory of a run that answers many questions; it resumes after a kill and appears complete.
 
-``answers.partial.jsonl`` grows while the run works: in its first line what decides the answers, then what became of
-the questions, a line for each batch. ``answers.jsonl`` is written last, so a directory that has only this one is
+``answers.partial.jsonl`` grows while the run works: its first line is what decides the answers, then come the results,
+a line for each batch. ``answers.jsonl`` is written last, so a directory that has only this one is
 complete.
 """
 
@@ -22,14 +22,14 @@ Place = tuple[str, int, int | None, int]
 
 
 class AnswerRun:
-    """A locked output directory and what became of the questions so far. Use it in a ``with`` statement.
+    """A locked output directory and the results so far. Use it in a ``with`` statement.
 
     Args:
         directory: new, or that of a run that was interrupted.
-        plan: what decides the answers, by the words in which a difference is told to the person.
+        plan: everything that decides the answers, keyed by the words of the error message about a difference.
 
     Raises:
-        DataError: the directory holds something else, a finished run, one of another plan, or one that is at work.
+        DataError: the directory holds other files, a finished run, one of another plan, or one that is running.
     """
 
     def __init__(self, directory: Path, plan: dict[str, Any]) -> None:
@@ -52,14 +52,14 @@ class AnswerRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # what a full disk refused is refused again, and `add` has said so
-            self._file.close()  # gives the lock back
+        with contextlib.suppress(OSError):  # closing fails again after a full disk, which `add` has reported
+            self._file.close()  # releases the lock
 
     def add(self, results: Iterable[tuple[Place, dict[str, Any]]]) -> None:
-        """Notes what became of questions. They make one line, so a kill keeps all or none of a batch.
+        """Appends the results of a batch as one line, so that a kill keeps all or none of it.
 
         Raises:
-            DataError: the disk does not take it.
+            DataError: it cannot be written.
         """
         results = list(results)
         self.done.update(results)
@@ -73,25 +73,25 @@ class AnswerRun:
             ) from error
 
     def finish(self, files: dict[str, bytes]) -> None:
-        """Writes the files of the whole run, ``answers.jsonl`` last, and removes what served to continue it."""
+        """Writes the files of the complete run, ``answers.jsonl`` last, and removes the partial file."""
         for name in sorted(files, key=lambda name: name == ANSWERS):
             write_atomically(self.directory / name, files[name])
         sync_directory(self.directory)
         (self.directory / PROGRESS).unlink()
 
     def _begin(self, plan: dict[str, Any]) -> None:
-        """Reads what is there, up to a line that a kill has torn, and goes on after it."""
+        """Reads what is there, up to a line that a kill has truncated, and continues after it."""
         lines = [line for line in self._file if line.endswith(b"\n")]
         before, *entries = map(json.loads, lines) if lines else [plan]
         for key in plan | before:
-            # Nothing is lost of a run that had no answer yet, as after a slip in its command.
+            # A run without any answer yet can be replaced, as after a mistake in its command.
             if entries and plan.get(key) != before.get(key):
                 raise DataError(
                     f"{self.directory} holds an unfinished run with another {key}; "
                     "repeat its command to continue it, or remove the directory to start again"
                 )
         for left in self.directory.iterdir():
-            if is_partial(left.name):  # of a run that was killed while it finished
+            if is_partial(left.name):  # left by a run that was killed while it finished
                 left.unlink()
         self.done = {tuple(place): result for entry in entries for place, result in entry["results"]}
         kept = lines if entries else [json_line(plan)]

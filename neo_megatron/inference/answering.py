@@ -1,7 +1,7 @@
-"""A NEO checkpoint in Hugging Face form that answers: batches of prompts, or one answer as a stream.
+"""Answers prompts with a NEO checkpoint in Hugging Face form, in batches or as a stream.
 
 No code of the checkpoint's directory runs: the modelling code is this package's own. Text is tokenized as training data
-is, so what a user types is text even where it reads `<|im_end|>`.
+is, so typed control tokens such as `<|im_end|>` are text.
 """
 
 import os
@@ -38,7 +38,7 @@ _LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens share one ch
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said: its text and its tokens; ``finished`` is False where it was cut at the limit of tokens."""
+    """An answer of the model: text and tokens; ``finished`` is False if it was cut at the token limit."""
 
     text: str
     tokens: tuple[int, ...]
@@ -61,15 +61,15 @@ class Answerer:
     Args:
         directory: a NEO checkpoint in Hugging Face form, its tokenizer in it; or the id of one on a hub.
         device: "cpu", "cuda", "cuda:1", ...; "auto" spreads the layers over all GPUs, which needs accelerate. By
-            default the first GPU where there is one.
+            default the first GPU, else the CPU.
         dtype: "auto" for that of the weight files, or a name such as "bfloat16".
         attention: which of transformers' attention implementations runs.
-        min_pixels, max_pixels: limits of a resized image where they are not to be the checkpoint's.
-        allow_pickle: take pickled weights where there are no safetensors, nothing but tensors from them.
+        min_pixels, max_pixels: limits of a resized image; by default the checkpoint's.
+        allow_pickle: read pickled weights if there are no safetensors; nothing but tensors is loaded from them.
 
     Raises:
         CheckpointError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
-        DataError: its tokenizer is missing, or is not the model's; the device is not there.
+        DataError: the tokenizer is missing or not the model's; the device does not exist.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Answerer:
         allow_pickle: bool = False,
     ) -> None:
         directory = model_directory(str(directory), allow_pickle)
-        neo = open_neo(directory, allow_pickle)  # transformers would make up what is missing and only warn of it
+        neo = open_neo(directory, allow_pickle)  # transformers would only warn of missing tensors
         for sentence in neo.said:
             warnings.warn(f"{directory}/config.json: {sentence}", stacklevel=2)
         sizes = neo.sizes
@@ -97,7 +97,7 @@ class Answerer:
         ):
             raise DataError(
                 f"{directory}: the tokenizer has other ids for <img> and <IMG_CONTEXT> than config.json; "
-                "put the tokenizer there that the model was trained with"
+                "replace it by the tokenizer that the model was trained with"
             )
         self._encoder = ChatEncoder(self.tokenizer.backend_tokenizer.to_str(), self._ids)
         self.settings = PreprocessConfig(
@@ -119,7 +119,7 @@ class Answerer:
         self.model.eval()
         self.config = self.model.config
         stops = self.model.generation_config.eos_token_id or []
-        # A turn ends where it did in training, also where a configuration knows only of the end of a text.
+        # Turns end as in training, also if the configuration has only the end-of-text token.
         self._stops = [self._ids.turn_end, *([stops] if isinstance(stops, int) else stops)]
 
     def prompt(self, question: str | Sequence[Turn], images: Sequence[ImageInput] = ()) -> Prompt:
@@ -127,11 +127,12 @@ class Answerer:
         return new_prompt(question, images, self.settings)
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """Token ids int32 [n] of each prompt, up to the header of the turn that is to be said."""
+        """Token ids int32 [n] of each prompt, up to the header of the turn to generate."""
         samples = [
-            ((*prompt.turns, Turn("assistant", "", True)), [h * w // 4 for h, w in prompt.grids]) for prompt in prompts
+            ((*prompt.turns, Turn("assistant", "", True)), [len(image) for image in prompt.images])
+            for prompt in prompts
         ]
-        # The last span that training would train on begins where the answer does.
+        # The last trained span begins where the answer does.
         return [encoded.tokens[: encoded.spans[-1, 0]] for encoded in self._encoder.encode(samples)]
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -157,7 +158,7 @@ class Answerer:
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int = MAX_NEW_TOKENS, **generation: Any
     ) -> list[Answer]:
-        """The answers to a batch of prompts, greedy unless told otherwise.
+        """The answers to a batch of prompts, greedy by default.
 
         Args:
             generation: arguments of transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
@@ -169,7 +170,7 @@ class Answerer:
     def stream(
         self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **generation: Any
     ) -> Generator[Piece, None, None]:
-        """The answer to a prompt, piece by piece as it is made; closing the iterator stops the model.
+        """The answer to a prompt, piece by piece as it is generated; closing the iterator stops the model.
 
         The texts of the pieces joined are the text that :meth:`answer` gives. Arguments as there, without beams.
         """
@@ -180,7 +181,7 @@ class Answerer:
                 self._generate(self.inputs([prompt]), max_new_tokens, streamer=waiting, **generation)
             except _Closed:
                 pass
-            except BaseException as error:  # it is raised where the answer is read
+            except BaseException as error:  # raised where the stream is read
                 waiting.tokens.put(error)
             finally:
                 waiting.tokens.put(None)
@@ -225,13 +226,13 @@ class Answerer:
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError if PyTorch was built without CUDA
         reason = str(error).splitlines()[0]
         raise DataError(f"the device {device} cannot be used ({reason}); name one that is here, such as cpu") from error
 
 
 def _weights(neo: NeoDirectory) -> dict[str, Any]:
-    """Where `from_pretrained` finds the tensors: in safetensors, or in pickles that were opened with care."""
+    """Arguments by which `from_pretrained` finds the tensors: safetensors, or pickles that were opened safely."""
     source = neo.source
     if os.path.lexists(adapter := source.directory / "adapter_config.json"):
         raise CheckpointError(
@@ -263,7 +264,7 @@ class _TokenQueue(BaseStreamer):
         if not self._in_prompt:
             for token in value.flatten().tolist():
                 self.tokens.put(token)
-        self._in_prompt = False  # the prompt comes first, as a whole
+        self._in_prompt = False  # the complete prompt comes first
 
     def end(self) -> None:
         """The queue's end is put there by the thread, also after an error."""

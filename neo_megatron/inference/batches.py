@@ -1,7 +1,7 @@
-"""Many questions -> answers, batch by batch, on one process or on several with a model each.
+"""Answers many questions in batches, on one process or on several with a model each.
 
-Batches are made of all questions, longest first: they do not depend on who does them or on what is done already, and a
-memory that is too small shows at once. A sampled answer depends on the seed and its batch, not on the worker.
+Batches are made of all questions, longest first: they do not depend on workers or on progress, and too little memory
+shows at once. A sampled answer depends on the seed and its batch, not on the worker.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from neo_megatron.processes import SPAWN, StoppedWorkers
 Result = dict[str, Any]
 """``prediction`` and ``finished`` of an answer, or ``rejected``, a line of ``rejects.jsonl``."""
 Batch = tuple[Sequence[Question], int]
-"""Questions that are answered together, and the seed of what is drawn for them."""
+"""Questions that are answered together, and the seed of their sampling."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker needs besides its questions.
+    """Everything that a worker needs besides its questions.
 
     Args:
         model: directory of the checkpoint.
         dtype: as of `Answerer`.
         settings: limits of pixels and frames, and the seed of what is drawn.
-        max_new_tokens: where an answer is cut.
+        max_new_tokens: limit of an answer.
         generation: further arguments of ``generate``.
         allow_pickle: as of `Answerer`.
     """
@@ -56,14 +56,14 @@ class Task:
     allow_pickle: bool = False
 
     def load(self, device: str | None = None) -> Answerer:
-        """Its model. What had to be put right about it was said where the task was made."""
+        """Loads the model; corrections of its config were reported when the task was made."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Answerer(self.model, device=device, dtype=self.dtype, allow_pickle=self.allow_pickle)
 
 
 def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
-    """All that decides the answers, but for the images, by the words in which a difference is told."""
+    """Everything but the images that decides the answers, keyed by the words of an error message."""
     names = ("config.json", "generation_config.json", "tokenizer.json")
     model = [*(task.model / name for name in names), *_weight_files(task.model)]
     settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(task.settings).items()}
@@ -92,19 +92,19 @@ def _weight_files(model: Path) -> list[Path]:
 
 
 def _state(path: Path) -> list[int]:
-    """Size and time of change."""
+    """Size and modification time of a file."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def make_batches(questions: Sequence[Question], size: int) -> list[list[int]]:
-    """Numbers of the questions of each batch: of nearly equal length, so that little is padding."""
+    """Numbers of the questions of each batch: of similar length, so that there is little padding."""
     order = sorted(range(len(questions)), key=lambda number: (-questions[number].length, number))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def default_workers(model: Path) -> int:
-    """A GPU each; without one a core each, as far as that many models fit into the memory that is free."""
+    """One per GPU; without GPUs one per core, limited by the models that fit into free memory."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     size = sum(path.stat().st_size for path in _weight_files(model))
@@ -120,10 +120,10 @@ class Worker:
         self._answerer = task.load(device)
 
     def __call__(self, questions: Sequence[Question], seed: int) -> list[Result]:
-        """What became of each question.
+        """The result of each question.
 
         Raises:
-            DataError: memory of the GPU is full.
+            DataError: out of GPU memory.
         """
         with ThreadPoolExecutor(torch.get_num_threads()) as threads, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -153,7 +153,7 @@ class Worker:
 
 
 def answer_all(questions: Sequence[Question], task: Task, run: AnswerRun, batch_size: int, workers: int) -> None:
-    """Answers the questions that ``run`` does not know yet, and notes what became of each there.
+    """Answers the questions that ``run`` does not know yet, and records each result there.
 
     Several workers are processes that import the main module: a script needs its ``if __name__ == "__main__"``.
 
@@ -185,7 +185,7 @@ def _inline(task: Task, batches: Sequence[Batch]) -> Generator[tuple[Sequence[Qu
 def _on_processes(
     task: Task, batches: Sequence[Batch], workers: int
 ) -> Generator[tuple[Sequence[Question], list[Result]], None, None]:
-    """Batches as they come to their end."""
+    """Results of batches, as they are finished."""
     devices = SPAWN.SimpleQueue()
     for number in range(workers):
         devices.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None)
@@ -206,7 +206,7 @@ def _on_processes(
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # whatever it is at: an answer that nobody waits for
+            process.kill()  # nobody waits for its answer
 
 
 _task: Task
@@ -215,7 +215,7 @@ _worker: Worker | None = None
 
 
 def _start(task: Task, devices: Any, threads: int) -> None:
-    """A process of the pool. Its model is loaded with its first batch, where an error finds its way back."""
+    """Starts a process of the pool. It loads its model with its first batch, so that errors are passed back."""
     global _task, _device
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Answers to questions whose answers are known -> scores, by data set and over all."""
+"""Scores answers to questions with known answers, by data set and in total."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +15,8 @@ class Scores:
 
     Args:
         questions: asked; those of rejected samples are not among them.
-        exact_match, anls: from 0 to 1; 0 where nothing was asked.
-        cut: answers that came to the limit of tokens before their end.
+        exact_match, anls: from 0 to 1; 0 without questions.
+        cut: answers that were cut at the token limit.
     """
 
     questions: int
@@ -37,12 +37,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every answer with its scores, in the order of the questions; what was left out; the means.
+    """Every answer with its scores, in the order of the questions; rejected samples; means.
 
     Args:
         lines: of ``answers.jsonl``.
         rejects: of ``rejects.jsonl``.
-        total, data_sets: scores of all answers, and of those of each data set by name.
+        total, data_sets: scores of all answers, and of each data set, keyed by its name.
     """
 
     lines: list[dict[str, Any]]
@@ -59,7 +59,7 @@ class Evaluation:
 
 
 def evaluate_answers(listed: QuestionList, results: dict[Place, dict[str, Any]]) -> Evaluation:
-    """Scores what became of every question."""
+    """Scores the results of all questions."""
     lines = []
     for line, question in answer_lines(listed.questions, results):
         score = score_answer(line["prediction"], question.references)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of how answers are generated, checked before transformers reads it."""
+"""Checks a checkpoint's `generation_config.json` before transformers reads it."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from neo_megatron.checked_files import UnreadableFile, read_json
 
 GENERATION_CONFIG = "generation_config.json"
 _IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
-# Key -> smallest and largest value. What else there is would change the answers or the memory they take.
+# Key -> smallest and largest value. Other keys would change the answers or the memory they take.
 _RANGES = {
     "temperature": (0, 1e3),
     "top_k": (0, 1e9),
@@ -24,10 +24,10 @@ _NAMES = ("transformers_version", "_from_model_config", "do_sample", "use_cache"
 
 
 def check_generation_config(directory: str | Path, vocab_size: int) -> None:
-    """Looks at `generation_config.json`, where there is one.
+    """Checks `generation_config.json`, if there is one.
 
     Raises:
-        UnreadableFile: a value is of another type or out of range; it asks for what `generate.py` does not do.
+        UnreadableFile: a value is of another type or out of range; a setting is not supported.
     """
     path = Path(directory) / GENERATION_CONFIG
     if not os.path.lexists(path):

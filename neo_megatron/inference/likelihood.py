@@ -1,4 +1,4 @@
-"""How likely a model is to give an answer: the log-probabilities of its tokens after a prompt."""
+"""Likelihood of given answers: the log-probabilities of their tokens after a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

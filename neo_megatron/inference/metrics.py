@@ -1,4 +1,4 @@
-"""How right an answer is: exact match, and ANLS of Biten et al., "Scene Text Visual Question Answering" (ICCV 2019).
+"""Answer metrics: exact match, and ANLS of Biten et al., "Scene Text Visual Question Answering" (ICCV 2019).
 
 Both compare texts as the evaluation server of ST-VQA and DocVQA does: in lower case, no white space around them, and
 one blank for white space inside them. Punctuation, accents, articles and numbers count as they are written. Where
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 
 THRESHOLD = 0.5
-"""tau of the paper: a similarity below it is no reading error but another answer."""
+"""tau of the paper: a similarity below it is not a reading error but another answer."""
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Of one answer: whether it matches a reference, and its ANLS from 0 to 1."""
+    """Scores of one answer: whether it matches a reference, and its ANLS from 0 to 1."""
 
     exact_match: bool
     anls: float
 
 
 def score_answer(prediction: str, references: Sequence[str]) -> AnswerScore:
-    """Held against each of the references; the best one counts."""
+    """Compares an answer with each reference; the best score counts."""
     said = normalised(prediction)
     expected = [normalised(reference) for reference in references]
     return AnswerScore(said in expected, max(_similarity(said, reference) for reference in expected))
@@ -39,7 +39,7 @@ def _similarity(said: str, expected: str) -> float:
     longer = max(len(said), len(expected))
     if longer == 0:
         return 1.0
-    # At least as many edits as the lengths differ by: most wrong answers need no table.
+    # There are at least as many edits as the lengths differ by, so most wrong answers need no table.
     if abs(len(said) - len(expected)) / longer >= THRESHOLD:
         return 0.0
     normalised_distance = edit_distance(said, expected) / longer

@@ -1,4 +1,4 @@
-"""What a NEO is asked: turns up to the one that it is to say, and images as the data path makes them.
+"""Prompts: the turns before the one that the model generates, and images preprocessed as in training.
 
 An image that `neo-megatron preprocess` rejects is rejected here, for the same reason and with the same sentence.
 """
@@ -27,17 +27,17 @@ from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, count_tags
 from neo_megatron.errors import Reason, RejectedSample
 
 ImageInput = Image.Image | bytes | str | Path
-"""An image: opened, the bytes of its file, or where the file lies."""
+"""An image: opened, the bytes of its file, or its path."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to the turn that the model is to say.
+    """A conversation up to the turn that the model generates.
 
     Args:
         turns: with an ``<image>`` tag for each image, in order. A tag after a backslash, or in the turn of an
             assistant, is text.
-        images: uint8 [cells, 4, 768] each, patches as `neo_megatron.data.image` cuts them.
+        images: uint8 [image tokens, 4, 768] each, patches as `neo_megatron.data.image` cuts them.
         grids: (grid_h, grid_w) of each in patches.
 
     Raises:
@@ -71,7 +71,7 @@ def new_prompt(question: str | Sequence[Turn], images: Sequence[ImageInput], set
     """A prompt of one question, or of several turns, and its images.
 
     Args:
-        question: with a tag for each image; where it has none, the images stand in front of it.
+        question: with a tag for each image; without tags the images come in front of it.
         settings: the limits of pixels; several images share twice the limit of one.
 
     Raises:
@@ -88,13 +88,13 @@ def new_prompt(question: str | Sequence[Turn], images: Sequence[ImageInput], set
 
 
 def user_turn(question: str, images: int) -> Turn:
-    """A turn of the user; where the question says nothing of where its images belong, they stand in front of it."""
+    """A turn of the user; images of a question without tags come in front of it."""
     tags = "" if count_tags(question, IMAGE_TAG) else f"{IMAGE_TAG}\n" * images
     return Turn("user", tags + question, False)
 
 
 def prompt_of_sample(sample: Sample, turn: int, settings: PreprocessConfig) -> Prompt:
-    """The prompt in front of a turn of a checked sample; its images have the pixels that they have in training.
+    """The prompt in front of a turn of a checked sample; its images are preprocessed as in training.
 
     Raises:
         RejectedSample, DataError: as `load_media`.
@@ -107,7 +107,7 @@ def prompt_of_sample(sample: Sample, turn: int, settings: PreprocessConfig) -> P
 
 
 def _opened(given: ImageInput, number: int) -> tuple[Image.Image, str]:
-    """The decoded image, and what to call it."""
+    """The decoded image, and its name for messages."""
     if isinstance(given, (str, Path)):
         return decode(read_image(str(given)), str(given)), str(given)
     name = f"number {number}"

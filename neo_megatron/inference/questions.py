@@ -1,14 +1,15 @@
-"""Annotation files -> questions to a model: what preprocessing rejects is rejected here, with the same sentence."""
+"""Reads questions from annotation files; samples that preprocessing rejects are rejected with the same sentence."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from neo_megatron.data.config import PreprocessConfig
-from neo_megatron.data.image import grid_of_size, header_size, pixel_limit, read_image
+from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pixel_limit, read_image
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.prepare.registry import Source
@@ -22,14 +23,14 @@ _CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Question:
-    """One turn that the model is to say, and where it stands.
+    """One turn for the model to generate, and its place in the data.
 
     Args:
-        source, record, element: the data set, the number of the record in its file, the place in a list-packed record.
+        source, record, element: the data set, the number of the record in its file, the index in a list-packed record.
         turn: of the sample; the turns before it are the prompt.
-        id: what the record says under ``id``.
+        id: the record's ``id``.
         references: texts that count as right; empty where none are known.
-        length: about how many tokens the prompt has; batches are made by it, answers are not.
+        length: estimated tokens of the prompt; decides batches, not answers.
     """
 
     source: Source
@@ -43,7 +44,7 @@ class Question:
 
     @property
     def place(self) -> tuple[str, int, int | None, int]:
-        """What no other question has."""
+        """The unique place of the question."""
         return self.source.name, self.record, self.element, self.turn
 
     @property
@@ -56,7 +57,7 @@ class Question:
 class QuestionList:
     """The questions of annotation files in their order, and the samples left out, as in ``rejects.jsonl``.
 
-    What is asked of a model is small compared to what it is trained on, so it is held in memory, but for the images.
+    Evaluation data is small compared to training data, so it is held in memory, except for images.
     """
 
     questions: list[Question] = field(default_factory=list)
@@ -68,11 +69,11 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     """Reads all questions.
 
     Args:
-        sources: as of preprocessing; of a share below 1 the same records are drawn.
+        sources: as of preprocessing; for a share below 1 the same records are drawn.
         settings: limits of pixels, and the seed of the draw.
         ask: "every answer": each turn that is trained on is one question, the turns before it as they are written its
-            prompt; its text and its ``answers``, a list of texts, are the references. "next turn": each sample is one
-            question, what follows its last turn of a user; it may have a ``prompt``, a text, for ``conversations``.
+            prompt; its text and its ``answers``, a list of strings, are the references. "next turn": each sample is one
+            question, the turn after the user's last; it may have a ``prompt``, a string, in place of ``conversations``.
 
     Raises:
         DataError: a data set is named twice, or with more than all of it; there is no question at all.
@@ -114,7 +115,7 @@ def _read_record(
     for element, written in elements:
         try:
             sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
-            cells = _cells(sample, settings)
+            of_images = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
             result.rejects.append(rejected.row(source.annotations, record, element))
@@ -123,7 +124,7 @@ def _read_record(
         read = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
         result.noticed.note(sample, read, sample.images, place)
         for turn, references in asked:
-            length = cells + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
+            length = of_images + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
             result.questions.append(
                 Question(source, record, element, turn, written.get("id"), sample, references, length)
             )
@@ -131,7 +132,7 @@ def _read_record(
 
 
 def _with_room(written: object) -> object:
-    """The sample as written, with an empty turn after it that can be said."""
+    """The sample as written, with an empty turn after it to be generated."""
     if not isinstance(written, dict):
         return written
     turns = written.get("conversations")
@@ -139,7 +140,7 @@ def _with_room(written: object) -> object:
         if turns is not None:
             raise RejectedSample(Reason.MALFORMED, "the sample has both a 'prompt' and 'conversations'")
         turns = [{"from": "human", "value": written["prompt"]}]
-    if isinstance(turns, list) and turns:  # any other is for `check_sample` to reject
+    if isinstance(turns, list) and turns:  # `check_sample` rejects any other
         turns = [*turns, {"from": "gpt", "value": ""}]
     return {**written, "conversations": turns}
 
@@ -156,7 +157,7 @@ def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[s
         if turn.trained:
             place = number - sample.first_turn
             further = _further_answers(place, written["conversations"][place])
-            # An answer that is empty is right only where further ones say what else is.
+            # An empty answer is allowed only if there are further answers.
             if is_blank(turn.text) and not further:
                 raise RejectedSample(Reason.EMPTY_ANSWER, f"turn {place} is an empty answer; correct it")
             found.append((number, (turn.literal, *further)))
@@ -166,7 +167,7 @@ def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[s
 def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     answers = turn.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of texts")
+        raise RejectedSample(Reason.MALFORMED, f"'answers' of turn {number} must be a list of strings")
     if not all(is_unicode(answer) for answer in answers):
         raise RejectedSample(
             Reason.MALFORMED, f"'answers' of turn {number} hold an unpaired surrogate (invalid Unicode)"
@@ -174,10 +175,10 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
     return answers
 
 
-def _cells(sample: Sample, settings: PreprocessConfig) -> int:
-    """Tokens of the images by their headers; frames of videos are not counted."""
+def _image_tokens(sample: Sample, settings: PreprocessConfig) -> int:
+    """Image tokens of a sample, from the headers of its images; frames of videos are not counted."""
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [
         grid_of_size(*header_size(read_image(path), path), path, settings.min_pixels, limit) for path in sample.images
     ]
-    return sum(height * width for height, width in grids) // 4
+    return int(image_tokens(np.array(grids, np.int64).reshape(-1, 2)).sum())

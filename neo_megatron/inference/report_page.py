@@ -1,4 +1,4 @@
-"""The page of an evaluation: its scores and its worst answers. One HTML file that needs no other, and no network."""
+"""The HTML page of an evaluation, with scores and worst answers; it needs no other files and no network."""
 
 import random
 import warnings
@@ -25,10 +25,10 @@ IMAGE_SIDE = 480  # pixels
 
 
 def page(evaluation: Evaluation, model: str, cases: int = CASES) -> str:
-    """The whole page.
+    """The complete page as HTML.
 
     Args:
-        model: what to call it.
+        model: its name on the page.
         cases: how many answers are shown at most.
     """
     total = evaluation.total
@@ -52,7 +52,7 @@ def page(evaluation: Evaluation, model: str, cases: int = CASES) -> str:
 
 
 def worst_cases(wrong: Sequence[dict[str, Any]], cases: int) -> list[dict[str, Any]]:
-    """Those of the lowest ANLS; which of equally bad ones is drawn, the same for the same answers."""
+    """The answers of lowest ANLS; ties are drawn, deterministically."""
     return sorted(random.Random(0).sample(wrong, len(wrong)), key=lambda line: line["anls"])[:cases]
 
 
@@ -120,7 +120,7 @@ def _card(line: dict[str, Any], images: str) -> str:
 
 
 def _pixels(path: str) -> np.ndarray | str:
-    """A small version of an image, or why it cannot be shown: it may have gone since it was asked about."""
+    """A thumbnail of an image, or why it cannot be shown: the file may be gone by now."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -36,7 +36,7 @@ def strip(kinds: np.ndarray, document: np.ndarray, classes: Sequence[str]) -> st
 
 
 def positions(positions_thw: np.ndarray, document: np.ndarray, image: np.ndarray) -> str:
-    """t, h and w along a pack, int32 [T, 3], over the places of its images and the bounds of its documents."""
+    """t, h and w along a pack, int32 [T, 3], over the extents of its images and the bounds of its documents."""
     scale, height, gap, parts = WIDTH / len(document), 64, 22, []
     total, used = 3 * (height + gap), int((document >= 0).sum())
     for axis, name in enumerate("thw"):
@@ -60,7 +60,7 @@ def positions(positions_thw: np.ndarray, document: np.ndarray, image: np.ndarray
 
 
 def _corners(values: np.ndarray) -> list[tuple[int, int]]:
-    """(place, value) of a curve where its slope changes, and at its ends."""
+    """(position, value) of a curve where its slope changes, and at its ends."""
     slopes = np.diff(values)
     places = np.concatenate([[0], np.flatnonzero(np.diff(slopes)) + 1, [len(values) - 1]])
     return [(place, int(values[place])) for place in np.unique(places).tolist()]
@@ -89,7 +89,7 @@ def histogram(lengths: np.ndarray, limit: int | None) -> str:
     parts.append(f'<path class="grid" d="M0 {height}H{WIDTH}"/>')
     for power in range(32):
         if low <= 2**power <= high:
-            x = min(max(place(2**power), 14), WIDTH - 18)  # the numbers at the ends stay inside
+            x = min(max(place(2**power), 14), WIDTH - 18)  # keep the labels at both ends inside
             parts.append(f'<text x="{x:.1f}" y="{height + 16}" class="middle">{2**power:,}</text>')
     if limit:
         parts.append(f'<path class="limit" d="M{place(limit):.1f} 14V{height}"/>')
@@ -98,7 +98,7 @@ def histogram(lengths: np.ndarray, limit: int | None) -> str:
 
 
 def _rectangle(left: float, right: float, top: float, height: float, kind: str) -> str:
-    """At least half a pixel wide, so that a single token is not lost."""
+    """A rectangle at least half a pixel wide, so that a single token stays visible."""
     width = max(right - left, 0.5)
     return f'<rect class="{kind}" x="{left:.2f}" y="{top:.2f}" width="{width:.2f}" height="{height:.2f}"/>'
 

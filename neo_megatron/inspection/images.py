@@ -1,4 +1,4 @@
-"""Pixels as the model gets them -> images that a page carries."""
+"""Turns a pack's patches back into images for the page."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-# All images of a page together; where they would be more, quality goes down first, then size.
+# Bytes of all images of a page together; beyond that, quality is reduced first, then size.
 MAX_IMAGE_BYTES = 6_000_000
 _ATTEMPTS = ((1, 88), (1, 70), (1, 45), (2, 60), (4, 60), (8, 60), (16, 50))
 
@@ -35,21 +35,21 @@ def images_of(image: np.ndarray, positions: np.ndarray, patches: np.ndarray) -> 
     Args:
         image: int32 [T], number of the image of each token, -1 outside.
         positions: int32 [T, 3].
-        patches: uint8 [cells, 4, 768], see ``docs/shard_format.md``.
+        patches: uint8 [image tokens, 4, 768], see ``docs/shard_format.md``.
     """
-    images, cell = [], 0
+    images, first = [], 0
     for number in range(image.max() + 1):
         tokens = np.flatnonzero(image == number)
         rows, columns = (positions[tokens, 1:].max(axis=0) + 1).tolist()
-        blocks = patches[cell : cell + len(tokens)].reshape(rows, columns, 2, 2, 3, 16, 16)
+        blocks = patches[first : first + len(tokens)].reshape(rows, columns, 2, 2, 3, 16, 16)
         pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * 32, columns * 32, 3)
         images.append(ShownImage(pixels, int(tokens[0])))
-        cell += len(tokens)
+        first += len(tokens)
     return images
 
 
 def jpeg_addresses(images: Sequence[ShownImage], limit: int = MAX_IMAGE_BYTES) -> list[str]:
-    """``data:`` addresses of the images, in full size and good quality where all are at most ``limit`` bytes."""
+    """``data:`` addresses of the images, in full size and good quality if all fit into ``limit`` bytes."""
     for shrink, quality in _ATTEMPTS:
         files = [_jpeg(image.pixels, shrink, quality) for image in images]
         if sum(map(len, files)) <= limit:
@@ -64,7 +64,7 @@ def _jpeg(pixels: np.ndarray, shrink: int, quality: int) -> bytes:
 
 
 def png_address(levels: np.ndarray, palette: Sequence[tuple[int, int, int, int]]) -> str:
-    """A ``data:`` address of uint8 [height, width], whose values are numbers of colours (red, green, blue, opacity)."""
+    """A ``data:`` address of uint8 [height, width], whose values are indices of colours (red, green, blue, opacity)."""
     image = Image.fromarray(levels, "P")
     image.putpalette([value for colour in palette for value in colour], "RGBA")
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The attention mask of a pack as an image: who may see whom, by blocks of tokens."""
+"""Draws the attention mask of a pack as an image, by blocks of tokens."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""A pack as the model sees it, as parts of the page."""
+"""HTML of a pack as the model sees it."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _MASK_COLOURS = ((0, 0, 0, 0), (47, 111, 178, 120), (47, 111, 178, 255))
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a document of a pack comes from."""
+    """The source of a document of a pack."""
 
     source: str
     annotations: str
@@ -31,7 +31,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Pack:
-    """An item of `PackDataset` as arrays, [T] each but ``patches``; ``weight`` is of the token that is to be said."""
+    """An item of `PackDataset` as arrays, [T] each but ``patches``; ``weight`` belongs to the token to predict."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -58,7 +58,7 @@ class Pack:
 
 
 def pack_parts(pack: Pack, origins: Sequence[Origin], decode: Decode | None) -> dict[str, str]:
-    """The parts of the page that show a pack, by their names in the template."""
+    """The parts of the page that show a pack, keyed by their names in the template."""
     images = images_of(pack.image, pack.positions, pack.patches)
     figures = [_image(*pair, number) for number, pair in enumerate(zip(images, jpeg_addresses(images), strict=True))]
     texts = token_texts(pack.tokens.tolist(), decode)
@@ -119,7 +119,7 @@ def _padding(pack: Pack) -> str:
 
 
 def _token_facts(pack: Pack, images: Sequence[ShownImage], has_text: bool) -> str:
-    """What the tooltip says of every token, as JSON: numbers alone, so that no text of the data is in a script."""
+    """Facts for the tooltip of every token, as JSON: numbers only, so that no text of the data is in a script."""
     facts = {
         "id": pack.tokens.tolist(),
         "t": pack.positions[:, 0].tolist(),

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs no other, and no network."""
+"""Assembles the page: one HTML file that needs no other files and no network."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ STYLE = _FOLDER / "style.css"
 
 
 def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any] | None, token_facts: str) -> str:
-    """The whole page.
+    """The complete page as HTML.
 
     Args:
         title: of the page.
@@ -50,7 +50,7 @@ def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any]
 
 
 def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch: int, seed: int) -> str:
-    """The part of the page that shows a pack, from what `pack_parts` made of it."""
+    """The part of the page that shows a pack, from the result of `pack_parts`."""
     length, used = len(pack.tokens), len(pack.tokens) - pack.count(PADDING)
     documents, images = int(pack.document.max()) + 1, int(pack.image.max()) + 1
     block = int(parts["mask_block"])
@@ -76,6 +76,7 @@ def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch:
 
 
 def template(path: Path) -> Template:
+    """Reads a template of this package."""
     return Template(path.read_text(encoding="utf-8"))
 
 
@@ -86,7 +87,7 @@ def _data_text(manifest: dict[str, Any] | None) -> str:
 
 
 def figure(value: str, label: str) -> str:
-    """A number of the page with what it counts; both are HTML."""
+    """A number with its label; both are HTML."""
     return f"<div><strong>{value}</strong>{label}</div>"
 
 
@@ -107,7 +108,7 @@ def _figures(statistics: Statistics, manifest: dict[str, Any] | None) -> list[st
         totals.append(figure(f"{manifest['fill']:.2%}", f"filled; {room - counts['tokens']:,} tokens are padding"))
         if even := manifest["imbalance"]:
             for kind, drawn in even["drawn"].items():
-                if not drawn:  # nothing of this kind to share out
+                if not drawn:  # nothing of this kind to divide
                     continue
                 text = f"largest over mean work of {even['ranks']} ranks, {escape(kind)}; {drawn:.3f} as drawn"
                 totals.append(figure(f"{even['balanced'][kind]:.3f}", text))
@@ -157,5 +158,5 @@ def rejects_table(rejected: Counter[str], examples: dict[str, list[dict[str, Any
     )
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{part / max(whole, 1):.1%}"
+def _percent(part: int, total: int) -> str:
+    return f"{part / max(total, 1):.1%}"

@@ -1,4 +1,4 @@
-"""What a data set holds, counted over its indices; no token and no image is read."""
+"""Statistics of a data set, counted from its indices; no token and no image is read."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 
 @dataclass
 class SourceCounts:
-    """Of one annotation file: how much of it there is, and its tokens by kind."""
+    """Counts of one annotation file: samples, images, and tokens by kind."""
 
     name: str
     samples: int = 0
@@ -36,12 +36,12 @@ class SourceCounts:
 
 @dataclass
 class Statistics:
-    """Of a data set, or of one epoch of packs.
+    """Statistics of a data set, or of one epoch of packs.
 
     Args:
         sources: in the order of the manifests.
         lengths: int64 [longest + 1], samples of each number of tokens.
-        rejected: reason -> how many.
+        rejected: reason -> number of samples.
         examples: reason -> the first few entries of lists of rejected samples.
     """
 
@@ -62,7 +62,7 @@ def count(data: Mixture, times: np.ndarray | None = None) -> Statistics:
         for shards, start in zip(data.sets, data.starts, strict=False):
             sources = [SourceCounts(source["name"]) for source in shards.manifest["sources"]]
             for number, entry in enumerate(shards.manifest["shards"]):
-                shard = shards.shard(number)  # first, as it finds a number of samples that is not true
+                shard = shards.shard(number)  # first, because it detects a wrong number of samples
                 uses = np.ones(entry["samples"], np.int64)
                 if times is not None:
                     uses = times[start : start + entry["samples"]].astype(np.int64)
@@ -85,11 +85,9 @@ def _count_shard(shard: Any, uses: np.ndarray, sources: list[SourceCounts], resu
     if len(histogram) > len(result.lengths):
         result.lengths = np.concatenate([result.lengths, np.zeros(len(histogram) - len(result.lengths), np.int64)])
     result.lengths[: len(histogram)] += histogram
-    owners = np.repeat(np.arange(len(rows)), rows["pictures"])
-    cells = np.bincount(owners, shard.grids.prod(axis=1) // 4, len(rows)).astype(np.int64)
     for number, source in enumerate(sources):
         own = uses * (rows["source"] == number)
-        tokens, images, trained = (int(own @ values) for values in (lengths, cells, rows["trained"]))
+        tokens, images, trained = (int(own @ values) for values in (lengths, shard.image_tokens, rows["trained"]))
         source.samples += int(own.sum())
         source.images += int(own @ rows["pictures"])
         source.image_tokens += images
@@ -98,7 +96,7 @@ def _count_shard(shard: Any, uses: np.ndarray, sources: list[SourceCounts], resu
 
 
 def uses_in_epoch(packs: PackIndex) -> np.ndarray:
-    """How often each sample is in an epoch of packs: int32 [samples]."""
+    """Number of times that each sample is in an epoch of packs: int32 [samples]."""
     units, steps = packs.table.units, np.zeros(len(packs.data) + 1, np.int32)
     for start in range(0, len(units), _CHUNK):
         chosen = packs.table.rows(np.arange(start, min(start + _CHUNK, len(units))))
@@ -108,7 +106,7 @@ def uses_in_epoch(packs: PackIndex) -> np.ndarray:
 
 
 def count_packs(packs: PackIndex, directory: Directory) -> Statistics:
-    """Counts one epoch of packs; what packing rejected comes to what preprocessing rejected."""
+    """Counts one epoch of packs; rejects of packing are added to those of preprocessing."""
     result = count(packs.data, uses_in_epoch(packs))
     kinds = Counter(entry["kind"] for entry in read_rejects(directory))
     _count_rejects(directory, kinds, result)
@@ -126,7 +124,7 @@ def _count_rejects(directory: Directory, counts: dict[str, int], result: Statist
 def _take_examples(
     entries: Iterable[dict[str, Any]], wanted: dict[str, int], examples: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """The first of each kind; stops reading when there are enough."""
+    """The first rejects of each reason; stops reading when there are enough."""
     for entry in entries:
         if wanted.get(entry["kind"], 0):
             wanted[entry["kind"]] -= 1

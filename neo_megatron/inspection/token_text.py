@@ -1,4 +1,4 @@
-"""Ids of tokens -> what to show for each."""
+"""Text to show for each token id."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,7 +33,7 @@ def token_texts(ids: Sequence[int], decode: Decode | None) -> list[str]:
 
 
 def _join(ids: list[int], decode: Decode) -> tuple[str, int]:
-    """As few of the tokens as make whole characters, and how many; the first alone where none do."""
+    """Text of the fewest tokens that make complete characters, and how many they are; the first alone if none do."""
     for size in range(2, len(ids) + 1):
         text = decode(ids[:size])
         if _BROKEN not in text:
@@ -42,9 +42,9 @@ def _join(ids: list[int], decode: Decode) -> tuple[str, int]:
 
 
 def visible(text: str) -> str:
-    """Text whose control characters are shown by symbols; those that turn the direction of what follows, by number.
+    """Text whose control characters are shown by symbols; those that change the direction of text, by their code.
 
-    A line break stays one, after its symbol.
+    A line break is kept after its symbol.
     """
     return "".join(_symbol(character) for character in text)
 

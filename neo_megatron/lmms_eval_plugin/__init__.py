@@ -7,7 +7,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry asks for; only lmms-eval calls it, so that the package works without it."""
+    """The entry that lmms-eval's registry loads; only lmms-eval calls it, so that the package works without it."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     models = f"{__name__}.models"

@@ -1,4 +1,4 @@
-"""A question as lmms-eval's tasks put it -> turns and images as NEO is trained on them."""
+"""Turns a question of lmms-eval's tasks into turns and images as NEO is trained on them."""
 
 import re
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ Message = dict[str, Any]
 
 
 def messages_of(text: str, visuals: Sequence[Any] | None) -> list[Message]:
-    """One user's message of the kind of task that gives its images and its text apart: images first."""
+    """One user's message for tasks that give images and text separately: images first."""
     images = [{"type": "image", "url": visual} for visual in visuals or ()]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
 def turns_and_images(messages: Sequence[Message], system_prompt: str = "") -> tuple[list[Turn], list[ImageInput], int]:
-    """The turns, with a tag for each image, the images in order, and how many stray tags were taken out.
+    """The turns, with a tag for each image, the images in order, and the number of stray tags that were removed.
 
-    A task's text may hold `<image>` where its images belong. As many tags as the message has images are their
-    places; any other number is left over from another model's format, and the images stay where the message has them.
+    A task's text may hold `<image>` where its images belong. If there are as many tags as images, they are
+    the places of the images; otherwise they are left over from another model's format, and images stay where they are.
     A tag after a backslash is text, and so are `<video>`, and any tag in a system prompt or a message of the assistant.
 
     Args:
-        system_prompt: stands in place of the task's own, if there is any.
+        system_prompt: replaces the task's own, if any.
 
     Raises:
-        DataError: the message holds a video or a sound; the assistant says an image.
+        DataError: the message has a video or a sound, or a message of the assistant has an image.
     """
     turns, images, stray = [], [], 0
     if system_prompt:
@@ -60,18 +60,18 @@ def _in_line(content: str | Sequence[dict[str, Any]], role: str) -> tuple[str, l
     for part in parts:
         if part["type"] == "text":
             in_line += replace_tags(part["text"], IMAGE_TAG, lambda: "")
-        else:  # those in front of all text stand on lines of their own, as in training
+        else:  # images in front of all text are on lines of their own, as in training
             in_line += IMAGE_TAG if in_line.replace(f"{IMAGE_TAG}\n", "") else f"{IMAGE_TAG}\n"
     return _with_literal_videos(in_line), images, tags
 
 
 def _with_literal_videos(text: str) -> str:
-    """There are none, so the tag is a word; one that is escaped stays as it is."""
+    """Escapes `<video>` tags: there are no videos, so the tag is a word."""
     return re.sub(rf"(\\*){VIDEO_TAG}", lambda tag: tag[0] if len(tag[1]) % 2 else f"\\{tag[0]}", text)
 
 
 def _image(part: dict[str, Any]) -> ImageInput:
-    """lmms-eval takes a path that does not end like an image's for a video; sounds and clips come as dictionaries."""
+    """The image of a part. lmms-eval treats a path without an image suffix as video; sounds are dictionaries."""
     if part["type"] != "image" or isinstance(part["url"], dict):
         kind = part["type"] if part["type"] != "image" else "video or sound"
         raise DataError(f"a task of lmms-eval gives a {kind}: the neo plug-in answers questions about images and text")

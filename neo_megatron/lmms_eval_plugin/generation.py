@@ -1,12 +1,12 @@
-"""The `generation_kwargs` of lmms-eval's tasks -> arguments of transformers' `generate`."""
+"""Translates `generation_kwargs` of lmms-eval's tasks into arguments of transformers' `generate`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_NEW_TOKENS = 1024  # where a task names no number
-# What lmms-eval puts into `until` for tasks that say nothing. It ends an example in a text of several; in a chat a turn
-# ends with a token of its own, and an empty line only ends a paragraph.
+MAX_NEW_TOKENS = 1024  # for tasks without a number
+# lmms-eval's default of `until`. It ends an example in a text of several; in a chat a turn ends with its own token, and
+# an empty line only ends a paragraph.
 _BETWEEN_EXAMPLES = "\n\n"
 _TAKEN = {"until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 _PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")
@@ -34,7 +34,7 @@ def generation(settings: Mapping[str, Any]) -> Generation:
     if settings.get("do_sample", bool(temperature)) and temperature != 0:
         arguments["do_sample"] = True
         sampling = {name: settings.get(name) for name in ("temperature", "top_p", "top_k")}
-        sampling["top_p"] = sampling["top_p"] or None  # 0 in a task means none, and transformers refuses it
+        sampling["top_p"] = sampling["top_p"] or None  # 0 means none in a task, and transformers refuses it
         arguments |= {name: value for name, value in sampling.items() if value is not None}
     arguments |= {name: settings[name] for name in _PASSED_ON if settings.get(name) is not None}
     until = settings.get("until") or ()

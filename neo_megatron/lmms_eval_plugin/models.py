@@ -1,7 +1,7 @@
-"""The classes that lmms-eval makes and asks: one for tasks that are conversations, one for all the others.
+"""The model classes for lmms-eval: one for tasks that are conversations, one for all others.
 
-lmms-eval takes `NeoChat`, which sees images where a task puts them in the text, or with `--force_simple` `NeoSimple`,
-which sees them in front of it. Its multiple-choice tasks by likelihood exist in the simple form only.
+lmms-eval uses `NeoChat`, which places images where a task has them in the text, or with `--force_simple` `NeoSimple`,
+which places them in front of it. Its multiple-choice tasks by likelihood exist in the simple form only.
 """
 
 import time
@@ -27,17 +27,17 @@ class NeoChat(lmms):
     """A NEO checkpoint in Hugging Face form, for tasks in lmms-eval's form of conversations.
 
     Args:
-        pretrained: its directory, or its id on a hub.
+        pretrained: its directory or hub id.
         batch_size: questions answered together.
         device, device_map: "cuda:1", "cpu", ...; `device_map=auto` spreads the layers over all GPUs. Under `accelerate
             launch` every process takes a GPU of its own and a share of the questions.
         dtype: "auto" for that of the weight files, or a name such as "bfloat16".
         attn_implementation: "sdpa", "eager" or "flex_attention".
-        min_pixels, max_pixels: limits of a resized image where they are not to be the checkpoint's.
+        min_pixels, max_pixels: limits of a resized image; by default the checkpoint's.
         system_prompt: a text, or a file that holds it.
 
     Raises:
-        ValueError, DataError: as `Answerer`; a batch size that is no number.
+        ValueError, DataError: as `Answerer`; a batch size that is not a number.
     """
 
     is_simple = False
@@ -74,7 +74,7 @@ class NeoChat(lmms):
         self._unusable: set[tuple] = set()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """An answer to each request; an empty one, with a warning, where an image cannot be used."""
+        """An answer to each request; empty, with a warning, if an image cannot be used."""
         asked = [self._generation(request.args) for request in requests]
         results: list[GenerationResult] = [GenerationResult("", TokenCounts(output_tokens=0))] * len(requests)
         began = time.perf_counter()
@@ -97,7 +97,7 @@ class NeoChat(lmms):
         raise NotImplementedError("the neo plug-in has no tasks of several rounds yet: leave this task out")
 
     def clean(self) -> None:
-        """Called when all is answered, to free the memory for a judge."""
+        """Frees memory for a judge; called when everything is answered."""
         if self._unusable:
             logger.warning(f"{len(self._unusable)} documents, named above, have images that NEO cannot take")
         del self.answerer
@@ -129,7 +129,7 @@ class NeoChat(lmms):
         return arguments[2]
 
     def _batches(self, kinds: Sequence[Any], description: str) -> Iterator[list[int]]:
-        """Numbers of requests of one kind, as many as fit a batch, kinds in the order in which they appear."""
+        """Indices of requests of one kind, as many as fit a batch, kinds in order of appearance."""
         of_kind: dict[Any, list[int]] = {}
         for number, kind in enumerate(kinds):
             of_kind.setdefault(kind, []).append(number)
@@ -152,12 +152,12 @@ class NeoSimple(NeoChat):
     is_simple = True
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """For each given answer the mean cross entropy of its tokens, and whether the model would say it greedily.
+        """For each given answer the mean cross entropy of its tokens, and whether it is the model's greedy answer.
 
-        A cross entropy where the name says likelihood: lmms-eval takes the smallest of a question's, since the models
-        that come with it return their loss. It is infinite for every answer about an image that cannot be used.
+        A cross entropy despite the name: lmms-eval chooses the smallest of a question, because its own models return
+        their loss. It is infinite for every answer about an image that cannot be used.
 
-        The pair is wrapped, as lmms-eval 0.7.3 would make a text of a bare one and then fail to take it apart.
+        The pair is wrapped, because lmms-eval 0.7.3 would turn a bare one into a string and then fail to unpack it.
         """
         results = [(float("inf"), False)] * len(requests)
         for batch in self._batches([None] * len(requests), "Weighing answers"):
@@ -179,7 +179,7 @@ class NeoSimple(NeoChat):
         return [GenerationResult(pair) for pair in results]
 
     def _given_answer(self, arguments: tuple) -> str:
-        """Without the space that parts it from a plain text: in a chat it stands at the beginning of a turn."""
+        """The answer without its leading space: in a chat it is at the beginning of a turn."""
         _, answer, _, doc_id, task, split = arguments
         return (answer if isinstance(answer, str) else answer(self.task_dict[task][split][doc_id])).lstrip(" ")
 
@@ -192,6 +192,6 @@ class NeoSimple(NeoChat):
 
 
 def _question(arguments: tuple) -> tuple:
-    """What requests for several answers to one question have in common."""
+    """The part that requests for several answers to one question have in common."""
     text, _, _, *document = arguments
     return text, *document

@@ -1,0 +1,1 @@
+"""The only package that patches Megatron or PyTorch; it checks version and source of what it replaces."""

@@ -1,10 +1,10 @@
-"""Runs Megatron on a machine without a GPU: "cuda" comes to mean "cpu". The only place that patches anything.
+"""Runs Megatron on a machine without a GPU: patches make "cuda" mean "cpu".
 
 A program calls `install()` before it imports `megatron.core`, or `install_training()` before it imports
-`megatron.training` as well. With a GPU both leave everything alone, but for the patches marked so.
+`megatron.training` as well. With a GPU both patch nothing but what is marked "on a GPU too".
 
 Every patched name is looked up first, and the versions are checked: another version of torch or Megatron-Core ends in
-one sentence instead of training wrongly. That the patched stack trains rightly is held by `tests/distributed`.
+one sentence instead of training wrongly. `tests/distributed` checks that the patched stack trains correctly.
 """
 
 import ctypes
@@ -31,12 +31,12 @@ TORCH_VERSION = "2.11"
 
 
 def on_cpu() -> bool:
-    """Whether this process trains without a GPU. Asked of the real driver: `install` changes what torch.cuda says."""
+    """Whether this process trains without a GPU. Asks the driver, because `install` changes torch.cuda."""
     return not torch.cuda.is_available()
 
 
 def argument_defaults() -> dict[str, Any]:
-    """Megatron arguments that a CPU needs, so that no user has to name one."""
+    """Megatron arguments that a CPU needs, so that no user has to pass them."""
     if not on_cpu():
         return {}
     return {
@@ -50,7 +50,7 @@ def argument_defaults() -> dict[str, Any]:
     }
 
 
-# Functions of torch that make a tensor on a device.
+# Functions of torch that create a tensor on a device.
 _FACTORIES = (
     *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
     *("linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"),
@@ -59,10 +59,10 @@ _FACTORIES = (
 
 
 def _cuda_means_cpu() -> None:
-    """Every placement on cuda becomes one on the CPU.
+    """Turns every placement on cuda into one on the CPU.
 
-    Only what places a tensor is wrapped: a `TorchFunctionMode` would see every call of torch, and cost a small model a
-    fifth of its time.
+    Only functions that place a tensor are wrapped: a `TorchFunctionMode` would see every call of torch, which costs a
+    small model a fifth of its time.
     """
     # The meta device's context knows factories by identity, from a list that it makes on first use.
     _device_constructors()
@@ -101,7 +101,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _cpu_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _is_cuda(kwargs.get("device")):
         kwargs["device"] = torch.device("cpu")
-    if kwargs.get("pin_memory"):  # pinned memory is a matter between host and GPU
+    if kwargs.get("pin_memory"):  # pinned memory needs a GPU
         kwargs["pin_memory"] = False
     return kwargs
 
@@ -145,15 +145,15 @@ class Adam(torch.optim.Optimizer):
 
 
 def _keep_freed_memory() -> None:
-    """Keeps what a step frees for the next one, as the allocator of a GPU does.
+    """Keeps memory that a step frees for the next one, as the allocator of a GPU does.
 
-    glibc would give it back to the system, and every page of it would be faulted in again: 7 % of a step.
+    glibc would return it to the system, and every page would be faulted in again: 7 % of a step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt:
         trim_threshold, mmap_max = -1, -4  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)  # what is mapped by itself, as large tensors are, is always given back
+        mallopt(mmap_max, 0)  # separate mappings, as of large tensors, are always returned
 
 
 def _multi_tensor_scale(_chunk_size, _overflow, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
@@ -199,7 +199,7 @@ def install() -> None:
         _patch(module, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     _patch(torch.cuda, "manual_seed", torch.manual_seed)
 
-    # Megatron says in ten places that apex and Transformer Engine are absent; here they are absent by design.
+    # Megatron warns in ten places that apex and Transformer Engine are absent, which is intended here.
     for message in ("Transformer Engine and Apex are not", "Apex is not installed", "Only transformer-engine"):
         warnings.filterwarnings("ignore", message=message)
     # It would also warn, at every random initialisation, that the two generators which are one here changed together.
@@ -254,7 +254,7 @@ def install_training() -> None:
         return
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    # Copies from the GPU before training goes on; on a CPU it copies nothing, and later steps would be saved.
+    # Copies from the GPU before training continues; on a CPU it copies nothing, and later steps would be saved.
     _patch(FileSystemWriterAsync, "preload_tensors", staticmethod(copy_before_writing))
 
     # Reads device properties. From 10 on Megatron also drops its rule about CUDA_DEVICE_MAX_CONNECTIONS.
@@ -265,9 +265,9 @@ def install_training() -> None:
 
 @cache
 def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
-    """Has Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
+    """Makes Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
 
-    It has no place of its own for what follows the loading and needs the optimizer.
+    Megatron has no hook of its own after loading that knows the optimizer.
     """
     from megatron.training import training
 
@@ -283,7 +283,7 @@ def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
 
 @cache
 def call_before_saving(hook: Callable[[Any], None]) -> None:
-    """Has Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
+    """Makes Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
     from megatron.training import training
 
     save = training.save_checkpoint
@@ -300,9 +300,9 @@ def call_before_saving(hook: Callable[[Any], None]) -> None:
 
 @cache
 def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
-    """Has Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
+    """Makes Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
 
-    It evaluates where there is no data, and evaluates all splits by one number of iterations.
+    Megatron also evaluates splits without data, and all splits with one number of iterations.
     """
     from megatron.training import training
 
@@ -319,17 +319,17 @@ def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> N
 def take_over_rerun_state_machine(
     machine: Any, should_checkpoint_and_exit: Callable[[], tuple[bool, bool, int]], validate_result: Callable[..., None]
 ) -> tuple[Callable[[], tuple[bool, bool, int]], Callable[..., None]]:
-    """Has Megatron's rerun state machine look at every step, and others decide; gives back its own two methods.
+    """Makes Megatron's rerun state machine check every step, and hooks decide; returns its own two methods.
 
-    On a GPU too. It passes over the first step of a start, because it could not save there, and takes up from a
-    checkpoint what `RerunState` it was in.
+    On a GPU too. By itself it skips the first step of a start, because it could not save there, and restores its
+    `RerunState` from a checkpoint.
     """
     originals = machine.should_checkpoint_and_exit, machine.validate_result
     for name, value in (
         ("should_checkpoint_and_exit", should_checkpoint_and_exit),
         ("validate_result", validate_result),
         ("first_iteration_complete", True),
-        ("validate_state_dict", lambda state: False),  # there is none to load
+        ("validate_state_dict", lambda state: False),  # there is no state to load
     ):
         if not hasattr(machine, name):
             raise _changed(f"RerunStateMachine.{name}")
@@ -349,7 +349,7 @@ def _skip_step(data_iterator: Any) -> None:
 
 
 def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:
-    """What an asynchronous save writes: copies, which no later step changes. Public, so that its process finds it."""
+    """Copies for an asynchronous save, which no later step changes. Public, so that its process finds it."""
     return [
         (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
         for path, key, (data, tensors) in write_buckets

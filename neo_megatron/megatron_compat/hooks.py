@@ -1,6 +1,6 @@
-"""What of Megatron is replaced on any machine, so that its log is NEO's; `cpu_platform.py` has what a CPU needs.
+"""Replaces parts of Megatron on any machine, so that its log is NEO's; `cpu_platform.py` has what a CPU needs.
 
-Every patch looks for the lines of Megatron that it relies on, so that another version ends in one sentence.
+Every patch looks for the lines of Megatron that it relies on, so that another version ends with one sentence.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from neo_megatron.megatron_compat.cpu_platform import MEGATRON_VERSION
 
-# Lines of megatron/training/training.py that call what is replaced, or print what is looked for.
+# Lines of megatron/training/training.py that call the replaced functions, or print the lines that are edited.
 _TRAINING = (
     "            consume_seqlen_stats_in_iteration()\n",
     "num_floating_point_operations_in_batch = num_floating_point_operations(\n",
@@ -34,7 +34,7 @@ _TRAINING = (
 
 
 class StepLog(Protocol):
-    """What Megatron's training loop logs through; see `run.step_log`."""
+    """The object that Megatron's training loop logs through; see `run.step_log`."""
 
     def training_log(
         self, log: Callable, losses: Any, total_losses: Any, iteration: int, skipped: int, first: bool
@@ -51,7 +51,7 @@ class StepLog(Protocol):
 
 @cache
 def log_with(step_log: StepLog) -> None:
-    """Has Megatron's training loop log through ``step_log``; its reasons are there."""
+    """Makes Megatron's training loop log through ``step_log``; see there for the reasons."""
     from megatron.training import training
 
     _require(training, _TRAINING)
@@ -98,7 +98,7 @@ def log_with(step_log: StepLog) -> None:
 
 
 def use_writers(tensorboard: Any, wandb: Any) -> None:
-    """Has Megatron log scalars through these from now on."""
+    """Makes Megatron log scalars through these writers from now on."""
     from megatron.training import global_vars
 
     _require(global_vars, ("_GLOBAL_TENSORBOARD_WRITER = SummaryWriter(", "_GLOBAL_WANDB_WRITER = wandb\n"))

@@ -12,7 +12,7 @@ from neo_megatron.errors import DataError
 
 
 def load_bytes(planner: DefaultLoadPlanner, item: ReadItem, value: BytesIO) -> None:
-    """Unpickles an object, such as the state of a random number generator; torch would build anything it asks for.
+    """Unpickles an object, such as the state of a random number generator; torch would build any object.
 
     Raises:
         DataError: it is damaged, or holds more than Megatron allows.

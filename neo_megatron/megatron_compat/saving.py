@@ -1,9 +1,9 @@
-"""Megatron's writing of checkpoints, patched so that a failure is told and a save starts no process: on a GPU too.
+"""Megatron's writing of checkpoints, patched so that failures are reported and a save starts no process, on a GPU too.
 
-torch's zip writer hides the error of a full disk in one of its own ("unexpected pos 704 vs 598"), and Megatron keeps no
-more than the type of that one. Where it saves in the background, it waits for ever for a process that has ended. And
-where it does not, the first save of every rank starts a process that imports torch and Megatron, for seconds, and stays
-until the run ends: all it does is hold the queue through which a thread of the rank hands results to the rank.
+torch's zip writer hides the error of a full disk in one of its own ("unexpected pos 704 vs 598"), and Megatron keeps
+only the type of that one. With asynchronous saves it waits forever for a process that has ended. With synchronous ones,
+the first save of every rank spends seconds on starting a process that imports torch and Megatron and stays until the run
+ends: it only holds the queue through which a thread of the rank hands its results to the rank.
 """
 
 import io
@@ -68,12 +68,12 @@ class _RawFile(io.RawIOBase):
 
 
 def _open(path: str | Path, mode: str) -> io.BufferedWriter:
-    """In place of the built-in function, for files that are written."""
+    """Replaces the built-in function, for files that are written."""
     return io.BufferedWriter(_RawFile(str(path), mode))
 
 
 def write_and_report(transforms: Any, use_msc: bool, rank: int, buckets: Any, results: Any) -> None:
-    """Writes as Megatron does; what failed is reported as the error of the file system. Public, so that it is found."""
+    """Writes as Megatron does, but reports the file system's own error. Public, so that pickle finds it."""
     filesystem_async.open = _open
     _failed.clear()
     reported: queue.SimpleQueue = queue.SimpleQueue()
@@ -86,7 +86,7 @@ def write_and_report(transforms: Any, use_msc: bool, rank: int, buckets: Any, re
 
 
 def retrieve_write_results(writer: FileSystemWriterAsync) -> Any:
-    """As Megatron's, but for the cause of an error, which would be lost on the way to another rank."""
+    """As Megatron's, but keeps the cause of an error, which would be lost on the way to another rank."""
     outcome = _retrieve(writer)
     if isinstance(outcome, tuple) and isinstance(outcome[0].__cause__, OSError):
         return outcome[0].__cause__, outcome[1]
@@ -104,10 +104,10 @@ def save(strategy: TorchDistSaveShardedStrategy, sharded_state_dict: dict[str, A
 
 
 def is_current_async_call_done(caller: PersistentAsyncCaller, blocking: bool = False, no_dist: bool = False) -> bool:
-    """As Megatron's, but for a process that has ended.
+    """As Megatron's, but raises if the saving process has ended.
 
     Raises:
-        DataError: it will not finish.
+        DataError: the save will not finish.
     """
     while True:
         _refuse_ended(caller)
@@ -117,10 +117,10 @@ def is_current_async_call_done(caller: PersistentAsyncCaller, blocking: bool = F
 
 
 def schedule_async_call(caller: PersistentAsyncCaller, async_req: async_utils.AsyncRequest) -> None:
-    """As Megatron's, but for a process that has ended, or ends while it takes the tensors.
+    """As Megatron's, but raises if the saving process has ended, or ends while it receives the tensors.
 
     Raises:
-        DataError: it will not finish.
+        DataError: the save will not finish.
     """
     if async_req.async_fn is not None and async_req.preload_fn is not None:
         if caller.process is None:
@@ -143,7 +143,7 @@ def _refuse_ended(caller: PersistentAsyncCaller) -> None:
     if caller.process is not None and not caller.process.is_alive():
         raise DataError(
             f"the process that saves in the background has ended (exit code {caller.process.exitcode}; -9 where memory "
-            "runs out): run the same command again, which goes on from the checkpoint before, or leave out --async-save"
+            "runs out): run the same command again, which resumes from the checkpoint before, or leave out --async-save"
         )
 
 

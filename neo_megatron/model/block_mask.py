@@ -2,9 +2,9 @@
 
 What a query sees is one interval of keys: from the start of its document to itself, or to the end of its image. Two
 numbers per row therefore say everything: which blocks of keys some row of a block sees, which all of its rows see
-whole, and, inside the blocks between, who sees whom. PyTorch's own `create_block_mask` asks about every pair.
+in full, and which query sees which key in the blocks between. PyTorch's `create_block_mask` asks about every pair.
 
-Nothing here asks the device for a number: a mask is built without waiting for it.
+Nothing here reads a number from the device: a mask is built without synchronising with it.
 
 Shape suffixes: B packs, T keys of a pack, Q query rows held by this rank, I blocks of rows, J blocks of keys.
 """
@@ -28,7 +28,7 @@ class SeenKeys:
 
     @classmethod
     def of(cls, rule: AttentionRule) -> "SeenKeys":
-        """Of documents and images that are intervals of a pack, as those of the data set are."""
+        """From a rule whose documents and images are intervals of a pack, as those of the data set are."""
         document, image = rule.document_BT, rule.image_BT
         place = torch.arange(document.shape[1], dtype=torch.int32, device=document.device)
         document_start, _ = _runs(document, place)
@@ -41,7 +41,7 @@ class SeenKeys:
         return cls(first.contiguous(), end.contiguous())
 
     def blocks(self, keys: int, block_size: tuple[int, int]) -> BlockMask:
-        """The blocks of ``block_size = (rows, keys)``: those that nobody sees are in no list.
+        """The mask in blocks of ``block_size = (rows, keys)``; blocks that no row sees are in no list.
 
         Args:
             keys: T.
@@ -79,18 +79,18 @@ class SeenKeys:
 
     @cached_property
     def pairs(self) -> Tensor:
-        """How many pairs of query and key the rule allows, int64 scalar on the device."""
+        """Number of pairs of query and key that the rule allows, int64 scalar on the device."""
         return (self.end - self.first).sum(dtype=torch.int64)
 
 
 def computed_pairs(mask: BlockMask) -> Tensor:
-    """How many pairs of query and key FlexAttention works through for a head, int64 scalar on the device."""
+    """Number of pairs of query and key that FlexAttention computes per head, int64 scalar on the device."""
     blocks = mask.kv_num_blocks.sum(dtype=torch.int64) + mask.full_kv_num_blocks.sum(dtype=torch.int64)
     return blocks * (mask.BLOCK_SIZE[0] * mask.BLOCK_SIZE[1])
 
 
 def _runs(number_BT: Tensor, place_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run of equal numbers that each token is in begins, and after its end; int32 ``[B, T]`` each."""
+    """Start and end (exclusive) of the run of equal numbers that each token is in; int32 ``[B, T]`` each."""
     length = number_BT.shape[1]
     changes = number_BT[:, 1:] != number_BT[:, :-1]
     begins = torch.nn.functional.pad(changes, (1, 0), value=True)
@@ -101,6 +101,6 @@ def _runs(number_BT: Tensor, place_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(wanted_BIJ: Tensor) -> tuple[Tensor, Tensor]:
-    """For every block of rows how many blocks of keys are wanted, and their numbers before all others."""
+    """For every block of rows the number of wanted blocks of keys, and block numbers with the wanted ones first."""
     wanted = wanted_BIJ[:, None].to(torch.int32)
     return wanted.sum(dim=-1, dtype=torch.int32), wanted.argsort(dim=-1, descending=True, stable=True).to(torch.int32)

@@ -7,10 +7,10 @@ from typing import Any
 from neo_megatron.errors import ConfigError
 
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
-# words these are 1,766 positions: large enough a product.
+# words these are 1,766 positions, enough for an efficient matrix product.
 LOGIT_BYTES = 1 << 30
 
-# More are a broken config.json, and a table of all their tensors would fill the memory before one is looked for.
+# More means a broken config.json, and a table of all tensors would fill the memory.
 MAX_LAYERS = 10_000
 MAX_PIXELS = 1 << 27  # of a resized image: as many as are decoded
 _LARGEST_COUNT = (1 << 31) - 1
@@ -19,7 +19,7 @@ _LARGEST_BASE = 1e18  # of a rotation
 
 @dataclass(frozen=True)
 class NeoSizes:
-    """Everything that fixes the shapes and the constants of a NEO.
+    """All sizes and constants of a NEO.
 
     Args:
         hidden_size: width of the decoder.
@@ -64,7 +64,7 @@ class NeoSizes:
         for field in dataclasses.fields(self):
             _check_field(field.name, getattr(self, field.name))
         if not 0 < self.num_layers <= MAX_LAYERS:
-            raise ConfigError(f"{self.num_layers} layers: give 1 to {MAX_LAYERS}")
+            raise ConfigError(f"{self.num_layers} layers are out of range: give 1 to {MAX_LAYERS}")
         if self.min_pixels > self.max_pixels:
             raise ConfigError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: lower it")
         if self.num_attention_heads % self.num_query_groups:
@@ -91,12 +91,12 @@ class NeoSizes:
     def from_hf(cls, config: dict[str, Any]) -> "NeoSizes":
         """Reads the published `config.json`, its values plain or in one-element lists.
 
-        What lacks some of it is completed first, by `checkpoint/published_config.py`.
+        Incomplete ones are completed first, by `checkpoint/published_config.py`.
         """
         try:
             llm, vision = config["llm_config"], config["vision_config"]
             value = {key: scalar(item) for key, item in {**llm, **vision}.items()}
-            # transformers 5 writes the base of a rotation into a dictionary
+            # transformers 5 puts the rotary base into a dictionary
             rotation = value if "rope_theta" in value else value["rope_parameters"]
             asked = beyond_qwen3({key: scalar(item) for key, item in llm.items()})
             downsample = float(scalar(vision["downsample_ratio"]))
@@ -129,7 +129,7 @@ class NeoSizes:
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
         except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-            raise ConfigError(f"not a NEO config.json: a size in it is no number ({error})") from error
+            raise ConfigError(f"not a NEO config.json: a size in it is not a number ({error})") from error
         if asked:
             raise ConfigError(f"llm_config sets {asked}: NEO's decoder is a plain Qwen3")
         return cls(**sizes)
@@ -187,7 +187,7 @@ class NeoSizes:
 
 
 def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
-    """What a decoder's configuration asks for and NEO does not have, so that it is never passed over."""
+    """Names what a decoder's configuration asks for and NEO does not have, so that it is never ignored silently."""
 
     def scaled(key: str) -> bool:
         rotation = decoder.get(key) or {}
@@ -202,7 +202,7 @@ def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
 
 
 def _check_field(name: str, value: Any) -> None:
-    """A whole number for what is counted, and at least one where a model cannot do without."""
+    """Checks type and range of a field: a whole number for counts, 1 or more unless a model can have none."""
     if name == "tie_word_embeddings":
         if type(value) is not bool:
             raise ConfigError(f"{name} is {value!r}: it must be true or false")

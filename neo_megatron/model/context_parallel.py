@@ -1,16 +1,15 @@
 """Context parallelism under NEO's mask: a rank holds S of the T tokens of each pack, attention sees all of them.
 
-No kernel library has this mask (bidirectional inside an image, packed documents). Two ways, neither of which asks
-anything of the kernel but a mask:
+No kernel library has this mask (bidirectional inside an image, packed documents). There are two ways, and both need
+only a mask from the kernel:
 
-    a2a        tokens are exchanged for heads and back: in between a rank sees whole packs, for its share of the heads;
-    allgather  keys and values are gathered: a rank sees whole packs, for the queries of its own rows only.
+    a2a        tokens are exchanged for heads and back: in between a rank sees complete packs for its share of heads;
+    allgather  keys and values are gathered: a rank sees complete packs, for the queries of its own rows only.
 
-Which rows a rank holds is decided in `sequence_split.py`, which way is taken, and what it costs, in
-`context_traffic.py`.
+`cp_token_split.py` decides which rows a rank holds; `context_parallel_cost.py` has the costs and chooses the way.
 
-Shape suffixes: S tokens of a pack held by this rank, T of the whole pack, B packs, N query heads and G key-value heads
-of this tensor-parallel rank, D head dimension.
+Shape suffixes: S tokens of a pack held by this rank, T tokens of the complete pack, B packs, N query heads and G
+key-value heads of this tensor-parallel rank, D head dimension.
 """
 
 from collections.abc import Callable
@@ -33,13 +32,13 @@ def context_parallel_attention(
     group: ProcessGroup,
     key_order_T: Tensor | None = None,
 ) -> Tensor:
-    """Attention of this rank's tokens to whole packs -> ``[S, B, N * D]``.
+    """Attention of this rank's tokens to complete packs -> ``[S, B, N * D]``.
 
     Args:
         core: attention on one rank; its mask is for all rows (a2a) or for this rank's rows (allgather), for all keys.
         group: the context-parallel ranks; with one of them this is `core`.
-        key_order_T: int64 ``[T]``, where each token of a pack stands among the gathered ones; ``None`` for a2a, which
-            wants rank r to hold the tokens ``r * S`` to ``(r + 1) * S`` and N and G to be multiples of the ranks.
+        key_order_T: int64 ``[T]``, position of each token of a pack among the gathered ones; ``None`` for a2a, which
+            requires rank r to hold the tokens ``r * S`` to ``(r + 1) * S`` and N and G to be multiples of the ranks.
     """
     if group.size() == 1:
         return core(query_SBN2D, key_SBG2D, value_SBGD)
@@ -57,11 +56,11 @@ def _with_exchanged_heads(
     parts = [x.unflatten(2, (ranks, -1)).flatten(3).permute(2, 0, 1, 3) for x in (query, key, value)]
     exchanged = all_to_all(group, torch.cat(parts, dim=-1)).flatten(0, 1)
     widths = [part.shape[-1] for part in parts]
-    whole = [
+    complete = [
         x.unflatten(-1, (-1, before.shape[-1]))
         for x, before in zip(exchanged.split(widths, dim=-1), (query, key, value), strict=True)
     ]
-    back = all_to_all(group, core(*whole).unflatten(0, (ranks, -1)))
+    back = all_to_all(group, core(*complete).unflatten(0, (ranks, -1)))
     return back.permute(1, 2, 0, 3).flatten(2)
 
 
@@ -72,21 +71,21 @@ def _with_gathered_keys(
 
     Kept, they would be `ranks` times a rank's own, in every layer: at 131,072 tokens of NEO-9B 0.8 GB a layer.
     """
-    packs = WholePacks(group, key_order)
+    packs = GatheredPacks(group, key_order)
     key_value = _Gather.apply(torch.cat((key, value), dim=-1), packs)
     key, value = key_value.split((key.shape[-1], value.shape[-1]), dim=-1)
     with saved_tensors_hooks(packs.forget, packs.recall):
         return core(query, key, value)
 
 
-class WholePacks:
-    """Keys and values of whole packs from the parts of all ranks, at hand in the forward and again in the backward."""
+class GatheredPacks:
+    """Gathers keys and values of complete packs from all ranks, in the forward and again in the backward."""
 
     def __init__(self, group: ProcessGroup, key_order: Tensor) -> None:
         self.group = group
         self.key_order = key_order
         self.part: Tensor | None = None
-        self.whole: Tensor | None = None
+        self.gathered: Tensor | None = None
         self._storage = 0
 
     def gather(self, part_SBGW: Tensor) -> Tensor:
@@ -98,12 +97,12 @@ class WholePacks:
 
     def start(self, part: Tensor) -> Tensor:
         self.part = part
-        whole = self.gather(part)
-        self._storage = whole.untyped_storage().data_ptr()
-        return whole
+        gathered = self.gather(part)
+        self._storage = gathered.untyped_storage().data_ptr()
+        return gathered
 
     def forget(self, saved: Tensor) -> Any:
-        """A view of the gathered tensor is remembered by its place in it, everything else as it is."""
+        """Replaces a view of the gathered tensor by its geometry; keeps everything else."""
         if saved.untyped_storage().data_ptr() != self._storage:
             return saved
         return saved.size(), saved.stride(), saved.storage_offset()
@@ -111,13 +110,13 @@ class WholePacks:
     def recall(self, remembered: Any) -> Tensor:
         if isinstance(remembered, Tensor):
             return remembered
-        if self.whole is None:
-            self.whole = self.gather(self.part)
-        return self.whole.as_strided(*remembered)
+        if self.gathered is None:
+            self.gathered = self.gather(self.part)
+        return self.gathered.as_strided(*remembered)
 
     def scatter(self, gradient_TBGW: Tensor) -> Tensor:
-        """The sum over all ranks, this rank's part of it; the kernel is done with the gathered tensors then."""
-        self.whole = None
+        """This rank's part of the sum over all ranks; frees the gathered tensors, which the kernel no longer needs."""
+        self.gathered = None
         gathered = torch.empty_like(gradient_TBGW, memory_format=torch.contiguous_format)
         gathered.index_copy_(0, self.key_order, gradient_TBGW)
         part = torch.empty_like(self.part)
@@ -127,7 +126,7 @@ class WholePacks:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part: Tensor, packs: WholePacks) -> Tensor:
+    def forward(ctx, part: Tensor, packs: GatheredPacks) -> Tensor:
         ctx.packs = packs
         return packs.start(part)
 

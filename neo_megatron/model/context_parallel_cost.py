@@ -1,4 +1,4 @@
-"""What the two ways of context parallelism send, hold and need, per layer and rank; the planner counts with it too.
+"""Traffic, memory and requirements of both ways of context parallelism, per layer and rank; the planner uses it too.
 
 With t tokens of a micro-batch on a rank, n query and g key-value heads of its tensor-parallel part, head dimension d
 and c context-parallel ranks (queries and keys are 2d wide, values and the output d), a rank sends
@@ -39,7 +39,7 @@ def sent_bytes(
 def saved_bytes(tokens: int, query_heads: int, key_value_heads: int, head_dim: int, element_size: int = 2) -> int:
     """Bytes of queries, keys, values and output kept for the backward of one layer: alike without and in both ways.
 
-    Under a2a they are whole packs for 1 / c of the heads, under allgather 1 / c of the packs for all heads. The
+    Under a2a they are complete packs for 1 / c of the heads, under allgather 1 / c of the packs for all heads. The
     kernel's own float32 log-sum-exp (4 bytes a token and query head) comes on top.
     """
     return tokens * head_dim * element_size * (3 * query_heads + 3 * key_value_heads)
@@ -51,15 +51,15 @@ def buffer_bytes(
     """Bytes on top of `saved_bytes` at the worst moment of one layer: forward, backward. Gone when the layer is done.
 
     a2a: queries, keys and values as projected and as packed to be sent (forward); their gradients before and after
-    (backward). allgather: keys and values of whole packs, as they come and in the order of the packs (forward); in the
-    order of the packs, next to their gradients as the kernel gives them and joined to be sent (backward).
+    (backward). allgather: keys and values of complete packs, as they arrive and in the order of the packs (forward); in
+    the order of the packs, next to their gradients as the kernel gives them and joined to be sent (backward).
     """
     token = head_dim * element_size
     if way == "a2a":
         packed = tokens * token * (2 * query_heads + 3 * key_value_heads)
         return 2 * packed, 2 * packed
-    whole = tokens * ranks * token * 3 * key_value_heads
-    return 2 * whole, 3 * whole
+    gathered = tokens * ranks * token * 3 * key_value_heads
+    return 2 * gathered, 3 * gathered
 
 
 def default_way(query_heads: int, key_value_heads: int, ranks: int) -> Way:

@@ -1,4 +1,4 @@
-"""The attention kernels behind one interface: FlexAttention on a GPU, tiles of matrix products on a CPU.
+"""Attention kernels with one interface: FlexAttention on a GPU, tiles of matrix products on a CPU.
 
 A mask is built once per micro-batch from the rule in `mask.py`; its form decides the kernel. NEO's queries and keys are
 twice as wide as its values, which all kernels take as they are.
@@ -34,13 +34,13 @@ from neo_megatron.packages import install
 
 logger = logging.getLogger(__name__)
 
-# Query and key rows of one block of the mask. FlashAttention 4 wants its own on sm_90.
+# Query and key rows of one block of the mask. FlashAttention 4 requires its own on sm_90.
 FLEX_BLOCK, FLASH_BLOCK = (128, 128), (128, 64)
 
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Blocks for FlexAttention, and its ``kernel_options``; FlashAttention 4 wants key heads ``repeated``."""
+    """Blocks for FlexAttention, and its ``kernel_options``; FlashAttention 4 needs key heads ``repeated``."""
 
     seen: SeenKeys
     blocks: BlockMask
@@ -52,7 +52,7 @@ AttentionMask = TiledMask | FlexMask | Tensor
 
 
 def check_backend(backend: AttnBackend) -> None:
-    """Raises ConfigError where NEO's mask has no such kernel, or it is not installed or not deterministic enough."""
+    """Raises ConfigError if a backend has no kernel for NEO's mask, is not installed, or is not deterministic."""
     if backend not in (AttnBackend.auto, AttnBackend.flash, AttnBackend.unfused):
         raise ConfigError(
             f"--attention-backend {backend.name}: none of its kernels has NEO's mask; choose auto, flash or unfused"
@@ -92,11 +92,11 @@ def build_mask(
 def attention_pairs(mask: AttentionMask) -> Tensor:
     """Pairs of query and key that the kernel computes for a head, and those of them that the rule allows.
 
-    Computed are all pairs of the blocks of FlexAttention or tiles of a CPU, whether seen in full or in part, and all
-    pairs there are for SDPA. Blocks that no allowed pair is in are not computed, so that a ratio of blocks would be 1.
+    FlexAttention and the tiles of a CPU compute all pairs of blocks that are seen in full or in part, SDPA computes all
+    pairs. Blocks without an allowed pair are never computed, so a ratio of blocks would always be 1.
 
     Returns:
-        float64 ``[2]`` on the mask's device, which is not waited for.
+        float64 ``[2]`` on the mask's device, without synchronising with it.
     """
     if isinstance(mask, TiledMask):
         return torch.tensor(mask.pairs, dtype=torch.float64)  # type: ignore[attr-defined]
@@ -125,13 +125,13 @@ def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: Att
 
 @cache
 def _compiled_flex_attention():
-    # Uncompiled, FlexAttention holds the whole score matrix.
+    # Uncompiled, FlexAttention materialises the full score matrix.
     return compiled(flex_attention)
 
 
 @cache
 def _options_of(device: torch.device, head_dim: int, number_bytes: int) -> dict[str, Any] | None:
-    """What FlexAttention is told on this device; None, and a sentence in the log, where it cannot run."""
+    """Kernel options of FlexAttention on this device; None, and a warning in the log, if it cannot run there."""
     properties = torch.cuda.get_device_properties(device)
     memory = properties.shared_memory_per_block_optin
     options = kernel_options(Widths(2 * head_dim, head_dim, number_bytes), (properties.major, properties.minor), memory)

@@ -1,8 +1,8 @@
-"""Which tokens of its packs a context-parallel rank holds: equally many on each, with about the same attention work.
+"""Splits the tokens of packs over context-parallel ranks: equally many each, with about the same attention work.
 
 Under all-gather a rank's work is the number of keys that its queries may see. In a long document late tokens see many
 times what early ones see, so that contiguous parts would leave the first rank idle half of the time. Blocks of rows are
-dealt out by their work instead; whole blocks, because FlexAttention skips what is masked by the block.
+dealt out by their work instead; in complete blocks, because FlexAttention skips masked pairs by the block.
 
 Runs on the CPU for every micro-batch, in time and memory linear in the number of tokens.
 """
@@ -13,32 +13,21 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from neo_megatron.model.block_mask import SeenKeys
+from neo_megatron.model.mask import AttentionRule
+
 # Rows of a FlexAttention block: dealt in these, a rank's rows mix no distant tokens in one block.
 BLOCK = 128
 
 
 def allowed_keys(document_BT: Tensor, image_BT: Tensor) -> Tensor:
-    """How many keys each token may see under the rule of `mask.py`, int64 ``[B, T]``; padding sees itself alone."""
-    length = document_BT.shape[1]
-    place = torch.arange(length)
-
-    def neighbours(number_BT: Tensor, last: bool) -> Tensor:
-        """Where the run of equal numbers that each token is in begins, or ends."""
-        new = torch.ones_like(number_BT, dtype=torch.bool)
-        new[:, 1:] = number_BT[:, 1:] != number_BT[:, :-1]
-        if not last:
-            return torch.where(new, place, 0).cummax(dim=1).values
-        ends = torch.ones_like(new)
-        ends[:, :-1] = new[:, 1:]
-        return torch.where(ends, place, length).flip(1).cummin(dim=1).values.flip(1)
-
-    first = neighbours(document_BT, last=False)
-    last = torch.where(image_BT >= 0, neighbours(image_BT, last=True), place)
-    return torch.where(document_BT >= 0, last - first + 1, 1)
+    """Number of keys that each token sees under the rule of `mask.py`, int64 ``[B, T]``; padding sees itself."""
+    seen = SeenKeys.of(AttentionRule(document_BT, image_BT))
+    return (seen.end - seen.first).long()
 
 
 def contiguous_rows(length: int, ranks: int) -> Tensor:
-    """int64 ``[ranks, length / ranks]``: neighbouring tokens together. For all-to-all, whose work is even by heads."""
+    """int64 ``[ranks, length / ranks]``: contiguous tokens. For all-to-all, whose work is even over heads."""
     return torch.arange(length).view(ranks, -1)
 
 

@@ -1,10 +1,10 @@
-"""The block sizes of FlexAttention's kernels that a device can hold, worked out before anything is compiled.
+"""The block sizes of FlexAttention's kernels that a device can hold, computed before anything is compiled.
 
-NEO's queries and keys are 2D wide and its values D: at D = 128 the block sizes that PyTorch chooses by the name of a
-device ask for more shared memory than some have (99 KiB on sm_86, sm_89 and sm_120), and the first step fails while it
-compiles. So the memory of a choice is estimated from above and the first that fits is taken.
+NEO's queries and keys are 2D wide and its values D: at D = 128 the block sizes that PyTorch chooses for a
+device need more shared memory than some devices have (99 KiB on sm_86, sm_89 and sm_120), and the first step fails when
+it compiles. So an upper bound of the memory of each choice is estimated, and the first that fits is taken.
 
-The estimate is that of the kernels' tiles: what stays for the whole loop, what is loaded ahead, once per stage, and
+The estimate is that of the kernels' tiles: what stays for the entire loop, what is loaded ahead, once per stage, and
 the scores that are laid out again for the second product. Triton often needs less: it keeps some of them in registers.
 The order of preference for a device is that of PyTorch 2.11 for heads of 256, the width of queries and keys; it has not
 been timed for values of 128. `tools/sweep_flex_attention.py` times all choices that fit.

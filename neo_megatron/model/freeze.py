@@ -1,7 +1,7 @@
-"""What trains in which stage, by explicit module names.
+"""Freezes the parameters that a training stage does not train, by explicit module names.
 
-Stage 1 teaches a language model to see without touching what it knows: the patch embedding and the pre-buffer train
-whole, the post-LLM only in what is new to it. Stages 2 and 3 train everything. Source: NEO (arXiv 2510.14979), 3.3.
+Stage 1 teaches a language model to see without touching what it knows: all of the patch embedding and of the pre-buffer
+train, and of the post-LLM only what is new to it. Stages 2 and 3 train everything. Source: NEO (arXiv 2510.14979), 3.3.
 """
 
 import torch
@@ -23,7 +23,7 @@ def freeze_for_stage(model: torch.nn.Module, stage: int) -> None:
     """Sets ``requires_grad`` of every parameter of this pipeline stage's part of the model.
 
     Args:
-        model: a `NeoModel`; its layers know their number in the whole model.
+        model: a `NeoModel`; its layers know their number in the complete model.
         stage: 1, 2 or 3.
 
     Raises:
@@ -57,7 +57,7 @@ def _unfreeze(parent: torch.nn.Module, name: str) -> None:
 
 
 def describe_trainable(model: torch.nn.Module) -> str:
-    """A line per kind of module, layers folded together: how many parameters train, of how many on this rank."""
+    """Counts of trained and of all parameters on this rank per kind of module, layers folded together."""
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         kind, first_layer = name, None

@@ -1,7 +1,7 @@
-"""Cross entropy without all logits: the head runs on some trained positions at a time, and again in the backward.
+"""Cross entropy in chunks: the head runs on some trained positions at a time, and again in the backward.
 
 A pack of 16,384 tokens may train on half of them; with 151,936 words their logits and probabilities would be 7 GB, more
-than all that the layers keep. Where they are few, they are kept, and nothing is computed twice.
+than all activations of the layers. If they are few, they are kept, and nothing is computed twice.
 
 Shape suffixes: M trained positions, H hidden size.
 """
@@ -18,7 +18,7 @@ from neo_megatron.model.config import LOGIT_BYTES
 def in_chunks(head: Callable[[Tensor, Tensor], Tensor], rows_MH: Tensor, targets_M: Tensor, vocabulary: int) -> Tensor:
     """``head(rows, targets)`` -> cross entropy ``[M]``, called on as many positions as `LOGIT_BYTES` allow.
 
-    Values and gradients are those of one call, but for the order in which the weight's gradient is summed up.
+    Values and gradients are those of one call, except for the order in which the weight's gradient is summed.
 
     Args:
         vocabulary: logits of a position on this rank.

@@ -1,4 +1,4 @@
-"""The modules a decoder layer is built from: Megatron's own (`local`) or Transformer Engine's.
+"""Specs of the modules of a decoder layer: Megatron's own (`local`) or Transformer Engine's.
 
 Both specs give the same parameter shapes and, in a distributed checkpoint, the same names.
 """
@@ -65,7 +65,7 @@ def transformer_engine_layer_spec(fused_norm: bool) -> ModuleSpec:
     """Transformer Engine's linear layers (FP8) and norms; attention stays NEO's own, no TE kernel has its mask.
 
     Args:
-        fused_norm: the norm of the attention's input is part of `linear_qkv`; see `shared_input.py` for when.
+        fused_norm: the norm of the attention's input is part of `linear_qkv`; see `shared_input_linear.py` for when.
     """
     if not HAVE_TE:
         raise ModuleNotFoundError(

@@ -1,10 +1,10 @@
-"""The loss: weighted cross entropy over trained positions, normalised over the whole global batch.
+"""The loss: weighted cross entropy over trained positions, normalised over the global batch.
 
     loss = sum_i w_i * nll_i / sum_i w_i      over all micro-batches and all data-parallel ranks
 
-Megatron's `calculate_per_token_loss` does this for weights of one: its schedule adds up an integer count of tokens,
+Megatron's `calculate_per_token_loss` does this for weights of one: its schedule sums an integer count of tokens,
 and `finalize_model_grads` divides the gradients by the count of the global batch. NEO's weights are fractions, so the
-sum of weights is kept here and handed to the same `finalize_model_grads` in place of the count.
+sum of weights is kept here and passed to the same `finalize_model_grads` in place of the count.
 """
 
 import torch
@@ -19,7 +19,7 @@ class WeightedLoss:
         self._weight_sum: Tensor | None = None
 
     def __call__(self, weight_M: Tensor, nll_M: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What Megatron's schedules take from a loss function.
+        """Result of a loss function as Megatron's schedules take it.
 
         Args:
             weight_M: float32 ``[M]``, weight of each trained position; M may be 0.
@@ -31,10 +31,10 @@ class WeightedLoss:
         loss, weight = (weight_M * nll_M).sum(), weight_M.sum()
         if torch.is_grad_enabled():
             self._weight_sum = weight if self._weight_sum is None else self._weight_sum + weight
-        # Summed in float64, so that what is logged does not depend on how the batch was spread. (No part of `loss`,
+        # Summed in float64, so that the logged loss does not depend on how the batch was divided. (No part of `loss`,
         # which the schedule scales in place.)
         report = torch.stack(((weight_M.double() * nll_M.detach().double()).sum(), weight_M.double().sum()))
-        # Filled on the device; `torch.tensor` would copy the number there and wait.
+        # Filled on the device; `torch.tensor` would copy the number and synchronise.
         count = torch.full((), nll_M.numel(), dtype=torch.int, device=nll_M.device)
         return loss, count, {"lm loss": report}
 

@@ -1,9 +1,9 @@
-"""Who may attend to whom in a packed sequence: causal over each document, bidirectional inside each image.
+"""The attention mask of a packed sequence: causal within each document, bidirectional within each image.
 
 The rule is written once, as two integers per token, and every kernel derives its mask from them:
 
     document_BT  number of the token's document in its pack; -1 marks padding
-    image_BT     number of the token's image in its pack;    -1 for every token that is no image patch
+    image_BT     number of the token's image in its pack;    -1 for every token that is not an image token
 
 Shape suffixes: B packs of a micro-batch, T tokens of one pack, Q query rows held by this rank, K key columns.
 Source of the rule: NEO (arXiv 2510.14979), section 3.2; `tests/model/test_mask.py` holds it against published masks.
@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Per-token facts that decide attention, for the keys of whole packs and the query rows of one rank.
+    """Per-token facts that decide attention, for the keys of complete packs and the query rows of one rank.
 
     Args:
         document_BT: int32 ``[B, T]``, non-decreasing over a pack; -1 for padding.

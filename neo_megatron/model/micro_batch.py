@@ -1,7 +1,7 @@
 """Collated packs -> the inputs of this rank's part of the model.
 
-Runs on the CPU, before anything is copied to the device, so that picking a rank's share never waits for the device;
-`to_device` then copies without waiting.
+Runs on the CPU, before anything is copied to the device, so that selecting a rank's share never waits for the device;
+`to_device` then copies asynchronously.
 
 Shape suffixes: B packs of a micro-batch, T tokens of a pack, S of them held by this context-parallel rank, C image
 tokens, M trained positions.
@@ -16,10 +16,10 @@ from neo_megatron.model.cp_token_split import contiguous_rows, even_rows
 def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: bool) -> dict[str, Tensor]:
     """This context-parallel rank's tokens of every pack, in the form of collated packs of S tokens.
 
-    ``document`` and ``image`` stay those of whole packs: the keys' side of the mask.
+    ``document`` and ``image`` stay those of complete packs: the keys' side of the mask.
 
     Args:
-        packs: what `neo_megatron.data.dataset.collate` gives.
+        packs: as `neo_megatron.data.dataset.collate` returns them.
         gather_keys: rows are dealt by work, and ``query_rows`` int64 [S] (the rank's rows) and ``key_order`` int64 [T]
             (where each token stands among the gathered ones) are added; otherwise the rank's tokens are contiguous.
     """
@@ -43,16 +43,16 @@ def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: 
 def model_inputs(
     packs: dict[str, Tensor], first_stage: bool, last_stage: bool, sequence_rank: int = 0, sequence_ranks: int = 1
 ) -> dict[str, Tensor]:
-    """What `NeoModel.forward` takes on one rank.
+    """The arguments of `NeoModel.forward` on one rank.
 
     Collated packs number their tokens pack by pack (``pack * T + token``); hidden states are ``[T, B, H]``, so that the
     same token is row ``token * B + pack`` there.
 
     Args:
-        packs: what `neo_megatron.data.dataset.collate` or `context_share` gives.
+        packs: as `neo_megatron.data.dataset.collate` or `context_share` returns them.
         first_stage, last_stage: words and images go to the first pipeline stage only, targets to the last only.
         sequence_rank, sequence_ranks: under sequence parallelism, which part of every pack this rank embeds; it gets
-            the images' cells of that part only.
+            the image tokens of that part only.
     """
     count, length = packs["tokens"].shape
     inputs = {name: packs[name] for name in ("positions_thw", "document", "image")}
@@ -63,7 +63,7 @@ def model_inputs(
         part = length // sequence_ranks
         here = token // part == sequence_rank
         inputs["image_token_index"] = ((token - sequence_rank * part) * count + pack)[here]
-        inputs["cell_position"] = packs["positions_thw"].flatten(0, 1)[packs["image_token_index"][here], 1:]
+        inputs["image_token_position"] = packs["positions_thw"].flatten(0, 1)[packs["image_token_index"][here], 1:]
         inputs["patches"] = packs["patches"][here] if sequence_ranks > 1 else packs["patches"]
     if last_stage:
         pack, token = packs["target_index"] // length, packs["target_index"] % length
@@ -73,10 +73,10 @@ def model_inputs(
 
 
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies that the host does not wait for.
+    """Copies tensors to the device asynchronously.
 
-    From ordinary memory it would, whatever `non_blocking` says. The loader pins what it collates; a share of that is
-    new memory and is pinned here, where torch reuses what it has pinned once.
+    Copies from pageable memory block, whatever `non_blocking` says. The loader pins collated tensors; a share of them
+    is new memory and is pinned here, where torch reuses pinned memory.
     """
 
     def pinned(tensor: Tensor) -> Tensor:

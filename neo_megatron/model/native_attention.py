@@ -30,7 +30,7 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 @dataclass(frozen=True)
 class PackContext:
-    """What every layer needs to know of the packs of a micro-batch; it travels in Megatron's `packed_seq_params`.
+    """Properties of the packs of a micro-batch that every layer needs; they travel in Megatron's `packed_seq_params`.
 
     (That argument reaches the layers unchanged, under activation recomputation too, where tensors alone may be
     arguments.)
@@ -68,7 +68,7 @@ class NativeSelfAttention(MegatronModule):
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
-        """Takes `cp_comm_type` because Megatron's layer gives it; the inputs decide, which were split for one way."""
+        """Ignores `cp_comm_type`, which Megatron's layer passes: the inputs were already split for one way."""
         super().__init__(config=config)
         self.layer_number = layer_number
         self.tensor_parallel_group = pg_collection.tp
@@ -123,7 +123,7 @@ class NativeSelfAttention(MegatronModule):
         self.q_layernorm_w, self.k_layernorm_w = norm(self.head_dim // 2), norm(self.head_dim // 2)
 
     def forward(self, hidden_SBH: Tensor, *, packed_seq_params: PackContext, **_unused) -> tuple[Tensor, None]:
-        """``[S, B, H]`` -> ``[S, B, H]`` and no bias; where the sequence is split S is this rank's part, in and out."""
+        """``[S, B, H]`` -> ``[S, B, H]`` and no bias; S is this rank's part if the sequence is split."""
         packs = packed_seq_params
         core = partial(attend, mask=packs.mask, scale=1 / sqrt(self.head_dim))
         if self.recompute_core_attention and self.training:
@@ -136,12 +136,12 @@ class NativeSelfAttention(MegatronModule):
         return self.linear_proj(context)
 
     def set_for_recompute_input_layernorm(self) -> None:
-        """Megatron asks under FP8 that the norm's output be kept by itself; see `TESharedInputColumnParallelLinear`."""
+        """Does nothing; Megatron calls it under FP8. `TESharedInputColumnParallelLinear` keeps the norm's output."""
 
     def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> tuple[Tensor, Tensor, Tensor]:
         """``[S, B, G * R, 2D]``, ``[S, B, G, 2D]`` and ``[S, B, G, D]``, normalised and rotated."""
         heads = self.heads_per_group
-        qkv, normalised = self.linear_qkv(shared)  # normalised by a fused norm, else no bias
+        qkv, normalised = self.linear_qkv(shared)  # the input normalised by a fused norm, otherwise no bias
         qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
         qkv = qkv.unflatten(-1, (self.groups_per_rank, heads + 2, self.head_dim))
         qk_hw = qk_hw.unflatten(-1, (self.groups_per_rank, heads + 1, self.head_dim))

@@ -1,7 +1,7 @@
 """Native rotary positions: (t, h, w) of every token -> cosines and sines, computed once per micro-batch.
 
 Everything here is float32 whatever the dtype of the model: at position 16384 a bfloat16 frequency is off by radians.
-The frequencies are never buffers, so that no `.bfloat16()` of the model can reach them.
+Frequencies are not buffers, so that `.bfloat16()` of the model cannot round them.
 
 Shape suffixes: S sequence, B packs, G key-value heads, R query heads per key-value head, D channels of the rotated
 part, F = D/2 frequencies.
@@ -33,7 +33,7 @@ class RotaryTable:
         Args:
             x_SBGRD: of any dtype.
             out_SBGRD: float32, or float64 to test it.
-            back: turn the other way, which undoes the rotation and is its gradient.
+            back: rotate backwards, which inverts the rotation and is its gradient.
         """
         sign = -1 if back else 1
         first, second = x_SBGRD.to(out_SBGRD.dtype).chunk(2, dim=-1)

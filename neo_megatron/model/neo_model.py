@@ -75,7 +75,7 @@ class NeoModel(LanguageModule):
                 init_method=config.init_method,
                 bias=False,
                 skip_weight_param_allocation=pre_process and sizes.tie_word_embeddings,
-                # Trained positions are picked out of the whole sequence, so `_head_input` communicates, not the layer.
+                # Trained positions are picked from the complete sequence, so `_head_input` communicates, not the layer.
                 disable_grad_reduce=True,
                 tp_group=self.pg_collection.tp,
             )
@@ -87,7 +87,7 @@ class NeoModel(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """What a distributed checkpoint holds: the parameters, under one name for every layout and implementation.
+        """The contents of a distributed checkpoint: the parameters, under one name for every layout and implementation.
 
         Linear layers also offer an `_extra_state`: under FP8's delayed scaling the last maxima, else nothing. It is
         left out, so that every checkpoint starts every run, in FP8 or not; delayed scaling has its maxima after a step.
@@ -111,7 +111,7 @@ class NeoModel(LanguageModule):
         tokens: Tensor | None = None,
         patches: Tensor | None = None,
         image_token_index: Tensor | None = None,
-        cell_position: Tensor | None = None,
+        image_token_position: Tensor | None = None,
         target_index: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
@@ -124,8 +124,8 @@ class NeoModel(LanguageModule):
             key_order: int64 ``[T]``, see `context_parallel_attention`.
             tokens: int64 ``[B, R]``; read on the first stage only, as are the next three.
             patches: uint8 ``[C, 4, 768]`` in 2x2-block order.
-            image_token_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states that cells are written to.
-            cell_position: integers ``[C, 2]``, row and column of each cell in the merged grid of its image.
+            image_token_index: int64 ``[C]``, rows of the flattened ``[S * B]`` hidden states of the image tokens.
+            image_token_position: integers ``[C, 2]``, row and column of each image token in the merged grid.
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
 
@@ -133,7 +133,7 @@ class NeoModel(LanguageModule):
             Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.
             Other stages: hidden states ``[S, B, H]``.
         """
-        hidden = self._embed(tokens, patches, image_token_index, cell_position) if self.pre_process else None
+        hidden = self._embed(tokens, patches, image_token_index, image_token_position) if self.pre_process else None
         config = self.config
         rule = AttentionRule(document, image, query_rows)
         mask = build_mask(rule, config.params_dtype, config.kv_channels, config.attention_backend)
@@ -164,24 +164,26 @@ class NeoModel(LanguageModule):
         """Float32 ``[M]`` whatever the dtype of the logits; Megatron takes them as ``[M, 1, V / tp]``."""
         return self.compute_language_model_loss(targets_M[None], self._logits(rows_MH)[:, None]).squeeze(0)
 
-    def _embed(self, tokens: Tensor, patches: Tensor, image_token_index: Tensor, cell_position: Tensor) -> Tensor:
-        """Word embeddings ``[S, B, H]`` with the cells of the images written over the `<IMG_CONTEXT>` tokens.
+    def _embed(
+        self, tokens: Tensor, patches: Tensor, image_token_index: Tensor, image_token_position: Tensor
+    ) -> Tensor:
+        """Word embeddings ``[S, B, H]`` with embedded patches written over the `<IMG_CONTEXT>` tokens.
 
-        Without any image the patch embedding still runs, on zero cells: its gradients are then zero, not missing,
+        Without any image the patch embedding still runs, on no tokens: its gradients are then zero, not missing,
         which Megatron's gradient buckets rely on.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None)
-        cells = self.patch_embedding(patches, row_C=cell_position[:, 0], column_C=cell_position[:, 1])
-        flat = hidden.flatten(0, 1).index_copy(0, image_token_index, cells.to(hidden.dtype))
+        embedded = self.patch_embedding(patches, row_C=image_token_position[:, 0], column_C=image_token_position[:, 1])
+        flat = hidden.flatten(0, 1).index_copy(0, image_token_index, embedded.to(hidden.dtype))
         return flat.view_as(hidden)
 
     def _head_input(self, hidden_SBH: Tensor) -> Tensor:
         """``[S, B, H]`` -> ``[R * B, H]`` on every tensor-parallel rank, gradients summed on the way back."""
         if self.config.sequence_parallel:
-            whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+            sequence = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=self.pg_collection.tp)
         else:
-            whole = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=self.pg_collection.tp)
-        return whole.flatten(0, 1)
+            sequence = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=self.pg_collection.tp)
+        return sequence.flatten(0, 1)
 
 
 def _forgive_missing_extra_state(_module: LanguageModule, incompatible_keys) -> None:

@@ -1,10 +1,10 @@
-"""Patches -> one vector per 2x2 cell, as two matrix products over patches stored in 2x2-block order.
+"""Patches -> one vector per image token (2x2 patches), as two matrix products over patches stored in 2x2-block order.
 
 The published model writes the same as two strided convolutions over padded canvases. Every patch is its own window of
-the first and every cell its own window of the second, so both are plain matrix products: no padding to the largest
-image, no loop over images, no host synchronisation.
+the first and every image token its own window of the second, so both are plain matrix products: no padding to the
+largest image, no loop over images, no host synchronisation.
 
-Shape suffixes: C cells (= image tokens) of this rank, E channels of the patch embedding, H hidden size.
+Shape suffixes: C image tokens of this rank, E channels of the patch embedding, H hidden size.
 """
 
 import torch
@@ -35,8 +35,8 @@ def rotate_patches(x_C4E: Tensor, row_C: Tensor, column_C: Tensor, theta: float)
     2i+1 form a pair (NEO's published patch embedding).
 
     Args:
-        x_C4E: ``[C, 4, E]``, the patches of a cell in the order (top left, top right, bottom left, bottom right).
-        row_C, column_C: integers ``[C]``, position of the cell in the merged grid of its image.
+        x_C4E: ``[C, 4, E]``, patches of an image token in the order top left, top right, bottom left, bottom right.
+        row_C, column_C: integers ``[C]``, position of the image token in the merged grid of its image.
     """
     half = x_C4E.shape[-1] // 2
     frequency = inverse_frequencies(half, theta, x_C4E.device)
@@ -52,8 +52,8 @@ def rotate_patches(x_C4E: Tensor, row_C: Tensor, column_C: Tensor, theta: float)
 class PatchEmbedding(MegatronModule):
     """Linear(768 -> E), exact GELU, 2-D rotary, Linear(4E -> H). Replicated over tensor-parallel ranks.
 
-    Under sequence parallelism each rank embeds only the cells of its own part of the sequence; the gradients are then
-    partial and are summed over the tensor-parallel group, which the attribute `sequence_parallel` asks Megatron for.
+    Under sequence parallelism each rank embeds only the image tokens of its own part of the sequence; the gradients are
+    then partial and summed over the tensor-parallel group, which the attribute `sequence_parallel` makes Megatron do.
     """
 
     def __init__(self, config: NeoConfig) -> None:
@@ -69,7 +69,7 @@ class PatchEmbedding(MegatronModule):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, patches_C4V: Tensor, row_C: Tensor, column_C: Tensor) -> Tensor:
-        """uint8 patches ``[C, 4, 768]`` and cell positions ``[C]`` -> ``[C, H]``; C may be 0."""
+        """uint8 patches ``[C, 4, 768]`` and image-token positions ``[C]`` -> ``[C, H]``; C may be 0."""
         dtype = self.patch_projection.weight.dtype
         x_C4E = gelu(self.patch_projection(normalise(patches_C4V).to(dtype)))
         x_C4E = rotate_patches(x_C4E, row_C, column_C, self.config.sizes.rope_theta_patch).to(dtype)

@@ -73,7 +73,7 @@ def at_once(
     tables: Sequence[tuple[Tensor, Tensor]],
     eps: float,
 ) -> QueryKeyValue:
-    """What is compiled: `query_key_value`, float32 from the projections to the heads.
+    """The compiled function: `query_key_value`, in float32 from the projections to the heads.
 
     Args:
         tables: cosine and sine for t, h and w, each ``[S, B, 1, 1, width / 2]``.
@@ -89,7 +89,7 @@ def at_once(
         return torch.cat(halves, dim=-1).to(qkv.dtype).flatten(2, 3)
 
     query, key, value = _parts(qkv, qk_hw)
-    # Values are copied, so that the backward writes the gradient of the whole projection in one go.
+    # Values are copied, so that the backward writes the gradient of the entire projection in one go.
     return heads(query, query_norms), heads(key, key_norms), value.flatten(2, 3).contiguous()
 
 

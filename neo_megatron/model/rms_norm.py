@@ -1,6 +1,6 @@
 """RMSNorm where Megatron expects a norm, with a backward of its own on a CPU.
 
-There PyTorch has no kernel for the gradient and composes it of a dozen operations, each with a new tensor.
+On a CPU PyTorch has no kernel for the gradient and composes it of a dozen operations, each with a new tensor.
 
 Shape suffixes: N rows, D channels.
 """
@@ -27,10 +27,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class HeadNorm(RMSNorm):
-    """The norm of a part of each head, which `native_heads.py` applies together with all that follows it.
+    """The norm of a part of each head, which `qkv_prepare.py` applies together with all that follows it.
 
-    It hands out its weight, and is called for it rather than read: Megatron has hooks on modules that wait for a
-    parameter which is still being gathered.
+    It returns its weight when called, rather than being read: Megatron's hooks on modules wait for a parameter that is
+    still being gathered.
     """
 
     def forward(self) -> Tensor:  # type: ignore[override]

@@ -6,7 +6,7 @@ input over the ranks. Two layers of one input would do both twice; here it is do
 What was gathered does not outlive the forward, as in Megatron's layers: it is gathered a second time, once for both,
 while the backward of the attention computes.
 
-Without tensor parallelism Transformer Engine's fused norm and product hands the normalised input on. It could hand on
+Without tensor parallelism Transformer Engine's fused norm and product passes the normalised input on. It could pass on
 the gathered one too (`return_layernorm_output_gathered`), but 2.20 drops the gradient of that output: with tensor
 parallelism the norm stays a module of its own.
 """
@@ -25,41 +25,41 @@ from neo_megatron.model.transformer_config import NeoConfig
 
 
 def keeps_input(config: NeoConfig) -> bool:
-    """Whether the products keep what they were given for their backward, rather than copies in FP8."""
+    """Whether the products keep their input for the backward, rather than copies in FP8."""
     return not (config.fp8 and config.fp8_recipe == "delayed")
 
 
 def share_input(hidden_SBH: Tensor, group: ProcessGroup, sequence_parallel: bool) -> Tensor:
-    """The whole sequence on every tensor-parallel rank; its gradient is summed over them, once for all that take it."""
+    """The complete sequence on every tensor-parallel rank; its gradient is summed over ranks once for all uses."""
     if sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, group=group)
     return tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH, group=group)
 
 
-def gather_again(whole_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, context: Tensor, query: Tensor) -> None:
-    """Frees the memory of a gathered tensor, which products keep for their backward, and fills it in time for that.
+def gather_again(gathered_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, context: Tensor, query: Tensor) -> None:
+    """Frees the memory of a gathered tensor, which products keep for their backward, and refills it in time.
 
     The tensor keeps its identity, as in FSDP: `saved_tensors_hooks` would cost the parameters, saved next to it, the
     attributes through which Megatron's layers add to their gradients.
 
     Args:
-        whole_TBH: what `share_input` gave; all that takes it has run.
-        part_SBH: what `share_input` was given.
+        gathered_TBH: result of `share_input`, after all its uses in the forward.
+        part_SBH: argument of `share_input`.
         context: the gradient of this tensor comes long before that of the products: gathering begins.
         query: and this one just before: gathering must have ended.
     """
     if not context.requires_grad:
         return
-    size = whole_TBH.untyped_storage().nbytes()
-    whole_TBH.untyped_storage().resize_(0)
+    size = gathered_TBH.untyped_storage().nbytes()
+    gathered_TBH.untyped_storage().resize_(0)
     # `data` counts its changes apart: to autograd the tensor has not changed. What is pending is taken out when used,
     # since hooks live as long as the graph of all layers.
-    pending: list[Any] = [(whole_TBH.data, part_SBH.detach())]
+    pending: list[Any] = [(gathered_TBH.data, part_SBH.detach())]
 
     def begin(_gradient: Tensor) -> None:
-        whole, part = pending.pop()
-        whole.untyped_storage().resize_(size)
-        pending.append(torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=True))
+        buffer, part = pending.pop()
+        buffer.untyped_storage().resize_(size)
+        pending.append(torch.distributed.all_gather_into_tensor(buffer, part.contiguous(), group=group, async_op=True))
 
     def end(_gradient: Tensor) -> None:
         pending.pop().wait()
@@ -69,7 +69,7 @@ def gather_again(whole_TBH: Tensor, part_SBH: Tensor, group: ProcessGroup, conte
 
 
 class SharedInputColumnParallelLinear(ColumnParallelLinear):
-    """Takes what `share_input` gives and communicates nothing."""
+    """Takes the result of `share_input` and does not communicate."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, disable_grad_reduce=True, **settings)
@@ -77,7 +77,7 @@ class SharedInputColumnParallelLinear(ColumnParallelLinear):
 
 
 class TESharedInputColumnParallelLinear(TEColumnParallelLinear):
-    """The same of Transformer Engine.
+    """The same with Transformer Engine.
 
     Under tensor parallelism it keeps its input as it is and quantizes it again in the backward: the tensor is then one
     for both products, may be freed in between, and so may the norm's output. Delayed scaling, whose scale will have

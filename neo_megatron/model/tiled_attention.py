@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neo_megatron.model.block_mask import SeenKeys
 from neo_megatron.model.mask import AttentionRule
 
 # Larger tiles compute more that the mask forbids, smaller ones make slower matrix products.
@@ -40,7 +41,7 @@ class Tile:
     bias: Tensor
 
     def queries(self, x_QBNX: Tensor, groups: int) -> Tensor:
-        """This tile's rows of something that query heads have -> ``[G, M, X]``, a copy."""
+        """This tile's rows of a tensor with query heads -> ``[G, M, X]``, a copy."""
         rows = x_QBNX[self.rows, self.pack]
         return rows.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
@@ -54,7 +55,7 @@ class Tile:
         return x_TBGX[self.keys, self.pack].transpose(0, 1)
 
     def mask(self, score_GMK: Tensor) -> None:
-        """Lowers the scores of what a row does not see, in place."""
+        """Adds -inf to the scores of keys that a row does not see, in place."""
         rows, last = self.bias.shape
         if last:
             score_GMK.unflatten(1, (-1, rows))[..., -last:].add_(self.bias)
@@ -78,14 +79,11 @@ class TiledMask:
     def from_rule(cls, rule: AttentionRule, dtype: torch.dtype) -> "TiledMask":
         """The tiles of documents and images that are intervals of a pack, as those of the data set are."""
         packs, length = rule.document_BT.shape
-        place = torch.arange(length)
-        rows = place if rule.rows is None else rule.rows
+        rows = torch.arange(length) if rule.rows is None else rule.rows
+        seen_keys = SeenKeys.of(rule)
         tiles = []
         for pack in range(packs):
-            document, image = rule.document_BT[pack], rule.image_BT[pack]
-            start, _ = _runs(document)
-            _, image_end = _runs(image)
-            end = torch.where(image >= 0, image_end, place + 1)[rows]
+            document, end = rule.document_BT[pack], seen_keys.end[pack]
             changes = (torch.nonzero(document[rows].diff()).flatten() + 1).tolist()
             for first, last in zip([0, *changes], [*changes, len(rows)], strict=True):
                 if document[rows[first]] < 0:
@@ -95,24 +93,16 @@ class TiledMask:
                     seen_by_all, seen = int(end[here].min()), int(end[here].max())
                     hidden = torch.arange(seen_by_all, seen) >= end[here, None]
                     bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
-                    tiles.append(Tile(pack, here, slice(int(start[rows[first]]), seen), bias))
+                    tiles.append(Tile(pack, here, slice(int(seen_keys.first[pack, first]), seen), bias))
         padding_pack, padding_row = torch.nonzero(rule.document_BT[:, rows] < 0, as_tuple=True)
         return cls(tiles, (padding_row, padding_pack), (rows[padding_row], padding_pack))
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Those of all tiles, and of the padding, which is copied: a pair each."""
+        """Pairs of all tiles, plus one for each padding token, whose value is copied."""
         padding = len(self.padding_rows[0])
         computed, allowed = (sum(counts) for counts in zip(*(tile.pairs for tile in self.tiles), (0, 0), strict=True))
         return computed + padding, allowed + padding
-
-
-def _runs(number_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run of equal numbers that each token is in begins, and after its end; int64 ``[T]`` each."""
-    changes = torch.nonzero(number_T.diff()).flatten() + 1
-    bounds = torch.cat((changes.new_zeros(1), changes, changes.new_tensor([len(number_T)])))
-    run = torch.searchsorted(bounds, torch.arange(len(number_T)), right=True)
-    return bounds[run - 1], bounds[run]
 
 
 class TiledAttention(torch.autograd.Function):

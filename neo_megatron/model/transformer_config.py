@@ -66,7 +66,8 @@ class NeoConfig(TransformerConfig):
     def for_megatron_layers(self) -> "NeoConfig":
         """For Megatron's own linear layers in a model whose others are Transformer Engine's.
 
-        Those accumulate gradients in their products by themselves (`gradient_accumulation_fusion`), these with apex.
+        Transformer Engine's accumulate gradients in their products by themselves (`gradient_accumulation_fusion`),
+        Megatron's need apex.
         """
         config = copy(self)
         config.gradient_accumulation_fusion &= _apex_accumulates()
@@ -83,12 +84,12 @@ class NeoConfig(TransformerConfig):
 
 
 def _apex_accumulates() -> bool:
-    """Megatron stops where its layers are to use this kernel and it is not there."""
+    """Whether apex's kernel is installed; Megatron stops if its layers are to use it and it is missing."""
     return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def tensor_parallel_refusals(size: int, counts: dict[str, int]) -> Iterator[str]:
-    """A sentence for everything that tensor parallelism shares out and `size` does not divide."""
+    """A sentence for every count that tensor parallelism splits and `size` does not divide."""
     for what, count in counts.items():
         if count % size:
             yield (
@@ -128,7 +129,7 @@ def megatron_arguments(sizes: NeoSizes) -> dict[str, Any]:
 
 
 def sizes_from_arguments(args: Namespace, preset: NeoSizes) -> NeoSizes:
-    """The preset with every size that a Megatron argument holds read back from there: flags win over presets."""
+    """The preset with sizes replaced by Megatron's arguments, because flags win over presets."""
     return preset.replace(
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,

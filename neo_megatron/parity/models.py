@@ -1,4 +1,4 @@
-"""What each of the two models computes on a pack, as named tensors with one row for every token, in float32.
+"""Runs both models on a pack and names what they compute: float32 tensors with one row for every token.
 
 Names, in the order of the forward pass: ``patch embedding``, ``layer N`` for every layer, ``final norm``, ``logits``,
 ``loss``. Either model is built without weights and reads them part by part, Hugging Face's by the names that its
@@ -13,10 +13,9 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor, nn
 
-from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, tensor_table
+from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING
 from neo_megatron.checkpoint.neo_directory import NeoDirectory
-from neo_megatron.checkpoint.to_hf import MODEL_PREFIXES, saved_sizes
-from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.checkpoint.reader import MegatronNeo
 from neo_megatron.errors import CheckpointError
 from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
@@ -30,23 +29,18 @@ from neo_megatron.parity.streaming import keep_output, stream_weights
 Seen = dict[str, Tensor]
 
 
-def check_tensors(neo: NeoDirectory, megatron: TorchDistDirectory) -> NeoSizes:
-    """The sizes of both; refuses what cannot be compared or is not whole.
+def check_same_sizes(neo: NeoDirectory, megatron: MegatronNeo) -> None:
+    """Rejects checkpoints that cannot be compared.
 
     Raises:
-        CheckpointError: another model; a tensor that is missing, unexpected or of another shape.
+        CheckpointError: two models.
     """
-    sizes = saved_sizes(megatron)
-    expected = {row.megatron: row.megatron_shape for row in tensor_table(sizes)}
-    found = {key: shape for key, shape in megatron.shapes.items() if key.startswith(MODEL_PREFIXES)}
-    check_shapes(found, expected, str(megatron.directory))
-    here, there = dataclasses.asdict(neo.sizes), dataclasses.asdict(sizes)
+    here, there = dataclasses.asdict(neo.sizes), dataclasses.asdict(megatron.sizes)
     if differing := [f"{key} ({here[key]}, {there[key]})" for key in here if here[key] != there[key]]:
         raise CheckpointError(
-            f"{neo.source.directory} and {megatron.directory} differ in {', '.join(differing)}: "
+            f"{neo.source.directory} and {megatron.source.directory} differ in {', '.join(differing)}: "
             "give two forms of one model"
         )
-    return sizes
 
 
 def run_transformers(neo: NeoDirectory, pack: MadePack, device: str) -> Seen:

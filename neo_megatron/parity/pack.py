@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.dataset import collate, pack_tensors
-from neo_megatron.data.image import PATCH_VALUES, normalise
+from neo_megatron.data.image import PATCH_VALUES, image_tokens, normalise
 from neo_megatron.model.config import NeoSizes
 
 # The grids of each document's images, in patches: text alone, one image, two of different shapes.
@@ -23,7 +23,7 @@ PADDING = 3
 
 @dataclass(frozen=True)
 class MadePack:
-    """What `neo_megatron.data.dataset` would give, and where its documents and images begin and end."""
+    """A pack as `neo_megatron.data.dataset` would give it, with the bounds of its documents and images."""
 
     packed: dict[str, Tensor]
     ends: list[int]
@@ -56,17 +56,18 @@ class MadePack:
         }
 
     def _pixel_values(self) -> Tensor:
-        """Cells of 2x2 patches -> normalised patches ``[P, 768]``, row by row of each image."""
+        """Patches in blocks of 2x2 -> normalised patches ``[P, 768]``, row by row of each image."""
         normalised = torch.from_numpy(normalise(self.packed["patches"].numpy()))
-        images = normalised.split((self.grids.prod(dim=-1) // 4).tolist())
+        images = normalised.split(image_tokens(self.grids.numpy()).tolist())
         row_major = [
-            cells.view(h // 2, w // 2, 2, 2, PATCH_VALUES).transpose(1, 2).reshape(h * w, PATCH_VALUES)
-            for cells, (h, w) in zip(images, self.grids.tolist(), strict=True)
+            image.view(h // 2, w // 2, 2, 2, PATCH_VALUES).transpose(1, 2).reshape(h * w, PATCH_VALUES)
+            for image, (h, w) in zip(images, self.grids.tolist(), strict=True)
         ]
         return torch.cat(row_major)
 
 
 def left_padded(rows: list[Tensor], value: int) -> Tensor:
+    """Rows of different lengths -> ``[rows, longest]``, filled with ``value`` on the left."""
     longest = max(map(len, rows))
     return torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows])
 
@@ -79,8 +80,8 @@ def made_pack(sizes: NeoSizes, seed: int = 0) -> MadePack:
     tokens, trained, ends = [], [], []
     for grids in DOCUMENTS:
         tokens += draw.choice(words, TEXT_TOKENS).tolist()
-        for h, w in grids:
-            tokens += [start, *[context] * (h * w // 4), *draw.choice(words, TEXT_TOKENS).tolist()]
+        for count in image_tokens(np.array(grids, np.int64).reshape(-1, 2)).tolist():
+            tokens += [start, *[context] * count, *draw.choice(words, TEXT_TOKENS).tolist()]
         ends.append(len(tokens))
         trained.append(np.arange(len(tokens) - TEXT_TOKENS // 2, len(tokens)))
     document = np.repeat(np.arange(len(ends), dtype=np.int32), np.diff(ends, prepend=0))
@@ -89,9 +90,8 @@ def made_pack(sizes: NeoSizes, seed: int = 0) -> MadePack:
     every_grid = np.array([grid for document in DOCUMENTS for grid in document])
     ids = SpecialIds(context, start, image_end=-1, turn_start=-1, turn_end=-1, pad=0)
     targets = np.concatenate(trained)
-    cells = int(every_grid.prod(axis=1).sum()) // 4
     weight = np.concatenate([np.full(len(part), len(part) ** -0.5, np.float32) for part in trained])
-    patches = draw.integers(0, 256, (cells, 4, PATCH_VALUES), np.uint8)
+    patches = draw.integers(0, 256, (image_tokens(every_grid).sum(), 4, PATCH_VALUES), np.uint8)
     tensors = pack_tensors(tokens_T, document_T, every_grid, ids, targets, weight, patches)
     packed = collate([{**tensors, "samples": len(ends), "broken": []}])
     return MadePack({name: packed[name] for name in tensors}, ends, torch.from_numpy(every_grid))

@@ -1,1 +1,1 @@
-"""What a run will need and cost, computed from sizes and layout alone: no GPU, no model, no torch."""
+"""Plans memory, traffic and time of a run from sizes and parallel layout alone: no GPU, no model, no torch."""

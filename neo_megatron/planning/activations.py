@@ -10,8 +10,8 @@
 | SwiGLU                             | its input                            | its input                                |
 | mask, once for each micro-batch    | one of tiles                         | blocks of 128 x 128: 16 bytes each       |
 
-Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. What is in this
-table was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
+Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. This table
+was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
 of Transformer Engine and of FlexAttention.
 
 Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes of an element.
@@ -29,13 +29,13 @@ FLEX_BLOCK = 128
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes of one layer, apart by what recomputation can do without."""
+    """Bytes of one layer, grouped by what recomputation can drop."""
 
     hidden: float
     """Input of the layer: all that full recomputation keeps."""
     norm_outputs: float
     core_attention: float
-    """What the kernel keeps in addition to its inputs and what else is kept anyway."""
+    """Bytes that the kernel keeps in addition to its inputs and to everything that is kept anyway."""
     mlp: float
     rest: float
 
@@ -44,7 +44,7 @@ class LayerActivations:
         return self.hidden + self.norm_outputs + self.core_attention + self.mlp + self.rest
 
     def kept(self, layout: Layout) -> float:
-        """What is kept of a layer that is not recomputed as a whole."""
+        """Bytes kept of a layer that is not fully recomputed."""
         dropped = self.norm_outputs * layout.recomputes("layernorm")
         dropped += self.core_attention * layout.recomputes("core_attn")
         dropped += self.mlp * layout.recomputes("mlp")
@@ -58,7 +58,7 @@ def rank_tokens(layout: Layout, workload: Workload) -> tuple[float, float]:
 
 
 def layer_activations(sizes: NeoSizes, layout: Layout, workload: Workload, frozen: bool) -> LayerActivations:
-    """What one layer keeps of one micro-batch; `frozen` as in `flops.layer_flops`."""
+    """Bytes that one layer keeps of one micro-batch; `frozen` as in `flops.layer_flops`."""
     kernels = _local_layer if layout.transformer_impl == "local" else _gpu_layer
     return kernels(sizes, layout, *rank_tokens(layout, workload), frozen=frozen)
 
@@ -113,11 +113,11 @@ def layers_by_kind(sizes: NeoSizes, chunk: Chunk, training_stage: int) -> list[t
 
 
 def patch_embedding_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
-    """Pixels and the GELU's input, the rotated channels, float32 cosines and sines, and the cells themselves."""
-    cells = rank_tokens(layout, workload)[1] * workload.image_share
+    """Pixels and the GELU's input, the rotated channels, float32 cosines and sines, and the image tokens themselves."""
+    image_tokens = rank_tokens(layout, workload)[1] * workload.image_share
     e, patches, width = layout.parameter_bytes, sizes.merge_size**2, sizes.patch_embedding_size
     tables = patches * width * 4
-    return cells * (patches * (3 * sizes.patch_size**2 + 2 * width) * e + tables + sizes.hidden_size * e)
+    return image_tokens * (patches * (3 * sizes.patch_size**2 + 2 * width) * e + tables + sizes.hidden_size * e)
 
 
 def head_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int) -> float:
@@ -137,7 +137,7 @@ def head_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_sta
 
 
 def context_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
-    """What all layers of a micro-batch share: float32 rotary tables, and the mask."""
+    """Bytes of tensors that all layers of a micro-batch share: float32 rotary tables, and the mask."""
     x, _ = rank_tokens(layout, workload)
     tables = x * 2 * sizes.head_dim * 4
     if layout.transformer_impl == "local":
@@ -146,7 +146,7 @@ def context_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
 
 
 def chunk_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chunk, training_stage: int) -> float:
-    """What one chunk keeps of one micro-batch between its forward and its backward."""
+    """Bytes that one chunk keeps of one micro-batch between its forward and its backward."""
     e = layout.parameter_bytes
     total = context_bytes(sizes, layout, workload)
     for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):

@@ -1,7 +1,7 @@
 """Bytes that one rank sends in a step, by kind.
 
 A ring all-reduce of b bytes over r ranks sends 2 b (r - 1) / r from each, an all-gather or a reduce-scatter half as
-much. Megatron's own traffic is counted; what is a few numbers a token (cross entropy, gradient norms) is not.
+much. Megatron's own traffic is counted; a few numbers per token (cross entropy, gradient norms) are not.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Traffic:
 def rank_traffic(
     sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int, pipeline_rank: int
 ) -> Traffic:
-    """What a rank of one pipeline stage sends in a step."""
+    """Bytes that a rank of one pipeline stage sends in a step."""
     chunks = layout.chunks(sizes)[pipeline_rank]
     per_micro_batch = [
         (

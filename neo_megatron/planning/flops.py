@@ -1,4 +1,4 @@
-"""Floating-point operations of NEO's parts, forward and backward, as the training stage freezes them.
+"""Floating-point operations of NEO's parts, forward and backward, given what the training stage freezes.
 
 Counted are matrix products, two operations for a multiply-add; norms, rotary, softmax and the optimizer are not. A
 product with a weight costs as much again for the gradient of its input and for the gradient of the weight. A frozen
@@ -25,12 +25,12 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the training step needs, however it is computed: MFU is counted from this."""
+        """Operations that the training step needs, however it is computed: MFU is counted from these."""
         return self.forward + self.backward
 
     @property
     def training(self) -> float:
-        """What a step really computes, without activation recomputation: that adds `forward` once more."""
+        """Operations that a step computes without activation recomputation, which adds `forward` once more."""
         return self.model + self.recomputed
 
     def __add__(self, other: "Flops") -> "Flops":

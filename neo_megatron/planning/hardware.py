@@ -1,4 +1,4 @@
-"""GPUs by name: the makers' peak rates, and how much of them is assumed to be reached."""
+"""Peak rates of GPUs as their makers state them, and the share of them that is assumed to be reached."""
 
 import re
 from dataclasses import dataclass, replace
@@ -57,9 +57,9 @@ GPUS = {
 
 
 def gpu_named(device: str) -> Gpu | None:
-    """The stated rates of a device by the name that its driver gives it, such as ``NVIDIA H100 80GB HBM3``.
+    """The stated rates of a device, looked up by its driver's name such as ``NVIDIA H100 80GB HBM3``.
 
-    ``None`` for one without: of the Hopper cards for PCIe, which run slower, none are stated.
+    ``None`` if none are stated, as for Hopper cards with PCIe, which run slower.
     """
     words = re.findall(r"[a-z0-9]+", device.lower())
     gpu = next((gpu for name, gpu in GPUS.items() if name in words), None)
@@ -68,7 +68,7 @@ def gpu_named(device: str) -> Gpu | None:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peak rates that are assumed to be reached; nothing of this has been measured on a GPU."""
+    """Assumed shares of the peak rates; none of them has been measured on a GPU."""
 
     products: float = 0.65
     attention: float = 0.4

@@ -1,4 +1,4 @@
-"""How a run is spread over GPUs, under Megatron's names; which layers each pipeline stage holds."""
+"""The parallel layout of a run, under Megatron's names, and the layers that each pipeline stage holds."""
 
 import re
 from argparse import Namespace
@@ -15,7 +15,7 @@ Precision = Literal["bf16", "fp8", "fp32"]
 
 
 def precision_of(args: Namespace) -> Precision:
-    """Of the matrix products of a run, by Megatron's arguments; fp16 runs at the rate of bf16."""
+    """Precision of a run's matrix products, from Megatron's arguments; fp16 has the rate of bf16."""
     return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
 
 
@@ -61,14 +61,14 @@ class Layout:
         """From Megatron's arguments, of which `world_size` is the number of GPUs.
 
         Raises:
-            ConfigError: so many GPUs, or such a global batch, cannot be shared out.
+            ConfigError: the number of GPUs or the global batch cannot be divided.
         """
         taken = {
             field.name: getattr(args, field.name)
             for field in fields(cls)
             if getattr(args, field.name, None) is not None and field.name != "recompute_modules"
         }
-        if isinstance(args.cp_comm_type, list):  # Megatron allows one for each layer
+        if isinstance(args.cp_comm_type, list):  # Megatron allows one per layer
             taken["cp_comm_type"] = args.cp_comm_type[0]
         if args.recompute_modules:
             taken["recompute_modules"] = tuple(args.recompute_modules)
@@ -86,12 +86,12 @@ class Layout:
         if rest or not data:
             raise ConfigError(
                 f"TP {layout.tensor_model_parallel_size} x PP {layout.pipeline_model_parallel_size} x "
-                f"CP {layout.context_parallel_size} is {layout.model_ranks} GPUs, of which {args.world_size} is no "
-                "multiple: choose other sizes"
+                f"CP {layout.context_parallel_size} is {layout.model_ranks} GPUs, and {args.world_size} is not a "
+                "multiple of that: choose other sizes"
             )
         if layout.global_batch_size % (layout.micro_batch_size * data):
             raise ConfigError(
-                f"--global-batch-size {layout.global_batch_size} is no multiple of --micro-batch-size "
+                f"--global-batch-size {layout.global_batch_size} is not a multiple of --micro-batch-size "
                 f"{layout.micro_batch_size} times the {data} data-parallel ranks: choose one that is"
             )
         return replace(layout, data_parallel_size=data, virtual_pipeline_model_parallel_size=virtual)
@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def fp8_recipe(self) -> str:
-        """Megatron's default, unless it would not go with the recomputation."""
+        """Megatron's default, unless it conflicts with the recomputation."""
         return "tensorwise" if self.recomputes("layernorm") else "delayed"
 
     @property
@@ -130,7 +130,7 @@ class Layout:
         return 4 if self.precision == "fp32" else 2
 
     def refusal(self, sizes: NeoSizes, sequence_length: int) -> str | None:
-        """Why this layout cannot work, without Megatron; `parallel_layout` knows more reasons, which need its flags."""
+        """Why this layout cannot work, as far as it is known without Megatron; see also `validation.parallelism`."""
         tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
         for what, count in (
             ("query heads", sizes.num_attention_heads),
@@ -147,13 +147,13 @@ class Layout:
             return "--sequence-parallel shares sequences out to tensor-parallel ranks: add --tensor-model-parallel-size"
         if sequence_length % (2 * context if context > 1 else 1) or sequence_length % (context * self.sequence_ranks):
             return (
-                f"--seq-length {sequence_length} cannot be shared out to --context-parallel-size {context} and "
+                f"--seq-length {sequence_length} cannot be divided over --context-parallel-size {context} and "
                 f"{self.sequence_ranks} sequence-parallel ranks: pack again, or choose other sizes"
             )
         if self.cp_comm_type == "a2a" and sizes.num_query_groups // tensor % context:
             return (
                 f"--cp-comm-type a2a with --context-parallel-size {context}: a tensor-parallel rank's "
-                f"{sizes.num_query_groups // tensor} key-value heads cannot be shared out evenly; choose allgather"
+                f"{sizes.num_query_groups // tensor} key-value heads cannot be divided evenly; choose allgather"
             )
         virtual, pipeline = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
         if virtual > 1 and (pipeline == 1 or self.micro_batches % pipeline):
@@ -166,7 +166,7 @@ class Layout:
         return None
 
     def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int) -> Namespace:
-        """What `check_fp8` looks at, under Megatron's names."""
+        """The settings that `check_fp8` reads, under Megatron's names."""
         return Namespace(
             **vars(self),
             fp8="hybrid",
@@ -188,7 +188,7 @@ class Layout:
         return self.recompute_granularity == "selective" and module in self.recompute_modules
 
     def recomputes_layer(self, number: int) -> bool:
-        """Whether a layer, numbered within its chunk, is recomputed as a whole."""
+        """Whether a layer, numbered within its chunk, is fully recomputed."""
         if self.recompute_granularity != "full":
             return False
         return self.recompute_method == "uniform" or number < self.recompute_num_layers
@@ -203,7 +203,7 @@ class Layout:
         """The chunks of every pipeline rank, ``[pipeline][virtual]``.
 
         Raises:
-            ConfigError: the layers cannot be divided so.
+            ConfigError: the layers cannot be divided like this.
         """
         return _chunks(
             sizes.num_layers,

@@ -1,4 +1,4 @@
-"""The memory of every pipeline rank: state, activations of the micro-batches in flight, and what comes and goes."""
+"""The memory of every pipeline rank: state, activations of the micro-batches in flight, and temporary buffers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

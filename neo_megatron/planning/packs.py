@@ -15,7 +15,7 @@ PACKS = 64
 
 @dataclass(frozen=True)
 class PackCounts:
-    """What packs hold, as far as their work depends on it; counts of several packs add up.
+    """Counts of pack contents that decide the work; counts of several packs add up.
 
     Args:
         tokens: of all packs, padding included.
@@ -46,7 +46,7 @@ class PackCounts:
 
 
 def count_packs(item: dict[str, Any]) -> PackCounts:
-    """What a pack of `PackDataset`, or a micro-batch of `collate`, holds."""
+    """Counts of a pack of `PackDataset`, or of a micro-batch of `collate`."""
     rows = [np.atleast_2d(item[name].numpy()) for name in ("document", "image")]
     pairs = padding = image_tokens = 0
     for document, image in zip(*rows, strict=True):
@@ -66,6 +66,6 @@ def measure_packs(index: PackIndex, count: int = PACKS) -> Workload:
 
 
 def measure_items(items: Iterable[dict[str, Any]]) -> Workload:
-    """The mean of packs as `PackDataset` gives them, or of micro-batches of them."""
+    """The mean of items of `PackDataset`, or of micro-batches of them."""
     counts = sum(map(count_packs, items), PackCounts())
     return counts.workload(f"measured on {counts.packs} packs")

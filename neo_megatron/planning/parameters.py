@@ -1,6 +1,6 @@
 """The parameters that a rank holds, in the order of the modules: buffers are padded by that order.
 
-The one table of tensors says what there is; `tests/planning/test_state.py` holds it against `NeoModel` to the byte.
+They come from the table of tensors; `tests/planning/test_state.py` compares them with `NeoModel` to the byte.
 """
 
 import math
@@ -34,7 +34,7 @@ def chunk_parameters(sizes: NeoSizes, layout: Layout, chunk: Chunk, training_sta
 def parameters_of(
     sizes: NeoSizes, chunk: Chunk, training_stage: int, tensor: int, pipelined: bool
 ) -> tuple[Parameter, ...]:
-    """The same, from what of the layout decides it: a search asks for few of these many times."""
+    """The same from the parts of the layout that decide it; cached, because a search needs few of them many times."""
     frozen = trains_new_parts_only(training_stage)
     stem, layers, head = _rows(sizes)
     wanted: list[TensorRow] = [*stem] if chunk.embedding else []

@@ -1,7 +1,7 @@
-"""Which layers each pipeline stage holds, from what they cost; as a `--pipeline-model-parallel-layout` for Megatron.
+"""Chooses the pipeline split from the costs of layers, as a `--pipeline-model-parallel-layout` for Megatron.
 
 Layers differ: a frozen one has no weight gradient, the first stage has the patch embedding, the last one the head. The
-slowest stage sets the pace of a pipeline, so stages are cut where the costliest one is as cheap as can be.
+slowest stage sets the pace of a pipeline, so the split minimises the cost of the costliest stage.
 """
 
 import re
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import Flops, model_flops
+from neo_megatron.planning.layout import layout_stages
 from neo_megatron.planning.workload import Workload
 
-# Megatron's flags that also say where stages begin; with one of them it decides alone.
+# Megatron's flags that also set the pipeline split; with one of them Megatron decides alone.
 UNEVEN_SPLIT_FLAGS = (
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
@@ -34,9 +35,7 @@ class Costs:
 
     @classmethod
     def of(cls, sizes: NeoSizes, training_stage: int, workload: Workload, recompute_layers: bool = False) -> "Costs":
-        """Args:
-        recompute_layers: `--recompute-granularity full`: every layer runs forward twice.
-        """
+        """Costs of a model; with ``recompute_layers`` (`--recompute-granularity full`) layers run forward twice."""
         flops = model_flops(sizes, training_stage, workload)
 
         def layer(part: Flops) -> float:
@@ -47,7 +46,7 @@ class Costs:
         return cls(flops.patch_embedding.training, layers, flops.head.training)
 
     def stages(self, counts: Sequence[int]) -> list[float]:
-        """What each stage costs that holds so many layers; the first also embeds, the last has the head."""
+        """Cost of each stage, given the number of its layers; the first also embeds, the last has the head."""
         starts = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
         costs = [sum(self.layers[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
         costs[0] += self.patch_embedding
@@ -56,17 +55,17 @@ class Costs:
 
 
 def choose_layout(args: Namespace, sizes: NeoSizes, workload: Workload | None = None) -> tuple[str | None, str]:
-    """Where the stages of a run begin, before Megatron's `validate_args`.
+    """Chooses the pipeline split of a run, before Megatron's `validate_args`.
 
     `--pipeline-model-parallel-layout` wins. Else `--pre-buffer-pipeline-stages` cuts between pre-buffer and post-LLM,
     and each part by its costs. Else Megatron splits evenly; layers that it cannot split evenly are cut by their costs.
-    With virtual stages it is these that are counted and cut, in the order of the layers.
+    Virtual stages, if any, are counted and cut instead, in the order of the layers.
 
     Args:
-        workload: of the packs to train on; without them, of packs assumed.
+        workload: of the packs to train on; by default that of assumed packs.
 
     Returns:
-        The layout, ``None`` to leave it to Megatron, and a table of it for people, empty without a pipeline.
+        The layout string, ``None`` to leave the split to Megatron; and a table for people, empty without a pipeline.
 
     Raises:
         ConfigError: fewer layers than stages, in either part; a layout that does not fit the model.
@@ -118,14 +117,14 @@ def split_pre_buffer(
 
 
 def balanced_split(layers: Sequence[float], stages: int, before: float = 0.0, after: float = 0.0) -> list[int]:
-    """The number of layers of each stage, at least one, for which the costliest stage is as cheap as can be.
+    """The number of layers of each stage, at least one, that minimises the cost of the costliest stage.
 
     Of those splits it is the most even one (least sum of squares); of those, one with few layers in the early stages,
     which keep the activations of the most micro-batches.
 
     Args:
         layers: cost of each layer.
-        before, after: what the first and the last stage cost in addition to their layers.
+        before, after: costs of the first and the last stage in addition to their layers.
 
     Raises:
         ConfigError: fewer layers than stages.
@@ -158,7 +157,7 @@ def balanced_split(layers: Sequence[float], stages: int, before: float = 0.0, af
 
 
 def layout_string(counts: Sequence[int]) -> str:
-    """In Megatron's letters: E embeddings, t a layer, L the head and the loss, | the end of a stage."""
+    """The split in Megatron's letters: E embeddings, t a layer, L the head and the loss, | the end of a stage."""
     return "E" + "|".join("t" * count for count in counts) + "L"
 
 
@@ -166,23 +165,20 @@ def layer_counts(layout: str, num_layers: int, ranks: int) -> list[int]:
     """Layers of each stage of a layout string.
 
     Raises:
-        ConfigError: it is not one of this model on so many ranks.
+        ConfigError: it does not fit the model or the number of ranks.
     """
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
     where = f"--pipeline-model-parallel-layout {layout}"
     if not re.fullmatch(r"[EtL|,()*\d]+", layout):
         raise ConfigError(f"{where}: write E for the embeddings, t for a layer, L for the head, | between stages")
-    stages = [[kind.name for kind in stage] for stage in PipelineParallelLayerLayout.parse_str_to_list(layout)]
-    flat = [kind for stage in stages for kind in stage]
-    counts = [stage.count("decoder") for stage in stages]
-    if flat != ["embedding", *["decoder"] * sum(counts), "loss"]:
+    stages = layout_stages(layout)
+    counts = [stage.count("t") for stage in stages]
+    if "".join(stages) != "E" + "t" * sum(counts) + "L":
         raise ConfigError(f"{where}: it must begin with one E, end with one L and have only layers between them")
     if sum(counts) != num_layers:
         raise ConfigError(f"{where}: it has {sum(counts)} layers, the model has {num_layers}")
     if len(counts) % ranks:
         raise ConfigError(
-            f"{where}: its {len(counts)} stages are no multiple of --pipeline-model-parallel-size {ranks}"
+            f"{where}: its {len(counts)} stages are not a multiple of --pipeline-model-parallel-size {ranks}"
         )
     return counts
 
@@ -209,7 +205,7 @@ def slowest_rank(counts: Sequence[int], costs: Costs, ranks: int) -> float:
 
 
 def _advice(even: Sequence[int], best: Sequence[int], costs: Costs, ranks: int) -> str:
-    """Names the split from costs where it is faster than Megatron's even one by more than what costs can tell."""
+    """Recommends the split from costs if it beats Megatron's even one by more than the costs' inaccuracy."""
     before, after = (slowest_rank(counts, costs, ranks) for counts in (even, best))
     if before < 1.02 * after:
         return ""

@@ -1,4 +1,4 @@
-"""A plan in words and tables: what every pipeline rank holds, sends and takes, and whether it fits."""
+"""A plan as text and tables: memory, traffic and time of every pipeline rank, and whether it fits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known of a run before it starts."""
+    """The plan of a run."""
 
     sizes: NeoSizes
     layout: Layout
@@ -49,7 +49,7 @@ class Plan:
         efficiency: Efficiency | None = None,
         memory: list[RankMemory] | None = None,
     ) -> "Plan":
-        """Raises ConfigError where the layers cannot be divided so, or the GPU lacks the precision."""
+        """Plans. Raises ConfigError if the layers cannot be divided like this, or the GPU lacks the precision."""
         efficiency = efficiency or Efficiency()
         memory = memory or pipeline_memory(sizes, layout, workload, training_stage)
         time = step_time(sizes, layout, workload, training_stage, gpu, efficiency)
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes of the fullest rank, with what is kept free."""
+        """Bytes of the fullest rank, reserve included."""
         return max(rank.total for rank in self.memory) + self.efficiency.reserved_bytes
 
     @property
@@ -80,20 +80,20 @@ class Plan:
 
 
 def table(rows: Sequence[Sequence[Any]], left: int = 1) -> str:
-    """Columns as wide as they need be, the first `left` of them flush left; the first row is the header."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    """Aligns rows in columns, the first `left` of them flush left; the first row is the header."""
+    texts = [[str(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            value.ljust(width) if column < left else value.rjust(width)
+            for column, (value, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in texts
     )
 
 
 def describe(plan: Plan) -> str:
-    """The whole plan for people. Memory in GB of 1,000,000,000 bytes, as GPUs are sold."""
+    """The complete plan as text for people. Memory in GB of 1,000,000,000 bytes, as GPUs are sold."""
     return "\n\n".join([_header(plan), _memory(plan), _verdict(plan), _recomputation(plan), _wire(plan), _time(plan)])
 
 
@@ -108,6 +108,7 @@ def layout_text(layout: Layout) -> str:
 
 
 def recomputation_text(layout: Layout) -> str:
+    """The recomputation of a layout in a few words."""
     if layout.recompute_granularity == "full":
         return f"full, {layout.recompute_method} {layout.recompute_num_layers}"
     if layout.recompute_granularity == "selective":
@@ -117,10 +118,10 @@ def recomputation_text(layout: Layout) -> str:
 
 def _header(plan: Plan) -> str:
     sizes, layout, workload = plan.sizes, plan.layout, plan.workload
-    whole = chunk_parameters(
+    model = chunk_parameters(
         sizes, Layout(), Chunk(0, sizes.num_layers, embedding=True, head=True), plan.training_stage
     )
-    count, trained = sum(p.elements for p in whole), sum(p.elements for p in whole if p.trained)
+    count, trained = sum(p.elements for p in model), sum(p.elements for p in model if p.trained)
     flops = model_flops(sizes, plan.training_stage, workload).total(sizes)
     core = sizes.num_layers * attention_core_flops(sizes, workload.mean_keys).forward
     products = sizes.num_layers * layer_products(sizes).forward

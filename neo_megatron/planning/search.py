@@ -1,4 +1,4 @@
-"""All layouts of a number of GPUs that can work and fit, ranked by the tokens per second that they are estimated at."""
+"""Searches the parallel layouts of a number of GPUs that fit, ranked by estimated tokens per second."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -34,17 +34,17 @@ def search(
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Plan], int]:
-    """Plans that fit, best first, and how many layouts were looked at.
+    """Plans that fit, best first, and the number of layouts that were tried.
 
     The distributed optimizer and its overlaps are always on: they cost nothing. Layers that a pipeline does not divide
     evenly are cut by what they cost, as `pretrain_neo` cuts them.
 
     Args:
-        given: flags of the command line that all layouts shall have, by Megatron's names.
-        progress: is told how many layouts were looked at and how many of them fit, now and then.
+        given: flags of the command line that all layouts must have, under Megatron's names.
+        progress: called now and then with the numbers of layouts tried and of those that fit.
 
     Raises:
-        ConfigError: there is no layout to look at; or the GPU lacks the precision.
+        ConfigError: there is no layout to try, or the GPU lacks the precision.
     """
     plans: list[Plan] = []
     refusals: list[str] = []
@@ -82,7 +82,7 @@ def candidates(
 
     Args:
         given: see `search`.
-        refusals: takes why combinations cannot work.
+        refusals: collects why combinations cannot work.
     """
     given, refusals = given or {}, [] if refusals is None else refusals
     choices = _Choices(given, sizes, training_stage, workload)
@@ -126,7 +126,7 @@ def candidates(
                         **recomputation,
                     )
                     layout.chunks(sizes)
-                except ConfigError as error:  # such a pipeline cannot be cut as the flags say
+                except ConfigError as error:  # the flags do not allow such a split
                     refusals.append(str(error))
                     continue
                 if refusal := layout.refusal(sizes, workload.sequence_length):
@@ -136,7 +136,7 @@ def candidates(
 
 
 class _Choices:
-    """What a search tries of each flag: all, or what is given."""
+    """The values of each flag that a search tries: all, or those that are given."""
 
     def __init__(self, given: Mapping[str, Any], sizes: NeoSizes, training_stage: int, workload: Workload) -> None:
         self._given = given
@@ -159,11 +159,11 @@ class _Choices:
         return (True, False) if tensor > 1 else (False,)
 
     def virtual(self, pipeline: int, virtual: int) -> int:
-        """Virtual stages of a rank; a layout that is given says how many stages there are."""
+        """Virtual stages of a rank; a given pipeline layout decides their number."""
         return len(layout_stages(self._layout)) // pipeline if self._layout else virtual
 
     def pipeline_cut(self, pipeline: int, virtual: int, full: bool) -> str | None:
-        """Raises ConfigError where there is none."""
+        """The pipeline split. Raises ConfigError if there is none."""
         return self._layout or self._cut(pipeline, virtual, full)
 
     def _cut_by_costs(self, pipeline: int, virtual: int, full: bool) -> str | None:
@@ -174,7 +174,7 @@ class _Choices:
                 split_pre_buffer(self._costs(full), layers, self._pre_buffer_stages, pipeline, virtual)
             )
         if sizes.num_layers % stages == 0:
-            return None  # Megatron cuts evenly
+            return None  # Megatron splits evenly
         costs = self._costs(full)
         return layout_string(balanced_split(costs.layers, stages, costs.patch_embedding, costs.head))
 
@@ -184,11 +184,11 @@ def _nothing_to_look_at(gpus: int, global_batch_size: int, given: Mapping[str, A
     ranks = prod(sizes.values())
     if gpus % ranks:
         flags = " x ".join(f"{_flag(name)} {size}" for name, size in sizes.items())
-        return f"{flags} is {ranks} GPUs, of which --gpus {gpus} is no multiple: choose other sizes"
+        return f"{flags} is {ranks} GPUs, and --gpus {gpus} is not a multiple of that: choose other sizes"
     if given and refusals:
         return f"no layout of --gpus {gpus} and the given flags can work; the first reason: {refusals[0]}"
     return (
-        f"--global-batch-size {global_batch_size} cannot be shared out to the data-parallel ranks of any layout of "
+        f"--global-batch-size {global_batch_size} cannot be divided over the data-parallel ranks of any layout of "
         f"--gpus {gpus}: choose a larger batch, fewer GPUs, or numbers with more common divisors"
     )
 
@@ -196,8 +196,8 @@ def _nothing_to_look_at(gpus: int, global_batch_size: int, given: Mapping[str, A
 def distinct(plans: list[Plan]) -> list[Plan]:
     """The plans, best first, without near-duplicates.
 
-    Left out is what differs from a faster one only in virtual stages, sequence parallelism or recomputation and saves
-    less than a tenth of its memory.
+    A plan is left out if it differs from a faster one only in virtual stages, sequence parallelism or recomputation and
+    saves less than a tenth of its memory.
     """
     kept: dict[tuple[int, ...], list[Plan]] = {}
     for plan in plans:
@@ -251,14 +251,14 @@ def describe_search(plans: list[Plan], count: int, top: int) -> str:
 
 
 def flags(layout: Layout) -> list[str]:
-    """The layout as flags of `pretrain_neo`, complete: to be quoted for a shell."""
+    """The layout as a complete list of flags of `pretrain_neo`, to be quoted for a shell."""
     written = []
     for field in dataclasses.fields(layout):
         value = getattr(layout, field.name)
         if field.name in _NOT_FLAGS or value is None or (value == field.default and field.name not in _NEEDED):
             continue
         if field.name == "virtual_pipeline_model_parallel_size" and layout.pipeline_model_parallel_layout:
-            continue  # the layout says it
+            continue  # implied by the layout
         name = _OTHER_NAMES.get(field.name, field.name)
         written.append(_flag(name))
         if value is not True:

@@ -1,6 +1,6 @@
 """Bytes of parameters, gradients and optimizer state on one rank, as Megatron allocates them.
 
-Megatron lays the trained parameters of a chunk one after another into a gradient buffer, last first, in buckets. Under
+Megatron lays the trained parameters of a chunk consecutively into a gradient buffer, last first, in buckets. Under
 the distributed optimizer it pads parameters and buckets (megatron.core.optimizer.param_layout), keeps the parameters
 themselves in a buffer of the same layout, and gives each rank an equal part of every bucket, to hold optimizer state
 for. Frozen parameters are in none of these.
@@ -15,7 +15,7 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.layout import Chunk, Layout
 from neo_megatron.planning.parameters import Parameter, parameters_of
 
-# Adam's two moments, and the float32 parameters that a 16-bit model is trained by.
+# Adam's two moments, and the float32 parameters of a 16-bit model.
 MOMENTS, MAIN_PARAMETER, MAIN_GRADIENT = 2 * 4, 4, 4
 
 
@@ -55,8 +55,8 @@ def rank_state(sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_ra
     """The state of one rank.
 
     Args:
-        state_rank: number among the `layout.state_ranks` that hold the same parameters. All have the same but for
-            padding, of which the first has least.
+        state_rank: number among the `layout.state_ranks` that hold the same parameters. All hold the same, except for
+            padding, of which the first rank has least.
     """
     chunks = layout.chunks(sizes)[pipeline_rank]
     return sum(
@@ -123,7 +123,7 @@ def gradient_buckets(trained: Sequence[Parameter], ranks: int, limit: int | None
     Args:
         trained: in the order of the modules.
         ranks: that each bucket is divided over.
-        limit: elements after which a bucket ends; without it only a shared embedding is apart.
+        limit: elements after which a bucket ends; without it only a shared embedding has a bucket of its own.
     """
     buckets: list[Bucket] = []
     ranges: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""An estimate of step time and MFU from stated peak rates: to compare layouts with, not to promise."""
+"""Estimates step time and MFU from stated peak rates: good for comparing layouts, not as a promise."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def step_time(
 ) -> StepTime:
     """The slowest rank works through all micro-batches; before and after, the others' first and last pass by.
 
-    Seconds = m * t_max + (sum(t) - t_max) / chunks of a rank + what of the gradients' traffic nothing hides.
+    Seconds = m * t_max + (sum(t) - t_max) / chunks of a rank + gradient traffic that nothing hides.
     """
     flops = model_flops(sizes, training_stage, workload)
     chunks = layout.chunks(sizes)
@@ -84,7 +84,7 @@ def layer_seconds(
     """One micro-batch through one layer, forward and backward, without communication.
 
     Args:
-        recomputed: the layer as a whole; single modules of it as the layout says.
+        recomputed: whether the layer is fully recomputed; single modules follow the layout.
     """
     products, core = layer_products(sizes, frozen), attention_core_flops(sizes, workload.mean_keys)
     mlp = 2 * 3 * sizes.hidden_size * sizes.ffn_hidden_size

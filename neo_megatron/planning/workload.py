@@ -1,4 +1,4 @@
-"""What packs look like, as far as work and memory depend on it."""
+"""The workload of packs: the properties of their contents that decide work and memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class Workload:
         image_share: float = 0.85,
         trained_share: float = 0.1,
     ) -> "Workload":
-        """A pack of documents of one length, each with one image that takes a share of it.
+        """The workload of documents of one length, each with one image that takes a share of it.
 
-        The defaults stand for photographs, pages and some text: in the mix of `benchmarks/lengths.py` a query may
-        see as many keys, and images take as many tokens.
+        The defaults stand for photographs, pages and some text: in the mix of `benchmarks/lengths.py` queries see as
+        many keys, and images take as many tokens.
         """
         length = min(document_length, sequence_length)
         keys = mean_keys([length], [round(image_share * length)])
@@ -43,10 +43,10 @@ class Workload:
         return cls(sequence_length, keys, image_share, trained_share, source)
 
 
-def mean_keys(document_lengths: Iterable[int], image_cells: Iterable[int]) -> float:
+def mean_keys(document_lengths: Iterable[int], image_tokens: Iterable[int]) -> float:
     """Keys that a query may see, over the tokens of the given documents and of the images in them."""
     lengths = list(document_lengths)
-    return allowed_pairs(lengths, image_cells) / sum(lengths)
+    return allowed_pairs(lengths, image_tokens) / sum(lengths)
 
 
 def allowed_pairs(document_lengths: Iterable[int], image_tokens: Iterable[int]) -> int:

@@ -1,1 +1,1 @@
-"""What a run does around the loop of Megatron: where it starts, its checkpoints, how it stops, a look ahead."""
+"""Everything around Megatron's training loop: flags, resuming, checkpoints, logging, stopping, and the dry run."""

@@ -1,4 +1,4 @@
-"""What is left to do when Megatron has loaded a checkpoint: state that it does not load, and where the run stands."""
+"""Completes the loading of a checkpoint: restores state that Megatron does not load, and the run's progress."""
 
 from argparse import Namespace
 from typing import Any
@@ -14,29 +14,29 @@ from neo_megatron.run.console import say
 from neo_megatron.run.optimizer_state import Loaded, load_state, saved_groups
 from neo_megatron.run.pretrained_optimizer import take_over_state
 
-# Of a saved parameter group: what tells which of the run's it is.
+# Keys of a saved parameter group that identify it among those of the run.
 _GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def after_loading(
     model: list[torch.nn.Module], optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None
 ) -> None:
-    """Loads the optimizer's state where `make_way` kept Megatron from it. A call on all ranks."""
+    """Loads the optimizer state that `make_way` kept Megatron from loading. Collective: called on all ranks."""
     args = get_args()
     if args.resume_from is not None:
-        _go_on(args, model, optimizer, scheduler)
+        _resume(args, model, optimizer, scheduler)
     elif args.pretrained_optimizer and args.started_from and optimizer is not None:
         _say_on_rank_0(take_over_state(optimizer, model, args.started_from))
 
 
 def packs_to_read(args: Namespace, iteration: int, consumed: int) -> int:
-    """Packs that a run reads from its first step to its last, those before a change of the batch size included."""
+    """Packs that a run reads from its first step to its last, including those before a change of the batch size."""
     if args.train_samples:
         return args.train_samples
     return consumed + max(0, args.train_iters - iteration) * args.global_batch_size
 
 
-def _go_on(
+def _resume(
     args: Namespace,
     model: list[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
@@ -44,14 +44,14 @@ def _go_on(
 ) -> None:
     common_state = TorchDistDirectory(args.resume_from).common_state()
     if args.load_state_by_names:
-        args.no_load_optim = False  # was set to keep Megatron from trying
+        args.no_load_optim = False  # set before to keep Megatron from loading it
         if optimizer is not None:
             _say_on_rank_0(_sentence(args, load_state(optimizer, model, args.resume_from)))
             _place(args, scheduler, optimizer, common_state)
     elif args.no_load_optim and scheduler is not None:
         _place(args, scheduler, optimizer, common_state)
-        _say_on_rank_0("--no-load-optim: moments begin at zero; iteration, samples and schedule go on")
-    if args.train_samples:  # iterations so far may have been of another size
+        _say_on_rank_0("--no-load-optim: moments start at zero; iteration, consumed packs and schedule continue")
+    if args.train_samples:  # earlier iterations may have had another batch size
         left = args.train_samples - args.consumed_train_samples
         args.train_iters = common_state["iteration"] + max(0, left) // args.global_batch_size
 
@@ -62,7 +62,7 @@ def _sentence(args: Namespace, loaded: Loaded) -> str:
     if not loaded.known:
         return (
             f"{args.resume_from} has no optimizer state (saved with --no-save-optim, or before any step was taken): "
-            "moments begin at zero"
+            "moments start at zero"
         )
     fresh = f", zero for {loaded.fresh}" if loaded.fresh else ""
     steps = f" after {loaded.step} steps" if loaded.step else ""
@@ -74,7 +74,7 @@ def _sentence(args: Namespace, loaded: Loaded) -> str:
 def _place(
     args: Namespace, scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer, common_state: dict[str, Any]
 ) -> None:
-    """Puts the schedule where the run stands."""
+    """Sets the schedule to the run's progress."""
     there = saved_schedule(args, common_state)
     if "num_steps" in there:
         steps = there["num_steps"]
@@ -91,7 +91,7 @@ def _place(
 
 
 def _keep_rates(optimizer: MegatronOptimizer, common_state: dict[str, Any]) -> None:
-    """The rates of parameter groups, which win over those of the schedule."""
+    """Keeps the learning rates of the loaded parameter groups over those of the schedule."""
     rates = {
         tuple(group.get(name) for name in _GROUP): {name: group[name] for name in ("max_lr", "min_lr")}
         for group in saved_groups(common_state)

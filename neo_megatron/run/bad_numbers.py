@@ -4,7 +4,7 @@ The rule, in every step of every start: the step is computed a second time, the 
 packs, and what the last step left is saved. With `--rerun-mode disabled` it ends at once.
 
 Megatron's rerun state machine finds such numbers and computes the step again. But it lets the first step of every start
-pass, fails without `--save`, and saves a checkpoint from which no start on the same machine goes on (exit code 16),
+pass, fails without `--save`, and saves a checkpoint from which no start on the same machine resumes (exit code 16),
 because it wants to see the step computed on another GPU.
 """
 
@@ -40,12 +40,12 @@ class _MicroBatch:
 
 @dataclass
 class _Finding:
-    """What a rank knows of a step with a bad number.
+    """Findings of one rank about a step with a non-finite number.
 
     Args:
-        rejected: what was rejected here; empty where another rank did.
+        rejected: what was rejected here; empty if another rank rejected something.
         packs: those whose loss is bad, or all of the step that this rank read.
-        parameter: one that is not finite itself.
+        parameter: one whose own value is not finite.
     """
 
     rank: int
@@ -61,7 +61,7 @@ class BadNumbers:
     """Watches the numbers of a run.
 
     Attributes:
-        sentence: why the run ends; empty while it goes on.
+        sentence: why the run ends; empty while it continues.
     """
 
     sentence: str = ""
@@ -75,7 +75,7 @@ class BadNumbers:
     _steps: int = 0
 
     def watch(self, model: torch.nn.Module) -> None:
-        """To be called for each part of the model, when Megatron has made its machine and not loaded yet."""
+        """Called for each part of the model, after Megatron has made its rerun machine and before it loads."""
         self._models.append(model)
         if self._machine is not None:
             return
@@ -85,18 +85,18 @@ class BadNumbers:
         )
 
     def note(self, packs: Sequence[int], describe: Callable[[Sequence[int]], str]) -> None:
-        """A micro-batch that the step reads, see `MicroBatches`."""
+        """Notes a micro-batch that the step reads, see `MicroBatches`."""
         if self._complete:
             self._micro_batches, self._complete = [], False
         self._micro_batches.append(_MicroBatch(packs))
         self._describe = describe
 
     def note_loss(self, loss: Tensor) -> None:
-        """The loss of the micro-batch noted last."""
+        """Notes the loss of the last micro-batch noted."""
         self._micro_batches[-1].loss = loss.detach().clone()
 
     def look_at_loss(self) -> None:
-        """To be called once in each computation of a step, after its last micro-batch."""
+        """Checks the losses of a step; called once per computation of a step, after its last micro-batch."""
         self._complete = True
         losses = [micro_batch.loss for micro_batch in self._micro_batches if micro_batch.loss is not None]
         args = get_args()
@@ -109,14 +109,14 @@ class BadNumbers:
     def _look_at(self, result: Any, rejection_func: Callable[[Any], bool], message: str, *rest, **keywords) -> None:
         """In place of the machine's `validate_result`."""
         args = get_args()
-        self._machine.current_iteration = args.curr_iteration  # it counts one too many, also in its tracker file
+        self._machine.current_iteration = args.curr_iteration  # one iteration too many, also in its tracker file
 
         try:
             self._validate(result, rejection_func, message, *rest, **keywords)
         except RuntimeError as error:
             if self._machine.get_mode() != RerunMode.DISABLED:
                 raise
-            # The other ranks do not know, and are ended.
+            # The other ranks do not know of it and are ended.
             finding = self._finding(f"{message} ({float(result):g})")
             raise DataError(self._sentence(finding, reproducible=None, saved=False)) from error
 
@@ -153,7 +153,7 @@ class BadNumbers:
             yield from (name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all()))
 
     def _sentence(self, finding: _Finding, reproducible: bool | None, saved: bool) -> str:
-        """Of the worst finding; `reproducible` is `None` where the step was computed only once."""
+        """The sentence on the worst finding; `reproducible` is `None` if the step was computed only once."""
         args = get_args()
         step = args.curr_iteration + 1
         rejected = "the loss is NaN or infinite" if finding.loss_is_bad else finding.rejected

@@ -1,26 +1,26 @@
-"""What a run does about samples with a broken image: counts and names them, and stops when there are too many."""
+"""Counts and reports samples with a broken image during training, and stops the run if there are too many."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from neo_megatron.errors import DataError
 
-# A share of fewer samples than this says little: one broken image among the first ten is no tenth.
+# A share of fewer samples than this says little: one broken image among the first ten does not mean a tenth.
 _LEAST_READ = 1000
 
 
 def watch_broken_samples(
     micro_batches: Iterator[dict[str, Any]], max_share: float, report: bool
 ) -> Iterator[dict[str, Any]]:
-    """The same micro-batches; their broken samples weigh nothing in the loss already.
+    """Passes micro-batches on and counts their broken samples, whose loss weight is 0.
 
     Args:
         micro_batches: as `dataset.collate` gives them.
-        max_share: of broken samples among those that this rank has read, or among 1,000 where it has read fewer.
+        max_share: limit of broken samples, as a share of those read by this rank (of 1,000 if it has read fewer).
         report: whether to print each; one of the ranks that read the same packs does.
 
     Raises:
-        DataError: there are more; or a worker of the loader could not read on.
+        DataError: the limit is exceeded, or a worker of the loader failed.
     """
     read = broken = 0
     while True:

@@ -1,4 +1,4 @@
-"""What a run that goes on changes of the run that saved the checkpoint: refused, honoured, and never in silence.
+"""Compares the flags of a resumed run with those of its checkpoint: each change is refused or honoured, and reported.
 
 Megatron asserts a few sizes and ignores the rest, or replaces flags of the command line by what was saved.
 """
@@ -20,13 +20,13 @@ from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.errors import ConfigError
 from neo_megatron.run.optimizer_state import has_moments, is_by_ranks
 
-# Flags that change the samples or the update from here on, with what that means.
+# Flags that change the samples or the update from here on, and what the change means.
 _TOLD = {
-    "train_packs": "--train-data-path: the run goes on at the same number of packs in them",
+    "train_packs": "--train-data-path: the run continues after the same number of packs of the new ones",
     "seed": "samples come in another order from here on, some again and others not in this epoch",
     "loss_weighting": "",
     "min_jpeg_quality": "",
-    "global_batch_size": "the schedule goes on from where it stands",
+    "global_batch_size": "the schedule continues from its position",
     "adam_beta1": "",
     "adam_beta2": "",
     "adam_eps": "",
@@ -39,7 +39,7 @@ _SCHEDULE_FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr", "lr_decay_style": "--
 
 
 def identity_of_packs(location: str) -> str:
-    """The same for copies of packs at any place, and another one for any other samples or order."""
+    """A hash of the content of packs: equal for copies at any path, different for other samples or another order."""
     packs = PackIndex.open(location)
     content = {
         "files": packs.manifest["files"],
@@ -52,7 +52,7 @@ def identity_of_packs(location: str) -> str:
 def check_model(args: Namespace, common_state: dict[str, Any], checkpoint: Path) -> None:
     """Raises ConfigError where a checkpoint is of another model than the run."""
     saved = common_state["args"].neo_sizes
-    # The others are limits and labels, which a run may choose for itself.
+    # The other fields are limits and labels, which may differ between runs.
     free = {"min_pixels", "max_pixels", "max_positions", "max_positions_hw"}
     sizes = {name: value for name, value in args.neo_sizes.items() if name not in free}
     if differences := _differences(saved, sizes):
@@ -63,7 +63,7 @@ def check_model(args: Namespace, common_state: dict[str, Any], checkpoint: Path)
 
 
 def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Path) -> None:
-    """Compares stage, optimizer and schedule of a run that goes on.
+    """Compares stage, optimizer and schedule of a resumed run with those of its checkpoint.
 
     Raises:
         ConfigError: the run would change what it trains, or its schedule without a flag that says so.
@@ -71,16 +71,16 @@ def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Pa
     if args.no_load_optim:
         return
     saved = common_state["args"]
-    if (saved.training_stage == 1) != (args.training_stage == 1):  # of the others each trains everything
+    if (saved.training_stage == 1) != (args.training_stage == 1):  # stages 2 and 3 both train everything
         raise ConfigError(
-            f"the checkpoint {checkpoint} is of --training-stage {saved.training_stage} and this run, which goes on "
+            f"the checkpoint {checkpoint} is of --training-stage {saved.training_stage} and this run, which resumes "
             f"from it, of {args.training_stage}: to begin a stage, give it as --pretrained-checkpoint, with "
             "--pretrained-optimizer to keep the optimizer's state, and another --load and --save"
         )
     if saved.optimizer != args.optimizer:
         raise ConfigError(
             f"the checkpoint {checkpoint} holds the state of --optimizer {saved.optimizer}, this run has "
-            f"{args.optimizer}: add --no-load-optim to go on with the weights and the schedule alone"
+            f"{args.optimizer}: add --no-load-optim to resume with the weights and the schedule alone"
         )
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
@@ -96,7 +96,7 @@ def saved_schedule(args: Namespace, common_state: dict[str, Any]) -> dict[str, A
     """A checkpoint's schedule in packs of this run; empty where the checkpoint has none.
 
     Megatron counts packs. Where the flags count iterations, another global batch size leaves the run at the same
-    iteration of the schedule, so that all numbers of packs grow with it.
+    iteration of the schedule, so all numbers of packs scale with it.
     """
     schedule = dict(common_state.get("opt_param_scheduler", {}))
     before = common_state["args"].global_batch_size
@@ -111,7 +111,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     """Whether Megatron cannot load the optimizer's state itself, or would load hyperparameters with it.
 
     Raises:
-        ConfigError: and neither can we.
+        ConfigError: nor can this package load it.
     """
     saved = TorchDistDirectory(checkpoint)
     common_state = saved.common_state()
@@ -121,7 +121,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     # A pipeline stage may hold nothing that trains in stage 1; Megatron looks for its state all the same.
     idle_stages = args.training_stage == 1 and args.pipeline_model_parallel_size > 1
     schedule_flags = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if args.optimizer == "sgd":  # Megatron cannot
+    if args.optimizer == "sgd":  # Megatron cannot load it
         return True
     if has_moments(saved):
         return bool(changed or idle_stages or schedule_flags)
@@ -129,14 +129,14 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
         return True
     if {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):
         raise ConfigError(
-            f"the checkpoint {checkpoint} holds its optimizer state by ranks, not by parameters: go on with the "
+            f"the checkpoint {checkpoint} holds its optimizer state by ranks, not by parameters: resume with the "
             "precision and the optimizer that it was saved with, or add --no-load-optim"
         )
     return False
 
 
 def told_changes(args: Namespace, common_state: dict[str, Any]) -> list[str]:
-    """What a run that goes on changes and a user should know, one entry for each flag."""
+    """Changes of a resumed run that a user should know about, one entry for each flag."""
     saved = common_state["args"]
     told = []
     for name, what in _TOLD.items():
@@ -173,7 +173,7 @@ def _number(value: Any) -> Any:
 
 
 def _schedule(args: Namespace) -> dict[str, Any]:
-    """The schedule that Megatron will build from the arguments, which it also changes; they are put back."""
+    """The schedule that Megatron will build from the arguments; it also changes them, so they are restored."""
     before = dict(vars(args))
     schedule = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
     vars(args).clear()

@@ -45,9 +45,9 @@ def check_save_flags(args: Namespace) -> None:
 
 
 class RunCheckpoints:
-    """Sees to a run's checkpoints: where it starts, checksums of what it saves, and which are kept.
+    """Manages a run's checkpoints: the one to start from, checksums of saved ones, and which are kept.
 
-    A context around training: on leaving, the last save is seen to, and the directory is free for another run.
+    A context around training: on exit the last save gets its checksums, and the directory is released.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -60,10 +60,10 @@ class RunCheckpoints:
         self._deleting: threading.Thread | None = None
 
     def start(self) -> None:
-        """Makes Megatron load a whole checkpoint. To be called on all ranks before it does; later calls do nothing.
+        """Makes Megatron load a complete checkpoint. Called on all ranks before Megatron loads; later calls do nothing.
 
         Raises:
-            ConfigError: another run saves into the same directory, or no checkpoint is whole, or it is not of this run.
+            ConfigError: another run saves into the same directory; no checkpoint is complete, or it is not of this run.
         """
         if self._started:
             return
@@ -73,7 +73,7 @@ class RunCheckpoints:
         checkpoint = check_checkpoint(self._args, read_tensors=True)
         make_way(self._args, checkpoint)
         self._seen = self._stamp()
-        self._started = True  # not before: what is in the directory of a run that is refused is left as it is
+        self._started = True  # not before: the directory of a refused run must stay unchanged
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -87,13 +87,13 @@ class RunCheckpoints:
                 self._lock.release()
 
     def _finish(self, kind: type[BaseException] | None) -> None:
-        # At the end there is time; a run that was told to stop may have little, and the next start deletes as well.
+        # A run that was told to stop may have little time left, and the next start deletes as well.
         if kind is None and self._deleting:
             self._deleting.join()
             self._delete_surplus()
 
     def look(self) -> None:
-        """Sees to a checkpoint that was finished since the last look.
+        """Writes checksums of a checkpoint that was finished since the last call, and deletes surplus ones.
 
         Raises:
             ConfigError: another run has taken the directory over.
@@ -118,7 +118,7 @@ class RunCheckpoints:
             self._deleting.start()
 
     def _delete_surplus(self) -> None:
-        """Deletes only when the newest checkpoint, read back, is whole: otherwise an older one may be the last good."""
+        """Deletes old checkpoints if the newest, read back, is intact: otherwise an older one may be the last good."""
         surplus = self._directory.surplus(self._limit)
         if not surplus:
             return
@@ -128,10 +128,10 @@ class RunCheckpoints:
             for iteration in surplus:
                 self._directory.delete(iteration)
         except (DamagedCheckpoint, OSError) as error:
-            say(f"{error}: no older checkpoint is deleted until a later one is whole")
+            say(f"{error}: no older checkpoint is deleted until a later one is intact")
 
     def _stamp(self) -> tuple[int, int] | None:
-        """Changes with every writing of the tracker."""
+        """A value that changes whenever the tracker is written."""
         if self._directory is None or not self._directory.tracker.exists():
             return None
         status = self._directory.tracker.stat()

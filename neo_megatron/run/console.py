@@ -1,8 +1,8 @@
-"""The console of a training: short lines for the person, everything for a file.
+"""The console of a training: short lines on the screen, all output in a log file.
 
 A process prints through Python, through `logging` and from C++ libraries. All of it goes straight into a file, by file
-descriptor, so that nothing is lost however the process ends. What Python prints is looked at line by line on the way,
-and the lines that matter are shown on the screen, in short.
+descriptor, so that nothing is lost however the process ends. Output of Python is also read line by line, and lines that
+matter are shown on the screen in short form.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import Any, TextIO
 _ITERATION = re.compile(r" \[[^]]*\] iteration +(\d+)/ *(\d+) \|(.*)")
 _VALIDATION = re.compile(r" (validation|test) loss at iteration (\d+)(?: on (\w+) set)?.*? \| lm loss value: ([^ ]+)")
 _SAVED = re.compile(r" *\[[^]]*\] successfully saved checkpoint from iteration +(\d+) to (.*?)(?: \[.*)?")
-# At 0 a new run starts, from whichever iteration of another; `RunCheckpoints` says from which.
+# Iteration 0 is a new run, possibly from another run's checkpoint; `RunCheckpoints` prints from which.
 _LOADED = re.compile(r" *successfully loaded checkpoint from (.*?)(?: \[.*\])? at iteration ([1-9]\d*)")
 _STAGE = re.compile(r"(training stage \d+, pipeline stage \d+): trainable parameters on this rank:")
 _TRAINABLE = re.compile(r" *([\d,]+) of +([\d,]+)  all")
 _OURS = re.compile(r"broken sample|.*exiting program |.*scheduled an async checkpoint save ")
 # Megatron warns of its own plans and of packages that NEO does not use, in every run.
 _WARNING = re.compile(r"WARNING(?!.*(?:rerun_state_machine|one_logger|is deprecated))[: ]")
-# What Megatron calls a quantity of a step -> what the short line calls it.
+# Megatron's name of a quantity of a step -> its name in the short line.
 _QUANTITIES = {
     "lm loss": "loss",
     "grad norm": "grad norm",
@@ -40,10 +40,10 @@ _QUANTITIES = {
 
 
 class ShortLines:
-    """Makes a short line of each line that matters, and nothing of all others.
+    """Shortens the lines that matter and drops all others.
 
     Args:
-        warnings: whether to show warnings, each once; one rank does, as all say the same.
+        warnings: whether to show warnings, each once; only one rank does, because all print the same ones.
     """
 
     def __init__(self, warnings: bool) -> None:
@@ -86,7 +86,7 @@ def _quantities(text: str) -> str:
 
 
 class _Lines:
-    """A text stream that passes on what is written and hands over every line that is complete."""
+    """A text stream that passes on what is written and calls a function for every complete line."""
 
     def __init__(self, stream: TextIO, console: "Console") -> None:
         self._stream, self._console = stream, console
@@ -125,7 +125,7 @@ class _Lines:
 
 
 def say(text: str) -> None:
-    """Prints what a person wants to know of a run: into the log, and on the screen as it is."""
+    """Prints a message of the run to the log and, unshortened, to the screen."""
     if isinstance(sys.stdout, _Lines):
         sys.stdout.say(text)
     else:
@@ -136,7 +136,7 @@ class Console:
     """Sends all output of this process, and of processes that it starts, to a file from now on.
 
     Args:
-        log: is appended to, so that a run that goes on keeps what it said before.
+        log: is appended to, so that a resumed run keeps its earlier log.
         short: line -> what to show of it.
     """
 
@@ -153,14 +153,14 @@ class Console:
         os.dup2(file, 2)
         os.close(file)
         for stream in (sys.stdout, sys.stderr):
-            # Else Python would hold back, and a kill would take with it, what is written to a file.
+            # Otherwise Python buffers output to a file, and a kill loses it.
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         sys.stdout = _Lines(sys.stdout, self)
         sys.stderr = _Lines(sys.stderr, self)
         print(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {' '.join(sys.argv)}", flush=True)
 
     def show(self, text: str) -> None:
-        """Shows text on the screen alone; on one that is gone, as after ``| head``, nothing any more."""
+        """Shows text on the screen only; does nothing once the screen is gone, as after ``| head``."""
         if self._screen is None:
             return
         try:
@@ -169,13 +169,13 @@ class Console:
             self._screen = None
 
     def look_at(self, line: str) -> None:
-        """Shows a line of the log, in short, if it matters."""
+        """Shows a line of the log in short form if it matters."""
         text = self._short(line)
         if text is not None:
             self.show(text)
 
     def cannot_log(self, error: OSError) -> None:
-        """Says once that the log has ended."""
+        """Reports once that the log can no longer be written."""
         if not self._log_failed:
             self._log_failed = True
-            self.show(f"{self.log} cannot be written ({error.strerror}): the training goes on without")
+            self.show(f"{self.log} cannot be written ({error.strerror}): training continues without it")

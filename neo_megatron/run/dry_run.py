@@ -1,7 +1,7 @@
-"""`--dry-run`: finds out on one process what can be known of a run before its first step, and prints its plan.
+"""`--dry-run`: checks on one process everything that can be known before the first step, and prints the plan.
 
-Flags and layout are checked where every run checks them. Here follow the packs of the first global batch, read as a run
-reads them, the checkpoint to start from, and what every pipeline rank will hold. No model is built.
+Flags and parallel layout are checked where every run checks them. This module adds the packs of the first global batch,
+read as a run reads them, the checkpoint to start from, and the plan of every pipeline rank. No model is built.
 """
 
 from argparse import Namespace
@@ -24,7 +24,7 @@ from neo_megatron.run.loaders import check_loader_memory, ended_before, open_pac
 from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint
 
-# Layouts that only Megatron's own split knows.
+# Flags of pipeline splits that only Megatron can compute.
 _UNPLANNED = (
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
@@ -32,7 +32,7 @@ _UNPLANNED = (
 
 
 def dry_run(args: Namespace) -> None:
-    """Prints what it finds.
+    """Checks a run and prints its plan.
 
     Args:
         args: checked already; `world_size` is the number of processes that the run is to have.
@@ -43,7 +43,7 @@ def dry_run(args: Namespace) -> None:
     if args.rank != 0:
         return
     note_packs(args)
-    if args.world_size == 1:  # else the ranks run elsewhere, and hold packs in the shared memory of their machines
+    if args.world_size == 1:  # with more ranks, packs are in the shared memory of other machines
         check_loader_memory(args)
     iteration, consumed = _check_checkpoint(args)
     workload = _check_packs(args, iteration, consumed)
@@ -76,9 +76,9 @@ def _check_checkpoint(args: Namespace) -> tuple[int, int]:
     """Iteration and packs consumed where the run starts."""
     path = check_checkpoint(args, read_tensors=False)
     if path is None:
-        print("checkpoint   none: the run starts from random numbers")
+        print("checkpoint   none: the weights start from random values")
         return 0, 0
-    print(f"checkpoint   {path}: of this model, its files whole (their bytes are compared when the run starts)")
+    print(f"checkpoint   {path}: fits this model, all files complete (checksums are compared when the run starts)")
     goes_on = args.load and path.parent == Path(args.load) and path.name != "release" and not args.finetune
     if not goes_on:
         return 0, 0
@@ -87,7 +87,7 @@ def _check_checkpoint(args: Namespace) -> tuple[int, int]:
 
 
 def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
-    """Reads the first global batch, of other splits the first pack; images are decoded."""
+    """Reads the first global batch of training packs, and the first pack of other splits; images are decoded."""
     size = args.global_batch_size
     train = packs_to_read(args, iteration, consumed)
     if sentence := ended_before(args, train, consumed):

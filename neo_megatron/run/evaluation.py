@@ -1,8 +1,8 @@
 """Evaluation on validation and test packs: which packs an evaluation reads, and flags that only concern evaluation.
 
 Megatron counts in advance how many packs all evaluations of a run will read, and fails when a start with other flags
-reads more. Here evaluation packs go round: after the last pack the first one follows, in the same order, so that no
-number of evaluations ends a run and losses stay comparable.
+reads more. Here evaluation packs are read in rounds: after the last pack the first one follows, in the same order,
+so that no number of evaluations ends a run and losses stay comparable.
 """
 
 from argparse import Namespace
@@ -19,7 +19,7 @@ from neo_megatron.errors import ConfigError
 
 
 def check_evaluation_flags(args: Namespace) -> None:
-    """Checks the flags of evaluation and settles what follows from them. To be called before Megatron's own checks.
+    """Checks the flags of evaluation and sets arguments that depend on them. Called before Megatron's own checks.
 
     Raises:
         ConfigError: with the flag and a remedy.
@@ -33,7 +33,7 @@ def check_evaluation_flags(args: Namespace) -> None:
     if args.eval_iters is None:
         args.eval_iters = 0
     if args.eval_iters < 0:
-        raise ConfigError(f"--eval-iters {args.eval_iters}: give 1 or more, or 0 to evaluate never")
+        raise ConfigError(f"--eval-iters {args.eval_iters}: give 1 or more, or 0 to never evaluate")
     if args.full_validation and not args.valid_data_path:
         raise ConfigError("--full-validation needs --valid-data-path, the packs that it evaluates in full")
     if args.skip_train:
@@ -43,11 +43,11 @@ def check_evaluation_flags(args: Namespace) -> None:
             raise ConfigError("--skip-train with --eval-iters 0 does nothing: give 1 or more, or --full-validation")
         if not args.load and not args.pretrained_checkpoint:
             raise ConfigError("--skip-train evaluates a checkpoint: it needs --load or --pretrained-checkpoint")
-        args.save = None  # nothing is saved, and nothing in the directory may be changed
+        args.save = None  # nothing is saved, and the directory must stay unchanged
         if args.train_iters is None and args.train_samples is None:
-            args.train_iters = 1  # Megatron computes with it, and trains no step
+            args.train_iters = 1  # Megatron needs a value, and trains no step
     if not has_packs:
-        args.eval_iters = 0  # else Megatron evaluates on nothing after the last step
+        args.eval_iters = 0  # otherwise Megatron evaluates zero packs after the last step
     # Megatron's own full validation fails on one validation set, and weighs packs by micro-batch.
     args.evaluates_all_packs, args.full_validation = args.full_validation, False
     if args.evaluates_all_packs:
@@ -62,7 +62,7 @@ class EvaluationRound:
         packs: of the split.
         batch: packs of an evaluation iteration, `--eval-global-batch-size`.
         in_full: whether each evaluation reads every pack once.
-        iterations: `--eval-iters`, which counts where not `in_full`.
+        iterations: `--eval-iters`, used unless `in_full`.
     """
 
     packs: int
@@ -78,7 +78,7 @@ class EvaluationRound:
         """The packs of a data-parallel rank, see `EvaluationSampler`.
 
         Args:
-            start: packs that earlier evaluations have read; an evaluation in full begins with the first pack.
+            start: packs that earlier evaluations have read; ignored if `in_full`, which begins with the first pack.
         """
         length = self.iterations_of_an_evaluation * self.batch if self.in_full else self.packs
         return EvaluationSampler(0 if self.in_full else start, length, micro_batch_size, rank, ranks)
@@ -105,7 +105,7 @@ class EvaluationSampler:
 
 
 class EvaluationPacks(torch.utils.data.Dataset):
-    """Packs of a split, and after the last one packs that weigh nothing, which fill the last batch of a round."""
+    """Packs of a split, followed by packs of loss weight 0 that fill the last batch of a round."""
 
     def __init__(self, packs: PackDataset) -> None:
         self.packs = packs
@@ -124,7 +124,7 @@ class EvaluationPacks(torch.utils.data.Dataset):
 def evaluate_split(
     evaluate: Callable[[], None], data_iterator: RerunDataIterator | list[RerunDataIterator] | None
 ) -> None:
-    """Evaluates the packs of a split as often as it needs, and not at all where it has none.
+    """Runs an evaluation of a split; does nothing for a split without packs.
 
     Args:
         evaluate: Megatron's evaluation of this split; it knows one number of iterations for all splits.

@@ -1,8 +1,8 @@
-"""How one rank of many ends after an error, so that the error is told once, and last.
+"""Ends a rank after an error, so that the error is printed once, and last.
 
-torchrun gives every rank a file for its error. The first rank that fails on a machine claims the place next to these
-files and tells of its error; the others, which fail of the same or because the first one is gone, wait to be ended. One
-that hangs, because a rank that it exchanges tensors with is gone, ends by itself.
+torchrun gives every rank a file for its error. The first rank that fails on a machine claims a file next to these
+and reports its error; the others, which fail for the same reason or because the first one is gone, wait to be ended. A
+rank that hangs, because a rank that it exchanges tensors with is gone, ends by itself.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Failure:
         self.console: Console | None = None
 
     def watch(self) -> None:
-        """Ends this rank when another one has failed, whatever it waits for."""
+        """Ends this rank when another one has failed, even if it hangs."""
         if self._error_file is not None:
             threading.Thread(target=self._leave_after_another, daemon=True).start()
 
@@ -50,14 +50,14 @@ class Failure:
         """Ends the process after an error.
 
         Args:
-            sentence: what to tell the user; without one the traceback is shown.
+            sentence: message for the user; without one the traceback is shown.
         """
         text = f"{self._name}: {sentence}" if sentence else "".join(traceback.format_exception(error)).rstrip()
         text = redacted(text)
         if self.console is not None:
             print(text, file=sys.stderr)  # into the log
         if not sentence and self._error_file is not None:
-            # Perhaps only because another rank was killed, of which torchrun tells more: it then ends this one.
+            # Perhaps only because another rank was killed: torchrun reports that better, and ends this rank.
             _be_endable()
             if _was_told_to_end():
                 self._end(1)
@@ -71,7 +71,7 @@ class Failure:
         self._end(1)
 
     def interrupted(self) -> NoReturn:
-        """Ends the process after Ctrl-C, which all ranks get, and the launcher, which says so."""
+        """Ends the process after Ctrl-C, which all ranks and the launcher get; the launcher reports it."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._error_file is None and self._rank == 0:
             self._show(f"{self._name}: interrupted")
@@ -105,7 +105,7 @@ class Failure:
         self._end(1)
 
     def _write_error_file(self, sentence: str | None, error: BaseException) -> None:
-        """In torch's form: text is shown as it is, a call stack as that of a bug."""
+        """Writes torch's error file: a sentence is shown as text, a call stack as a bug."""
         now = str(int(time.time()))
         stack = "".join(traceback.format_exception(error))
         bug = {"message": f"{type(error).__name__}: {error}", "extraInfo": {"py_callstack": stack, "timestamp": now}}
@@ -119,7 +119,7 @@ class Failure:
             print(text, file=sys.stderr, flush=True)
 
     def _end(self, code: int) -> NoReturn:
-        """Without what Python does at its end: it may wait for ranks that are gone."""
+        """Ends the process without Python's shutdown, which may wait for ranks that are gone."""
         for child in multiprocessing.active_children():
             child.kill()
         for stream in (sys.stdout, sys.stderr):
@@ -129,14 +129,14 @@ class Failure:
 
 
 def _was_told_to_end() -> bool:
-    """Whether SIGTERM came while it was still Megatron's, which has only taken a note of it."""
+    """Whether SIGTERM arrived while Megatron's handler was installed, which only records it."""
     variables = sys.modules.get("megatron.training.global_vars")
     handler = variables and variables._GLOBAL_SIGNAL_HANDLER
     return handler is not None and handler._signal_received
 
 
 def _be_endable() -> None:
-    """Megatron takes SIGTERM for an order to save after this step. Children would outlive it and hold the terminal."""
+    """Kills child processes, which would outlive this one, and lets SIGTERM end it; Megatron would save first."""
     for child in multiprocessing.active_children():
         child.kill()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

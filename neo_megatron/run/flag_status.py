@@ -1,4 +1,4 @@
-"""What may become of a flag of Megatron: the types of the table in `flag_table.py`."""
+"""The types of the table of Megatron's flags in `flag_table.py`."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from enum import Enum
 
 
 class Status(Enum):
-    """What a flag does in a training of NEO."""
+    """Effect of a flag in a training of NEO."""
 
     WORKS = "works"
     WORKS_ON_GPU = "passed on"
-    """Megatron gets it as it is; it acts on GPUs alone, where no test of this repository has run it."""
+    """Passed to Megatron unchanged; it acts on GPUs only, where no test of this repository has run it."""
     NO_EFFECT = "no effect"
     REJECTED = "rejected"
 
@@ -35,7 +35,7 @@ class OnlyValues:
 
     Args:
         values: as they are written on the command line.
-        remedy: what to do instead of giving another one.
+        remedy: what to do instead of giving another value.
     """
 
     flag: str
@@ -59,5 +59,5 @@ class OnlyWith:
 
 
 def rejected(why: str, flags: str) -> Verdict:
-    """A verdict of `Status.REJECTED` on flags with spaces between them."""
+    """A verdict of `Status.REJECTED` on flags separated by spaces."""
     return Verdict(Status.REJECTED, why, tuple(flags.split()))

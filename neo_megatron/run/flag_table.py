@@ -1,7 +1,7 @@
-"""What becomes of every flag of Megatron's parser: it works, has no effect here, or ends the start in a sentence.
+"""Status of every flag of Megatron's parser: it works, has no effect here, or is rejected with a reason.
 
 The table itself is in `accepted_flags.py`, `rejected_model_flags.py` and `rejected_run_flags.py`; `flags_page.py`
-writes docs/flags.md from it. tests/run/test_flag_table.py holds that it has every flag of the pinned Megatron.
+writes docs/flags.md from it. tests/run/test_flag_table.py checks that it has every flag of the pinned Megatron.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -12,12 +12,12 @@ from typing import Any
 from neo_megatron.run import accepted_flags, rejected_model_flags, rejected_run_flags
 from neo_megatron.run.flag_status import Status, Verdict
 
-# Megatron has some flags only where an optional package is installed.
+# Megatron has some flags only if an optional package is installed.
 _UNKNOWN = Verdict(Status.REJECTED, "no run of NEO has tried it: leave it out", ())
 
 
 def verdicts() -> dict[str, Verdict]:
-    """The verdict on every flag of Megatron, by the flag."""
+    """The verdict on every flag of Megatron, keyed by flag."""
     accepted = (*accepted_flags.WORKS, *accepted_flags.WORKS_ON_GPU, *accepted_flags.NO_EFFECT)
     rejected = (*rejected_model_flags.REJECTED, *rejected_run_flags.REJECTED)
     return {flag: verdict for verdict in (*accepted, *rejected) for flag in verdict.flags}
@@ -27,10 +27,10 @@ def given_flags(parser: ArgumentParser, args: Namespace, command_line: Sequence[
     """The value of every flag of Megatron on the command line that is not the default; `--a=b` and aliases are known.
 
     Args:
-        args: as this parser made them of the command line.
+        args: the command line as this parser parsed it.
 
     Returns:
-        By the flag as the table has it. A flag that is set to its default changes nothing and is left out.
+        Flag as in the table -> value. A flag that is set to its default changes nothing and is left out.
     """
     groups = [group for group in parser._action_groups if not group.title.startswith("NEO")]
     known = {name: action for group in groups for action in group._group_actions for name in action.option_strings}
@@ -44,7 +44,7 @@ def given_flags(parser: ArgumentParser, args: Namespace, command_line: Sequence[
 
 
 def table_name(option_strings: Sequence[str]) -> str:
-    """The one of a flag's names that the table has: the first without an underscore."""
+    """The name of a flag that the table uses: the first without an underscore."""
     return next((name for name in option_strings if "_" not in name), option_strings[0])
 
 
@@ -65,7 +65,7 @@ def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
 
 
 def gpu_refusals(given: dict[str, Any]) -> Iterator[str]:
-    """A sentence for every flag given that acts on GPUs alone."""
+    """A sentence for every flag given that needs a GPU."""
     table = verdicts()
     for flag, value in given.items():
         if flag in table and table[flag].status is Status.WORKS_ON_GPU:

@@ -1,4 +1,7 @@
-"""Writes the table of Megatron's flags as a page: python -m neo_megatron.run.flags_page > docs/flags.md"""
+"""Writes the table of Megatron's flags as a page.
+
+python -m neo_megatron.run.flags_page > docs/flags.md
+"""
 
 from neo_megatron.run.accepted_flags import ONLY_VALUES, ONLY_WITH
 from neo_megatron.run.flag_status import Status, Verdict

@@ -1,4 +1,4 @@
-"""What `--help` prints: NEO's flags first, then those of Megatron that a training of NEO can use."""
+"""Prints `--help`: NEO's flags first, then those of Megatron that a training of NEO can use."""
 
 import re
 from argparse import SUPPRESS, ArgumentParser
@@ -11,7 +11,7 @@ EPILOG = "docs/flags.md lists every flag of Megatron, and says which are refused
 
 
 def prepare_help(parser: ArgumentParser) -> None:
-    """Puts NEO's groups first, hides what a start refuses, and mends what Megatron's help texts get wrong."""
+    """Puts NEO's groups first, hides rejected flags, and repairs Megatron's help texts."""
     table = verdicts()
     parser.usage, parser.description, parser.epilog = USAGE, None, EPILOG
     for action in parser._actions:
@@ -19,6 +19,6 @@ def prepare_help(parser: ArgumentParser) -> None:
         if verdict is not None and verdict.status in (Status.REJECTED, Status.NO_EFFECT):
             action.help = SUPPRESS
         elif action.help:
-            # A percent sign that begins no "%(default)s" ends argparse in a ValueError.
+            # argparse raises ValueError at a percent sign that does not begin "%(default)s".
             action.help = re.sub(r"%(?![(%])", "%%", action.help)
     parser._action_groups.sort(key=lambda group: not group.title.startswith("NEO"))

@@ -1,4 +1,4 @@
-"""The learning-rate schedule of a command line: one flag is enough, and what Megatron would assert is a sentence."""
+"""The learning-rate schedule of a command line: `--lr` alone is enough, and invalid combinations are one sentence."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def fill_min_lr(args: Namespace, stage: dict[str, Any]) -> None:
-    """Sets ``args.min_lr``, where it was not given, to the training stage's share of the peak.
+    """Sets ``args.min_lr``, unless given, to the training stage's share of the peak rate.
 
     Args:
         stage: `lr` and `min_lr` as published.
@@ -16,7 +16,7 @@ def fill_min_lr(args: Namespace, stage: dict[str, Any]) -> None:
 
 
 def schedule_refusals(args: Namespace) -> Iterator[str]:
-    """A sentence for everything that no schedule can be made of; Megatron would stop later, in an assertion."""
+    """A sentence for every invalid schedule flag; Megatron would stop later, in an assertion."""
     if args.skip_train:
         return
     unit, steps = ("iters", args.train_iters) if args.train_iters else ("samples", args.train_samples)

@@ -1,10 +1,10 @@
-"""Worker processes of the data loaders: which signals they heed, and how their ends are told.
+"""Worker processes of the data loaders: which signals they handle, and how their failures are reported.
 
 Schedulers and shells send a signal to all processes of a rank. PyTorch's workers would end at once, and the rank, which
 finishes its step and saves, would fail for lack of data.
 
 A worker hands a pack over in shared memory, from a thread of its own. Where /dev/shm is full, Python prints an error of
-this thread and drops the pack, and the rank would wait for it for ever; here the worker ends, and the rank says why.
+this thread and drops the pack, and the rank would wait for it forever; here the worker ends, and the rank reports why.
 """
 
 import multiprocessing
@@ -27,14 +27,14 @@ SHARED_MEMORY = "/dev/shm"
 _CANNOT_HAND_OVER = 74  # the exit code of a worker; EX_IOERR of sysexits.h
 _ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ")
 _MORE_ROOM = "give the container more (docker run --shm-size=8g, or --ipc=host), or fewer --num-workers"
-_workers: dict[int, BaseProcess] = {}  # by process number
+_workers: dict[int, BaseProcess] = {}  # keyed by process id
 
 
 def begin_worker(number: int, worker: int = 0) -> None:
     """Prepares a worker, before it starts threads.
 
     Args:
-        number: of the signal by which a rank is told to save and exit.
+        number: of the signal that makes a rank save and exit.
         worker: as PyTorch counts them.
     """
     heed_only_parent(number)
@@ -43,7 +43,7 @@ def begin_worker(number: int, worker: int = 0) -> None:
 
 def heed_only_parent(number: int) -> None:
     """Makes a worker ignore a signal unless its parent sends it, as PyTorch does to end one that hangs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the rank, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the rank, which ends its workers
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     threading.Thread(target=_wait, args=(number, os.getppid()), daemon=True).start()
 
@@ -55,21 +55,21 @@ def _wait(number: int, parent: int) -> None:
 
 
 def _end_worker(error: Exception, _: Any) -> NoReturn:
-    """In place of Python's own, which prints the error and goes on without what was to be handed over."""
+    """Ends the worker; Python's own handler prints the error and continues without the batch."""
     traceback.print_exception(error)
     os._exit(_CANNOT_HAND_OVER)
 
 
 def seconds_to_wait(args: Namespace) -> float:
-    """How long a rank waits for a micro-batch; 0 without workers, where it reads by itself.
+    """Seconds that a rank waits for a micro-batch; 0 without workers, because it then reads by itself.
 
-    Half of what other ranks wait for this one, so that the sentence about the pack comes before theirs.
+    Half of the time that other ranks wait for this one, so that the error names the pack before they time out.
     """
     return args.distributed_timeout_minutes * 60 / 2 if args.num_workers else 0
 
 
 def late(worker: int, workers: int, packs: str, seconds: float) -> DataError:
-    """What to say of a worker that does not deliver."""
+    """The error message for a worker that does not deliver."""
     return DataError(
         f"worker {worker} of {workers} of the data loader has not delivered {packs} within "
         f"{seconds:g} s: look at the storage of the packs; where it is slow, raise --distributed-timeout-minutes, "
@@ -78,7 +78,7 @@ def late(worker: int, workers: int, packs: str, seconds: float) -> DataError:
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; its workers are remembered, so that their ends can be told."""
+    """The loader's batches; its workers are recorded, so that their failures can be described."""
     before = set(multiprocessing.active_children())
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - before
@@ -87,7 +87,7 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
 
 
 def _batches(batches: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]:
-    """The same, and the error that PyTorch has for a worker that ended, also where it ends while it hands over."""
+    """The batches; raises PyTorch's error for a dead worker also if it died while it handed a batch over."""
     while True:
         try:
             batch = next(batches)
@@ -104,13 +104,13 @@ def _batches(batches: Iterator[Any], workers: set[BaseProcess]) -> Iterator[Any]
 
 
 def describe_ended_worker(error: BaseException) -> str | None:
-    """A sentence about the worker whose end PyTorch reports by this error; `None` for another error."""
+    """A sentence about the worker whose death PyTorch reports by this error; `None` for another error."""
     match = _ENDED.match(str(error)) if isinstance(error, RuntimeError) else None
     if match is None:
         return None
     ended = [_workers[pid] for pid in map(int, match[1].split(",")) if pid in _workers]
     for worker in ended:
-        worker.join(timeout=1)  # else its exit code may not be known yet
+        worker.join(timeout=1)  # its exit code may not be known yet
     worker = next((worker for worker in ended if worker.exitcode), None)
     who, code = f"a worker of the data loader (process {match[1]})", worker.exitcode if worker else 0
     if code in (_CANNOT_HAND_OVER, -signal.SIGBUS):
@@ -122,14 +122,14 @@ def describe_ended_worker(error: BaseException) -> str | None:
 
 
 def check_room(pack_bytes: int, packs: int) -> None:
-    """Compares what the workers of all ranks of this machine keep in shared memory with the room there.
+    """Checks that shared memory has room for the packs that the workers of all ranks of this machine hold.
 
     Args:
         pack_bytes: of the largest pack.
-        packs: that are there at a time.
+        packs: that are in shared memory at the same time.
 
     Raises:
-        DataError: there is too little.
+        DataError: there is too little room.
     """
     try:
         room = os.statvfs(SHARED_MEMORY)

@@ -21,7 +21,7 @@ from neo_megatron.run.console import say
 from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
 from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers
 
-_MOST = 4  # packs that a sentence describes, files of a pack and records of a file
+_MOST = 4  # the most packs that a sentence lists, files of a pack, and records of a file
 
 
 def datasets_provider(
@@ -29,8 +29,8 @@ def datasets_provider(
 ) -> tuple["MicroBatches | None", "MicroBatches | None", "MicroBatches | None"]:
     """Iterators over micro-batches of packs, for training, validation and test.
 
-    Every rank reads for itself what it needs of a pack, so nothing is broadcast. Where training and validation stand is
-    one number each, Megatron's counts of consumed samples.
+    Every rank reads for itself what it needs of a pack, so nothing is broadcast. The state of training and of
+    validation is one number each, Megatron's counts of consumed samples.
     """
     args = get_args()
     images: Images = "none"
@@ -54,17 +54,17 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def ended_before(args: Namespace, packs: int, consumed: int) -> str:
-    """A sentence about a run that has read all of its packs and has nothing left to do; empty for any other."""
+    """A sentence about a run that has already read all of its packs; empty for any other."""
     if args.skip_train or not 0 < packs <= consumed:
         return ""
     return f"training has ended before: all of its {packs} packs were read; a longer one needs more steps"
 
 
 def _training(args: Namespace, num_samples: int, consumed: int, images: Images) -> "MicroBatches | None":
-    """From pack number `consumed` on; `None` without packs."""
+    """Training packs from number `consumed` on; `None` without packs."""
     ranks = parallel_state.get_data_parallel_world_size()
     even = GlobalBatch(args.global_batch_size, ranks, args.micro_batch_size, start=consumed)
-    # With a ramp-up steps have many sizes.
+    # With a batch-size ramp-up, steps differ in size.
     dataset = open_packs(args, "train", num_samples, images, None if args.step_batch_size_schedule else even)
     if dataset is None:
         return None
@@ -79,7 +79,7 @@ def _training(args: Namespace, num_samples: int, consumed: int, images: Images) 
 
 
 def _evaluation(args: Namespace, split: str, consumed: int, images: Images) -> "MicroBatches | None":
-    """Without end, after `consumed` packs; `None` without packs, or where none are to be evaluated."""
+    """Evaluation packs without end, after `consumed` packs; `None` without packs, or if none are to be evaluated."""
     dataset = open_packs(args, split, None, images) if args.eval_iters else None
     if dataset is None:
         return None
@@ -126,7 +126,7 @@ class MicroBatches:
             worker_init_fn=partial(begin_worker, args.exit_signal),
             timeout=self._seconds,
         )
-        # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them names what is broken.
+        # Pipeline stages, tensor- and context-parallel ranks read the same packs; one of them reports broken samples.
         ranks_alike = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
         report = images == "patches" and ranks_alike == (0, 0)
         self._batches = watch_broken_samples(start_workers(loader), args.max_broken_samples, report)
@@ -136,7 +136,7 @@ class MicroBatches:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        """Raises DataError where the loader cannot deliver, with the packs that were waited for."""
+        """Raises DataError if the loader cannot deliver; it names the packs."""
         count, numbers = next(self._numbers)
         try:
             batch = next(self._batches)
@@ -148,7 +148,7 @@ class MicroBatches:
         return {**batch, "packs": numbers, "describe": self.describe}
 
     def describe(self, numbers: Sequence[int]) -> str:
-        """Packs by their numbers and the records in them; of many the first ones."""
+        """Describes packs by their numbers and records; of many, the first ones."""
         return describe_packs({number: self._dataset.describe(number) for number in numbers[:_MOST]}, len(numbers))
 
 
@@ -157,7 +157,7 @@ def describe_packs(records: dict[int, list[tuple[str, int]]], count: int) -> str
 
     Args:
         records: annotation file and record of each sample, by the number of the pack.
-        count: of packs, some of which may be left out.
+        count: of packs; ``records`` may have fewer.
     """
     described = []
     for number, samples in records.items():
@@ -177,10 +177,10 @@ def describe_packs(records: dict[int, list[tuple[str, int]]], count: int) -> str
 
 
 def check_loader_memory(args: Namespace) -> None:
-    """Raises DataError where the packs that workers hold ready do not fit into the shared memory of this machine.
+    """Raises DataError if the packs that workers prefetch do not fit into the shared memory of this machine.
 
-    To be called before any rank starts workers. PyTorch's workers hold two micro-batches ready each, and a rank one
-    more; without a GPU, which would get them at once, it holds those of a step.
+    Called before any rank starts workers. PyTorch's workers prefetch two micro-batches each, and a rank holds one more;
+    without a GPU, to which they would be copied at once, it holds those of a step.
     """
     if not args.num_workers:
         return
@@ -202,7 +202,7 @@ def check_loader_memory(args: Namespace) -> None:
 def open_packs(
     args: Namespace, split: str, num_samples: int | None, images: Images, global_batch: GlobalBatch | None = None
 ) -> PackDataset | None:
-    """The packs of a split, of one epoch or `num_samples`; `None` where it has none.
+    """The packs of a split, one epoch or `num_samples` of them; `None` if it has none.
 
     Raises:
         ConfigError: they do not fit the model or the sequence length.

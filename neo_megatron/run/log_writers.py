@@ -1,4 +1,4 @@
-"""Where a run logs scalars: TensorBoard and Weights & Biases, through Megatron and in NEO's words.
+"""Logs scalars to TensorBoard and Weights & Biases, through Megatron's writers and under NEO's tags.
 
 Megatron logs to Weights & Biases only where it also logs to TensorBoard, calls packs samples, and logs the test set as
 the validation set. Its writers are replaced by these, which pass on all that they are given.
@@ -11,8 +11,10 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from neo_megatron.megatron_compat import hooks
 
-# Of Megatron's tags: what counts packs.
+PAIR_RATIO = "computed-to-allowed attention pair ratio"  # in Megatron's line of a step, which is also its tag
+# Parts of tags -> what is logged instead.
 _WORDS = {
+    PAIR_RATIO: "attention/computed-to-allowed ratio",
     " vs samples": " vs packs",
     "skipped-train-samples": "skipped-train-packs",
     "samples vs steps": "packs vs steps",
@@ -23,20 +25,20 @@ class LogWriters:
     """The writers of this rank, if it has any: Megatron logs on the last rank.
 
     Attributes:
-        split: the one that is evaluated.
+        split: the split that is being evaluated.
     """
 
     def __init__(self, tensorboard: Any, wandb: Any) -> None:
         self.split = "validation"
         self.wandb = wandb and _Wandb(wandb, self)
         self.tensorboard = tensorboard or (wandb and _Nowhere())
-        if tensorboard:  # stays a SummaryWriter, by which Megatron's timers know it
+        if tensorboard:  # stays a SummaryWriter, which Megatron's timers check for
             add_scalar = tensorboard.add_scalar
             tensorboard.add_scalar = lambda tag, *rest, **more: add_scalar(self.named(tag), *rest, **more)
 
     @classmethod
     def take_over(cls) -> "LogWriters":
-        """Puts itself in place of Megatron's writers of this process."""
+        """Replaces Megatron's writers of this process."""
         writers = cls(get_tensorboard_writer(), get_wandb_writer())
         hooks.use_writers(writers.tensorboard, writers.wandb)
         return writers
@@ -49,14 +51,14 @@ class LogWriters:
                 self.wandb.log({tag: value}, iteration)
 
     def named(self, tag: str) -> str:
-        """Megatron's tag as it is logged."""
+        """The tag under which one of Megatron's is logged."""
         for theirs, ours in _WORDS.items():
             tag = tag.replace(theirs, ours)
         return tag if self.split == "validation" else tag.replace(" validation", f" {self.split}")
 
 
 class _Wandb:
-    """The module `wandb`, by which Megatron's timers know a writer."""
+    """The module `wandb` with renamed tags; equal to it, which Megatron's timers check for."""
 
     def __init__(self, module: Any, writers: LogWriters) -> None:
         self._module, self._writers = module, writers
@@ -74,7 +76,7 @@ class _Wandb:
 
 
 class _Nowhere:
-    """In place of TensorBoard, for Weights & Biases alone."""
+    """A writer that drops everything, in place of TensorBoard's for Weights & Biases alone."""
 
     def add_scalar(self, *_: Any, **__: Any) -> None:
         pass

@@ -1,8 +1,8 @@
-"""An optimizer's state by the names of parameters: into another wrapper or precision of the same optimizer.
+"""Loads optimizer state by parameter names, also into another wrapper or precision of the same optimizer.
 
-Megatron loads the state that its own optimizer of the same wrapper and precision has saved, with the hyperparameters
-of then, and fails or loads wrongly otherwise; SGD's it cannot load at all. Here every parameter gets its moments and,
-where the optimizer keeps a float32 copy apart from the model (the master weight), exactly that copy: of the
+Megatron loads the state that its own optimizer of the same wrapper and precision has saved, together with its
+hyperparameters, and fails or loads wrongly otherwise; it cannot load that of SGD. Here every parameter gets its moments
+and, where the optimizer keeps a float32 copy apart from the model (the master weight), exactly that copy: of the
 checkpoint's optimizer, or of the weights of a model in float32. Hyperparameters stay those of the command line.
 """
 
@@ -26,19 +26,19 @@ from torch.nn import Parameter
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 
 STATE = "optimizer.state."
-# By Megatron's name of the optimizer.
+# Keyed by Megatron's name of the optimizer.
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 _TORCH_ADAM = (torch.optim.AdamW, torch.optim.Adam)
-# The plain and the distributed optimizer name a master differently; last, the weight of the model itself.
+# The plain and the distributed optimizer name a master weight differently; the last one is the model's own weight.
 _MASTERS = (f"{STATE}fp32_param.", f"{STATE}param.", "")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded on this rank.
+    """Optimizer state that was loaded on this rank.
 
     Args:
-        known, fresh: how many of the parameters that train have moments in the checkpoint, and how many have not.
+        known, fresh: how many of the parameters that train have moments in the checkpoint, and how many do not.
         step: Adam's count of steps; 0 for SGD, which does not count.
     """
 
@@ -49,11 +49,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _State:
-    """What this rank's optimizer holds of a parameter.
+    """The part of a parameter that this rank's optimizer holds.
 
     Args:
         tensors: the moments and "master", the latter only where it is kept apart from the parameter.
-        part: of the flattened parameter; the distributed optimizer holds a part on each rank.
+        part: range of the flattened parameter that this rank holds; all of it without the distributed optimizer.
     """
 
     tensors: dict[str, Tensor]
@@ -66,13 +66,13 @@ def has_moments(saved: TorchDistDirectory, optimizer: str = "adam") -> bool:
 
 
 def is_by_ranks(saved: TorchDistDirectory) -> bool:
-    """Whether its optimizer state fits the layout of ranks that saved it alone."""
+    """Whether a checkpoint's optimizer state fits only the parallel layout that saved it."""
     return any(key.startswith("optimizer.distributed.") for key in saved.shapes)
 
 
 @torch.no_grad()
 def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], checkpoint: str | Path) -> Loaded:
-    """Fills an optimizer from a checkpoint. A call on all ranks, after the model was loaded.
+    """Fills an optimizer from a checkpoint. Collective: called on all ranks, after the model was loaded.
 
     Moments that the checkpoint lacks are zero. Parameters in float32 become the checkpoint's masters.
 
@@ -108,19 +108,19 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
 
 
 def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
-    """Gives the moments of parameters that no step has updated yet, as where all steps so far were skipped.
+    """Allocates the moments of parameters that no step has updated yet, as after skipped steps.
 
-    Megatron's distributed optimizer cannot be saved without.
+    Megatron's distributed optimizer cannot be saved without them.
     """
     for one in getattr(optimizer, "chained_optimizers", ()):
         if not isinstance(one, DistributedOptimizer) or one.is_stub_optimizer or one.init_state_fn is None:
             continue
-        if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot go on from moments without a count of steps
+        if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot continue from moments without a count of steps
             one.init_state_fn(one.optimizer, one.config)
 
 
 def saved_optimizers(common_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a checkpoint says of its optimizers that is no tensor; of one, or of several under their numbers."""
+    """Everything but tensors that a checkpoint holds of its optimizers: of one, or of several under their numbers."""
     state = common_state.get("optimizer", {})
     if state and all(isinstance(key, int) for key in state):
         return list(state.values())
@@ -148,7 +148,7 @@ def _read(
             wanted[id(parameter)] = make_sharded_optimizer_tensor(entry, empty, "")
             wanted[id(parameter)].key = key
     loaded = dist_checkpointing.load(wanted, str(saved.directory))
-    return {p: loaded[id(p)] for p in sharded if id(p) in wanted}  # it has the common state too
+    return {p: loaded[id(p)] for p in sharded if id(p) in wanted}  # the checkpoint also has the common state
 
 
 def _fill(optimizer: MegatronOptimizer, parameter: Parameter, state: _State, kind: str, value: Tensor | None) -> None:
@@ -158,7 +158,7 @@ def _fill(optimizer: MegatronOptimizer, parameter: Parameter, state: _State, kin
     else:
         target.copy_(value.flatten()[state.part].view_as(target))
     if isinstance(optimizer, DistributedOptimizer):
-        # It may keep states in few bits; `_states` then gave copies of them.
+        # Moments may be stored in a low precision; `_states` returned copies of them then.
         tensors = dict(state.tensors)
         optimizer._set_main_param_and_optimizer_states(parameter, {"param": tensors.pop("master"), **tensors})
 
@@ -175,7 +175,7 @@ def _sharded_parameters(
 
 
 def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, _State]]:
-    """This rank's state of every parameter that it updates, allocated where it was not."""
+    """This rank's state of every parameter that it updates; missing moments are allocated."""
     _allocate(optimizer)
     all_of_it = slice(None)
     if isinstance(optimizer, DistributedOptimizer):
@@ -207,7 +207,7 @@ def _held(optimizer: MegatronOptimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its moments; Megatron does not know how to for SGD."""
+    """Allocates the moments of every parameter; Megatron cannot do so for SGD."""
     inner = optimizer.optimizer
     if optimizer.init_state_fn is not None:
         optimizer.init_state_fn(inner, optimizer.config)
@@ -227,14 +227,14 @@ def _step(state: dict[str, Any]) -> int:
 
 def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
     inner = optimizer.optimizer
-    if optimizer.config.optimizer == "sgd":  # it does not count
+    if optimizer.config.optimizer == "sgd":  # SGD does not count steps
         return
     if isinstance(inner, _TORCH_ADAM):
         for state in inner.state.values():
             state["step"] = torch.tensor(float(step))
     else:
         for group in inner.param_groups:
-            # A CUDA graph reads it on the device.
+            # A CUDA graph reads the count on the device.
             group["step"] = (
                 torch.tensor([step], dtype=torch.int, device="cuda") if optimizer.config.optimizer_cuda_graph else step
             )

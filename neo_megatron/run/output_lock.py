@@ -1,8 +1,8 @@
-"""One run at a time saves into a directory: a file with its owner and a heartbeat, on any file system.
+"""A lock on the directory that a run saves to: a file with owner and heartbeat, on any file system.
 
-Advisory locks of the kernel (`flock`) are not relied on: shared file systems ignore them between machines, and they say
-nothing of the owner. Whether an owner is alive is read from `/proc` where its process can be seen from here; of one on
-another machine, or in another container, the heartbeat is watched. Only the standard library is needed.
+Advisory locks of the kernel (`flock`) are not relied on: shared file systems ignore them between machines, and they do
+not name the owner. Whether an owner is alive is read from `/proc` if its process is visible here; for one on another
+machine, or in another container, the heartbeat is watched. Only the standard library is needed.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from neo_megatron.run.console import say
 
 NAME = "run.lock"
 BEAT_SECONDS = 5.0
-# A file system or a process may hang for a while: only a longer silence is the owner's death.
+# A file system or a process may hang for a while: only a longer silence means that the owner is dead.
 SILENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The owner of a lock.
 
     Args:
-        token: of this one holding of the lock.
+        token: unique to this acquisition of the lock.
         kernel: boot id and process namespace, in which `pid` means a process; empty where unknown.
-        started: when the process started, in the kernel's ticks: numbers of processes are given out again.
+        started: when the process started, in the kernel's ticks, because process ids are reused.
         since: local time, for people.
     """
 
@@ -49,7 +49,7 @@ class Owner:
         return cls(uuid.uuid4().hex, socket.gethostname(), pid, _kernel(), _started(pid) or "", since)
 
     def is_alive(self) -> bool | None:
-        """`None` where it cannot be known from here."""
+        """Whether the owner is alive; `None` if that cannot be known from here."""
         if not self.kernel or self.kernel != _kernel():
             return None
         return _started(self.pid) == self.started
@@ -62,8 +62,8 @@ class OutputLock:
     """The lock on one directory; held from `acquire` to `release` by a thread that keeps it fresh.
 
     Args:
-        directory: made if it is absent.
-        beat, silence: seconds between heartbeats, and after which an owner that cannot be seen is dead.
+        directory: created if it is absent.
+        beat, silence: seconds between heartbeats, and seconds of silence after which an invisible owner counts as dead.
     """
 
     def __init__(self, directory: str | Path, beat: float = BEAT_SECONDS, silence: float = SILENT_SECONDS) -> None:
@@ -75,7 +75,7 @@ class OutputLock:
         self._taken_by: Owner | None = None
 
     def acquire(self) -> None:
-        """Takes the lock, also over from a dead owner.
+        """Takes the lock, or takes it over from a dead owner.
 
         Raises:
             ConfigError: a run that is alive holds it.
@@ -95,7 +95,7 @@ class OutputLock:
         self._thread.start()
 
     def refuse_visible(self) -> None:
-        """To be called before slow imports: a look that changes nothing and does not wait.
+        """Refuses a visible owner that is alive. Called before slow imports; changes nothing and does not wait.
 
         Raises:
             ConfigError: a process that can be seen from here holds the lock.
@@ -111,10 +111,10 @@ class OutputLock:
         )
 
     def check(self) -> None:
-        """To be called before anything is changed in the directory.
+        """Called before anything in the directory is changed.
 
         Raises:
-            ConfigError: another run has taken the directory over, as after this one stood still for long.
+            ConfigError: another run has taken the directory over, as after this one was suspended for long.
         """
         if self._taken_by is not None:
             raise ConfigError(
@@ -123,7 +123,7 @@ class OutputLock:
             )
 
     def release(self) -> None:
-        """Gives the lock back; does nothing where it is not held."""
+        """Releases the lock; does nothing if it is not held."""
         if self._thread is None:
             return
         self._ended.set()
@@ -134,14 +134,14 @@ class OutputLock:
             self.path.unlink()
 
     def _create(self) -> bool:
-        """Whether the lock is ours now. It appears with its content, where the file system has hard links."""
+        """Creates the lock file and returns whether that succeeded; with hard links it appears with its content."""
         text = json.dumps(asdict(self._mine))
         draft = self.path.with_name(f"{NAME}.{self._mine.token}")
         draft.write_text(text)
         try:
             os.link(draft, self.path)
         except FileExistsError:
-            there = self._read()  # a network file system may do it, lose the answer and try once more
+            there = self._read()  # a network file system may create the link, lose the answer and retry
             return there is not None and there.token == self._mine.token
         except OSError:  # no hard links here
             try:
@@ -154,7 +154,7 @@ class OutputLock:
         return True
 
     def _read(self) -> Owner | None:
-        """`None` where there is no lock, or one that is only half written."""
+        """The owner in the lock file; `None` if there is no lock or it is half-written."""
         try:
             return Owner(**json.loads(self.path.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -173,14 +173,14 @@ class OutputLock:
         while time.monotonic() < end:
             time.sleep(min(self._beat / 2, self._silence / 10))
             now = self._last_beat()
-            if now is None:  # given back meanwhile
+            if now is None:  # released meanwhile
                 return False
             if now != seen:
                 return True
         return False
 
     def _last_beat(self) -> tuple[int, int] | None:
-        """Opened first, because network file systems then ask their server instead of a cache."""
+        """Time of the last heartbeat; the file is opened so that network file systems ask their server, not a cache."""
         try:
             with self.path.open() as file:
                 status = os.fstat(file.fileno())
@@ -206,11 +206,11 @@ class OutputLock:
 
     def _keep_fresh(self) -> None:
         while not self._ended.wait(self._beat):
-            # A file system that fails for a while ends nothing here; saving to it says what is wrong.
+            # A failing file system does not end the run here; saving to it reports the error.
             with contextlib.suppress(OSError):
                 there = self._read()
                 if there is None and not self.path.exists():
-                    self._create()  # somebody has tidied up
+                    self._create()  # somebody deleted the file
                 elif there is not None and there.token == self._mine.token:
                     os.utime(self.path)
                 elif there is not None:
@@ -219,7 +219,7 @@ class OutputLock:
 
 
 def _kernel() -> str:
-    """Names the kernel that runs and the namespace of this process's number; nothing where it is not told."""
+    """Boot id and process namespace; empty if the system does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -228,10 +228,10 @@ def _kernel() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started; `None` for one that has ended, also where its parent has not noticed yet."""
+    """When a process started, in ticks; `None` for one that has ended, zombies included."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    state, *fields = text.rpartition(")")[2].split()  # the name in front may hold anything
+    state, *fields = text.rpartition(")")[2].split()  # the process name before it may contain anything
     return None if state in "ZX" else fields[18]

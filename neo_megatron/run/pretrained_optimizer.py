@@ -1,9 +1,10 @@
 """The optimizer's state of the stage before: `--pretrained-optimizer` adds it to what `--pretrained-checkpoint` loads.
 
-Megatron starts from another run's checkpoint either with its model alone or, to go on, with everything: the optimizer's
-state of exactly the parameters that train now, the schedule and the count of samples. A stage that trains more than the
-one before it wants something between. Parameters that both train keep their moments (and their float32 copies, where
-the model is in bf16), those that begin to train start with moments of zero, and all else starts as in a new run.
+Megatron starts from another run's checkpoint either with its model alone or, to resume it, with everything: the
+optimizer's state of exactly the parameters that train now, the schedule and the count of samples. A stage that trains
+more than the one before it wants something between. Parameters that both train keep their moments (and their float32
+copies, where the model is in bf16), those that begin to train start with moments of zero, and all else starts as in a
+new run.
 Adam's count of steps comes along too. It is one for all parameters, so that the new ones have no correction of their
 young moments: with betas of 0.9 and 0.95 their first step is 2.2 times shorter than it would be.
 """

@@ -1,6 +1,6 @@
 """A training: model, data and loss, handed to `megatron.training.pretrain`.
 
-Importing this module prepares torch and Megatron for the machine; `neo_megatron.pretrain_neo` is how a run is started.
+Importing this module prepares torch and Megatron for the machine; `neo_megatron.pretrain_neo` starts a run.
 """
 
 import sys
@@ -35,11 +35,12 @@ from neo_megatron.run.dry_run import dry_run
 from neo_megatron.run.evaluation import evaluate_split
 from neo_megatron.run.loader_workers import describe_ended_worker
 from neo_megatron.run.loaders import check_loader_memory, datasets_provider
+from neo_megatron.run.log_writers import PAIR_RATIO
 from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
 
-# One per process: with virtual pipeline stages several model chunks share it.
+# One per process, because with virtual pipeline stages several model chunks share it.
 _loss = WeightedLoss()
 _bad_numbers = BadNumbers()
 _log = StepLog()
@@ -49,7 +50,7 @@ def train() -> None:
     """Trains as the command line says.
 
     Raises:
-        SystemExit: with a sentence where the user can put right what is wrong.
+        SystemExit: with a sentence, for errors that the user can remedy.
     """
     global _bad_numbers
     _bad_numbers = BadNumbers()
@@ -85,7 +86,7 @@ def train() -> None:
         sys.exit(f"pretrain_neo: {sentence}")
     finally:
         if writer := get_tensorboard_writer():
-            writer.close()  # Megatron does not, and what was logged last would be lost
+            writer.close()  # Megatron does not, and the last records would be lost
 
 
 def model_provider(
@@ -97,8 +98,8 @@ def model_provider(
     *,
     run_checkpoints: RunCheckpoints,
 ) -> NeoModel:
-    """Builds this rank's part of the model, frozen as the training stage asks, and lists what trains."""
-    run_checkpoints.start()  # here all ranks can talk to each other, and Megatron has not loaded yet
+    """Builds this rank's part of the model, frozen for the training stage, and prints what trains."""
+    run_checkpoints.start()  # all ranks can communicate here, and Megatron has not loaded yet
     args = get_args()
     config = config or core_transformer_config_from_args(args, NeoConfig)
     config.finalize_model_grads_func = partial(finalize_step, run_checkpoints)
@@ -119,14 +120,14 @@ def _first_of_its_stage() -> bool:
 
 
 def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
-    """What Megatron calls once in every step on all ranks: normalises the gradients, and sees to finished saves."""
+    """Called by Megatron once per step on all ranks: normalises the gradients, and handles finished saves."""
     run_checkpoints.look()
     _bad_numbers.look_at_loss()
     _loss.finalize_model_grads(model, num_tokens, **groups)
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, partial]:
-    """One micro-batch: the model's output, and the function that reduces it to a loss on the last pipeline stage."""
+    """Runs one micro-batch: returns the output and the function that reduces it to a loss on the last stage."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     args = get_args()
@@ -134,7 +135,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if torch.is_grad_enabled():
         _bad_numbers.note(packs["packs"], packs["describe"])
-        if not vp_stage:  # virtual stages read the same packs one after another
+        if not vp_stage:  # virtual stages read the same packs in turn
             _log.note(packs)
     if args.context_parallel_size > 1:
         packs = context_share(
@@ -161,14 +162,14 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
 def loss_and_report(
     model: torch.nn.Module, weight_M: Tensor, nll_M: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `WeightedLoss` gives for the micro-batch that has just gone through ``model``, and more to log.
+    """`WeightedLoss` of the micro-batch that has just gone through ``model``, with further figures to log.
 
-    Megatron sums up both numbers of an entry over the global batch, divides them, and reads the result when it logs.
+    Megatron sums both numbers of an entry over the global batch and logs their quotient.
     """
     loss, count, report = _loss(weight_M, nll_M)
     if torch.is_grad_enabled():
         _bad_numbers.note_loss(loss)
     pairs = get_attr_wrapped_model(model, "attention_pairs")
     if pairs is not None:
-        report["attention pairs computed per allowed"] = pairs
+        report[PAIR_RATIO] = pairs
     return loss, count, report

@@ -207,7 +207,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "a run goes on from the iteration that it saved; --finetune begins at 0: leave it out",
+        "a run resumes from the iteration that it saved; --finetune starts at 0: leave it out",
         """
         --override-ckpt-iteration
         """,

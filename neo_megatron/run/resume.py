@@ -1,7 +1,7 @@
-"""Where a run starts: the checkpoint to go on from, verified by all ranks; leftovers of killed runs are removed.
+"""Chooses the checkpoint to resume from, verified by all ranks, and removes leftovers of killed runs.
 
-Megatron loads what the tracker file names, whatever state it is in. This comes before: a damaged checkpoint is passed
-over for the one before it, and what the run would save over is moved.
+Megatron loads what the tracker file names, whatever state it is in. This module runs before that: it falls back
+from a damaged checkpoint to the one before it, and moves what the run would overwrite.
 """
 
 from argparse import Namespace
@@ -24,13 +24,13 @@ from neo_megatron.run.pretrained_optimizer import check_state
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
-    """The directory of the checkpoint that this run starts from, verified; `None` where it starts from nothing.
+    """The directory of the checkpoint that this run starts from, verified; `None` for a new run.
 
-    A call on all ranks, which share the reading; without a process group this process reads alone. Changes no file.
-    Without `read_tensors` files and their sizes are compared, and no more.
+    Collective: all ranks share the reading; without a process group this process reads alone. Changes no file. Without
+    `read_tensors` only files and their sizes are checked.
 
     Raises:
-        ConfigError: there are checkpoints but no complete one, or the one asked for is not.
+        ConfigError: there are checkpoints but no complete one, or the requested one is not complete.
     """
     if args.load:
         paths = on_rank_0(lambda: _candidates(args))
@@ -39,12 +39,12 @@ def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None
             damage = _verify_together(path, read_tensors)
             if damage is None:
                 for earlier in damages:
-                    _say_on_rank_0(f"{earlier}: going on from {path.name}")
+                    _say_on_rank_0(f"{earlier}: resuming from {path.name}")
                 return path
             damages.append(damage)
         if damages:
             raise ConfigError(
-                f"--load {args.load}: no whole checkpoint to go on from ({'; '.join(damages)}): "
+                f"--load {args.load}: no complete checkpoint to resume from ({'; '.join(damages)}): "
                 "bring one back from a copy, or start again with other directories for --load and --save"
             )
     if args.pretrained_checkpoint:
@@ -72,7 +72,7 @@ def _candidates(args: Namespace) -> list[Path]:
             f"--load {args.load}: {directory.tracker.name} names {directory.named()}, and no finished checkpoint is "
             "there: bring one back from a copy, or start again with other directories for --load and --save"
         )
-    if not paths and not _saves_where_it_loads(args):  # else it is the first start of a run
+    if not paths and not _saves_where_it_loads(args):  # otherwise it is the first start of a run
         found = kind_of(directory.root)
         what = found.value if found in (Kind.MISSING, Kind.EMPTY) else "holds no finished checkpoint"
         raise ConfigError(
@@ -80,14 +80,14 @@ def _candidates(args: Namespace) -> list[Path]:
             "start a new run"
         )
     if args.ckpt_step and (paths or not args.pretrained_checkpoint) and not _began_there(args, paths):
-        return [directory.path_of(args.ckpt_step)]  # asked for, so no other will do
+        return [directory.path_of(args.ckpt_step)]  # requested explicitly, so there is no fallback
     return paths
 
 
 def _began_there(args: Namespace, paths: list[Path]) -> bool:
     """Whether `--ckpt-step` names the checkpoint of `--pretrained-checkpoint` that the run in `--load` began from.
 
-    The same command starts and resumes a run, so that it must not go back to its own iteration of this number.
+    The same command starts and resumes a run, which must not fall back to its own iteration of this number.
     """
     if not args.pretrained_checkpoint or not paths:
         return False
@@ -95,7 +95,7 @@ def _began_there(args: Namespace, paths: list[Path]) -> bool:
     for path in paths:
         try:
             saved = TorchDistDirectory(path).common_state()["args"]
-        except (ValueError, OSError):  # a damaged one; another of the same run will tell
+        except (ValueError, OSError):  # damaged; another checkpoint of the same run has the answer
             continue
         return getattr(saved, "started_from", None) == str(start.resolve())
     return False
@@ -106,7 +106,7 @@ def _saves_where_it_loads(args: Namespace) -> bool:
 
 
 def _verify_together(path: Path, read_tensors: bool) -> str | None:
-    """What is wrong with a checkpoint, as a sentence; every rank reads its part of the tensors."""
+    """Describes the damage of a checkpoint in a sentence; every rank reads its part of the tensors."""
     rank, ranks = rank_and_ranks()
     damage = None
     try:
@@ -123,17 +123,17 @@ def _verify_together(path: Path, read_tensors: bool) -> str | None:
 
 
 def note_packs(args: Namespace) -> None:
-    """Adds to the arguments, which are saved, which packs train; a run that goes on compares. A call on all ranks."""
+    """Records in the saved arguments which packs train, for a resumed run to compare. Collective."""
     args.train_packs = None
     if args.train_data_path:
         args.train_packs = on_rank_0(partial(identity_of_packs, args.train_data_path[0]))
 
 
 def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
-    """Compares the run with the checkpoint that it starts from, see `changes`; says what changes from here on.
+    """Compares the run with the checkpoint that it starts from, see `changes`, and reports what changes.
 
     Raises:
-        ConfigError: the checkpoint is of another model, or a run that goes on would change what it trains or its
+        ConfigError: the checkpoint is of another model, or a resumed run would change what it trains or its
             schedule.
     """
     common_state = TorchDistDirectory(checkpoint).common_state()
@@ -146,13 +146,13 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
         return
     check_training(args, common_state, checkpoint)
     if not args.no_load_optim:
-        needs_state_by_names(args, checkpoint)  # raises where it can be loaded neither way
+        needs_state_by_names(args, checkpoint)  # raises if it can be loaded in neither way
     if told := told_changes(args, common_state):
-        _say_on_rank_0(f"going on from {checkpoint} with changes: {'; '.join(told)}")
+        _say_on_rank_0(f"resuming from {checkpoint} with changes: {'; '.join(told)}")
 
 
 def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) -> None:
-    """Raises ConfigError where a checkpoint lacks what a run of ours has written into it."""
+    """Raises ConfigError if a checkpoint lacks arguments that every run of NEO saves."""
     saved = common_state.get("args")
     numbers = {name: getattr(saved, name, None) for name in ("training_stage", "global_batch_size")}
     numbers["iteration"] = common_state.get("iteration")
@@ -166,26 +166,26 @@ def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) 
 
 
 def _loaded_iteration(args: Namespace, checkpoint: Path | None) -> int | None:
-    """The iteration of a checkpoint of ``--load``; `None` for converted and pretrained ones, which begin a run."""
+    """The iteration of a checkpoint of ``--load``; `None` for converted and pretrained ones, which start a run."""
     if checkpoint is None or not args.load or checkpoint.parent != Path(args.load) or checkpoint.name == "release":
         return None
     return int(checkpoint.name.removeprefix("iter_"))
 
 
 def check_way(args: Namespace, checkpoint: Path | None) -> None:
-    """Raises ConfigError where a run would save over what it starts from."""
+    """Raises ConfigError if a run would overwrite the checkpoint that it starts from."""
     if args.finetune and _saves_where_it_loads(args) and _loaded_iteration(args, checkpoint) is not None:
         raise ConfigError(
             f"--finetune starts at iteration 0 and would save over {args.load}, from which it starts: give another "
-            "--save, or leave --finetune out to go on"
+            "--save, or leave --finetune out to resume"
         )
 
 
 def make_way(args: Namespace, checkpoint: Path | None) -> None:
-    """Makes Megatron load this checkpoint, and clears what it would save over. A call on all ranks.
+    """Makes Megatron load this checkpoint, and clears what the run would overwrite. Collective.
 
     Raises:
-        ConfigError: the run would save over what it starts from, or a directory cannot be changed.
+        ConfigError: the run would overwrite what it starts from, or a directory cannot be changed.
     """
     check_way(args, checkpoint)
     loaded = _loaded_iteration(args, checkpoint)
@@ -211,13 +211,13 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
 
 
 def _point_megatron_to(args: Namespace, checkpoint: Path) -> None:
-    """Without touching a directory that may be someone else's."""
+    """Sets Megatron's arguments to load a checkpoint, without changing a directory that another run may own."""
     directory = RunDirectory(checkpoint.parent)
     named = on_rank_0(directory.named)
     if on_rank_0(directory.named_path) == checkpoint:
         return
     iteration = int(checkpoint.name.removeprefix("iter_"))
-    if not isinstance(named, int):  # Megatron reads the tracker even where it is told the iteration
+    if not isinstance(named, int):  # Megatron reads the tracker even if it is given the iteration
         raise ConfigError(f"{directory.tracker} names {named or 'no checkpoint'}: write {iteration} into it")
     args.ckpt_step = iteration
 
@@ -230,13 +230,14 @@ def _clear(directory: RunDirectory, start: int, starts_here: bool) -> list[str]:
             directory.name(start)
             sentences.append(f"{directory.tracker} named {named or 'nothing'}: it names {start} now")
         if not (directory.path_of(start) / CHECKSUMS).exists():
-            write_checksums(directory.path_of(start))  # its run was killed before it could
+            write_checksums(directory.path_of(start))  # its run was killed before it wrote the tracker
     elif isinstance(named, int):
-        directory.tracker.unlink()  # names what was just set aside
+        directory.tracker.unlink()  # names a checkpoint that was just set aside
     return sentences
 
 
 def rank_and_ranks() -> tuple[int, int]:
+    """This rank and the number of ranks; (0, 1) without a process group."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -248,10 +249,10 @@ def _say_on_rank_0(sentence: str) -> None:
 
 
 def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Its result, or its error, on every rank: they may see a shared file system at different times.
+    """Runs an action on rank 0 and gives its result or error to all: ranks may see a shared file system differently.
 
     Raises:
-        ConfigError: as the action does, also where a file could not be changed.
+        ConfigError: as the action raises; also if a file could not be changed.
     """
     rank, ranks = rank_and_ranks()
     outcome: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""What a run does before its slow imports: ranks are found, paths checked, the log opened."""
+"""Prepares a run before its slow imports: finds the rank, checks paths, opens the log."""
 
 import os
 import socket
@@ -27,13 +27,13 @@ PATHS = {
 
 
 def stand_alone(arguments: Sequence[str]) -> None:
-    """Sets what a launcher tells each rank where there is none: one process that was started by itself trains alone.
+    """Sets the variables of a launcher if there is none: a process that was started by itself trains alone.
 
     Args:
-        arguments: of the command line. With ``--dry-run`` one process looks for all ranks, and needs no address.
+        arguments: of the command line. With ``--dry-run`` one process checks for all ranks, and needs no address.
 
     Raises:
-        ConfigError: this is one of several processes, and is not told which, or where the others are.
+        ConfigError: this is one of several processes, and its rank or the address of the others is missing.
     """
     rank, ranks = _number("RANK"), _number("WORLD_SIZE")
     if ranks is None and not rank:
@@ -42,7 +42,7 @@ def stand_alone(arguments: Sequence[str]) -> None:
                 f"srun has started {tasks} processes, and each would train alone because WORLD_SIZE is not set: start "
                 "them with examples/slurm.sbatch, which sets RANK, WORLD_SIZE and LOCAL_RANK"
             )
-        for name in LAUNCHER_VARIABLES:  # an address that is left over is of another run
+        for name in LAUNCHER_VARIABLES:  # an address left in the environment belongs to another run
             os.environ.pop(name, None)
         ranks = 1
     if ranks == 1 and not rank:
@@ -67,7 +67,7 @@ def stand_alone(arguments: Sequence[str]) -> None:
 
 
 def _number(variable: str) -> int | None:
-    """An environment variable that counts processes; `None` where it is not set or empty."""
+    """An environment variable that counts processes; `None` if it is unset or empty."""
     text = os.environ.get(variable, "")
     if not text:
         os.environ.pop(variable, None)
@@ -80,7 +80,7 @@ def _number(variable: str) -> int | None:
 
 
 def check_paths(arguments: Sequence[str]) -> None:
-    """Raises WrongPath or ConfigError for a path of a command line that cannot be what its flag takes, or is taken."""
+    """Raises WrongPath or ConfigError for a path that its flag cannot take, or that another run uses."""
     check_flags(arguments, PATHS)
     given = _parse(arguments)
     if given.neo_model and not Path(given.neo_model).exists():
@@ -90,7 +90,7 @@ def check_paths(arguments: Sequence[str]) -> None:
 
 
 def open_console(arguments: Sequence[str]) -> Console | None:
-    """The log in ``--save``; ``None`` where all is printed: without ``--save``, or where it is asked for."""
+    """The log in ``--save``; ``None`` if all output goes to the screen: without ``--save``, or on request."""
     given = _parse(arguments)
     if not given.save or given.console_log == "full" or given.dry_run or given.help:
         return None
@@ -102,7 +102,7 @@ def open_console(arguments: Sequence[str]) -> Console | None:
 
 
 def log_file(save: str | Path, rank: int) -> Path:
-    """Where a rank of the run that saves there logs, in every one of its starts."""
+    """The log file of a rank, in the directory that its run saves to; every start appends to it."""
     return Path(save) / "logs" / f"rank_{rank:05d}.log"
 
 

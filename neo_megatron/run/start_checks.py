@@ -1,4 +1,4 @@
-"""What refuses a run before anything is built: one place, for a start and for its dry run.
+"""Checks that refuse a run before anything is built, shared by a start and its dry run.
 
 `check_settings` needs the command line alone, `check_checkpoint` also what the run starts from.
 """
@@ -22,7 +22,7 @@ from neo_megatron.run.resume import check_model_and_schedule, check_way, choose_
 
 
 def check_settings(args: Namespace) -> None:
-    """Checks flags that Megatron itself looks at long after the start.
+    """Checks flags that Megatron itself checks only long after the start.
 
     Raises:
         ConfigError: with the flag and a remedy.
@@ -33,9 +33,9 @@ def check_settings(args: Namespace) -> None:
             "--use-distributed-optimizer shards the state of --optimizer adam alone: leave one of them out"
         )
     absent = _check_packages(args)
-    if args.attention_backend != AttnBackend.flash:  # else a package is looked for, see above
+    if args.attention_backend != AttnBackend.flash:  # otherwise Megatron looks for a package, see above
         check_backend(args.attention_backend)
-    # Megatron's configs, which check what goes together when they are built; the model's asks Transformer Engine.
+    # Megatron's configs check combinations when they are built; the model's needs Transformer Engine for it.
     configs = [get_megatron_optimizer_config, get_megatron_ddp_config]
     if "transformer_engine" not in absent:
         configs.append(lambda args: core_transformer_config_from_args(args, NeoConfig))
@@ -49,10 +49,10 @@ def check_settings(args: Namespace) -> None:
 
 
 def check_checkpoint(args: Namespace, read_tensors: bool) -> Path | None:
-    """The checkpoint that a run starts from, see `choose_checkpoint`. A call on all ranks; changes no file.
+    """The checkpoint that a run starts from, see `choose_checkpoint`. Collective; changes no file.
 
     Raises:
-        ConfigError: no checkpoint is complete, or it is not of this run, or lacks what the run shall take from it.
+        ConfigError: no checkpoint is complete, or it is not of this run, or lacks state that the run needs.
     """
     checkpoint = choose_checkpoint(args, read_tensors)
     if checkpoint is None and args.skip_train:
@@ -73,7 +73,7 @@ def _check_wandb(args: Namespace) -> None:
 
 
 def _needed(args: Namespace) -> Iterator[tuple[str, str, bool]]:
-    """Flag, package, and whether only machines with GPUs have it."""
+    """(flag, package, whether only machines with GPUs have the package) for every package that the run needs."""
     if args.wandb_project:
         yield "--wandb-project", "wandb", False
     if args.tensorboard_dir:
@@ -85,7 +85,7 @@ def _needed(args: Namespace) -> Iterator[tuple[str, str, bool]]:
 
 
 def _check_packages(args: Namespace) -> set[str]:
-    """The packages that are absent here; but for those that a dry run without a GPU need not have, they are refused."""
+    """Refuses missing packages; a dry run without a GPU reports those that only GPU machines have."""
     absent = set()
     for flag, package, on_gpus in _needed(args):
         if importlib.util.find_spec(package) is not None:

@@ -1,9 +1,9 @@
-"""What the log says of training steps, over Megatron's own: figures of NEO's work, and its words.
+"""Adds figures of NEO's work to Megatron's log of training steps, in NEO's terms.
 
 Megatron's formula of operations is that of a causal model that trains everything: for NEO it is 1.1 to 1.8 times too
 high. Here they are those of `planning/flops.py` for what the packs of each step hold, so that TFLOP/s, tokens/s and MFU
 can be compared with a plan. Megatron also counts packs as "samples", spoils the mean loss of an interval by a step
-without loss weight, and logs the last validation twice; `megatron_patches.log_with` puts this module in its place.
+without loss weight, and logs the last validation twice; `megatron_compat.hooks.log_with` puts this module in its place.
 """
 
 import re
@@ -32,7 +32,7 @@ _BEFORE = " global batch size:"  # the figures go here, in Megatron's line of a 
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step has read.
+    """Packs, loss weight and broken samples that a step has read.
 
     Args:
         weight: the sum of all loss weights; known on the last pipeline stage, as `broken` is.
@@ -85,7 +85,7 @@ class StepLog:
         self._validated: int | None = None
 
     def note(self, micro_batch: dict[str, Any]) -> None:
-        """Counts a micro-batch of a training step, before it is shared out to context-parallel ranks."""
+        """Counts a micro-batch of a training step, before it is split over context-parallel ranks."""
         self._reading += Counted.of(micro_batch)
 
     def end_step(self) -> tuple[None, None]:
@@ -131,7 +131,9 @@ class StepLog:
         self._in_line = False
         if iteration % self._args.tensorboard_log_interval == 0:
             counts = self._unwritten
-            self._writers.write({"data/pack fill": _fill(counts), "data/broken samples": counts.broken}, iteration)
+            self._writers.write(
+                {"data/padding fraction": _padding(counts), "data/broken samples": counts.broken}, iteration
+            )
             self._unwritten = Counted()
         if ends_interval:
             performance = {f"performance/{name}": value for name, value in self._performance().items()}
@@ -182,7 +184,10 @@ class StepLog:
         for kind in ("consumed", "skipped"):
             message = message.replace(f" {kind} samples:", f" {kind} packs:")
         figures = [f"{name}: {value:.1f}" for name, value in self._performance().items()]
-        figures += [f"pack fill: {_fill(self._interval):.4f}", f"samples with a broken image: {self._interval.broken}"]
+        figures += [
+            f"padding fraction: {_padding(self._interval):.4f}",
+            f"samples with a broken image: {self._interval.broken}",
+        ]
         if self._weightless:
             figures.append(f"steps without loss weight: {self._weightless}")
         return message.replace(_BEFORE, "".join(f" {figure} |" for figure in figures) + _BEFORE, 1)
@@ -213,9 +218,9 @@ class StepLog:
         return figures
 
 
-def _fill(counts: Counted) -> float:
-    """Share of the tokens that are no padding."""
-    return 1 - counts.packs.padding / max(counts.packs.tokens, 1)
+def _padding(counts: Counted) -> float:
+    """Share of the tokens that are padding, from 0 to 1."""
+    return counts.packs.padding / max(counts.packs.tokens, 1)
 
 
 def _training_seconds() -> float:

@@ -53,12 +53,12 @@ def parse_arguments() -> Namespace:
     def extra_arguments(parser: ArgumentParser) -> ArgumentParser:
         add_neo_arguments(parser)
         parser.error = _refuse_flags
-        parser.set_defaults(**run_defaults(preset), **{**stage, "min_lr": None})  # a share of --lr, see `fill_min_lr`
+        parser.set_defaults(**run_defaults(preset), **{**stage, "min_lr": None})  # see `fill_min_lr`
         if chosen.lr_warmup_iters or chosen.lr_warmup_samples:
-            parser.set_defaults(lr_warmup_fraction=None)  # Megatron takes one of the three
+            parser.set_defaults(lr_warmup_fraction=None)  # Megatron accepts one of the three
         if asks_for_help:
             prepare_help(parser)
-        parsed = parser.parse_args()  # Megatron, which parses again, begins to act on some flags at once
+        parsed = parser.parse_args()  # Megatron parses again and acts on some flags at once
         given.update(given_flags(parser, parsed, sys.argv[1:]))
         _raise_first(refusals(given, parsed))
         return parser
@@ -79,7 +79,7 @@ def parse_arguments() -> Namespace:
     layout, stages = choose_layout(args, sizes, packs)
     if layout != args.pipeline_model_parallel_layout:
         args.pipeline_model_parallel_layout = layout
-        args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout, and takes one of the two
+        args.num_virtual_stages_per_pipeline_rank = None  # the layout implies it, and Megatron accepts one of the two
     if stages and args.rank == 0:
         say(stages)
     if args.async_save:
@@ -103,7 +103,7 @@ def parse_arguments() -> Namespace:
     check_optimizer_flags(args)
     check_settings(args)
     if args.dry_run:
-        args.tensorboard_dir = args.wandb_project = None  # it leaves no file
+        args.tensorboard_dir = args.wandb_project = None  # a dry run leaves no file
     set_global_variables(args)
     return args
 
@@ -116,11 +116,11 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         # Packs carry images of any number and size, so that Megatron's own loaders cannot stack them.
         "dataloader_type": "external",
         "exit_signal_handler": True,
-        # The other one is a package of its own.
+        # The other strategy needs a package of its own.
         "async_strategy": "nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
-        # Another layout can then take over the optimizer's state.
+        # Optimizer state can then be loaded on another parallel layout.
         "dist_ckpt_optim_fully_reshardable": True,
-        # Chosen by `context_parallel_way`; Megatron's own default is none that NEO's mask has.
+        # Chosen by `context_parallel_way`; Megatron's own default does not support NEO's mask.
         "cp_comm_type": None,
         # Megatron has no defaults for these, and fails without them.
         "save_interval": 1000,
@@ -132,9 +132,9 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
 
 
 def complete_last_step(args: Namespace) -> None:
-    """Raises ``args.train_samples`` to the end of a step where ``--step-batch-size-schedule`` sets their sizes.
+    """Raises ``args.train_samples`` to the end of a step if ``--step-batch-size-schedule`` sets the batch sizes.
 
-    Megatron takes a step for the last samples as well, and reads as many as the step has.
+    Megatron also runs a step for the last samples, and reads a full batch for it.
 
     Raises:
         ValueError, AssertionError: the schedule cannot be read, or a batch does not divide.
@@ -157,7 +157,7 @@ def _raise_first(sentences: Iterable[str]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What Megatron's checks say, or without words what they ask for."""
+    """The message of Megatron's checks, or the failed condition if they give none."""
     if text := " ".join(str(error).split()):
         return text
     asked = traceback.extract_tb(error.__traceback__)[-1].line.removeprefix("assert ")
@@ -165,5 +165,5 @@ def _sentence(error: Exception) -> str:
 
 
 def _refuse_flags(message: str) -> NoReturn:
-    """In place of argparse's own, which prints the names of all 700 flags first."""
+    """Replaces argparse's own error, which prints the names of all 700 flags first."""
     raise ConfigError(f"{message}; --help lists all flags")

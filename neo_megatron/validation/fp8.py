@@ -1,9 +1,9 @@
-"""Refuses what FP8 cannot do, for `parallel_layout.check_layout`: one sentence that names the flags and a remedy.
+"""Rejects settings that FP8 cannot work with, for `parallelism.check_layout`: one sentence with flags and remedy each.
 
-Transformer Engine quantizes the products of the decoder's layers. Their sizes must be whole multiples of what its
+Transformer Engine quantizes the products of the decoder's layers. Their sizes must be multiples of what its
 kernels take: tokens and features of 16, features of 128 under the blockwise recipe (a block of a weight is 128 x 128),
-both of 32 under mxfp8. The patch embedding, the word embedding and the head are no modules of Transformer Engine: how
-many cells an image has and how many positions are trained does not matter.
+both of 32 under mxfp8. The patch embedding, the word embedding and the head are not modules of Transformer Engine: how
+many tokens an image has and how many positions are trained does not matter.
 """
 
 from argparse import Namespace
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 def check_fp8(args: Namespace) -> Iterator[str]:
-    """A sentence for everything that stands against ``--fp8-format``; `args` as Megatron parsed them."""
+    """A sentence for everything that rules out ``--fp8-format``; `args` as Megatron parsed them."""
     if not args.fp8:
         for flag, given in {
             "--fp8-param-gather": args.fp8_param_gather,
@@ -34,12 +34,12 @@ def check_fp8(args: Namespace) -> Iterator[str]:
 
 
 def token_alignment(recipe: str) -> int:
-    """What the number of tokens in a product must be a multiple of."""
+    """The number of tokens in a product must be a multiple of this."""
     return 32 if recipe == "mxfp8" else 16
 
 
 def feature_alignment(recipe: str) -> int:
-    """What the sides of a rank's part of a weight must be multiples of."""
+    """Both sides of a rank's part of a weight must be multiples of this."""
     return 128 if recipe == "blockwise" else token_alignment(recipe)
 
 

@@ -1,7 +1,7 @@
-"""Refuses layouts that cannot work, before anything is built: one sentence that names the flags and a remedy.
+"""Rejects parallel layouts that cannot work, before anything is built: one sentence that names the flags and a remedy.
 
-Megatron stops many of them with an assertion in the middle of its start, some after minutes, and trains wrongly on one.
-Reads Megatron's arguments as parsed, without a process group, so that the planner can ask it of any layout.
+Megatron stops many of them with an assertion during its start, some after minutes, and trains wrongly with one.
+Reads Megatron's arguments as parsed, without a process group, so that a dry run can check any layout.
 """
 
 from argparse import Namespace
@@ -77,7 +77,7 @@ def _sequence(args: Namespace) -> Iterator[str]:
             "raise that, or pack shorter"
         )
     context, tensor = args.context_parallel_size, args.tensor_model_parallel_size
-    # Megatron asks for 2 parts a rank, as its causal kernels need them.
+    # Megatron requires 2 parts per rank, which its causal kernels need.
     parts = 2 * context if context > 1 else 1
     if length % parts:
         yield (
@@ -108,7 +108,7 @@ def _context_parallel(args: Namespace) -> Iterator[str]:
     if args.cp_comm_type == ["a2a"] and heads % size:
         yield (
             f"--cp-comm-type a2a with --context-parallel-size {size}: a tensor-parallel rank's {heads} key-value heads "
-            "cannot be shared out evenly; choose --cp-comm-type allgather, or a smaller size"
+            "cannot be divided evenly; choose --cp-comm-type allgather, or a smaller size"
         )
 
 
@@ -200,7 +200,7 @@ def _batch(args: Namespace) -> Iterator[str]:
 def _divides(prefix: str, global_batch: int, micro_batch: int, ranks: int) -> Iterator[str]:
     if global_batch < 1 or global_batch % (micro_batch * ranks):
         yield (
-            f"--{prefix}global-batch-size {global_batch} is no multiple of --{prefix}micro-batch-size {micro_batch} "
+            f"--{prefix}global-batch-size {global_batch} is not a multiple of --{prefix}micro-batch-size {micro_batch} "
             f"times the {ranks} data-parallel ranks: choose a multiple of {micro_batch * ranks}"
         )
 

@@ -1,4 +1,4 @@
-"""Loads a converted checkpoint into Megatron's model, then saves it as training does, with optimizer state beside it.
+"""Loads a converted checkpoint into Megatron's model, then saves it as training does, with optimizer state.
 
 python megatron_worker.py HF_DIR RELEASE_DIR OUT_DIR
 """

@@ -65,7 +65,7 @@ def _tools(form: str, file: str, mutated: Path, hf: Path, output: Path) -> list[
 
 
 def _start(mutated: Path) -> None:
-    """What a training looks at before Megatron loads."""
+    """The checks of a training before Megatron loads."""
     from argparse import Namespace
 
     for flags in ({"load": str(mutated)}, {"pretrained_checkpoint": str(mutated)}):

@@ -42,7 +42,7 @@ BIG_TABLES = {"vocab", "merges", "added_tokens_decoder", "weight_map"}
 
 
 class Mutation(NamedTuple):
-    """What is done to a directory; ``refused`` where no reader may accept the result."""
+    """A change to a directory; ``refused`` if no reader may accept the result."""
 
     name: str
     file: str

@@ -44,8 +44,8 @@ def test_each_missing_tensor_is_listed_and_starts_as_in_a_new_neo(variant, golde
     source = variant(drop("_hw.", "_norm_h.", "lm_head", "dense_embedding.bias"))
     patterns = ["*_proj_hw.weight", "*_norm_h.weight", HEAD, "vision_model.*.bias"]
     listed, neo = round_trip(source, tmp_path, tokenizer, allow_missing=patterns)
-    whole = load_file(golden / "ckpt_untied" / "model.safetensors")
-    assert listed.keys() == whole.keys() - load_file(source / "model.safetensors").keys()
+    complete = load_file(golden / "ckpt_untied" / "model.safetensors")
+    assert listed.keys() == complete.keys() - load_file(source / "model.safetensors").keys()
     attention = f"{LAYERS}3.self_attn."
     assert listed[f"{attention}q_proj_hw.weight"] == f"rows and columns of {attention}q_proj.weight"
     assert listed[f"{attention}k_proj_hw.weight"] == "all 0" and listed[f"{attention}q_norm_h.weight"] == "all 1"
@@ -53,7 +53,7 @@ def test_each_missing_tensor_is_listed_and_starts_as_in_a_new_neo(variant, golde
     assert listed[HEAD] == f"copy of {EMBEDDING}"
     assert listed["vision_model.embeddings.dense_embedding.bias"].startswith("drawn evenly from within 0.0")
 
-    for name, tensor in whole.items():
+    for name, tensor in complete.items():
         assert name in listed or torch.equal(neo[name], tensor), name
     assert torch.equal(neo[HEAD], neo[EMBEDDING])
     queries = neo[f"{attention}q_proj.weight"]
@@ -68,13 +68,13 @@ def test_each_missing_tensor_is_listed_and_starts_as_in_a_new_neo(variant, golde
     )
 
 
-def test_a_pattern_excuses_nothing_else(variant, tmp_path):
+def test_a_pattern_allows_only_the_tensors_that_it_matches(variant, tmp_path):
     source = variant(drop("layers.2.self_attn.q_norm_h", "layers.4.mlp.up_proj"))
     with pytest.raises(ValueError, match=f"lacks {LAYERS}4.mlp.up_proj.weight: "):
         convert_hf_to_megatron(source, tmp_path / "megatron", allow_missing=["*_norm_h.weight"])
 
 
-def test_what_starts_from_a_missing_tensor_has_no_start(variant, tmp_path):
+def test_a_copy_of_a_missing_tensor_is_refused(variant, tmp_path):
     source = variant(drop("layers.4.self_attn.q_proj"))
     with pytest.raises(ValueError, match="q_proj_hw.weight starts as rows and columns of .* which is missing too"):
         convert_hf_to_megatron(source, tmp_path / "megatron", allow_missing=["*.q_proj*"])
@@ -96,8 +96,8 @@ def test_missing_tensors_of_a_megatron_checkpoint(golden, tokenizer, tmp_path):
     missing = convert_megatron_to_hf(part, tmp_path / "hf", tokenizer, allow_missing=patterns)
     attention = f"{LAYERS}4.self_attn."
     assert missing.keys() == {HEAD, f"{attention}q_proj_hw.weight", f"{attention}k_proj_hw.weight"}
-    neo, whole = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", golden / "ckpt_untied"))
-    assert all(torch.equal(neo[name], tensor) for name, tensor in whole.items() if name not in missing)
+    neo, complete = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", golden / "ckpt_untied"))
+    assert all(torch.equal(neo[name], tensor) for name, tensor in complete.items() if name not in missing)
     assert torch.equal(neo[HEAD], neo[EMBEDDING]) and not neo[f"{attention}k_proj_hw.weight"].any()
     assert torch.equal(neo[f"{attention}q_proj_hw.weight"], quarters_of_heads(neo[f"{attention}q_proj.weight"]))
 
@@ -116,19 +116,19 @@ def test_missing_tensors_of_a_qwen3_are_listed_by_their_names_in_the_neo(variant
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")
-def test_what_starts_from_a_missing_tensor_of_a_qwen3_has_no_start(variant, tmp_path):
+def test_a_copy_of_a_missing_tensor_of_a_qwen3_is_refused(variant, tmp_path):
     source = variant(drop("layers.1.self_attn.q_proj"), "qwen3_untied")
     with pytest.raises(ValueError, match="q_proj_hw.weight starts as rows and columns of .* which is missing too"):
         init_from_qwen3(source, tmp_path / "neo", 1, 32, allow_missing=["*.q_proj.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_another_type_is_that_of_torch(golden, tokenizer, tmp_path, dtype):
+def test_another_dtype_is_rounded_as_torch_rounds(golden, tokenizer, tmp_path, dtype):
     """Out of Megatron and into it give the same: every value rounded once."""
     source = golden / "ckpt_untied"
     expected = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
-    convert_hf_to_megatron(source, tmp_path / "whole")
-    convert_megatron_to_hf(tmp_path / "whole", tmp_path / "out", tokenizer, dtype=dtype)
+    convert_hf_to_megatron(source, tmp_path / "complete")
+    convert_megatron_to_hf(tmp_path / "complete", tmp_path / "out", tokenizer, dtype=dtype)
     _, through = round_trip(source, tmp_path, tokenizer, dtype=dtype)
     for actual in (load_file(tmp_path / "out" / "model.safetensors"), through):
         assert actual.keys() == expected.keys()
@@ -137,7 +137,7 @@ def test_another_type_is_that_of_torch(golden, tokenizer, tmp_path, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")
-def test_a_neo_of_another_type_from_a_qwen3(golden, tmp_path):
+def test_a_neo_of_another_dtype_from_a_qwen3(golden, tmp_path):
     init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", 1, 32, dtype=torch.bfloat16)
     init_from_qwen3(golden / "qwen3_untied", tmp_path / "exact", 1, 32)
     neo, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("neo", "exact"))
@@ -153,7 +153,7 @@ def test_an_overflow_names_the_tensor(variant, tmp_path):
     assert not (tmp_path / "megatron").exists()
 
 
-def test_parts_of_different_types_need_one(variant, tokenizer, tmp_path):
+def test_parts_of_different_dtypes_need_one_dtype(variant, tokenizer, tmp_path):
     def halve(tensors):
         name = f"{LAYERS}1.self_attn.k_proj.weight"
         tensors[name] = tensors[name].bfloat16()

@@ -1,4 +1,4 @@
-"""What a training loads besides tensors builds nothing but what Megatron itself saves."""
+"""Loading a checkpoint builds no objects but tensors and those that Megatron itself saves."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def test_no_object_of_a_checkpoint_runs_anything(tmp_path):
     assert np.array_equal(loaded["np_rng_state"][1], state[1])
 
 
-def test_damaged_objects_are_a_sentence():
+def test_damaged_objects_are_refused_in_one_sentence():
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng_state"))
     with pytest.raises(DataError, match="rng_state holds more than"):
@@ -52,7 +52,7 @@ def test_damaged_objects_are_a_sentence():
 
 
 @pytest.mark.parametrize(
-    ("pieces", "whole"),
+    ("pieces", "complete"),
     [
         ([((0, 0), (4, 6))], True),
         ([((0, 0), (2, 6)), ((2, 0), (2, 3)), ((2, 3), (2, 3))], True),
@@ -66,5 +66,5 @@ def test_damaged_objects_are_a_sentence():
         ([], False),
     ],
 )
-def test_pieces_cover_a_tensor_once(pieces, whole):
-    assert pieces_make_up((4, 6), pieces) is whole
+def test_pieces_cover_a_tensor_once(pieces, complete):
+    assert pieces_make_up((4, 6), pieces) is complete

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face: the same bytes, whole or not at all, and nothing is trusted."""
+"""Hugging Face -> Megatron -> Hugging Face: the same bytes, complete or not at all, and no input is trusted."""
 
 import dataclasses
 import json
@@ -73,8 +73,10 @@ def test_shards_and_their_index(golden, megatron, tokenizer, tmp_path):
     assert all(file.stat().st_size < 310_000 for file in files)
     assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(file).values())
     convert_hf_to_megatron(tmp_path / "hf", tmp_path / "again")
-    convert_megatron_to_hf(tmp_path / "again", tmp_path / "whole", tokenizer)
-    expected, actual = (load_file(path / "model.safetensors") for path in (golden / "ckpt_untied", tmp_path / "whole"))
+    convert_megatron_to_hf(tmp_path / "again", tmp_path / "complete", tokenizer)
+    expected, actual = (
+        load_file(path / "model.safetensors") for path in (golden / "ckpt_untied", tmp_path / "complete")
+    )
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
@@ -112,7 +114,7 @@ def reshape(name):
         (reshape(LAST_NORM), rf"has {LAST_NORM} of shape \[63\] instead of \[64\]"),
     ],
 )
-def test_no_silent_partial_load(variant, tmp_path, change, sentence):
+def test_missing_and_unexpected_tensors_are_refused_by_from_hf(variant, tmp_path, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         convert_hf_to_megatron(variant(change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -144,7 +146,7 @@ def rewrite(megatron, change, **neo_sizes) -> None:
         (reshape("output_layer.weight"), r"output_layer.weight of shape \[1023, 64\] instead of \[1024, 64\]"),
     ],
 )
-def test_no_silent_partial_export(megatron, tokenizer, tmp_path, change, sentence):
+def test_missing_and_unexpected_tensors_are_refused_by_to_hf(megatron, tokenizer, tmp_path, change, sentence):
     rewrite(megatron, change)
     with pytest.raises(ValueError, match=sentence):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
@@ -157,7 +159,7 @@ def test_no_silent_partial_export(megatron, tokenizer, tmp_path, change, sentenc
         ({"num_query_groups": 3}, "release: .*num_query_groups"),
     ],
 )
-def test_saved_sizes_that_no_model_has_are_named(megatron, tokenizer, tmp_path, sizes, sentence):
+def test_impossible_saved_sizes_are_named(megatron, tokenizer, tmp_path, sizes, sentence):
     rewrite(megatron, lambda tensors: None, **sizes)
     with pytest.raises(ValueError, match=sentence):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
@@ -169,7 +171,7 @@ def test_the_tokenizer_must_be_the_models(megatron, tokenizer, tmp_path):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
 
 
-def test_an_interrupted_output_is_no_checkpoint(megatron, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_checkpoint(megatron, tokenizer, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -215,7 +217,7 @@ def test_a_pickle_cannot_run_anything(megatron, tokenizer, tmp_path):
     assert not mark.exists()
 
 
-def test_no_path_leaves_the_checkpoint(megatron, golden, tmp_path):
+def test_paths_cannot_leave_the_checkpoint(megatron, golden, tmp_path):
     metadata = FileSystemReader(megatron / "release").read_metadata()
     (megatron / "release" / "checksums.json").unlink()  # or they would tell
     metadata.storage_data = {
@@ -224,18 +226,18 @@ def test_no_path_leaves_the_checkpoint(megatron, golden, tmp_path):
     }
     (tmp_path / "secret").write_bytes(b"")
     (megatron / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="names '../../secret', which is no file of this directory"):
+    with pytest.raises(ValueError, match="names '../../secret', which is not a file of this directory"):
         TorchDistDirectory(megatron)
     (megatron / "latest_checkpointed_iteration.txt").write_text("../../elsewhere")
-    with pytest.raises(ValueError, match="is no iteration"):
+    with pytest.raises(ValueError, match="does not name an iteration"):
         TorchDistDirectory(megatron)
     directory = tmp_path / "hf"
     directory.mkdir()
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
-    with pytest.raises(ValueError, match="'../x.safetensors' is no safetensors file of this directory"):
+    with pytest.raises(ValueError, match="'../x.safetensors' is not a safetensors file of this directory"):
         SafetensorsDirectory(directory)
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x.safetensors"], "b": 1}}')
-    with pytest.raises(ValueError, match="is no safetensors file of this directory"):
+    with pytest.raises(ValueError, match="is not a safetensors file of this directory"):
         SafetensorsDirectory(directory)
 
 
@@ -243,7 +245,7 @@ def test_broken_input_is_named(golden, tmp_path):
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
         SafetensorsDirectory(golden)
     (tmp_path / "model.safetensors").write_bytes((golden / "ckpt_untied" / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
         SafetensorsDirectory(tmp_path)
     with pytest.raises(ValueError, match="config.json: no such file"):
         convert_hf_to_megatron(tmp_path, tmp_path / "out")

@@ -24,7 +24,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_json_that_is_none(text, tmp_path):
+def test_broken_json_is_refused_in_one_sentence(text, tmp_path):
     for name in ("config.json", "manifest.json"):
         (tmp_path / name).write_bytes(text)
     with pytest.raises(ValueError, match=r"config\.json: not JSON .*: copy or download it again"):

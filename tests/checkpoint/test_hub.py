@@ -61,14 +61,14 @@ def test_a_tokenizer_comes_without_its_model(server):
     assert (directory / "tokenizer.json").is_file() and "model.safetensors" not in server.served
 
 
-def test_a_run_needs_the_configuration_alone(server, golden):
+def test_a_run_fetches_only_the_configuration(server, golden):
     assert presets.sizes("somebody/neo") == open_neo(golden / "ckpt_untied").sizes
     assert server.served == ["config.json"]
     with pytest.raises(ConfigError, match="--neo-model nobody/nothing: nobody/nothing: neither a directory here"):
         presets.sizes("nobody/nothing")
 
 
-def test_shards_by_their_index(server, models):
+def test_shards_are_found_through_their_index(server, models):
     tensors = load_file(models["somebody/neo"] / "model.safetensors")
     (models["somebody/neo"] / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -97,22 +97,22 @@ def test_pickled_weights_only_when_asked_for(server, golden):
     "name, sentence",
     [
         ("nobody/nothing", "nobody/nothing: neither a directory here nor a model on http"),
-        ("somebody/closed", "somebody/closed: its owners grant access: ask for it there"),
+        ("somebody/closed", "somebody/closed: its owners must grant access: request it"),
         ("somebody/neo@v9", "somebody/neo@v9: the model has no revision v9"),
     ],
 )
-def test_what_a_hub_does_not_give_is_one_sentence(server, name, sentence):
+def test_failures_of_the_hub_are_one_sentence(server, name, sentence):
     with pytest.raises(hub.HubError, match=sentence) as refused:
         hub.model_directory(name)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./some/where", "../neo", "/some/where", "a/b/c", ".hidden/neo"])
-def test_a_path_is_never_asked_for_on_the_hub(server, name):
+def test_a_path_is_never_looked_up_on_the_hub(server, name):
     assert hub.model_directory(name) == Path(name)
 
 
-def test_a_directory_wins(server, tmp_path, monkeypatch):
+def test_a_local_directory_wins_over_the_hub(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "somebody" / "neo").mkdir(parents=True)
     assert hub.model_directory("somebody/neo") == Path("somebody/neo") and not server.served
@@ -129,7 +129,7 @@ def test_the_cache_serves_without_a_network(server, tmp_path, monkeypatch):
         hub.model_directory("somebody/neo")
 
 
-def test_the_tool_takes_an_id(models, tmp_path):
+def test_the_command_takes_an_id(models, tmp_path):
     with HubServer(models) as server:
         environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.address}
         command = ("hf-to-megatron", "--hf", "somebody/neo", "--output", tmp_path / "megatron")

@@ -1,4 +1,4 @@
-"""What `neo-megatron convert info` says, and that its hash is of the weights alone."""
+"""`neo-megatron convert info`: its figures, and that its hash depends on the weights alone."""
 
 import hashlib
 import runpy
@@ -63,7 +63,7 @@ def test_a_tied_head_that_repeats_the_embedding_changes_nothing(variant, tied):
     assert weights_hash(contents(variant(repeat, tie_word_embeddings=True))) == lean
 
 
-def test_what_is_in_here(golden):
+def test_contents_of_a_checkpoint(golden):
     lines = contents(golden / "ckpt_untied").lines
     assert lines["checkpoint"].endswith("a NEO in Hugging Face form")
     assert lines["layers"] == "5: pre-buffer 2, post-LLM 3"
@@ -77,10 +77,10 @@ def test_what_is_in_here(golden):
 def test_a_mislabelled_checkpoint_is_shown_as_what_it_is(variant):
     lines = contents(variant(model_type="internvl_chat")).lines
     assert lines["checkpoint"].endswith("a NEO in Hugging Face form")
-    assert lines["put right 1"].startswith("model_type is 'internvl_chat'")
+    assert lines["corrected 1"].startswith("model_type is 'internvl_chat'")
 
 
-def test_a_run_says_how_far_it_came_and_what_lies_beside_the_weights(converted, tmp_path):
+def test_progress_and_optimizer_state_of_a_run_are_shown(converted, tmp_path):
     saved = TorchDistDirectory(converted)
     tensors = {key: saved.read(key) for key in saved.shapes} | {"optimizer.state.exp_avg.x": torch.ones(250_000)}
     state = saved.common_state()

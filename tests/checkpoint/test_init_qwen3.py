@@ -110,7 +110,7 @@ def test_the_tokenizer_comes_along(qwen3, variant, tokenizer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")
-def test_the_stored_type_stays(variant, tmp_path):
+def test_the_stored_dtype_stays(variant, tmp_path):
     def to_bfloat16(tensors):
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 
@@ -135,7 +135,7 @@ def test_without_a_tokenizer_it_says_which_ids_it_takes(qwen3, tmp_path):
         ({"intermediate_size": 97}, r"down_proj.weight of shape \[64, 96\] instead of \[64, 97\]"),
     ],
 )
-def test_only_a_whole_plain_qwen3_will_do(variant, tmp_path, keys, sentence):
+def test_only_a_complete_plain_qwen3_is_accepted(variant, tmp_path, keys, sentence):
     with pytest.raises(ValueError, match=sentence):
         initialised(variant(source="qwen3_untied", **keys), tmp_path / "neo")
     assert not (tmp_path / "neo").exists()
@@ -146,7 +146,7 @@ def test_only_a_whole_plain_qwen3_will_do(variant, tmp_path, keys, sentence):
     "key, value",
     [("hidden_size", "64"), ("num_key_value_heads", 0), ("rope_theta", None), ("num_hidden_layers", 10**9)],
 )
-def test_a_size_that_is_none_is_a_sentence(variant, tmp_path, key, value):
+def test_an_invalid_size_is_refused_in_one_sentence(variant, tmp_path, key, value):
     with pytest.raises(ValueError, match="must be a|layers: give"):
         initialised(variant(source="qwen3_untied", **{key: value}), tmp_path / "neo")
 
@@ -159,13 +159,13 @@ def test_a_size_that_is_none_is_a_sentence(variant, tmp_path, key, value):
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     ],
 )
-def test_what_neo_does_not_have_is_not_passed_over(variant, tmp_path, asked):
+def test_unsupported_settings_of_qwen3_are_refused(variant, tmp_path, asked):
     with pytest.raises(ValueError, match=f"config.json sets {next(iter(asked))} to .*plain Qwen3"):
         initialised(variant(source="qwen3_untied", **asked), tmp_path / "neo")
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")
-def test_every_tensor_keeps_its_type_and_the_new_ones_get_that_of_most(variant, tmp_path):
+def test_every_tensor_keeps_its_dtype_and_new_ones_get_the_commonest(variant, tmp_path):
     """As some Qwen3s are stored: matrices in bfloat16, norms in float32."""
 
     def halve(tensors):

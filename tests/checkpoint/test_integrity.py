@@ -16,7 +16,7 @@ SHAPES = {"weight": (40, 30), "bias": (3,), "embedding": (100, 8), "scalar": ()}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def intact(tmp_path_factory):
     directory = tmp_path_factory.mktemp("integrity") / "iter_0000002"
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -28,8 +28,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "copy")
+def copy(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "copy")
 
 
 def verify(directory):
@@ -45,13 +45,13 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in SHAPES) and one["iteration"] == other["iteration"]
 
 
-def test_a_whole_checkpoint_passes(whole):
-    verify(whole)
+def test_an_intact_checkpoint_passes(intact):
+    verify(intact)
 
 
-def test_every_flipped_bit_is_noticed_or_changes_nothing(whole, copy):
+def test_every_flipped_bit_is_noticed_or_changes_nothing(intact, copy):
     """Padding between records is neither covered nor read; everything else is."""
-    expected, choose = contents(whole), random.Random(1)
+    expected, choose = contents(intact), random.Random(1)
     noticed = 0
     for path in sorted(copy.iterdir()):
         original = path.read_bytes()
@@ -98,8 +98,8 @@ def test_without_checksums_of_ours_the_tensors_are_still_verified(copy):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
-def test_ranks_share_all_pieces(whole, ranks):
-    pieces = stored_pieces(whole)
+def test_ranks_share_all_pieces(intact, ranks):
+    pieces = stored_pieces(intact)
     shares = [share_of(pieces, rank, ranks) for rank in range(ranks)]
     assert sum(shares, []) == pieces
     most = max(piece.length for piece in pieces)
@@ -107,13 +107,13 @@ def test_ranks_share_all_pieces(whole, ranks):
     assert all(sum(piece.length for piece in share) <= mean + most for share in shares)
 
 
-def test_a_piece_outside_its_file_is_no_read_outside_the_directory(whole, copy):
-    """`.metadata` names files; it may only name those beside it."""
+def test_metadata_cannot_name_files_outside_the_directory(intact, copy):
+    """`.metadata` names files; it may only name those next to it."""
     (copy / CHECKSUMS).unlink()
     data = next(copy.glob("*.distcp"))
     metadata = copy / ".metadata"
     metadata.write_bytes(metadata.read_bytes().replace(data.name.encode(), b"../" + data.name.encode()[3:]))
-    with pytest.raises(DamagedCheckpoint, match="no file of this directory"):
+    with pytest.raises(DamagedCheckpoint, match="which is not a file of this directory"):
         verify(copy)
 
 
@@ -126,29 +126,29 @@ def replace_in(path, old, new):
 def test_conversions_read_nothing_that_changed_since_it_was_written(copy):
     """Two tensors of one shape in each other's place: no record shows it, the checksum of `.metadata` does."""
     metadata = copy / ".metadata"
-    whole = metadata.read_bytes()
-    metadata.write_bytes(whole + b" ")
+    saved = metadata.read_bytes()
+    metadata.write_bytes(saved + b" ")
     with pytest.raises(ValueError, match=".metadata has another checksum than checksums.json says"):
         TorchDistDirectory(copy)
-    metadata.write_bytes(whole)
+    metadata.write_bytes(saved)
     replace_in(next(copy.glob("*.distcp")), b"iteration", b"iterasion")
     with pytest.raises(ValueError, match="common_state/shard_0_1: the checksum of archive/data.pkl differs"):
         TorchDistDirectory(copy).common_state()
 
 
-def test_a_damaged_pickle_of_a_tensor_is_a_sentence(copy):
+def test_a_damaged_pickle_of_a_tensor_is_one_sentence(copy):
     (data,) = copy.glob("*.distcp")
     replace_in(data, b"_rebuild_tensor_v2", b"_rebuild_tensor_v9")
-    with pytest.raises(ValueError, match="distcp: weight: is no tensor"):
+    with pytest.raises(ValueError, match="distcp: weight: is not a readable tensor"):
         TorchDistDirectory(copy).read("weight")
 
 
-def test_metadata_of_other_programs_is_looked_at_before_anything_is_read(copy):
+def test_metadata_of_other_programs_is_checked_before_tensors_are_read(copy):
     (copy / CHECKSUMS).unlink()
     metadata = copy / ".metadata"
-    whole = metadata.read_bytes()
+    saved = metadata.read_bytes()
     for old, new in ((b"chunks", b"chumks"), (b"relative_path", b"relatife_path")):
         replace_in(metadata, old, new)
         with pytest.raises(ValueError, match="not the metadata of a checkpoint"):
             TorchDistDirectory(copy)
-        metadata.write_bytes(whole)
+        metadata.write_bytes(saved)

@@ -1,4 +1,4 @@
-"""The one table: complete, invertible, and laid out so that a tensor-parallel rank gets whole heads."""
+"""The one table: complete, invertible, and laid out so that a tensor-parallel rank gets complete heads."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_every_row_splits_what_it_merged(sizes):
             assert torch.equal(before, after), row.megatron
 
 
-def test_the_parts_of_a_row_are_all_of_it(sizes):
+def test_the_parts_of_a_row_cover_its_tensor(sizes):
     for row in tensor_table(sizes):
         counts = torch.zeros(row.megatron_shape)
         for view in row.views(counts):
@@ -73,7 +73,7 @@ def test_heads_lie_group_by_group(sizes, kind, per_group):
 
 def test_the_patch_embedding_is_two_matrix_products(sizes):
     draw = torch.Generator().manual_seed(1)
-    image = torch.randn(1, 3, 32, 32, generator=draw)  # one cell of 2x2 patches
+    image = torch.randn(1, 3, 32, 32, generator=draw)  # one image token of 2x2 patches
     patch, merge = (row_of(sizes, f"patch_embedding.{kind}_projection.weight") for kind in ("patch", "merge"))
     (patch_kernel,), (merge_kernel,) = random_parts(patch), random_parts(merge)
     blocks = image.view(3, 2, 16, 2, 16).permute(1, 3, 0, 2, 4).reshape(4, 768)
@@ -96,7 +96,7 @@ def test_tensor_parallel_dimensions_are_megatrons(sizes):
     }
 
 
-def test_complaints_name_the_tensors():
+def test_errors_name_the_tensors():
     expected = {"a": (1,), "b": (2,), "c": (3,)}
     with pytest.raises(
         ValueError, match=r"^HERE lacks a; has the unexpected d; has b of shape \[9\] instead of \[2\]: "

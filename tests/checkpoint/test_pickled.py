@@ -35,7 +35,7 @@ def test_the_same_tensors_as_in_safetensors(golden, tensors, tmp_path):
         assert pickled.dtype(name) == safe.dtype(name) and torch.equal(pickled.read(name), safe.read(name))
 
 
-def test_they_must_be_asked_for(golden, tensors, tmp_path):
+def test_pickles_are_read_only_with_allow_pickle(golden, tensors, tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="its weights are pickled, and a pickle can run anything: .*--allow-pickle"):
         open_weights(tmp_path)
@@ -44,7 +44,7 @@ def test_they_must_be_asked_for(golden, tensors, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["archive", "plain pickle"])
-def test_nothing_is_run(tmp_path, form):
+def test_pickles_cannot_run_anything(tmp_path, form):
     mark = tmp_path / "ran"
     contents = {"weight": Exploit(mark)}
     if form == "archive":
@@ -61,43 +61,43 @@ def test_nothing_is_run(tmp_path, form):
     "contents, sentence",
     [
         ({}, "no tensors in its files"),
-        ({"epoch": 3}, "'epoch' is no tensor"),
+        ({"epoch": 3}, "'epoch' is not a tensor"),
         ([torch.zeros(2)], "holds a list"),
         ({"huge": torch.zeros(1).expand(1 << 40)}, "huge does not hold all of its values"),
         ({"sparse": torch.eye(3).to_sparse()}, "sparse does not hold all of its values"),
     ],
 )
-def test_only_a_state_dict(tmp_path, contents, sentence):
+def test_only_a_state_dict_is_accepted(tmp_path, contents, sentence):
     torch.save(contents, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=sentence):
         open_weights(tmp_path, allow_pickle=True)
 
 
-def test_what_no_weight_is_stored_as(tmp_path):
+def test_unsupported_dtypes_are_refused(tmp_path):
     torch.save({"quantised": torch.ones(3, dtype=torch.int8)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="quantised is stored as torch.int8: store it as one of"):
         open_weights(tmp_path, allow_pickle=True).dtype("quantised")
 
 
-def test_a_broken_file_and_an_index_that_points_outside(tensors, tmp_path):
+def test_a_broken_file_and_an_index_that_points_outside_are_refused(tensors, tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    whole = (tmp_path / "pytorch_model.bin").read_bytes()
-    (tmp_path / "pytorch_model.bin").write_bytes(whole[:-100])
+    saved = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(saved[:-100])
     with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
         open_weights(tmp_path, allow_pickle=True)
-    wrong = whole.replace(b"\x80\x02}q\x00", b"\x80\x02h\x07N", 1)  # torch's unpickler answers with a KeyError
-    assert wrong != whole
+    wrong = saved.replace(b"\x80\x02}q\x00", b"\x80\x02h\x07N", 1)  # torch's unpickler answers with a KeyError
+    assert wrong != saved
     (tmp_path / "pytorch_model.bin").write_bytes(wrong)
     with pytest.raises(ValueError, match="pytorch_model.bin: no plain state_dict"):
         open_weights(tmp_path, allow_pickle=True)
     (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.bin"}}))
-    with pytest.raises(ValueError, match=r"'\.\./secret\.bin' is no file of it"):
+    with pytest.raises(ValueError, match=r"'\.\./secret\.bin' is not a file of it"):
         open_weights(tmp_path, allow_pickle=True)
 
 
 def test_one_file_wins_over_an_index_as_in_transformers(golden, tensors, tmp_path):
-    """transformers leaves an old index beside what it saves in one file."""
+    """transformers leaves an old index next to a model that it saves as one file."""
     old = json.dumps({"weight_map": {"a": "gone"}})
     for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         (tmp_path / file).write_text(old)

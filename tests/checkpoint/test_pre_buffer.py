@@ -29,25 +29,25 @@ def extracted(golden, tmp_path):
     return tmp_path / "front"
 
 
-def test_the_front_end_and_nothing_else_comes_out(golden, extracted):
+def test_only_the_front_end_is_extracted(golden, extracted):
     neo, front = (load_file(path / "model.safetensors") for path in (golden / "ckpt_untied", extracted))
     assert front.keys() == {name for name in neo if name.startswith(FRONT)} | {IMAGE_ROWS}
     assert all(torch.equal(front[name], neo[name]) for name in front if name != IMAGE_ROWS)
     assert torch.equal(front[IMAGE_ROWS], neo[EMBEDDING][[897, 898]])  # <img> and </img>
     config = json.loads((extracted / "config.json").read_text())
     assert config["model_type"] == "neo_pre_buffer"
-    whole = read_sizes(golden / "ckpt_untied")
-    assert open_pre_buffer(extracted).sizes == whole.replace(post_llm_layers=0)
+    sizes = read_sizes(golden / "ckpt_untied")
+    assert open_pre_buffer(extracted).sizes == sizes.replace(post_llm_layers=0)
 
 
-def test_the_same_comes_out_of_megatrons_form(golden, extracted, tmp_path):
+def test_extraction_from_megatrons_form_gives_the_same(golden, extracted, tmp_path):
     convert_hf_to_megatron(golden / "ckpt_untied", tmp_path / "megatron")
     extract_pre_buffer(open_either(tmp_path / "megatron"), tmp_path / "again", SHARD_BYTES)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (extracted / name).read_bytes()
 
 
-def test_a_tokenizer_beside_the_model_tells_the_ids(golden, tokenizer, tmp_path):
+def test_ids_come_from_the_tokenizer_next_to_the_model(golden, tokenizer, tmp_path):
     shutil.copytree(golden / "ckpt_untied", tmp_path / "neo")
     added = {"<IMG_CONTEXT>": 896, "<img>": 897, "</img>": 905}
     (tmp_path / "neo" / "added_tokens.json").write_text(json.dumps(added))
@@ -64,7 +64,7 @@ def without_pre_buffer(golden, tmp_path):
     return tmp_path / "neo"
 
 
-def test_what_cannot_come_out(golden, variant, tmp_path):
+def test_models_without_a_pre_buffer_or_ids_are_refused(golden, variant, tmp_path):
     with pytest.raises(ValueError, match="has no pre-buffer: give a NEO that has one"):
         extract_pre_buffer(open_either(without_pre_buffer(golden, tmp_path)), tmp_path / "out", SHARD_BYTES)
     with pytest.raises(ValueError, match="nothing there tells the id of </img>"):
@@ -72,7 +72,7 @@ def test_what_cannot_come_out(golden, variant, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_pre_buffer(golden, extracted):
+def test_an_invalid_pre_buffer_is_refused(golden, extracted):
     with pytest.raises(ValueError, match="checkpoint of a NEO, not a pre-buffer.*extract-pre-buffer"):
         open_pre_buffer(golden / "ckpt_untied")
     config = json.loads((extracted / "config.json").read_text())
@@ -82,7 +82,7 @@ def test_what_is_no_pre_buffer(golden, extracted):
         open_pre_buffer(extracted)
 
 
-def test_what_was_taken_out_fits_back(golden, tokenizer, tmp_path):
+def test_an_extracted_pre_buffer_fits_back(golden, tokenizer, tmp_path):
     """A NEO that was only started: the post-LLM is Qwen3's, so that the same weights come back, byte by byte."""
     init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", 2, 32, tokenizer=tokenizer, seed=3)
     extract_pre_buffer(open_either(tmp_path / "neo"), tmp_path / "front", SHARD_BYTES)

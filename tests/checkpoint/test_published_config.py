@@ -1,4 +1,4 @@
-"""Every published form of `config.json` loads; what is absent or wrong is put right from the tensors, and said."""
+"""Every published form of `config.json` loads; missing and wrong values are corrected from the tensors, with a note."""
 
 import json
 import shutil
@@ -58,8 +58,8 @@ def test_every_form_is_the_same_model(checkpoint, expected, edit):
     assert neo.sizes == expected and not neo.said
 
 
-def test_a_mislabelled_checkpoint_is_known_by_its_tensors(checkpoint, expected, tokenizer, tmp_path):
-    """As users report of a released stage-1 checkpoint: an InternVL by name, with code that is not there."""
+def test_a_mislabelled_checkpoint_is_recognised_by_its_tensors(checkpoint, expected, tokenizer, tmp_path):
+    """As users report of a released stage-1 checkpoint: declared as an InternVL, with code that is not there."""
 
     def edit(config):
         config["model_type"] = "internvl_chat"
@@ -84,7 +84,7 @@ def test_a_mislabelled_checkpoint_is_known_by_its_tensors(checkpoint, expected, 
     assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
 
 
-def test_what_the_tensors_tell_need_not_be_written(checkpoint, expected):
+def test_sizes_missing_in_the_config_come_from_the_tensors(checkpoint, expected):
     def edit(config):
         for part, kept in (("llm_config", ("extra_num_layers",)), ("vision_config", ("min_pixels", "max_pixels"))):
             config[part] = {key: config[part][key] for key in kept}
@@ -147,7 +147,7 @@ def test_ids_of_image_tokens_come_from_the_tokenizer(checkpoint, tokenizer, expe
     assert "img_start_token_id is missing: 897, as in the tokenizer" in neo.said
 
 
-def test_without_a_tokenizer_they_are_qwen3s_or_nothing(checkpoint, tmp_path):
+def test_without_a_tokenizer_the_ids_are_those_of_qwen3_or_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="config.json lacks img_start_token_id, and no tokenizer there knows <img>"):
         open_neo(checkpoint(without_ids))  # 1,024 rows do not hold Qwen3's ids
     sizes = presets.sizes("neo-2b")
@@ -158,8 +158,8 @@ def test_without_a_tokenizer_they_are_qwen3s_or_nothing(checkpoint, tmp_path):
     assert "img_start_token_id is missing: 151670, as on Qwen3's tokenizer" in said
 
 
-def test_a_decoder_that_is_tied_by_its_own_word_alone(variant, golden):
-    """As the whole model's configuration of transformers says nothing else by default."""
+def test_tying_stated_by_the_decoder_alone(variant, golden):
+    """The default of the model's configuration in transformers."""
     llm = json.loads((golden / "ckpt_untied" / "config.json").read_text())["llm_config"]
     directory = variant(lambda tensors: tensors.pop(LM_HEAD), llm_config={**llm, "tie_word_embeddings": True})
     neo = open_neo(directory)
@@ -177,14 +177,14 @@ def test_a_decoder_that_is_tied_by_its_own_word_alone(variant, golden):
         {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
     ],
 )
-def test_what_neo_does_not_have_is_not_passed_over(checkpoint, asked):
+def test_unsupported_settings_are_refused(checkpoint, asked):
     directory = checkpoint(lambda config: config["llm_config"].update(asked))
     with pytest.raises(ValueError, match=f"llm_config sets {next(iter(asked))} to .*plain Qwen3"):
         open_neo(directory)
 
 
 def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
-    """`--neo-model DIR`, with the weights beside the configuration or without."""
+    """`--neo-model DIR`, with weights next to the configuration or without."""
 
     def edit(config):
         del config["llm_config"]["head_dim"]
@@ -206,12 +206,12 @@ def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
         ("llm_config", "rms_norm_eps", float("nan"), "norm_epsilon is nan: it must be a positive number below 1"),
         ("llm_config", "rms_norm_eps", 10**38, "it must be a positive number below 1"),
         ("llm_config", "rope_theta", 10**38, "it must be a positive number below 1e.18"),
-        ("llm_config", "num_hidden_layers", 10**9, "1000000000 layers: give 1 to"),
-        ("vision_config", "downsample_ratio", 0, "a size in it is no number"),
-        ("vision_config", "rope_theta_vision", "ten", "a size in it is no number"),
+        ("llm_config", "num_hidden_layers", 10**9, "1000000000 layers are out of range: give 1 to"),
+        ("vision_config", "downsample_ratio", 0, "a size in it is not a number"),
+        ("vision_config", "rope_theta_vision", "ten", "a size in it is not a number"),
     ],
 )
-def test_a_value_that_no_model_has_is_a_sentence_with_the_file(checkpoint, part, key, value, sentence):
+def test_an_impossible_value_is_one_sentence_with_the_file(checkpoint, part, key, value, sentence):
     """Nor is memory taken for as many layers as a broken file says."""
     directory = checkpoint(lambda config: config[part].update({key: value}))
     with pytest.raises(ValueError, match=f"{directory}/config.json: .*{sentence}"):
@@ -226,10 +226,10 @@ def test_a_value_that_no_model_has_is_a_sentence_with_the_file(checkpoint, part,
         ("added_tokens.json", {"<img>": None}),
     ],
 )
-def test_added_tokens_of_another_form_are_a_sentence_with_the_file(checkpoint, name, contents):
+def test_invalid_added_tokens_are_one_sentence_with_the_file(checkpoint, name, contents):
     directory = checkpoint(without_ids)
     (directory / name).write_text(json.dumps(contents))
-    with pytest.raises(ValueError, match=f"{directory}/{name}: its added tokens are no list of words and ids"):
+    with pytest.raises(ValueError, match=f"{directory}/{name}: its added tokens are not a list of words and ids"):
         open_neo(directory)
 
 
@@ -238,7 +238,7 @@ def test_another_model_is_refused(golden):
         open_neo(golden / "qwen3_untied")
 
 
-def test_a_wrong_size_is_no_label_and_stays_an_error(checkpoint):
+def test_a_wrong_size_is_an_error_and_not_corrected(checkpoint):
     def edit(config):
         config["llm_config"]["intermediate_size"] = 128
 
@@ -278,8 +278,8 @@ def test_another_kind_of_checkpoint_is_named(checkpoint, tmp_path, edit, sentenc
     assert not (tmp_path / "megatron").exists()
 
 
-def test_a_neo_unify_is_known_by_its_tensors(checkpoint):
-    """Where its configuration does not tell: one norm for rows and columns."""
+def test_a_neo_unify_is_recognised_by_its_tensors(checkpoint):
+    """If its configuration does not say: one norm for rows and columns."""
     directory = checkpoint(lambda config: None)
     tensors = load_file(directory / "model.safetensors")
     name = "language_model.model.layers.0.self_attn.q_norm_hw.weight"

@@ -1,4 +1,4 @@
-"""What a run finds in the directory it saves into, after any end of the run before it."""
+"""The directory that a run saves into, after any end of the run before it."""
 
 import json
 

@@ -73,7 +73,7 @@ def test_a_file_that_ends_early_is_an_error():
 
 
 @pytest.mark.parametrize("large, dtype", [(70_000.0, torch.float16), (3.4e38, torch.bfloat16)])
-def test_rounding_is_taken_and_overflow_is_not(large, dtype):
+def test_rounding_is_accepted_and_overflow_refused(large, dtype):
     stored = torch.tensor([0.1, torch.inf, -torch.inf, torch.nan, 1.0])
     view = torch.empty(5, dtype=dtype)
     read_into(view, as_file(stored), torch.float32)
@@ -83,7 +83,7 @@ def test_rounding_is_taken_and_overflow_is_not(large, dtype):
         read_into(view, as_file(stored), torch.float32)
 
 
-def test_the_next_is_filled_while_one_is_used_and_neither_early_nor_late():
+def test_exactly_one_tensor_is_prefetched():
     wanted = [StoredTensor(str(number), (number + 1, 3), torch.float32) for number in range(20)]
     filled = []
 
@@ -98,7 +98,7 @@ def test_the_next_is_filled_while_one_is_used_and_neither_early_nor_late():
     assert filled == [stored.name for stored in wanted]
 
 
-def test_what_goes_wrong_ahead_is_raised_in_its_turn():
+def test_an_error_of_prefetching_is_raised_in_order():
     def fill(stored, tensor):
         if stored.name == "2":
             raise ValueError("no such tensor")
@@ -126,7 +126,7 @@ def peak() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux: /proc/self/clear_refs")
 def test_memory_is_two_tensors_whatever_the_model(golden, tokenizer, tmp_path):
-    """24 layers of 7 MB; the largest tensor has 3 MB. Held whole, or mapped whole, they would show."""
+    """24 layers of 7 MB; the largest tensor has 3 MB. Held or mapped all at once, they would show."""
     sizes = SIZES["tiny"].replace(
         **dict(hidden_size=512, ffn_hidden_size=768, num_attention_heads=4, head_dim=64, post_llm_layers=22),
         **dict(vocab_size=1024, image_start_token_id=897, image_context_token_id=896),

@@ -5,21 +5,21 @@ import os
 import pytest
 from support.kills import in_child, kill_at_step
 
-from neo_megatron.checkpoint.hf_directory import whole_directory
+from neo_megatron.checkpoint.hf_directory import output_directory
 from neo_megatron.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def write(output, name: str) -> None:
-    with whole_directory(output) as partial:
+    with output_directory(output) as partial:
         (partial / "release").mkdir()
         (partial / "release" / name).write_text(name)
 
 
-def test_one_writer(tmp_path):
+def test_only_one_process_writes_an_output(tmp_path):
     output = tmp_path / "out"
-    with whole_directory(output) as partial:
+    with output_directory(output) as partial:
         (partial / "weights").write_text("1")
         with pytest.raises(DataError, match=f"another run is writing to {output}; wait until it ends"):
             write(output, "other")
@@ -29,7 +29,7 @@ def test_one_writer(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_same_command_after_a_kill(tmp_path):
+def test_the_same_command_succeeds_after_a_kill(tmp_path):
     output = tmp_path / "out"
 
     def killed() -> None:

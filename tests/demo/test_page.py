@@ -23,9 +23,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def dense(checkpoint: Path, image: Path) -> tuple[list[Piece], torch.Tensor]:
-    """The answer's pieces; how much each of its tokens looks at each of the image's, `[layers, tokens, cells]`.
+    """The answer's pieces; how much each of its tokens looks at each of the image's, `[layers, tokens, image_tokens]`.
 
-    From all weights of the whole sequence, computed at once by the eager kernel, without a cache.
+    From all weights of the complete sequence, computed at once by the eager kernel, without a cache.
     """
     answerer = Answerer(checkpoint, device="cpu", attention="eager")
     prompt = answerer.prompt(QUESTION, [image])
@@ -37,9 +37,9 @@ def dense(checkpoint: Path, image: Path) -> tuple[list[Piece], torch.Tensor]:
     del inputs["attention_mask"]
     with torch.inference_mode():
         weights = answerer.model(**inputs, output_attentions=True).attentions
-    cells = inputs["input_ids"][0] == answerer.config.img_context_token_id
+    image_tokens = inputs["input_ids"][0] == answerer.config.img_context_token_id
     generated_from = slice(length - 1, length - 1 + len(answer))
-    return pieces, torch.stack([layer[0].mean(dim=0)[generated_from][:, cells] for layer in weights])
+    return pieces, torch.stack([layer[0].mean(dim=0)[generated_from][:, image_tokens] for layer in weights])
 
 
 def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, image, dense):
@@ -52,7 +52,7 @@ def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, image, dense
     assert answer.note == f"Cut at {MAX_NEW_TOKENS} tokens."
     answer.layer = 1
     view, means = answer.view(), [expected[1][word.tokens].mean(dim=0) for word in words_of(pieces)]
-    for seen, mean in zip([*view["words"], view["whole"]], [*means, torch.stack(means).mean(dim=0)], strict=True):
+    for seen, mean in zip([*view["words"], view["all"]], [*means, torch.stack(means).mean(dim=0)], strict=True):
         levels = np.frombuffer(base64.b64decode(seen["levels"]), np.uint8)
         assert np.abs(levels - (mean / mean.max() * 255).numpy()).max() <= 0.51
         assert [seen["top"], seen["share"]] == pytest.approx([float(mean.max()), float(mean.sum())], rel=1e-4)
@@ -79,7 +79,7 @@ def test_an_answer_that_nobody_reads_any_more_frees_the_model(checkpoint, image,
     torch.testing.assert_close(answer.rows.of_layer(0)[:MAX_NEW_TOKENS], expected[0], atol=1e-6, rtol=1e-4)
 
 
-def test_words():
+def test_pieces_are_grouped_into_words():
     texts = ["A", " b", "ird", ",", "\n", "", "👩", " 你", "好", "。"]
     pieces = [Piece(text, (0, 0, 0) if text == "👩" else (0,)) for text in texts]
     words = words_of(pieces)
@@ -146,7 +146,7 @@ def brightest(page) -> int:
     return int(np.array(pixels).reshape(-1, 4)[:, :3].sum(axis=1).argmax())
 
 
-def test_upload_ask_and_see(page, image, dense):
+def test_an_upload_a_question_and_the_heat_map(page, image, dense):
     pieces, weights = dense
     words = words_of(pieces)
     page.set_input_files("input[type=file]", image)
@@ -186,7 +186,7 @@ def test_upload_ask_and_see(page, image, dense):
             )
             assert brightest(page) == means[number].argmax()
         page.locator("h1").hover()
-        assert "Whole answer" in page.inner_text("#answer .facts")
+        assert "Entire answer" in page.inner_text("#answer .facts")
         assert brightest(page) == means.mean(dim=0).argmax()
 
 
@@ -206,7 +206,7 @@ def test_the_page_fits_a_phone(page, image):
     assert page.evaluate(wider) == 0
 
 
-def test_another_image_ends_the_answer_about_the_last(page, image, golden):
+def test_a_new_image_stops_the_answer_about_the_old_one(page, image, golden):
     page.set_input_files("input[type=file]", image)
     wait_for_text(page, "#image .facts", "c.png")
     page.fill("#question textarea", QUESTION)
@@ -219,7 +219,7 @@ def test_another_image_ends_the_answer_about_the_last(page, image, golden):
     assert page.is_hidden("#image canvas")
 
 
-def test_what_preprocessing_rejects_is_refused(page, tmp_path):
+def test_images_that_preprocessing_rejects_are_refused(page, tmp_path):
     (tmp_path / "no image.png").write_text("text")
     Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
     for name, sentence in (("no image.png", "is in none of the formats"), ("long.png", "aspect ratio")):

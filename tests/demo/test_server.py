@@ -38,8 +38,8 @@ def uploads(server: Server) -> Path:
         ({}, 200),
     ],
 )
-def test_other_sites_cannot_use_it(server, headers, code):
-    """What their scripts, forms and images can send; the last ones are the page's own and a command line's."""
+def test_other_sites_cannot_use_the_server(server, headers, code):
+    """Headers that their scripts, forms and images can send; the last are the page's own and a command line's."""
     headers = {name: value.format(address=server.address) for name, value in headers.items()}
     before = set(uploads(server).iterdir())
     job = {"fn_index": 1, "session_hash": "other", "data": ["Hello?", None, 1]}
@@ -110,7 +110,7 @@ def test_ten_visitors_at_once_have_an_answer_each(server, image):
 
     other = (image.parent / "d.png").read_bytes()
     alone = [visit(number) for number in (100, 101)]
-    assert alone[0][1]["whole"] != alone[1][1]["whole"]
+    assert alone[0][1]["all"] != alone[1][1]["all"]
     with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(visit, range(10)))
     for number, (shown, answer) in enumerate(together):

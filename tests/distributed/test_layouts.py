@@ -191,7 +191,7 @@ def test_images_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layou
     """Two ranks a stage. Parts of a sequence embed their own images; tensor-parallel ranks share the loss out."""
     whole = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
     first, last = ([runs[f"float32-{layout}"].inputs(rank) for rank in stage] for stage in ((0, 1), (2, 3)))
-    to_embed, labels = {"tokens", "patches", "image_token_index", "cell_position"}, {"targets", "target_index"}
+    to_embed, labels = {"tokens", "patches", "image_token_index", "image_token_position"}, {"targets", "target_index"}
     assert any(call["patches"] for call in whole)
     for call, *of_ranks in zip(whole, *first, *last, strict=True):
         first_stage, last_stage = of_ranks[:2], of_ranks[2:]

@@ -120,8 +120,8 @@ def test_work_of_attention_is_logged(room, runs):
     assert pairs[:, 1].tolist() == [sum(rule.dense().sum() for rule in masks[i : i + 4]) for i in range(0, 16, 4)]
     expected = {step: [pytest.approx(float(computed / allowed))] for step, (computed, allowed) in enumerate(pairs, 1)}
     for name in ("one", "tied-2-pp2"):
-        assert runs[name].scalars("attention pairs computed per allowed") == expected
-    assert "attention pairs computed per allowed: 1." in runs["one"].printed()
+        assert runs[name].scalars("attention/computed-to-allowed ratio") == expected
+    assert "computed-to-allowed attention pair ratio: 1." in runs["one"].printed()
 
 
 def test_bfloat16_starts_alike(runs):

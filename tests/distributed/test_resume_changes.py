@@ -281,7 +281,7 @@ def test_a_checkpoint_without_optimizer_state_goes_on_with_moments_of_zero(one):
     reference = one["reference"]
     for name in ("no-optimizer-on", "no-load-optim"):
         job = one[name]
-        assert job.exit() is None and "moments begin at zero" in job.printed()
+        assert job.exit() is None and "moments start at zero" in job.printed()
         assert job.scalars("learning-rate") == {n: reference.scalars("learning-rate")[n] for n in range(5, 9)}
         losses = job.scalars("lm loss")
         assert losses[5] == reference.scalars("lm loss")[5] and losses[7] != reference.scalars("lm loss")[7]

@@ -224,7 +224,7 @@ def test_what_a_killed_save_left_is_not_mixed_with_a_new_one(room, first, second
 
 def test_no_whole_checkpoint_ends_in_a_sentence_that_names_the_files(room, second):
     sentence = second["both"].exit()
-    assert "no whole checkpoint to go on from" in sentence and "\n" not in sentence
+    assert "no complete checkpoint to resume from" in sentence and "\n" not in sentence
     assert f"{LAST}/__0_0.distcp" in sentence and f"{BEFORE}/__0_0.distcp" in sentence
     assert {path.name for path in (room / "both-saved").iterdir()} == {LAST, BEFORE, TRACKER}
     sums = [room / saved / LAST / CHECKSUMS for saved in ("both-saved", "saved")]
@@ -516,7 +516,7 @@ class TestKeeping:
         (tmp_path / TRACKER).write_text("20")
         self.wait(run)
         assert old.is_dir() and new.is_dir()
-        assert "no older checkpoint is deleted until a later one is whole" in capsys.readouterr().out
+        assert "no older checkpoint is deleted until a later one is intact" in capsys.readouterr().out
         newest = self.save(tmp_path, 30)
         (tmp_path / TRACKER).write_text("30")
         self.wait(run)

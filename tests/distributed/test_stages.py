@@ -109,5 +109,5 @@ def test_the_schedule_is_that_of_the_new_stage(room):
 def test_a_run_cannot_go_on_in_another_stage(room):
     sentence = Job(room / "resumed", []).exit()
     assert (
-        "is of --training-stage 1 and this run, which goes on from it, of 2: to begin a stage, give it as" in sentence
+        "is of --training-stage 1 and this run, which resumes from it, of 2: to begin a stage, give it as" in sentence
     )

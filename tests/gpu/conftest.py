@@ -1,4 +1,4 @@
-"""What the tests of a GPU share: `python -m pytest tests/gpu` on a machine with one. Without one all are skipped."""
+"""Fixtures of the GPU tests: `python -m pytest tests/gpu` on a machine with one. Without a GPU all are skipped."""
 
 import contextlib
 import importlib.util

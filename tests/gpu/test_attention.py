@@ -26,7 +26,7 @@ def rule_of_seed(seed: int) -> AttentionRule:
 
 
 def draw(dtype: torch.dtype, head_dim: int) -> list[Tensor]:
-    """Query, key, value and a gradient of the output; anew at every call."""
+    """Query, key, value and a gradient of the output; drawn again at every call."""
     shapes = ((HEADS, 2 * head_dim), (GROUPS, 2 * head_dim), (GROUPS, head_dim))
     tensors = [torch.randn(LENGTH, PACKS, *shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
     return [*tensors, torch.randn(LENGTH, PACKS, HEADS * head_dim, device="cuda", dtype=dtype)]
@@ -95,7 +95,7 @@ def test_flash_attention_4_equals_the_definition(rule, poisoned):
     check(ours(mask, *inputs), dense(rule, *inputs), torch.bfloat16)
 
 
-def test_other_packs_compile_nothing_anew(rule):
+def test_other_packs_cause_no_recompilation(rule):
     ours(build(rule, torch.bfloat16, 128), *draw(torch.bfloat16, 128))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(1, 4):

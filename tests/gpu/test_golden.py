@@ -43,9 +43,9 @@ def inputs_of(name: str, weighting: str = "square"):
 @pytest.mark.parametrize("pack", ["pack1", "textonly"])
 def test_logits_and_losses(model, pack):
     inputs, _ = inputs_of(pack)
-    whole = {name: value for name, value in inputs.items() if name not in ("target_index", "targets")}
+    complete = {name: value for name, value in inputs.items() if name not in ("target_index", "targets")}
     with torch.no_grad():
-        logits = model(**whole).cpu()
+        logits = model(**complete).cpu()
     torch.testing.assert_close(
         logits, load_file(GOLDEN / f"outputs_untied_{pack}.safetensors")["logits"][0], atol=1e-4, rtol=0
     )

@@ -83,13 +83,13 @@ def backward(model, drawn: dict[str, Tensor]) -> None:
 
 
 def outputs_and_gradients(model, drawn: dict[str, Tensor], passes: int = 1) -> tuple[Tensor, dict[tuple, Tensor]]:
-    """Logits, and gradients by name and place in a checkpoint; earlier passes are for scales that learn from them."""
+    """Logits, and gradients keyed by (name, place) in a checkpoint; scales learn from earlier passes."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     for _ in range(passes):
         model.zero_grad()
-        model.set_is_first_microbatch()  # as at the start of a step: weights are rounded anew
+        model.set_is_first_microbatch()  # as at the start of a step: weights are rounded again
         backward(model, drawn)
     with torch.no_grad():
         logits = model(**{k: v for k, v in inputs_of(drawn).items() if k not in ("target_index", "targets")})

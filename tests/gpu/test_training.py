@@ -1,4 +1,4 @@
-"""Twenty steps as a user starts them, in bf16 and FP8, and a run that is taken up again."""
+"""Twenty steps as a user starts them, in bf16 and FP8, and a run that is resumed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def fp8(recipe: str) -> list[str]:
 
 
 def losses(job: Job) -> list[float]:
-    """Of every step; a run that was taken up again has the later ones."""
+    """Of every step; a run that was resumed has the later ones."""
     by_step = job.scalars("lm loss")
     return [by_step[step][0] for step in sorted(by_step)]
 
@@ -39,7 +39,7 @@ def trained_and_resumed(room: Path, packs: Path, flags: list[str]) -> tuple[Job,
     """A run of all steps; one that saves halfway and stops, and one that goes on from there."""
     save = ["--save", f"{room}/saved", "--load", f"{room}/saved", "--save-interval", f"{HALF}"]
     return (
-        Job(room / "whole", command(packs, *flags)),
+        Job(room / "uninterrupted", command(packs, *flags)),
         Job(room / "first", command(packs, *flags, *save, "--exit-interval", f"{HALF}")),
         Job(room / "second", command(packs, *flags, *save)),
     )
@@ -74,16 +74,16 @@ def test_bf16_learns(bf16):
     assert len(values) == STEPS and values[-1] < 0.9 * values[0]
 
 
-def test_bf16_goes_on_from_a_checkpoint(bf16):
-    whole, second = map(losses, bf16)
-    assert second == pytest.approx(whole[HALF:], rel=1e-3)
+def test_bf16_resumes_from_a_checkpoint(bf16):
+    first, second = map(losses, bf16)
+    assert second == pytest.approx(first[HALF:], rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["delayed"], indirect=True)
-def test_fp8_goes_on_from_a_checkpoint(recipe, request):
-    """Delayed scales come from the steps before and are no part of a checkpoint: the first step begins without."""
-    whole, second = map(losses, request.getfixturevalue(recipe))
-    assert second == pytest.approx(whole[HALF:], rel=5e-3)
+def test_fp8_resumes_from_a_checkpoint(recipe, request):
+    """Delayed scales come from the steps before and are not part of a checkpoint: the first step begins without."""
+    first, second = map(losses, request.getfixturevalue(recipe))
+    assert second == pytest.approx(first[HALF:], rel=5e-3)
 
 
 def test_fp8_losses_follow_those_of_bf16(recipe, bf16, packs, visible, tmp_path, request):

@@ -17,7 +17,7 @@ IMAGES = ("pixel_values", "grid_hw")
         ("zzz", "it takes input_ids, pixel_values, grid_hw, "),
     ],
 )
-def test_an_unknown_argument(model, document, name, remedy):
+def test_an_unknown_argument_is_refused(model, document, name, remedy):
     with pytest.raises(TypeError, match=f"the argument '{name}', which it does not know: .*{remedy}"):
         model(**document, **{name: torch.ones(1)})
     with pytest.raises(TypeError, match=f"the argument '{name}', which it does not know"):
@@ -54,7 +54,7 @@ def test_the_documents_of_a_pack(model, golden):
 @pytest.mark.parametrize(
     "name", ["positions_thw", "loss_weight", "inputs_embeds", "num_items_in_batch", "cu_seq_lens_q", "max_length_k"]
 )
-def test_generate_takes_no_argument_that_it_would_drop(model, document, name):
+def test_generate_refuses_arguments_that_it_would_drop(model, document, name):
     with pytest.raises((TypeError, ValueError), match=name):
         model.generate(**document, **{name: torch.ones(1, 102, 64)}, max_new_tokens=2)
 
@@ -109,12 +109,12 @@ def test_logits_to_keep(model, document):
     """So many of the last ones, or those at places; a loss is of as many."""
     labels = document["input_ids"].clone()
     labels[:, :60] = -100
-    whole = model(**document, labels=labels)
-    torch.testing.assert_close(model(**document, logits_to_keep=3).logits, whole.logits[:, -3:])
+    complete = model(**document, labels=labels)
+    torch.testing.assert_close(model(**document, logits_to_keep=3).logits, complete.logits[:, -3:])
     some = model(**document, logits_to_keep=torch.tensor([0, 7])).logits
-    torch.testing.assert_close(some, whole.logits[:, [0, 7]])
+    torch.testing.assert_close(some, complete.logits[:, [0, 7]])
     kept = model(**document, labels=labels, logits_to_keep=102 - 59).loss
-    torch.testing.assert_close(kept, whole.loss)
+    torch.testing.assert_close(kept, complete.loss)
     with pytest.raises(ValueError, match="pass no labels"):
         model(**document, labels=labels, logits_to_keep=torch.tensor([0, 7]))
 
@@ -132,7 +132,7 @@ def test_the_model_without_its_head(model, document):
 
 
 @torch.no_grad()
-def test_image_tokens_are_no_targets(model, golden):
+def test_image_tokens_are_not_targets(model, golden):
     """Labels that are all of input_ids: the loss and the divisor are those of the text."""
     arguments = packed(load(golden, "inputs", "pack1"))
     ids, config = arguments["input_ids"], model.config

@@ -1,4 +1,4 @@
-"""The three kernels behind `attn_implementation`: one result, and the attention weights of the eager one."""
+"""The three kernels of `attn_implementation`: one result, and the attention weights of the eager one."""
 
 import copy
 
@@ -44,7 +44,7 @@ def test_kernels_agree(model, document, implementation):
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
 @torch.no_grad()
 def test_packed_documents(model, golden, implementation, name):
-    """Positions, documents and images of a whole pack follow from its tokens: the published logits."""
+    """Positions, documents and images of a complete pack follow from its tokens: the published logits."""
     arguments = flattened(load(golden, "inputs", name))
     logits = with_kernel(model, implementation)(**arguments).logits
     expected = load(golden, "outputs_untied", name)["logits"][:, : logits.shape[1]]
@@ -54,7 +54,7 @@ def test_packed_documents(model, golden, implementation, name):
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
 @torch.no_grad()
 def test_positions_of_a_pack(model, golden, name):
-    """The published ones: t begins anew in every document. Logits would not tell, as a rotation is relative."""
+    """The published ones: t begins again at 0 in every document. Logits would not tell, as a rotation is relative."""
     inputs, seen = load(golden, "inputs", name), []
     decoder = model.language_model.model
     hook = decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
@@ -93,7 +93,7 @@ def test_weights_of_every_generated_token(model, document):
 
 
 def test_the_fused_kernels_have_no_weights(model, document):
-    with pytest.raises(ValueError, match=r"sdpa makes no attention weights: call model.set_attn_implementation"):
+    with pytest.raises(ValueError, match=r"sdpa returns no attention weights: call model.set_attn_implementation"):
         model(**document, output_attentions=True)
 
 

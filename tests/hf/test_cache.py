@@ -53,22 +53,22 @@ def test_the_name_of_the_cache(model, document, monkeypatch):
 
 
 @torch.no_grad()
-def test_either_name(model, document):
+def test_both_names_of_the_cache_work(model, document):
     """Of the argument, in every version; and an output has what this version and those before call it."""
     ids, images = document["input_ids"], {key: document[key] for key in ("pixel_values", "grid_hw")}
-    whole, answer = model(**document).logits[:, 60:], model.generate(**document, **GREEDY)
+    logits, answer = model(**document).logits[:, 60:], model.generate(**document, **GREEDY)
     for name in ("cache", "past_key_values"):
         first = model(ids[:, :60], **images, use_cache=True)
         assert torch.equal(model.generate(**document, **GREEDY, **{name: first.past_key_values}), answer)
         first = model(ids[:, :60], **images, use_cache=True)
         assert first[NAME] is first.past_key_values
         rest = model(ids[:, 60:], **{name: first.past_key_values})
-        torch.testing.assert_close(rest.logits, whole, atol=1e-4, rtol=0)
+        torch.testing.assert_close(rest.logits, logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="two names of one argument"):
         model(ids, **images, cache=transformers.DynamicCache(), past_key_values=transformers.DynamicCache())
 
 
-def test_a_cache_of_a_name_to_come_is_an_error(model, document, monkeypatch):
+def test_a_cache_under_an_unknown_name_is_an_error(model, document, monkeypatch):
     """As 5.24 was to the code before it: generation went on without a cache, and said nothing."""
 
     def prepare(input_ids, **kwargs):
@@ -82,7 +82,7 @@ def test_a_cache_of_a_name_to_come_is_an_error(model, document, monkeypatch):
         model.generate(**document, **GREEDY)
 
 
-def test_no_cache_where_one_is_to_be_used(model, document):
+def test_a_transformers_that_passes_no_cache_is_an_error(model, document):
     """`forward` makes the cache of the first step where a version gives none; the second step must have it."""
     length = document["input_ids"].shape[1]
     assert model.prepare_inputs_for_generation(**document, use_cache=True, prompt_length=length)["use_cache"]
@@ -104,7 +104,7 @@ def test_static_caches_are_refused(model, document, kind):
         model.generate(**document, max_new_tokens=2, cache_implementation=kind)
 
 
-def test_a_static_cache_of_ones_own_is_refused(model, document):
+def test_a_static_cache_given_by_the_user_is_refused(model, document):
     cache = StaticCache(config=model.config.llm_config, max_cache_len=200)
     with pytest.raises(ValueError, match="leave cache_implementation unset"):
         model(**document, past_key_values=cache)
@@ -147,7 +147,7 @@ def draft(model):
 
 @torch.no_grad()
 def test_a_draft_model_changes_no_token(model, draft, document, computed):
-    """It looks at the images itself; where it is no NEO, it has the tokens alone."""
+    """It looks at the images itself; if it is not a NEO, it has the tokens alone."""
     settings = GREEDY | {"max_new_tokens": 30}
     expected = model.generate(**document, **settings).tolist()
     assert draft.generate(**document, **settings).tolist() != expected

@@ -26,7 +26,7 @@ def tokenizer(golden):
 
 @pytest.fixture
 def prompts(model, monkeypatch):
-    """What `generate` is given, call by call."""
+    """The arguments of each call of `generate`."""
     seen, generate = [], model.generate
 
     def recorded(ids, **settings):
@@ -152,7 +152,7 @@ def test_a_repetition_penalty_of_the_generation_config_too(model, tokenizer, mon
     assert said == greedy(model, prompt, 12)
 
 
-def test_what_looks_at_tokens_looks_at_those_of_the_answer(model, tokenizer, monkeypatch):
+def test_token_penalties_count_only_the_answer(model, tokenizer, monkeypatch):
     prompt, said = said_ids(model, tokenizer, monkeypatch, max_new_tokens=12, no_repeat_ngram_size=2)
     assert said == greedy(model, prompt, 12, NoRepeatNGramLogitsProcessor(2))
     monkeypatch.undo()
@@ -192,7 +192,7 @@ def test_own_processors_criteria_and_streamers_see_the_answer(model, tokenizer, 
 
 
 def test_a_stop_string_stands_in_the_answer(model, tokenizer, monkeypatch):
-    """The prompt ends with a line break, which is no part of what the model says."""
+    """The prompt ends with a line break, which is not part of what the model says."""
     prompt, said = said_ids(model, tokenizer, monkeypatch, max_new_tokens=6)
     first, rest = tokenizer.decode(said[:1]), tokenizer.decode(said[1:3])
     monkeypatch.undo()
@@ -254,9 +254,9 @@ def test_tags_after_a_backslash_and_in_answers_are_text(model, golden, tokenizer
     history = [("What does \\<image> mean?", "<image> and \\<image> and <video> are tags.")]
     model.chat(tokenizer, question="And in <image>, \\\\\\<video>?", generation_config=GREEDY, history=history, **one)
     ids = prompts[0][0][0]
-    cells = int(inputs["grid_hw"][0].prod()) // 4
-    assert (ids == 896).sum() == cells
-    assert tokenizer.decode(ids).replace("<IMG_CONTEXT>" * cells, "#") == (
+    image_tokens = int(inputs["grid_hw"][0].prod()) // 4
+    assert (ids == 896).sum() == image_tokens
+    assert tokenizer.decode(ids).replace("<IMG_CONTEXT>" * image_tokens, "#") == (
         "<|im_start|>user\nWhat does <image> mean?<|im_end|>\n"
         "<|im_start|>assistant\n<image> and <image> and <video> are tags.<|im_end|>\n"
         "<|im_start|>user\nAnd in <img>#</img>, \\<video>?<|im_end|>\n<|im_start|>assistant\n"

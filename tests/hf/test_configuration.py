@@ -26,7 +26,7 @@ def test_plain_scalars_and_lists_of_one(published):
     assert NEOChatConfig(**published).to_dict() == plain
 
 
-def test_what_may_be_absent(published):
+def test_optional_keys(published):
     """Layer types say nothing; the ids of the image tokens are Qwen3's; the pre-buffer's size is unknown."""
     plain = NEOChatConfig(**published).to_dict()
     published["llm_config"]["layer_types"] = ["full_attention"] * 5
@@ -72,7 +72,7 @@ def test_a_mislabelled_checkpoint(golden, published, tmp_path, document, model, 
     assert "auto_map" not in saved
 
 
-def test_another_model_is_no_mislabelled_neo():
+def test_another_model_is_not_taken_for_a_mislabelled_neo():
     with pytest.raises(ValueError, match="model_type 'internvl_chat' without llm_hidden_size"):
         NEOChatConfig(model_type="internvl_chat", vision_config={"hidden_size": 1024})
 
@@ -107,14 +107,14 @@ def test_a_neo_unify_is_named():
         ({"template": "internvl2_5"}, "the template 'internvl2_5', and NEO knows 'neo1_0'"),
     ],
 )
-def test_what_is_no_neo_of_ours_is_named(golden, published, tmp_path, change, sentence):
+def test_unsupported_checkpoints_are_named(golden, published, tmp_path, change, sentence):
     """In `from_pretrained`, before any weight is read."""
     (tmp_path / "config.json").write_text(json.dumps({**published, **change}))
     with pytest.raises(ValueError, match=sentence):
         NEOChatModel.from_pretrained(tmp_path)
 
 
-def test_no_window_of_attention(published):
+def test_sliding_windows_are_unused_or_refused(published):
     """Qwen configurations name one that is not used; a cache made by them must not have it."""
     published["llm_config"] |= {"sliding_window": 8, "use_sliding_window": False}
     config = NEOChatConfig(**published)

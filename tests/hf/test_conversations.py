@@ -22,11 +22,11 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8))
 
 
-def trained(processor, turns, cells=()):
+def trained(processor, turns, image_tokens=()):
     """Ids and labels mask as preprocessing makes them."""
     tokenizer = processor.tokenizer
     encoder = ChatEncoder(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer))
-    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], cells)])
+    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], image_tokens)])
     mask = np.zeros(len(sample.tokens), int)
     for start, end in sample.spans:
         mask[start:end] = 1
@@ -69,7 +69,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("tokenize", [False, True])
-def test_nothing_of_a_message_is_dropped(processor, case, tokenize):
+def test_every_part_of_a_message_is_used_or_refused(processor, case, tokenize):
     messages, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template(messages, tokenize=tokenize)
@@ -84,7 +84,7 @@ def test_the_template_alone_refuses_the_same(processor, case):
 
 
 @pytest.mark.parametrize("key", ["tools", "documents"])
-def test_tools_and_documents_are_refused_by_name(processor, key):
+def test_tools_and_documents_are_refused(processor, key):
     given = {key: [{"type": "function", "function": {"name": "f"}, "title": "a", "text": "b"}]}
     with pytest.raises(ValueError, match=f"leave {key} out"):
         processor.apply_chat_template([user(text("Hi"))], **given)
@@ -120,7 +120,7 @@ def test_images_in_the_template_alone(processor):
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, "the key 'detail'"),
     ],
 )
-def test_keys_of_a_part_that_mean_something(processor, part, sentence):
+def test_keys_that_would_be_ignored_are_refused(processor, part, sentence):
     with pytest.raises(ValueError, match=sentence):
         processor.apply_chat_template([user(part)], tokenize=True)
 
@@ -152,12 +152,12 @@ CHAT = [
 ]
 
 
-def test_the_same_tokens_everywhere(processor, model, image, monkeypatch):
+def test_all_ways_to_tokenize_give_the_same_tokens(processor, model, image, monkeypatch):
     """Preprocessing, the processor from messages and from text, and chat(), with tags that are words."""
     messages = [{"role": role, "content": words} for role, words in CHAT]
     features = processor(images=[image] * 2, text=processor.apply_chat_template(messages))
-    cells = (features["grid_hw"].prod(dim=-1) // 4).tolist()
-    ids, mask = trained(processor, CHAT, cells)
+    image_tokens = (features["grid_hw"].prod(dim=-1) // 4).tolist()
+    ids, mask = trained(processor, CHAT, image_tokens)
     assert features["input_ids"].tolist() == [ids]
     chat = processor.apply_chat_template(messages, images=[[image] * 2], return_assistant_tokens_mask=True, **PT)
     assert chat["input_ids"].tolist() == [ids] and chat["assistant_masks"].tolist() == [mask]
@@ -187,8 +187,8 @@ def test_the_mask_of_a_batch(processor, image):
     chats = [[{"role": role, "content": words} for role, words in chat] for chat in turns]
     one = {"images": [[image], []], "return_assistant_tokens_mask": True, **PT}
     features = processor.apply_chat_template(chats, **one)
-    cells = [int(features["grid_hw"].prod()) // 4]
-    expected = [trained(processor, turns[0], cells), trained(processor, turns[1])]
+    image_tokens = [int(features["grid_hw"].prod()) // 4]
+    expected = [trained(processor, turns[0], image_tokens), trained(processor, turns[1])]
     for side in ("left", "right"):
         features = processor.apply_chat_template(chats, padding_side=side, **one)
         for row, (ids, mask) in enumerate(expected):
@@ -218,7 +218,7 @@ def test_the_mask_of_the_tokenizer(processor):
     assert (features["input_ids"], features["assistant_masks"]) == (ids, mask)
 
 
-def test_an_answer_begun_goes_on(processor):
+def test_a_begun_answer_is_continued(processor):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<image> is"}]
     prompt = processor.apply_chat_template(messages, continue_final_message=True)
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n\\<image> is"
@@ -233,7 +233,7 @@ def test_a_video_tag_is_refused(processor):
     assert processor.tokenizer.decode(processor(text="\\<video>")["input_ids"][0]) == "<video>"
 
 
-def test_the_template_has_its_marks(exported):
+def test_the_template_marks_assistant_turns(exported):
     """By which trainers know that there is an answer to mark."""
     template = (exported / "chat_template.jinja").read_text()
     assert "{%- generation %}" in template and "{%- endgeneration %}" in template

@@ -29,7 +29,7 @@ def test_weights_on_disk(model, document, golden, tmp_path):
 
 
 @torch.no_grad()
-def test_a_map_of_its_own_keeps_layers_whole(golden):
+def test_a_device_map_does_not_split_layers(golden):
     from accelerate import infer_auto_device_map
 
     model = NEOChatModel.from_pretrained(golden / "ckpt_untied", dtype=torch.float32, device_map="auto")

@@ -1,4 +1,4 @@
-"""Decoding over a cache says what the whole sequence says; batches, beams and bad input."""
+"""Decoding with a cache gives the logits of the complete sequence; batches, beams and bad input."""
 
 import copy
 import json
@@ -49,11 +49,11 @@ def padded(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("prefill", [55, 101])
 @torch.no_grad()
-def test_cached_logits_equal_the_whole_forward(quiet, document, prefill):
+def test_cached_logits_equal_those_of_a_full_forward(quiet, document, prefill):
     """The document has two images in its first 40 tokens."""
-    whole = quiet(**document).logits
-    assert whole.abs().max() < 2
-    torch.testing.assert_close(step_by_step(quiet, prefill=prefill, **document), whole, atol=1e-5, rtol=0)
+    complete = quiet(**document).logits
+    assert complete.abs().max() < 2
+    torch.testing.assert_close(step_by_step(quiet, prefill=prefill, **document), complete, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_left_padding_changes_nothing(quiet, document, golden):
 
 @torch.no_grad()
 def test_generate(model, document, golden):
-    """Greedy with and without the cache, and a padded batch: the same tokens; each follows from the whole forward."""
+    """Greedy with and without the cache, and a padded batch: the same tokens; each follows from a complete forward."""
     row, text = document["input_ids"][0, :60], load_file(golden / "inputs_textonly.safetensors")["input_ids"][0, :37]
     images = {key: document[key] for key in ("pixel_values", "grid_hw")}
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
@@ -114,8 +114,8 @@ def test_generate_goes_on_from_a_cache(model, document):
     expected = model.generate(ids, **images, **settings).tolist()
 
     def cache(stop, held):
-        whole = model(ids[:, :stop], torch.cat(patches[:held]), grids[:held], use_cache=True)
-        return whole.past_key_values
+        complete = model(ids[:, :stop], torch.cat(patches[:held]), grids[:held], use_cache=True)
+        return complete.past_key_values
 
     assert model.generate(ids, **images, past_key_values=cache(second, 1), **settings).tolist() == expected
     assert model.generate(ids, past_key_values=cache(50, 2), **settings).tolist() == expected
@@ -271,8 +271,8 @@ def test_a_generated_image_token_is_plain_text(model, document):
     """A model may say <IMG_CONTEXT>; it has no image for it, and must not fall over it."""
     ids = torch.cat([document["input_ids"][:, :60], torch.tensor([[CONTEXT, 5]])], dim=1)
     images = {key: document[key] for key in ("pixel_values", "grid_hw")}
-    whole = model(ids, **images).logits
-    torch.testing.assert_close(step_by_step(model, ids, 60, **images), whole, atol=1e-4, rtol=0)
+    complete = model(ids, **images).logits
+    torch.testing.assert_close(step_by_step(model, ids, 60, **images), complete, atol=1e-4, rtol=0)
 
 
 def test_padding_does_not_count_as_a_position(model, document, golden):

@@ -37,7 +37,7 @@ def test_a_decoding_step_is_one_graph(small, document):
 
 
 class Logits(torch.nn.Module):
-    """What a graph can have as input and output."""
+    """Types that a graph can have as input and output."""
 
     def __init__(self, model: NEOChatModel) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ def with_hole(ids, place, width, token=PAD):
 
 
 def positions(model, *arguments, **named):
-    """What the decoder is given for t, h and w."""
+    """The positions t, h and w that the decoder gets."""
     seen = []
     hook = model.language_model.get_decoder().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     logits = model(*arguments, **named).logits
@@ -41,7 +41,7 @@ def test_a_row_with_a_hole(model, document, place, token):
 
 
 @torch.no_grad()
-def test_masked_words_are_not_there(model, document):
+def test_masked_words_are_ignored(model, document):
     """As a conversation whose older turns are hidden: the row without them, though they are words."""
     ids, images = document["input_ids"], {key: document[key] for key in IMAGES}
     mask = torch.ones_like(ids)
@@ -52,7 +52,7 @@ def test_masked_words_are_not_there(model, document):
 
 
 @torch.no_grad()
-def test_a_masked_image_is_not_there(model, document):
+def test_a_masked_image_is_ignored(model, document):
     """It is still one of `pixel_values`."""
     ids, grids = document["input_ids"], document["grid_hw"]
     image = (ids[0] == model.config.image_token_id) | (ids[0] == model.config.img_start_token_id)
@@ -94,8 +94,8 @@ def test_a_conversation_in_turns(model, document):
         cache = out.past_key_values
         for row, part in enumerate(turn):
             logits[row].append(out.logits[row, : part.shape[1]])
-    for row, whole in enumerate((model(ids, **images).logits, model(other).logits)):
-        torch.testing.assert_close(torch.cat(logits[row]), whole[0], atol=1e-4, rtol=0)
+    for row, complete in enumerate((model(ids, **images).logits, model(other).logits)):
+        torch.testing.assert_close(torch.cat(logits[row]), complete[0], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

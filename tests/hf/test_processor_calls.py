@@ -1,4 +1,4 @@
-"""What a call of the processor takes and gives: nested images, lists, undecoded images, saving, TRL."""
+"""Inputs and outputs of the processor: nested images, lists, undecoded images, saving, TRL."""
 
 import base64
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_text_without_its_images_is_named(processor, images, nesting, texts, s
         processor(images=given, text=texts)
 
 
-def test_lists_on_demand(processor, images):
+def test_lists_are_returned_without_return_tensors(processor, images):
     """Rows of their own length, or padded where that is said."""
     texts = ["<image> is what?", "Hi"]
     tensors = processor(images=[images[:1], []], text=texts)
@@ -101,7 +101,7 @@ def test_padding_as_tokenizers_do(processor):
         processor(text=texts, return_tensors="tf")
 
 
-def test_an_image_is_not_cut(processor, images):
+def test_truncation_never_cuts_an_image(processor, images):
     with pytest.raises(ValueError, match="text 1 has .* max_length=8 would cut off tokens of its images"):
         processor(images=images[:1], text="<image> is what?", truncation=True, max_length=8)
     tokens = processor(images=images[:1], text="<image> is what?")["input_ids"]
@@ -149,7 +149,7 @@ def test_an_undecoded_image(processor, golden, images, form):
         (None, "1 <image> tags"),
     ],
 )
-def test_what_is_no_image_is_said(processor, image, sentence):
+def test_invalid_images_are_named(processor, image, sentence):
     with pytest.raises(ValueError, match=sentence):
         processor(images=[image], text="<image>")
 
@@ -206,7 +206,7 @@ print("loaded", both(text="<|im_start|>")["input_ids"].tolist())
 """
 
 
-def test_what_is_saved_loads_alone(exported, golden, tmp_path):
+def test_a_saved_processor_loads_alone(exported, golden, tmp_path):
     """From this package's classes and from a checkpoint's, in a process that has neither."""
     limits = {"min_pixels": 4096, "max_pixels": 8192, "image_grid_thw": True}
     package = NEOProcessor.from_pretrained(exported, **limits)

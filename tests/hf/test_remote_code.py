@@ -13,7 +13,7 @@ from neo_megatron.checkpoint.neo_directory import read_sizes
 
 @pytest.fixture(params=["environment", "5.23", "4.57"])
 def environment(request, tmp_path) -> dict[str, str]:
-    """What makes a process import one of the versions."""
+    """The settings by which a process imports one of the versions."""
     cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     if request.param == "environment":
         return {**cache, "EXPECTED_VERSION": transformers.__version__}
@@ -33,7 +33,7 @@ def test_loads_and_answers(exported, golden, environment, tmp_path):
 
 
 def test_the_directory_is_complete(exported):
-    """What serving engines read without running code."""
+    """The files that serving engines read without running code."""
     config = json.loads((exported / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("neo_chat", ["NEOChatModel"])
     assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= config["auto_map"].keys()

@@ -23,7 +23,7 @@ def documents(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Documents -> one pack: what transformers does with tokens, and the images behind one another."""
+    """Documents -> one pack: tokens as transformers concatenates them, and consecutive images."""
     texts = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     pack = DataCollatorWithFlattening(return_tensors="pt")(texts)
     for key in ("pixel_values", "grid_hw"):

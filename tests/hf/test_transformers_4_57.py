@@ -3,5 +3,5 @@
 from .older_transformers import run_with
 
 
-def test_everything_else():
+def test_the_suite_on_transformers_4_57():
     run_with("4.57")

@@ -77,7 +77,7 @@ def expected_loss(model, batch) -> float:
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_text(model, processor, tmp_path, adapter):
+def test_sft_of_text(model, processor, tmp_path, adapter):
     lora = adapter and peft.LoraConfig(**adapter)
     trainer, loss, batch = sft(model, conversations(), processor.tokenizer, tmp_path, adapter=lora)
     assert float(loss) == pytest.approx(expected_loss(model, batch), abs=1e-3)
@@ -85,8 +85,8 @@ def test_text(model, processor, tmp_path, adapter):
     assert all("lora" in name for name in changed) == (adapter is not None)
 
 
-def test_packs(model, processor, tmp_path):
-    """Two conversations behind each other; neither sees the other."""
+def test_sft_of_packs(model, processor, tmp_path):
+    """Two consecutive conversations; neither sees the other."""
     settings = {"packing": True, "max_length": 128, "per_device_train_batch_size": 1}
     _, loss, batch = sft(model, conversations(), processor.tokenizer, tmp_path, **settings)
     ends = batch["cu_seq_lens_q"].tolist()
@@ -110,7 +110,7 @@ class TextTargets(DataCollatorForVisionLanguageModeling):
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_images(model, processor, images, tmp_path, adapter):
+def test_sft_of_images(model, processor, images, tmp_path, adapter):
     lora = adapter and peft.LoraConfig(**adapter)
     arguments = (model, conversations(images), processor, tmp_path, TextTargets(processor))
     _, loss, batch = sft(*arguments, adapter=lora)
@@ -119,7 +119,7 @@ def test_images(model, processor, images, tmp_path, adapter):
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_rewards(model, processor, images, tmp_path, adapter):
+def test_grpo_rewards(model, processor, images, tmp_path, adapter):
     """GRPO: each completion is sampled and scored with the images of its prompt, of which they differ in size."""
     prompts = [
         {"prompt": [{"role": "user", "content": f"Say {number}"}], "images": [image]}
@@ -127,7 +127,7 @@ def test_rewards(model, processor, images, tmp_path, adapter):
     ]
     seen = []
     tuned = copy.deepcopy(model)
-    tuned.vision_model.register_forward_hook(lambda _, inputs, cells: seen.append((inputs[1].tolist(), len(cells))))
+    tuned.vision_model.register_forward_hook(lambda _, inputs, output: seen.append((inputs[1].tolist(), len(output))))
     trainer = trl.GRPOTrainer(
         model=tuned,
         reward_funcs=lambda completions, **_: [float(len(said[0]["content"])) for said in completions],
@@ -139,7 +139,7 @@ def test_rewards(model, processor, images, tmp_path, adapter):
     trainer.train()
     logged = trainer.state.log_history[0]
     assert math.isfinite(float(logged["grad_norm"])) and float(logged["reward"]) > 0
-    assert len(seen) >= 2 and all(cells == sum(h * w // 4 for h, w in grids) for grids, cells in seen)
+    assert len(seen) >= 2 and all(image_tokens == sum(h * w // 4 for h, w in grids) for grids, image_tokens in seen)
 
 
 TURNS = [
@@ -150,11 +150,11 @@ TURNS = [
 ]
 
 
-def of_training(processor, turns, cells):
+def of_training(processor, turns, image_tokens):
     """Ids, and labels that are -100 elsewhere."""
     tokenizer = processor.tokenizer
     encoder = ChatEncoder(tokenizer.backend_tokenizer.to_str(), special_ids(tokenizer))
-    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], cells)])
+    (sample,) = encoder.encode([([Turn(role, text, role == "assistant") for role, text in turns], image_tokens)])
     labels = [-100] * len(sample.tokens)
     for start, end in sample.spans:
         labels[start:end] = sample.tokens[start:end].tolist()
@@ -180,9 +180,9 @@ def test_labels_are_those_of_training(processor, images, form):
             for chat, image in zip(turns, images, strict=True)
         ]
     batch = collate(rows)
-    cells = (batch["image_grid_thw"].prod(dim=-1) // 4).tolist()
+    image_tokens = (batch["image_grid_thw"].prod(dim=-1) // 4).tolist()
     for row, chat in enumerate(turns):
         seen = batch["attention_mask"][row].bool()
-        ids, labels = of_training(processor, chat, cells[row : row + 1])
+        ids, labels = of_training(processor, chat, image_tokens[row : row + 1])
         assert batch["input_ids"][row][seen].tolist() == ids
         assert batch["labels"][row][seen].tolist() == labels

@@ -41,7 +41,7 @@ def gpt(text, **keys):
 
 
 def say(answerer: Answerer, turns: list[Turn], images: list[Path]) -> str:
-    """A greedy answer, every token from a whole forward without padding or cache."""
+    """A greedy answer, every token from a complete forward without padding or cache."""
     inputs = answerer.inputs([answerer.prompt(turns, images)])
     inputs.pop("attention_mask")
     asked = inputs["input_ids"].shape[1]
@@ -125,8 +125,8 @@ def test_answers_and_scores(evaluated, asked):
     assert scores["cut"] == sum(not line["finished"] for line in lines) and scores["rejected_samples"] == 3
 
 
-def test_what_preprocessing_rejects_is_rejected(evaluated, asked, golden, tmp_path):
-    """With the same words; an image whose header is whole is found out when it is decoded."""
+def test_samples_that_preprocessing_rejects_are_rejected(evaluated, asked, golden, tmp_path):
+    """With the same words; an image whose header is intact is found to be broken when it is decoded."""
     annotations, _ = asked
     source = Source("asked", str(annotations), str(annotations.parent / "images"))
     preprocess([source], golden / "tokenizer", tmp_path / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
@@ -141,7 +141,7 @@ def test_batches_and_workers_change_nothing(run, evaluated, tmp_path):
     assert contents(run(tmp_path / "workers", workers=2)) == contents(evaluated)
 
 
-def test_an_interrupted_run_goes_on(run, evaluated, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(run, evaluated, tmp_path, monkeypatch):
     """After a kill in its third batch, which tears a line; what is known is not asked again."""
     output, sizes, most = tmp_path / "out", [], 2
     answer = Answerer.answer
@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on(run, evaluated, tmp_path, monkeypatch):
     assert sum(sizes) == 12
 
 
-def test_a_directory_has_one_run(run, evaluated, tmp_path):
+def test_only_one_run_uses_a_directory(run, evaluated, tmp_path):
     with pytest.raises(DataError, match="already holds answers"):
         run(evaluated)
     (tmp_path / "mine").mkdir()
@@ -174,7 +174,7 @@ def test_a_directory_has_one_run(run, evaluated, tmp_path):
         run(tmp_path / "busy")
 
 
-def test_the_next_run_removes_what_a_kill_has_left(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     """Of the files that were being written when the run ended, but nothing else."""
     with AnswerRun(tmp_path, {}) as run:
         pass
@@ -185,8 +185,8 @@ def test_the_next_run_removes_what_a_kill_has_left(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "mine.partial"]
 
 
-def test_a_torn_batch_is_asked_again_as_a_whole(tmp_path):
-    """What is drawn for a question depends on those beside it, so none of them may be left over alone."""
+def test_an_interrupted_batch_is_asked_again_completely(tmp_path):
+    """A question's sampled answer depends on those of its batch, so none of them may be left over alone."""
     batches = [[(("d", number, None, 1), {"prediction": "x"}) for number in pair] for pair in ((0, 1), (2, 3))]
     with AnswerRun(tmp_path / "out", {}) as run:
         for batch in batches:
@@ -197,7 +197,7 @@ def test_a_torn_batch_is_asked_again_as_a_whole(tmp_path):
         assert run.done == dict(batches[0])
 
 
-def test_a_full_disk_is_said(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     """Here a limit on the size of files: what fits is kept, the rest is asked again."""
     first, second = ([(("d", number, None, 1), {"prediction": "x" * 5000})] for number in range(2))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -215,8 +215,8 @@ def test_a_full_disk_is_said(tmp_path):
         assert run.done == dict(first)
 
 
-def test_a_run_goes_on_with_the_same_command_only(run, evaluated, asked, tmp_path, monkeypatch):
-    """Unless it has no answer yet: then a slip in its command is put right by another one."""
+def test_a_run_resumes_only_with_the_same_command(run, evaluated, asked, tmp_path, monkeypatch):
+    """Unless it has no answer yet: then another command replaces it."""
     answer, sizes, most = Answerer.answer, [], 0
 
     def counting(self, prompts, *arguments):
@@ -239,7 +239,7 @@ def test_a_run_goes_on_with_the_same_command_only(run, evaluated, asked, tmp_pat
         run(tmp_path / "half")
 
 
-def test_names_that_are_no_unicode(checkpoint, tmp_path, monkeypatch):
+def test_names_that_are_not_unicode(checkpoint, tmp_path, monkeypatch):
     """Linux takes any bytes in the name of a file, and the name of a data set is that of its file."""
     annotations = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     annotations.write_text(json.dumps({"conversations": [human("Hi"), gpt("Hello")]}) + "\n")
@@ -249,7 +249,7 @@ def test_names_that_are_no_unicode(checkpoint, tmp_path, monkeypatch):
     assert r"caf\udce9" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_dead_worker_is_said(checkpoint, monkeypatch):
+def test_a_dead_worker_is_reported(checkpoint, monkeypatch):
     """One that becomes another program, as good as one that memory killed."""
     monkeypatch.setattr(batches, "_answer", os.execv)
     task = batches.Task(checkpoint, "auto", PreprocessConfig(), TOKENS)
@@ -281,7 +281,7 @@ def case(**keys):
     }
 
 
-def test_the_page(evaluated, asked):
+def test_the_report_page(evaluated, asked):
     html = (evaluated / "report.html").read_text()
     assert html.count("<img ") == html.count('src="data:image/jpeg;base64,') == 6
     assert "<script" not in html and "&lt;script&gt;alert(1)" in html
@@ -290,9 +290,9 @@ def test_the_page(evaluated, asked):
     assert set(addresses) == {"data:"} and "url(" not in html
 
 
-def test_the_page_escapes_everything(tmp_path):
+def test_the_report_page_escapes_everything(tmp_path):
     """Also what cannot hold such text in a file of the test above."""
-    line = case(data_set=HOSTILE, question=HOSTILE, prediction=HOSTILE, pictures=[f"{tmp_path}/{HOSTILE}"])
+    line = case(data_set=HOSTILE, question=HOSTILE, prediction=HOSTILE, **{"pictures": [f"{tmp_path}/{HOSTILE}"]})
     scores = Scores.of([line])
     rejects = [{"file": HOSTILE, "record": 1, "element": None, "kind": HOSTILE, "reason": HOSTILE}]
     html = page(Evaluation([line], rejects, scores, {HOSTILE: scores}), HOSTILE)
@@ -311,6 +311,6 @@ def test_the_worst_come_first(tmp_path):
     assert [line["anls"] for line in shown] == [0.0] * 20 + [0.1] * 10
     assert shown == worst_cases(lines, 30) and [line["record"] for line in shown[:20]] != list(range(0, 200, 10))
     Image.new("RGB", (2000, 10)).save(tmp_path / "wide.png")
-    many = case(pictures=[str(tmp_path / "wide.png")] * 6)
+    many = case(**{"pictures": [str(tmp_path / "wide.png")] * 6})
     html = page(Evaluation([many], [], Scores.of([many]), {}), "neo")
     assert html.count("<img ") == 4 and "and 2 more images" in html

@@ -47,7 +47,7 @@ def test_a_tag_can_be_a_word(run, answerer, golden, capsys):
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-def test_a_seed_repeats_what_is_drawn(run, capsys):
+def test_a_seed_repeats_sampled_answers(run, capsys):
     def drawn(seed):
         run("--prompt", "Hi", "--temperature", 2.0, "--top-p", 0.9, "--seed", seed)
         return capsys.readouterr().out

@@ -27,7 +27,7 @@ def test_usual_settings_pass(tmp_path, settings):
     check(tmp_path, **settings)
 
 
-def test_a_checkpoint_needs_none(tmp_path):
+def test_settings_are_optional(tmp_path):
     check_generation_config(tmp_path, vocab_size=100)
 
 
@@ -45,6 +45,6 @@ def test_a_checkpoint_needs_none(tmp_path):
         ("unknown", 1),
     ],
 )
-def test_other_values_are_a_sentence_with_the_file(tmp_path, key, value):
+def test_invalid_values_are_one_sentence_with_the_file(tmp_path, key, value):
     with pytest.raises(UnreadableFile, match=rf"generation_config.json: {key} is .*: remove it there"):
         check(tmp_path, **{key: value})

@@ -1,4 +1,4 @@
-"""The likelihood of given answers, against one whole forward pass over each as training would tokenize it."""
+"""The likelihood of given answers, against one complete forward pass over each as training would tokenize it."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def prompts(answerer, golden):
     return [answerer.prompt("What is this?", [a]), answerer.prompt("Hi"), answerer.prompt("Same?", [b, d])]
 
 
-def test_as_a_whole_forward_pass_for_each(answerer, prompts):
+def test_likelihoods_equal_those_of_a_full_forward(answerer, prompts):
     encoder = ChatEncoder(answerer.tokenizer.backend_tokenizer.to_str(), special_ids(answerer.tokenizer))
     found = answer_likelihoods(answerer, prompts, *zip(*ANSWERS, strict=True))
     for (question, answer), likelihood in zip(ANSWERS, found, strict=True):
         prompt = prompts[question]
-        cells = [h * w // 4 for h, w in prompt.grids]
-        sample = encoder.encode([((*prompt.turns, Turn("assistant", answer, True)), cells)])[0]
+        image_tokens = [h * w // 4 for h, w in prompt.grids]
+        sample = encoder.encode([((*prompt.turns, Turn("assistant", answer, True)), image_tokens)])[0]
         start, end = (int(bound) for bound in sample.spans[-1])
         end -= 2  # the end of the turn and its line
         inputs = answerer.inputs([prompt])
@@ -37,7 +37,7 @@ def test_as_a_whole_forward_pass_for_each(answerer, prompts):
         assert likelihood.log_probability == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_what_the_model_says_by_itself_is_greedy(answerer, prompts):
+def test_the_models_own_answer_is_greedy(answerer, prompts):
     said = answerer.answer(prompts, max_new_tokens=3, min_new_tokens=3)
     texts = [answerer.tokenizer.decode(answer.tokens) for answer in said]
     same = [answerer.tokenizer(text)["input_ids"] == list(one.tokens) for text, one in zip(texts, said, strict=True)]

@@ -8,7 +8,7 @@ from neo_megatron.inference.metrics import edit_distance, score_answer
 
 
 def table_of_edits(first: str, second: str) -> int:
-    """Levenshtein's table, cell by cell."""
+    """Levenshtein's table, entry by entry."""
     table = [[max(row, column) for column in range(len(second) + 1)] for row in range(len(first) + 1)]
     for row, left in enumerate(first, start=1):
         for column, right in enumerate(second, start=1):
@@ -24,7 +24,7 @@ def test_edit_distance(first, second):
 
 
 @given(st.text("ab ", max_size=8), st.lists(st.text("ab ", max_size=8), min_size=1, max_size=3))
-def test_anls_is_the_formula(said, references):
+def test_anls_follows_the_formula(said, references):
     """max over the references of 1 - NL where NL < 1/2, else 0."""
     tidy = [" ".join(text.split()) for text in (said, *references)]
     distances = [table_of_edits(tidy[0], text) / max(len(tidy[0]), len(text), 1) for text in tidy[1:]]
@@ -48,11 +48,11 @@ def test_anls_is_the_formula(said, references):
         ("yes.", ["yes"], False, 1 - 1 / 4),
     ],
 )
-def test_examples(said, references, exact_match, anls):
+def test_published_examples(said, references, exact_match, anls):
     score = score_answer(said, references)
     assert (score.exact_match, score.anls) == (exact_match, pytest.approx(anls))
 
 
-def test_long_texts_take_no_time():
+def test_long_texts_are_scored_quickly():
     """A table in Python would take a minute."""
     assert edit_distance("ab" * 3000, "ba" * 3000) == 2

@@ -123,13 +123,13 @@ def test_a_question_is_asked_once(read, tmp_path):
 
 
 @pytest.mark.parametrize("answers", ["four", [4], {"a": 1}])
-def test_answers_are_texts(read, answers):
+def test_answers_must_be_strings(read, answers):
     good = {"conversations": [human("Two?"), gpt("2")]}
     listed = read([{"conversations": [human("Four?"), gpt("4", answers=answers)]}, good])
-    assert [entry["reason"] for entry in listed.rejects] == ["'answers' of turn 1 must be a list of texts"]
+    assert [entry["reason"] for entry in listed.rejects] == ["'answers' of turn 1 must be a list of strings"]
 
 
-def test_answers_are_unicode(read):
+def test_answers_must_be_unicode(read):
     """JSON can write an unpaired surrogate, which no page can show."""
     good = {"conversations": [human("Two?"), gpt("2", answers=["\U0001f600"])]}
     listed = read([{"conversations": [human("Four?"), gpt("4", answers=["\ud83d"])]}, good])
@@ -142,7 +142,7 @@ def test_a_file_without_questions_is_refused(read):
         read(["{broken", "more"])
 
 
-def test_what_nothing_reads_is_told(read):
+def test_unread_keys_are_reported(read):
     """As in preprocessing; `prompt` is read where it is asked."""
     records = [{"prompt": "One?", "lang": "en"}, {"prompt": "Two <|image_pad|>?", "lang": "en"}]
     keys, warning = read(records, "next turn").noticed.sentences()

@@ -282,7 +282,7 @@ def test_a_data_set_that_is_not_packed_and_ids_without_a_tokenizer(bench, new_sa
     assert str(PackDataset(packs, 1, seed=1)[0]["tokens"][0].item()) in elements.text
 
 
-def test_what_it_cannot_show_ends_in_a_sentence(packs, bench, run_tool, tmp_path):
+def test_invalid_requests_end_in_one_sentence(packs, bench, run_tool, tmp_path):
     with pytest.raises(DataError, match="has 1 packs"):
         packs_page(str(packs), 1, 0, 0, None)
     with pytest.raises(DataError, match="is a directory of other files, not packs"):
@@ -317,7 +317,7 @@ def test_tokens_that_share_a_character_show_it_once():
     assert token_texts([5, 6], None) == ["5 ", "6 "]
 
 
-def test_control_characters_are_shown_and_turn_nothing():
+def test_control_characters_are_shown_and_have_no_effect():
     assert visible("a\nb\0\x7f\u202ec") == "a↵\nb␀␡[U+202E]c"
 
 

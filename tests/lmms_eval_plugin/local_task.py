@@ -1,4 +1,4 @@
-"""What the local tasks of test_cli.py ask; lmms-eval imports a copy of it, `utils.py` beside their YAML files."""
+"""Questions of the local tasks of test_cli.py; lmms-eval imports a copy of it, `utils.py` next to their YAML files."""
 
 from PIL import Image
 
@@ -14,7 +14,7 @@ def text(doc, lmms_eval_specific_kwargs=None):
 
 
 def messages(doc):
-    """The last image stands behind the question."""
+    """The last image comes after the question."""
     parts = [{"type": "image", "url": visual} for visual in visuals(doc)]
     parts.insert(max(len(parts) - 1, 0), {"type": "text", "text": doc["question"]})
     return [{"role": "user", "content": parts}]

@@ -69,7 +69,7 @@ class Document:
 
 @dataclass
 class Run:
-    """What the model says without lmms-eval, one document at a time, and what lmms-eval wrote and printed."""
+    """The model's answers without lmms-eval, one document at a time, and what lmms-eval wrote and printed."""
 
     answers: dict[str, list[str]]
     losses: list[list[float]]
@@ -178,7 +178,7 @@ def test_the_likeliest_choice_is_chosen(run):
     assert run.results["neo_choice"]["acc,none"] == pytest.approx(len(RIGHT) / 5)
 
 
-def test_what_is_left_out_is_said(run):
+def test_rejected_documents_and_ignored_arguments_are_reported(run):
     for task in TASKS:
         sentence = f"{task}, document 3: the image number 1: absolute aspect ratio must be smaller than 200"
         assert run.printed.count(sentence) == 1

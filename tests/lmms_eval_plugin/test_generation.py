@@ -30,7 +30,7 @@ def test_sampling_only_where_the_task_wants_it(settings, arguments):
     assert generation(settings).arguments == arguments
 
 
-def test_what_is_not_known_is_named():
+def test_unknown_keys_are_named():
     known = {"until": ["\n"], "max_new_tokens": 4, "repetition_penalty": 1.1}
     assert generation({**known, "image_aspect_ratio": "original", "modalities": ["video"]}).ignored == (
         "image_aspect_ratio",

@@ -1,4 +1,4 @@
-"""What stands in for a GPU: placements on cuda, the fused optimizer, the gradient of SwiGLU."""
+"""Replacements for a GPU: placements on cuda, the fused optimizer, the gradient of SwiGLU."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_cuda_means_cpu(megatron):
     assert torch.ones(2).type(torch.int32).dtype == torch.int32
 
 
-def test_the_meta_device_stays_what_it_is(megatron):
+def test_the_meta_device_is_unchanged(megatron):
     with torch.device("meta"):
         assert torch.zeros(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
         assert torch.ones(2, device="cpu").type() == "torch.cuda.FloatTensor"

@@ -1,4 +1,4 @@
-"""What a save leaves behind besides its checkpoint."""
+"""Megatron's patched saving: the processes that it starts."""
 
 import psutil
 import torch

@@ -1,4 +1,4 @@
-"""What is compiled on a GPU is one graph each, whatever the packs hold: traced here, run uncompiled.
+"""Each function compiled on a GPU is one graph, whatever the packs hold: traced here, run uncompiled.
 
 Started by `test_qkv_prepare.py` in a process of its own: the platform for machines without a GPU turns compiling off.
 """

@@ -29,7 +29,7 @@ def text_inputs():
             "image": -torch.ones(1, length, dtype=torch.int32),
             "patches": torch.zeros(0, 4, 768, dtype=torch.uint8),
             "image_token_index": torch.zeros(0, dtype=torch.int64),
-            "cell_position": torch.zeros(0, 2, dtype=torch.int32),
+            "image_token_position": torch.zeros(0, 2, dtype=torch.int32),
         }
 
     return inputs

@@ -20,7 +20,7 @@ from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.presets import SIZES
 
-LENGTH, CELLS = 32, 8
+LENGTH, IMAGE_TOKENS = 32, 8
 HIDDEN = SIZES["tiny"].hidden_size
 RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
 
@@ -52,14 +52,14 @@ def shapes(model: NeoModel) -> dict[str, tuple]:
 def inputs(sequence_parallel: bool) -> dict[str, torch.Tensor]:
     """A pack of two documents, an image in the second, on both halves of the sequence."""
     draw, place = torch.Generator().manual_seed(1), torch.arange(LENGTH)
-    cells = torch.arange(12, 12 + CELLS)
+    image_tokens = torch.arange(12, 12 + IMAGE_TOKENS)
     packs = {
         "tokens": torch.randint(0, 500, (1, LENGTH), generator=draw),
         "positions_thw": place[None, :, None].expand(1, LENGTH, 3).to(torch.int32) % 12,
         "document": (place >= 9).to(torch.int32)[None],
-        "image": torch.where((place >= 12) & (place < 12 + CELLS), 0, -1).to(torch.int32)[None],
-        "patches": torch.randint(0, 256, (CELLS, 4, 768), generator=draw, dtype=torch.uint8),
-        "image_token_index": cells,
+        "image": torch.where((place >= 12) & (place < 12 + IMAGE_TOKENS), 0, -1).to(torch.int32)[None],
+        "patches": torch.randint(0, 256, (IMAGE_TOKENS, 4, 768), generator=draw, dtype=torch.uint8),
+        "image_token_index": image_tokens,
         "target_index": place[:-1],
         "targets": torch.randint(0, 500, (LENGTH - 1,), generator=draw),
     }
@@ -80,9 +80,9 @@ def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Ten
     ]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.untyped_storage()._cdata) or x, lambda x: x):
         loss = model(**inputs(sequence_parallel))
-    for whole in inputs_of_products if sequence_parallel else ():
-        assert whole.shape == (LENGTH, 1, HIDDEN) and whole.untyped_storage()._cdata in saved
-        assert whole.untyped_storage().nbytes() == 0, "what was gathered outlives the forward"
+    for gathered in inputs_of_products if sequence_parallel else ():
+        assert gathered.shape == (LENGTH, 1, HIDDEN) and gathered.untyped_storage()._cdata in saved
+        assert gathered.untyped_storage().nbytes() == 0, "what was gathered outlives the forward"
     for hook in hooks:
         hook.remove()
     inputs_of_products.clear()
@@ -135,13 +135,13 @@ def names_and_shapes() -> None:
         assert layer.self_attention.linear_qk_hw.save_original_input == shared
         assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
         assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
-        # Images have any number of cells and packs any number of trained positions: neither meets FP8's alignment.
+        # Images have any number of tokens and packs any number of trained positions: neither meets FP8's alignment.
         outside = [*model.embedding.modules(), *model.patch_embedding.modules(), *model.output_layer.modules()]
         assert not any(isinstance(m, te.module.base.TransformerEngineBaseModule) for m in outside)
 
 
 def gathered_norm_output_keeps_its_gradient() -> bool:
-    """Whether Transformer Engine passes on the gradient of the gathered norm output; see `shared_input.py`."""
+    """Whether Transformer Engine passes on the gradient of the gathered norm output; see `shared_input_linear.py`."""
     group = parallel_state.get_tensor_model_parallel_group()
     with pretended_hopper():
         layer = te.LayerNormLinear(
@@ -168,5 +168,7 @@ names_and_shapes()
 same_training(2, sequence_parallel=False, **RECOMPUTATION)
 same_training(2, sequence_parallel=True)
 same_training(2, sequence_parallel=True, **RECOMPUTATION)
-assert not gathered_norm_output_keeps_its_gradient(), "linear_qkv may share its gathered input now: see shared_input.py"
+assert not gathered_norm_output_keeps_its_gradient(), (
+    "linear_qkv may share its gathered input now: see shared_input_linear.py"
+)
 print("same names, shapes, losses and gradients")

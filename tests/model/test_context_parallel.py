@@ -34,7 +34,7 @@ def computed(tmp_path_factory) -> tuple[dict[str, Tensor], list[dict[str, Tensor
 
 
 def dense_attention(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients of the whole packs, every sum written out."""
+    """Output and gradients of the complete packs, every sum written out."""
     query, key, value = (inputs[name].clone().requires_grad_() for name in ("query", "key", "value"))
     allowed = AttentionRule(inputs["document"], inputs["image"]).dense()
     score = torch.einsum("sbgrd,tbgd->bgrst", query.unflatten(2, (4, 2)), key) * 0.25
@@ -58,7 +58,7 @@ def test_outputs_and_gradients_equal_dense_float64(computed, way, ranks, recompu
 
 @pytest.mark.parametrize("way, ranks", CASES)
 def test_what_is_kept_and_sent_is_what_the_planner_counts(computed, way, ranks):
-    """Above all: keys and values of whole packs do not stay until the backward; more ranks keep less each."""
+    """Above all, keys and values of complete packs do not stay until the backward; more ranks keep less each."""
     shape = (256 // ranks, 8, 4, 16)
     for result in computed[1]:
         kept, *sent = result[f"{way}-{ranks}.traffic"].tolist()
@@ -88,7 +88,7 @@ def test_allowed_keys_counts_what_the_mask_allows():
 
 
 def packs_of(length: int, documents: int, images: int, image_tokens: int) -> tuple[Tensor, Tensor]:
-    """One pack of equal documents, each with images of equal size behind one another from its first quarter on."""
+    """One pack of equal documents, each with consecutive images of equal size from its first quarter on."""
     place = torch.arange(length)
     size = length // documents
     within = place % size - size // 4

@@ -18,7 +18,7 @@ from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import to_device
 from neo_megatron.model.patch_embedding import normalise
 
-LENGTH, PACKS, CELLS, TRAINED = 256, 2, 40, 100
+LENGTH, PACKS, IMAGE_TOKENS, TRAINED = 256, 2, 40, 100
 
 
 class OnDevice(TorchDispatchMode):
@@ -69,9 +69,9 @@ def inputs() -> dict[str, torch.Tensor]:
         "document": (torch.int32, PACKS, LENGTH),
         "image": (torch.int32, PACKS, LENGTH),
         "tokens": (torch.int64, PACKS, LENGTH),
-        "patches": (torch.uint8, CELLS, 4, 768),
-        "image_token_index": (torch.int64, CELLS),
-        "cell_position": (torch.int32, CELLS, 2),
+        "patches": (torch.uint8, IMAGE_TOKENS, 4, 768),
+        "image_token_index": (torch.int64, IMAGE_TOKENS),
+        "image_token_position": (torch.int32, IMAGE_TOKENS, 2),
         "target_index": (torch.int64, TRAINED),
         "targets": (torch.int64, TRAINED),
     }
@@ -100,7 +100,7 @@ def test_forward_loss_and_backward_stay_on_the_device(build, on_device):
         lambda x: x.cpu(),
     ],
 )
-def test_what_waits_is_seen(on_device, waits):
+def test_a_wait_for_the_device_is_detected(on_device, waits):
     """The test above means something."""
     x = torch.empty(2, device="meta")
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), on_device():
@@ -116,7 +116,7 @@ def test_images_are_standardised_as_their_preprocessing_says():
     torch.testing.assert_close(normalise(pixels), expected.flatten(-2).float(), atol=5e-7, rtol=0)
 
 
-def test_what_is_copied_is_pinned_first(monkeypatch):
+def test_copied_tensors_are_pinned_first(monkeypatch):
     """A copy from ordinary memory waits for the device. What the loader has pinned is not pinned again."""
     pinned = []
 

@@ -27,7 +27,7 @@ def test_every_device_gets_tiles_that_it_holds(capability, number_bytes):
     forward = Forward(*(options[f"fwd_{name}"] for name in ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")))
     backward = Backward(*(options[f"bwd_{name}"] for name in ("BLOCK_M1", "BLOCK_N1", "num_stages", "num_warps")))
     assert forward.shared_memory(widths) <= limit and backward.shared_memory(widths) <= limit
-    # What PyTorch's kernel asks of its blocks: whole blocks of the mask, and its two loops fit into one another.
+    # Requirements of PyTorch's kernel: its blocks divide those of the mask, and its two loops fit into one another.
     assert not any(128 % size for name, size in options.items() if "BLOCK" in name)
     assert not options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"]
     assert not options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"]

@@ -1,4 +1,4 @@
-"""Stage 1 trains what the paper says, name by name; and it fails when a name no longer fits."""
+"""Stage 1 trains the parameters that the paper says, and fails if a module's name no longer fits."""
 
 import re
 
@@ -24,7 +24,7 @@ def test_stage_1_trains_the_front_end_and_the_native_parts_of_the_post_llm(build
         name
         for name, _ in model.named_parameters()
         if name.startswith("patch_embedding.")
-        or re.match(r"decoder\.layers\.[01]\.", name)  # the pre-buffer, whole
+        or re.match(r"decoder\.layers\.[01]\.", name)  # all of the pre-buffer
         or re.match(rf"decoder\.layers\.[23]\.{NATIVE}$", name)
     }
     assert trainable(model) == expected
@@ -89,7 +89,7 @@ def test_frozen_parameters_have_no_main_gradient_and_no_optimizer_state(build, d
 
 
 def test_frozen_weights_have_no_product_in_the_backward(build, text_inputs):
-    """What stage 1 does not compute: a row times a matrix, two operations a weight, for each frozen matrix."""
+    """Operations that stage 1 saves: a row times a matrix, two operations a weight, for each frozen matrix."""
     tokens, trained = 8, 7
     targets = {"target_index": torch.arange(trained), "targets": torch.ones(trained, dtype=torch.int64)}
     counted = {}

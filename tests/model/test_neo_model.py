@@ -1,4 +1,4 @@
-"""What the model does beyond the golden numbers: where the head runs, several packs at once, a tied head."""
+"""The model beyond the golden numbers: positions of the head, several packs at once, a tied head."""
 
 import torch
 
@@ -20,37 +20,37 @@ def test_nothing_to_train_on_gives_an_empty_loss_and_zero_gradients(build, text_
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_packs_of_a_micro_batch_do_not_meet(build):
+def test_packs_of_a_micro_batch_do_not_see_each_other(build):
     """Two packs with an image each: together they give what each gives alone."""
     model = build()
     draw = torch.Generator().manual_seed(0)
-    length, cells = 12, 4
+    length, image_tokens = 12, 4
 
     def pack() -> dict[str, torch.Tensor]:
         image = -torch.ones(length, dtype=torch.int32)
-        start = int(torch.randint(1, length - cells - 1, (), generator=draw))
-        image[start : start + cells] = 0
+        start = int(torch.randint(1, length - image_tokens - 1, (), generator=draw))
+        image[start : start + image_tokens] = 0
         positions = torch.randint(0, 2, (length, 3), generator=draw, dtype=torch.int32)
         return {
             "tokens": torch.randint(0, 64, (1, length), generator=draw),
             "positions_thw": positions[None],
             "document": torch.zeros(1, length, dtype=torch.int32),
             "image": image[None],
-            "image_token_index": torch.arange(start, start + cells),
-            "patches": torch.randint(0, 256, (cells, 4, 768), generator=draw, dtype=torch.uint8),
+            "image_token_index": torch.arange(start, start + image_tokens),
+            "patches": torch.randint(0, 256, (image_tokens, 4, 768), generator=draw, dtype=torch.uint8),
             "target_index": torch.tensor([2, length - 2]),
             "targets": torch.tensor([7, 8]),
         }
 
     first, second = pack(), pack()
     both = {name: torch.cat((first[name], second[name])) for name in first}
-    both["image_token_index"][cells:] += length
+    both["image_token_index"][image_tokens:] += length
     both["target_index"][2:] += length
     losses = [model(**model_inputs(packs, first_stage=True, last_stage=True)) for packs in (first, second, both)]
     torch.testing.assert_close(torch.cat(losses[:2]), losses[2], atol=1e-6, rtol=0)
 
 
-def test_sequence_parallel_ranks_share_the_images_out():
+def test_images_are_split_between_sequence_parallel_ranks():
     packs = {
         "tokens": torch.zeros(2, 8, dtype=torch.int64),
         "positions_thw": torch.arange(48).view(2, 8, 3),
@@ -63,7 +63,7 @@ def test_sequence_parallel_ranks_share_the_images_out():
     assert [part["patches"].flatten().tolist() for part in parts] == [[0, 1], [2, 3, 4, 5]]
     # Rows of [token, pack]: token 2 of pack 0 is row 4 of the first half; token 6 of pack 1 is row 5 of the second.
     assert [part["image_token_index"].tolist() for part in parts] == [[4, 6], [0, 2, 5, 7]]
-    assert parts[1]["cell_position"].tolist() == [[13, 14], [16, 17], [43, 44], [46, 47]]
+    assert parts[1]["image_token_position"].tolist() == [[13, 14], [16, 17], [43, 44], [46, 47]]
     assert "targets" not in parts[0]
 
 

@@ -48,7 +48,7 @@ def written_out(qkv, qk_hw, query_norms, key_norms, tables, eps):
     return torch.stack(queries, dim=2), torch.stack(keys, dim=2), qkv[:, :, :, R + 1]
 
 
-def test_both_ways_are_the_definition(given):
+def test_compiled_and_eager_functions_equal_the_definition(given):
     tensors, rotary = given
     tables = tuple((table.cos, table.sin) for table in rotary.tables)
     expected = run(written_out, tensors, [[x.double() for x in pair] for pair in tables], torch.float64)
@@ -68,6 +68,6 @@ def test_in_bfloat16_heads_are_rounded_once(given):
         torch.testing.assert_close(actual, expected.bfloat16(), atol=1e-6, rtol=2**-7)
 
 
-def test_other_packs_compile_nothing_anew():
+def test_other_packs_cause_no_recompilation():
     done = run_python(Path(__file__).parent / "compile_worker.py", environment={"TORCHDYNAMO_DISABLE": "0"})
     assert done.returncode == 0 and "one graph each" in done.stdout, done.stdout[-3000:]

@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_not_compared(verify, golden, tmp_path):
 
 
 def test_the_pack_has_what_can_go_wrong(golden):
-    """Documents with none, one and two images, each wider or higher than the other, and padding behind them."""
+    """Documents with none, one and two images, each wider or higher than the other, and padding after them."""
     from neo_megatron.parity.pack import made_pack
 
     sizes = read_sizes(golden / "ckpt_untied")

@@ -26,18 +26,18 @@ from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 
 
-def packs(length: int, cells: int, trained: int) -> dict[str, torch.Tensor]:
+def packs(length: int, image_tokens: int, trained: int) -> dict[str, torch.Tensor]:
     """One pack of two documents alike: each begins with an image, and its last tokens are trained."""
     half, place = length // 2, torch.arange(length)
     document, within = place // half, place % half
-    image = torch.where(within < cells // 2, document, -1).to(torch.int32)
+    image = torch.where(within < image_tokens // 2, document, -1).to(torch.int32)
     targets = torch.nonzero(within >= half - trained // 2).flatten()
     return {
         "tokens": torch.zeros(1, length, dtype=torch.int64),
         "positions_thw": torch.zeros(1, length, 3, dtype=torch.int32),
         "document": document[None].to(torch.int32),
         "image": image[None],
-        "patches": torch.zeros(cells, 4, 768, dtype=torch.uint8),
+        "patches": torch.zeros(image_tokens, 4, 768, dtype=torch.uint8),
         "image_token_index": torch.nonzero(image >= 0).flatten(),
         "target_index": targets - 1,
         "targets": torch.zeros(trained, dtype=torch.int64),
@@ -83,10 +83,10 @@ def count(case: dict) -> tuple[int, float]:
     model = NeoModel(config).train()
     freeze_for_stage(model, case["stage"])
     sequence_ranks = tensor if config.sequence_parallel else 1
-    whole = packs(*case["batch"])
+    share = packs(*case["batch"])
     if context > 1:
-        whole = context_share(whole, 0, context, gather_keys=config.cp_comm_type == "allgather")
-    inputs = model_inputs(whole, first_stage=True, last_stage=True, sequence_ranks=sequence_ranks)
+        share = context_share(share, 0, context, gather_keys=config.cp_comm_type == "allgather")
+    inputs = model_inputs(share, first_stage=True, last_stage=True, sequence_ranks=sequence_ranks)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -13,8 +13,8 @@ from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
 
-LENGTH, CELLS, TRAINED = 256, 128, 64
-WORKLOAD = Workload(LENGTH, mean_keys=LENGTH, image_share=CELLS / LENGTH, trained_share=TRAINED / LENGTH)
+LENGTH, IMAGE_TOKENS, TRAINED = 256, 128, 64
+WORKLOAD = Workload(LENGTH, mean_keys=LENGTH, image_share=IMAGE_TOKENS / LENGTH, trained_share=TRAINED / LENGTH)
 MODEL = SIZES["tiny"].replace(
     num_attention_heads=4, head_dim=32, ffn_hidden_size=384, vocab_size=1024, pre_buffer_layers=2, post_llm_layers=3
 )
@@ -50,7 +50,7 @@ def measured() -> dict[str, tuple[int, float]]:
             "tensor": settings.pop("tensor_model_parallel_size", 1),
             "context": settings.pop("context_parallel_size", 1),
         }
-        case = {"sizes": asdict(MODEL), "stage": stage, "batch": (LENGTH, CELLS, TRAINED), "settings": settings}
+        case = {"sizes": asdict(MODEL), "stage": stage, "batch": (LENGTH, IMAGE_TOKENS, TRAINED), "settings": settings}
         cases.append(case | ranks)
     done = run_forked(Path(__file__).parent / "activation_worker.py", json.dumps(cases))
     assert done.returncode == 0, done.stdout[-6000:]

@@ -30,7 +30,7 @@ FOUND += [layout for layout in FP8 if layout.recomputes("layernorm")][:1]
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
-    """What each run printed and ended with, and the directory that all share."""
+    """Output and exit code of each run, and the directory that all share."""
     room = tmp_path_factory.mktemp("dry_run")
     documents = json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"]
     (room / "annotations.json").write_text(json.dumps(documents * 8))
@@ -44,21 +44,21 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
 
     common = f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --micro-batch-size 1 --train-iters 3 "
     common += f"--tensorboard-dir {room}/events --save {room}/saved --dry-run "
-    whole = f"--pretrained-checkpoint {room}/golden "
+    golden = f"--pretrained-checkpoint {room}/golden "
     large = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
     large += "--use-distributed-optimizer --global-batch-size 256"
     jobs = {
-        "one process": (1, common + whole + "--global-batch-size 4"),
-        "1,024 processes": (1024, common + whole + large),
+        "one process": (1, common + golden + "--global-batch-size 4"),
+        "1,024 processes": (1024, common + golden + large),
         "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
-        "another model": (1, common + whole + "--global-batch-size 4 --ffn-hidden-size 128"),
-        "another length": (1, common + whole + "--global-batch-size 4 --seq-length 128"),
-        "no such layout": (6, common + whole + "--global-batch-size 4 --tensor-model-parallel-size 4"),
+        "another model": (1, common + golden + "--global-batch-size 4 --ffn-hidden-size 128"),
+        "another length": (1, common + golden + "--global-batch-size 4 --seq-length 128"),
+        "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
     for number, layout in enumerate(FOUND):
         batch = ["--train-iters", "1", "--global-batch-size", "32"]
         kernels = ["--transformer-impl", layout.transformer_impl]  # without a GPU the default is another
-        jobs[f"found {number}"] = (16, " ".join([common + whole, *batch, *flags(layout), *kernels]))
+        jobs[f"found {number}"] = (16, " ".join([common + golden, *batch, *flags(layout), *kernels]))
     argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
     done = run_forked(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]
@@ -72,7 +72,7 @@ def test_a_run_that_can_start_is_planned(case, ends):
     assert end is None, end
     packs = {"one process": 4, "1,024 processes": 256}[case]
     assert re.search(rf"train .*packs: {packs} packs read, \d+ samples", printed)
-    assert f"{room}/golden/release: of this model" in printed
+    assert f"{room}/golden/release: fits this model" in printed
     assert f"measured on {packs} packs" in printed and re.search(r"^fits: rank \d needs", printed, re.M)
     assert "nothing was found that would stop this run" in printed
     assert not (room / "events").exists() and not (room / "saved").exists()
@@ -85,7 +85,7 @@ def test_a_large_layout_is_planned_in_full(ends):
 
 
 @pytest.mark.parametrize("number", range(len(FOUND)))
-def test_what_the_search_looks_at_can_start(number, ends):
+def test_layouts_of_the_search_can_start(number, ends):
     printed, end, _ = ends[f"found {number}"]
     assert end is None, end
     assert f"16 GPUs: {layout_text(FOUND[number])}; {FOUND[number].micro_batches} micro-batches" in printed
@@ -101,6 +101,6 @@ def test_what_the_search_looks_at_can_start(number, ends):
         ("no such layout", r"--tensor-model-parallel-size 4 .* needs a multiple of 4 processes, not 6"),
     ],
 )
-def test_what_would_stop_the_run_stops_the_dry_run(case, sentence, ends):
+def test_errors_of_the_run_are_errors_of_the_dry_run(case, sentence, ends):
     _, end, _ = ends[case]
     assert re.match(f"pretrain_neo: {sentence}", str(end)), end

@@ -13,7 +13,7 @@ from neo_megatron.planning.flops import attention_core_flops, head_flops, layer_
 from neo_megatron.planning.workload import Workload, mean_keys
 from neo_megatron.presets import SIZES
 
-TOKENS, CELLS, TRAINED = 32, 8, 12
+TOKENS, IMAGE_TOKENS, TRAINED = 32, 8, 12
 
 
 def attention_over_all_pairs(query, key, value, *_unused, scale, **_also):
@@ -37,9 +37,9 @@ def test_a_real_model_counts_as_planned(stage, megatron, monkeypatch):
         "positions_thw": torch.zeros(1, TOKENS, 3, dtype=torch.int32),
         "document": torch.zeros(1, TOKENS, dtype=torch.int32),
         "image": -torch.ones(1, TOKENS, dtype=torch.int32),
-        "patches": torch.zeros(CELLS, 4, 768, dtype=torch.uint8),
-        "image_token_index": torch.arange(CELLS),
-        "cell_position": torch.zeros(CELLS, 2, dtype=torch.int32),
+        "patches": torch.zeros(IMAGE_TOKENS, 4, 768, dtype=torch.uint8),
+        "image_token_index": torch.arange(IMAGE_TOKENS),
+        "image_token_position": torch.zeros(IMAGE_TOKENS, 2, dtype=torch.int32),
         "target_index": torch.arange(TRAINED),
         "targets": torch.zeros(TRAINED, dtype=torch.int64),
     }
@@ -48,7 +48,7 @@ def test_a_real_model_counts_as_planned(stage, megatron, monkeypatch):
     with FlopCounterMode(display=False) as backward:
         loss.backward()
 
-    workload = Workload(TOKENS, mean_keys=TOKENS, image_share=CELLS / TOKENS, trained_share=TRAINED / TOKENS)
+    workload = Workload(TOKENS, mean_keys=TOKENS, image_share=IMAGE_TOKENS / TOKENS, trained_share=TRAINED / TOKENS)
     planned = model_flops(sizes, stage, workload).total(sizes) * TOKENS
     assert forward.get_total_flops() == planned.forward
     # This attention keeps its scores, so that nothing is computed twice.

@@ -74,7 +74,7 @@ def test_the_pre_buffer_gets_stages_of_its_own():
 
 def test_frozen_layers_are_cheaper_so_that_a_stage_holds_more_of_them():
     counts = {stage: layer_counts(run("neo-9b", 4, stage)[0], 42, 4) for stage in (1, 2)}
-    assert counts[1][0] < counts[2][0]  # six of its layers train, behind the patch embedding
+    assert counts[1][0] < counts[2][0]  # six of its layers train, after the patch embedding
     costs = Costs.of(SIZES["neo-9b"], 1, Workload.of_alike_documents(16384))
     assert slowest_rank(counts[1], costs, 4) < slowest_rank(counts[2], costs, 4) < 1.2
 
@@ -98,7 +98,7 @@ def test_megatron_splits_what_it_can_split_evenly():
 
 
 def test_the_work_of_the_packs_decides():
-    """Where every position is trained, the head costs layers."""
+    """The head costs as much as layers if every position is trained."""
     flags = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": None, "training_stage": 2}
     counts = {}
     for share in (0.1, 1.0):
@@ -125,11 +125,11 @@ def test_a_layout_given_by_hand_wins():
         ({"ranks": 2, "pipeline_model_parallel_layout": "Ett|tL"}, "it has 3 layers, the model has 4"),
         ({"ranks": 2, "pipeline_model_parallel_layout": "tt|Ett"}, "must begin with one E"),
         ({"ranks": 2, "pipeline_model_parallel_layout": "Ett|ttx"}, "write E for the embeddings"),
-        ({"ranks": 2, "pipeline_model_parallel_layout": "Et|t|ttL"}, "its 3 stages are no multiple"),
+        ({"ranks": 2, "pipeline_model_parallel_layout": "Et|t|ttL"}, "its 3 stages are not a multiple"),
         ({"ranks": 2, "seq_length": None}, "give --train-data-path or --seq-length"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(flags, sentence):
+def test_an_impossible_split_is_refused(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
         run("tiny", **flags)
 
@@ -138,9 +138,9 @@ def test_a_split_that_cannot_be_is_refused(flags, sentence):
 def test_costs_are_in_the_proportion_of_what_torch_counts(megatron, monkeypatch, stage):
     """Models that differ by one layer, or by the rows of the head, differ by the operations of just that.
 
-    But for the attention core, which has its own test beside the planner's formula.
+    But for the attention core, which has its own test next to the planner's formula.
     """
-    sizes, tokens, cells, trained = SIZES["tiny"], 32, 8, 12
+    sizes, tokens, image_tokens, trained = SIZES["tiny"], 32, 8, 12
 
     def without_scores(query, key, value, *_unused, **_also):
         return value.repeat_interleave(query.shape[2] // key.shape[2], dim=2).flatten(2) + query.sum() + key.sum()
@@ -159,19 +159,19 @@ def test_costs_are_in_the_proportion_of_what_torch_counts(megatron, monkeypatch,
                 positions_thw=torch.zeros(1, tokens, 3, dtype=torch.int32),
                 document=torch.zeros(1, tokens, dtype=torch.int32),
                 image=-torch.ones(1, tokens, dtype=torch.int32),
-                patches=torch.zeros(cells, 4, 768, dtype=torch.uint8),
-                image_token_index=torch.arange(cells),
-                cell_position=torch.zeros(cells, 2, dtype=torch.int32),
+                patches=torch.zeros(image_tokens, 4, 768, dtype=torch.uint8),
+                image_token_index=torch.arange(image_tokens),
+                image_token_position=torch.zeros(image_tokens, 2, dtype=torch.int32),
                 target_index=torch.arange(trained),
                 targets=torch.zeros(trained, dtype=torch.int64),
             ).sum().backward()
         return counter.get_total_flops()
 
-    workload = Workload(tokens, mean_keys=0, image_share=cells / tokens, trained_share=trained / tokens)
+    workload = Workload(tokens, mean_keys=0, image_share=image_tokens / tokens, trained_share=trained / tokens)
     planned = Costs.of(sizes, stage, workload)
-    whole = counted()
-    assert sum(planned.stages([4])) * tokens == whole
-    assert planned.layers[0] * tokens == counted(pre_buffer_layers=3) - whole
-    assert planned.layers[-1] * tokens == counted(post_llm_layers=3) - whole
-    assert planned.head * tokens == counted(vocab_size=2 * sizes.vocab_size) - whole
+    total = counted()
+    assert sum(planned.stages([4])) * tokens == total
+    assert planned.layers[0] * tokens == counted(pre_buffer_layers=3) - total
+    assert planned.layers[-1] * tokens == counted(post_llm_layers=3) - total
+    assert planned.head * tokens == counted(vocab_size=2 * sizes.vocab_size) - total
     assert (planned.layers[0] == planned.layers[-1]) == (stage == 2)

@@ -40,24 +40,24 @@ def test_the_tool_prints_a_plan_without_torch():
             "--tensor-model-parallel-size 16 --gpus 16",
             "--tensor-model-parallel-size 16 does not divide the 8 key-value",
         ),
-        ("--context-parallel-size 3 --gpus 24 --global-batch-size 24", "--seq-length 16384 cannot be shared out to"),
-        ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, of which 4 is no multiple"),
+        ("--context-parallel-size 3 --gpus 24 --global-batch-size 24", "--seq-length 16384 cannot be divided over"),
+        ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, and 4 is not a multiple"),
         ("--gpu a100 --precision fp8", "--gpu a100 has no fp8"),
         ("--gpu-memory 1 --search --gpus 1 --global-batch-size 4", "none of the"),
-        ("--seq-length -5", "argument --seq-length: -5 is not a whole number from 1 on"),
-        ("--micro-batch-size 0", "argument --micro-batch-size: 0 is not a whole number from 1 on"),
-        ("--gpus 1e9", "argument --gpus: 1e9 is not a whole number from 1 on"),
+        ("--seq-length -5", "argument --seq-length: -5 is not a whole number of 1 or more"),
+        ("--micro-batch-size 0", "argument --micro-batch-size: 0 is not a whole number of 1 or more"),
+        ("--gpus 1e9", "argument --gpus: 1e9 is not a whole number of 1 or more"),
         ("--image-share 1.5", "argument --image-share: 1.5 is not a share from 0 to 1"),
         ("--gpu-memory nan", "argument --gpu-memory: nan is not a number of gigabytes from 0 on"),
         ("--training-stage 4", "argument --training-stage: invalid choice: 4"),
-        ("--gpus 100000", "--global-batch-size 256 is no multiple of"),
+        ("--gpus 100000", "--global-batch-size 256 is not a multiple of"),
         (
             "--gpus 100000 --search",
-            "--global-batch-size 256 cannot be shared out to the data-parallel ranks of any layout",
+            "--global-batch-size 256 cannot be divided over the data-parallel ranks of any layout",
         ),
         (
             "--search --tensor-model-parallel-size 16",
-            "--tensor-model-parallel-size 16 is 16 GPUs, of which --gpus 8 is no",
+            "--tensor-model-parallel-size 16 is 16 GPUs, and --gpus 8 is not a",
         ),
         (
             "--search --pipeline-model-parallel-layout Ett|tL",
@@ -68,7 +68,7 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--precision fp8 --seq-length 16392", "--fp8-recipe delayed needs a multiple of 16 tokens on a rank"),
     ],
 )
-def test_what_cannot_be_planned_ends_in_a_sentence(flags, sentence):
+def test_impossible_plans_end_in_one_sentence(flags, sentence):
     done = run_forked(TOOL, "--neo-model", "neo-9b", *flags.split())
     assert done.returncode == 1 and done.stdout.startswith("plan: ") and sentence in done.stdout, done.stdout
     assert len(done.stdout.splitlines()) == 1

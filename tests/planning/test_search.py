@@ -1,4 +1,4 @@
-"""What a search shows: flags for a shell, flags that are given, no near-duplicates; train.sh has its first choices."""
+"""Output of a search: flags for a shell, given flags, no near-duplicates; train.sh has its first choices."""
 
 import os
 import re

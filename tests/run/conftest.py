@@ -12,7 +12,7 @@ RUN = "--neo-model tiny --seq-length 192 --micro-batch-size 1 --global-batch-siz
 
 @pytest.fixture
 def parse(monkeypatch) -> Callable[[str], Namespace]:
-    """What `pretrain_neo` makes of flags added to those of a small run, on one process."""
+    """Arguments that `pretrain_neo` parses from flags added to those of a small run, on one process."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     from neo_megatron.run import pretraining

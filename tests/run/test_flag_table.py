@@ -105,7 +105,7 @@ def test_every_rejected_flag_is_refused_in_a_sentence(parser):
             assert len(said) == 1 and said[0].startswith(flag) and said[0].endswith(verdict.why), (flag, said)
 
 
-def test_every_other_flag_is_taken(parser):
+def test_every_other_flag_is_accepted(parser):
     """But for one that needs another, which the sentence then names, as --wandb-project needs --save."""
     known = actions(parser)
     values = {only.flag for only in accepted_flags.ONLY_VALUES}
@@ -134,7 +134,7 @@ def test_every_other_flag_is_taken(parser):
         "--attention-backend local",
     ],
 )
-def test_however_it_is_written(parser, command_line):
+def test_all_spellings_of_a_flag_are_checked(parser, command_line):
     words = command_line.split()
     assert any(
         said.startswith(words[0].partition("=")[0].replace("--no-rl", "--rl")) for said in sentences(parser, *words)
@@ -150,5 +150,5 @@ def test_however_it_is_written(parser, command_line):
         "--no-rl-partial-rollouts --make-vocab-size-divisible-by 1 --transformer-impl local --softmax-type vanilla",
     ],
 )
-def test_a_flag_that_is_set_to_its_default_is_no_error(parser, command_line):
+def test_a_rejected_flag_set_to_its_default_is_accepted(parser, command_line):
     assert sentences(parser, *command_line.split()) == []

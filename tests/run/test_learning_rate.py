@@ -113,7 +113,7 @@ def test_weight_decay_may_grow(schedule):
         ("--rampup-batch-size 1 1 100 --train-iters 10", "use that"),
     ],
 )
-def test_what_no_schedule_can_be_made_of_ends_in_a_sentence(parse, flags, sentence):
+def test_impossible_schedules_end_in_one_sentence(parse, flags, sentence):
     with pytest.raises(ConfigError) as refused:
         parse(flags)
     assert sentence in str(refused.value)

@@ -94,7 +94,7 @@ def test_without_workers_nothing_is_waited_for():
     assert seconds_to_wait(SimpleNamespace(num_workers=1, distributed_timeout_minutes=10)) == 300
 
 
-def test_a_killed_worker_is_a_sentence(read):
+def test_a_killed_worker_is_reported_in_one_sentence(read):
     with pytest.raises(RuntimeError) as raised:
         read(kill)
     sentence = describe_ended_worker(raised.value)
@@ -134,11 +134,11 @@ def read_megabytes(worker_init_fn) -> str:
 NO_ROOM = r"a worker of the data loader \(process \d+\) could not hand over a pack: /dev/shm is full; .*--shm-size=.*"
 
 
-def test_a_pack_that_cannot_be_handed_over_is_no_hang():
+def test_a_pack_that_cannot_be_handed_over_does_not_hang():
     assert re.fullmatch(NO_ROOM, read_megabytes(small_files))
 
 
-def test_a_full_shared_memory_is_a_sentence():
+def test_a_full_shared_memory_is_reported_in_one_sentence():
     """A real one of 1 MB, in a mount namespace of its own."""
     inside = (
         "import test_loader_workers as tests\n"
@@ -177,7 +177,7 @@ def test_the_room_is_compared_with_the_packs(monkeypatch):
     )
 
 
-def test_a_worker_that_is_killed_while_it_hands_over_is_a_sentence():
+def test_a_worker_killed_while_it_hands_over_is_reported():
     """The rank then sees a broken connection before it can see that the process has ended."""
     worker = multiprocessing.get_context("spawn").Process(target=kill)
     worker.start()

@@ -70,7 +70,7 @@ def test_the_second_run_is_refused_until_the_first_ends(tmp_path):
     second.release()
 
 
-def test_a_process_that_was_killed_holds_nothing(tmp_path, holder, capsys):
+def test_a_killed_process_holds_no_lock(tmp_path, holder, capsys):
     with pytest.raises(ConfigError, match=f"process {holder.pid} on "):
         lock(tmp_path).acquire()
     holder.send_signal(signal.SIGKILL)
@@ -82,20 +82,20 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path, holder, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_stands_still_is_alive(tmp_path, holder):
+def test_a_stopped_process_keeps_its_lock(tmp_path, holder):
     holder.send_signal(signal.SIGSTOP)
     with pytest.raises(ConfigError, match="alive"):
         lock(tmp_path).acquire()
 
 
-def test_a_number_given_out_again_is_another_process(tmp_path):
+def test_a_reused_process_id_is_another_process(tmp_path):
     write(tmp_path, replace(Owner.this_process(), started="1"))
     own = lock(tmp_path)
     own.acquire()
     own.release()
 
 
-def test_of_another_machine_the_heartbeat_decides(tmp_path, capsys):
+def test_the_heartbeat_decides_for_other_machines(tmp_path, capsys):
     write(tmp_path, elsewhere())
     own = lock(tmp_path)
     own.acquire()
@@ -112,7 +112,7 @@ def test_of_another_machine_the_heartbeat_decides(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"token": "a"}', "[]"])
-def test_a_half_written_lock_is_no_obstacle_for_ever(tmp_path, content):
+def test_a_half_written_lock_does_not_block_forever(tmp_path, content):
     (tmp_path / NAME).write_text(content)
     own = lock(tmp_path)
     own.acquire()
@@ -158,7 +158,7 @@ def test_file_systems_without_hard_links(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_of_many_starts_one_wins(tmp_path):
+def test_one_of_many_simultaneous_starts_wins(tmp_path):
     """All at once, over the lock of a dead run."""
     write(tmp_path, replace(Owner.this_process(), started="1"))
     processes = [

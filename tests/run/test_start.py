@@ -70,7 +70,7 @@ def test_the_one_process_of_a_launcher_keeps_its_address(environment):
         ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, "srun has started 8 processes"),
     ],
 )
-def test_one_of_several_is_told_what_it_lacks(environment, variables, sentence):
+def test_a_process_of_several_is_told_which_variables_are_missing(environment, variables, sentence):
     environment(**variables)
     with pytest.raises(ConfigError, match=sentence):
         stand_alone([])

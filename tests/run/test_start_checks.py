@@ -1,4 +1,4 @@
-"""What a start refuses, its dry run refuses in the same sentence; what a start takes, its dry run takes."""
+"""A dry run refuses what a start refuses, in the same sentence, and accepts what a start accepts."""
 
 import json
 from argparse import Namespace
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:Deprecation
 
 WORKER = Path(__file__).parents[1] / "planning" / "dry_run_worker.py"
 BEGIN = "--pretrained-checkpoint {room}/golden"
-GO_ON = "--load {room}/saved --save {room}/saved"
+RESUME = "--load {room}/saved --save {room}/saved"
 REFUSED = {
     "no optimizer state": (f"{BEGIN} --pretrained-optimizer", "release has no optimizer state (converted, or saved"),
-    "another learning rate": (f"{GO_ON} --lr 5e-4", "follows another schedule"),
-    "saves over its start": (f"{GO_ON} --finetune", "--finetune starts at iteration 0 and would save over"),
-    "another model": (f"{GO_ON} --ffn-hidden-size 128", "is of another model"),
+    "another learning rate": (f"{RESUME} --lr 5e-4", "follows another schedule"),
+    "saves over its start": (f"{RESUME} --finetune", "--finetune starts at iteration 0 and would save over"),
+    "another model": (f"{RESUME} --ffn-hidden-size 128", "is of another model"),
     "attention backend": (f"{BEGIN} --attention-backend fused", "none of its kernels has NEO's mask: choose auto"),
     "name for W&B": (f"{BEGIN} --wandb-project neo", "--wandb-project needs the name of the run: add --wandb-exp-name"),
     "directory for W&B": (
@@ -48,7 +48,7 @@ TAKEN = {
     "evaluation alone": "--load {room}/saved --valid-data-path {room}/packs --eval-iters 2 --skip-train",
 }
 FINE = TAKEN | {
-    "goes on": GO_ON,
+    "resumes": RESUME,
     "has ended": "--load {room}/saved --save {room}/saved --train-iters 1 --override-opt-param-scheduler",
     "packages for GPUs": f"{BEGIN} --bf16 --transformer-impl transformer_engine --attention-backend flash",
 }
@@ -77,7 +77,7 @@ def started(room) -> dict[str, Job]:
 
 @pytest.fixture(scope="module")
 def dry(room, started) -> dict[str, tuple[str, str | None]]:
-    """What dry runs of the same print, and end with."""
+    """Output and exit code of dry runs with the same flags."""
     flags = {name: flags for name, (flags, _) in REFUSED.items()} | FINE
     jobs = [{"argv": [*command(room, text), "--dry-run"], "world_size": 1} for text in flags.values()]
     done = run_forked(WORKER, json.dumps(jobs))
@@ -99,18 +99,18 @@ def test_a_dry_run_refuses_what_the_start_refuses(name, started, dry):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_dry_run_takes_what_the_start_takes(name, started, dry):
+def test_a_dry_run_accepts_what_the_start_accepts(name, started, dry):
     assert started[name].exit() is None
     printed, end = dry[name]
     assert end is None and "dry run: nothing was found that would stop this run" in printed, (printed, end)
 
 
-def test_a_run_that_can_go_on_is_not_refused(dry):
-    printed, end = dry["goes on"]
-    assert end is None and "iter_0000001: of this model" in printed, (printed, end)
+def test_a_run_that_can_resume_is_not_refused(dry):
+    printed, end = dry["resumes"]
+    assert end is None and "iter_0000001: fits this model" in printed, (printed, end)
 
 
-def test_a_run_that_has_nothing_left_to_do_is_named(dry):
+def test_a_finished_run_is_reported(dry):
     printed, end = dry["has ended"]
     assert end is None and "training has ended before: all of its 4 packs were read" in printed, (printed, end)
 
@@ -127,7 +127,7 @@ def test_a_dry_run_looks_for_room_for_the_loader(room, parse, monkeypatch):
     pretraining.dry_run(args)
 
 
-def test_packages_that_only_machines_with_gpus_have_are_named(dry):
+def test_missing_gpu_packages_are_named(dry):
     printed, end = dry["packages for GPUs"]
     assert end is None
     for package in ("transformer_engine", "flash_attn"):

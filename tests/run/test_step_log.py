@@ -39,18 +39,18 @@ LENGTH, SEED = 192, 1234
 SIZES = sizes(str(GOLDEN / "ckpt_untied"))
 
 
-def broken_and_whole(room: Path) -> Path:
+def broken_and_intact(room: Path) -> Path:
     """Packs of one sample each; every second sample has nothing but a broken image to answer to."""
     images = room / "images"
     images.mkdir()
-    whole = (GOLDEN / "images" / "b.png").read_bytes()
-    (images / "whole.png").write_bytes(whole)
-    (images / "broken.png").write_bytes(whole[:-200])
+    intact = (GOLDEN / "images" / "b.png").read_bytes()
+    (images / "intact.png").write_bytes(intact)
+    (images / "broken.png").write_bytes(intact[:-200])
     turns = [
         {"from": "human", "value": "<image>\n" + "Which colour is it? " * 8},
         {"from": "gpt", "value": "Red, I say."},
     ]
-    records = [{"image": f"{name}.png", "conversations": turns} for name in ("whole", "broken") * 4]
+    records = [{"image": f"{name}.png", "conversations": turns} for name in ("intact", "broken") * 4]
     (room / "one-each.json").write_text(json.dumps(records))
     source = Source("one-each", str(room / "one-each.json"), str(images))
     settings = PreprocessConfig(min_pixels=4096, max_pixels=65536, check="header")
@@ -88,7 +88,7 @@ def runs(room) -> dict[str, Job]:
     jobs = {
         "data": Job(room / "data", command(*evaluated)),
         "virtual": Job(room / "virtual", command("--training-stage", "1", *pipeline)),
-        "broken": Job(room / "broken", command(*half_broken, packs=broken_and_whole(room), batch=1, interval=4)),
+        "broken": Job(room / "broken", command(*half_broken, packs=broken_and_intact(room), batch=1, interval=4)),
         "wandb": Job(room / "wandb-run", command(*wandb), tensorboard=False),
     }
     run_jobs(2, list(jobs.values()), {"PYTHONPATH": f"{room}/modules:{Path.cwd()}", "WANDB_LOG": f"{room}/wandb.jsonl"})
@@ -96,40 +96,41 @@ def runs(room) -> dict[str, Job]:
 
 
 def lines(job: Job) -> list[dict[str, str]]:
-    """The figures of each line of a step, by name; rank 1 of two logs."""
+    """The figures of each step's line, keyed by their names; rank 1 of two logs."""
     found = re.findall(r"iteration +\d+/ *\d+ \|(.*)", job.printed(rank=1))
     return [dict(part.strip().rsplit(": ", 1) for part in line.split("|") if ":" in part) for line in found]
 
 
 def expected(room: Path, first: int, last: int, stage: int) -> tuple[float, float]:
-    """Operations and fill of some packs, in the order in which they are read."""
+    """Operations and padding fraction of some packs, in the order in which they are read."""
     packs = PackDataset(room / "packs", 16, SEED, images="none")
     items = [packs[number] for number in range(first, last)]
     tokens = LENGTH * len(items)
     pairs = sum(AttentionRule(i["document"][None], i["image"][None]).dense().sum().item() for i in items)
     images = sum((i["image"] >= 0).sum().item() for i in items)
     workload = Workload(LENGTH, pairs / tokens, images / tokens, sum(len(i["targets"]) for i in items) / tokens)
-    fill = sum((i["document"] >= 0).sum().item() for i in items) / tokens
-    return model_flops(SIZES, stage, workload).total(SIZES).model * tokens, fill
+    padding = sum((i["document"] < 0).sum().item() for i in items) / tokens
+    return model_flops(SIZES, stage, workload).total(SIZES).model * tokens, padding
 
 
 @pytest.mark.parametrize(("name", "stage"), [("data", 2), ("virtual", 1)])
-def test_throughput_is_that_of_neo(room, runs, name, stage):
+def test_throughput_counts_neos_operations(room, runs, name, stage):
     """Over data-parallel ranks, which read different packs, and with virtual stages, which read them twice."""
     job = runs[name]
     seconds, throughput = job.scalars("iteration-time"), job.scalars("throughput")
     tokens = job.scalars("performance/tokens per second per GPU")
     assert set(seconds) == {2, 4}
     for step in seconds:
-        operations, fill = expected(room, 4 * step - 8, 4 * step, stage)
+        operations, padding = expected(room, 4 * step - 8, 4 * step, stage)
         per_gpu_second = 2 * 2 * seconds[step][0]  # of two steps on two ranks
         assert throughput[step] == [pytest.approx(operations / per_gpu_second / 1e12, rel=1e-5)]
         assert tokens[step] == [pytest.approx(8 * LENGTH / per_gpu_second, rel=1e-5)]
         line = lines(job)[[2, 4].index(step) - 2]
-        assert float(line["pack fill"]) == pytest.approx(fill, abs=1e-4)
+        assert float(line["padding fraction"]) == pytest.approx(padding, abs=1e-4)
         assert float(line["tokens per second per GPU"]) == pytest.approx(tokens[step][0], rel=1e-3, abs=0.1)
     for step in (1, 2, 3, 4):
-        assert job.scalars("data/pack fill")[step] == [pytest.approx(expected(room, 4 * step - 4, 4 * step, stage)[1])]
+        _, padding = expected(room, 4 * step - 4, 4 * step, stage)
+        assert job.scalars("data/padding fraction")[step] == [pytest.approx(padding)]
     assert "MFU (%)" not in lines(job)[0]  # a CPU has no stated rate
 
 
@@ -142,7 +143,7 @@ def test_packs_are_called_packs(runs):
         assert "consumed samples" not in job.printed(rank)
 
 
-def test_every_evaluation_is_logged_once_and_a_test_is_no_validation(runs):
+def test_every_evaluation_is_logged_once_under_the_name_of_its_split(runs):
     job = runs["data"]
     validation, test = job.scalars("lm loss validation"), job.scalars("lm loss test")
     assert set(validation) == {2, 4} and set(test) == {4}
@@ -166,13 +167,18 @@ def test_weights_and_biases_needs_no_tensorboard(room, runs):
     steps = {name: [step for step, values in logged if name in values] for name in ("lm loss", "iteration-time")}
     assert steps == {"lm loss": [1, 2], "iteration-time": [2]}
     names = {name for _, values in logged for name in values}
-    assert {"performance/tokens per second per GPU", "data/pack fill", "iteration-time", "packs vs steps"} <= names
+    assert {
+        "performance/tokens per second per GPU",
+        "data/padding fraction",
+        "iteration-time",
+        "packs vs steps",
+    } <= names
     assert any(name.endswith("-time") and name != "iteration-time" for name in names)  # of Megatron's timers
     assert not any("samples vs" in name or "vs samples" in name for name in names)
     assert not (runs["wandb"].directory / "events").exists()
 
 
-def test_mfu_is_of_the_rate_of_a_gpu(room, megatron, monkeypatch):
+def test_mfu_uses_the_stated_rate_of_the_gpu(room, megatron, monkeypatch):
     """On four GPUs of 1 GFLOP/s that take 10 seconds for a step of two micro-batches; and what the screen shows."""
     monkeypatch.setattr(step_log, "_peak", lambda args: 1e9)
     monkeypatch.setattr(step_log, "_training_seconds", lambda: clock)

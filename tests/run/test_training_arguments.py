@@ -49,7 +49,7 @@ def test_embedding_and_head_have_a_schedule_of_their_own(parse):
 
 
 def test_weights_and_biases(parse, monkeypatch, tmp_path):
-    """What its package is told at the start."""
+    """The arguments that its package gets at the start."""
     from megatron.training import global_vars
 
     wandb, told = ModuleType("wandb"), {}
@@ -84,13 +84,13 @@ def test_weights_and_biases(parse, monkeypatch, tmp_path):
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists all flags"),
     ],
 )
-def test_it_ends_in_a_sentence(parse, flags, sentence):
+def test_invalid_command_lines_end_in_one_sentence(parse, flags, sentence):
     with pytest.raises(ConfigError) as refused:
         parse(flags)
     assert str(refused.value).startswith(sentence) or sentence in str(refused.value)
 
 
-def test_a_flag_without_effect_is_said(parse, capsys):
+def test_flags_without_effect_are_reported(parse, capsys):
     parse("--use-mcore-models --attention-softmax-in-fp32 --no-rope-fusion")
     said = capsys.readouterr().out
     assert "--use-mcore-models has no effect here: deprecated in Megatron" in said

@@ -2,10 +2,10 @@
 
     python fork_server.py SOCKET
 
-A request on the socket, whose file descriptor is given, is JSON with `command` (a script, or `-m` and a module, then its
-arguments), `environment`, `directory` and `ranks` (0: no launcher), and comes with two file descriptors: the output, and
-a pipe for the exit code. Ranks meet in a store of their launch, as under torchrun, and when one of them fails the others
-are killed. `support.processes` is the other end.
+Requests come over the socket whose file descriptor is given. Each is JSON with `command` (a script, or `-m` and a
+module, then its arguments), `environment`, `directory` and `ranks` (0: no launcher), together with two file descriptors:
+the output, and a pipe for the exit code. Ranks meet in a store of their launch, as under torchrun, and when one of them
+fails the others are killed. `support.processes` is the client.
 """
 
 import contextlib

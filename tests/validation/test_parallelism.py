@@ -40,7 +40,7 @@ REFUSED = [
     # Context parallelism.
     (2, f"{CP} 2 --cp-comm-type p2p", "--cp-comm-type p2p: NEO's mask has one way for all layers, a2a or allgather"),
     (2, f"{CP} 2 --cp-comm-type a2a allgather", "one way for all layers"),
-    (16, f"{TP} 4 {CP} 4 --cp-comm-type a2a", "rank's 2 key-value heads cannot be shared out evenly; choose --cp-comm"),
+    (16, f"{TP} 4 {CP} 4 --cp-comm-type a2a", "rank's 2 key-value heads cannot be divided evenly; choose --cp-comm"),
     (2, f"{CP} 2 --hierarchical-context-parallel-sizes 1 2", "--hierarchical-context-parallel-sizes 1 2: NEO's mask"),
     # The pipeline.
     (64, f"{PP} 64", "40 layers are too few for 64 pipeline stages"),
@@ -68,10 +68,10 @@ REFUSED = [
     (
         4,
         "--global-batch-size 6",
-        "--global-batch-size 6 is no multiple of --micro-batch-size 1 times the 4",
+        "--global-batch-size 6 is not a multiple of --micro-batch-size 1 times the 4",
     ),
     (4, "--micro-batch-size 3", "choose a multiple of 12"),
-    (4, "--eval-global-batch-size 2", "--eval-global-batch-size 2 is no multiple of"),
+    (4, "--eval-global-batch-size 2", "--eval-global-batch-size 2 is not a multiple of"),
     # FP8.
     (1, "--bf16 --fp8-format hybrid --transformer-impl local", "needs --transformer-impl transformer_engine and a GPU"),
     (1, f"{FP8.replace('--bf16', '')}", "a model in bfloat16: add --bf16"),
@@ -126,7 +126,7 @@ ACCEPTED = [
 
 @pytest.fixture
 def parse(monkeypatch):
-    """What `pretrain_neo` makes of a command line, with the environment of rank 0 of so many processes."""
+    """Arguments that `pretrain_neo` parses from a command line, with the environment of rank 0 of so many processes."""
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training import global_vars
     from megatron.training.argument_utils import ArgumentGroupFactory
@@ -151,13 +151,13 @@ def parse(monkeypatch):
 
 
 @pytest.mark.parametrize("processes, flags, sentence", REFUSED)
-def test_it_ends_in_a_sentence(parse, processes, flags, sentence):
+def test_impossible_layouts_end_in_one_sentence(parse, processes, flags, sentence):
     with pytest.raises(ConfigError) as refused:
         parse(processes, flags)
     assert sentence in str(refused.value)
 
 
 @pytest.mark.parametrize("processes, flags, way", ACCEPTED)
-def test_what_can_work_passes(parse, processes, flags, way):
+def test_possible_layouts_pass(parse, processes, flags, way):
     args = parse(processes, flags)
     assert way is None or args.cp_comm_type == [way]
