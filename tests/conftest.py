@@ -27,7 +27,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model as a stranger publishes it: weights, config and tokenizer, nothing else."""
+    """The golden model as a third party publishes it: weights, config and tokenizer, nothing else."""
     directory = tmp_path_factory.mktemp("checkpoint") / "neo"
     shutil.copytree(golden / "ckpt_untied", directory)
     for path in (golden / "tokenizer").iterdir():

@@ -2,7 +2,7 @@
 
 torch's zip writer hides the error of a full disk in one of its own ("unexpected pos 704 vs 598"), and Megatron keeps
 only the type of that one. With asynchronous saves it waits forever for a process that has ended. With synchronous ones,
-the first save of every rank spends seconds on starting a process that imports torch and Megatron and stays until the run
+the first save of every rank takes seconds to start a process that imports torch and Megatron and stays until the run
 ends: it only holds the queue through which a thread of the rank hands its results to the rank.
 """
 

@@ -51,7 +51,7 @@ def attention(inputs: dict[str, torch.Tensor], way: str, group, recompute: bool)
 
 
 class KernelThatKeepsItsInputs(torch.autograd.Function):
-    """What a fused kernel holds, without its arithmetic: queries, keys, values and output."""
+    """Stand-in for a fused kernel, without its arithmetic: queries, keys, values and output."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -117,7 +117,7 @@ class Sent:
 
 
 def traffic(way: str, group, tokens: int, query_heads: int, key_value_heads: int, head_dim: int) -> torch.Tensor:
-    """What stays for the backward of one layer, and what the rank sends in the forward and in the backward.
+    """Bytes kept for the backward of one layer, and bytes that the rank sends in the forward and in the backward.
 
     The output is not counted: it is the next module's to keep.
     """
@@ -154,7 +154,7 @@ if __name__ == "__main__":
     for size, process_group in groups.items():
         for chosen in ("a2a", "allgather"):
             for again in (False, True):
-                # Anew for every case: gradients are kept in the tensors.
+                # New ones for every case: gradients are kept in the tensors.
                 computed = attention(load_file(directory / "inputs.safetensors"), chosen, process_group, again)
                 results |= {f"{chosen}-{size}-{again}.{name}": value for name, value in computed.items()}
             sent.since()

@@ -140,7 +140,7 @@ def run(layout: str, checkpoint: Path, out: Path) -> None:
     wrapped.zero_grad_buffer()
     for weighting in ("token", "sample", "square"):
         for name in ("textonly", "pack1"):
-            # The last of these passes leaves its gradients behind.
+            # The last of these passes keeps its gradients.
             report = step(golden_packs(name, weighting), forward_only=(name, weighting) != ("pack1", "square"))
             if report is not None:
                 results[f"{name}.loss_{weighting}"] = report[0] / report[1]
@@ -165,7 +165,7 @@ def save(state: dict[str, object], directory: Path) -> None:
 
 
 class Results(dict[str, torch.Tensor]):
-    """What a rank computed; `keep` files it under the golden file in work."""
+    """Results of one rank; `keep` files it under the golden file in work."""
 
     prefix = ""
 

@@ -8,7 +8,7 @@ operation under it to kill, once for each start; afterwards the run is started o
 and the file is still empty. Labels are as in "rename .metadata.tmp"; numbers of iterations are left out of them. Or it
 is a number of seconds since the start; where the run ends before, no other moments follow.
 
-Megatron is imported once and every start is a fork. The whole process group of a start is killed, the writer of an
+Megatron is imported once and every start is a fork. The process group of a start is killed, the writer of an
 asynchronous save included, whose own operations are not counted. Each start appends to `log`: a line for every
 operation, for every micro-batch that was read (a checksum of its tokens and images), and for every step (its loss,
 all bits).

@@ -8,7 +8,7 @@ global is put back as it is on import, but for the default process group, which 
 
 In its directory every rank of a job leaves `rank<N>.log`, all that it printed, and rank 0 `result.json` with `exit`,
 what the job ended with: null, or the code or sentence given to `sys.exit`. Where gradients are asked for, those of the
-last step, before they are clipped, are in `rank<N>.gradients.safetensors`, each part under the name of the whole.
+last step, before they are clipped, are in `rank<N>.gradients.safetensors`, each part under the name of its tensor.
 `rank<N>.inputs.json` lists what each call of the model was given: the name of every tensor and its first dimension.
 """
 
@@ -104,7 +104,10 @@ def spoilt_packs(numbers: list[int], weight: float) -> Iterator[None]:
 
 
 def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
-    """By name; under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered."""
+    """Gradients keyed by parameter.
+
+    Under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered.
+    """
     if chunk.ddp_config.use_distributed_optimizer:
         for buffer in chunk.buffers:
             group = buffer.data_parallel_group
@@ -191,7 +194,7 @@ def remember_help_texts() -> None:
 
 if __name__ == "__main__":
     remember_help_texts()
-    gc.freeze()  # what was imported is no garbage between jobs
+    gc.freeze()  # imported objects are not garbage between jobs
     for next_job in json.loads(Path(sys.argv[1]).read_text()):
         run(next_job)
     if torch.distributed.is_initialized():

@@ -114,7 +114,7 @@ def expected(room, few, runs):
 
 
 def reported(run: Job, split: str, rank: int = 0) -> dict[int, float]:
-    """What was printed of a split, by iteration; the first of several at the same one."""
+    """Printed results of a split, by iteration; the first of several at the same one."""
     words = "on test set" if split == "test" else "(?!on test set)"
     values: dict[int, float] = {}
     for line in run.printed(rank).splitlines():

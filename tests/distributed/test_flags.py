@@ -172,7 +172,7 @@ def weights(job: Job, iteration: int) -> TorchDistDirectory:
 
 
 def test_adam_by_hand(runs, room):
-    """Its first step, by name: a sign softened by eps, decay of matrices alone, and a rate for embedding and head."""
+    """The first step of each tensor: a sign softened by eps, decay of matrices alone, a rate for embedding and head."""
     before, after, gradients = (
         TorchDistDirectory(room / "golden"),
         weights(runs["adam"], 1),
@@ -232,7 +232,7 @@ def test_float16_scales_its_loss(runs):
 
 
 def test_bfloat16_gradients(runs):
-    """Reduced in bfloat16, in float32 on a rank, or added up in float32 by name: the run of float32 sums, rounded."""
+    """Reduced in bfloat16, or added up in float32 where the name matches: the run of float32 sums, rounded."""
     exact = losses(runs["bf16"])
     for name in ("bf16-gradients", "local-fp32"):
         assert losses(runs[name]) == pytest.approx(exact, rel=5e-3)

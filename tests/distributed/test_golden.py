@@ -45,7 +45,7 @@ def ranks(computed: Path, layout: str) -> list[list[dict[str, Tensor]]]:
     return [loaded[start : start + tensor] for start in range(0, len(loaded), tensor)]
 
 
-def whole(computed: Path, layout: str, key: str, dim: int | None) -> Tensor:
+def gather(computed: Path, layout: str, key: str, dim: int | None) -> Tensor:
     """A tensor from the pipeline stage that has it, put together along `dim` (``None``: alike on every rank)."""
     (stage,) = [stage for stage in ranks(computed, layout) if key in stage[0]]
     if dim is None:
@@ -69,9 +69,9 @@ def test_every_activation(computed, layout, pack):
     for name, value in expected.items():
         key = f"{pack}.{name}"
         if name in ("inputs_embeds", "final_norm") or name.startswith(("attn_out", "mlp_out", "hidden_after")):
-            actual = whole(computed, layout, key, sequence_dim).transpose(0, 1)
+            actual = gather(computed, layout, key, sequence_dim).transpose(0, 1)
         elif name.startswith(("q_layer", "k_layer", "v_layer")):
-            actual, value = whole(computed, layout, key, 2).permute(1, 2, 0, 3), value[:, :, :length]
+            actual, value = gather(computed, layout, key, 2).permute(1, 2, 0, 3), value[:, :, :length]
         else:
             continue
         torch.testing.assert_close(actual, value, atol=3e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
@@ -87,22 +87,22 @@ def test_patch_embedding(computed):
     for (height, width), image in zip(grids, row_major.split([h * w for h, w in grids]), strict=True):
         blocks = image.view(height // 2, 2, width // 2, 2, -1).transpose(1, 2)
         cells.append(blocks.reshape(-1, 4, image.shape[-1]))
-    actual = whole(computed, "tp1", "pack1.vis_patch_conv", None)
+    actual = gather(computed, "tp1", "pack1.vis_patch_conv", None)
     torch.testing.assert_close(actual, torch.cat(cells), atol=3e-5, rtol=0)
     for layout in LAYOUT_NAMES:
         dim = 0 if "sp" in layout else None  # under sequence parallelism each rank embeds the cells of its part
-        actual = whole(computed, layout, "pack1.vit_embeds", dim)
+        actual = gather(computed, layout, "pack1.vit_embeds", dim)
         torch.testing.assert_close(actual, expected["vit_embeds"], atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("pack", ["pack1", "textonly"])
 def test_logits_and_losses(computed, layout, pack):
-    logits = whole(computed, layout, f"{pack}.logits", -1).squeeze(1)
+    logits = gather(computed, layout, f"{pack}.logits", -1).squeeze(1)
     torch.testing.assert_close(logits, golden_outputs(pack)["logits"][0], atol=1e-4, rtol=0)
     golden = json.loads((GOLDEN / "meta.json").read_text())[f"untied_{pack}"]
     for weighting, key in (("square", "loss"), ("token", "loss_token"), ("sample", "loss_sample")):
-        loss = whole(computed, layout, f"{pack}.loss_{weighting}", None).item()
+        loss = gather(computed, layout, f"{pack}.loss_{weighting}", None).item()
         assert loss == pytest.approx(golden[key], abs=1e-5), weighting
 
 

@@ -1,6 +1,6 @@
 """Every layout trains the same model: from one checkpoint, on real packs with images, five steps, in float32.
 
-Losses within 2e-6 and the last gradients, whole and by name, within 1e-5 relative of the run on one process.
+Losses within 2e-6 and the last gradients, each complete tensor, within 1e-5 relative of the run on one process.
 In bfloat16 every product is rounded to 8 bits (2e-3 relative), wherever a layout cuts it: losses are averages over
 tokens and stay within 2e-3; single gradients, sums of rounded terms of both signs, within 5e-2.
 """
@@ -100,16 +100,16 @@ def lopsided(tmp_path_factory) -> Path:
     """
     room = tmp_path_factory.mktemp("lopsided")
     (room / "images").mkdir()
-    whole = (GOLDEN / "images" / "b.png").read_bytes()
-    (room / "images" / "whole.png").write_bytes(whole)
-    (room / "images" / "broken.png").write_bytes(whole[:-200])
+    complete = (GOLDEN / "images" / "b.png").read_bytes()
+    (room / "images" / "complete.png").write_bytes(complete)
+    (room / "images" / "broken.png").write_bytes(complete[:-200])
     question, answer = "The question is long and says nothing that would help. " * 5, "It is so. " * 6
     annotations = [
         {
             "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text}],
             **({"image": [f"images/{image}.png"]} if image else {}),
         }
-        for text, image in (("Yes.", None), (answer, None), ("No.", "whole"), (answer, "broken"))
+        for text, image in (("Yes.", None), (answer, None), ("No.", "complete"), (answer, "broken"))
     ]
     (room / "annotations.json").write_text(json.dumps(annotations))
     source = Source("lopsided", str(room / "annotations.json"), str(room))
@@ -156,9 +156,9 @@ def assert_same(actual: Job, expected: Job, loss: float, gradient: float) -> Non
     assert losses.keys() == wanted.keys() and wanted
     for step, values in wanted.items():
         assert losses[step] == pytest.approx(values, abs=loss, rel=0), step
-    gradients, whole = actual.read_gradients(), expected.read_gradients()
-    assert gradients.keys() == whole.keys() == {row.megatron for row in tensor_table(MODEL)}
-    for name, value in whole.items():
+    gradients, reference = actual.read_gradients(), expected.read_gradients()
+    assert gradients.keys() == reference.keys() == {row.megatron for row in tensor_table(MODEL)}
+    for name, value in reference.items():
         error = (gradients[name] - value).norm() / value.norm()
         assert error < gradient, f"{name}: relative error {error:.2e}"  # neither is missing, nor not a number
 
@@ -189,11 +189,11 @@ def test_ranks_with_few_trained_tokens_or_none(runs, spread):
 @pytest.mark.parametrize("layout", ["pp2-cp2", "tp2-pp2-sp"])
 def test_images_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layout):
     """Two ranks a stage. Parts of a sequence embed their own images; tensor-parallel ranks share the loss out."""
-    whole = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
+    alone = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
     first, last = ([runs[f"float32-{layout}"].inputs(rank) for rank in stage] for stage in ((0, 1), (2, 3)))
     to_embed, labels = {"tokens", "patches", "image_token_index", "image_token_position"}, {"targets", "target_index"}
-    assert any(call["patches"] for call in whole)
-    for call, *of_ranks in zip(whole, *first, *last, strict=True):
+    assert any(call["patches"] for call in alone)
+    for call, *of_ranks in zip(alone, *first, *last, strict=True):
         first_stage, last_stage = of_ranks[:2], of_ranks[2:]
         assert all(to_embed <= given.keys() and not labels & given.keys() for given in first_stage)
         assert all(labels <= given.keys() and not to_embed & given.keys() for given in last_stage)

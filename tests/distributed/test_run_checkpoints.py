@@ -266,7 +266,7 @@ def test_a_mistake_ends_in_a_sentence(second, mistake):
 
 
 # Moments at which a run is killed, one after another: [operation, which one since the start]. Every second one comes
-# after a whole save, so that the run gets on.
+# after a complete save, so that the run gets on.
 SAVING = [
     ["mkdir iter", 1],
     ["opened __0_0.distcp", 2],
@@ -347,13 +347,13 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_with_the_same_batches_and_
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(room, how, limit):
     """To the last bit, the optimizer's state included; every line of the log covers its own step."""
     steps, name = 120, f"random{how}{limit}".replace(" ", "")
-    run_jobs(1, [Job(room / f"{name}-whole", command(room, room / f"{name}-whole-saved", how, steps))])
+    run_jobs(1, [Job(room / f"{name}-uninterrupted", command(room, room / f"{name}-uninterrupted-saved", how, steps))])
     draw = random.Random(name)
     starts = killed_run(room, name, [draw.uniform(0.5, 7.0) for _ in range(40)], f"{how} {limit}", steps)
     kills = sum(start[-1] == ["killed"] for start in starts)
     print(f"{name}: {kills} kills")
     assert kills > 15 and starts[-1][-1] == ["end"]
-    expected, actual = (TorchDistDirectory(room / f"{name}{part}-saved") for part in ("-whole", ""))
+    expected, actual = (TorchDistDirectory(room / f"{name}{part}-saved") for part in ("-uninterrupted", ""))
     assert expected.shapes == actual.shapes
     for key in expected.shapes:
         assert torch.equal(expected.read(key), actual.read(key)), key
@@ -372,7 +372,9 @@ def test_a_job_of_two_ranks_killed_at_random_moments_ends_with_the_same_weights(
     """All of its processes at once, some time after its first step."""
     steps, name = 60, f"two-ranks{how}{limit}".replace(" ", "")
     flags = f"{how} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --console-log full"
-    run_jobs(2, [Job(room / f"{name}-whole", command(room, room / f"{name}-whole-saved", flags, steps))])
+    run_jobs(
+        2, [Job(room / f"{name}-uninterrupted", command(room, room / f"{name}-uninterrupted-saved", flags, steps))]
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = command(room, room / f"{name}-saved", f"{flags} {limit}", steps)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
@@ -396,7 +398,7 @@ def test_a_job_of_two_ranks_killed_at_random_moments_ends_with_the_same_weights(
             break
     print(f"{name}: {kills} kills")
     assert kills > 4
-    expected, actual = (TorchDistDirectory(room / f"{name}{part}-saved") for part in ("-whole", ""))
+    expected, actual = (TorchDistDirectory(room / f"{name}{part}-saved") for part in ("-uninterrupted", ""))
     assert expected.shapes == actual.shapes
     for key in expected.shapes:
         one, other = expected.read(key).double(), actual.read(key).double()

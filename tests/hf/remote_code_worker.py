@@ -1,4 +1,7 @@
-"""Uses an exported directory without this package: python remote_code_worker.py EXPORTED GOLDEN SAVED"""
+"""Uses an exported directory without this package.
+
+    python remote_code_worker.py EXPORTED GOLDEN SAVED
+"""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The head in chunks gives what it gives at once, and holds the logits of one chunk. (In parallel: test_golden.)"""
+"""The head in chunks gives what it gives at once, and holds the logits of one chunk; test_golden has it in parallel."""
 
 import pytest
 import torch

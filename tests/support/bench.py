@@ -1,4 +1,4 @@
-"""What the tests of the data path share: the golden tokenizer, annotation files, and the tools as functions."""
+"""Fixtures of the data path's tests: the golden tokenizer, annotation files, and the tools as functions."""
 
 import io
 import json

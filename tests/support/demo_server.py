@@ -71,17 +71,17 @@ class Visitor:
         self._api, self._session = f"{server.address}/gradio_api", name
 
     def upload(self, name: str, content: bytes) -> str:
-        """Where the server keeps the file."""
+        """The path of the file on the server."""
         answer = requests.post(f"{self._api}/upload", files={"files": (name, content)}, timeout=60)
         answer.raise_for_status()
         return answer.json()[0]
 
     def look(self, path: str) -> dict[str, Any]:
-        """What the page draws of a file."""
+        """The parts of the page that show a file."""
         return self._last(LOOK, [{"path": path, "meta": {"_type": "gradio.FileData"}}, None])
 
     def ask(self, question: str) -> dict[str, Any]:
-        """What the page draws of the complete answer."""
+        """The parts of the page that show the complete answer."""
         return self._last(ASK, [question, None, 1])
 
     def leave(self, question: str) -> None:

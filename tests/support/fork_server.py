@@ -3,7 +3,7 @@
     python fork_server.py SOCKET
 
 Requests come over the socket whose file descriptor is given. Each is JSON with `command` (a script, or `-m` and a
-module, then its arguments), `environment`, `directory` and `ranks` (0: no launcher), together with two file descriptors:
+module, then its arguments), `environment`, `directory` and `ranks` (0: no launcher), and brings two file descriptors:
 the output, and a pipe for the exit code. Ranks meet in a store of their launch, as under torchrun, and when one of them
 fails the others are killed. `support.processes` is the client.
 """
@@ -74,7 +74,7 @@ def launch(request: dict, output: int, status: int) -> list[str]:
 
 
 def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
+    """The variables that torchrun gives to a rank."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     return {name: str(value) for name, value in (numbers | store).items()}

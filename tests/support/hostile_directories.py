@@ -182,7 +182,7 @@ _VALUES = {
     "a path up": "../../../etc/passwd",
     "an absolute path": "/etc/passwd",
     "a NUL": "a\0b",
-    "half a surrogate pair": "\ud800",
+    "an unpaired surrogate": "\ud800",
     "an exponent": "1e1000000000",
     "nothing over nothing": "0/0",
 }

@@ -42,15 +42,15 @@ class Job:
         return (self.directory / f"rank{rank}.log").read_text()
 
     def inputs(self, rank: int) -> list[dict[str, int]]:
-        """First dimension of every tensor that each call of the model was given, by name."""
+        """First dimension of every tensor that each call of the model was given, keyed by argument."""
         return json.loads((self.directory / f"rank{rank}.inputs.json").read_text())
 
     def exit(self) -> str | int | None:
-        """What it gave to `sys.exit`: a sentence for a mistake; `None` where it ended by itself."""
+        """The argument of `sys.exit`: a sentence for a mistake; `None` where it ended by itself."""
         return json.loads((self.directory / "result.json").read_text())["exit"]
 
     def scalars(self, tag: str) -> dict[int, list[float]]:
-        """What was logged at each step."""
+        """The values logged at each step."""
         events = EventAccumulator(str(self.directory / "events"))
         events.Reload()
         values = defaultdict(list)
@@ -59,8 +59,8 @@ class Job:
         return dict(values)
 
     def read_gradients(self) -> dict[str, Tensor]:
-        """Whole tensors under the names of a distributed checkpoint, put together from the parts of all ranks."""
-        whole: dict[str, Tensor] = {}
+        """Complete tensors under the names of a distributed checkpoint, put together from the parts of all ranks."""
+        complete: dict[str, Tensor] = {}
         for file in sorted(self.directory.glob("rank*.gradients.safetensors")):
             with safe_open(file, "pt") as parts:
                 for part, place in parts.metadata().items():
@@ -68,8 +68,8 @@ class Job:
                     tensor = parts.get_tensor(part)
                     here = tuple(slice(a, a + n) for a, n in zip(offset, tensor.shape, strict=True))
                     # What no rank has stays not a number.
-                    whole.setdefault(name, torch.full(shape, torch.nan))[here] = tensor
-        return whole
+                    complete.setdefault(name, torch.full(shape, torch.nan))[here] = tensor
+        return complete
 
 
 def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | None = None) -> str:

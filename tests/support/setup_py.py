@@ -1,4 +1,4 @@
-"""What setup.py asks for, read by setuptools."""
+"""The requirements in setup.py, read by setuptools."""
 
 from distutils.core import run_setup  # setuptools provides it
 
