@@ -1,6 +1,6 @@
 """Uses an exported directory without this package.
 
-    python remote_code_worker.py EXPORTED GOLDEN SAVED
+python remote_code_worker.py EXPORTED GOLDEN SAVED
 """
 
 import os
