@@ -194,7 +194,7 @@ def test_the_tokenizer_must_be_the_models(checkpoint, tmp_path):
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, tmp_path / "bare" / name)
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="does not hold a tokenizer"):
         Answerer(tmp_path / "bare", device="cpu")
 
 
