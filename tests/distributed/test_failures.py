@@ -55,7 +55,7 @@ def run(words: list[str]) -> tuple[int, list[str]]:
         (
             "kill",
             "1",
-            "pretrain_neo: rank 1 was ended by SIGKILL, as the system does where memory runs out; its log is ",
+            "pretrain_neo: rank 1 was ended by SIGKILL, as the system does when memory runs out; its log is ",
         ),
         ("kill loader", "1", "pretrain_neo: a worker of the data loader (process "),
     ],

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from support.paths import TESTS
-from support.processes import run_ranks
+from support.processes import run_ranks, torchrun
 
 WORKER = TESTS / "distributed" / "pretrain_worker.py"
 
@@ -94,4 +94,6 @@ def run_jobs(processes: int, jobs: Sequence[Job], environment: dict[str, str] | 
     file = jobs[0].directory.with_suffix(f".jobs{processes}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(written))
-    return run_ranks(processes, WORKER, file, environment=environment)
+    # Stand-ins for packages must be there when Megatron is imported.
+    start = torchrun if "PYTHONPATH" in (environment or {}) else run_ranks
+    return start(processes, WORKER, file, environment=environment)

@@ -83,7 +83,7 @@ def verify(location: str | Path, workers: int = 1) -> Verification:
             directory, parse_manifest(text, directory.location, reader.FORMAT, *reader.READABLE), workers
         )
     if not is_as_written(text):
-        result.damage.insert(0, Damage(MANIFEST, "it does not have its own checksum", "changed"))
+        result.damage.insert(0, Damage(MANIFEST, "its content does not match its own checksum", "changed"))
     return result
 
 
