@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import TOOLS
-from support.processes import run_python
+from support.processes import run_forked, run_python
 
 from neo_megatron.benchmarks.gpu_profile import busy, kind_of, share_by_kind
 from neo_megatron.benchmarks.gpu_steps import (
@@ -24,7 +24,7 @@ TOOL = TOOLS / "benchmark.py"
 
 
 def test_the_command_without_a_gpu(tmp_path):
-    done = run_python(TOOL, "gpu", "--scratch", tmp_path / "scratch", "--out", tmp_path / "gpu.json")
+    done = run_forked(TOOL, "gpu", "--scratch", tmp_path / "scratch", "--out", tmp_path / "gpu.json")
     assert done.returncode == 0, done.stdout[-3000:]
     measured = json.loads((tmp_path / "gpu.json").read_text())
     assert not measured["on_gpu"] and measured["ceilings"]["product"] > 0

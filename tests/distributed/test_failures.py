@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import GOLDEN, ROOT
+from support.processes import run_forked
 
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.run_directory import RunDirectory
@@ -144,7 +145,12 @@ def test_a_signal_leaves_no_traceback(room, tmp_path, number):
 def test_what_the_screen_shows(room, tmp_path):
     """One process without a launcher, started twice: the second run goes on, and so does its log."""
     saved = tmp_path / "run"
-    words = [sys.executable, "-m", "neo_megatron.pretrain_neo", *flags(room, saved), "--load", str(saved)]
+    words = ["-m", "neo_megatron.pretrain_neo", *flags(room, saved), "--load", str(saved)]
+
+    def run(words: list[str]) -> tuple[int, list[str]]:
+        done = run_forked(*words)
+        return done.returncode, done.stdout.splitlines()
+
     for iterations in ("1", "2"):
         code, lines = run([*words, "--train-iters", iterations, "--override-opt-param-scheduler"])
         assert code == 0, lines

@@ -13,8 +13,8 @@ NOT_AGAIN = (
 )
 
 
-def run_with(version: str) -> None:
-    """Runs this directory's tests in a process of their own; skips where that version is not at hand."""
+def run_with(version: str, *files: str) -> None:
+    """Runs this directory's tests, or those files of it, in another process; skips without that version."""
     name = f"NEO_TEST_TRANSFORMERS_{version.replace('.', '')}"
     directory = os.environ.get(name)
     if not directory:
@@ -22,6 +22,7 @@ def run_with(version: str) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join([directory, str(here.parents[1])])
     options = ["-n0", "-p", "no:cacheprovider", *(f"--ignore={here / other}" for other in NOT_AGAIN)]
-    done = run_python("-m", "pytest", here, *options, environment={"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
+    paths = [here / file for file in files] or [here]
+    done = run_python("-m", "pytest", *paths, *options, environment={"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stdout[-6000:]
     assert f"with transformers {version}." in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]

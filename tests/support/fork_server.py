@@ -8,14 +8,17 @@ the output, and a pipe for the exit code. Ranks meet in a store of their launch,
 fails the others are killed. `support.processes` is the client.
 """
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import runpy
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,6 +115,7 @@ def end_with_parent() -> None:
 def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     preload()
+    gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: forks would lack all but one"
     command = serve(requests)
@@ -119,10 +123,25 @@ def main() -> None:
     program = command[1 if module else 0]
     sys.argv = command[1:] if module else command
     sys.path[0] = os.getcwd() if module else str(Path(program).resolve().parent)
-    if module:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    try:
+        if module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     else:
-        runpy.run_path(program, run_name="__main__")
+        code = 0
+    # Freeing all that was imported, object by object, takes a second.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
