@@ -5,13 +5,13 @@ shows at once. A sampled answer depends on the seed and its batch, not on the wo
 """
 
 import contextlib
-import multiprocessing
+import itertools
 import os
 import warnings
-from collections.abc import Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answer, Answerer
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample
 from neo_megatron.inference.questions import Ask, Question
-from neo_megatron.processes import SPAWN, StoppedWorkers
+from neo_megatron.processes import SPAWN
+from neo_megatron.worker_pool import WorkerDied, WorkerPool
 
 Result = dict[str, Any]
 """``prediction`` and ``finished`` of an answer, or ``rejected``, a line of ``rejects.jsonl``."""
@@ -189,43 +190,34 @@ def _on_processes(
     devices = SPAWN.SimpleQueue()
     for number in range(workers):
         devices.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else None)
-    others = set(multiprocessing.active_children())
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    executor = ProcessPoolExecutor(workers, SPAWN, _start, (task, devices, threads))
-    try:
-        waiting = {executor.submit(_answer, *batch): batch[0] for batch in batches}
-        stopped = StoppedWorkers()
-        while waiting:
-            for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
-            stopped.look(process.pid for process in multiprocessing.active_children())
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker died; run the same command again to continue, with fewer --workers where memory ran out"
-        ) from error
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # nobody waits for its answer
+    waiting, running = enumerate(batches), 0
+    with contextlib.closing(WorkerPool(workers, _prepare, (task, devices, threads), lambda: None)) as pool:
+        while True:
+            for number, batch in itertools.islice(waiting, workers - running):
+                pool.start(number, batch)
+                running += 1
+            if not running:
+                return
+            try:
+                number, results = pool.wait()
+            except WorkerDied as died:
+                raise DataError(
+                    "a worker died; run the same command again to continue, with fewer --workers if memory ran out"
+                ) from died
+            if isinstance(results, Exception):
+                raise results
+            running -= 1
+            yield batches[number][0], results
 
 
-_task: Task
-_device: str | None
-_worker: Worker | None = None
-
-
-def _start(task: Task, devices: Any, threads: int) -> None:
-    """Starts a process of the pool. It loads its model with its first batch, so that errors are passed back."""
-    global _task, _device
+def _prepare(argument: tuple[Task, Any, int], report: Callable[[], None]) -> Callable[[Batch], list[Result]]:
+    """Prepares a process of the pool. It loads its model with its first batch, so that errors are passed back."""
+    task, devices, threads = argument
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    _task, _device = task, devices.get()
-
-
-def _answer(questions: Sequence[Question], seed: int) -> list[Result]:
-    global _worker
-    if _worker is None:
-        _worker = Worker(_task, _device)
-    return _worker(questions, seed)
+    device = devices.get()
+    load = cache(lambda: Worker(task, device))
+    return lambda batch: load()(*batch)
