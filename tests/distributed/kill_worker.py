@@ -16,6 +16,7 @@ all bits).
 
 import builtins
 import contextlib
+import gc
 import io
 import json
 import mmap
@@ -151,6 +152,7 @@ def end_after(child: int, seconds: float, log: Path) -> int:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     Path(job["directory"]).mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # imported objects are not garbage in the forks
     for moment in [*job["moments"], None]:
         child = os.fork()
         if child == 0:
