@@ -18,8 +18,8 @@ from neo_megatron.processes import StoppedWorkers
 
 ENDS_BY = {signal.SIGINT: "interrupted", signal.SIGTERM: "", signal.SIGHUP: "", signal.SIGQUIT: ""}
 HANG = 60  # seconds
-# What Python says of Ctrl-C before it has read the first line of a program.
-PYTHON_STARTING = "Fatal Python error: init_import_site"
+# What Python says of Ctrl-C while it starts, and while the first line of a tool finds the module that handles it.
+NOT_YET_OURS = ("Fatal Python error: init_import_site", "from neo_megatron.cli.entry import run_command\n")
 WORK = {
     "preprocess_data": "--input {room}/many.json --image-root {golden} --tokenizer {golden}/tokenizer --workers 2 "
     "--min-pixels 4096 --max-pixels 65536 --output {output}",
@@ -74,7 +74,7 @@ def check_end(tool: str, number: signal.Signals, to_group: bool, seconds: float,
     time.sleep(seconds)
     (os.killpg if to_group else os.kill)(process.pid, number)
     printed = process.communicate(timeout=HANG)[0].decode()
-    if printed.startswith(PYTHON_STARTING):
+    if any(words in printed for words in NOT_YET_OURS):
         return
     assert "Traceback" not in printed, printed
     if process.returncode == 0:
