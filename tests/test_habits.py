@@ -78,6 +78,7 @@ class TestWorkflows:
 
 
 class TestLint:
+    @pytest.mark.slow
     @pytest.mark.parametrize("check", ["format", "codespell", "words"])
     def test_a_check_passes(self, check):
         done = lint(check)

@@ -129,6 +129,7 @@ def test_the_cache_serves_without_a_network(server, tmp_path, monkeypatch):
         hub.model_directory("somebody/neo")
 
 
+@pytest.mark.slow
 def test_the_command_takes_an_id(models, tmp_path):
     with HubServer(models) as server:
         environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.address}

@@ -124,6 +124,7 @@ def peak() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux: /proc/self/clear_refs")
 def test_memory_is_two_tensors_whatever_the_model(golden, tokenizer, tmp_path):
     """24 layers of 7 MB; the largest tensor has 3 MB. Held or mapped all at once, they would show."""

@@ -469,6 +469,7 @@ def test_an_error_in_a_loader_worker_is_one_sentence(bench, new_sample):
     assert len(str(caught.value).splitlines()) == 1 and "00000.tokens.bin" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_patches_are_read_without_an_image_library(bench, new_sample, monkeypatch):
     bench.images("a.png")
     bench.preprocess(

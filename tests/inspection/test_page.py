@@ -271,6 +271,7 @@ def test_shares_and_held_out_samples_count_as_often_as_they_are_packed(bench, ne
         assert statistics.rejected.total() == manifest["counts"]["samples_rejected"]
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_packed_and_ids_without_a_tokenizer(bench, new_sample, run_tool):
     bench.preprocess([new_sample("Hi", "Hello!")])
     done = run_tool("inspect_data.py", "--data", bench.path / "shards", "--output", bench.path / "page.html")

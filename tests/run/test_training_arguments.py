@@ -98,6 +98,7 @@ def test_flags_without_effect_are_reported(parse, capsys):
     assert "--no-rope-fusion has" not in said, "the default on a machine without a GPU"
 
 
+@pytest.mark.slow
 def test_help_begins_with_neos_flags():
     done = run_forked("-m", "neo_megatron.pretrain_neo", "--help", environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout[-2000:]

@@ -99,6 +99,7 @@ def test_links_next_to_the_annotations_are_checked(root):
         resolve_path("out.png", Source("s", notes))
 
 
+@pytest.mark.slow
 def test_the_tool_follows_links_and_records_it(root, bench, new_sample, run_tool):
     notes = bench.annotations([new_sample("<image>q", "a", image="coco/train2017/1.png")], "llava.json")
     flags = (
