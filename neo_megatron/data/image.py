@@ -2,7 +2,6 @@
 
 Only Pillow and NumPy are needed.
 
-
 An image of ``grid_h x grid_w`` patches of 16 x 16 pixels makes ``grid_h/2 x grid_w/2`` image tokens of 2 x 2 patches
 each. Patches are uint8 ``[image tokens, 4, 768]``: image tokens row by row, the four patches of each in the order
 (dy, dx), values in the order (channel, y, x).
