@@ -7,11 +7,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in --newest | --oldest) export NEO_VERSIONS=${1#--} && shift ;; esac
 
-# lmms-eval wants other versions, so it has an environment of its own, made meanwhile.
-(. tools/environment.sh lmms-eval) >/dev/null &
+# lmms-eval wants other versions, so it has an environment of its own.
+. tools/environment.sh lmms-eval
+NEO_TEST_LMMS_EVAL=$PYTHON
 . tools/environment.sh test
-wait $! || { echo "the environment of lmms-eval could not be made; see above" >&2; exit 1; }
-NEO_TEST_LMMS_EVAL=$(. tools/environment.sh lmms-eval && echo "$PYTHON")
 export NEO_TEST_LMMS_EVAL
 
 # Exported checkpoints must load with every generation of transformers: directories in front of the environment.
@@ -19,7 +18,7 @@ for version in 4.57 5.23; do
   overlay=$(dirname "$(dirname "$PYTHON")")/transformers-$version
   if [ ! -d "$overlay" ]; then
     echo "installing transformers $version into ${overlay##*/}"
-    install_lock "tools/locks/transformers-$version.lock" -q --no-compile --target "$overlay.partial"
+    install_lock "tools/locks/transformers-$version.lock" -q --python "$PYTHON" --target "$overlay.partial"
     mv "$overlay.partial" "$overlay"
   fi
   export "NEO_TEST_TRANSFORMERS_${version/./}=$overlay"

@@ -6,12 +6,11 @@
 # environments of their own.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$repository/tools/find_python.sh"
+. "$repository/tools/python.sh"
 
-# Installs exactly what a lock says.     usage: install_lock LOCK [pip arguments]
+# Installs exactly what a lock says.     usage: install_lock LOCK [uv arguments]
 install_lock() {
-  "$PYTHON" -m pip install --disable-pip-version-check --no-deps --require-hashes -r "$@" |
-    sed '/^Requirement already/d; /^Collecting/d; /^ *Using cached/d'
+  uv pip install --no-deps --require-hashes -r "$@"
 }
 
 # usage: make_environment NAME
@@ -31,14 +30,14 @@ make_environment() {
   esac
   stamp="$directory/.installed-$1-$(cat "$locks/$1.lock" "$repository/setup.py" | cksum | cut -d' ' -f1)"
   if [ ! -f "$stamp" ]; then
-    [ -x "$directory/bin/python" ] || "$(find_python)" -m venv "$directory"
+    [ -x "$directory/bin/python" ] || "$(find_python)" -m venv "$directory" || return
     PYTHON="$directory/bin/python"
-    echo "installing $(grep -c '^[a-z].*==' "$locks/$1.lock") packages for $1 into ${directory##*/} (PyTorch is large: a minute or two)"
+    echo "installing $(grep -c '^[a-z].*==' "$locks/$1.lock") packages for $1 into ${directory##*/} (PyTorch is large: up to a minute or two)"
     # What has no wheel is built with the setuptools of the lock, so that goes first.
     sed -n '/^setuptools==/,/^ *# via/p' "$locks/$1.lock" >"$directory/setuptools.lock"
-    install_lock "$directory/setuptools.lock" -q
-    install_lock "$locks/$1.lock" --progress-bar on --no-build-isolation
-    "$PYTHON" -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e "$repository"
+    install_lock "$directory/setuptools.lock" -q --python "$PYTHON" || return
+    install_lock "$locks/$1.lock" -q --python "$PYTHON" --no-build-isolation || return
+    uv pip install -q --python "$PYTHON" --no-deps --no-build-isolation -e "$repository" || return
     rm -f "$directory/.installed-$1-"*
     touch "$stamp"
   fi

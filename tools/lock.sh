@@ -8,16 +8,10 @@
 # Flags are those of `uv pip compile`. LOCKS names another directory to write to, LOCK_ONLY some of the locks.
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$repository/tools/find_python.sh"
+. "$repository/tools/python.sh"
 locks=${LOCKS:-$repository/tools/locks}
-UV=0.13.9
 
 mkdir -p "$locks"
-uv="$repository/.venv-lock/bin/uv"
-if ! "$uv" --version 2>/dev/null | grep -qF "uv $UV"; then
-  "$(find_python)" -m venv --clear "$repository/.venv-lock"
-  "$repository/.venv-lock/bin/python" -m pip install --disable-pip-version-check -q "uv==$UV"
-fi
 
 # lock NAME FLAG...: writes NAME.lock; requirements besides setup.py's come on standard input
 lock() {
@@ -26,7 +20,7 @@ lock() {
   [[ " ${LOCK_ONLY:-$name} " == *" $name "* ]] || return 0
   echo "locking $name"
   # No network address belongs into a lock: a mirror has the same files under the same hashes.
-  (cd "$repository" && "$uv" pip compile -q - "$@" "${flags[@]+"${flags[@]}"}" --universal --python-version 3.12 \
+  (cd "$repository" && uv pip compile -q - "$@" "${flags[@]+"${flags[@]}"}" --universal --python-version 3.12 \
     --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "bash tools/lock.sh" \
     --output-file "$locks/$name.lock")
 }
