@@ -32,7 +32,7 @@ LAYERS = [
 ]
 # The same within `data`.
 DATA_LAYERS = [
-    ["tags", "permutation", "image_limits", "config", "tokenizer_checks"],
+    ["tags", "permutation", "image_limits", "memory_limit", "config", "tokenizer_checks"],
     ["conversation", "image", "manifest_schema"],
     ["chat", "video", "manifest"],
     ["rejects", "tokenizer_process"],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.image import PATCH_VALUES, decode, image_tokens, patches_from_image, recompress
+from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.packs.balance import balanced_order
 from neo_megatron.data.packs.index import Drawn, PackIndex
 from neo_megatron.data.permutation import key_of
@@ -234,7 +235,8 @@ class PackDataset(torch.utils.data.Dataset):
                 if self._images == "patches":
                     out[start:end] = patches_of(data)
                 continue
-            image = decode(data.tobytes(), f"number {number} of the sample")
+            with limited_memory():
+                image = decode(data.tobytes(), f"number {number} of the sample")
             if self._images == "patches":
                 if self._min_jpeg_quality < 100:
                     drawn = key_of(key, number) % (101 - self._min_jpeg_quality)

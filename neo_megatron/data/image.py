@@ -238,6 +238,8 @@ def _too_costly(name: str, error: TooCostly) -> RejectedSample:
 
 
 def _unreadable(name: str, error: Exception) -> RejectedSample:
+    if isinstance(error, MemoryError):
+        return RejectedSample(Reason.DECOMPRESSION_BOMB, f"the image {name} takes too much memory to decode")
     sentence = f"the image {name} cannot be decoded ({type(error).__name__}: {error})"
     return RejectedSample(Reason.UNREADABLE_IMAGE, sentence)
 

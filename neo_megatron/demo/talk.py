@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from neo_megatron.data.image import IMAGE_TOKEN_SIDE, decode, image_grid, read_image, resize_to_grid
+from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.demo.attention_rows import AttentionRows, AttentionWatch
 from neo_megatron.demo.words import words_of
 from neo_megatron.inference.answering import Answerer, Piece
@@ -135,7 +136,8 @@ def _short(number: int) -> str:
 
 
 def _read(path: str) -> Image.Image:
-    return decode(read_image(path), Path(path).name)
+    with limited_memory():
+        return decode(read_image(path), Path(path).name)
 
 
 def _jpeg_address(image: Image.Image) -> str:

@@ -21,6 +21,7 @@ from neo_megatron.data.image import (
     pixel_limit,
     read_image,
 )
+from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.prepare.media import load_media
 from neo_megatron.data.prepare.records import Sample, is_unicode
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, count_tags
@@ -108,7 +109,8 @@ def prompt_of_sample(sample: Sample, turn: int, settings: PreprocessConfig) -> P
 
 def _opened(given: ImageInput, number: int) -> tuple[Image.Image, str]:
     """The decoded image, and its name for messages."""
-    if isinstance(given, (str, Path)):
-        return decode(read_image(str(given)), str(given)), str(given)
-    name = f"number {number}"
-    return decode(given, name) if isinstance(given, bytes) else decode_opened(given, name), name
+    with limited_memory():
+        if isinstance(given, (str, Path)):
+            return decode(read_image(str(given)), str(given)), str(given)
+        name = f"number {number}"
+        return decode(given, name) if isinstance(given, bytes) else decode_opened(given, name), name

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.data.image import decode, read_image
+from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.tags import IMAGE_TAG, split_tags
 from neo_megatron.errors import RejectedSample
 from neo_megatron.inference.evaluation import Evaluation, Scores
@@ -124,7 +125,8 @@ def _pixels(path: str) -> np.ndarray | str:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            image = decode(read_image(path), path)
+            with limited_memory():
+                image = decode(read_image(path), path)
     except RejectedSample as rejected:
         return rejected.sentence
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))

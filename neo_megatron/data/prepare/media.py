@@ -19,6 +19,7 @@ from neo_megatron.data.image import (
     read_image,
     resize_to_grid,
 )
+from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.prepare.file_identity import identity_of_content, identity_of_file, identity_of_path
 from neo_megatron.data.prepare.records import Sample
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tags
@@ -72,6 +73,11 @@ def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     Raises:
         RejectedSample, DataError: as `load_media`.
     """
+    with limited_memory():
+        return _read_media(sample, settings)
+
+
+def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in sample.videos]
     limit = pixel_limit(
         settings.min_pixels, settings.max_pixels, len(sample.images) + sum(len(clip.times) for clip in clips)

@@ -15,6 +15,7 @@ import numpy as np
 from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, image_grid, image_tokens, pixel_limit
+from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, check_grids
@@ -243,7 +244,8 @@ class _ShardCheck:
 def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
     """Says what is wrong with the file of an image, one of the ``count`` images of a sample; "" for nothing."""
     try:
-        image = decode(stored.tobytes(), name)
+        with limited_memory():
+            image = decode(stored.tobytes(), name)
         limit = pixel_limit(settings.min_pixels, settings.max_pixels, count)
         expected = image_grid(image, name, settings.min_pixels, limit)
     except RejectedSample as rejected:
