@@ -18,7 +18,7 @@ for version in 4.57 5.23; do
   overlay=$(dirname "$(dirname "$PYTHON")")/transformers-$version
   if [ ! -d "$overlay" ]; then
     echo "installing transformers $version into ${overlay##*/}"
-    install_lock "tools/locks/transformers-$version.lock" -q --python "$PYTHON" --target "$overlay.partial"
+    install_lock "tools/locks/transformers-$version.lock" -q --python "$PYTHON" --compile-bytecode --target "$overlay.partial"
     mv "$overlay.partial" "$overlay"
   fi
   export "NEO_TEST_TRANSFORMERS_${version/./}=$overlay"

@@ -36,7 +36,7 @@ make_environment() {
     # What has no wheel is built with the setuptools of the lock, so that goes first.
     sed -n '/^setuptools==/,/^ *# via/p' "$locks/$1.lock" >"$directory/setuptools.lock"
     install_lock "$directory/setuptools.lock" -q --python "$PYTHON" || return
-    install_lock "$locks/$1.lock" -q --python "$PYTHON" --no-build-isolation || return
+    install_lock "$locks/$1.lock" -q --python "$PYTHON" --no-build-isolation --compile-bytecode || return
     uv pip install -q --python "$PYTHON" --no-deps --no-build-isolation -e "$repository" || return
     rm -f "$directory/.installed-$1-"*
     touch "$stamp"

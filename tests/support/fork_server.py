@@ -26,16 +26,19 @@ REQUEST = 1 << 20  # bytes
 PR_SET_PDEATHSIG = 1
 
 
-def preload() -> None:
-    """Imports what a training needs."""
+def preload() -> dict[str, str]:
+    """Imports what a training needs, first what has to come before PyTorch; gives the variables that imports set."""
+    before = set(os.environ)
+    import neo_megatron.run.pretraining  # noqa: F401, I001
+
     import megatron.core.tokenizers.text  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
-    import neo_megatron.run.pretraining  # noqa: F401
+    return {name: value for name, value in os.environ.items() if name not in before}
 
 
-def serve(requests: socket.socket) -> list[str]:
+def serve(requests: socket.socket, variables: dict[str, str]) -> list[str]:
     """Answers requests until the other end closes; returns in the forks alone: the command of the fork."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the launches
     while True:
@@ -45,17 +48,17 @@ def serve(requests: socket.socket) -> list[str]:
         if os.fork() == 0:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return launch(json.loads(message), *descriptors)
+            return launch(json.loads(message), variables, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def launch(request: dict, output: int, status: int) -> list[str]:
+def launch(request: dict, variables: dict[str, str], output: int, status: int) -> list[str]:
     """Starts the ranks and ends with them; returns in each of them."""
     end_with_parent()
     os.chdir(request["directory"])
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(variables | request["environment"])
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     listening = socket.create_server(("127.0.0.1", 0)) if request["ranks"] else None
@@ -114,11 +117,11 @@ def end_with_parent() -> None:
 
 def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
-    preload()
+    variables = preload()
     gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: forks would lack all but one"
-    command = serve(requests)
+    command = serve(requests, variables)
     module = command[0] == "-m"
     program = command[1 if module else 0]
     sys.argv = command[1:] if module else command
