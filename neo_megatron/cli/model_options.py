@@ -8,6 +8,7 @@ from transformers import logging
 
 from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.cli.video_options import add_video, video_settings
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.inference.batches import Task, default_workers
 
@@ -54,6 +55,7 @@ def add_batches(parser: argparse._ActionsContainer) -> None:
         default=PreprocessConfig.max_frames,
         help="most frames of a video; default: %(default)s",
     )
+    add_video(parser)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", default=32, help="questions answered together; default: %(default)s"
     )
@@ -93,6 +95,7 @@ def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[
         seed=arguments.seed,
         video_fps=arguments.video_fps,
         max_frames=arguments.max_frames,
+        **video_settings(arguments),
     )
     task = Task(directory, arguments.dtype, settings, arguments.max_new_tokens, generation, arguments.allow_pickle)
     return task, arguments.workers or default_workers(directory)

@@ -22,6 +22,7 @@ from typing import Any
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
 from neo_megatron.cli.source_options import add_sources, check_sources, sources_of
+from neo_megatron.cli.video_options import add_video, video_settings
 from neo_megatron.command_line import program_name
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS
@@ -89,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FRAMES",
         help="frames taken of one video, evenly spaced in longer ones; at least 1 (%(default)s)",
     )
+    add_video(images)
     samples = parser.add_argument_group("samples")
     samples.add_argument(
         "--on-error",
@@ -160,6 +162,7 @@ def main() -> None:
         records_per_shard=arguments.records_per_shard,
         video_fps=arguments.video_fps,
         max_frames=arguments.max_frames,
+        **video_settings(arguments),
         empty_answers=arguments.empty_answers,
     )
     print(f"reading the tokenizer of {arguments.tokenizer}", flush=True)  # importing transformers takes seconds

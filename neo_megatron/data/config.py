@@ -9,6 +9,7 @@ from neo_megatron.errors import DataError
 ImageCheck = Literal["decode", "header"]
 ImageStore = Literal["encoded", "patches"]
 EmptyAnswers = Literal["reject", "keep"]
+VideoText = Literal["frames", "timestamps"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class PreprocessConfig:
         records_per_shard: records of an annotation file that make one shard.
         video_fps: frames taken per second of a video.
         max_frames: limit for one video; from a longer video so many frames are taken, evenly spaced.
+        video_text: "frames" writes ``Frame-1: <image>`` for each frame; "timestamps" the length of the video, and the
+            time in front of each frame, as NEO-ov is trained.
+        video_min_pixels, video_max_pixels: limits of each frame of a video, in pixels; 0: those of images, and frames
+            share them with the images of their sample.
         empty_answers: whether a sample with a blank answer to train on is rejected, or kept and counted.
 
     Raises:
@@ -38,6 +43,9 @@ class PreprocessConfig:
     video_fps: float = 1.0
     max_frames: int = 32
     empty_answers: EmptyAnswers = "reject"
+    video_text: VideoText = "frames"
+    video_min_pixels: int = 0
+    video_max_pixels: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
@@ -50,3 +58,20 @@ class PreprocessConfig:
             raise DataError(f"--video-fps must be a number above 0, not {self.video_fps}")
         if self.max_frames < 1:
             raise DataError(f"--max-frames must be at least 1, not {self.max_frames}")
+        if min(self.video_min_pixels, self.video_max_pixels) < 0:
+            raise DataError(
+                "--video-min-pixels and --video-max-pixels must be at least 1, or 0 for the limits of images"
+            )
+        low, high = self.video_limits
+        if low > high:
+            raise DataError(f"--video-min-pixels is {low}: it must be at most --video-max-pixels {high}")
+
+    @property
+    def has_video_limits(self) -> bool:
+        """Whether frames of videos have limits of their own, in which they do not share those of images."""
+        return bool(self.video_min_pixels or self.video_max_pixels)
+
+    @property
+    def video_limits(self) -> tuple[int, int]:
+        """(least, most) pixels of a frame, before it shares them with others."""
+        return self.video_min_pixels or self.min_pixels, self.video_max_pixels or self.max_pixels

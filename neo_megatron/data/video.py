@@ -56,11 +56,13 @@ class Clip:
         path: of the file.
         times: ascending, in seconds since the first frame.
         last: time of the last packet, in seconds.
+        end: of the video, in seconds.
     """
 
     path: str
     times: tuple[Fraction, ...]
     last: Fraction
+    end: Fraction
 
 
 def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
@@ -77,8 +79,8 @@ def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
     rate = Fraction(str(fps))
     count = max(1, math.ceil(end * rate))
     if count <= max_frames:
-        return Clip(path, tuple(number / rate for number in range(count)), last)
-    return Clip(path, tuple(last * number / max(1, max_frames - 1) for number in range(max_frames)), last)
+        return Clip(path, tuple(number / rate for number in range(count)), last, end)
+    return Clip(path, tuple(last * number / max(1, max_frames - 1) for number in range(max_frames)), last, end)
 
 
 def read_frames(clip: Clip) -> Iterator[Image.Image]:

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from neo_megatron.data.image import decode, patches_from_image
 from neo_megatron.data.prepare.media import load_media
 from neo_megatron.data.prepare.records import Sample
 from neo_megatron.data.tags import split_tags
+from neo_megatron.data.verify import verify
 from neo_megatron.data.video import OPTIONS, plan_clip, read_frames
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
@@ -307,6 +309,26 @@ def test_frames_are_listed_in_the_text_and_share_the_pixel_limit(tmp_path, new_p
     assert len(load_media(conversation, PreprocessConfig(min_pixels=4096, video_fps=0.5, max_frames=1))[1]) == 3
 
 
+def test_frames_with_limits_of_their_own_do_not_share_those_of_images(tmp_path, new_png):
+    """NEO-ov's text and sizes; the time in front of each frame is that of the frame."""
+    write_video(tmp_path / "a.mp4", frames=40, size=(512, 512))
+    (tmp_path / "a.png").write_bytes(new_png(512, 512))
+    settings = PreprocessConfig(
+        min_pixels=4096, max_pixels=1 << 16, video_text="timestamps", video_min_pixels=1024, video_max_pixels=128 * 128
+    )
+    (turn,), images, grids = load_media(
+        sample(tmp_path, "<image> <video>\nWhy?", images=["a.png"], videos=["a.mp4"]), settings
+    )
+    lines = turn.text.splitlines()
+    assert lines[0].startswith(
+        "<image> The time range of this video is [00:00-00:04], and the following is a series of 4 frames"
+    )
+    assert lines[1:] == ["[00:00.00]:<image>", "[00:01.00]:<image>", "[00:02.00]:<image>", "[00:03.00]:<image>", "Why?"]
+    assert grids == [(16, 16), *[(8, 8)] * 4] and len(images) == 5
+    with pytest.raises(DataError, match="--video-min-pixels is 65536: it must be at most --video-max-pixels 4096"):
+        PreprocessConfig(video_max_pixels=4096)
+
+
 def test_escaped_tags_stay_text_in_front_of_and_after_frames(tmp_path, new_png):
     write_video(tmp_path / "b.mp4", frames=15)
     (tmp_path / "a.png").write_bytes(new_png(64, 64))
@@ -336,6 +358,19 @@ def test_both_stores_give_the_same_pixels(tmp_path):
             image = decode(file.tobytes(), "frame")
             assert image.size == (grid[1] * 16, grid[0] * 16)
             assert (patches_from_image(image, grid).reshape(-1) == ready).all()
+
+
+@pytest.mark.parametrize("store", ["encoded", "patches"])
+def test_images_and_frames_with_limits_of_their_own_are_verified(bench, new_sample, new_png, store):
+    (bench.path / "images").mkdir()
+    write_video(bench.path / "images" / "a.mp4", size=(320, 240))
+    for name in ("a.png", "b.png"):
+        (bench.path / "images" / name).write_bytes(new_png(320, 320))
+    settings = replace(bench.settings, image_store=store, video_text="timestamps", video_max_pixels=16384)
+    bench.preprocess(
+        [new_sample("<image><image><video>", "x", image=["a.png", "b.png"], video="a.mp4")], settings=settings
+    )
+    assert not bench.rejects() and not verify(bench.path / "shards").damage
 
 
 def test_the_tool_preprocesses_videos(bench, new_sample):

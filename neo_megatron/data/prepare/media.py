@@ -22,6 +22,7 @@ from neo_megatron.data.image import (
 from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.prepare.file_identity import identity_of_content, identity_of_file, identity_of_path
 from neo_megatron.data.prepare.records import Sample
+from neo_megatron.data.prepare.video_text import text_of_clip
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tags
 from neo_megatron.data.video import Clip, plan_clip, read_frames
 from neo_megatron.errors import Reason, RejectedSample
@@ -38,8 +39,8 @@ class Media:
     """The contents of a sample, before its turns are tokenized.
 
     Args:
-        turns: with one ``<image>`` tag for each image and frame. A video of n frames takes the place of its tag as
-            ``Frame-1: <image>`` to ``Frame-n: <image>``, one a line.
+        turns: with one ``<image>`` tag for each image and frame; the lines of `video_text` take the place of the tag of
+            a video.
         images: uint8 [n] each, encoded bytes or flattened patches.
         grids: (height, width) of each in patches.
         identities: (by path, by content) of each image file, then of each video file.
@@ -56,8 +57,8 @@ def load_media(
 ) -> tuple[tuple[Turn, ...], list[np.ndarray], list[tuple[int, int]]]:
     """The turns with one ``<image>`` tag for each image and frame; the images; their grids in patches.
 
-    An image is uint8 [n], encoded bytes or flattened patches. A video of n frames takes the place of its tag as
-    ``Frame-1: <image>`` to ``Frame-n: <image>``, one a line. All images and frames share the limit of pixels.
+    An image is uint8 [n], encoded bytes or flattened patches. The lines of `video_text` take the place of the tag of a
+    video. All images and frames share the limit of pixels, unless frames have limits of their own.
 
     Raises:
         RejectedSample: for the first that is missing, broken or too large.
@@ -79,11 +80,9 @@ def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
 
 def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in sample.videos]
-    limit = pixel_limit(
-        settings.min_pixels, settings.max_pixels, len(sample.images) + sum(len(clip.times) for clip in clips)
-    )
+    limits = _limits(settings, len(sample.images), sum(len(clip.times) for clip in clips))
     images, grids, contents, size = [], [], [], 0
-    for stored, grid, content in _in_order(sample, clips, settings, limit):
+    for stored, grid, content in _in_order(sample, clips, settings, limits):
         images.append(stored)
         grids.append(grid)
         if content is not None:
@@ -94,39 +93,55 @@ def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     contents += map(identity_of_file, sample.videos)
     paths = map(identity_of_path, (*sample.images, *sample.videos))
     identities = list(zip(paths, contents, strict=True))
-    return Media(_with_frames(sample.turns, clips), images, grids, identities)
+    return Media(_with_frames(sample.turns, clips, settings), images, grids, identities)
 
 
-def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, limit: int) -> Iterator[_Stored]:
+@dataclass(frozen=True)
+class _Limits:
+    """(least, most) pixels of each image and of each frame of a sample, after they are resized."""
+
+    image: tuple[int, int]
+    frame: tuple[int, int]
+
+
+def _limits(settings: PreprocessConfig, images: int, frames: int) -> _Limits:
+    least, most = settings.min_pixels, settings.max_pixels
+    if settings.has_video_limits:
+        return _Limits((least, pixel_limit(least, most, images)), settings.video_limits)
+    shared = least, pixel_limit(least, most, images + frames)
+    return _Limits(shared, shared)
+
+
+def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, limits: _Limits) -> Iterator[_Stored]:
     """Yields images and frames in the order of the tags."""
     images, videos = iter(sample.images), iter(clips)
     for turn in sample.turns:
         for tag in split_tags(turn.text)[1::2]:
             if tag == IMAGE_TAG:
-                yield _image(next(images), settings, limit)
+                yield _image(next(images), settings, limits.image)
             else:
                 clip = next(videos)
                 for frame in read_frames(clip):
-                    yield _frame(frame, clip.path, settings, limit)
+                    yield _frame(frame, clip.path, settings, limits.frame)
 
 
-def _image(path: str, settings: PreprocessConfig, limit: int) -> _Stored:
+def _image(path: str, settings: PreprocessConfig, limits: tuple[int, int]) -> _Stored:
     data = read_image(path)
     if settings.image_store == "patches":
         image = decode(data, path)
-        grid = image_grid(image, path, settings.min_pixels, limit)
+        grid = image_grid(image, path, *limits)
         return patches_from_image(image, grid).reshape(-1), grid, identity_of_content(data)
     if settings.check == "header":
         size = header_size(data, path)
     else:
         image = decode(data, path)
         size = image.height, image.width
-    grid = grid_of_size(*size, path, settings.min_pixels, limit)
+    grid = grid_of_size(*size, path, *limits)
     return np.frombuffer(data, np.uint8), grid, identity_of_content(data)
 
 
-def _frame(image: Image.Image, path: str, settings: PreprocessConfig, limit: int) -> _Stored:
-    grid = image_grid(image, path, settings.min_pixels, limit)
+def _frame(image: Image.Image, path: str, settings: PreprocessConfig, limits: tuple[int, int]) -> _Stored:
+    grid = image_grid(image, path, *limits)
     if settings.image_store == "patches":
         return patches_from_image(image, grid).reshape(-1), grid, None
     # Lossless and resized to its grid, so that both stores give the model the same pixels.
@@ -135,10 +150,8 @@ def _frame(image: Image.Image, path: str, settings: PreprocessConfig, limit: int
     return np.frombuffer(file.getvalue(), np.uint8), grid, None
 
 
-def _with_frames(turns: tuple[Turn, ...], clips: list[Clip]) -> tuple[Turn, ...]:
-    videos = iter(clips)
-
-    def frames() -> str:
-        return "\n".join(f"Frame-{number}: {IMAGE_TAG}" for number in range(1, len(next(videos).times) + 1))
-
-    return tuple(replace(turn, text=replace_tags(turn.text, VIDEO_TAG, frames)) for turn in turns) if clips else turns
+def _with_frames(turns: tuple[Turn, ...], clips: list[Clip], settings: PreprocessConfig) -> tuple[Turn, ...]:
+    if not clips:
+        return turns
+    texts = iter([text_of_clip(clip, settings.video_text) for clip in clips])
+    return tuple(replace(turn, text=replace_tags(turn.text, VIDEO_TAG, lambda: next(texts))) for turn in turns)
