@@ -44,6 +44,10 @@ class NeoTrainingArguments:
     loss_weighting: Literal["square", "sample", "token"] = "square"
     """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1. Default: %(default)s."""
 
+    mixture: str = ""
+    """Trains on several directories of packs, in place of --train-data-path: a YAML file with their shares, which may
+    change at given packs of the run (docs/data.md). Default: none."""
+
     max_broken_samples: float = 0.001
     """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when such
     samples exceed this share, 0 to 1, of the samples that a rank has read (of 1,000 if it has read fewer). Default:

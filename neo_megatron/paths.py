@@ -79,6 +79,7 @@ class Wanted(Enum):
     TOKENIZER = "a tokenizer", {Kind.TOKENIZER, *_MODELS}
     ANNOTATIONS = "an annotation file", {Kind.ANNOTATIONS, Kind.FILE}
     REGISTRY = "a registry", {Kind.YAML, Kind.FILE}
+    MIXTURE = "the schedule of a mixture", {Kind.YAML}
     IMAGE_ROOT = "the directory of the images", set(Kind) - _FILES - {Kind.MISSING}
     IMAGE = "an image file", {Kind.IMAGE, Kind.FILE}
     OUTPUT = "a directory to write to", set(Kind) - _FILES
@@ -136,6 +137,7 @@ _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     | {Kind.QWEN3: _MAKE_NEO},
     Wanted.ANNOTATIONS: {Kind.YAML: "give a registry with --registry and --datasets"},
     Wanted.REGISTRY: {Kind.ANNOTATIONS: "give an annotation file with --input"},
+    Wanted.MIXTURE: {Kind.PACKS: "give it as --train-data-path, or name it in a schedule"},
     Wanted.PRE_BUFFER: {
         kind: "take its pre-buffer out first (neo-megatron convert extract-pre-buffer)"
         for kind in (Kind.NEO, Kind.MEGATRON, Kind.ITERATION)
@@ -163,6 +165,7 @@ _GIVE = {
     Wanted.TOKENIZER: "give a directory with a tokenizer, or its hub id",
     Wanted.ANNOTATIONS: "give a JSON or JSONL file of records",
     Wanted.REGISTRY: "give a YAML file of data sets",
+    Wanted.MIXTURE: "give a .yaml file of phases with their shares",
     Wanted.IMAGE_ROOT: "give the directory that the records' image paths are relative to",
     Wanted.IMAGE: "give an image file",
     Wanted.OUTPUT: "choose another directory",

@@ -24,8 +24,9 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         metavar="DIR",
         help="directories written by neo-megatron preprocess, each with an optional share above 0 percent: shards%%50 "
-        "uses half of its records in an epoch, shards%%200 each twice; a directory of exactly this name has no share "
-        "(100)",
+        "uses one half of its records, the same in every epoch, shards%%200 each twice (for another half in every "
+        "epoch, pack it alone and give its share in the --mixture of a training); a directory of exactly this name has "
+        "no share (100)",
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="new directory for the packs, or that of an unfinished run"
@@ -98,6 +99,8 @@ def report(output: str, manifest: dict) -> None:
     print(f"  fill {manifest['fill']:.3%}, {padding} tokens of padding")
     for entry in manifest["data"] if len(manifest["data"]) > 1 else []:
         print(f"  {entry['tokens'] / tokens:.1%} of the tokens are of {entry['shards']} ({entry['samples']} samples)")
+    if any(Fraction(entry["share"]).denominator > 1 for entry in manifest["data"]):
+        print("  shares: every epoch has the same records; with --mixture a training draws others in every epoch")
     if even := manifest["imbalance"]:
         print(f"  largest over mean work of {even['ranks']} ranks with {even['packs_per_rank']} packs each:")
         for kind, drawn in even["drawn"].items():

@@ -306,7 +306,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
                 f"--packs {args.packs} holds packs of {index.sequence_length} tokens, --seq-length is "
                 f"{args.seq_length}: leave it out, or pack again"
             )
-        return measure_packs(index)
+        return measure_packs(args.packs)
     return Workload.of_alike_documents(
         args.seq_length or 16384, args.document_length, args.image_share, args.trained_share
     )

@@ -1,6 +1,9 @@
-"""The PyTorch data set of packs. Its state is one integer: item ``i`` depends on (packs, seed, batch, i) alone."""
+"""The PyTorch data set of packs. Its state is one integer: item ``i`` depends on (packs, seed, batch, i) alone.
 
-from collections.abc import Iterator, Sequence
+For a mixture, "packs" includes the phases of its schedule up to that item.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +16,8 @@ from neo_megatron.data.chat import SpecialIds
 from neo_megatron.data.image import PATCH_VALUES, decode, image_tokens, patches_from_image, recompress
 from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.packs.balance import balanced_order
-from neo_megatron.data.packs.index import Drawn, PackIndex
+from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.data.permutation import key_of
 from neo_megatron.data.shards.reader import ShardSet, StoredSample, patches_of
 from neo_megatron.data.shards.sample_checks import are_sound, what_is_wrong
@@ -42,12 +46,32 @@ class GlobalBatch:
     start: int = 0
 
 
+@dataclass(frozen=True)
+class _Pack:
+    """The samples of an item.
+
+    Args:
+        index: that they are numbered in.
+        epoch: of the index.
+        samples: int64 [n].
+    """
+
+    index: PackIndex
+    epoch: int
+    samples: np.ndarray
+
+
 class PackDataset(torch.utils.data.Dataset):
     """Packs in a random order; every epoch puts the samples into new packs.
 
+    Attributes:
+        packs: the directory of packs; of a mixture, the first.
+        streams: all directories of packs.
+
     Args:
-        location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``.
-        num_samples: number of items; more than there are packs means several epochs. `None`: one epoch.
+        location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``; or the file of a mixture, see
+            `mixture_schedule`.
+        num_samples: number of items; more than there are packs means several epochs. `None`: as many as all packs.
         seed: epoch e is packed and ordered by (seed, e).
         loss_weighting: weight of each of the n trained tokens of a sample: "square" 1/sqrt(n), "sample" 1/n, "token" 1.
         images: "patches" returns patches. A rank that embeds no images need not read them; but a rank that computes
@@ -70,8 +94,9 @@ class PackDataset(torch.utils.data.Dataset):
         global_batch: GlobalBatch | None = None,
         min_jpeg_quality: int = 100,
     ) -> None:
-        self.packs = PackIndex.open(location)
-        self._num_samples = len(self.packs) if num_samples is None else num_samples
+        self.streams, self._schedule = open_streams(location)
+        self.packs = self.streams[0]
+        self._num_samples = sum(map(len, self.streams)) if num_samples is None else num_samples
         self._seed = seed
         self._power = _WEIGHT_POWER[loss_weighting]
         self._images: Images = images
@@ -81,7 +106,7 @@ class PackDataset(torch.utils.data.Dataset):
             raise DataError(
                 f"--min-jpeg-quality must be from 1 to 100, not {min_jpeg_quality}; 100 leaves images alone"
             )
-        stores = {shards.image_store for shards in self.packs.data.sets}
+        stores = {shards.image_store for stream in self.streams for shards in stream.data.sets}
         if min_jpeg_quality < 100 and stores != {"encoded"}:
             raise DataError(
                 f"{location} keeps images as patches, which cannot be compressed as JPEG; "
@@ -90,7 +115,7 @@ class PackDataset(torch.utils.data.Dataset):
         # To check patches there is nothing to read: any bytes are pixels.
         self._fetch_images = images == "patches" or (images == "check" and "encoded" in stores)
         self._window = -1
-        self._window_packs: list[tuple[int, np.ndarray]] = []
+        self._window_packs: list[_Pack] = []
 
     def __len__(self) -> int:
         return self._num_samples
@@ -110,22 +135,22 @@ class PackDataset(torch.utils.data.Dataset):
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"item {index} is outside a data set of {self._num_samples} items")
-        epoch, samples = self._pack(index)
-        return self._assemble(samples.tolist(), epoch)
+        return self._assemble(self._pack(index))
 
     def describe(self, index: int) -> list[tuple[str, int]]:
         """Annotation file and record of each sample of an item."""
-        return list(map(self.packs.data.describe, self._pack(index)[1].tolist()))
+        pack = self._pack(index)
+        return list(map(pack.index.data.describe, pack.samples.tolist()))
 
     def largest(self, first: int, count: int) -> int:
         """Upper bound, in bytes, of the tensors of any of ``count`` items from ``first`` on; no sample is read."""
-        most = max(int(costs[:, 1].max()) for _, _, costs in self._drawn(np.arange(first, first + count)))
+        most = int(self._drawn(first, count)[1][:, 1].max())
         # Per token 28 bytes, and 20 more where it is trained; see `pack_tensors`.
         bytes_of_tokens = self.packs.sequence_length * 48
         return bytes_of_tokens + most * (8 + 4 * PATCH_VALUES if self._images == "patches" else 0)
 
-    def _pack(self, index: int) -> tuple[int, np.ndarray]:
-        """The epoch and the samples of an item. Complete global batches are looked up, because balancing needs them."""
+    def _pack(self, index: int) -> _Pack:
+        """The pack of an item. Complete global batches are looked up, because balancing needs them."""
         size = self._batch.size if self._batch else 64
         start = self._batch.start % size if self._batch else 0
         window, place = divmod(index - start, size)
@@ -133,31 +158,40 @@ class PackDataset(torch.utils.data.Dataset):
             self._window, self._window_packs = window, self._draw(window * size + start, size)
         return self._window_packs[place]
 
-    def _draw(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
-        """The epoch and the samples of ``count`` consecutive items."""
-        packs, costs = [], []
-        for epoch, drawn, cost in self._drawn(np.arange(first, first + count)):
-            ends = drawn.offsets.tolist()
-            packs += [(epoch, self.packs.table.samples(drawn.units[a:b])) for a, b in zip(ends, ends[1:], strict=False)]
-            costs.append(cost)
+    def _draw(self, first: int, count: int) -> list[_Pack]:
+        """The packs of ``count`` consecutive items."""
+        packs, costs = self._drawn(first, count)
         if self._batch is None:
             return packs
-        order = balanced_order(np.concatenate(costs), self._batch.ranks, self._batch.micro_batch_size)
+        order = balanced_order(costs, self._batch.ranks, self._batch.micro_batch_size)
         return [packs[number] for number in order.tolist()]
 
-    def _drawn(self, numbers: np.ndarray) -> Iterator[tuple[int, Drawn, np.ndarray]]:
-        """Items grouped by epoch: the epoch, the packs drawn, and their costs."""
-        epochs = numbers // len(self.packs)
-        for epoch in np.unique(epochs).tolist():
-            drawn = self.packs.table.draw(self._seed, epoch, numbers[epochs == epoch] % len(self.packs))
-            self.packs.table.read_ahead(drawn)
-            yield epoch, drawn, self.packs.table.costs(drawn)
+    def _drawn(self, first: int, count: int) -> tuple[list[_Pack], np.ndarray]:
+        """The packs of ``count`` consecutive numbers, before balancing, and their costs: int64 [count, 2]."""
+        if self._schedule is None:
+            streams, numbers = np.zeros(count, np.int64), np.arange(first, first + count)
+        else:
+            streams, numbers = self._schedule.places(first, count)
+        epochs = numbers // np.array(list(map(len, self.streams)))[streams]
+        packs: dict[int, _Pack] = {}
+        costs = np.empty((count, 2), np.int64)
+        for stream, epoch in sorted(set(zip(streams.tolist(), epochs.tolist(), strict=True))):
+            index = self.streams[stream]
+            places = np.flatnonzero((streams == stream) & (epochs == epoch))
+            drawn = index.table.draw(self._seed, epoch, numbers[places] % len(index))
+            index.table.read_ahead(drawn)
+            costs[places] = index.table.costs(drawn)
+            ends = drawn.offsets.tolist()
+            for place, start, end in zip(places.tolist(), ends, ends[1:], strict=False):
+                packs[place] = _Pack(index, epoch, index.table.samples(drawn.units[start:end]))
+        return [packs[place] for place in range(count)], costs
 
-    def _assemble(self, samples: Sequence[int], epoch: int) -> dict[str, Any]:
-        """The given samples joined and padded, as ``__getitem__`` returns them."""
-        length, ids = self.packs.sequence_length, self.packs.data.ids
-        fetched = self.packs.data.fetch(samples, images=self._fetch_images)
-        joined = self._tokens(samples, fetched)
+    def _assemble(self, pack: _Pack) -> dict[str, Any]:
+        """The samples of a pack joined and padded, as ``__getitem__`` returns them."""
+        samples, data = pack.samples.tolist(), pack.index.data
+        length, ids = self.packs.sequence_length, data.ids
+        fetched = data.fetch(samples, images=self._fetch_images)
+        joined = self._tokens(pack, fetched)
         tokens = np.full(length, ids.pad, np.int64)
         tokens[: len(joined)] = joined
         # In shards of earlier versions, trained spans may contain images of assistant turns.
@@ -178,35 +212,36 @@ class PackDataset(torch.utils.data.Dataset):
             count = int(trained[start:end].sum())
             first, last = last, last + (int(image_tokens(stored.grids).sum()) if with_patches else 0)
             try:
-                self._read_images(stored, shards, patches[first:last], key_of(self._seed, epoch, sample))
+                self._read_images(stored, shards, patches[first:last], key_of(self._seed, pack.epoch, sample))
                 weight[start:end] = float(max(count, 1)) ** self._power
             except RejectedSample as rejected:
                 patches[first:last] = 0
-                file, record = self.packs.data.describe(sample)
+                file, record = data.describe(sample)
                 broken.append(f"{file}, record {record}: {rejected.sentence}")
         targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
         tensors = pack_tensors(tokens, document, grids, ids, targets, weight[targets], patches)
         return {**tensors, "samples": len(samples), "broken": broken}
 
-    def _tokens(self, samples: Sequence[int], fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
-        """The tokens of the samples, int32 [n], once the files of the samples are known to be consistent.
+    def _tokens(self, pack: _Pack, fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
+        """The tokens of the samples of a pack, int32 [n], once the files of the samples are known to be consistent.
 
         Raises:
             DataError: a file is damaged, so a sample cannot be used or the pack would be too long.
         """
-        ids, vocabulary, length = self.packs.data.ids, self.packs.data.tokenizer["size"], self.packs.sequence_length
+        data, length = pack.index.data, self.packs.sequence_length
+        ids, vocabulary = data.ids, data.tokenizer["size"]
         tokens = np.concatenate([stored.tokens for stored, _ in fetched])
         if len(tokens) > length:
             raise DataError(
-                f"{self.packs.location} is damaged: a pack has {len(tokens)} tokens, more than {length}; "
+                f"{pack.index.location} is damaged: a pack has {len(tokens)} tokens, more than {length}; "
                 "check it with neo-megatron verify-data and pack again"
             )
         if are_sound([stored for stored, _ in fetched], tokens, ids, vocabulary):
             return tokens
         checked = ((what_is_wrong(stored, ids, vocabulary), number) for number, (stored, _) in enumerate(fetched))
         wrong, number = next(found for found in checked if found[0])
-        sample, shards = samples[number], fetched[number][1]
-        file, record = self.packs.data.describe(sample)
+        shards = fetched[number][1]
+        file, record = data.describe(int(pack.samples[number]))
         raise DataError(
             f"{shards.location} is damaged in the sample from {file}, record {record}: {wrong}; "
             "check it with neo-megatron verify-data and copy or preprocess it again"

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.planning.workload import Workload, allowed_pairs
 
 PACKS = 64
@@ -59,10 +59,10 @@ def count_packs(item: dict[str, Any]) -> PackCounts:
     return PackCounts(len(rows[0]), rows[0].size, padding, image_tokens, len(item["targets"]), pairs)
 
 
-def measure_packs(index: PackIndex, count: int = PACKS) -> Workload:
-    """The mean of the first packs of the first epoch; no image is read."""
-    dataset = PackDataset(index.location, min(count, len(index)), seed=0, images="none")
-    return measure_items(dataset[number] for number in range(len(dataset)))
+def measure_packs(location: str | Path, count: int = PACKS) -> Workload:
+    """The mean of the first packs of a directory or a mixture; no image is read."""
+    dataset = PackDataset(location, None, seed=0, images="none")
+    return measure_items(dataset[number] for number in range(min(count, len(dataset))))
 
 
 def measure_items(items: Iterable[dict[str, Any]]) -> Workload:

@@ -17,6 +17,7 @@ from megatron.training.training import get_optimizer_param_scheduler
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.errors import ConfigError
 from neo_megatron.run.optimizer_state import has_moments, is_by_ranks
 
@@ -38,9 +39,22 @@ _TOLD = {
 _SCHEDULE_FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr", "lr_decay_style": "--lr-decay-style"}
 
 
-def identity_of_packs(location: str) -> str:
-    """A hash of the content of packs: equal for copies at any path, different for other samples or another order."""
-    packs = PackIndex.open(location)
+def identity_of_packs(location: str) -> str | list[dict[str, Any]]:
+    """A hash of the content of packs: equal for copies at any path, different for other samples or another order.
+
+    For a mixture, its phases: ``from``, and ``packs`` with the counts of each hash.
+    """
+    streams, schedule = open_streams(location)
+    identities = list(map(_identity, streams))
+    if schedule is None:
+        return identities[0]
+    return [
+        {"from": phase.start, "packs": {one: n for one, n in zip(identities, phase.counts, strict=True) if n}}
+        for phase in schedule.phases
+    ]
+
+
+def _identity(packs: PackIndex) -> str:
     content = {
         "files": packs.manifest["files"],
         "data": [entry["sha256"] for entry in packs.manifest["data"]],
@@ -144,10 +158,24 @@ def told_changes(args: Namespace, common_state: dict[str, Any]) -> list[str]:
         if not hasattr(saved, name) or there == here:
             continue
         if name == "train_packs":
-            told.append(f"other packs in {what}")
+            told.append(_other_packs(there, here, saved.consumed_train_samples, what))
         else:
             told.append(f"{_flag(name)} {there} there, {here} here" + (what and f" ({what})"))
     return told
+
+
+def _other_packs(there: object, here: object, consumed: int, what: str) -> str:
+    """Says how other packs change a run that has consumed some: a mixture may change after them."""
+    if not isinstance(there, list) or not isinstance(here, list):
+        return f"other packs in {what}"
+    done, doing = ([phase for phase in phases if phase["from"] < max(consumed, 1)] for phases in (there, here))
+    if done == doing:
+        first = min(phase["from"] for phase in (*there, *here) if phase not in there or phase not in here)
+        return f"--mixture has other shares from pack {first} on, and every stream goes on where it is then"
+    return (
+        f"--mixture has other phases before pack {consumed}, where the run continues: streams are at other places, so "
+        "samples may be repeated or left out in this epoch"
+    )
 
 
 def _flag(name: str) -> str:

@@ -16,6 +16,7 @@ PROGRAM = "pretrain_neo"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATHS = {
     "--train-data-path": Wanted.PACKS,
+    "--mixture": Wanted.MIXTURE,
     "--valid-data-path": Wanted.PACKS,
     "--test-data-path": Wanted.PACKS,
     "--pretrained-checkpoint": Wanted.START,

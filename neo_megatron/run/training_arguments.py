@@ -14,7 +14,7 @@ from megatron.training.utils import has_nvrx_checkpointing_async_support
 
 from neo_megatron import presets
 from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
-from neo_megatron.data.packs.index import PackIndex
+from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
@@ -68,14 +68,15 @@ def parse_arguments() -> Namespace:
     _raise_first(schedule_refusals(args))
     sizes = sizes_from_arguments(args, preset)
     args.neo_sizes = dataclasses.asdict(sizes)
+    take_mixture(args)
     paths = args.train_data_path or args.valid_data_path or args.test_data_path
     if args.seq_length is None and paths:
-        args.seq_length = PackIndex.open(paths[0]).sequence_length
+        args.seq_length = open_streams(paths[0])[0][0].sequence_length
     check_evaluation_flags(args)
     check_rerun_flags(args)
     packs = None
     if args.train_data_path and args.pipeline_model_parallel_size > 1:
-        packs = measure_packs(PackIndex.open(args.train_data_path[0]))
+        packs = measure_packs(args.train_data_path[0])
     layout, stages = choose_layout(args, sizes, packs)
     if layout != args.pipeline_model_parallel_layout:
         args.pipeline_model_parallel_layout = layout
@@ -149,6 +150,16 @@ def complete_last_step(args: Namespace) -> None:
         sizes.update(samples, consistency_check=True)
         samples += sizes.get_current_global_batch_size()
     args.train_samples = samples
+
+
+def take_mixture(args: Namespace) -> None:
+    """Makes the schedule of a mixture what the run trains on. Raises ConfigError if packs are given as well."""
+    if args.mixture and args.train_data_path:
+        raise ConfigError(
+            "--mixture and --train-data-path both say what to train on: name the directories of packs in the schedule"
+        )
+    if args.mixture:
+        args.train_data_path = [args.mixture]
 
 
 def _raise_first(sentences: Iterable[str]) -> None:

@@ -50,6 +50,52 @@ def test_random_access_equals_reading_in_order(packs):
     assert len(sent) < 1000 and equal(pickle.loads(sent)[42], in_order[42])
 
 
+@pytest.fixture
+def mixture(packs, bench, new_sample):
+    """A schedule over the packs above and others, with images kept as pixels."""
+    settings = dataclasses.replace(bench.settings, image_store="patches")
+    records = [new_sample("<image> this", "word " * (1 + number % 9), image="b.png") for number in range(20)]
+    bench.preprocess(records, "other", settings)
+    bench.pack(96, data="other", output="other-packs")
+    file = bench.path / "mixture.yaml"
+    file.write_text("- {from: 0, shares: {packs: 2}}\n- {from: 7, shares: {packs: 1, other-packs: 3}}\n")
+    return file
+
+
+def test_items_of_a_mixture_are_those_of_its_directories(mixture):
+    """The reference is each directory alone, from its first pack on; the state is one integer."""
+    alone = [PackDataset(mixture.parent / name, 1000, seed=5) for name in ("packs", "other-packs")]
+    mixed = PackDataset(mixture, 100, seed=5)
+    streams, numbers = mixed._schedule.places(0, 100)
+    assert 0 < streams[7:].mean() < 1 and numbers.max() > len(alone[1].packs), "more than an epoch of the second"
+    for index in (99, 0, 50, *range(6, 20)):
+        again = PackDataset(mixture, 100, seed=5)
+        expected = alone[streams[index]][int(numbers[index])]
+        assert equal(mixed[index], expected) and equal(again[index], expected)
+        assert mixed.describe(index) == alone[streams[index]].describe(int(numbers[index]))
+    assert equal(pickle.loads(pickle.dumps(mixed))[42], mixed[42])
+    assert mixed.largest(0, 100) == max(mixed.largest(number, 1) for number in range(100))
+
+
+def test_batches_of_a_mixture_are_balanced(mixture):
+    plain = PackDataset(mixture, 48, seed=5)
+    even = PackDataset(mixture, 48, seed=5, global_batch=GlobalBatch(size=12, ranks=3, micro_batch_size=2))
+    for first in range(0, 48, 12):
+        drawn, dealt = (
+            [item["tokens"].tolist() for item in map(data.__getitem__, range(first, first + 12))]
+            for data in (plain, even)
+        )
+        assert sorted(drawn) == sorted(dealt)
+    assert any(not equal(plain[index], even[index]) for index in range(48))
+
+
+def test_directories_of_a_mixture_must_fit_each_other(mixture, bench):
+    bench.pack(64, data="other", output="short")
+    mixture.write_text("- {from: 0, shares: {packs: 1, short: 1}}")
+    with pytest.raises(DataError, match="packs of 96 tokens, .*short of 64: pack one of them again"):
+        PackDataset(mixture, 1, seed=0)
+
+
 def documents_of(item: dict) -> list[tuple[int, ...]]:
     """The documents of an item as their tokens."""
     return [tuple(item["tokens"][item["document"] == n].tolist()) for n in range(int(item["document"].max()) + 1)]

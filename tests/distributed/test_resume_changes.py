@@ -76,6 +76,24 @@ def command(room: Path, saved: Path, flags: str) -> list[str]:
     ]
 
 
+# Shares that the run starts with, and what a user may have written when it goes on after 16 packs.
+PHASE = "- {from: 0, shares: {first-packs: 2, other-packs: 1}}\n"
+MIXTURES = {
+    "mixture": PHASE,
+    "mixture-later": PHASE + "- {from: 20, shares: {other-packs: 1}}\n",
+    "mixture-before": "- {from: 0, shares: {first-packs: 1, other-packs: 1}}\n",
+}
+
+
+def mixed(room: Path, name: str, saved: Path, flags: str) -> Job:
+    """A run of the mixture of this name."""
+    (room / f"{name}.yaml").write_text(MIXTURES[name])
+    words = command(room, saved, flags)
+    place = words.index("--train-data-path")
+    words[place : place + 2] = ["--mixture", f"{room}/{name}.yaml"]
+    return Job(room / name, words)
+
+
 def copy_of(room: Path, first: str, iteration: int, name: str) -> Path:
     """A run that has come to this iteration."""
     run = room / f"{name}-saved"
@@ -127,6 +145,8 @@ def one(room) -> dict[str, Job]:
         # A stage that starts from an iteration of another run, as `examples/train.sh ... --ckpt-step 4` does.
         start(room, "missing", f"{ITERATIONS} --load {room}/nowhere"),
         start(room, "step-alone", f"{ITERATIONS} --ckpt-step 3"),
+        mixed(room, "mixture", room / "mixture-saved", f"{ITERATIONS} --exit-interval {START}"),
+        start(room, "mixture-and-packs", f"{ITERATIONS} --mixture {room}/mixture.yaml"),
     ]
     run_jobs(1, first)
     second = [
@@ -151,6 +171,8 @@ def one(room) -> dict[str, Job]:
         Job(room / "step-on", command(room, room / "step-saved", source.replace("--exit-interval 2", ""))),
         Job(room / "step-damaged", command(room, room / "x-saved", source.replace("reference-saved", "damaged"))),
     ]
+    for name in ("mixture-later", "mixture-before"):
+        second.append(mixed(room, name, copy_of(room, "mixture", START, name), ITERATIONS))
     lock = OutputLock(room / "held-saved")
     lock.acquire()
     try:
@@ -274,6 +296,21 @@ def test_changed_data_are_named(one):
     assert one["data"].exit() == 0
     for words in ("--seed 1234 there, 3 here", "--loss-weighting square there, token here", "other packs in --train"):
         assert words in printed
+
+
+def test_a_mixture_goes_on_with_the_packs_of_its_schedule(room, one):
+    """Shares may change after what was read; the reference is the schedule read in one go."""
+    dataset = PackDataset(
+        room / "mixture-later.yaml", STEPS * BATCH, 1234, images="none", global_batch=GlobalBatch(BATCH, 1, 1)
+    )
+    expected = [len(dataset[number]["targets"]) for number in range(STEPS * BATCH)]
+    assert one["mixture"].exit() == 0 and one["mixture-later"].exit() is None
+    assert targets(one["mixture"]) + targets(one["mixture-later"]) == expected and len(set(expected)) > 8
+    assert "--mixture has other shares from pack 20 on" in one["mixture-later"].printed()
+    assert f"--mixture has other phases before pack {START * BATCH}" in one["mixture-before"].printed()
+    assert "other phases" not in one["mixture-later"].printed()
+    sentence = one["mixture-and-packs"].exit()
+    assert "--mixture and --train-data-path both say what to train on" in sentence and "\n" not in sentence
 
 
 def test_a_checkpoint_without_optimizer_state_goes_on_with_moments_of_zero(one):
