@@ -1,12 +1,41 @@
-"""Presets: named model sizes, and the hyperparameters of the training stages, which are the same for every size."""
+"""Presets: named sizes of the released models and of others, and the hyperparameters of the training stages.
+
+The stages are the same for every size.
+"""
 
 from typing import Any
 
-from neo_megatron.checkpoint.hub import config_directory
-from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.model.published_sizes import PUBLISHED_SIZES
-from neo_megatron.paths import Wanted, check_path
+
+# NEO 1.0.
+PUBLISHED_SIZES = {
+    # Qwen3-1.7B-Base after 12 pre-buffer layers.
+    "neo-2b": NeoSizes(
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=16,
+        num_query_groups=8,
+        head_dim=128,
+        pre_buffer_layers=12,
+        post_llm_layers=28,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        patch_embedding_size=1024,
+    ),
+    # Qwen3-8B-Base after 6 pre-buffer layers.
+    "neo-9b": NeoSizes(
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_attention_heads=32,
+        num_query_groups=8,
+        head_dim=128,
+        pre_buffer_layers=6,
+        post_llm_layers=36,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+        patch_embedding_size=1024,
+    ),
+}
 
 SIZES = {
     **PUBLISHED_SIZES,
@@ -34,30 +63,3 @@ STAGES: dict[int, dict[str, Any]] = {
     2: dict(lr=4e-5, min_lr=8e-6, lr_warmup_fraction=0.03, **_COSINE, **_ADAMW),
     3: dict(lr=5e-5, min_lr=5e-6, lr_warmup_fraction=0.03, **_COSINE, **_ADAMW),
 }
-
-
-def sizes(name_or_directory: str) -> NeoSizes:
-    """The sizes of a preset, or those in the `config.json` of a NEO in Hugging Face form.
-
-    Args:
-        name_or_directory: a preset, a directory or a hub id.
-
-    Raises:
-        ConfigError: it is none of these, or its sizes are not those of a NEO.
-    """
-    if name_or_directory in SIZES:
-        return SIZES[name_or_directory]
-    try:
-        directory = config_directory(name_or_directory)
-        if directory.exists():
-            check_path(directory, Wanted.SIZES)
-        if (directory / "config.json").is_file():
-            from neo_megatron.checkpoint.neo_directory import read_sizes  # here: it brings torch
-
-            return read_sizes(directory)
-    except ValueError as error:
-        raise ConfigError(f"--neo-model {name_or_directory}: {error}") from error
-    raise ConfigError(
-        f"--neo-model {name_or_directory}: neither a preset ({', '.join(SIZES)}) nor a directory with a config.json "
-        "nor a hub id"
-    )

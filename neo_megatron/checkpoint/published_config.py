@@ -15,7 +15,7 @@ from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WOR
 from neo_megatron.errors import CheckpointError
 from neo_megatron.hf.kinds_neo import refuse_other_kinds
 from neo_megatron.model.config import NeoSizes, scalar
-from neo_megatron.model.published_sizes import PUBLISHED_SIZES
+from neo_megatron.presets import PUBLISHED_SIZES
 
 MODEL_TYPE = "neo_chat"
 _FIRST_LAYER = DECODER + "layers.0."

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from neo_megatron import presets
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.cli.renamed_flags import add_old_name
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
@@ -225,7 +225,7 @@ def main() -> None:
     args = parse_arguments()
     given = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
     check_recomputation(given)
-    sizes, workload, gpu = presets.sizes(args.neo_model), workload_of(args), gpu_of(args)
+    sizes, workload, gpu = sizes_of(args.neo_model), workload_of(args), gpu_of(args)
     efficiency = Efficiency(reserved_bytes=args.reserve * 1e9)
     if args.search:
         show_search(args, given, sizes, workload, gpu, efficiency)

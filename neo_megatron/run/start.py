@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from neo_megatron import presets
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.errors import ConfigError
 from neo_megatron.paths import Wanted, check_flags
 from neo_megatron.run.console import Console, ShortLines
@@ -85,7 +85,7 @@ def check_paths(arguments: Sequence[str]) -> None:
     check_flags(arguments, PATHS)
     given = _parse(arguments)
     if given.neo_model and not Path(given.neo_model).exists():
-        presets.sizes(given.neo_model)
+        sizes_of(given.neo_model)
     if given.save and not given.dry_run and not given.help:
         OutputLock(given.save).refuse_visible()
 

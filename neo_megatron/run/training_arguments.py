@@ -14,6 +14,7 @@ from megatron.training.utils import has_nvrx_checkpointing_async_support
 
 from neo_megatron import presets
 from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
@@ -45,7 +46,7 @@ def parse_arguments() -> Namespace:
     asks_for_help = bool({"-h", "--help"} & set(sys.argv[1:]))
     if not (chosen.neo_model or asks_for_help):
         raise ConfigError(f"--neo-model is missing: give {', '.join(presets.SIZES)}, or a directory or hub id of a NEO")
-    preset = presets.sizes(chosen.neo_model or "tiny")
+    preset = sizes_of(chosen.neo_model or "tiny")
 
     stage = presets.STAGES.get(chosen.training_stage, {})
     given: dict[str, Any] = {}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from support.paths import TOOLS
 from support.processes import run_python
 
-from neo_megatron import presets
 from neo_megatron.checkpoint import hub
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.errors import ConfigError
 
@@ -62,10 +62,10 @@ def test_a_tokenizer_comes_without_its_model(server):
 
 
 def test_a_run_fetches_only_the_configuration(server, golden):
-    assert presets.sizes("somebody/neo") == open_neo(golden / "ckpt_untied").sizes
+    assert sizes_of("somebody/neo") == open_neo(golden / "ckpt_untied").sizes
     assert server.served == ["config.json"]
     with pytest.raises(ConfigError, match="--neo-model nobody/nothing: nobody/nothing: neither a directory here"):
-        presets.sizes("nobody/nothing")
+        sizes_of("nobody/nothing")
 
 
 def test_shards_are_found_through_their_index(server, models):

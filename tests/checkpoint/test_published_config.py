@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.checkpoint.names import LM_HEAD, hf_shapes
 from neo_megatron.checkpoint.neo_directory import open_neo, read_sizes
 from neo_megatron.checkpoint.published_config import complete_config
@@ -118,7 +118,7 @@ def test_layers_are_counted_in_the_tensors(checkpoint, named, extra, layers, sen
 
 @pytest.mark.parametrize("name", ["neo-2b", "neo-9b"])
 def test_the_published_models_need_no_count_of_the_pre_buffer(name, tmp_path):
-    sizes = presets.sizes(name)
+    sizes = sizes_of(name)
     config = sizes.to_hf()
     del config["llm_config"]["extra_num_layers"]
     completed, said = complete_config(config, hf_shapes(sizes), tmp_path)
@@ -150,7 +150,7 @@ def test_ids_of_image_tokens_come_from_the_tokenizer(checkpoint, tokenizer, expe
 def test_without_a_tokenizer_the_ids_are_those_of_qwen3_or_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="config.json lacks img_start_token_id, and no tokenizer there knows <img>"):
         open_neo(checkpoint(without_ids))  # 1,024 rows do not hold Qwen3's ids
-    sizes = presets.sizes("neo-2b")
+    sizes = sizes_of("neo-2b")
     config = sizes.to_hf()
     without_ids(config)
     completed, said = complete_config(config, hf_shapes(sizes), tmp_path)
@@ -190,10 +190,10 @@ def test_a_run_takes_the_sizes_of_any_form(checkpoint, expected):
         del config["llm_config"]["head_dim"]
 
     directory = checkpoint(edit)
-    assert presets.sizes(str(directory)) == expected
+    assert sizes_of(str(directory)) == expected
     (directory / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="key 'head_dim' is missing"):
-        presets.sizes(str(directory))
+        sizes_of(str(directory))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from neo_megatron import presets
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.transformer_config import NeoConfig
@@ -30,12 +31,12 @@ def test_numbers_wrapped_in_lists_are_read_too(golden):
 
 @pytest.mark.parametrize("name", presets.SIZES)
 def test_presets_survive_the_round_trip(name):
-    sizes = presets.sizes(name)
+    sizes = sizes_of(name)
     assert NeoSizes.from_hf(json.loads(json.dumps(sizes.to_hf()))) == sizes
 
 
 def test_presets_are_the_published_models():
-    small, large = presets.sizes("neo-2b"), presets.sizes("neo-9b")
+    small, large = sizes_of("neo-2b"), sizes_of("neo-9b")
     assert (small.num_layers, large.num_layers) == (40, 42)
     assert small.tie_word_embeddings and not large.tie_word_embeddings
 
@@ -47,7 +48,7 @@ def test_a_foreign_config_is_refused():
 
 def test_an_unknown_model_is_refused():
     with pytest.raises(ValueError, match="--neo-model neo-3b.*neo-2b"):
-        presets.sizes("neo-3b")
+        sizes_of("neo-3b")
 
 
 def test_a_layout_that_cannot_work_is_refused(sizes):

@@ -9,8 +9,8 @@ import pytest
 from support.paths import GOLDEN
 from support.processes import run_forked
 
-from neo_megatron import presets
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
@@ -20,7 +20,7 @@ from neo_megatron.planning.search import candidates, flags
 from neo_megatron.planning.workload import Workload
 
 # Some of the layouts that the search looks at, from all over its list.
-SIZES = presets.sizes(str(GOLDEN / "ckpt_untied"))
+SIZES = sizes_of(str(GOLDEN / "ckpt_untied"))
 ALL = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "bf16", gpus_per_machine=8))
 FOUND = ALL[len(ALL) // 8 :: len(ALL) // 4]
 FP8 = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "fp8", gpus_per_machine=8))

@@ -12,6 +12,7 @@ from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.dataset import PackDataset, collate
 from neo_megatron.data.packs.writer import PackInput, write_packs
@@ -20,7 +21,6 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.planning.flops import model_flops
 from neo_megatron.planning.workload import Workload
-from neo_megatron.presets import sizes
 from neo_megatron.run import step_log
 from neo_megatron.run.console import ShortLines
 from neo_megatron.run.step_log import StepLog
@@ -36,7 +36,7 @@ def log(values, step):
         file.write(json.dumps([step, values]) + "\\n")
 """
 LENGTH, SEED = 192, 1234
-SIZES = sizes(str(GOLDEN / "ckpt_untied"))
+SIZES = sizes_of(str(GOLDEN / "ckpt_untied"))
 
 
 def broken_and_intact(room: Path) -> Path:
