@@ -27,9 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs
 from neo_megatron.model.compiled import compiled
+from neo_megatron.model.cpu_kernels.tiled_attention import TiledAttention, TiledMask
 from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
 from neo_megatron.model.mask import AttentionRule
-from neo_megatron.model.tiled_attention import TiledAttention, TiledMask
 from neo_megatron.packages import install
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from neo_megatron.model.compiled import compiled
+from neo_megatron.model.cpu_kernels.rms_norm import CpuRMSNorm
 from neo_megatron.model.native_rope import NativeRotary
-from neo_megatron.model.rms_norm import CpuRMSNorm
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from support.random_packs import random_pack, random_packs
 from torch.nn.attention.flex_attention import flex_attention
 
-from neo_megatron.model import tiled_attention
 from neo_megatron.model.core_attention import attend, attention_pairs, build_mask
+from neo_megatron.model.cpu_kernels import tiled_attention
+from neo_megatron.model.cpu_kernels.tiled_attention import TiledMask
 from neo_megatron.model.mask import AttentionRule
-from neo_megatron.model.tiled_attention import TiledMask
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neo_megatron.model.rms_norm import CpuRMSNorm
+from neo_megatron.model.cpu_kernels.rms_norm import CpuRMSNorm
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
