@@ -28,7 +28,13 @@ from neo_megatron.packages import install
 from neo_megatron.storage.file_cache import FileCache
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry
-_REMEDY = "once the server answers again, start the run again: it continues from its checkpoint"
+# Words of messages: what was not done, what the credentials need for it, and how to go on.
+_READ = ("read", "s3:GetObject, and s3:ListBucket to tell a missing object from a forbidden one")
+_WRITTEN = ("written", "s3:PutObject, s3:DeleteObject and s3:ListBucket")
+_REMEDIES = {
+    "read": "once the server answers again, start the run again: it continues from its checkpoint",
+    "written": "once the server answers again, run the same command again: it continues",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +81,33 @@ class Connection:
         client, path = self._client(url)
         return client.info(path, strict=False)  # strict would list the prefix, which needs another permission
 
+    def write(self, url: str, data: bytes) -> None:
+        """Requests that an object has these bytes."""
+        client, path = self._client(url)
+        client.write(path, data)
+
+    def upload(self, url: str, file: Path) -> None:
+        """Requests that an object has the bytes of a file, in several requests for a large one."""
+        client, path = self._client(url)
+        client.upload_file(path, str(file))
+
+    def sizes(self, url: str) -> dict[str, int]:
+        """Requests the names and sizes of the objects directly under a prefix, which ends with a slash."""
+        client, path = self._client(url)
+        try:
+            found = [entry for entry in client.list(path=path, include_directories=True) if entry.type == "file"]
+        except Exception as error:
+            # For other requests the library wraps the errors of botocore.
+            if type(error).__module__.split(".")[0] != "botocore":
+                raise
+            raise RuntimeError(str(error)) from error
+        return {entry.key.rpartition("/")[2]: entry.content_length for entry in found}
+
+    def delete(self, urls: Sequence[str]) -> None:
+        """Requests that objects of one bucket no longer exist."""
+        places = [self._client(url) for url in urls]
+        places[0][0].delete_many([path for _, path in places])
+
     def map[Item, Result](self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Runs ``work`` for all items concurrently. After a failure it waits for those that are running, and raises."""
         if len(items) <= 1:
@@ -87,8 +120,13 @@ class Connection:
                 future.cancel()
             wait(futures)
 
-    def repeat[Result](self, request: Callable[[], Result], url: str) -> Result:
+    def repeat[Result](self, request: Callable[[], Result], url: str, writes: bool = False) -> Result:
         """The result of a request, which is retried with growing pauses while the server fails.
+
+        Args:
+            request: is called for each attempt.
+            url: of the object, for messages.
+            writes: whether it changes an object, for messages.
 
         Raises:
             MissingObject: the object does not exist.
@@ -100,12 +138,13 @@ class Connection:
             try:
                 return request()
             except self._failures as error:
-                _raise_if_permanent(error, url)
+                verb, permissions = _WRITTEN if writes else _READ
+                _raise_if_permanent(error, url, verb, permissions)
                 waited = time.monotonic() - start
                 if waited + pause > self._retry_seconds:
                     raise DataError(
-                        f"{url} could not be read: {_reason(error)}; given up after {attempts} attempts in "
-                        f"{waited:.0f} seconds; {_REMEDY}"
+                        f"{url} could not be {verb}: {_reason(error)}; given up after {attempts} attempts in "
+                        f"{waited:.0f} seconds; {_REMEDIES[verb]}"
                     ) from error
                 _log.warning("%s: %s; trying again in %.1f seconds", url, _reason(error), pause)
             time.sleep(pause * random.uniform(0.5, 1))  # processes that fail at the same time should retry apart
@@ -174,7 +213,7 @@ def _setting(name: str, default: float) -> float:
     return value
 
 
-def _raise_if_permanent(error: Exception, url: str) -> None:
+def _raise_if_permanent(error: Exception, url: str, verb: str, permissions: str) -> None:
     """Raises DataError for a failure that retrying cannot remedy."""
     place = "/".join(url.split("/")[:3])
     status, code = _answer(error)
@@ -184,8 +223,7 @@ def _raise_if_permanent(error: Exception, url: str) -> None:
         raise MissingObject(f"{url} is missing; copy the data set again") from error
     if isinstance(error, PermissionError) or status in (401, 403):
         raise DataError(
-            f"{url} may not be read ({code or 'access denied'}); check the credentials: they need s3:GetObject, and "
-            "s3:ListBucket to tell a missing object from a forbidden one"
+            f"{url} may not be {verb} ({code or 'access denied'}); check the credentials: they need {permissions}"
         ) from error
     if any(type(cause).__name__ in _NO_CREDENTIALS for cause in _causes(error)):
         raise DataError(
@@ -197,7 +235,7 @@ def _raise_if_permanent(error: Exception, url: str) -> None:
     if status == 416:
         raise DataError(f"{url} is shorter than its manifest says; copy it again") from error
     if status and 400 <= status < 500 and status not in (408, 429):
-        raise DataError(f"{url} cannot be read: {_reason(error)}; check the region and the endpoint") from error
+        raise DataError(f"{url} cannot be {verb}: {_reason(error)}; check the region and the endpoint") from error
 
 
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}

@@ -2,14 +2,11 @@
 
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,125 +14,13 @@ import boto3
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
+from support.s3_proxy import Request
 
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.shards.reader import ShardSet, StoredSample
 from neo_megatron.errors import DataError
-from neo_megatron.storage import object_requests
 from neo_megatron.storage.base import join
 from neo_megatron.storage.open import open_directory
-
-
-class Proxy(ThreadingHTTPServer):
-    """A proxy for the S3 server that can fail as servers and networks do.
-
-    Attributes:
-        fault: given a request, the failure to simulate, or ``None``.
-        requests: (method, path, range) of all requests.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, server: tuple[str, int]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.server = server
-        self.reset()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def reset(self) -> None:
-        self.fault: Callable[[_Handler], Any] = lambda request: None
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.released = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def parts(self, suffix: str) -> list[str]:
-        """Ranges that were requested of files of a kind."""
-        return [part for method, path, part in self.requests if method == "GET" and path.endswith(suffix)]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
-        fault = self.server.fault(self)
-        if isinstance(fault, int):
-            code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[fault]
-            self._answer(fault, [], f"<Error><Code>{code}</Code></Error>".encode())
-            return
-        if fault == "stall":
-            self.server.released.wait(10)
-            self.close_connection = True
-            return
-        upstream = HTTPConnection(*self.server.server)
-        upstream.request(self.command, self.path, headers=dict(self.headers))
-        answer = upstream.getresponse()
-        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _NOT_FORWARDED]
-        self._answer(answer.status, kept, answer.read(), answer.getheader("Content-Length"), cut=fault == "cut")
-        upstream.close()
-
-    do_HEAD = do_GET
-
-    def _answer(self, status: int, headers: list, body: bytes, length: str | None = None, cut: bool = False) -> None:
-        self.send_response_only(status)
-        for name, value in [*headers, ("Content-Length", length or str(len(body)))]:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection = cut
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-_NOT_FORWARDED = {"content-length", "connection", "transfer-encoding"}
-
-
-@pytest.fixture(scope="module")
-def proxy() -> Iterator[Proxy]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    proxy = Proxy(server.get_host_and_port())
-    yield proxy
-    proxy.shutdown()
-    server.stop()
-
-
-@pytest.fixture(autouse=True)
-def settings(proxy, monkeypatch, tmp_path) -> Callable[..., None]:
-    """Sets environment variables for the library and this package, as a user does; open connections are forgotten."""
-
-    def set_(**variables: Any) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, str(value)) if value is not None else monkeypatch.delenv(name, raising=False)
-        object_requests._connection_of.cache_clear()
-
-    proxy.reset()
-    # Pauses between repetitions are a constant, and too long for a test.
-    monkeypatch.setattr(object_requests, "_FIRST_WAIT", 0.05)
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "MSC_")):
-            monkeypatch.delenv(name)
-    set_(
-        HOME=tmp_path,
-        AWS_ENDPOINT_URL=proxy.url,
-        AWS_ACCESS_KEY_ID="key",
-        AWS_SECRET_ACCESS_KEY="secret",
-        AWS_DEFAULT_REGION="us-east-1",
-        AWS_EC2_METADATA_DISABLED="true",
-        NEO_CACHE_DIR=tmp_path / "cache",
-        NEO_STORAGE_TIMEOUT=0.5,
-        NEO_STORAGE_RETRY_SECONDS=10,
-    )
-    yield set_
-    proxy.released.set()
-    object_requests._connection_of.cache_clear()
 
 
 @pytest.fixture
@@ -220,7 +105,7 @@ def test_ranges_are_requested_at_the_same_time(local, remote, proxy, settings):
     shards.fetch(ORDER)
     together = threading.Barrier(6)
 
-    def wait_for_others(request: _Handler) -> None:
+    def wait_for_others(request: Request) -> None:
         together.wait(timeout=5)
 
     proxy.fault = wait_for_others
@@ -287,7 +172,7 @@ FAULTS = {500: "answers 500", 503: r"answers 503 \(SlowDown\)", "stall": "[Tt]im
 def test_requests_are_retried_until_a_server_recovers(local, remote, proxy, fault):
     seen: dict[Any, int] = {}
 
-    def twice(request: _Handler) -> Any:
+    def twice(request: Request) -> Any:
         key = request.path, request.headers.get("Range")
         seen[key] = seen.get(key, 0) + 1
         return fault if request.command == "GET" and seen[key] <= 2 else None
