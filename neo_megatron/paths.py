@@ -83,6 +83,7 @@ class Wanted(Enum):
     IMAGE_ROOT = "the directory of the images", set(Kind) - _FILES - {Kind.MISSING}
     IMAGE = "an image file", {Kind.IMAGE, Kind.FILE}
     OUTPUT = "a directory to write to", set(Kind) - _FILES
+    DATA_OUTPUT = "a directory or an address to write to", set(Kind) - _FILES
 
     def __init__(self, words: str, kinds: set[Kind]) -> None:
         self.words = words
@@ -169,6 +170,7 @@ _GIVE = {
     Wanted.IMAGE_ROOT: "give the directory that the records' image paths are relative to",
     Wanted.IMAGE: "give an image file",
     Wanted.OUTPUT: "choose another directory",
+    Wanted.DATA_OUTPUT: "choose another directory",
 }
 
 
@@ -256,10 +258,10 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
     text = str(path)
     if text.startswith(REMOTE) and has_credentials(text):
         raise WrongPath(f"{flag} {credentials_refusal(text)}".strip())
-    if wanted is Wanted.OUTPUT and (reason := _unwritable(text)):
-        raise WrongPath(f"{flag} {text} {reason}".strip())
-    if text.startswith(REMOTE):
+    if text.startswith(REMOTE) and wanted is not Wanted.OUTPUT:
         return
+    if wanted in (Wanted.OUTPUT, Wanted.DATA_OUTPUT) and (reason := _unwritable(text)):
+        raise WrongPath(f"{flag} {text} {reason}".strip())
     found = kind_of(path)
     elsewhere = wanted is Wanted.SIZES or (wanted in _HUB and text.count("/") == 1)  # a preset or a hub id
     if found in wanted.kinds or (found is Kind.MISSING and elsewhere):
@@ -270,7 +272,7 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
 def _unwritable(text: str) -> str | None:
     """Why a directory, which need not exist, cannot be written to; `None` if it can."""
     if text.startswith(REMOTE):
-        return "is object storage, which can only be read: choose a directory of a mounted file system"
+        return "is object storage, to which only shards and packs are written: choose a directory of a file system"
     path = Path(text)
     if (link := _dangling(path)) is not None:
         return _leads_nowhere(path, link)

@@ -221,11 +221,14 @@ def test_every_tool_reports_a_wrong_path_before_loading_anything(room, command):
 
 
 def test_a_directory_that_cannot_be_written_is_reported(room, tmp_path):
-    """Under a file, without rights to it or to a directory above it, and in object storage, which can only be read."""
+    """Under a file, without rights to it or to a directory above it, and in object storage."""
     for path, sentence in (
         (room / "notes.txt" / "run", f"is below {room / 'notes.txt'}, which is a file: choose another directory"),
         (room / "notes.txt" / "a" / "run", "which is a file"),
-        ("s3://bucket/run", "is object storage, which can only be read: choose a directory of a mounted file system"),
+        (
+            "s3://bucket/run",
+            "is object storage, to which only shards and packs are written: choose a directory of a file system",
+        ),
     ):
         with pytest.raises(WrongPath) as raised:
             check_path(path, Wanted.OUTPUT, "--save")

@@ -32,13 +32,18 @@ COMMANDS = {
     "preprocess": Command(
         "neo_megatron.cli.preprocess",
         "tokenize annotations and check images: writes shards",
-        {**_ANNOTATIONS, "--registry": Wanted.REGISTRY, "--tokenizer": Wanted.TOKENIZER},
+        {
+            **_ANNOTATIONS,
+            "--output": Wanted.DATA_OUTPUT,
+            "--registry": Wanted.REGISTRY,
+            "--tokenizer": Wanted.TOKENIZER,
+        },
         _CONTINUES,
     ),
     "pack": Command(
         "neo_megatron.cli.pack",
         "pack the samples of shards into sequences of one length: writes indices",
-        {"--data": Wanted.SHARDS, "--output": Wanted.OUTPUT},
+        {"--data": Wanted.SHARDS, "--output": Wanted.DATA_OUTPUT},
     ),
     "verify-data": Command(
         "neo_megatron.cli.verify_data", "read every byte of shards or packs", {"--data": Wanted.DATA_SET}

@@ -6,13 +6,13 @@ neo-megatron pack --data web%50 docs text%300 --output packs --seq-length 16384 
 
 import argparse
 from fractions import Fraction
-from pathlib import Path
 
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
 from neo_megatron.data.prepare.registry import split_path_share, split_share
 from neo_megatron.errors import DataError
+from neo_megatron.storage.base import join
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +29,10 @@ def parse_arguments() -> argparse.Namespace:
         "no share (100)",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="new directory for the packs, or that of an unfinished run"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="new directory for the packs, or that of an unfinished run; also s3://bucket/prefix or msc://profile/prefix",
     )
     parser.add_argument(
         "--seq-length",
@@ -107,7 +110,7 @@ def report(output: str, manifest: dict) -> None:
             if drawn:  # text alone has no images
                 print(f"    {kind} {drawn:.3f} as drawn, {even['balanced'][kind]:.3f} as dealt in training")
     if counts["samples_rejected"]:
-        print(f"  rejected {counts['samples_rejected']} over-long samples, listed in {Path(output) / REJECTS}")
+        print(f"  rejected {counts['samples_rejected']} over-long samples, listed in {join(output, REJECTS)}")
 
 
 def report_split(split: dict, share: Fraction) -> None:

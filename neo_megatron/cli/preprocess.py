@@ -17,7 +17,6 @@ and neo-megatron must be installed on them.
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
@@ -29,6 +28,7 @@ from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.tallies import Noticed
 from neo_megatron.errors import TooManyRejected
+from neo_megatron.storage.base import join
 
 TOO_MANY_REJECTED = 3  # exit code
 
@@ -44,7 +44,10 @@ def parse_arguments() -> argparse.Namespace:
         help="directory or hub id of a tokenizer in Hugging Face form; NEO's tokens are added to it",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="new directory for the shards, or that of an unfinished run"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="new directory for the shards, or that of an unfinished run; also s3://bucket/prefix or msc://profile/prefix",
     )
     images = parser.add_argument_group("images and videos")
     images.add_argument(
@@ -178,13 +181,13 @@ def main() -> None:
             arguments.max_rejected,
         )
     except TooManyRejected as error:
-        report(error.counts, Path(arguments.output) / REJECTS)
+        report(error.counts, join(arguments.output, REJECTS))
         print(f"{program_name()}: {error}", file=sys.stderr)
         sys.exit(TOO_MANY_REJECTED)
-    report(manifest["counts"], Path(arguments.output) / REJECTS)
+    report(manifest["counts"], join(arguments.output, REJECTS))
 
 
-def report(counts: dict[str, Any], rejects: Path) -> None:
+def report(counts: dict[str, Any], rejects: str) -> None:
     """Prints what was kept, what was rejected by kind, and what was ignored in the samples kept."""
     kept, with_images = counts["samples_kept"], counts["samples_with_images"]
     print(f"read {counts['samples_read']} samples of {counts['records_read']} records")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from neo_megatron.errors import DataError
 from neo_megatron.storage.object_requests import connection
 
 
@@ -26,14 +27,17 @@ class ObjectWriter:
         url = f"{self.location}/"
         return connection().repeat(lambda: connection().sizes(url), url)
 
-    def read(self, name: str) -> bytes:
-        """The bytes of an object as they are now, not from the cache."""
-        url = self._url(name)
+    def read(self, names: Sequence[str], most: int) -> list[bytes]:
+        """The bytes of objects as they are now, not from the cache. Raises DataError for more than ``most`` of them."""
 
-        def request() -> bytes:
-            return connection().read(url, 0, connection().information(url).content_length)
+        def fetch(name: str) -> bytes:
+            url = self._url(name)
+            size = connection().repeat(lambda: connection().information(url), url).content_length
+            if size > most:
+                raise DataError(f"{url} has {size:,} bytes, more than {most:,}: another program wrote it; remove it")
+            return connection().repeat(lambda: connection().read(url, 0, size), url) if size else b""
 
-        return connection().repeat(request, url)
+        return connection().map(fetch, names)
 
     def write(self, name: str, data: bytes) -> None:
         """Makes an object of these bytes, or replaces it."""

@@ -25,9 +25,9 @@ def test_files_and_bytes_become_objects(writer, tmp_path):
     ObjectWriter("s3://written/some/shards/below").write("e.json", b"")
     ObjectWriter("s3://written/some/shards-of-others").write("f.json", b"")
     assert writer.sizes() == {"a.bin": 0, "b.bin": 25600, "c.json": 2, "d.json": 3}
-    assert {name: writer.read(name) for name in content} == content
+    assert dict(zip(content, writer.read(list(content), 1 << 20), strict=True)) == content
     writer.write("d.json", b"[1, 2]")
-    assert writer.read("d.json") == b"[1, 2]"
+    assert writer.read(["d.json"], 99) == [b"[1, 2]"]
     writer.delete(["a.bin", "b.bin", "gone"])
     assert sorted(writer.sizes()) == ["c.json", "d.json"]
     assert ObjectWriter("s3://written/nothing").sizes() == {}
@@ -37,7 +37,7 @@ def test_a_failing_server_is_asked_again(writer, proxy):
     failures = iter([503, 500, None])
     proxy.fault = lambda request: next(failures, None) if request.command == "PUT" else None
     writer.write("a.json", b"complete")
-    assert writer.read("a.json") == b"complete"
+    assert writer.read(["a.json"], 99) == [b"complete"]
     assert sum(method == "PUT" for method, _, _ in proxy.requests) >= 3
 
 

@@ -1,6 +1,7 @@
 """Packs shards and writes the index of the packs: patterns, and units sorted by length, but no tokens."""
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from neo_megatron.data.shards.arrays import header_of, write_array
 from neo_megatron.data.shards.mixture import Mixture
 from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.errors import DataError, Reason, RejectedSample
+from neo_megatron.storage.base import is_remote
 
 _CHUNK = 1 << 20
 # The manifest reports the balance of such batches as an example.
@@ -91,10 +93,11 @@ def write_packs(
     """
     if not 2 <= sequence_length <= MAX_SEQUENCE_LENGTH:
         raise DataError(f"--seq-length must be from 2 to {MAX_SEQUENCE_LENGTH}, not {sequence_length}")
-    if held_out and os.path.realpath(held_out.output) == os.path.realpath(output):
+    locations = [str(output)] + ([str(held_out.output)] if held_out else [])
+    if held_out and _resolved(locations[0]) == _resolved(locations[1]):
         raise DataError(f"--held-out and --output both name {output}; give the held-out packs a directory of their own")
     data = Mixture([entry.shards for entry in inputs])
-    sides = [_Side(Path(output))] + ([_Side(Path(held_out.output))] if held_out else [])
+    sides = list(map(_Side, locations))
     split = Split(data.sets, held_out.share, held_out.by) if held_out else None
     over_long: list[tuple[int, int]] = []
     with tqdm(total=len(data), unit=" samples", desc="read lengths", unit_scale=True) as bar:
@@ -113,7 +116,7 @@ def write_packs(
     for side in sides:
         if not any(len(part) for part in side.parts):
             raise DataError(
-                f"{side.directory} would be empty: no sample of at most {sequence_length} tokens is left to pack; "
+                f"{side.location} would be empty: no sample of at most {sequence_length} tokens is left to pack; "
                 "raise --seq-length or the share"
             )
     common = {
@@ -124,17 +127,20 @@ def write_packs(
         "split": split.report() if split else None,
     }
     rejects = [over_long, []]
-    with NewOutputs([side.directory for side in sides], FORMAT) as outputs:
-        manifests = [_write(side, data, common, listed) for side, listed in zip(sides, rejects, strict=False)]
+    with NewOutputs(locations, FORMAT) as outputs:
+        manifests = [
+            _write(side, directory, data, common, listed)
+            for side, directory, listed in zip(sides, outputs.directories, rejects, strict=False)
+        ]
         outputs.finish(manifests)
     return manifests
 
 
 class _Side:
-    """The contents of one directory of packs: training or held-out."""
+    """The contents of one output of packs: training or held-out."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, location: str) -> None:
+        self.location = location
         self.parts: list[Units] = []
         self.data: list[dict[str, Any]] = []
         self._due = Fraction(0)  # sum of the shares of the data sets so far, in units
@@ -154,7 +160,7 @@ class _Side:
         self.parts += parts
         self.data.append(
             {
-                "shards": _seen_from(self.directory, entry.shards),
+                "shards": _seen_from(self.location, entry.shards),
                 "sha256": shards.fingerprint,
                 "share": str(entry.share),
                 "samples": sum(int(part.samples.sum(dtype=np.int64)) for part in parts),
@@ -179,10 +185,12 @@ def _read(
         first += len(lengths)
 
 
-def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Writes the files of one directory; returns the contents of its manifest."""
+def _write(
+    side: _Side, directory: Path, data: Mixture, common: dict[str, Any], over_long: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Writes the files of one output into a directory; returns the contents of its manifest."""
     length = common["seq_length"]
-    rejects = AtomicFile(side.directory / REJECTS)
+    rejects = AtomicFile(directory / REJECTS)
     origins = Origins(data)
     for sample, tokens in over_long:
         rejected = RejectedSample(Reason.OVER_LONG, _too_long(tokens, length))
@@ -190,8 +198,8 @@ def _write(side: _Side, data: Mixture, common: dict[str, Any], over_long: Sequen
     files = {REJECTS: rejects.commit()}
     units = Units.join(side.parts)
     side.parts.clear()  # they take as much memory as the joined units
-    files |= write_table(side.directory, units, length)
-    table = open_table(side.directory, files, length, len(data))
+    files |= write_table(directory, units, length)
+    table = open_table(directory, files, length, len(data))
     tokens = sum(entry["tokens"] for entry in side.data)
     return {
         **common,
@@ -252,9 +260,27 @@ def reported_imbalance(table: PackTable) -> dict[str, Any] | None:
     }
 
 
-def _seen_from(directory: Path, location: str) -> str:
-    """A relative path, which stays valid when the directories move together; addresses are unchanged."""
-    return location if "://" in location else os.path.relpath(os.path.realpath(location), os.path.realpath(directory))
+def _seen_from(packs: str, shards: str) -> str:
+    """A relative path, which stays valid when both move together; an address unless both are in the same bucket.
+
+    Raises:
+        DataError: the packs are in object storage and the shards are not.
+    """
+    if not is_remote(packs):
+        return shards if is_remote(shards) else os.path.relpath(os.path.realpath(shards), os.path.realpath(packs))
+    if not is_remote(shards):
+        raise DataError(
+            f"the packs in {packs} need their shards in object storage: copy {shards} there and give its address, or "
+            "pack into a local directory and upload both"
+        )
+    (scheme, here), (other, there) = (address.rstrip("/").split("://", 1) for address in (packs, shards))
+    if (scheme, here.split("/")[0]) != (other, there.split("/")[0]):
+        return shards
+    return posixpath.relpath(there, here)
+
+
+def _resolved(location: str) -> str:
+    return location.rstrip("/") if is_remote(location) else os.path.realpath(location)
 
 
 def _too_long(length: int, capacity: int) -> str:

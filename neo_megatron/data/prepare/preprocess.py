@@ -17,13 +17,16 @@ from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
 from neo_megatron.data.prepare.executors import ExecutorName, open_executor
+from neo_megatron.data.prepare.output import ShardOutput, open_output
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.data.prepare.resume import Outcome, Run, load_outcome, without_details
+from neo_megatron.data.prepare.remote_run import RemoteRun
+from neo_megatron.data.prepare.resume import Run, without_details
 from neo_megatron.data.prepare.tallies import Noticed
 from neo_megatron.data.prepare.worker import Task
 from neo_megatron.data.shards.reader import FORMAT, VERSION
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import Reason, TooManyRejected
+from neo_megatron.storage.base import MANIFEST, is_remote, join
 from neo_megatron.worker_pool import in_order
 
 _NOT_FOUND = (Reason.MISSING_IMAGE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
@@ -47,7 +50,7 @@ def preprocess(
     Args:
         sources: annotation files, in order.
         tokenizer_directory: with a Hugging Face tokenizer.
-        output: a new directory, or that of an unfinished run.
+        output: a new directory, or that of an unfinished run; or an address of object storage.
         settings: see `PreprocessConfig`.
         on_error: "skip" lists a rejected sample, "fail" stops at the first.
         workers: processes, or tasks in flight on Ray.
@@ -59,8 +62,8 @@ def preprocess(
             so they cannot be packed; the same call with a higher limit completes them at once.
         DataError: the input cannot be read, or a sample was rejected with ``on_error="fail"``.
     """
-    output = Path(output)
-    with Run(output) as run:
+    place = open_output(output)
+    with open_run(output) as run:
         tokenizer = load_parts(tokenizer_directory)
         head = {
             "version": VERSION,
@@ -74,9 +77,9 @@ def preprocess(
         }
         run.begin(_plan(head))
         if not run.has_manifest:
-            task = Task(sources, tokenizer.json, tokenizer.ids, settings, on_error, output)
+            task = Task(sources, tokenizer.json, tokenizer.ids, settings, on_error, place)
             count = _run_slices(run, task, workers, engine)
-            _join_outcomes(output, count, head, max_rejected)
+            _join_outcomes(place, count, head, max_rejected)
         run.clear()
     return read_manifest(output, FORMAT, VERSION)
 
@@ -88,7 +91,7 @@ def _plan(head: dict[str, Any]) -> dict[str, Any]:
     return head | {"sources": [source | state for source, state in zip(head["sources"], states, strict=True)]}
 
 
-def _run_slices(run: Run, task: Task, workers: int, engine: ExecutorName) -> int:
+def _run_slices(run: Run | RemoteRun, task: Task, workers: int, engine: ExecutorName) -> int:
     """Runs the slices that have no outcome yet; returns the number of all slices."""
     # A run that stops at the first rejected sample has to read those again that an earlier run skipped.
     done = {
@@ -117,16 +120,38 @@ def _run_slices(run: Run, task: Task, workers: int, engine: ExecutorName) -> int
     return count
 
 
-def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected: float) -> None:
+def open_run(output: str | Path) -> Run | RemoteRun:
+    """The run that writes to a path or an address."""
+    return RemoteRun(str(output)) if is_remote(output) else Run(Path(output))
+
+
+def _join_outcomes(output: ShardOutput, count: int, head: dict[str, Any], max_rejected: float) -> None:
     """Writes the list of rejected samples and, if they are not too many, the manifest from the outcomes of slices."""
+    with output.room() as room:
+        files, totals, shards, first = _collect(output, room, count)
+        output.publish(room, REJECTS)
+        if totals["samples_rejected"] * 100 > max_rejected * totals["samples_read"]:
+            raise TooManyRejected(_too_many(totals, max_rejected, join(output.location, REJECTS), first), totals)
+        write_manifest(room, {"format": FORMAT, **head, "counts": totals, "shards": shards, "files": files})
+        output.publish(room, MANIFEST)
+
+
+def _collect(
+    output: ShardOutput, room: Path, count: int
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Writes the list of rejected samples.
+
+    Returns:
+        The entry of its file, the counts and the entries of the shards for the manifest, and the first rejected sample
+        of each kind.
+    """
     counts: Counter[str] = Counter(records_read=0, samples_read=0)
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
     first: dict[str, dict[str, Any]] = {}
     noticed = Noticed()
-    rejects = AtomicFile(output / REJECTS)
-    for number in range(count):
-        outcome: Outcome = load_outcome(output, number)
+    rejects = AtomicFile(room / REJECTS)
+    for outcome in output.load(range(count)):
         counts.update(records_read=outcome.records, samples_read=outcome.samples)
         reasons.update(reject["kind"] for reject in outcome.rejects)
         noticed.add(outcome.noticed)
@@ -144,12 +169,10 @@ def _join_outcomes(output: Path, count: int, head: dict[str, Any], max_rejected:
         "pictures": sum(shard["pictures"] for shard in shards),
         **noticed.counts(),
     }
-    if reasons.total() * 100 > max_rejected * totals["samples_read"]:
-        raise TooManyRejected(_too_many(totals, max_rejected, output / REJECTS, first), totals)
-    write_manifest(output, {"format": FORMAT, **head, "counts": totals, "shards": shards, "files": files})
+    return files, totals, shards, first
 
 
-def _too_many(counts: dict[str, Any], limit: float, listed: Path, first: dict[str, dict[str, Any]]) -> str:
+def _too_many(counts: dict[str, Any], limit: float, listed: str, first: dict[str, dict[str, Any]]) -> str:
     """The message for a run with too many rejected samples; ``first`` is the first of each kind."""
     rejected, read = counts["samples_rejected"], counts["samples_read"]
     not_found = [kind for kind in _NOT_FOUND if kind in first]

@@ -8,7 +8,7 @@ slices that have one need not run again.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from neo_megatron.storage.base import MANIFEST
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
 _PLAN_REMEDY = "remove the directory to start again"
+_OUTCOME_REMEDY = "remove it, and run the same command again"
 _SAVED = re.compile(rf"(\d{{5}}|[1-9]\d{{5,17}}){re.escape(_OUTCOME)}", re.ASCII)
-_LARGEST = 1 << 30  # bytes; a million rejected records take about a quarter of this
+LARGEST = 1 << 30  # bytes; a million rejected records take about a quarter of this
 # Files that a run may have left behind; files with other names are never removed.
 _OURS = re.compile(rf"\d{{5,}}\.(tokens|spans|pictures|grids|samples|media)\..*|{REJECTS}|.*{re.escape(PARTIAL)}")
 
@@ -63,7 +64,7 @@ class Outcome:
 def save_outcome(directory: Path, outcome: Outcome) -> None:
     """Saves the outcome of a slice, as the last step of it."""
     sync_directory(directory)  # the shard must be on the disk before its outcome
-    write_atomically(_path(directory, outcome.number), json_line(asdict(outcome)))
+    write_atomically(directory / name_of_outcome(outcome.number), outcome_line(outcome))
 
 
 def load_outcome(directory: Path, number: int) -> Outcome:
@@ -72,14 +73,67 @@ def load_outcome(directory: Path, number: int) -> Outcome:
     Raises:
         DamagedFile: it is not a file that `save_outcome` writes.
     """
-    path = _path(directory, number)
-    remedy = "remove it, and run the same command again"
-    fields = _read_json(path, remedy)
+    path = directory / name_of_outcome(number)
+    return parse_outcome(_read(path, _OUTCOME_REMEDY), number, str(path))
+
+
+def outcome_line(outcome: Outcome) -> bytes:
+    """The file of an outcome."""
+    return json_line(asdict(outcome))
+
+
+def parse_outcome(data: bytes, number: int, path: str) -> Outcome:
+    """The outcome of slice ``number`` in the bytes of its file.
+
+    Raises:
+        DamagedFile: they are not what `outcome_line` writes.
+    """
+    fields = _parse(data, path, _OUTCOME_REMEDY)
     try:
         check_outcome(fields, number, VERSION)
     except ValueError as error:
-        raise damaged_file(str(path), str(error), remedy) from error
+        raise damaged_file(path, str(error), _OUTCOME_REMEDY) from error
     return Outcome(**fields | {"next": Place(**fields["next"]), "noticed": Noticed(**fields["noticed"])})
+
+
+def name_of_outcome(number: int) -> str:
+    """The name of the file with the outcome of a slice."""
+    return f"{number:05d}{_OUTCOME}"
+
+
+def number_of_outcome(name: str) -> int | None:
+    """The number of the slice whose outcome a file of this name holds; ``None`` for any other file."""
+    return int(name.removesuffix(_OUTCOME)) if _SAVED.fullmatch(name) else None
+
+
+def is_of_a_run(name: str) -> bool:
+    """Whether a file belongs to a run, finished or not, by its name."""
+    return bool(_OURS.fullmatch(name) or _SAVED.fullmatch(name))
+
+
+def is_kept(name: str, done: Container[int]) -> bool:
+    """Whether a file belongs to a slice that is done."""
+    number = name.partition(".")[0]
+    return number.isdigit() and int(number) in done and not name.endswith(PARTIAL)
+
+
+def check_same_plan(data: bytes, plan: dict[str, Any], output: str, path: str) -> None:
+    """Checks that the plan of the run to be continued, in the bytes of its file, equals that of this run.
+
+    Raises:
+        DataError: the plans differ; the text says in what.
+        DamagedFile: the file does not hold a plan.
+    """
+    written = _parse(data, path, _PLAN_REMEDY)
+    try:
+        check_plan(written)
+    except ValueError as error:
+        raise damaged_file(path, str(error), _PLAN_REMEDY) from error
+    if difference := _difference(written, json.loads(json_line(plan))):
+        raise DataError(
+            f"{output} holds an unfinished run {difference}; "
+            "repeat its command to continue it, or remove the directory to start again"
+        )
 
 
 class Run:
@@ -112,16 +166,7 @@ class Run:
         """
         if self._file.read().endswith(b"\n"):
             path = self.directory / PLAN
-            written = _read_json(path, _PLAN_REMEDY)
-            try:
-                check_plan(written)
-            except ValueError as error:
-                raise damaged_file(str(path), str(error), _PLAN_REMEDY) from error
-            if difference := _difference(written, json.loads(json_line(plan))):
-                raise DataError(
-                    f"{self.directory} holds an unfinished run {difference}; "
-                    "repeat its command to continue it, or remove the directory to start again"
-                )
+            check_same_plan(_read(path, _PLAN_REMEDY), plan, str(self.directory), str(path))
             return
         # Work starts when the plan is on the disk, so an incomplete plan means that there is nothing to continue.
         self._file.seek(0)
@@ -133,9 +178,9 @@ class Run:
     def outcomes(self) -> Iterator[Outcome]:
         """The outcomes of slices whose shards are there, in any order."""
         for path in self.directory.glob(f"*{_OUTCOME}"):
-            if not _SAVED.fullmatch(path.name):
+            if (number := number_of_outcome(path.name)) is None:
                 continue
-            outcome = load_outcome(self.directory, int(path.name.removesuffix(_OUTCOME)))
+            outcome = load_outcome(self.directory, number)
             files = outcome.shard["files"] if outcome.shard else {}
             if all(_size(self.directory / name) == file["bytes"] for name, file in files.items()):
                 yield outcome
@@ -143,9 +188,7 @@ class Run:
     def keep(self, done: dict[int, Outcome]) -> None:
         """Removes the files of slices that are not done."""
         for path in list(self.directory.iterdir()):
-            number = path.name.partition(".")[0]
-            kept = number.isdigit() and int(number) in done and not path.name.endswith(PARTIAL)
-            if not kept and (_OURS.fullmatch(path.name) or _SAVED.fullmatch(path.name)):
+            if is_of_a_run(path.name) and not is_kept(path.name, done):
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -162,19 +205,20 @@ def _check_regular(path: Path, remedy: str) -> None:
         raise damaged_file(str(path), "it is not a regular file", remedy)
 
 
-def _read_json(path: Path, remedy: str) -> Any:
-    """The contents of a JSON file of this module.
-
-    Raises:
-        DamagedFile: it is not a regular file, too large, or not JSON.
-    """
+def _read(path: Path, remedy: str) -> bytes:
+    """The bytes of a file of this module. Raises DamagedFile if it is not a regular file, or too large."""
     _check_regular(path, remedy)
-    if path.stat().st_size > _LARGEST:
-        raise damaged_file(str(path), f"it has more than {_LARGEST:,} bytes", remedy)
+    if path.stat().st_size > LARGEST:
+        raise damaged_file(str(path), f"it has more than {LARGEST:,} bytes", remedy)
+    return path.read_bytes()
+
+
+def _parse(data: bytes, path: str, remedy: str) -> Any:
+    """The contents of a JSON file. Raises DamagedFile if it is not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise damaged_file(str(path), f"it is not JSON ({error})", remedy) from error
+        raise damaged_file(path, f"it is not JSON ({error})", remedy) from error
 
 
 def _lock(directory: Path) -> Any:
@@ -205,10 +249,6 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
-
-
-def _path(directory: Path, number: int) -> Path:
-    return directory / f"{number:05d}{_OUTCOME}"
 
 
 def without_details(outcome: Outcome) -> Outcome:

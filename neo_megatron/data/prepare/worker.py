@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +13,10 @@ from neo_megatron.data.image import image_tokens
 from neo_megatron.data.prepare.annotation_slices import Slice, read_slice
 from neo_megatron.data.prepare.file_identity import identity_of_texts
 from neo_megatron.data.prepare.media import Media, read_media
+from neo_megatron.data.prepare.output import ShardOutput
 from neo_megatron.data.prepare.records import check_answers, check_sample, parse_record
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.data.prepare.resume import Outcome, save_outcome, without_details
+from neo_megatron.data.prepare.resume import Outcome, without_details
 from neo_megatron.data.rejects import place_of
 from neo_megatron.data.shards.writer import ShardWriter
 from neo_megatron.errors import DataError, Reason, RejectedSample
@@ -34,7 +34,7 @@ class Task:
     ids: SpecialIds
     settings: PreprocessConfig
     on_error: Literal["skip", "fail"]
-    output: Path
+    output: ShardOutput
 
 
 @dataclass
@@ -118,16 +118,17 @@ class SliceWorker:
         Raises:
             DataError: a sample was rejected and the task is to fail then; the disk is full.
         """
-        writer = ShardWriter(self._task.output, piece.place.number)
-        try:
-            with warnings.catch_warnings():
-                # An image is either rejected with a reason or used; Pillow's warnings would hide the progress bar.
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                outcome = self._run(piece, writer)
-        except BaseException:
-            writer.discard()
-            raise
-        save_outcome(self._task.output, outcome)
+        with self._task.output.room() as room:
+            writer = ShardWriter(room, piece.place.number)
+            try:
+                with warnings.catch_warnings():
+                    # An image is either rejected with a reason or used; Pillow's warnings would hide the progress bar.
+                    warnings.filterwarnings("ignore", module=r"PIL\.")
+                    outcome = self._run(piece, writer)
+            except BaseException:
+                writer.discard()
+                raise
+            self._task.output.save(room, outcome)
         return without_details(outcome)
 
     def _run(self, piece: Slice, writer: ShardWriter) -> Outcome:
