@@ -31,8 +31,8 @@ def _entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
         )
     if entry.get("data_augment", False) is not False:
         raise DataError(
-            f"{where}: data_augment compresses images at random in InternVL, which NEO's training does not do; "
-            "set it to false"
+            f"{where}: data_augment is not a property of a data set here; set it to false, and pass --min-jpeg-quality "
+            "75 to the training, which compresses images again as InternVL does"
         )
     repeat = entry.get("repeat_time", 1)
     if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat < 1 << 31:

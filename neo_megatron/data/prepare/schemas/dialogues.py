@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neo_megatron.data.prepare.schemas.fields import Fields
-from neo_megatron.data.prepare.schemas.tagged_text import images_first, tagged, with_placeholders
+from neo_megatron.data.prepare.schemas.tagged_text import images_first, places_in, tagged
 from neo_megatron.errors import Reason, RejectedSample
 
 
@@ -27,7 +27,7 @@ def from_texts(fields: Fields, placeholder: str) -> dict[str, Any] | None:
             )
         extra = {key: value for key, value in pair.items() if key not in ("user", "assistant")}
         if placeholder:
-            question = with_placeholders(pair["user"], placeholder)
+            question = tagged(places_in(pair["user"], placeholder))
         else:
             question = tagged(images_first(0 if number else len(images), pair["user"]))
         turns += [{"from": "human", "value": question}, {**extra, "from": "gpt", "value": tagged([pair["assistant"]])}]
@@ -65,6 +65,6 @@ def _dialogue(pairs: Sequence[tuple[str, str]], fields: Fields, placeholder: str
     """The turns of pairs, in which ``<image>`` is the place of an image."""
     turns = []
     for question, answer in pairs:
-        asked = with_placeholders(question, placeholder) if placeholder else question
+        asked = tagged(places_in(question, placeholder)) if placeholder else question
         turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
     return fields.published(turns, fields.take_images())

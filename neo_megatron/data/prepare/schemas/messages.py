@@ -12,7 +12,7 @@ from neo_megatron.data.prepare.schemas.dialogues import from_instruction, from_q
 from neo_megatron.data.prepare.schemas.fields import Fields, Origin
 from neo_megatron.data.prepare.schemas.options import SchemaOptions
 from neo_megatron.data.prepare.schemas.parts import PartFiles, pieces_of
-from neo_megatron.data.prepare.schemas.tagged_text import IMAGE, MediaPlace, tagged, with_placeholders
+from neo_megatron.data.prepare.schemas.tagged_text import MediaPlace, places_in, tagged
 from neo_megatron.errors import Reason, RejectedSample
 
 _ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -85,7 +85,7 @@ def _turn(
     elif not isinstance(content, str):
         raise RejectedSample(Reason.MALFORMED, f"{where} must have a string or a list of parts under {keys[1]!r}")
     elif role != "assistant" and placeholder:
-        value = with_placeholders(content, placeholder)
+        value = tagged(places_in(content, placeholder))
     else:
         value = tagged([content]) if is_typed else content
     return {**extra, "from": _ROLES[role], "value": value}
@@ -110,13 +110,14 @@ def _typed(pieces: list[str | MediaPlace], role: str, where: str, placeholder: s
             Reason.UNSUPPORTED_KEY,
             f"{where} has an image or a video in an assistant turn; move it to a turn of the user",
         )
-    if role == "assistant" or not placeholder:
+    if role == "assistant":
         return tagged(pieces)
-    cut: list[str | MediaPlace] = []
+    laid_out: list[str | MediaPlace] = []
+    leading = True
     for piece in pieces:
-        if not isinstance(piece, str):
-            cut.append(piece)
-            continue
-        first, *others = piece.split(placeholder)
-        cut += [first, *(part for other in others for part in (IMAGE, other))]
-    return tagged(cut)
+        if isinstance(piece, str):
+            laid_out += places_in(piece, placeholder)
+            leading = False
+        else:  # media in front of all text are on lines of their own, as in the chat template of exports
+            laid_out += [piece, "\n"] if leading else [piece]
+    return tagged(laid_out)

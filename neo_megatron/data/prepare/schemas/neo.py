@@ -5,7 +5,7 @@ from typing import Any
 from neo_megatron.data.prepare.record_keys import is_empty
 from neo_megatron.data.prepare.schemas.fields import Fields, Origin
 from neo_megatron.data.prepare.schemas.options import SchemaOptions
-from neo_megatron.data.prepare.schemas.tagged_text import with_placeholders
+from neo_megatron.data.prepare.schemas.tagged_text import places_in, tagged
 from neo_megatron.errors import Reason, RejectedSample
 
 FIELDS = ("conversations", "image", "video", "system", "id")
@@ -34,4 +34,4 @@ def convert(fields: Fields, options: SchemaOptions, origin: Origin) -> dict[str,
 def _with_places(turn: object, placeholder: str) -> object:
     if not isinstance(turn, dict) or turn.get("from") in _ANSWERS or not isinstance(turn.get("value"), str):
         return turn
-    return turn | {"value": with_placeholders(turn["value"], placeholder)}
+    return turn | {"value": tagged(places_in(turn["value"], placeholder))}

@@ -29,10 +29,12 @@ def tagged(pieces: Iterable[str | MediaPlace]) -> str:
     return "".join([*text, escape_tags("".join(literal))])
 
 
-def with_placeholders(text: str, placeholder: str) -> str:
-    """The text with a tag for each placeholder; its own tags are escaped."""
+def places_in(text: str, placeholder: str) -> list[str | MediaPlace]:
+    """Pieces of a text in which each placeholder is the place of an image; "" for a text without any."""
+    if not placeholder:
+        return [text]
     first, *others = text.split(placeholder)
-    return tagged([first, *(piece for other in others for piece in (IMAGE, other))])
+    return [first, *(piece for other in others for piece in (IMAGE, other))]
 
 
 def images_first(count: int, text: str) -> list[str | MediaPlace]:
