@@ -59,7 +59,7 @@ def add_schemas(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_DOCUMENT_TOKENS,
         metavar="TOKENS",
-        help="a longer document without images is split into consecutive samples; at least 2, at most the --seq-length "
+        help="a longer document without images is split into consecutive samples; from 2 to the --seq-length "
         "of the packs (%(default)s)",
     )
 

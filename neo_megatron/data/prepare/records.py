@@ -238,6 +238,7 @@ def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason:
         remedy = f"; a {tag} that is meant as text is written \\{tag}, in JSON \\\\{tag}"
     elif foreign := placeholder(turn.literal for turn in turns if turn.role != "assistant"):
         remedy = f"; its text has {foreign!r}, a placeholder of another project: write {tag} in its place"
+        remedy += f", or pass --image-placeholder {foreign!r}" if tag == IMAGE_TAG else ""
     if said is not None:
         remedy = (
             f"; the {tag} of turn {said} is in an assistant turn, where it is text: move it to the turn of a user, or "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG
 from neo_megatron.errors import DataError
 
@@ -13,6 +14,7 @@ AUTO, NEO = "auto", "neo"
 # The shortest packs of the published training stages: a piece of this length fits into all of them.
 MAX_DOCUMENT_TOKENS = 8192
 _MAX_PROMPTS_BYTES = 1 << 24
+_MAX_CHARACTERS = 1000
 _REGISTRY_KEYS = ("schema", "columns", "image_placeholder", "transform")
 
 
@@ -42,8 +44,13 @@ class SchemaOptions:
     max_document_tokens: int = MAX_DOCUMENT_TOKENS
 
     def __post_init__(self) -> None:
-        if self.max_document_tokens < 2:
-            raise DataError(f"--max-document-tokens must be at least 2, not {self.max_document_tokens}")
+        if not 2 <= self.max_document_tokens <= MAX_SEQUENCE_LENGTH:
+            raise DataError(
+                f"--max-document-tokens must be from 2 to {MAX_SEQUENCE_LENGTH}, not {self.max_document_tokens}"
+            )
+        texts = (self.name, self.image_placeholder, self.transform, *(text for pair in self.columns for text in pair))
+        if long := next((text for text in texts if len(text) > _MAX_CHARACTERS), None):
+            raise DataError(f"{long[:40]!r}... has more than {_MAX_CHARACTERS} characters; give a shorter name")
         if any(tag in self.image_placeholder for tag in (IMAGE_TAG, VIDEO_TAG)):
             raise DataError(
                 f"--image-placeholder {self.image_placeholder} has a tag of this project, which needs no option; "

@@ -61,6 +61,11 @@ def test_what_was_read_before_is_read_as_before(source_of, records):
     assert chosen(source_of(*records)) == "neo"
 
 
+def test_one_page_alone_in_a_file_is_not_taken_for_a_list_of_records(source_of):
+    page = {"content": [{"type": "text", "text": "One."}, {"type": "image", "image": "a.png"}]}
+    assert chosen(source_of(page)) == "interleaved"
+
+
 def test_a_record_of_two_forms_needs_a_choice(source_of):
     with pytest.raises(DataError, match="could be of the schema messages or text; choose one with --schema"):
         chosen(source_of(MESSAGES | TEXT))
@@ -95,7 +100,9 @@ def test_options_that_do_not_fit_are_rejected(source_of, options, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"max_document_tokens": 1}, "--max-document-tokens must be at least 2, not 1"),
+        ({"max_document_tokens": 1}, "--max-document-tokens must be from 2 to 16777216, not 1"),
+        ({"max_document_tokens": 1 << 25}, "--max-document-tokens must be from 2 to 16777216"),
+        ({"image_placeholder": "x" * 1001}, "has more than 1000 characters"),
         ({"image_placeholder": "<image>"}, "has a tag of this project"),
         ({"columns": (("text", "a"), ("text", "b"))}, "names a field twice"),
         ({"transform": "a:b", "name": "text"}, "leave out --schema"),

@@ -1,11 +1,14 @@
 """Documents: their tokens are those of the tokenizer, all of their text is trained, and every step accepts them."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from neo_megatron.cli.inspect import packs_page
 from neo_megatron.data.chat import ChatEncoder, TokenizedSample, load_tokenizer, special_ids
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.dataset import PackDataset
@@ -125,6 +128,8 @@ def test_documents_pass_through_every_step(bench, documents, neo, samples_of, di
     targets = [token for number in range(len(data)) for token in data[number]["targets"].tolist()]
     trained = [token for sample, spans in stored for start, end in _pairs(spans) for token in sample[start:end]]
     assert sorted(targets) == sorted(trained)
+    shown = re.sub("<[^>]*>", "", packs_page(str(bench.pack(2048, output="one")), 0, 0, 0, str(bench.tokenizer)))
+    assert "colours" in shown and "&lt;|endoftext|&gt;" in shown
     write("three", workers=3)
     assert directory_bytes(bench.path / "three") == directory_bytes(bench.path / "shards")
 

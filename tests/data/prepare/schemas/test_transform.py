@@ -68,6 +68,13 @@ def test_its_records_are_those_of_the_published_form(bench, module, samples_of, 
     assert (counts["samples_read"], counts["samples_kept"], counts["samples_rejected"]) == (7, 4, 3)
 
 
+def test_samples_of_lists_are_numbered_as_they_come(bench, module):
+    records = [[{"question": "Hi"}], [{"question": "A", "answer": "many"}, {"question": "B"}]]
+    shards = write(bench, records, module)
+    assert [(reject["record"], reject["element"]) for reject in bench.rejects()] == [(0, 0), (1, 3), (1, 4)]
+    assert len(shards) == 3
+
+
 def test_another_source_is_another_run(bench, module):
     write(bench, [{"question": "Hi", "answer": "Hello!"}], module)
     (source,) = read_manifest(bench.path / "shards", "neo-shards", 3)["sources"]
