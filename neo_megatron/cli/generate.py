@@ -129,7 +129,7 @@ def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> Non
 def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
     """Writes the answers to all prompts of `--input`, and lists what was left out."""
     source = Source(Path(arguments.input).stem, arguments.input, arguments.image_root, schema=schema_of(arguments))
-    sources = chosen([source])
+    sources = chosen([source], to_answer=True)
     task, workers = task_of(arguments, generation)
     with AnswerRun(arguments.output, plan_of(task, sources, "next turn")) as run:
         listed = read_questions(sources, task.settings, "next turn")

@@ -97,13 +97,13 @@ def with_shared_options(sources: Sequence[Source], arguments: argparse.Namespace
     return [replace(source, schema=replace(source.schema, **shared)) for source in sources]
 
 
-def chosen(sources: Sequence[Source]) -> list[Source]:
-    """The data sets with their schemas, which are printed.
+def chosen(sources: Sequence[Source], to_answer: bool = False) -> list[Source]:
+    """The data sets with their schemas, which are printed; ``to_answer`` is that of `choose_schemas`.
 
     Raises:
         DataError: as `choose_schemas`.
     """
-    found = choose_schemas(sources)
+    found = choose_schemas(sources, to_answer)
     for source, asked in zip(found, sources, strict=True):
         print(schema_line(source, asked), flush=True)
     return found

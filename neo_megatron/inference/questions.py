@@ -82,7 +82,7 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     Raises:
         DataError: a data set is named twice, or with more than all of it; there is no question at all.
     """
-    sources = choose_schemas(sources)
+    sources = choose_schemas(sources, to_answer=ask == "next turn")
     converters = {source.name: Converter(source, settings.seed) for source in sources}
     names = [source.name for source in sources]
     for source in sources:

@@ -16,14 +16,18 @@ from neo_megatron.errors import DataError, RejectedSample
 _FIRST_RECORDS = 16
 
 
-def choose_schemas(sources: Sequence[Source]) -> list[Source]:
+def choose_schemas(sources: Sequence[Source], to_answer: bool = False) -> list[Source]:
     """The data sets with the schemas by which they are read; none of them is "auto" any more.
+
+    Args:
+        sources: the data sets.
+        to_answer: whether a model is to answer the records, which may have a ``prompt`` in place of ``conversations``.
 
     Raises:
         DataError: the first records of a data set could be of several schemas, an option does not fit its schema, or
             there are prompts for captions but no data set of captions.
     """
-    found = [_chosen(source) for source in sources]
+    found = [_chosen(source, to_answer) for source in sources]
     if any(source.schema.prompts for source in sources) and not any(source.schema.prompts for source in found):
         named = ", ".join(f"{source.name} has the schema {source.schema.name}" for source in found)
         raise DataError(f"--caption-prompts goes with the schema caption, but {named}; leave it out")
@@ -38,22 +42,25 @@ def schema_line(source: Source, asked: Source) -> str:
     return f"data set {source.name}: schema {source.schema.name}{recognised}"
 
 
-def _chosen(source: Source) -> Source:
+def _chosen(source: Source, to_answer: bool) -> Source:
     options, where = source.schema, f"data set {source.name}"
     check_options(options, where)
     if options.transform:
         options = replace(options, name=NEO, transform_sha256=source_sha256(options.transform))
     elif options.name == AUTO:
-        options = replace(options, name=_recognised(source))
+        options = replace(options, name=_recognised(source, to_answer))
     if options.name != "caption":
         options = replace(options, prompts=())
     check_options(options, where)
     return replace(source, schema=options)
 
 
-def _recognised(source: Source) -> str:
+def _recognised(source: Source, to_answer: bool) -> str:
     """The schema of the first records; the published form if they have none, so that its messages say what is wrong."""
-    claims = [found for record in _first_records(source) if (found := _claims(record))]
+    records = list(_first_records(source))
+    if to_answer and any("prompt" in record for record in records):
+        return NEO
+    claims = [found for record in records if (found := _claims(record))]
     if not claims or any(NEO in found for found in claims):
         return NEO
     common = set.intersection(*claims)

@@ -11,16 +11,14 @@ from neo_megatron.data.prepare.schemas.tagged_text import tagged
 from neo_megatron.errors import Reason, RejectedSample
 
 FIELDS = ("text",)
+_TEXT_KEYS = ("text", "txt")
 _MEDIA = (*IMAGE_KEYS, *VIDEO_KEYS, "jpg", "jpeg", "png", "webp")
 
 
 def claims(record: Mapping[str, Any]) -> bool:
     """Whether a record has a text and no media."""
-    return (
-        bool(record.get("text"))
-        and isinstance(record["text"], str)
-        and all(is_empty(record.get(key)) for key in _MEDIA)
-    )
+    has_text = any(isinstance(record.get(key), str) and record[key] for key in _TEXT_KEYS)
+    return has_text and all(is_empty(record.get(key)) for key in _MEDIA)
 
 
 def convert(fields: Fields, options: SchemaOptions, origin: Origin) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def convert(fields: Fields, options: SchemaOptions, origin: Origin) -> dict[str,
     Raises:
         RejectedSample: the record has no text.
     """
-    text = fields.take_text("text", "txt")
+    text = fields.take_text(*_TEXT_KEYS)
     if not text:
         raise RejectedSample(
             Reason.EMPTY_CONVERSATION,

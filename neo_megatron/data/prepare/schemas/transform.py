@@ -55,8 +55,11 @@ def transformed(function: Callable[[Any], Any], name: str, record: Any) -> list[
     """The records, at least one, that a transform makes of a raw record.
 
     Raises:
-        RejectedSample: it made none, failed, or returned something that is not a record.
+        RejectedSample: the raw record is not an object, or the function made no record, failed, or returned something
+            that is not a record.
     """
+    if not isinstance(record, dict):
+        raise RejectedSample(Reason.MALFORMED, f"a record must be an object, not {type(record).__name__}")
     try:
         found = function(record)
     except Exception as error:

@@ -66,6 +66,12 @@ def test_one_page_alone_in_a_file_is_not_taken_for_a_list_of_records(source_of):
     assert chosen(source_of(page)) == "interleaved"
 
 
+def test_a_record_with_a_prompt_to_be_answered_is_read_as_before(source_of):
+    source = source_of(CAPTION | {"prompt": "What is it?"})
+    assert chosen(source) == "caption"
+    assert choose_schemas([source], to_answer=True)[0].schema.name == "neo"
+
+
 def test_a_record_of_two_forms_needs_a_choice(source_of):
     with pytest.raises(DataError, match="could be of the schema messages or text; choose one with --schema"):
         chosen(source_of(MESSAGES | TEXT))

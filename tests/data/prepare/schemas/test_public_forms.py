@@ -372,6 +372,15 @@ def test_objects_in_place_of_paths_are_passed_on():
     assert published("messages", {"messages": [{"role": "user", "content": content}]})["image"] == [file]
 
 
+def test_videos_are_parts_too(source):
+    parts = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Why?"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "So."}]}
+    checked = check_sample(published("messages", record), source)
+    assert [Path(path).name for path in checked.videos] == ["a.mp4"] and checked.turns[0].text == "<video>\nWhy?"
+    parts[0] = {"type": "video"}
+    assert check_sample(published("messages", record | {"videos": ["a.mp4"]}), source) == checked
+
+
 USER = {"role": "user", "content": "Hi"}
 REJECTED = [
     # schema, record, part of the sentence

@@ -15,12 +15,14 @@ from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.records import check_sample
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.resume import Outcome, save_outcome
 from neo_megatron.data.prepare.schemas.fields import Origin
 from neo_megatron.data.prepare.schemas.options import SchemaOptions
 from neo_megatron.data.prepare.schemas.table import SCHEMAS, published_form
 from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.tags import IMAGE_TAG, count_tags
 from neo_megatron.errors import Reason, RejectedSample
+from neo_megatron.inference.questions import read_questions
 
 USER, ANSWER = {"role": "user", "content": "<image>Hi"}, {"role": "assistant", "content": "Hello!"}
 PARTS = [{"type": "image"}, {"type": "text", "text": "Hi"}]
@@ -175,7 +177,16 @@ def test_the_same_conversation_in_any_form_gives_the_same_shards(bench, same):
     assert all(shard_files(bench.path / name) == neo for name in same)
 
 
-def test_shards_do_not_depend_on_the_number_of_workers(bench, same, directory_bytes):
+def test_the_same_conversation_in_any_form_is_asked_the_same_questions(bench, same):
+    asked = []
+    for name, record in same.items():
+        source = Source("asked", str(bench.annotations([record], f"{name}.json")), str(bench.path / "images"))
+        listed = read_questions([source], bench.settings, "every answer")
+        asked.append([(question.turn, question.sample, question.references) for question in listed.questions])
+    assert len(asked[0]) == 2 and asked.count(asked[0]) == len(same)
+
+
+def test_shards_do_not_depend_on_workers_or_interruptions(bench, same, directory_bytes, monkeypatch):
     settings_of_run = PreprocessConfig(min_pixels=1024, max_pixels=4096, records_per_shard=2)
     captions = [{"image": "a.png", "caption": f"Caption {number}"} for number in range(7)]
     texts = [{"text": "word " * (7 * number + 1)} for number in range(7)]
@@ -190,3 +201,16 @@ def test_shards_do_not_depend_on_the_number_of_workers(bench, same, directory_by
     for workers in (1, 3):
         preprocess(sources, bench.tokenizer, bench.path / f"by{workers}", settings_of_run, workers=workers)
     assert directory_bytes(bench.path / "by1") == directory_bytes(bench.path / "by3")
+    saved = []
+
+    def save(directory: Path, outcome: Outcome) -> None:
+        if len(saved) == 9:
+            raise KeyboardInterrupt
+        saved.append(outcome)
+        save_outcome(directory, outcome)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("neo_megatron.data.prepare.worker.save_outcome", save)
+        preprocess(sources, bench.tokenizer, bench.path / "killed", settings_of_run)
+    preprocess(sources, bench.tokenizer, bench.path / "killed", settings_of_run)
+    assert directory_bytes(bench.path / "by1") == directory_bytes(bench.path / "killed")

@@ -141,6 +141,11 @@ def test_anything_but_records_rejects_the_record(returned, sentence):
     assert sentence in raised.value.sentence
 
 
+def test_only_objects_are_given_to_a_function():
+    with pytest.raises(RejectedSample, match="a record must be an object, not str"):
+        transformed(pytest.fail, "a:b", "text")
+
+
 def test_files_of_archives_are_passed_on():
     record = {"image": StoredFile("a.png")}
     assert transformed(lambda given: given, "a:b", record) == [record]
