@@ -104,8 +104,8 @@ def chosen(sources: Sequence[Source], to_answer: bool = False) -> list[Source]:
         DataError: as `choose_schemas`.
     """
     found = choose_schemas(sources, to_answer)
-    for source, asked in zip(found, sources, strict=True):
-        print(schema_line(source, asked), flush=True)
+    for line in dict.fromkeys(map(schema_line, found, sources)):  # once for all files of a data set
+        print(line, flush=True)
     return found
 
 

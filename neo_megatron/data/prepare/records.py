@@ -126,7 +126,8 @@ def is_blank(text: str) -> bool:
 def _check_turns(conversation: object, keys: list[str]) -> tuple[Turn, ...]:
     if not conversation:
         named = f"; its keys are {', '.join(map(repr, keys)):.200}: write its turns under 'conversations'"
-        named += ", or name its form with --schema messages, caption, interleaved or text"
+        if "conversations" not in keys:
+            named += ", or name its form with --schema messages, caption, interleaved or text"
         raise RejectedSample(Reason.EMPTY_CONVERSATION, "'conversations' is missing or empty" + (named if keys else ""))
     if not isinstance(conversation, list):
         raise RejectedSample(Reason.MALFORMED, "'conversations' must be a list of turns")

@@ -8,7 +8,7 @@ from typing import Any
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.records import parse_record
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.data.prepare.schemas.options import AUTO, NEO
+from neo_megatron.data.prepare.schemas.options import AUTO, NEO, SchemaOptions
 from neo_megatron.data.prepare.schemas.table import SCHEMAS, check_options
 from neo_megatron.data.prepare.schemas.transform import source_sha256
 from neo_megatron.errors import DataError, RejectedSample
@@ -17,17 +17,21 @@ _FIRST_RECORDS = 16
 
 
 def choose_schemas(sources: Sequence[Source], to_answer: bool = False) -> list[Source]:
-    """The data sets with the schemas by which they are read; none of them is "auto" any more.
+    """The sources with the schemas by which they are read; none of them is "auto" any more.
 
     Args:
-        sources: the data sets.
+        sources: all files of a data set have its name, and are read by the schema of the first.
         to_answer: whether a model is to answer the records, which may have a ``prompt`` in place of ``conversations``.
 
     Raises:
         DataError: the first records of a data set could be of several schemas, an option does not fit its schema, or
             there are prompts for captions but no data set of captions.
     """
-    found = [_chosen(source, to_answer) for source in sources]
+    options: dict[tuple[str, SchemaOptions], SchemaOptions] = {}
+    for source in sources:
+        key = source.name, source.schema
+        options[key] = options.get(key) or _chosen(source, to_answer)
+    found = [replace(source, schema=options[source.name, source.schema]) for source in sources]
     if any(source.schema.prompts for source in sources) and not any(source.schema.prompts for source in found):
         named = ", ".join(f"{source.name} has the schema {source.schema.name}" for source in found)
         raise DataError(f"--caption-prompts goes with the schema caption, but {named}; leave it out")
@@ -42,7 +46,7 @@ def schema_line(source: Source, asked: Source) -> str:
     return f"data set {source.name}: schema {source.schema.name}{recognised}"
 
 
-def _chosen(source: Source, to_answer: bool) -> Source:
+def _chosen(source: Source, to_answer: bool) -> SchemaOptions:
     options, where = source.schema, f"data set {source.name}"
     check_options(options, where)
     if options.transform:
@@ -52,7 +56,7 @@ def _chosen(source: Source, to_answer: bool) -> Source:
     if options.name != "caption":
         options = replace(options, prompts=())
     check_options(options, where)
-    return replace(source, schema=options)
+    return options
 
 
 def _recognised(source: Source, to_answer: bool) -> str:

@@ -56,6 +56,13 @@ def test_only_the_first_sixteen_records_count(source_of):
         chosen(source_of(*[TEXT] * 15, CAPTION))
 
 
+def test_all_files_of_a_data_set_have_the_schema_of_the_first(bench):
+    files = [bench.annotations([record], f"{number}.json") for number, record in enumerate([TEXT, CAPTION, TEXT])]
+    sources = [Source(name, str(file)) for name, file in zip(["web", "web", "docs"], files, strict=True)]
+    assert [source.schema.name for source in choose_schemas(sources)] == ["text"] * 3
+    assert [source.schema.name for source in choose_schemas(sources[1:])] == ["caption", "text"]
+
+
 @pytest.mark.parametrize("records", [[{"a": 1}], [MESSAGES, NEO], [TEXT | NEO], [{"conversations": None} | TEXT]])
 def test_what_was_read_before_is_read_as_before(source_of, records):
     assert chosen(source_of(*records)) == "neo"
