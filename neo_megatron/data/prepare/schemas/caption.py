@@ -44,9 +44,8 @@ def convert(fields: Fields, options: SchemaOptions, origin: Origin) -> dict[str,
             )
     if not options.prompts:
         return fields.published(document(tagged(images_first(len(images), text))), images)
-    key = key_of(
-        "caption", origin.seed, origin.data_set, origin.record, -1 if origin.element is None else origin.element
-    )
+    element = -1 if origin.element is None else origin.element
+    key = key_of("caption", origin.seed, origin.data_set, origin.file, origin.record, element)
     prompt = options.prompts[key % len(options.prompts)]
     turns = [
         {"from": "human", "value": tagged(images_first(len(images), prompt))},

@@ -1,5 +1,6 @@
 """Turns the samples of raw records into the published form, as the schema or transform of their data set says."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,7 +24,8 @@ class Converter:
     """
 
     def __init__(self, source: Source, seed: int) -> None:
-        self._name, self._seed, self._options = source.name, seed, source.schema
+        self._place = seed, source.name, os.path.basename(source.annotations)
+        self._options = source.schema
         self._function: Callable[[Any], Any] | None = None
         if self._options.transform:
             self._function = load_transform(self._options.transform, self._options.transform_sha256)
@@ -41,7 +43,7 @@ class Converter:
             yield from self._transformed(list(elements))
             return
         for element, written in elements:
-            yield element, self._converted(written, Origin(self._seed, self._name, record, element))
+            yield element, self._converted(written, Origin(*self._place, record, element))
 
     def _converted(self, written: Any, origin: Origin) -> Any | RejectedSample:
         if self._is_published or not isinstance(written, dict):  # which `check_sample` rejects

@@ -15,12 +15,14 @@ class Origin:
     Args:
         seed: of the run.
         data_set: its name.
-        record: number in its file.
+        file: the name of the annotation file, without its directory, which may move.
+        record: number in the file.
         element: in a list-packed record, else ``None``.
     """
 
     seed: int = 0
     data_set: str = ""
+    file: str = ""
     record: int = 0
     element: int | None = None
 

@@ -311,13 +311,14 @@ def test_a_caption_answers_a_prompt_that_depends_on_its_place_alone(source):
     prompts = tuple(f"Prompt {number}" for number in range(5))
     options = SchemaOptions("caption", prompts=prompts)
     record = {"image": "a.png", "caption": "A <image>"}
-    first = [published_form(record, options, Origin(1, "web", number)) for number in range(200)]
-    assert first == [published_form(record, options, Origin(1, "web", number)) for number in range(200)]
-    drawn = [form["conversations"][0]["value"] for form in first]
-    assert set(drawn) == {f"<image>\n{prompt}" for prompt in prompts}
-    for other in (Origin(2, "web"), Origin(1, "net")):
-        again = [published_form(record, options, Origin(other.seed, other.data_set, number)) for number in range(200)]
-        assert [form["conversations"][0]["value"] for form in again] != drawn
+
+    def drawn(*place) -> list[str]:
+        forms = [published_form(record, options, Origin(*place, number)) for number in range(200)]
+        return [form["conversations"][0]["value"] for form in forms]
+
+    first = drawn(1, "web", "0.tar")
+    assert set(first) == {f"<image>\n{prompt}" for prompt in prompts} and first == drawn(1, "web", "0.tar")
+    assert all(drawn(*other) != first for other in ((2, "web", "0.tar"), (1, "net", "0.tar"), (1, "web", "1.tar")))
     assert turns_of("caption", record, source, prompts=prompts)[1] == ("assistant", "A \\<image>", True)
 
 
