@@ -64,9 +64,9 @@ def transformed(function: Callable[[Any], Any], name: str, record: Any) -> list[
         found = function(record)
     except Exception as error:
         raise RejectedSample(Reason.MALFORMED, f"{name} failed with {_sentence(error)}") from error
-    if found is None or found == []:
-        raise RejectedSample(Reason.MALFORMED, f"{name} returned no record")
     records = found if isinstance(found, list) else [found]
+    if found is None or not records:
+        raise RejectedSample(Reason.MALFORMED, f"{name} returned no record")
     for entry in records:
         _check_plain(entry, name)
     return records

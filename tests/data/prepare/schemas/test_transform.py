@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from neo_megatron.data.manifest import read_manifest
@@ -126,6 +127,8 @@ CIRCLE["circle"] = CIRCLE
     [
         (None, "returned no record"),
         ([], "returned no record"),
+        (np.zeros(3), "returned ndarray, not an object or a list of them"),
+        ({"image": np.zeros(3)}, "is not JSON: TypeError: it has a ndarray"),
         ("text", "returned str, not an object or a list of them"),
         ([{}, 3], "returned int, not an object or a list of them"),
         ({"image": {1, 2}}, "is not JSON: TypeError: it has a set"),
