@@ -15,7 +15,7 @@ from pathlib import Path
 
 from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
-from neo_megatron.cli.source_options import add_sources, check_sources, sources_of
+from neo_megatron.cli.source_options import add_sources, check_sources, chosen_sources
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
 from neo_megatron.inference.batches import answer_all, plan_of
@@ -47,7 +47,7 @@ def main() -> None:
     """Answers all questions, writes the output and prints the scores."""
     arguments = parse_arguments()
     quiet()
-    sources = sources_of(arguments)
+    sources = chosen_sources(arguments)
     task, workers = task_of(arguments, {})
     with AnswerRun(arguments.output, plan_of(task, sources, "every answer")) as run:
         listed = read_questions(sources, task.settings, "every answer")

@@ -18,6 +18,7 @@ import torch
 
 from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
+from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.prepare.registry import Source
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     many.add_argument("--output", type=Path, metavar="DIR", help="directory to write; new, or of the same command")
     add_batches(many)
+    add_schemas(parser)
     add_model(parser, MAX_NEW_TOKENS)
     choice = parser.add_argument_group("sampling")
     choice.add_argument(
@@ -80,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--image and --system go with --prompt; records of --input have their own")
     if arguments.prompt is not None and arguments.image_root:
         parser.error("--image-root goes with --input; --image takes paths as they stand")
+    if arguments.prompt is not None and (given := given_schema_flags(arguments, shared=True)):
+        parser.error(f"{given[0]} goes with --input")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         parser.error("--temperature must be 0 or above, --top-p above 0 and at most 1")
     if arguments.top_p < 1 and not arguments.temperature:
@@ -124,7 +128,8 @@ def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> Non
 
 def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
     """Writes the answers to all prompts of `--input`, and lists what was left out."""
-    sources = [Source(Path(arguments.input).stem, arguments.input, arguments.image_root)]
+    source = Source(Path(arguments.input).stem, arguments.input, arguments.image_root, schema=schema_of(arguments))
+    sources = chosen([source], to_answer=True)
     task, workers = task_of(arguments, generation)
     with AnswerRun(arguments.output, plan_of(task, sources, "next turn")) as run:
         listed = read_questions(sources, task.settings, "next turn")

@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
-from neo_megatron.cli.source_options import add_sources, check_sources, sources_of
+from neo_megatron.cli.source_options import add_sources, check_sources, chosen_sources
 from neo_megatron.cli.video_options import add_video, video_settings
 from neo_megatron.command_line import program_name
 from neo_megatron.data.config import PreprocessConfig
@@ -155,7 +155,7 @@ def main() -> None:
     arguments = parse_arguments()
     # One process is one worker; threads of a tokenizer would take the cores of the others.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    sources = sources_of(arguments)
+    sources = chosen_sources(arguments)
     settings = PreprocessConfig(
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,

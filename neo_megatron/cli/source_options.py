@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of, with_shared_options
 from neo_megatron.data.prepare.registry import Source, data_list
 
 
@@ -34,6 +35,7 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
             action="store_true",
             help="trust symbolic links in --image-root that lead outside of it; .. and absolute paths still must not",
         )
+    add_schemas(parser)
 
 
 def check_sources(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -44,6 +46,8 @@ def check_sources(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("--image-root goes with --input; a registry has data_path")
     if arguments.registry and getattr(arguments, "follow_links", False):
         parser.error("--follow-links goes with --input; a registry has follow_links: true")
+    if arguments.registry and (given := given_schema_flags(arguments)):
+        parser.error(f"{given[0]} goes with --input; a registry has {given[0].removeprefix('--').replace('-', '_')}")
 
 
 def sources_of(arguments: argparse.Namespace) -> list[Source]:
@@ -53,6 +57,14 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
         DataError: a path or a name is wrong, or a file is not what its name says.
     """
     if arguments.registry:
-        return data_list(arguments.datasets, arguments.registry)
+        return with_shared_options(data_list(arguments.datasets, arguments.registry), arguments)
     links = getattr(arguments, "follow_links", False)
-    return [Source(Path(arguments.input).stem, arguments.input, arguments.image_root, follow_links=links)]
+    schema = schema_of(arguments)
+    return [
+        Source(Path(arguments.input).stem, arguments.input, arguments.image_root, follow_links=links, schema=schema)
+    ]
+
+
+def chosen_sources(arguments: argparse.Namespace) -> list[Source]:
+    """As `sources_of`, with the schema of each, which is printed."""
+    return chosen(sources_of(arguments))

@@ -4,12 +4,15 @@ Every turn is ``<|im_start|>{role}\n{content}<|im_end|>\n``. An ``<image>`` tag 
 for each image token of the image, and ``</img>``; none of these are ever trained on. In the turn of an assistant, and
 after a backslash, a tag is text. Control tokens are inserted as ids between pieces of text in which no special token is
 recognised: what a user types stays text.
+
+A turn of the role "document" has no template: its text as it is, images as in a chat, and the token that ends a text.
+All of it is trained on except for images, and for the first token, which has nothing before it.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ NEO_TOKENS = (
     *("<IMG_CONTEXT>", "<img>", "</img>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
     *("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|plugin|>", "<|interpreter|>"),
 )
+# Ends a document: of GPT-2 and Qwen, Llama 3, and DeepSeek.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,11 @@ class ChatEncoder:
         self._ids = ids
 
     def encode(self, samples: Sequence[tuple[Sequence[Turn], Sequence[int]]]) -> list[TokenizedSample]:
-        """Tokenizes samples, each given as its turns and the image tokens of each of its images, in order."""
+        """Tokenizes samples, each given as its turns and the image tokens of each of its images, in order.
+
+        Raises:
+            DataError: there is a document, and the tokenizer has no token that ends a text.
+        """
         layouts = [self._lay_out(turns, image_tokens) for turns, image_tokens in samples]
         texts = list(dict.fromkeys(piece for layout in layouts for piece, _ in layout if isinstance(piece, str)))
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -132,23 +141,38 @@ class ChatEncoder:
         images = iter(image_tokens)
         layout: list[tuple[str | list[int], bool]] = []
         for turn in turns:
+            if turn.role == "document":
+                layout += [*self._content(turn, "", images), ([self._end_of_text()], turn.trained)]
+                continue
             layout.append(([self._ids.turn_start], False))
             opening = f"{turn.role}\n"
             if turn.role == "assistant":  # header and content are two strings there, one string for the other roles
                 layout.append((opening, False))
                 opening = ""
-            text = opening
-            for number, piece in enumerate(split_tags(turn.text)):
-                if number % 2 and piece == IMAGE_TAG and turn.role != "assistant":
-                    layout.append((text, turn.trained))
-                    layout.append((self._image(next(images)), False))
-                    text = ""
-                else:
-                    text += piece
-            layout.append((text, turn.trained))
+            layout += self._content(turn, opening, images)
             layout.append(([self._ids.turn_end], turn.trained))
             layout.append(("\n", turn.trained))
         return layout
+
+    def _content(self, turn: Turn, opening: str, images: Iterator[int]) -> Iterator[tuple[str | list[int], bool]]:
+        text = opening
+        for number, piece in enumerate(split_tags(turn.text)):
+            if number % 2 and piece == IMAGE_TAG and turn.role != "assistant":
+                yield text, turn.trained
+                yield self._image(next(images)), False
+                text = ""
+            else:
+                text += piece
+        yield text, turn.trained
+
+    def _end_of_text(self) -> int:
+        found = (self._tokenizer.token_to_id(token) for token in END_OF_TEXT)
+        if (end := next((token for token in found if token is not None), None)) is None:
+            raise DataError(
+                f"the tokenizer has none of {', '.join(END_OF_TEXT)}, one of which has to end a document; use another "
+                "--tokenizer, or leave documents out"
+            )
+        return end
 
     def _image(self, image_tokens: int) -> list[int]:
         return [self._ids.image_start, *[self._ids.image_context] * image_tokens, self._ids.image_end]
@@ -160,8 +184,9 @@ def _join(layout: list[tuple[str | list[int], bool]], ids: dict[str, list[int]])
     for piece, trained in layout:
         start = len(tokens)
         tokens += ids[piece] if isinstance(piece, str) else piece
+        start = max(start, 1)  # the first token has nothing before it, so it cannot be a target
         if trained and spans and spans[-1][1] == start:
             spans[-1][1] = len(tokens)
-        elif trained:
+        elif trained and start < len(tokens):
             spans.append([start, len(tokens)])
     return TokenizedSample(np.array(tokens, np.int32), np.array(spans, np.int32).reshape(-1, 2))

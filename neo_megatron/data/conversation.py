@@ -10,7 +10,7 @@ class Turn:
     """One message of a conversation.
 
     Args:
-        role: "system", "user" or "assistant".
+        role: "system", "user" or "assistant"; "document" for a text that is trained on without the template of a chat.
         text: tags in it are places for media, unless they are escaped.
         trained: whether the model is trained on it.
     """

@@ -293,7 +293,16 @@ def _tokenizer(value: Any) -> None:
         raise _WrongValue("has the same id for several of <IMG_CONTEXT>, <img> and </img>")
 
 
-_SOURCE = _object({"name": _text, "annotations": _text}, {"image_root": _text, "share": _share, "follow_links": _flag})
+_SOURCE = _object(
+    {"name": _text, "annotations": _text},
+    {
+        **{"image_root": _text, "share": _share, "follow_links": _flag},
+        **dict.fromkeys(("schema", "image_placeholder", "transform"), _text),
+        "columns": _mapping_of(_text),
+        **dict.fromkeys(("transform_sha256", "caption_prompts_sha256"), _checksum),
+        "max_document_tokens": _integer(2, _MAX_COUNT),
+    },
+)
 _PLACEHOLDER = _object({"samples": _COUNT, "file": _text, "record": _COUNT, "element": _optional(_COUNT)})
 _NOTICED = {"ignored_keys": _mapping_of(_COUNT), "placeholders": _mapping_of(_PLACEHOLDER)}
 _SHARD = _object({"name": _text, "samples": _ROWS, "pictures": _ROWS}, {"media": _ROWS})

@@ -85,6 +85,7 @@ def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
             ]
             for source in sources
         },
+        **{f"schema of {source.name}": entry for source in sources if (entry := source.schema.entry())},
     }
 
 

@@ -13,12 +13,16 @@ from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pix
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.schemas.choose import choose_schemas
+from neo_megatron.data.prepare.schemas.convert import Converter
+from neo_megatron.data.prepare.schemas.documents import is_document
 from neo_megatron.data.prepare.tallies import Noticed
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
 Ask = Literal["every answer", "next turn"]
 _RECORDS_AT_ONCE = 8192
 _CHARACTERS_PER_TOKEN = 4
+_NO_QUESTION = "the sample is a document, which has no question"
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     Raises:
         DataError: a data set is named twice, or with more than all of it; there is no question at all.
     """
+    sources = choose_schemas(sources, to_answer=ask == "next turn")
+    converters = {source.name: Converter(source, settings.seed) for source in sources}
     names = [source.name for source in sources]
     for source in sources:
         if source.share > 1 or names.count(source.name) > 1:
@@ -86,7 +92,7 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
         for source, record, text in _records(sources, settings.seed, result):
-            progress.update(_read_record(source, record, text, settings, ask, result))
+            progress.update(_read_record(source, converters[source.name], record, text, settings, ask, result))
     if not result.questions:
         why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
         raise DataError(f"no question in {', '.join(source.annotations for source in sources)}{why}")
@@ -104,16 +110,24 @@ def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iter
 
 
 def _read_record(
-    source: Source, record: int, text: bytes | None, settings: PreprocessConfig, ask: Ask, result: QuestionList
+    source: Source,
+    converter: Converter,
+    record: int,
+    text: bytes | None,
+    settings: PreprocessConfig,
+    ask: Ask,
+    result: QuestionList,
 ) -> int:
     """Adds the questions of a record; returns the number of its samples."""
     try:
-        elements = list(parse_record(text))
+        elements = list(converter.samples(parse_record(text), record))
     except RejectedSample as rejected:
         result.rejects.append(rejected.row(source.annotations, record, None))
         return 1
     for element, written in elements:
         try:
+            if isinstance(written, RejectedSample):
+                raise written
             sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
             of_images = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
@@ -140,6 +154,8 @@ def _with_room(written: object) -> object:
         if turns is not None:
             raise RejectedSample(Reason.MALFORMED, "the sample has both a 'prompt' and 'conversations'")
         turns = [{"from": "human", "value": written["prompt"]}]
+    if isinstance(turns, list) and any(isinstance(turn, dict) and turn.get("from") == "document" for turn in turns):
+        raise RejectedSample(Reason.NOTHING_TRAINED, _NO_QUESTION)
     if isinstance(turns, list) and turns:  # `check_sample` rejects any other
         turns = [*turns, {"from": "gpt", "value": ""}]
     return {**written, "conversations": turns}
@@ -152,6 +168,8 @@ def _next_turn(sample: Sample) -> tuple[int, tuple[str, ...]]:
 
 def _answers(sample: Sample, written: dict[str, Any]) -> list[tuple[int, tuple[str, ...]]]:
     """(turn, references) of every turn that is trained on."""
+    if is_document(sample.turns):
+        raise RejectedSample(Reason.NOTHING_TRAINED, _NO_QUESTION)
     found = []
     for number, turn in enumerate(sample.turns):
         if turn.trained:

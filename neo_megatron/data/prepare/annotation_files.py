@@ -172,7 +172,7 @@ def _not_array(lines: _Lines) -> str:
 
 def _wrapped(value: dict[str, Any]) -> str:
     """How one object holds all records, under a key or by their ids; "" for an object that may be a record."""
-    if "conversations" in value:
+    if "conversations" in value or "content" in value:  # whose typed parts look like records
         return ""
     for key, records in value.items():
         if isinstance(records, list) and records and all(map(_is_record, records)):

@@ -21,6 +21,7 @@ from neo_megatron.data.prepare.output import ShardOutput, open_output
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.remote_run import RemoteRun
 from neo_megatron.data.prepare.resume import Run, without_details
+from neo_megatron.data.prepare.schemas.choose import choose_schemas
 from neo_megatron.data.prepare.tallies import Noticed
 from neo_megatron.data.prepare.worker import Task
 from neo_megatron.data.shards.reader import FORMAT, VERSION
@@ -63,6 +64,7 @@ def preprocess(
         DataError: the input cannot be read, or a sample was rejected with ``on_error="fail"``.
     """
     place = open_output(output)
+    sources = choose_schemas(sources)
     with open_run(output) as run:
         tokenizer = load_parts(tokenizer_directory)
         head = {
@@ -73,7 +75,7 @@ def preprocess(
                 "size": tokenizer.size,
                 "ids": asdict(tokenizer.ids),
             },
-            "sources": [asdict(source) | {"share": str(source.share)} for source in sources],
+            "sources": [_entry(source) for source in sources],
         }
         run.begin(_plan(head))
         if not run.has_manifest:
@@ -82,6 +84,13 @@ def preprocess(
             _join_outcomes(place, count, head, max_rejected)
         run.clear()
     return read_manifest(output, FORMAT, VERSION)
+
+
+def _entry(source: Source) -> dict[str, Any]:
+    """The entry of a source in a manifest."""
+    entry = asdict(source) | {"share": str(source.share)}
+    del entry["schema"]
+    return entry | source.schema.entry()
 
 
 def _plan(head: dict[str, Any]) -> dict[str, Any]:

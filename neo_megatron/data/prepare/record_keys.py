@@ -75,7 +75,8 @@ def _meaning(key: str) -> str:
     return next((meaning for meaning, of_it in known if of_it.intersection(words)), "")
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
+    """Whether the value of a key is the same as no key."""
     return value is None or value in ("", [], {})
 
 
@@ -92,7 +93,7 @@ def check_keys(sample: Mapping[str, Any]) -> None:
 
 def _check_keys(holder: Mapping[str, Any], where: str, honoured: frozenset[str]) -> None:
     for key, value in holder.items():
-        if key in honoured or _is_empty(value) or not (meaning := _meaning(key)):
+        if key in honoured or is_empty(value) or not (meaning := _meaning(key)):
             continue
         # A number or a boolean can be a weight, but neither media nor a prompt.
         if isinstance(value, str | list | dict) or meaning == "weights":
@@ -103,10 +104,10 @@ def ignored_keys(sample: object) -> list[str]:
     """Keys that nothing reads of a sample that passed `check_keys`; those of turns as ``conversations[].key``."""
     if not isinstance(sample, dict):
         return []
-    found = dict.fromkeys(key for key, value in sample.items() if key not in _SAMPLE_KEYS and not _is_empty(value))
+    found = dict.fromkeys(key for key, value in sample.items() if key not in _SAMPLE_KEYS and not is_empty(value))
     for _, turn in _turns(sample):
         for key, value in turn.items():
-            if key not in _TURN_KEYS and not _is_empty(value):
+            if key not in _TURN_KEYS and not is_empty(value):
                 found[f"conversations[].{key}"] = None
     return list(found)
 
@@ -124,7 +125,7 @@ def media_value(sample: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ob
     Raises:
         RejectedSample: two keys list different files.
     """
-    found = [(key, sample[key]) for key in keys if not _is_empty(sample.get(key))]
+    found = [(key, sample[key]) for key in keys if not is_empty(sample.get(key))]
     for key, value in found[1:]:
         first, before = found[0]
         if as_list(value) != as_list(before):
@@ -143,7 +144,7 @@ def system_text(sample: Mapping[str, Any]) -> str:
     Raises:
         RejectedSample: it is not a string, or two keys have different prompts.
     """
-    found = {key: sample[key] for key in SYSTEM_KEYS if not _is_empty(sample.get(key))}
+    found = {key: sample[key] for key in SYSTEM_KEYS if not is_empty(sample.get(key))}
     for key, value in found.items():
         if not isinstance(value, str):
             raise RejectedSample(Reason.MALFORMED, f"{key!r} of the sample must be a string")

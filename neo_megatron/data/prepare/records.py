@@ -19,10 +19,14 @@ from neo_megatron.data.prepare.record_keys import (
     training_flag,
 )
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags
+from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags
 from neo_megatron.errors import Reason, RejectedSample
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    "document": "document",
+}
+_TRAINED_ROLES = ("assistant", "document")
 _KINDS = {IMAGE_TAG: "images", VIDEO_TAG: "videos"}
 
 
@@ -77,12 +81,13 @@ def check_sample(sample: object, source: Source) -> Sample:
     turns = _check_turns(sample.get("conversations"), list(sample))
     videos = _check_paths(*media_value(sample, VIDEO_KEYS))
     images = _check_paths(*media_value(sample, IMAGE_KEYS))
-    foreign = _foreign_media([turn for turn in turns if turn.role != "assistant"])
+    foreign = _foreign_media([turn for turn in turns if turn.role not in _TRAINED_ROLES])
     turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
     turns = _match_tags(turns, images, IMAGE_TAG, Reason.IMAGE_COUNT)
     turns = tuple(_with_literal_tags(turn) if turn.role == "assistant" else turn for turn in turns)
     _check_trained(sample, turns)
     system = _own_system_turn(sample, turns)
+    _check_document((*system, *turns))
     return Sample(
         (*system, *turns),
         tuple(resolve_path(path, source) for path in images),
@@ -121,6 +126,8 @@ def is_blank(text: str) -> bool:
 def _check_turns(conversation: object, keys: list[str]) -> tuple[Turn, ...]:
     if not conversation:
         named = f"; its keys are {', '.join(map(repr, keys)):.200}: write its turns under 'conversations'"
+        if "conversations" not in keys:
+            named += ", or name its form with --schema messages, caption, interleaved or text"
         raise RejectedSample(Reason.EMPTY_CONVERSATION, "'conversations' is missing or empty" + (named if keys else ""))
     if not isinstance(conversation, list):
         raise RejectedSample(Reason.MALFORMED, "'conversations' must be a list of turns")
@@ -133,7 +140,9 @@ def _check_turn(number: int, turn: object) -> Turn:
     role, text = turn.get("from"), turn.get("value")
     if role is None and "role" in turn:
         raise RejectedSample(
-            Reason.UNKNOWN_ROLE, f"turn {number} has 'role'; rename 'role' to 'from' and 'content' to 'value'"
+            Reason.UNKNOWN_ROLE,
+            f"turn {number} has 'role'; rename 'role' to 'from' and 'content' to 'value', or pass --schema messages "
+            "--columns messages=conversations",
         )
     if not isinstance(role, str) or role not in ROLES:
         raise RejectedSample(Reason.UNKNOWN_ROLE, f"turn {number} is from {role!r:.60}, not one of {', '.join(ROLES)}")
@@ -142,12 +151,12 @@ def _check_turn(number: int, turn: object) -> Turn:
     if not is_unicode(text):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} holds an unpaired surrogate (invalid Unicode)")
     role, flag = ROLES[role], training_flag(turn, f"turn {number}")
-    if flag and flag[1] and role != "assistant":
+    if flag and flag[1] and role not in _TRAINED_ROLES:
         raise RejectedSample(
             Reason.UNSUPPORTED_KEY,
             f"turn {number} is of the {role}, and {flag[0]!r} says to train on it; only assistant turns are trained on",
         )
-    return Turn(role, text, trained=role == "assistant" and (flag is None or flag[1]))
+    return Turn(role, text, trained=role in _TRAINED_ROLES and (flag is None or flag[1]))
 
 
 def _own_system_turn(sample: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -186,6 +195,18 @@ def _check_trained(sample: dict, turns: tuple[Turn, ...]) -> None:
         raise RejectedSample(Reason.NOTHING_TRAINED, "no assistant turn is trained on")
 
 
+def _check_document(turns: tuple[Turn, ...]) -> None:
+    """Rejects a document that stands among turns of a chat, or has nothing to learn."""
+    if not any(turn.role == "document" for turn in turns):
+        return
+    if len(turns) > 1:
+        raise RejectedSample(
+            Reason.MALFORMED, "a document must be the only turn of its sample, without a system prompt"
+        )
+    if is_blank("".join(split_tags(turns[0].text)[::2])):
+        raise RejectedSample(Reason.NOTHING_TRAINED, "the document has no text")
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text has no unpaired surrogates, which JSON can have but no tokenizer and no file system accepts."""
     return text.isascii() or re.search("[\ud800-\udfff]", text) is None
@@ -218,6 +239,7 @@ def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason:
         remedy = f"; a {tag} that is meant as text is written \\{tag}, in JSON \\\\{tag}"
     elif foreign := placeholder(turn.literal for turn in turns if turn.role != "assistant"):
         remedy = f"; its text has {foreign!r}, a placeholder of another project: write {tag} in its place"
+        remedy += f", or pass --image-placeholder {foreign!r}" if tag == IMAGE_TAG else ""
     if said is not None:
         remedy = (
             f"; the {tag} of turn {said} is in an assistant turn, where it is text: move it to the turn of a user, or "

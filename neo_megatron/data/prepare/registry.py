@@ -6,6 +6,14 @@ A registry is a YAML file; relative paths in it count from its own directory:
       annotation_path: llava/blip_laion_cc_sbu_558k.json
       data_path: llava/images        # the image root, joined to paths in records; without it, paths are complete
       follow_links: true             # trust links in data_path that lead outside of it; false by default
+      schema: messages               # the form of the records; recognised from the first ones by default
+      columns: {messages: dialog}    # optional: key of the records for a field of the schema
+      image_placeholder: "[IMG]"     # optional: text that is the place of an image
+    my_data:
+      annotation_path: my_data.jsonl
+      transform: my_package.my_module:my_function   # in place of a schema
+
+A meta file of InternVL (`internvl_meta`) is read too.
 """
 
 from collections.abc import Sequence
@@ -17,9 +25,15 @@ from typing import Any
 import yaml
 
 from neo_megatron.data.prepare.annotation_files import check_annotation_file
+from neo_megatron.data.prepare.internvl_meta import entries_of_meta, is_meta
+from neo_megatron.data.prepare.schemas.options import SchemaOptions, registry_options
 from neo_megatron.errors import DataError
 from neo_megatron.paths import Wanted, check_path
 
+_KEYS = {
+    *("annotation_path", "data_path", "follow_links"),
+    *("schema", "columns", "image_placeholder", "transform"),
+}
 _MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may occur several times
 
 
@@ -33,6 +47,7 @@ class Source:
         image_root: joined to the paths of images, which must not leave it; "" if the paths are complete.
         share: how often a record is used on average; 1/2 takes half of the records, 2 takes all of them twice.
         follow_links: links in the root may lead outside of it.
+        schema: the form of its records.
 
     Raises:
         WrongPath: a path does not exist or is of another kind.
@@ -44,6 +59,7 @@ class Source:
     image_root: str = ""
     share: Fraction = Fraction(1)
     follow_links: bool = False
+    schema: SchemaOptions = SchemaOptions()
 
     def __post_init__(self) -> None:
         check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
@@ -78,8 +94,9 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
                 name=name,
                 annotations=str(folder / entry["annotation_path"]),
                 image_root=str(folder / root) if root else "",
-                share=share,
+                share=share * entry.get("repeat_time", 1),
                 follow_links=entry.get("follow_links", False),
+                schema=registry_options(entry, f"data set {name} in {registry}"),
             )
         )
     return sources
@@ -109,12 +126,15 @@ def _read(registry: Path) -> dict[str, dict[str, Any]]:
         raise DataError(f"the registry {registry} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise DataError(f"the registry {registry} must map names of data sets to annotation_path and data_path")
+    known = _KEYS
+    if is_meta(entries):
+        entries, known = entries_of_meta(entries, registry), _KEYS | {"repeat_time"}
     for name, entry in entries.items():
         keys = set(entry) if isinstance(entry, dict) else set()
-        if "annotation_path" not in keys or keys - {"annotation_path", "data_path", "follow_links"}:
+        if "annotation_path" not in keys or keys - known:
             raise DataError(
-                f"data set {name} in {registry} must have annotation_path and may have data_path and follow_links; "
-                "correct its keys"
+                f"data set {name} in {registry} must have annotation_path and may have data_path, follow_links, "
+                "schema, columns, image_placeholder and transform; correct its keys"
             )
         if not isinstance(entry["annotation_path"], str) or not isinstance(entry.get("data_path") or "", str):
             raise DataError(f"data set {name} in {registry}: annotation_path and data_path must be strings")

@@ -25,6 +25,10 @@ from neo_megatron.storage.base import MANIFEST
 
 PLAN = "run.json"
 _OUTCOME = ".outcome.json"
+_SOURCE_FLAGS = (
+    "--input, --image-root, --registry, --datasets, --schema, --columns, --image-placeholder, --transform, "
+    "--caption-prompts or --max-document-tokens, or another schema in the registry"
+)
 _PLAN_REMEDY = "remove the directory to start again"
 _OUTCOME_REMEDY = "remove it, and run the same command again"
 _SAVED = re.compile(rf"(\d{{5}}|[1-9]\d{{5,17}}){re.escape(_OUTCOME)}", re.ASCII)
@@ -241,7 +245,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         file = now["annotations"]
         if before != now and before | {"bytes": now["bytes"], "modified_ns": now["modified_ns"]} == now:
             return f"of the annotation file {file}, which has changed since"
-    for key, flags in (("sources", "--input, --image-root, --registry or --datasets"), ("tokenizer", "--tokenizer")):
+    for key, flags in (("sources", _SOURCE_FLAGS), ("tokenizer", "--tokenizer")):
         if old[key] != new[key]:
             return f"with another {flags}"
     return "" if old == new else "of another version of this program"

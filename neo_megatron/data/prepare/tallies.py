@@ -68,7 +68,8 @@ class Noticed:
             where = place_of(found["file"], found["record"], found["element"])
             lines.append(
                 f"warning: {name!r} stays text in {found['samples']} samples without <image> tags "
-                f"(the first: {where}); if it is the place of an image, write <image> instead"
+                f"(the first: {where}); if it is the place of an image, write <image> instead, or pass "
+                "--image-placeholder"
             )
         return lines
 

@@ -17,6 +17,8 @@ from neo_megatron.data.prepare.output import ShardOutput
 from neo_megatron.data.prepare.records import check_answers, check_sample, parse_record
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, without_details
+from neo_megatron.data.prepare.schemas.convert import Converter
+from neo_megatron.data.prepare.schemas.documents import is_document, split_document
 from neo_megatron.data.rejects import place_of
 from neo_megatron.data.shards.writer import ShardWriter
 from neo_megatron.errors import DataError, Reason, RejectedSample
@@ -49,10 +51,12 @@ class _Pending:
 class _Batch:
     """Samples on their way into a shard, tokenized many at a time."""
 
-    def __init__(self, encoder: ChatEncoder, writer: ShardWriter, source: int) -> None:
+    def __init__(self, encoder: ChatEncoder, writer: ShardWriter, source: int, document_tokens: int) -> None:
         self._encoder, self._writer, self._source = encoder, writer, source
+        self._document_tokens = document_tokens
         self._samples: list[_Pending] = []
         self._bytes = 0
+        self.further = 0  # samples in addition to those that were added, from documents that were split
         self._in_record = False  # whether a sample has come since the last record ended
 
     @property
@@ -84,7 +88,11 @@ class _Batch:
         for sample, tokens in zip(self._samples, tokenized, strict=True):
             item = sample.media
             key = identity_of_texts(turn.text for turn in item.turns)
-            self._writer.add(tokens, item.images, item.grids, self._source, sample.record, key, item.identities)
+            may_split = is_document(item.turns) and not item.images
+            pieces = split_document(tokens, self._document_tokens) if may_split else [tokens]
+            self.further += len(pieces) - 1
+            for piece in pieces:
+                self._writer.add(piece, item.images, item.grids, self._source, sample.record, key, item.identities)
             if sample.ends_record:
                 self._writer.end_record()
         self._samples, self._bytes = [], 0
@@ -135,13 +143,15 @@ class SliceWorker:
         source = self._task.sources[piece.place.source]
         outcome = Outcome(piece.next, piece.end - piece.place.offset)
         reported = _Reported(piece.place.offset)
-        batch = _Batch(self._encoder, writer, piece.place.source)
+        batch = _Batch(self._encoder, writer, piece.place.source, source.schema.max_document_tokens)
+        converter = Converter(source, self._task.settings.seed)
         for record, text in read_slice(piece, source, self._task.settings.seed):
             outcome.records += 1
-            self._read_record(text, record, source, batch, outcome)
+            self._read_record(text, record, source, converter, batch, outcome)
             if batch.is_empty:
                 self._report(*reported.since(outcome.samples, int(piece.bounds[record - piece.place.first, 1])))
         batch.write()
+        outcome.samples += batch.further
         if piece.broken:
             outcome.records += 1
             outcome.samples += 1
@@ -154,10 +164,12 @@ class SliceWorker:
         self._report(*reported.since(outcome.samples, piece.end))
         return outcome
 
-    def _read_record(self, text: bytes | None, record: int, source: Source, batch: "_Batch", outcome: Outcome) -> None:
+    def _read_record(
+        self, text: bytes | None, record: int, source: Source, converter: Converter, batch: _Batch, outcome: Outcome
+    ) -> None:
         """Adds the usable samples of a record to the batch, and rejects the others."""
         try:
-            elements = list(parse_record(text))
+            elements = list(converter.samples(parse_record(text), record))
         except RejectedSample as rejected:
             outcome.samples += 1
             self._reject(rejected, record, None, source, outcome)
@@ -165,6 +177,8 @@ class SliceWorker:
         for element, written in elements:
             outcome.samples += 1
             try:
+                if isinstance(written, RejectedSample):
+                    raise written
                 sample = check_sample(written, source)
                 if self._task.settings.empty_answers == "reject":
                     check_answers(sample)
