@@ -32,7 +32,12 @@ COMMANDS = {
     "preprocess": Command(
         "neo_megatron.cli.preprocess",
         "tokenize annotations and check images: writes shards",
-        {**_ANNOTATIONS, "--registry": Wanted.REGISTRY, "--tokenizer": Wanted.TOKENIZER},
+        {
+            **_ANNOTATIONS,
+            "--input": Wanted.ANNOTATION_FILES,
+            "--registry": Wanted.REGISTRY,
+            "--tokenizer": Wanted.TOKENIZER,
+        },
         _CONTINUES,
     ),
     "pack": Command(
