@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from neo_megatron.data.memory_limit import limited_memory
-from neo_megatron.data.prepare.arrow_values import records_of
+from neo_megatron.data.prepare.arrow_values import reason_of, records_of
 from neo_megatron.data.prepare.file_kinds import FileKind
 from neo_megatron.data.prepare.parquet_records import check_rows, row_bounds
 from neo_megatron.data.prepare.record_bounds import Bounds
@@ -91,8 +91,9 @@ class ArrowRows:
                     return pyarrow.ipc.open_file(mapped, options=options)
                 return pyarrow.ipc.open_stream(mapped, options=options)
         except self._errors as error:
-            text = " ".join(str(error).split())
-            raise DataError(f"{self._path} is damaged Arrow data ({text:.300}); copy or write it again") from error
+            raise DataError(
+                f"{self._path} is damaged Arrow data ({reason_of(error)}); copy or write it again"
+            ) from error
 
     def _batches(self) -> Iterator[Any]:
         """The record batches; at last, if the file is damaged, why as a string."""
@@ -106,7 +107,7 @@ class ArrowRows:
                     else:
                         batch = next(iter(reader), None)
             except self._errors as error:
-                yield f"record batch {number} cannot be read ({' '.join(str(error).split()):.300})"
+                yield f"record batch {number} cannot be read ({reason_of(error)})"
                 return
             if batch is None:
                 return

@@ -27,7 +27,16 @@ def records_of(batch: Any, container: str, is_valid: bool = True) -> Iterator[di
     """
     import pyarrow
 
-    errors = (RejectedSample, ValueError, TypeError, OverflowError, RecursionError, MemoryError, pyarrow.ArrowException)
+    errors = (
+        RejectedSample,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+        KeyError,
+        pyarrow.ArrowException,
+    )
     try:
         if not is_valid:
             batch.validate(full=True)
@@ -43,7 +52,12 @@ def records_of(batch: Any, container: str, is_valid: bool = True) -> Iterator[di
 def _rejected(error: Exception) -> RejectedSample:
     if isinstance(error, RejectedSample):
         return error
-    return RejectedSample(Reason.UNREADABLE_RECORD, f"the row cannot be read ({' '.join(str(error).split()):.300})")
+    return RejectedSample(Reason.UNREADABLE_RECORD, f"the row cannot be read ({reason_of(error)})")
+
+
+def reason_of(error: Exception) -> str:
+    """The text of an exception of pyarrow or Python in one line, else its type."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 def _records(batch: Any, container: str) -> list[dict[str, Any]]:

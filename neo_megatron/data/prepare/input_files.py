@@ -75,7 +75,9 @@ def _saved_by_datasets(directory: Path, where: str) -> list[str]:
     state = read_json(directory / "state.json")
     listed = state.get("_data_files")
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or []]
-    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
+    if not names or not all(
+        isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in names
+    ):
         raise DataError(
             f"{where} {directory / 'state.json'} does not list files of its directory; save it again".lstrip()
         )

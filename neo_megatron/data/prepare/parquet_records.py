@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from neo_megatron.data.memory_limit import limited_memory
-from neo_megatron.data.prepare.arrow_values import records_of
+from neo_megatron.data.prepare.arrow_values import reason_of, records_of
 from neo_megatron.data.prepare.record_bounds import Bounds
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
@@ -46,7 +46,7 @@ class ParquetRows:
                     file.name, buffer_size=_BUFFER_BYTES, pre_buffer=False, memory_map=False
                 )
         except self._errors as error:
-            raise _damaged(file.name, error) from error
+            raise _damaged(file.name, reason_of(error)) from error
         groups = [self._file.metadata.row_group(number) for number in range(self._file.metadata.num_row_groups)]
         rows = [group.num_rows for group in groups]
         self.rows = self._file.metadata.num_rows
@@ -85,7 +85,7 @@ class ParquetRows:
                     within = row < first + len(batch)
                     records = list(records_of(batch, self._path)) if within else []
             except self._errors as error:
-                why = f"row group {group} cannot be read from row {first} on ({' '.join(str(error).split()):.300})"
+                why = f"row group {group} cannot be read from row {first} on ({reason_of(error)})"
                 while row is not None:
                     yield RejectedSample(Reason.UNREADABLE_RECORD, why)
                     row = next(waiting, None)
@@ -136,5 +136,5 @@ def check_footer(path: str) -> None:
         raise _damaged(path, f"its footer has {length:,} bytes, over {MAX_FOOTER_BYTES:,}")
 
 
-def _damaged(path: str, why: object) -> DataError:
-    return DataError(f"{path} is damaged Parquet ({' '.join(str(why).split()):.300}); copy or write it again")
+def _damaged(path: str, why: str) -> DataError:
+    return DataError(f"{path} is damaged Parquet ({why}); copy or write it again")

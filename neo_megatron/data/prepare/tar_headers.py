@@ -25,7 +25,13 @@ _KINDS = {
 
 
 class BrokenTar(Exception):
-    """The tar cannot be read from here on; the text says why."""
+    """The tar cannot be read from here on; the text says why.
+
+    Attributes:
+        is_after_end: whether the archive itself is complete.
+    """
+
+    is_after_end = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,9 @@ def _check_rest(file: int, place: int, length: int) -> None:
         if not block:
             return
         if block.count(0) != len(block):
-            raise BrokenTar("the archive ends, but the file continues; give each archive in a file of its own")
+            error = BrokenTar("the archive ends, but the file continues; give each archive in a file of its own")
+            error.is_after_end = True
+            raise error
         place += len(block)
 
 

@@ -37,18 +37,18 @@ def group_bounds(file: BinaryIO, start: int = 0) -> Bounds:
     waiting: list[tuple[int, int]] = []
     begin = end = start
     current: str | None = None
-    broken = ""
+    broken, is_cut = "", False
     found = members(file.fileno(), start)
     while True:
         try:
             member = next(found, None)
         except BrokenTar as error:
-            member, broken = None, str(error)
+            member, broken, is_cut = None, str(error), not error.is_after_end
         if member is not None and member.kind == "a directory":
             continue
         key = None if member is None else split_name(member.name)[0]
         if key != current:
-            if current is not None and not broken:  # what is missing of a broken tar may belong to its last group
+            if current is not None and not is_cut:  # what is missing of a tar may belong to its last group
                 waiting.append((begin, end))
             current = key
             begin = member.begin if member else end
