@@ -36,7 +36,7 @@ def annotation_files(path: str, where: str = "") -> list[str]:
     elif os.path.exists(path) or not glob.has_magic(path):
         return [path]  # whoever reads it says if it is missing
     else:
-        found = sorted(glob.glob(path, recursive=True))
+        found = sorted(set(glob.glob(path, recursive=True)))
         if not found:
             raise DataError(f"{where} {path} matches no file; correct the pattern".lstrip())
         if directory := next((name for name in found if os.path.isdir(name)), None):
@@ -74,7 +74,10 @@ def _saved_by_datasets(directory: Path, where: str) -> list[str]:
     """The Arrow files of a data set that ``save_to_disk`` has written, in the order of its rows."""
     state = read_json(directory / "state.json")
     listed = state.get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or []]
+    names = [
+        entry.get("filename") if isinstance(entry, dict) else None
+        for entry in (listed if isinstance(listed, list) else [])
+    ]
     if not names or not all(
         isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in names
     ):

@@ -89,7 +89,7 @@ def check_sample(sample: object, source: Source) -> Sample:
     system = _own_system_turn(sample, turns)
     return Sample(
         (*system, *turns),
-        tuple(_located(image, source) for image in images),
+        tuple(_located(_decoded(image, source), source) for image in images),
         tuple(_located(video, source) for video in videos),
         foreign,
         len(system),
@@ -196,10 +196,13 @@ def is_unicode(text: str) -> bool:
 
 
 def _located(file: MediaFile, source: Source) -> MediaFile:
-    """A file with its path resolved; one inside a container, or written into the record, is found already."""
-    if isinstance(file, StoredFile):
-        return file
-    return of_data_uri(file, source.annotations) or resolve_path(file, source)
+    """A file with its path resolved; one inside a container is found already."""
+    return file if isinstance(file, StoredFile) else resolve_path(file, source)
+
+
+def _decoded(image: MediaFile, source: Source) -> MediaFile:
+    """The image in a ``data:`` URI; anything else is returned as it is."""
+    return image if isinstance(image, StoredFile) else of_data_uri(image, source.annotations) or image
 
 
 def _check_paths(key: str, value: object) -> tuple[MediaFile, ...]:

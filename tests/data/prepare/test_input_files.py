@@ -104,7 +104,8 @@ def test_globs_are_expanded_unless_a_file_has_that_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "listed", [None, [], ["a"], [{"filename": "../a.arrow"}], [{"filename": "/etc/passwd"}], [{}], [{"filename": ".."}]]
+    "listed",
+    [None, 5, [], ["a"], [{"filename": "../a.arrow"}], [{"filename": "/etc/passwd"}], [{}], [{"filename": ".."}]],
 )
 def test_a_state_that_lists_other_files_is_rejected(tmp_path, listed):
     make(tmp_path, "dataset_info.json", "a.arrow")

@@ -106,6 +106,31 @@ def test_files_of_a_data_set_give_the_shards_of_one_file(bench):
     assert [piece.place.part for piece in slices(sources, 4)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_files_of_a_data_set_share_one_draw(bench):
+    """The total is exact over all files, and each file draws other records."""
+    for number in range(4):
+        write("jsonl", bench.path / f"draw{number}", bench.records, bench.path / "images")
+    files = [str(bench.path / f"draw{number}.jsonl") for number in range(4)]
+    sources = [Source("draw", file, share=Fraction(1, 2)) for file in files]
+    pieces = list(slices([Source("before", files[0]), *sources, Source("after", files[0])], 100))
+    assert [piece.place.part for piece in pieces] == [0, 0, 1, 2, 3, 0]
+    drawn = [[number for number, _ in read_slice(piece, sources[0], 0)] for piece in pieces[1:5]]
+    assert sum(map(len, drawn)) == 46 and len(set(map(tuple, drawn))) == 4
+
+
+def test_a_broken_file_does_not_change_what_follows(bench):
+    good = write("jsonl", bench.path / "good", bench.records, bench.path / "images")
+    broken = write("json", bench.path / "broken", bench.records, bench.path / "images")
+    broken.write_bytes(broken.read_bytes()[:-40])
+    for name, part in (("a", 6), ("b", 0)):  # the parts of a data set are counted on, those of another begin at 0
+        sources = [Source("a", str(broken)), Source(name, str(good))]
+        every = list(slices(sources, 4))
+        follower = next(piece for piece in every if piece.place.source == 1)
+        assert follower.place.part == part
+        for number, piece in enumerate(every):
+            assert [it.place for it in slices(sources, 4, piece.next)] == [it.place for it in every[number + 1 :]]
+
+
 def test_sizes_of_slices_are_about_those_of_the_files(bench):
     for kind in KINDS:
         file = write(kind, bench.path / "sizes", bench.records, bench.path / "images")
