@@ -7,6 +7,7 @@ becomes the path. Dates, times and decimals become text. What has no form in JSO
 from collections.abc import Iterator
 from typing import Any
 
+from neo_megatron.data.prepare.record_bounds import MAX_RECORD_BYTES
 from neo_megatron.data.prepare.stored_file import StoredFile
 from neo_megatron.errors import Reason, RejectedSample
 
@@ -101,6 +102,13 @@ def _values(array: Any, label: StoredFile, depth: int) -> list[Any]:
         return _structs(array, label, depth)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _lists(array, label, depth)
+    if types.is_string_view(kind):
+        array = array.cast(pyarrow.large_string())
+    if array.nbytes > MAX_RECORD_BYTES:
+        raise RejectedSample(
+            Reason.OVER_LONG,
+            f"the column {label.name!r:.80} has over {MAX_RECORD_BYTES >> 20} MiB in this row, too much for text",
+        )
     if types.is_timestamp(kind):
         array = array.cast(pyarrow.timestamp(kind.unit))  # UTC: a machine may not know the time zone
     if types.is_temporal(kind) or types.is_decimal(kind):

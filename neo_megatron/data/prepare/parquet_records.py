@@ -64,12 +64,10 @@ class ParquetRows:
 
     def read(self, rows: Iterable[int]) -> Iterator[dict[str, Any] | RejectedSample]:
         """The record, or why it is rejected, of each of these rows in ascending order."""
-        wanted = list(rows)
-        for group in range(len(self._sizes)):
-            begin, end = int(self._ends[group]), int(self._ends[group + 1])
-            here = [row for row in wanted if begin <= row < end]
-            if here:
-                yield from self._read_group(group, begin, here)
+        wanted = np.fromiter(rows, np.int64)
+        groups = np.searchsorted(self._ends, wanted, side="right") - 1
+        for group in np.unique(groups).tolist():
+            yield from self._read_group(group, int(self._ends[group]), wanted[groups == group].tolist())
 
     def _read_group(self, group: int, first: int, rows: list[int]) -> Iterator[dict[str, Any] | RejectedSample]:
         """Rows of a row group; those after damage are rejected, because pages can only be read in order."""

@@ -6,6 +6,7 @@ import decimal
 import pyarrow as pa
 import pytest
 
+from neo_megatron.data.prepare import arrow_values
 from neo_megatron.data.prepare.arrow_values import records_of
 from neo_megatron.data.prepare.stored_file import StoredFile
 from neo_megatron.errors import RejectedSample
@@ -84,6 +85,18 @@ def test_types_without_a_form_reject_the_rows_that_have_a_value():
     said, nothing = values(array)
     assert said == "the column 'column' has the type map<string, int8>, which is not read; leave it out"
     assert nothing is None
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.large_string()])
+def test_a_text_that_is_longer_than_a_record_of_json_may_be_is_rejected(monkeypatch, kind):
+    monkeypatch.setattr(arrow_values, "MAX_RECORD_BYTES", 1000)
+    array = pa.array(["a" * 400, "b" * 1100, None, "c" * 400], kind)
+    first, long, nothing, last = values(array)
+    assert (first, nothing, last) == ("a" * 400, None, "c" * 400)
+    assert long == "the column 'column' has over 0 MiB in this row, too much for text"
+    lists = pa.array([["a" * 400] * 2, ["b" * 400] * 3], pa.list_(kind))
+    assert [isinstance(value, list) for value in values(lists)] == [True, False]
+    assert values(pa.array([b"x" * 5000])) == [stored(b"x" * 5000)]  # of an image
 
 
 def test_a_row_that_cannot_be_read_does_not_take_others_with_it():
