@@ -1,4 +1,4 @@
-"""Reads the rows of a Parquet file as records, a few at a time, whatever the size of its row groups.
+"""Reads the rows of a Parquet file as records, a few at a time: memory is that of pages, not of row groups.
 
 The footer of a file is not trusted: it is limited before it is read, and rows that it promises and the file does not
 have are rejected one by one. A page may expand to gigabytes, so reading is limited as decoding of images is.

@@ -106,6 +106,16 @@ def test_a_record_of_gigabytes_takes_the_memory_of_a_window(tmp_path, monkeypatc
     assert in_child(check) == 0
 
 
+def test_a_line_that_ends_with_much_white_space_is_a_record(tmp_path, monkeypatch):
+    """Although only white space of it is in the window when it is found."""
+    monkeypatch.setattr(compressed, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(compressed, "_KEPT_BYTES", 2 << 20)
+    path = tmp_path / "a.jsonl.gz"
+    spaces = b" " * (4 << 20)
+    path.write_bytes(gzip.compress(b'{"n": 0}\n' + spaces + b'\n {"n": 1}' + spaces + b'\n{"n": 2}\n'))
+    assert [text and json.loads(text) for text in records(path)[0]] == [{"n": 0}, None, {"n": 2}]
+
+
 def test_a_slice_holds_a_limited_amount_of_text(tmp_path, monkeypatch):
     """Whatever the blocks in which it is read, so that a continued run cuts at the same records."""
     monkeypatch.setattr(annotation_slices, "MAX_SLICE_BYTES", 1000)
