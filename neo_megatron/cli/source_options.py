@@ -1,6 +1,7 @@
 """Options that select the annotations of a command: the files of one data set, or data sets of a registry."""
 
 import argparse
+import glob
 import os
 from collections import Counter
 from pathlib import Path
@@ -72,5 +73,8 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
 
 
 def _name(path: str) -> str:
-    """The name of a data set: that of its first path, without suffixes."""
-    return Path(path).absolute().name if os.path.isdir(path) else Path(plain_name(path)).stem
+    """The name of a data set: that of its first path without suffixes, or of the directory of a glob."""
+    if os.path.isdir(path):
+        return Path(path).absolute().name
+    is_glob = glob.has_magic(path) and not os.path.exists(path)
+    return Path(path).absolute().parent.name if is_glob else Path(plain_name(path)).stem

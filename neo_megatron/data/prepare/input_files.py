@@ -8,8 +8,8 @@ from pathlib import Path
 
 from neo_megatron.checked_files import read_json
 from neo_megatron.data.prepare.file_kinds import COMPRESSED, FileKind, kind_of_file, plain_name
-from neo_megatron.errors import DataError
-from neo_megatron.paths import Kind, Wanted, wrong_kind
+from neo_megatron.errors import DataError, redacted
+from neo_megatron.paths import REMOTE, Kind, Wanted, wrong_kind
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".tar")
 # What lies in the directory of a data set besides its files: descriptions, and the marks of the tools that wrote it.
@@ -31,6 +31,10 @@ def annotation_files(path: str, where: str = "") -> list[str]:
     Raises:
         DataError: there is no file, or it is not clear which are meant.
     """
+    if path.startswith(REMOTE):
+        raise DataError(
+            f"{where} {redacted(path)} is object storage; annotations are read from files: copy them".lstrip()
+        )
     if os.path.isdir(path):
         found = _of_directory(Path(path), where)
     elif os.path.exists(path) or not glob.has_magic(path):

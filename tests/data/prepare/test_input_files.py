@@ -98,6 +98,10 @@ def test_globs_are_expanded_unless_a_file_has_that_name(tmp_path):
     assert names(tmp_path / "*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"]
     assert names(tmp_path / "**" / "*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl", "sub/d.jsonl"]
     assert names(tmp_path / "[x].json", tmp_path) == ["[x].json"]
+    with pytest.raises(
+        DataError, match=r"--input s3://bucket/\*\.tar is object storage; annotations are read from files"
+    ):
+        annotation_files("s3://bucket/*.tar", "--input")
     for pattern, sentence in (("*.zip", "matches no file"), ("s*", "matches the directory"), ("?.*", "holds JSON")):
         with pytest.raises(DataError, match=sentence):
             annotation_files(str(tmp_path / pattern))
@@ -136,6 +140,7 @@ def test_inputs_become_sources_of_one_data_set(tmp_path):
     assert [(it.name, os.path.basename(it.annotations)) for it in sources] == [
         ("web", f) for f in ("a.jsonl", "b.jsonl", "c.json")
     ]
+    assert {it.name for it in parsed(str(tmp_path / "web" / "*.jsonl"))} == {"web"}
     (tmp_path / "c.jsonl.gz").write_bytes(b"\x1f\x8b")
     assert [it.name for it in parsed(str(tmp_path / "c.json"))] == ["c"]
     with pytest.raises(DataError, match=r"--input names .*a\.jsonl twice; name it once"):
