@@ -69,7 +69,7 @@ def members(file: int, start: int = 0) -> Iterator[Member]:
     place = start
     while place < length:
         header = os.pread(file, BLOCK, place)
-        if header[0] == 0 and header.count(0) == len(header):
+        if header.startswith(b"\0") and header.count(0) == len(header):
             _check_rest(file, place, length)
             return
         member = _member(file, header, place, length)
@@ -101,7 +101,7 @@ def _member(file: int, header: bytes, begin: int, length: int) -> Member | None:
             name = body.rstrip(b"\0")
         elif flag in b"xX":
             records = _records(body)
-            name = records.get(b"path", name)
+            name = records.get(b"GNU.sparse.name", records.get(b"path", name))
             size = _decimal(records[b"size"]) if b"size" in records else size
             kind = "a sparse file" if any(key.startswith(b"GNU.sparse.") for key in records) else kind
         place += BLOCK + _padded(stated)

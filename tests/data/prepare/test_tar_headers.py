@@ -103,7 +103,7 @@ def test_sparse_files_are_recognised_and_passed_over(tmp_path):
         subprocess.run(command, cwd=tmp_path, check=True)
         found, broken = read(tmp_path / "b.tar", (tmp_path / "a.tar").read_bytes())
         assert not broken and [member.kind for member in found] == ["a sparse file", ""]
-        assert found[1].name == "z.txt" and found[1].size == 5
+        assert [member.name for member in found] == ["holes.bin", "z.txt"] and found[1].size == 5
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,18 @@ def test_global_comments_and_extended_names_are_read(tmp_path):
     content = comment + entry("a.txt", b"a") + comment + PAX + entry("b.txt", b"b")
     found, broken = read(tmp_path / "a.tar", content)
     assert [member.name for member in found] == ["a.txt", "abc.text"] and not broken
+
+
+def test_a_tar_that_becomes_shorter_is_broken(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(entry("a.txt", b"a") + entry("b.txt", b"b"))
+    file = os.open(path, os.O_RDONLY)
+    found = members(file)
+    assert next(found).name == "a.txt"
+    os.truncate(path, 1024)
+    with pytest.raises(BrokenTar, match="breaks off in the header"):
+        next(found)
+    os.close(file)
 
 
 def test_names_that_are_not_unicode_are_escaped(tmp_path):
