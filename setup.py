@@ -23,6 +23,7 @@ def version() -> str:
 VIDEO = ["av>=19,<20"]  # earlier ones crash on some files
 S3 = ["multi-storage-client[boto3]>=1.3"]
 RAY = ["ray>=2.40,<2.61"]
+PARQUET = ["pyarrow>=18,<27"]
 # What Gradio 6.31 asks for, with its bounds, except Pillow below 13: it works with 13 too. tools/lock.sh adds Gradio
 # itself to the environments of this repository.
 DEMO = [
@@ -99,6 +100,7 @@ setup(
         "video": VIDEO,
         "s3": S3,
         "ray": RAY,
+        "parquet": PARQUET,
         "demo": DEMO,
         "benchmark": BENCHMARK,
         "docs": DOCS,
@@ -115,7 +117,7 @@ setup(
             ),
             # tests/lint.sh
             *("ruff>=0.17,<0.18", "codespell>=2.4,<3", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7"),
-            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *DEMO),
+            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *PARQUET, *DEMO),
         ],
     },
     entry_points={

@@ -32,6 +32,7 @@ class Reason(StrEnum):
     """
 
     BROKEN_JSON = "broken JSON"
+    UNREADABLE_RECORD = "unreadable record"
     MALFORMED = "malformed record"
     UNKNOWN_ROLE = "unknown role"
     EMPTY_CONVERSATION = "empty conversation"

@@ -1,5 +1,7 @@
 """The packages to install when optional imports fail, with the versions of the extras in `setup.py`."""
 
+from importlib.util import find_spec
+
 # Import name -> requirement for pip, of packages that neo_megatron can do without.
 OPTIONAL = {
     "transformer_engine": "transformer-engine[pytorch]==2.20.*",
@@ -9,7 +11,13 @@ OPTIONAL = {
     "av": "av>=19,<20",
     "multistorageclient": "multi-storage-client[boto3]>=1.3",
     "ray": "ray>=2.40,<2.61",
+    "pyarrow": "pyarrow>=18,<27",
 }
+
+
+def is_installed(module: str) -> bool:
+    """Whether an optional package can be imported, without importing it."""
+    return find_spec(module) is not None
 
 
 def install(module: str) -> str:

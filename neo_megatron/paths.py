@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from glob import has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from neo_megatron.redaction import credentials_refusal, has_credentials
 
 REMOTE = ("s3://", "msc://")
 _TRACKER = "latest_checkpointed_iteration.txt"
-_ANNOTATIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+_ANNOTATIONS = (
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".arrow",
+    ".tar",
+    *(f".json{lines}.{packed}" for lines in ("", "l") for packed in ("gz", "zst")),
+)
 _IMAGES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LARGEST_JSON = 1 << 29  # bytes
 _MAX_NAMES = 1000  # names of a directory that are checked; one of images may have millions
@@ -78,6 +86,7 @@ class Wanted(Enum):
     PRE_BUFFER = "a pre-buffer", {Kind.PRE_BUFFER}
     TOKENIZER = "a tokenizer", {Kind.TOKENIZER, *_MODELS}
     ANNOTATIONS = "an annotation file", {Kind.ANNOTATIONS, Kind.FILE}
+    ANNOTATION_FILES = "annotation files", {Kind.ANNOTATIONS, Kind.FILE, Kind.DIRECTORY, Kind.IMAGES}
     REGISTRY = "a registry", {Kind.YAML, Kind.FILE}
     MIXTURE = "the schedule of a mixture", {Kind.YAML}
     IMAGE_ROOT = "the directory of the images", set(Kind) - _FILES - {Kind.MISSING}
@@ -137,6 +146,7 @@ _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     }
     | {Kind.QWEN3: _MAKE_NEO},
     Wanted.ANNOTATIONS: {Kind.YAML: "give a registry with --registry and --datasets"},
+    Wanted.ANNOTATION_FILES: {Kind.YAML: "give a registry with --registry and --datasets"},
     Wanted.REGISTRY: {Kind.ANNOTATIONS: "give an annotation file with --input"},
     Wanted.MIXTURE: {Kind.PACKS: "give it as --train-data-path, or name it in a schedule"},
     Wanted.PRE_BUFFER: {
@@ -164,7 +174,8 @@ _GIVE = {
     Wanted.SIZES: "give a preset (neo-2b, neo-9b, tiny), a directory with the config.json of a NEO, or a hub id",
     Wanted.PRE_BUFFER: "give a directory that extract-pre-buffer has written",
     Wanted.TOKENIZER: "give a directory with a tokenizer, or its hub id",
-    Wanted.ANNOTATIONS: "give a JSON or JSONL file of records",
+    Wanted.ANNOTATIONS: "give a JSON or JSONL file of records, Parquet, Arrow or a WebDataset tar",
+    Wanted.ANNOTATION_FILES: "give a JSON or JSONL file of records, Parquet, Arrow or WebDataset tars",
     Wanted.REGISTRY: "give a YAML file of data sets",
     Wanted.MIXTURE: "give a .yaml file of phases with their shares",
     Wanted.IMAGE_ROOT: "give the directory that the records' image paths are relative to",
@@ -264,6 +275,7 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
         raise WrongPath(f"{flag} {text} {reason}".strip())
     found = kind_of(path)
     elsewhere = wanted is Wanted.SIZES or (wanted in _HUB and text.count("/") == 1)  # a preset or a hub id
+    elsewhere |= wanted is Wanted.ANNOTATION_FILES and has_magic(text)
     if found in wanted.kinds or (found is Kind.MISSING and elsewhere):
         return
     raise WrongPath(f"{flag} {wrong_kind(text, found, wanted)}".strip())

@@ -35,6 +35,7 @@ COMMANDS = {
         {
             **_ANNOTATIONS,
             "--output": Wanted.DATA_OUTPUT,
+            "--input": Wanted.ANNOTATION_FILES,
             "--registry": Wanted.REGISTRY,
             "--tokenizer": Wanted.TOKENIZER,
         },

@@ -1,10 +1,16 @@
-"""Options that select the annotations of a command: one file, or data sets of a registry."""
+"""Options that select the annotations of a command: the files of one data set, or data sets of a registry."""
 
 import argparse
+import glob
+import os
+from collections import Counter
 from pathlib import Path
 
 from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of, with_shared_options
+from neo_megatron.data.prepare.file_kinds import plain_name
+from neo_megatron.data.prepare.input_files import annotation_files
 from neo_megatron.data.prepare.registry import Source, data_list
+from neo_megatron.errors import DataError
 
 
 def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> None:
@@ -12,7 +18,11 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
     group = parser.add_argument_group("annotations")
     inputs = group.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
-        "--input", metavar="FILE", help="annotation file: a JSON array, or .jsonl with one record a line"
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="annotation files, globs or directories, which are one data set: a JSON array, .jsonl with one record a "
+        "line, both also .gz or .zst, Parquet, Arrow, or WebDataset tars",
     )
     inputs.add_argument("--registry", metavar="FILE", help="YAML file that maps names to data sets; needs --datasets")
     group.add_argument(
@@ -27,7 +37,7 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
         default="",
         metavar="DIR",
         help="directory to which the image and video paths in --input are relative, and which they must not leave; "
-        "without it paths are absolute, or relative to the directory of --input",
+        "without it paths are absolute, or relative to the directory of the annotation file",
     )
     if with_links:
         group.add_argument(
@@ -59,12 +69,22 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
     if arguments.registry:
         return with_shared_options(data_list(arguments.datasets, arguments.registry), arguments)
     links = getattr(arguments, "follow_links", False)
+    files = [file for path in arguments.input for file in annotation_files(path, "--input")]
+    if twice := next((file for file, count in Counter(files).items() if count > 1), None):
+        raise DataError(f"--input names {twice} twice; name it once")
+    name = _name(arguments.input[0])
     schema = schema_of(arguments)
-    return [
-        Source(Path(arguments.input).stem, arguments.input, arguments.image_root, follow_links=links, schema=schema)
-    ]
+    return [Source(name, file, arguments.image_root, follow_links=links, schema=schema) for file in files]
 
 
 def chosen_sources(arguments: argparse.Namespace) -> list[Source]:
     """As `sources_of`, with the schema of each, which is printed."""
     return chosen(sources_of(arguments))
+
+
+def _name(path: str) -> str:
+    """The name of a data set: that of its first path without suffixes, or of the directory of a glob."""
+    if os.path.isdir(path):
+        return Path(path).absolute().name
+    is_glob = glob.has_magic(path) and not os.path.exists(path)
+    return Path(path).absolute().parent.name if is_glob else Path(plain_name(path)).stem

@@ -83,7 +83,7 @@ def answer_lines(
                     "element": question.element,
                     "turn": question.turn,
                     "id": question.id,
-                    "pictures": question.sample.images,
+                    "pictures": tuple(map(str, question.sample.images)),
                     "question": question.text,
                     **result,
                 },

@@ -9,13 +9,15 @@ import numpy as np
 from tqdm import tqdm
 
 from neo_megatron.data.config import PreprocessConfig
-from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pixel_limit, read_image
-from neo_megatron.data.prepare.annotation_slices import read_slice, slices
+from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pixel_limit
+from neo_megatron.data.prepare.annotation_slices import read_slice, rejected_rest, slices
+from neo_megatron.data.prepare.record_files import Record
 from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.schemas.choose import choose_schemas
 from neo_megatron.data.prepare.schemas.convert import Converter
 from neo_megatron.data.prepare.schemas.documents import is_document
+from neo_megatron.data.prepare.stored_file import image_bytes
 from neo_megatron.data.prepare.tallies import Noticed
 from neo_megatron.errors import DataError, Reason, RejectedSample
 
@@ -86,41 +88,46 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     converters = {source.name: Converter(source, settings.seed) for source in sources}
     names = [source.name for source in sources]
     for source in sources:
+        files = len({other.annotations for other in sources if other.name == source.name})
+        if files > 1:
+            raise DataError(
+                f"data set {source.name} has {files} annotation files; questions are read from one: name it"
+            )
         if source.share > 1 or names.count(source.name) > 1:
             raise DataError(f"data set {source.name}: each question is asked once; name it once, with at most %100")
     result = QuestionList()
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
-        for source, record, text in _records(sources, settings.seed, result):
-            progress.update(_read_record(source, converters[source.name], record, text, settings, ask, result))
+        for source, record, read in _records(sources, settings.seed, result):
+            progress.update(_read_record(source, converters[source.name], record, read, settings, ask, result))
     if not result.questions:
         why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
         raise DataError(f"no question in {', '.join(source.annotations for source in sources)}{why}")
     return result
 
 
-def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[Source, int, bytes | None]]:
+def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[Source, int, Record]]:
     for piece in slices(sources, _RECORDS_AT_ONCE):
         source = sources[piece.place.source]
-        for record, text in read_slice(piece, source, seed):
-            yield source, record, text
+        for record, read in read_slice(piece, source, seed):
+            yield source, record, read
         if piece.broken:
-            broken = RejectedSample(Reason.BROKEN_JSON, piece.broken)
-            result.rejects.append(broken.row(source.annotations, piece.place.first + len(piece.bounds), None))
+            rest = rejected_rest(piece, source)
+            result.rejects.append(rest.row(source.annotations, piece.place.first + len(piece.bounds), None))
 
 
 def _read_record(
     source: Source,
     converter: Converter,
     record: int,
-    text: bytes | None,
+    read: Record,
     settings: PreprocessConfig,
     ask: Ask,
     result: QuestionList,
 ) -> int:
     """Adds the questions of a record; returns the number of its samples."""
     try:
-        elements = list(converter.samples(parse_record(text), record))
+        elements = list(converter.samples(parse_record(read), record))
     except RejectedSample as rejected:
         result.rejects.append(rejected.row(source.annotations, record, None))
         return 1
@@ -135,8 +142,8 @@ def _read_record(
             result.rejects.append(rejected.row(source.annotations, record, element))
             continue
         place = {"file": source.annotations, "record": record, "element": element}
-        read = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
-        result.noticed.note(sample, read, sample.images, place)
+        honoured = {key: value for key, value in written.items() if ask != "next turn" or key != "prompt"}
+        result.noticed.note(sample, honoured, sample.images, place)
         for turn, references in asked:
             length = of_images + sum(len(one.text) for one in sample.turns[:turn]) // _CHARACTERS_PER_TOKEN
             result.questions.append(
@@ -197,6 +204,7 @@ def _image_tokens(sample: Sample, settings: PreprocessConfig) -> int:
     """Image tokens of a sample, from the headers of its images; frames of videos are not counted."""
     limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
     grids = [
-        grid_of_size(*header_size(read_image(path), path), path, settings.min_pixels, limit) for path in sample.images
+        grid_of_size(*header_size(image_bytes(image), str(image)), str(image), settings.min_pixels, limit)
+        for image in sample.images
     ]
     return int(image_tokens(np.array(grids, np.int64).reshape(-1, 2)).sum())

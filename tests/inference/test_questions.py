@@ -3,7 +3,9 @@
 import json
 from fractions import Fraction
 
+import numpy as np
 import pytest
+from support.containers import write
 
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.prepare.registry import Source
@@ -52,6 +54,23 @@ def test_every_trained_turn_is_a_question(read):
     ]
     assert [question.id for question in questions] == ["a1", "a1", None, None]
     assert questions[1].length > questions[3].length
+
+
+def test_questions_of_containers_are_those_of_loose_files(read, golden, tmp_path):
+    """Their images are in the container; answers name it."""
+    records = [{"image": ["a.png"], "conversations": [human("<image>One?"), gpt(f"{number}")]} for number in range(3)]
+    expected = read(records).questions
+    for kind in ("parquet struct", "tar", "jsonl.gz"):
+        path = write(kind, tmp_path / "packed", records, golden / "images")
+        source = Source("packed", str(path), str(golden / "images"))
+        found = read_questions([source], SETTINGS, "every answer").questions
+        assert [(it.record, it.text, it.references, it.length) for it in found] == [
+            (it.record, it.text, it.references, it.length) for it in expected
+        ]
+        prompts = [prompt_of_sample(it.sample, it.turn, SETTINGS) for it in (found[0], expected[0])]
+        assert np.array_equal(prompts[0].images[0], prompts[1].images[0]) and prompts[0].turns == prompts[1].turns
+    with pytest.raises(DataError, match="data set packed has 2 annotation files; questions are read from one"):
+        read_questions([source, Source("packed", str(tmp_path / "packed.tar"))], SETTINGS, "every answer")
 
 
 def test_answers_and_tags_are_read_as_in_training(read):

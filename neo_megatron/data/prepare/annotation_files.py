@@ -1,27 +1,33 @@
-"""Recognises annotation files whose contents do not fit their name, before records are read from them."""
+"""Recognises annotation files that are not read, or do not fit their name, before records are read from them."""
 
 import codecs
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from neo_megatron.data.prepare.compressed import DAMAGE, decompressed, read_fully
+from neo_megatron.data.prepare.file_kinds import (
+    COMPRESSED,
+    FileKind,
+    check_readable,
+    compressed_suffix,
+    has_lines,
+    kind_of_bytes,
+    kind_of_file,
+)
+from neo_megatron.data.prepare.parquet_records import check_footer
 from neo_megatron.errors import DataError
 
 # A file is checked by its head; a first record that is longer is checked when it is read.
 _HEAD_BYTES = 1 << 20
 # (offset, magic bytes, kind of file, remedy).
 _MAGIC = (
-    (0, b"\x1f\x8b", "compressed with gzip", "unpack it with: gunzip"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed with Zstandard", "unpack it with: zstd -d"),
     (0, b"BZh", "compressed with bzip2", "unpack it with: bunzip2"),
     (0, b"\xfd7zXZ\0", "compressed with xz", "unpack it with: unxz"),
     (0, b"\x04\x22\x4d\x18", "compressed with LZ4", "unpack it with: lz4 -d"),
     (0, b"PK\x03\x04", "a ZIP archive", "unpack it with: unzip"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it with: 7z x"),
-    (257, b"ustar", "a tar archive", "unpack it with: tar -xf"),
-    (0, b"PAR1", "Parquet", "convert it with pandas: read_parquet(...).to_json(..., orient='records', lines=True) of"),
-    (0, b"ARROW1", "an Arrow file", "convert it with datasets: Dataset.from_file(...).to_json(...) of"),
-    (0, b"\xff\xff\xff\xff", "an Arrow stream", "convert it with datasets: Dataset.from_file(...).to_json(...) of"),
     (0, b"SQLite format 3\0", "an SQLite database", "write its records as JSON lines: those of"),
     (0, b"\x89HDF", "HDF5", "write its records as JSON lines: those of"),
     (0, b"Obj\x01", "Avro", "write its records as JSON lines: those of"),
@@ -39,19 +45,31 @@ _CONVERT = "write one record a line into a .jsonl file, or a JSON array of recor
 
 
 def check_annotation_file(path: str) -> None:
-    """Rejects a file whose contents do not fit its name: one record a line in .jsonl, else one JSON array.
+    """Rejects a file that is not read, or JSON that does not fit its name: a record a line in .jsonl, else one array.
 
     Only files that are wrong as a whole are rejected here; broken records are left to the reader of records.
 
     Raises:
         DataError: the text says what the file is, and what to do.
     """
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-        is_complete = len(head) < _HEAD_BYTES
-    for offset, magic, kind, remedy in _MAGIC:
+    kind = kind_of_file(path)
+    check_readable(path, kind)
+    if kind is FileKind.PARQUET:
+        check_footer(path)
+    if kind is FileKind.JSON or kind in COMPRESSED:
+        _check_json(path, kind)
+
+
+def _check_json(path: str, kind: FileKind) -> None:
+    head = next(_blocks(path, kind), b"")
+    is_complete = len(head) < _HEAD_BYTES
+    inner = kind_of_bytes(head)
+    if kind in COMPRESSED and inner is not FileKind.JSON:
+        program = "gunzip" if kind is FileKind.GZIP else "zstd -d"
+        raise DataError(f"{path} is {inner} in a compressed file; decompress it with: {program} {path}")
+    for offset, magic, what, remedy in _MAGIC:
         if head[offset:].startswith(magic):
-            raise DataError(f"{path} is {kind}; {remedy} {path}")
+            raise DataError(f"{path} is {what}; {remedy} {path}")
     if encoding := _wide_encoding(head):
         raise DataError(f"{path} is {encoding}; convert it: iconv -f {encoding} -t UTF-8 {path} > utf8{_suffix(path)}")
     text = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
@@ -59,10 +77,29 @@ def check_annotation_file(path: str) -> None:
         if is_complete:
             raise DataError(f"{path} is empty; {_CONVERT}")
         return
-    lines = _Lines(path, text, is_complete)
-    sentence = _not_lines(lines) if path.endswith(".jsonl") else _not_array(lines)
+    lines = _Lines(path, kind, text, is_complete)
+    sentence = _not_lines(lines) if has_lines(path) else _not_array(lines)
     if sentence:
         raise DataError(f"{path} {sentence}")
+
+
+def _blocks(path: str, kind: FileKind) -> Iterator[bytes]:
+    """The text of a file, decompressed.
+
+    Raises:
+        DataError: it cannot be decompressed from its start; later damage ends the text.
+    """
+    with open(path, "rb") as file:
+        text = decompressed(file, kind) if kind in COMPRESSED else file
+        is_first = True
+        try:
+            while block := read_fully(text, _HEAD_BYTES):
+                yield block
+                is_first = False
+        except DAMAGE as error:
+            if is_first and kind in COMPRESSED:
+                why = " ".join(str(error).split())
+                raise DataError(f"{path} is {kind}, but damaged ({why}); copy or compress it again") from error
 
 
 def _suffix(path: str) -> str:
@@ -84,21 +121,23 @@ class _Lines:
 
     Args:
         path: of the file.
+        kind: of the file.
         text: its head, from the first character that is not white space.
         is_complete: whether the head reaches to the end of the file.
     """
 
-    def __init__(self, path: str, text: bytes, is_complete: bool) -> None:
+    def __init__(self, path: str, kind: FileKind, text: bytes, is_complete: bool) -> None:
         first, ended, rest = text.partition(b"\n")
         rest = rest.lstrip(b" \t\r\n")
         second, _, _ = rest.partition(b"\n")
         self.text, self.is_complete = text, is_complete
+        self.packed = compressed_suffix(path)
         self.mark = text[:1]
         self.first, self.second = first.strip(), second.strip()
         self.begins = repr(self.first[:40].decode(errors="backslashreplace"))
         self.is_single = is_complete and not rest
         if not ended and not is_complete:
-            self.is_single = self.mark == b"[" and _is_one_line(path)
+            self.is_single = self.mark == b"[" and _is_one_line(path, kind)
 
     @property
     def second_is_value(self) -> bool:
@@ -126,15 +165,14 @@ def _is_unfinished(line: bytes) -> bool:
     return False
 
 
-def _is_one_line(path: str) -> bool:
+def _is_one_line(path: str, kind: FileKind) -> bool:
     """Whether only white space follows the first line of a file, which is long."""
-    with open(path, "rb") as file:
-        found = False
-        while block := file.read(_HEAD_BYTES):
-            _, newline, rest = (b"", b"\n", block) if found else block.partition(b"\n")
-            found = bool(newline)
-            if found and rest.strip():
-                return False
+    found = False
+    for block in _blocks(path, kind):
+        _, newline, rest = (b"", b"\n", block) if found else block.partition(b"\n")
+        found = bool(newline)
+        if found and rest.strip():
+            return False
     return True
 
 
@@ -145,7 +183,7 @@ def _not_lines(lines: _Lines) -> str:
     if lines.mark == b"[":
         is_array = lines.first == b"[" or spans_lines or (lines.is_single and value is not _BROKEN)
         is_array |= lines.is_single and not lines.is_complete
-        return "is one JSON array; rename it to .json, or write one record a line" if is_array else ""
+        return f"is one JSON array; rename it to .json{lines.packed}, or write one record a line" if is_array else ""
     if lines.mark == b"{":
         if lines.is_single and isinstance(value, dict):
             return _wrapped(value)
@@ -160,11 +198,13 @@ def _not_array(lines: _Lines) -> str:
     value = _value(lines.first)
     has_lines = value is not _BROKEN and not lines.is_single and bool(lines.second)
     if lines.mark == b"[":
-        return "has one record a line; rename it to .jsonl" if has_lines and lines.second_is_value else ""
+        return (
+            f"has one record a line; rename it to .jsonl{lines.packed}" if has_lines and lines.second_is_value else ""
+        )
     if lines.mark != b"{":
         return f"is not a JSON array: it begins with {lines.begins}; {_CONVERT}"
     if has_lines:
-        return "is not a JSON array: it has one record a line; rename it to .jsonl"
+        return f"is not a JSON array: it has one record a line; rename it to .jsonl{lines.packed}"
     contents = _value(lines.text) if lines.is_complete else None
     wrapped = _wrapped(contents) if isinstance(contents, dict) else ""
     return wrapped or "is one JSON object, not an array; write only the list of records, or put one record in [ ]"

@@ -16,12 +16,12 @@ from neo_megatron.data.image import (
     image_grid,
     patches_from_image,
     pixel_limit,
-    read_image,
     resize_to_grid,
 )
 from neo_megatron.data.memory_limit import limited_memory
-from neo_megatron.data.prepare.file_identity import identity_of_content, identity_of_file, identity_of_path
+from neo_megatron.data.prepare.file_identity import identity_of_content, identity_of_file
 from neo_megatron.data.prepare.records import Sample
+from neo_megatron.data.prepare.stored_file import MediaFile, StoredFile, identity_of_place, image_bytes
 from neo_megatron.data.prepare.video_text import text_of_clip
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tags
 from neo_megatron.data.video import Clip, plan_clip, read_frames
@@ -74,12 +74,15 @@ def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     Raises:
         RejectedSample, DataError: as `load_media`.
     """
+    if not (sample.images or sample.videos):
+        return Media(sample.turns, [], [], [])
     with limited_memory():
         return _read_media(sample, settings)
 
 
 def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
-    clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in sample.videos]
+    videos = [_video_path(video) for video in sample.videos]
+    clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in videos]
     limits = _limits(settings, len(sample.images), sum(len(clip.times) for clip in clips))
     images, grids, contents, size = [], [], [], 0
     for stored, grid, content in _in_order(sample, clips, settings, limits):
@@ -90,9 +93,9 @@ def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
         size += stored.nbytes
         if size > MAX_SAMPLE_BYTES:
             raise RejectedSample(Reason.OVER_LONG, f"the images of the sample take over {MAX_SAMPLE_BYTES >> 20} MiB")
-    contents += map(identity_of_file, sample.videos)
-    paths = map(identity_of_path, (*sample.images, *sample.videos))
-    identities = list(zip(paths, contents, strict=True))
+    contents += map(identity_of_file, videos)
+    places = map(identity_of_place, (*sample.images, *videos), contents)
+    identities = list(zip(places, contents, strict=True))
     return Media(_with_frames(sample.turns, clips, settings), images, grids, identities)
 
 
@@ -125,8 +128,17 @@ def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, lim
                     yield _frame(frame, clip.path, settings, limits.frame)
 
 
-def _image(path: str, settings: PreprocessConfig, limits: tuple[int, int]) -> _Stored:
-    data = read_image(path)
+def _video_path(video: MediaFile) -> str:
+    if isinstance(video, StoredFile):
+        raise RejectedSample(
+            Reason.UNREADABLE_VIDEO,
+            f"the video {video} cannot be read in its container; write it into a file of its own",
+        )
+    return video
+
+
+def _image(image_file: MediaFile, settings: PreprocessConfig, limits: tuple[int, int]) -> _Stored:
+    data, path = image_bytes(image_file), str(image_file)
     if settings.image_store == "patches":
         image = decode(data, path)
         grid = image_grid(image, path, *limits)

@@ -8,14 +8,16 @@ takes the memory of a block, whatever the length of a record.
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
 from neo_megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 18
-_WHITESPACE = b" \t\r\n"
+# A longer record is not an annotation; it is rejected before it fills the memory.
+MAX_RECORD_BYTES = 64 << 20
+WHITESPACE = b" \t\r\n"
 _QUOTE, _COMMA, _OPEN, _CLOSE = 1, 2, 3, 4
 _CLASSES = bytes.maketrans(b'",[{]}', bytes([_QUOTE, _COMMA, _OPEN, _OPEN, _CLOSE, _CLOSE]))
 # Class of each byte; 0 for bytes without a meaning here.
@@ -27,29 +29,88 @@ _DEPTH_CHANGE = np.array([0, 0, 0, 1, -1], np.int32)
 Bounds = Generator[np.ndarray, None, str]
 
 
-def line_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
+@runtime_checkable
+class Text(Protocol):
+    """The text of an annotation file, which need not be that of a file on the disk.
+
+    Attributes:
+        name: of the file.
+        size: bytes of the text; known after the last of its blocks.
+        broken: why the text cannot be read to its end; "" if it can, known after the last of its blocks.
+    """
+
+    name: str
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def broken(self) -> str: ...
+
+    def blocks(self, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """(offset, at most ``size`` bytes) from ``start`` to the end."""
+
+    def is_blank(self, begin: int, end: int) -> bool:
+        """Whether a range that blocks were read of has only white space."""
+
+
+class PlainText:
+    """The `Text` of an open file."""
+
+    broken = ""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file.fileno()
+        self.name = str(Path(file.name))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._file).st_size
+
+    def blocks(self, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """As of `Text`."""
+        while block := os.pread(self._file, size, start):
+            yield start, block
+            start += len(block)
+
+    def is_blank(self, begin: int, end: int) -> bool:
+        """As of `Text`."""
+        while begin < end:
+            block = os.pread(self._file, min(BLOCK_BYTES, end - begin), begin)
+            if block.strip(WHITESPACE):
+                return False
+            begin += len(block)
+        return True
+
+
+def line_bounds(file: BinaryIO | Text, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
     """Bounds of the lines of a JSONL file from the offset ``start``, where one begins, without blank lines."""
-    begin = start
-    for base, block in _blocks(file, start, block_bytes):
+    text, begin = _text(file), start
+    for base, block in text.blocks(start, block_bytes):
         ends = base + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
         if len(ends):
-            yield _without_blank(file, _between(np.append(begin, ends), gap=0), base, block)
+            yield _without_blank(text, _between(np.append(begin, ends), gap=0), base, block)
             begin = int(ends[-1])
-    size = os.fstat(file.fileno()).st_size
-    if begin < size:
-        yield _without_blank(file, np.array([[begin, size]]), size, b"")
-    return ""
+    size = text.size
+    if begin < size and not text.broken:
+        yield _without_blank(text, np.array([[begin, size]]), size, b"")
+    return text.broken
 
 
-def _without_blank(file: BinaryIO, lines: np.ndarray, base: int, block: bytes) -> np.ndarray:
+def _text(file: BinaryIO | Text) -> Text:
+    return file if isinstance(file, Text) else PlainText(file)
+
+
+def _without_blank(text: Text, lines: np.ndarray, base: int, block: bytes) -> np.ndarray:
     """The lines that are not blank; all but the first begin in the block."""
     firsts = np.frombuffer(block, np.uint8)[lines[1:, 0] - base]
-    suspects = np.append(True, np.isin(firsts, np.frombuffer(_WHITESPACE, np.uint8)))
-    blank = [number for number in np.flatnonzero(suspects) if _is_blank(file, *lines[number].tolist())]
+    suspects = np.append(True, np.isin(firsts, np.frombuffer(WHITESPACE, np.uint8)))
+    blank = [number for number in np.flatnonzero(suspects) if text.is_blank(*lines[number].tolist())]
     return np.delete(lines, blank, axis=0)
 
 
-def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
+def element_bounds(file: BinaryIO | Text, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
     """Bounds of the elements of a JSON array, including the white space around them.
 
     Args:
@@ -60,27 +121,33 @@ def element_bounds(file: BinaryIO, start: int = 0, block_bytes: int = BLOCK_BYTE
     Raises:
         DataError: the file does not hold an array.
     """
-    first = start or _opening_bracket(file)
+    text = _text(file)
+    first = start or _opening_bracket(text)
     scan = _Scan(depth=1 if start else 0)
     separator = None  # the last comma, or the opening bracket
-    for base, block in _blocks(file, first, block_bytes):
+    for base, block in text.blocks(first, block_bytes):
         separators = base + scan.separators(block)
         if len(separators):
             places = separators if separator is None else np.append(separator, separators)
             bounds = _between(places, gap=1)
             empty = scan.depth == 0 and places[0] == first and not start and len(places) == 2
-            if len(bounds) and not (empty and _is_blank(file, *bounds[0].tolist())):
+            if len(bounds) and not (empty and text.is_blank(*bounds[0].tolist())):
                 yield bounds
             separator = int(separators[-1])
         if scan.depth == 0:
-            ends = _is_blank(file, separator + 1, os.fstat(file.fileno()).st_size)
-            return "" if ends else "the JSON array ends, but the file continues"
+            return "" if _ends(text, separator + 1, block_bytes) else "the JSON array ends, but the file continues"
+    if text.broken:
+        return text.broken
     if scan.depth > 1 or scan.in_string:
         return "the JSON array breaks off in the middle of this record"
-    size = os.fstat(file.fileno()).st_size
-    if separator is not None and not _is_blank(file, separator + 1, size):
-        yield np.array([[separator + 1, size]])
+    if separator is not None and not text.is_blank(separator + 1, text.size):
+        yield np.array([[separator + 1, text.size]])
     return "the JSON array breaks off here: it has no closing bracket"
+
+
+def _ends(text: Text, start: int, block_bytes: int) -> bool:
+    """Whether only white space follows."""
+    return not any(block.strip(WHITESPACE) for _, block in text.blocks(start, block_bytes)) and not text.broken
 
 
 class _Scan:
@@ -130,28 +197,14 @@ def _between(places: np.ndarray, gap: int) -> np.ndarray:
     return np.stack([places[:-1] + gap, places[1:]], axis=1)
 
 
-def _blocks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) from ``start`` to the end of the file."""
-    while block := os.pread(file.fileno(), size, start):
-        yield start, block
-        start += len(block)
-
-
-def _is_blank(file: BinaryIO, begin: int, end: int) -> bool:
-    while begin < end:
-        block = os.pread(file.fileno(), min(BLOCK_BYTES, end - begin), begin)
-        if block.strip(_WHITESPACE):
-            return False
-        begin += len(block)
-    return True
-
-
-def _opening_bracket(file: BinaryIO) -> int:
+def _opening_bracket(text: Text) -> int:
     """Offset of the first character, which must be ``[``; a byte order mark may precede it."""
-    start = 3 if os.pread(file.fileno(), 3, 0) == b"\xef\xbb\xbf" else 0
-    for base, block in _blocks(file, start, BLOCK_BYTES):
-        if text := block.lstrip(_WHITESPACE):
-            if text.startswith(b"["):
-                return base + len(block) - len(text)
+    for base, block in text.blocks(0, BLOCK_BYTES):
+        rest = block.removeprefix(b"\xef\xbb\xbf") if base == 0 else block
+        if found := rest.lstrip(WHITESPACE):
+            if found.startswith(b"["):
+                return base + len(block) - len(found)
             break
-    raise DataError(f"{Path(file.name)} does not hold a JSON array; a file with one record a line must be named .jsonl")
+    if text.broken:
+        raise DataError(f"{text.name}: {text.broken}; copy the file again")
+    raise DataError(f"{text.name} does not hold a JSON array; a file with one record a line must be named .jsonl")

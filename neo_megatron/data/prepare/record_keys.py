@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from neo_megatron.data.prepare.stored_file import StoredFile
 from neo_megatron.errors import Reason, RejectedSample
 
 # The first is the name that this project uses; the others mean the same.
@@ -96,7 +97,7 @@ def _check_keys(holder: Mapping[str, Any], where: str, honoured: frozenset[str])
         if key in honoured or is_empty(value) or not (meaning := _meaning(key)):
             continue
         # A number or a boolean can be a weight, but neither media nor a prompt.
-        if isinstance(value, str | list | dict) or meaning == "weights":
+        if isinstance(value, str | list | dict | StoredFile) or meaning == "weights":
             raise RejectedSample(Reason.UNSUPPORTED_KEY, f"{where} has the key {key!r:.80}: {_MEANINGS[meaning]}")
 
 

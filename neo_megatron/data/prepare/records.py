@@ -9,6 +9,7 @@ from typing import Any
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.prepare.foreign_media import inline_form, placeholder
 from neo_megatron.data.prepare.media_paths import resolve_path
+from neo_megatron.data.prepare.record_files import Record
 from neo_megatron.data.prepare.record_keys import (
     IMAGE_KEYS,
     VIDEO_KEYS,
@@ -19,6 +20,7 @@ from neo_megatron.data.prepare.record_keys import (
     training_flag,
 )
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.stored_file import MediaFile, StoredFile, of_data_uri
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags
 from neo_megatron.errors import Reason, RejectedSample
 
@@ -36,29 +38,31 @@ class Sample:
 
     Args:
         turns: all tags of assistant turns are escaped, because they are not places for media.
-        images: paths.
-        videos: paths.
+        images: paths, or files inside containers.
+        videos: the same.
         placeholder: of another project, in the text of a sample without tags; it stays text.
         first_turn: index in ``turns`` of the first turn under ``conversations``: 1 if a system prompt has its own key.
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
-    videos: tuple[str, ...] = ()
+    images: tuple[MediaFile, ...]
+    videos: tuple[MediaFile, ...] = ()
     placeholder: str = ""
     first_turn: int = 0
 
 
-def parse_record(line: bytes | None) -> Iterator[tuple[int | None, Any]]:
+def parse_record(line: Record) -> Iterator[tuple[int | None, Any]]:
     """(element, sample as written) of a record; a list-packed record has several, any other one with element ``None``.
 
     Raises:
-        RejectedSample: the line is too long (``None``), not JSON, or an empty list.
+        RejectedSample: the line is too long (``None``), not JSON, or an empty list; the record could not be read.
     """
+    if isinstance(line, RejectedSample):
+        raise line
     if line is None:
         raise RejectedSample(Reason.BROKEN_JSON, "the line is too long to be a record")
     try:
-        record = json.loads(line)
+        record = line if isinstance(line, dict) else json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RejectedSample(Reason.BROKEN_JSON, f"the record is not valid JSON ({error})") from error
     if not isinstance(record, list):
@@ -90,8 +94,8 @@ def check_sample(sample: object, source: Source) -> Sample:
     _check_document((*system, *turns))
     return Sample(
         (*system, *turns),
-        tuple(resolve_path(path, source) for path in images),
-        tuple(resolve_path(path, source) for path in videos),
+        tuple(_located(_decoded(image, source), source) for image in images),
+        tuple(_located(video, source) for video in videos),
         foreign,
         len(system),
     )
@@ -212,15 +216,27 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or re.search("[\ud800-\udfff]", text) is None
 
 
-def _check_paths(key: str, value: object) -> tuple[str, ...]:
+def _located(file: MediaFile, source: Source) -> MediaFile:
+    """A file with its path resolved; one inside a container is found already."""
+    return file if isinstance(file, StoredFile) else resolve_path(file, source)
+
+
+def _decoded(image: MediaFile, source: Source) -> MediaFile:
+    """The image in a ``data:`` URI; anything else is returned as it is."""
+    return image if isinstance(image, StoredFile) else of_data_uri(image, source.annotations) or image
+
+
+def _check_paths(key: str, value: object) -> tuple[MediaFile, ...]:
     paths = as_list(value)
     for path in paths:
+        if isinstance(path, StoredFile):
+            continue
         if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
             raise RejectedSample(Reason.MALFORMED, f"'{key}' must be a path or a list of paths")
     return tuple(paths)
 
 
-def _match_tags(turns: tuple[Turn, ...], paths: Sequence[str], tag: str, reason: Reason) -> tuple[Turn, ...]:
+def _match_tags(turns: tuple[Turn, ...], paths: Sequence[MediaFile], tag: str, reason: Reason) -> tuple[Turn, ...]:
     """The turns with one tag for each path; a single file that no turn mentions belongs to the first human turn.
 
     A tag of an assistant is text. It might also mean that the file belongs there, which is not supported: if only that

@@ -1,9 +1,9 @@
-"""Reads a registry of data sets: the annotation file of each, its image root, and how much of it is used.
+"""Reads a registry of data sets: the annotation files of each, its image root, and how much of it is used.
 
 A registry is a YAML file; relative paths in it count from its own directory:
 
     llava_pretrain:
-      annotation_path: llava/blip_laion_cc_sbu_558k.json
+      annotation_path: llava/blip_laion_cc_sbu_558k.json   # a file, a glob or a directory
       data_path: llava/images        # the image root, joined to paths in records; without it, paths are complete
       follow_links: true             # trust links in data_path that lead outside of it; false by default
       schema: messages               # the form of the records; recognised from the first ones by default
@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from neo_megatron.data.prepare.annotation_files import check_annotation_file
+from neo_megatron.data.prepare.input_files import annotation_files
 from neo_megatron.data.prepare.internvl_meta import entries_of_meta, is_meta
 from neo_megatron.data.prepare.schemas.options import SchemaOptions, registry_options
 from neo_megatron.errors import DataError
@@ -39,11 +40,12 @@ _MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may occur several times
 
 @dataclass(frozen=True)
 class Source:
-    """One annotation file of a run.
+    """One annotation file of a run; the files of a data set have one name and follow each other.
 
     Args:
-        name: part of the key of the draw, so that the same records are drawn whatever the data set is mixed with.
-        annotations: the JSON or JSONL file.
+        name: of the data set: part of the key of the draw, so that the same records are drawn whatever the data set is
+            mixed with.
+        annotations: the file, of any `FileKind`.
         image_root: joined to the paths of images, which must not leave it; "" if the paths are complete.
         share: how often a record is used on average; 1/2 takes half of the records, 2 takes all of them twice.
         follow_links: links in the root may lead outside of it.
@@ -51,7 +53,7 @@ class Source:
 
     Raises:
         WrongPath: a path does not exist or is of another kind.
-        DataError: the annotation file is not what its name says.
+        DataError: the annotation file is not read, or JSON that is not what its name says.
     """
 
     name: str
@@ -89,16 +91,17 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
             )
         entry = entries[name]
         root = entry.get("data_path") or ""
-        sources.append(
+        sources += [
             Source(
                 name=name,
-                annotations=str(folder / entry["annotation_path"]),
+                annotations=file,
                 image_root=str(folder / root) if root else "",
                 share=share * entry.get("repeat_time", 1),
                 follow_links=entry.get("follow_links", False),
                 schema=registry_options(entry, f"data set {name} in {registry}"),
             )
-        )
+            for file in annotation_files(str(folder / entry["annotation_path"]), f"data set {name}:")
+        ]
     return sources
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from neo_megatron.data.chat import ChatEncoder, SpecialIds
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import image_tokens
-from neo_megatron.data.prepare.annotation_slices import Slice, read_slice
+from neo_megatron.data.prepare.annotation_slices import Slice, read_slice, rejected_rest
 from neo_megatron.data.prepare.file_identity import identity_of_texts
 from neo_megatron.data.prepare.media import Media, read_media
 from neo_megatron.data.prepare.output import ShardOutput
+from neo_megatron.data.prepare.record_files import Record
 from neo_megatron.data.prepare.records import check_answers, check_sample, parse_record
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, without_details
@@ -21,7 +22,7 @@ from neo_megatron.data.prepare.schemas.convert import Converter
 from neo_megatron.data.prepare.schemas.documents import is_document, split_document
 from neo_megatron.data.rejects import place_of
 from neo_megatron.data.shards.writer import ShardWriter
-from neo_megatron.errors import DataError, Reason, RejectedSample
+from neo_megatron.errors import DataError, RejectedSample
 
 # Samples are tokenized together until their images hold this much memory.
 _BATCH_SAMPLES, _BATCH_BYTES = 256, 64 << 20
@@ -101,13 +102,13 @@ class _Batch:
 class _Reported:
     """The samples and bytes of a slice that have been reported."""
 
-    def __init__(self, offset: int) -> None:
-        self._samples, self._offset = 0, offset
+    def __init__(self) -> None:
+        self._samples = self._bytes = 0
 
-    def since(self, samples: int, offset: int) -> tuple[int, int]:
+    def since(self, samples: int, size: int) -> tuple[int, int]:
         """(samples, bytes) since the last call, given both since the start."""
-        new = samples - self._samples, offset - self._offset
-        self._samples, self._offset = samples, offset
+        new = samples - self._samples, size - self._bytes
+        self._samples, self._bytes = samples, size
         return new
 
 
@@ -141,35 +142,35 @@ class SliceWorker:
 
     def _run(self, piece: Slice, writer: ShardWriter) -> Outcome:
         source = self._task.sources[piece.place.source]
-        outcome = Outcome(piece.next, piece.end - piece.place.offset)
-        reported = _Reported(piece.place.offset)
+        outcome = Outcome(piece.next, piece.bytes_to(piece.end))
+        reported = _Reported()
         batch = _Batch(self._encoder, writer, piece.place.source, source.schema.max_document_tokens)
         converter = Converter(source, self._task.settings.seed)
-        for record, text in read_slice(piece, source, self._task.settings.seed):
+        for record, read in read_slice(piece, source, self._task.settings.seed):
             outcome.records += 1
-            self._read_record(text, record, source, converter, batch, outcome)
+            self._read_record(read, record, source, converter, batch, outcome)
             if batch.is_empty:
-                self._report(*reported.since(outcome.samples, int(piece.bounds[record - piece.place.first, 1])))
+                end = int(piece.bounds[record - piece.place.first, 1])
+                self._report(*reported.since(outcome.samples, piece.bytes_to(end)))
         batch.write()
         outcome.samples += batch.further
         if piece.broken:
             outcome.records += 1
             outcome.samples += 1
-            broken = RejectedSample(Reason.BROKEN_JSON, piece.broken)
-            self._reject(broken, piece.place.first + len(piece.bounds), None, source, outcome)
+            self._reject(rejected_rest(piece, source), piece.place.first + len(piece.bounds), None, source, outcome)
         if outcome.samples > len(outcome.rejects):
             outcome.shard = writer.commit()
         else:
             writer.discard()
-        self._report(*reported.since(outcome.samples, piece.end))
+        self._report(*reported.since(outcome.samples, outcome.bytes))
         return outcome
 
     def _read_record(
-        self, text: bytes | None, record: int, source: Source, converter: Converter, batch: _Batch, outcome: Outcome
+        self, read: Record, record: int, source: Source, converter: Converter, batch: _Batch, outcome: Outcome
     ) -> None:
         """Adds the usable samples of a record to the batch, and rejects the others."""
         try:
-            elements = list(converter.samples(parse_record(text), record))
+            elements = list(converter.samples(parse_record(read), record))
         except RejectedSample as rejected:
             outcome.samples += 1
             self._reject(rejected, record, None, source, outcome)

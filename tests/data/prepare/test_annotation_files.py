@@ -50,15 +50,18 @@ def said(path, content: bytes) -> str:
 
 
 BINARY = {
-    "gzip": (gzip.compress(ARRAY), "compressed with gzip; unpack it with: gunzip"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + ARRAY, "compressed with Zstandard"),
+    "gzip": (gzip.compress(ARRAY)[:5], "JSON compressed with gzip, but damaged"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + ARRAY, "JSON compressed with Zstandard, but damaged"),
     "bzip2": (bz2.compress(ARRAY), "compressed with bzip2"),
     "xz": (lzma.compress(ARRAY), "compressed with xz"),
-    "tar": (archive("tar"), "a tar archive"),
+    "tar.gz": (gzip.compress(archive("tar")), "a tar archive in a compressed file; decompress it with: gunzip"),
+    "xz in gzip": (gzip.compress(lzma.compress(ARRAY)), "compressed with xz"),
+    "empty in gzip": (gzip.compress(b""), "is empty"),
+    "utf-16 in gzip": (gzip.compress(LINES.decode().encode("utf-16")), "is UTF-16"),
     "zip": (archive("zip"), "a ZIP archive"),
-    "parquet": (b"PAR1" + ARRAY + b"PAR1", "is Parquet; convert it"),
-    "arrow": (b"ARROW1\0\0" + ARRAY, "an Arrow file"),
-    "arrow stream": (b"\xff\xff\xff\xff\x10\0\0\0", "an Arrow stream"),
+    "parquet": (b"PAR1" + ARRAY + b"PAR1", "is damaged Parquet (its footer is missing)"),
+    "cut parquet": (b"PAR1" + ARRAY, "is damaged Parquet (its footer is missing)"),
+    "encrypted parquet": (b"PAR1" + ARRAY + b"PARE", "is encrypted Parquet; write it without"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "empty": (b"", "is empty"),
     "blank": (b" \n\n", "is empty"),
@@ -98,8 +101,10 @@ def test_other_file_formats_are_recognised(tmp_path, name, kind):
     ],
 )
 def test_an_array_in_a_jsonl_file_is_rejected(tmp_path, content):
-    assert "is one JSON array; rename it to .json" in said(tmp_path / "a.jsonl", content)
+    assert "is one JSON array; rename it to .json, or" in said(tmp_path / "a.jsonl", content)
     assert not said(tmp_path / "a.json", content)
+    assert "is one JSON array; rename it to .json.gz, or" in said(tmp_path / "a.jsonl.gz", gzip.compress(content))
+    assert not said(tmp_path / "a.json.gz", gzip.compress(content))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,7 @@ def test_lines_in_a_json_file_are_rejected(tmp_path, content):
     assert not said(tmp_path / "a.jsonl", content)
     if len(content) < 1 << 20:
         assert "has one record a line; rename it to .jsonl" in said(tmp_path / "a.json", content)
+        assert "has one record a line; rename it to .jsonl.gz" in said(tmp_path / "a.json.gz", gzip.compress(content))
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -160,6 +166,20 @@ def test_files_written_by_json_are_accepted(tmp_path_factory, records):
 def test_a_source_is_checked_before_anything_else(tmp_path):
     with pytest.raises(DataError, match="is an empty directory: give a JSON or JSONL file"):
         Source("a", str(tmp_path))
-    (tmp_path / "a.jsonl").write_bytes(gzip.compress(LINES))
-    with pytest.raises(DataError, match=r"a\.jsonl is compressed with gzip"):
+    (tmp_path / "a.jsonl").write_bytes(bz2.compress(LINES))
+    with pytest.raises(DataError, match=r"a\.jsonl is compressed with bzip2"):
         Source("a", str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.tar"])
+def test_what_is_read_is_known_from_its_content(tmp_path, name):
+    """Whatever its name says, as long as it is clear how records are separated."""
+    if name != "a.tar":
+        assert not said(tmp_path / name, gzip.compress(LINES))
+    assert not said(tmp_path / name, archive("tar"))
+
+
+@pytest.mark.parametrize("magic", [b"PAR1", b"\xff\xff\xff\xff\x10\0\0\0", b"ARROW1\0\0", b"\x28\xb5\x2f\xfd"])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, magic):
+    monkeypatch.setattr("neo_megatron.data.prepare.file_kinds.is_installed", lambda module: module != "pyarrow")
+    assert "which needs PyArrow: pip install 'pyarrow" in said(tmp_path / "a", magic)

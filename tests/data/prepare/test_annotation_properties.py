@@ -1,14 +1,19 @@
 """Property tests: whatever an annotation file holds, every sample is kept, or rejected with its reason."""
 
+import gzip
+import io
 import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.bench import png
 
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
 from neo_megatron.data.config import PreprocessConfig
@@ -19,6 +24,7 @@ from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.tags import IMAGE_TAG, count_tags
 from neo_megatron.errors import Reason, RejectedSample
 
+PNG = png()
 SMALL = PreprocessConfig(min_pixels=1024, max_pixels=4096, records_per_shard=7)
 
 
@@ -86,6 +92,9 @@ def deep(levels: int, kind: str = "[]") -> bytes:
     return b'{"conversations":' + turns + b',"extra":' + opening * levels + b"1" + closing * levels + b"}"
 
 
+plain_texts = st.none() | st.sampled_from(["a.png", "<image>", "Hi", "", "../a.png", "/etc/passwd", "data:,"])
+roles_text = st.sampled_from(["human", "gpt", "human", "gpt", "system", None, "x"])
+image_bytes = st.sampled_from([None, b"", b"\x89PNG", PNG, PNG])
 lines = mostly(
     records.map(lambda record: json.dumps(record).encode()),
     st.binary(max_size=40)
@@ -193,6 +202,45 @@ def test_lines_are_kept_or_rejected(root, tokenizer, neo, content):
     counts, rejects, shards = run(root, tokenizer, file, "train.jsonl")
     check_books(counts, rejects, shards, neo)
     assert counts["records_read"] == sum(bool(line.strip(b" \t\r\n\v\f")) for line in file.split(b"\n"))
+
+
+@quick(6)
+@given(content=st.lists(lines, max_size=25))
+def test_compressed_lines_are_those_of_the_plain_file(root, tokenizer, neo, content):
+    file = b"\n".join([deep(1), *content])
+    plain, packed = (
+        run(root, tokenizer, data, name) for data, name in ((file, "a.jsonl"), (gzip.compress(file), "a.jsonl.gz"))
+    )
+    check_books(*packed, neo)
+    assert packed[0] == plain[0]
+    assert [{**row, "file": ""} for row in packed[1]] == [{**row, "file": ""} for row in plain[1]]
+
+
+parquet_samples = st.lists(
+    st.fixed_dictionaries(
+        {
+            "conversations": st.none()
+            | st.lists(st.none() | st.fixed_dictionaries({"from": roles_text, "value": plain_texts}), max_size=4),
+            "image": st.none()
+            | st.lists(st.none() | st.fixed_dictionaries({"bytes": image_bytes, "path": plain_texts}), max_size=2),
+        }
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@quick(15)
+@given(content=parquet_samples)
+def test_rows_with_nulls_anywhere_are_kept_or_rejected(root, tokenizer, neo, content):
+    turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
+    image = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    schema = pa.schema([("conversations", turns), ("image", image)])
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(content, schema=schema), file)
+    counts, rejects, shards = run(root, tokenizer, file.getvalue(), "a.parquet")
+    check_books(counts, rejects, shards, neo)
+    assert counts["records_read"] == len(content)
 
 
 @quick(20)
