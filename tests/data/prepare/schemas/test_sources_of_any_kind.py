@@ -1,4 +1,4 @@
-"""Records of any schema in files of any kind: the shards are those of the same records as JSON beside loose files."""
+"""Records of any schema in files of any kind: the shards are those of the same records as JSON and loose files."""
 
 import io
 import json
@@ -52,9 +52,8 @@ def same_shards(bench, directory_bytes):
             for name in ("here", "there")
         )
         # Identities by path differ: a member of a container is another file.
-        assert {name for name in here if here[name] != there[name]} <= {
-            "00000.media.npy"
-        } and here.keys() == there.keys()
+        assert here.keys() == there.keys()
+        assert {name for name in here if here[name] != there[name]} <= {"00000.media.npy"}
         return manifest["counts"]
 
     return check
@@ -80,13 +79,8 @@ def test_messages_in_a_tar(bench, loose, same_shards):
 
 def test_the_cauldron_in_parquet(bench, loose, same_shards):
     texts = [{"user": "What?", "assistant": "That.", "source": "s"}]
-    file = parquet(
-        bench.path / "0.parquet",
-        {
-            "images": [[{"bytes": loose["a.png"], "path": None}, {"bytes": loose["b.png"], "path": None}]],
-            "texts": [texts],
-        },
-    )
+    stored = [{"bytes": loose[name], "path": None} for name in ("a.png", "b.png")]
+    file = parquet(bench.path / "0.parquet", {"images": [stored], "texts": [texts]})
     assert same_shards(file, "messages", [{"images": ["a.png", "b.png"], "texts": texts}])["samples_kept"] == 1
 
 
