@@ -17,13 +17,13 @@ and neo-megatron must be installed on them.
 import argparse
 import os
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
 from neo_megatron.cli.source_options import add_sources, check_sources, chosen_sources
 from neo_megatron.cli.video_options import add_video, video_settings
 from neo_megatron.command_line import program_name
-from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.config import ImageStore, PreprocessConfig
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.tallies import Noticed
@@ -67,10 +67,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     images.add_argument(
         "--image-store",
-        choices=["encoded", "patches"],
+        choices=get_args(ImageStore),
         default=PreprocessConfig.image_store,
-        help="encoded keeps the bytes of image files; patches keeps pixels, which take several times the space but are "
-        "not decoded in training (%(default)s)",
+        help="encoded keeps the bytes of image files; reference keeps where they lie, in tars or loose files, which "
+        "must stay there; patches keeps pixels, which take several times the space but are not decoded in training "
+        "(%(default)s)",
     )
     images.add_argument(
         "--check",

@@ -7,7 +7,7 @@ from typing import Literal
 from neo_megatron.errors import DataError
 
 ImageCheck = Literal["decode", "header"]
-ImageStore = Literal["encoded", "patches"]
+ImageStore = Literal["encoded", "reference", "patches"]
 EmptyAnswers = Literal["reject", "keep"]
 VideoText = Literal["frames", "timestamps"]
 
@@ -18,7 +18,8 @@ class PreprocessConfig:
 
     Args:
         min_pixels, max_pixels: limits of the area of a resized image, in pixels.
-        image_store: "encoded" keeps the bytes of the files, "patches" keeps pixels ready for the model.
+        image_store: "encoded" keeps the bytes of the files, "reference" where they lie, "patches" keeps pixels ready
+            for the model.
         check: "decode" decodes every image to its end; "header" trusts its header where pixels are not needed.
         seed: of the draw from sources of which only a share is used.
         records_per_shard: records of an annotation file that make one shard.

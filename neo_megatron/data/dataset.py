@@ -107,13 +107,13 @@ class PackDataset(torch.utils.data.Dataset):
                 f"--min-jpeg-quality must be from 1 to 100, not {min_jpeg_quality}; 100 leaves images alone"
             )
         stores = {shards.image_store for stream in self.streams for shards in stream.data.sets}
-        if min_jpeg_quality < 100 and stores != {"encoded"}:
+        if min_jpeg_quality < 100 and "patches" in stores:
             raise DataError(
                 f"{location} keeps images as patches, which cannot be compressed as JPEG; "
                 "preprocess with --image-store encoded, or leave out --min-jpeg-quality"
             )
         # To check patches there is nothing to read: any bytes are pixels.
-        self._fetch_images = images == "patches" or (images == "check" and "encoded" in stores)
+        self._fetch_images = images == "patches" or (images == "check" and stores != {"patches"})
         self._window = -1
         self._window_packs: list[_Pack] = []
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,7 @@ from neo_megatron.data.prepare.file_identity import identity_of_content, identit
 from neo_megatron.data.prepare.records import Sample
 from neo_megatron.data.prepare.stored_file import MediaFile, StoredFile, identity_of_place, image_bytes
 from neo_megatron.data.prepare.video_text import text_of_clip
+from neo_megatron.data.shards.references import Reference
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tags
 from neo_megatron.data.video import Clip, plan_clip, read_frames
 from neo_megatron.errors import Reason, RejectedSample
@@ -30,8 +32,21 @@ from neo_megatron.errors import Reason, RejectedSample
 # A sample is held in memory until it is written.
 MAX_SAMPLE_BYTES = 1 << 30
 
-# The bytes or patches of an image, its grid, and the identity of its file's content; None for a frame of a video.
-_Stored = tuple[np.ndarray, tuple[int, int], int | None]
+
+class _Stored(NamedTuple):
+    """An image as it is stored.
+
+    Args:
+        stored: uint8 [n], its bytes, its patches or the reference to it.
+        grid: (height, width) in patches.
+        size: bytes that a reader of the sample holds for it.
+        content: identity of its file's content; None for a frame of a video.
+    """
+
+    stored: np.ndarray
+    grid: tuple[int, int]
+    size: int
+    content: int | None
 
 
 @dataclass(frozen=True)
@@ -85,12 +100,12 @@ def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in videos]
     limits = _limits(settings, len(sample.images), sum(len(clip.times) for clip in clips))
     images, grids, contents, size = [], [], [], 0
-    for stored, grid, content in _in_order(sample, clips, settings, limits):
-        images.append(stored)
-        grids.append(grid)
-        if content is not None:
-            contents.append(content)
-        size += stored.nbytes
+    for image in _in_order(sample, clips, settings, limits):
+        images.append(image.stored)
+        grids.append(image.grid)
+        if image.content is not None:
+            contents.append(image.content)
+        size += image.size
         if size > MAX_SAMPLE_BYTES:
             raise RejectedSample(Reason.OVER_LONG, f"the images of the sample take over {MAX_SAMPLE_BYTES >> 20} MiB")
     contents += map(identity_of_file, videos)
@@ -142,24 +157,48 @@ def _image(image_file: MediaFile, settings: PreprocessConfig, limits: tuple[int,
     if settings.image_store == "patches":
         image = decode(data, path)
         grid = image_grid(image, path, *limits)
-        return patches_from_image(image, grid).reshape(-1), grid, identity_of_content(data)
+        patches = patches_from_image(image, grid).reshape(-1)
+        return _Stored(patches, grid, patches.nbytes, identity_of_content(data))
     if settings.check == "header":
         size = header_size(data, path)
     else:
         image = decode(data, path)
         size = image.height, image.width
     grid = grid_of_size(*size, path, *limits)
-    return np.frombuffer(data, np.uint8), grid, identity_of_content(data)
+    stored = np.frombuffer(data, np.uint8)
+    if settings.image_store == "reference":
+        stored = _reference(image_file, data).pack()
+    return _Stored(stored, grid, len(data), identity_of_content(data))
+
+
+def _reference(image_file: MediaFile, data: bytes) -> Reference:
+    if isinstance(image_file, str):
+        return Reference.to(image_file, 0, data)
+    if image_file.data is not None:
+        raise RejectedSample(
+            Reason.UNREADABLE_IMAGE,
+            f"the image {image_file} has no bytes of its own in a file, to which --image-store reference could refer; "
+            "use --image-store encoded",
+        )
+    return Reference.to(image_file.container, image_file.offset, data)
 
 
 def _frame(image: Image.Image, path: str, settings: PreprocessConfig, limits: tuple[int, int]) -> _Stored:
+    if settings.image_store == "reference":
+        raise RejectedSample(
+            Reason.UNREADABLE_VIDEO,
+            f"the frames of the video {path} have no bytes of their own, to which --image-store reference could refer; "
+            "use --image-store encoded",
+        )
     grid = image_grid(image, path, *limits)
     if settings.image_store == "patches":
-        return patches_from_image(image, grid).reshape(-1), grid, None
+        patches = patches_from_image(image, grid).reshape(-1)
+        return _Stored(patches, grid, patches.nbytes, None)
     # Lossless and resized to its grid, so that both stores give the model the same pixels.
     file = io.BytesIO()
     resize_to_grid(image, grid).save(file, "PNG", compress_level=1)
-    return np.frombuffer(file.getvalue(), np.uint8), grid, None
+    stored = np.frombuffer(file.getvalue(), np.uint8)
+    return _Stored(stored, grid, stored.nbytes, None)
 
 
 def _with_frames(turns: tuple[Turn, ...], clips: list[Clip], settings: PreprocessConfig) -> tuple[Turn, ...]:

@@ -22,6 +22,7 @@ from neo_megatron.data.image import PATCH_VALUES, image_tokens
 from neo_megatron.data.manifest import manifest_bytes, parse_manifest
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
+from neo_megatron.data.shards.references import BrokenReference, Reference, read_references
 from neo_megatron.errors import DamagedFile, damaged_file
 from neo_megatron.paths import Wanted
 from neo_megatron.storage.base import Content, Directory, Range
@@ -48,7 +49,8 @@ class StoredSample:
         tokens: int32 [n].
         spans: int32 [k, 2], half-open ranges of trained tokens.
         grids: int32 [p, 2], in patches, one for each ``<img>`` in ``tokens``.
-        images: uint8 [bytes] each, in the form of ``ShardSet.image_store``; empty if they were not asked for.
+        images: uint8 [bytes] each, in the form of ``ShardSet.image_store``, with the bytes of the file in place of a
+            reference; empty if they were not asked for.
     """
 
     tokens: np.ndarray
@@ -116,10 +118,6 @@ class Shard:
     def image_range(self, sample: int) -> range:
         """Numbers of the images of a sample, within the shard."""
         return self.images.range_of_document(sample)
-
-    def image(self, number: int) -> np.ndarray:
-        """uint8 [n]: the file's bytes or the flattened patches, as ``ShardSet.image_store`` says."""
-        return self.images[number]
 
     def _sequences(
         self,
@@ -212,7 +210,11 @@ class ShardSet:
         return shard
 
     def fetch(self, samples: Sequence[int], images: bool = True) -> list[StoredSample]:
-        """The samples of the given numbers, in their order; requests to object storage are concurrent."""
+        """The samples of the given numbers, in their order; requests to object storage are concurrent.
+
+        Raises:
+            DataError: a file is damaged, or one that is referred to has changed.
+        """
         self._prepare({bisect_right(self._starts, sample) - 1 for sample in samples})
         located = [self.locate(sample) for sample in samples]
         numbers = [shard.image_range(local) for shard, local in located]
@@ -224,7 +226,7 @@ class ShardSet:
                 raise damaged_file(path, f"a trained range of sample {local} has no end", _AGAIN)
             ranges += [shard.images.range(number) for number in wanted] if images else []
         arrays = iter(self.storage.read_ranges(ranges))
-        return [
+        found = [
             StoredSample(
                 tokens=next(arrays).view(np.int32),
                 spans=next(arrays).view(np.int32).reshape(-1, 2),
@@ -233,6 +235,21 @@ class ShardSet:
             )
             for (shard, _), wanted in zip(located, numbers, strict=True)
         ]
+        if images and self.image_store == "reference":
+            self._follow(found, [shard for shard, _ in located])
+        return found
+
+    def _follow(self, samples: Sequence[StoredSample], shards: Sequence[Shard]) -> None:
+        """Puts the bytes of images in the place of the references to them, those of all samples at once."""
+        references: list[Reference] = []
+        for sample, shard in zip(samples, shards, strict=True):
+            try:
+                references += map(Reference.unpack, sample.images)
+            except BrokenReference as error:
+                raise damaged_file(f"{self.location}/{shard.name}.pictures.bin", str(error), _AGAIN) from error
+        read = iter(read_references(references))
+        for sample in samples:
+            sample.images[:] = islice(read, len(sample.images))
 
     def _prepare(self, numbers: Iterable[int]) -> None:
         """Fetches the files of shards that are about to be opened, all at the same time."""

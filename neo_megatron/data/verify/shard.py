@@ -19,6 +19,7 @@ from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.shards.arrays import array_of
 from neo_megatron.data.shards.indexed import SequenceReader
 from neo_megatron.data.shards.reader import MEDIA, SAMPLE, check_grids
+from neo_megatron.data.shards.references import BrokenReference, Reference, read_references
 from neo_megatron.data.shards.sample_checks import wrong_spans, wrong_tokens
 from neo_megatron.errors import DamagedFile, DataError, RejectedSample
 from neo_megatron.storage.base import Directory
@@ -218,6 +219,8 @@ class _ShardCheck:
                 if self._data.settings.image_store == "encoded":
                     sentence = _check_encoded(images[image], grids[image], end - start, name, self._data.settings)
                     self._report(int(images.lengths[image]))
+                elif self._data.settings.image_store == "reference":
+                    sentence = _check_reference(images[image], grids[image], end - start, name, self._data.settings)
                 else:
                     fits = images.lengths[image] == counts[image] * 4 * PATCH_VALUES
                     sentence = "" if fits else f"the patches of the image {name} do not fit its grid"
@@ -239,6 +242,15 @@ class _ShardCheck:
             trained = None if self._rows is None else int(self._rows["trained"][sample])
             if sentence := wrong_spans(spans[sample], length, trained):
                 self._add_sample("spans.bin", sample, sentence)
+
+
+def _check_reference(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
+    """As `_check_encoded`, for a reference to the file of an image."""
+    try:
+        (data,) = read_references([Reference.unpack(stored)])
+    except (BrokenReference, DataError) as error:
+        return f"the image {name}: {error}"
+    return _check_encoded(data, grid, count, name, settings)
 
 
 def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
