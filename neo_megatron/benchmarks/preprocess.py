@@ -24,7 +24,9 @@ from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import smart_resize
 from neo_megatron.data.prepare.annotation_slices import slices
 from neo_megatron.data.prepare.executors import LocalExecutor
+from neo_megatron.data.prepare.output import open_output
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.schemas.choose import choose_schemas
 from neo_megatron.data.prepare.worker import SliceWorker, Task
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.worker_pool import in_order
@@ -49,8 +51,8 @@ def measure(scratch: Path) -> list[Row]:
         ("text alone", DECODE, 20, False, ""),
     ):
         file = _write_annotations(photos, copies, images)
-        source = Source("photos", str(file), str(photos))
-        worker = SliceWorker(Task([source], parts.json, parts.ids, settings, "fail", output))
+        (source,) = choose_schemas([Source("photos", str(file), str(photos))])
+        worker = SliceWorker(Task([source], parts.json, parts.ids, settings, "fail", open_output(output)))
         tokenizer = Tokenizer.from_str(parts.json)
 
         def ours(worker=worker, source=source, settings=settings) -> None:
@@ -149,11 +151,11 @@ def _stored(settings: PreprocessConfig) -> Callable[[bytes], bytes]:
 def _two_workers(scratch: Path, photos: Path, parts) -> Row:
     """Wall time; the processes are started and have loaded their tokenizer before the clock starts."""
     settings = replace(DECODE, records_per_shard=50)
-    source = Source("photos", str(_write_annotations(photos, 6, images=True)), str(photos))
+    (source,) = choose_schemas([Source("photos", str(_write_annotations(photos, 6, images=True)), str(photos))])
     pieces = list(slices([source], settings.records_per_shard))
     seconds = []
     for workers in (1, 2):
-        task = Task([source], parts.json, parts.ids, settings, "fail", _emptied(scratch / "preprocess"))
+        task = Task([source], parts.json, parts.ids, settings, "fail", open_output(_emptied(scratch / "preprocess")))
         engine = LocalExecutor(task, workers, lambda *_: None)
         for _ in in_order(engine, iter(pieces[:workers])):
             pass

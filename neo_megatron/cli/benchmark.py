@@ -17,7 +17,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 from neo_megatron.benchmarks.table import markdown
 
 SUITES = {
-    "data": ["preprocess", "memory", "loader", "packing", "storage"],
+    "data": ["preprocess", "sources", "memory", "loader", "packing", "storage"],
     "train": ["train", "stage_one"],
     "convert": ["convert"],
     "gpu": ["attention", "steps"],

@@ -12,6 +12,7 @@ import pytest
 
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
 from neo_megatron.data.prepare.executors import LocalExecutor
+from neo_megatron.data.prepare.output import open_output
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome
@@ -72,7 +73,7 @@ def test_a_worker_that_dies_is_reported_with_its_records(bench, new_sample, tmp_
     file.unlink()
     os.mkfifo(file)  # a worker that opens it waits forever
     parts = load_parts(bench.tokenizer)
-    task = Task([source], parts.json, parts.ids, bench.settings, "skip", tmp_path)
+    task = Task([source], parts.json, parts.ids, bench.settings, "skip", open_output(tmp_path))
     executor = LocalExecutor(task, 1, lambda *_: None)
     try:
         executor.start(0, piece)
