@@ -210,7 +210,7 @@ def test_shards_do_not_depend_on_workers_or_interruptions(bench, same, directory
         save_outcome(directory, outcome)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("neo_megatron.data.prepare.worker.save_outcome", save)
+        patched.setattr("neo_megatron.data.prepare.output.save_outcome", save)
         preprocess(sources, bench.tokenizer, bench.path / "killed", settings_of_run)
     preprocess(sources, bench.tokenizer, bench.path / "killed", settings_of_run)
     assert directory_bytes(bench.path / "by1") == directory_bytes(bench.path / "killed")
