@@ -1,7 +1,8 @@
 """The training loader: data set and collator on 200 photographs, compared to what bytes and pixels cost at least."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +40,32 @@ def measure(scratch: Path) -> list[Row]:
     """CPU seconds of reading packs from each image store, next to the least that bytes and pixels cost."""
     rows: list[Row] = []
     encoded, decode = _load(scratch, "encoded"), _decode(scratch, "encoded")
-    ours, least, referred = _rates(scratch, [encoded, decode, _load(scratch, "reference")])
+    ours, least, referred = _rates([encoded, decode, _load(scratch, "reference")])
     unit = "samples per CPU-second"
     rows.append(Row("loader, images kept encoded", unit, ours, PUBLIC_KIT, "public kit", ">= 2.5"))
     rows.append(Row("loader, images kept encoded", unit, ours, least, "decode and resize alone"))
     rows.append(Row("loader, images in a tar by reference", unit, referred, ours, "images kept encoded", ">= 0.9"))
-    ours, least = _rates(scratch, [_load(scratch, "patches"), _copy(scratch, "patches")])
+    ours, least = _rates([_load(scratch, "patches"), _copy(scratch, "patches")])
     rows.append(Row("loader, images kept as patches", unit, ours, PUBLIC_KIT, "public kit", ">= 25"))
     rows.append(Row("loader, images kept as patches", unit, ours, least, "a copy of the bytes", ">= 0.6"))
     return rows
 
 
-def _rates(scratch: Path, works: list[Callable[[], None]]) -> list[float]:
-    samples = len(PackDataset(scratch / "packs-encoded", 1, seed=0).packs.data)
-    return [samples / seconds for seconds in side_by_side(works)]
+@dataclass(frozen=True)
+class _Work:
+    """A piece of work, and the samples that it reads."""
+
+    samples: int
+    run: Callable[[], None]
 
 
-def _load(scratch: Path, store: ImageStore) -> Callable[[], None]:
+def _rates(works: Sequence[_Work]) -> list[float]:
+    """Samples per CPU-second of each."""
+    seconds = side_by_side([work.run for work in works])
+    return [work.samples / taken for work, taken in zip(works, seconds, strict=True)]
+
+
+def _load(scratch: Path, store: ImageStore) -> _Work:
     """Reads an epoch of packs, each time the next one."""
     dataset = PackDataset(write_store(scratch, store), 1_000_000, seed=0)
     numbers = iter(range(1_000_000))
@@ -65,7 +75,7 @@ def _load(scratch: Path, store: ImageStore) -> Callable[[], None]:
             collate([dataset[next(numbers)]])
 
     load()
-    return load
+    return _Work(len(dataset.packs.data), load)
 
 
 def _samples(scratch: Path, store: ImageStore) -> list[StoredSample]:
@@ -73,7 +83,7 @@ def _samples(scratch: Path, store: ImageStore) -> list[StoredSample]:
     return shards.fetch(range(len(shards)))
 
 
-def _copy(scratch: Path, store: ImageStore) -> Callable[[], None]:
+def _copy(scratch: Path, store: ImageStore) -> _Work:
     every = _samples(scratch, store)
 
     def copy() -> None:
@@ -81,10 +91,10 @@ def _copy(scratch: Path, store: ImageStore) -> Callable[[], None]:
             for image in stored.images:
                 np.array(image)
 
-    return copy
+    return _Work(len(every), copy)
 
 
-def _decode(scratch: Path, store: ImageStore) -> Callable[[], None]:
+def _decode(scratch: Path, store: ImageStore) -> _Work:
     every = _samples(scratch, store)
 
     def decode() -> None:
@@ -93,4 +103,4 @@ def _decode(scratch: Path, store: ImageStore) -> Callable[[], None]:
                 image = Image.open(io.BytesIO(data.tobytes())).convert("RGB")
                 image.resize((columns * 16, rows * 16), Image.Resampling.BICUBIC)
 
-    return decode
+    return _Work(len(every), decode)
