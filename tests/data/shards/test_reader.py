@@ -157,7 +157,7 @@ def test_fetch_returns_the_contents_of_the_files(shards):
         assert stored.spans.reshape(-1).tolist() == shard.spans[local].tolist()
         numbers = list(shard.image_range(local))
         assert stored.grids.tolist() == shard.grids[numbers].tolist()
-        assert [image.tobytes() for image in stored.images] == [shard.image(n).tobytes() for n in numbers]
+        assert [image.tobytes() for image in stored.images] == [shard.images[n].tobytes() for n in numbers]
         assert not stored.images or not stored.images[0].flags.owndata  # a view of the mapped file
     assert [stored.images for stored in shards.fetch([0, 3], images=False)] == [[], []]
 
