@@ -2,12 +2,11 @@
 
 import json
 import mmap
-import subprocess
-import sys
 
 import pyarrow as pa
 import pytest
 from support.kills import in_child
+from support.little_memory import read_with_limit
 
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.input_files import annotation_files
@@ -101,32 +100,14 @@ def test_any_changed_byte_is_read_or_has_a_reason(tmp_path, kind, seed):
     assert in_child(check) == 0
 
 
-# In a process of its own: memory that other tests left free is not limited.
-READ_WITH_LITTLE_MEMORY = """
-import sys
-from neo_megatron.data import memory_limit
-from neo_megatron.data.prepare.annotation_slices import read_slice, slices
-from neo_megatron.data.prepare.registry import Source
-from neo_megatron.errors import RejectedSample
-memory_limit.MAX_DECODING_BYTES = int(sys.argv[1])
-for path in sys.argv[2:]:
-    source = Source("table", path)
-    pieces = list(slices([source], 7))
-    read = [record for piece in pieces for _, record in read_slice(piece, source, 0)]
-    print(len(read) + sum(bool(piece.broken) for piece in pieces), all(isinstance(r, RejectedSample) for r in read))
-"""
-
-
 @pytest.mark.parametrize(("limit", "rejected"), [(64 << 20, True), (4 << 30, False)])
 def test_compressed_batches_that_expand_beyond_the_limit_of_memory_are_rejected(tmp_path, limit, rejected):
     for kind in WRITERS:
         with pa.PythonFile((tmp_path / kind).open("wb")) as file:
             write_zeros(file, kind, 256 << 20)
         assert (tmp_path / kind).stat().st_size < 1 << 20
-    files = [str(tmp_path / kind) for kind in WRITERS]
-    command = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, str(limit), *files]
-    read = subprocess.run(command, capture_output=True, text=True)
-    assert read.stdout.splitlines() == [f"1 {rejected}"] * 2, read.stderr
+    for read, refused, broken in read_with_limit(limit, [tmp_path / kind for kind in WRITERS]):
+        assert read + broken == 1 and refused + broken == rejected
 
 
 def test_a_damaged_file_is_accounted_for(bench, new_sample):
