@@ -7,7 +7,7 @@ from pathlib import Path
 from neo_megatron.errors import DataError
 
 
-def lock(path: Path, output: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+def lock(path: Path, output: str | Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     """Opens and locks a file or directory; closing the returned descriptor releases the lock.
 
     Args:

@@ -143,7 +143,7 @@ class Connection:
                 waited = time.monotonic() - start
                 if waited + pause > self._retry_seconds:
                     raise DataError(
-                        f"{url} could not be {verb}: {_reason(error)}; given up after {attempts} attempts in "
+                        f"{url} could not be {verb}: {_reason(error)}; given up after {attempts} attempt{'s' * (attempts > 1)} in "
                         f"{waited:.0f} seconds; {_REMEDIES[verb]}"
                     ) from error
                 _log.warning("%s: %s; trying again in %.1f seconds", url, _reason(error), pause)

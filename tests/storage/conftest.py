@@ -44,8 +44,9 @@ def settings(proxy, monkeypatch, tmp_path) -> Callable[..., None]:
         AWS_DEFAULT_REGION="us-east-1",
         AWS_EC2_METADATA_DISABLED="true",
         NEO_CACHE_DIR=tmp_path / "cache",
-        NEO_STORAGE_TIMEOUT=0.5,
-        NEO_STORAGE_RETRY_SECONDS=10,
+        # A busy machine may take seconds for an answer: a test whose server stalls asks for a shorter wait itself.
+        NEO_STORAGE_TIMEOUT=20,
+        NEO_STORAGE_RETRY_SECONDS=60,
     )
     yield set_
     proxy.released.set()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -22,9 +23,9 @@ PLACE = "s3://output/a/shards"
 
 
 @pytest.fixture(autouse=True)
-def bucket(proxy, settings):
-    """An empty bucket, with time for a server on a busy machine."""
-    settings(NEO_STORAGE_TIMEOUT=20, NEO_STORAGE_RETRY_SECONDS=60)
+def bucket(proxy, monkeypatch, tmp_path):
+    """An empty bucket; the locks of its addresses are those of this test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     host, port = proxy.server
     bucket = boto3.resource("s3", endpoint_url=f"http://{host}:{port}").Bucket("output")
     bucket.create()

@@ -1,7 +1,6 @@
 """Outputs of packs, which become complete together; the same command completes them after a kill."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from neo_megatron.errors import DataError
 from neo_megatron.locks import lock
 from neo_megatron.storage.base import MANIFEST, is_remote
 from neo_megatron.storage.object_writer import ObjectWriter
+from neo_megatron.storage.staging import Staging, staging_path
 
 
 class _Output(Protocol):
@@ -145,13 +145,14 @@ class _LocalOutput:
 
 
 class _RemoteOutput:
-    """A prefix of object storage; files are written into a temporary directory (``TMPDIR``) and uploaded at the end.
+    """A prefix of object storage; files are written into a directory of ``TMPDIR`` and uploaded at the end.
 
-    Object storage has no locks; two runs of the same command write the same bytes.
+    There are no locks between machines; two runs of the same command write the same bytes.
     """
 
     def __init__(self, location: str, kind: str) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="neo-megatron-"))
+        self.directory = staging_path(location.rstrip("/"))
+        self._staging: Staging | None = None
         self._objects = ObjectWriter(location)
         self._mark = f"{kind}{PARTIAL}"
         self._found: set[str] = set()
@@ -159,6 +160,8 @@ class _RemoteOutput:
 
     def claim(self) -> None:
         location = self._objects.location
+        if self._staging is None:
+            self._staging = Staging(location)
         self._found = set(self._objects.sizes())
         if self._mark in self._found:
             return
@@ -189,6 +192,5 @@ class _RemoteOutput:
         self._objects.delete([self._mark])
 
     def close(self) -> None:
-        for path in self.directory.iterdir():
-            path.unlink()
-        self.directory.rmdir()
+        if self._staging is not None:
+            self._staging.close()

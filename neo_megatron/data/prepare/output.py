@@ -22,6 +22,7 @@ from neo_megatron.data.prepare.resume import (
 )
 from neo_megatron.storage.base import is_remote, join
 from neo_megatron.storage.object_writer import ObjectWriter
+from neo_megatron.storage.staging import staging_directory
 
 _OUTCOMES = 256  # that are in memory at the same time
 
@@ -82,7 +83,7 @@ class RemoteOutput:
 
     @contextmanager
     def room(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="neo-megatron-") as directory:
+        with tempfile.TemporaryDirectory(dir=staging_directory(self.location)) as directory:
             yield Path(directory)
 
     def publish(self, room: Path, name: str) -> None:

@@ -1,14 +1,10 @@
 """A run of preprocessing that writes to object storage, with the files that `resume` describes as objects.
 
-Object storage has no locks. Two runs of the same command write the same bytes, and a run of another command finds the
+There are no locks between machines. Two runs of the same command write the same bytes, and a run of another command finds the
 plan of the first one and ends.
 """
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Container, Iterator
-from pathlib import Path
 from typing import Any
 
 from neo_megatron.atomic_files import json_line
@@ -23,16 +19,16 @@ from neo_megatron.data.prepare.resume import (
     number_of_outcome,
 )
 from neo_megatron.errors import DataError
-from neo_megatron.locks import lock
 from neo_megatron.storage.base import MANIFEST, join
 from neo_megatron.storage.object_writer import ObjectWriter
+from neo_megatron.storage.staging import Staging
 
 
 class RemoteRun:
     """As `resume.Run`, for an address. Use it in a ``with`` statement.
 
     Raises:
-        DataError: it holds a finished data set or other objects, or another run of this machine is writing to it.
+        DataError: it holds a finished data set or other objects, or another run of this user and machine is writing to it.
     """
 
     def __init__(self, location: str) -> None:
@@ -44,16 +40,13 @@ class RemoteRun:
             raise DataError(f"{self._location} already holds a data set; remove it, or choose another --output")
         if PLAN not in self._sizes and self._sizes:
             raise DataError(f"{self._location} is not empty; choose another --output")
-        name = hashlib.sha256(self._location.encode()).hexdigest()[:16]
-        self._mark = Path(tempfile.gettempdir()) / f"neo-megatron-{name}.lock"
-        self._lock = lock(self._mark, Path(self._location))
+        self._staging = Staging(self._location)
 
     def __enter__(self) -> "RemoteRun":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._mark.unlink(missing_ok=True)
-        os.close(self._lock)
+        self._staging.close()
 
     @property
     def has_manifest(self) -> bool:
