@@ -64,6 +64,8 @@ def preprocess(
         DataError: the input cannot be read, or a sample was rejected with ``on_error="fail"``.
     """
     place = open_output(output)
+    for source in sources:
+        source.settings(settings)  # raises if they do not fit, before any work
     sources = choose_schemas(sources)
     with open_run(output) as run:
         tokenizer = load_parts(tokenizer_directory)
@@ -89,8 +91,8 @@ def preprocess(
 def _entry(source: Source) -> dict[str, Any]:
     """The entry of a source in a manifest."""
     entry = asdict(source) | {"share": str(source.share)}
-    del entry["schema"]
-    return entry | source.schema.entry()
+    del entry["schema"], entry["media"]
+    return entry | source.schema.entry() | source.media.entry()
 
 
 def _plan(head: dict[str, Any]) -> dict[str, Any]:
