@@ -24,7 +24,12 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
         help="annotation files, globs or directories, which are one data set: a JSON array, .jsonl with one record a "
         "line, both also .gz or .zst, Parquet, Arrow, or WebDataset tars",
     )
-    inputs.add_argument("--registry", metavar="FILE", help="YAML file that maps names to data sets; needs --datasets")
+    inputs.add_argument(
+        "--registry",
+        metavar="FILE",
+        help="YAML file that maps names to data sets, which may have pixel limits and other options of their own; "
+        "needs --datasets",
+    )
     group.add_argument(
         "--datasets",
         nargs="+",
