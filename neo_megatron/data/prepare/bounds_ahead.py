@@ -74,10 +74,8 @@ class BoundsAhead:
         return broken
 
     def _look_at(self, index: int) -> bool:
-        if index >= len(self._sources):
-            return False
-        path = self._sources[index].annotations
-        return kind_of_file(path) is FileKind.TAR and os.path.getsize(path) <= _LARGEST
+        path = self._sources[index].annotations if index < len(self._sources) else ""
+        return os.path.isfile(path) and kind_of_file(path) is FileKind.TAR and os.path.getsize(path) <= _LARGEST
 
 
 def _prepare(_: None, report: Callable[[], None]) -> Callable[[str], _Found]:

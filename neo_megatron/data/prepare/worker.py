@@ -59,7 +59,8 @@ class _Batch:
         self._document_tokens, self._image_start = document_tokens, image_start
         self._samples: list[_Pending] = []
         self._bytes = 0
-        self.further = 0  # samples in addition to those that were added, from documents that were split
+        # Samples in addition to those that were added, from documents that were split; those of them with images.
+        self.further = self.further_with_images = 0
         self._in_record = False  # whether a sample has come since the last record ended
 
     @property
@@ -92,9 +93,10 @@ class _Batch:
             item = sample.media
             key = identity_of_texts(turn.text for turn in item.turns)
             pieces = [Piece(tokens, slice(None))]
-            if is_document(item.turns):
+            if is_document(item.turns) and len(tokens.tokens) > self._document_tokens:
                 pieces = split_document(tokens, self._image_start, self._document_tokens)
             self.further += len(pieces) - 1
+            self.further_with_images += sum(bool(item.images[part]) for _, part in pieces) - bool(item.images)
             for piece, part in pieces:
                 images, grids, files = item.images[part], item.grids[part], item.files(part)
                 self._writer.add(piece, images, grids, self._source, sample.record, key, files)
@@ -160,6 +162,7 @@ class SliceWorker:
                 self._report(*reported.since(outcome.samples, piece.bytes_to(end)))
         batch.write()
         outcome.samples += batch.further
+        outcome.noticed.with_images += batch.further_with_images
         if piece.broken:
             outcome.records += 1
             outcome.samples += 1

@@ -238,6 +238,9 @@ def test_pages_longer_than_a_pack_are_split(bench, new_png, store, samples_of):
     split, complete = write("shards", 80), write("complete", 8192)
     assert len(complete) == 3 and len(split) > 5
     assert split.manifest["counts"]["samples_kept"] == split.manifest["counts"]["samples_read"] == len(split)
+    for shards in (split, complete):
+        with_images = sum(int((shards.shard(number).samples["pictures"] > 0).sum()) for number in range(2))
+        assert shards.manifest["counts"]["samples_with_images"] == with_images
     for pieces, page in zip(map(split.shard, range(2)), map(complete.shard, range(2)), strict=True):
         assert pieces.grids.tolist() == page.grids.tolist()
         assert pieces.samples["trained"].sum() == page.samples["trained"].sum()
