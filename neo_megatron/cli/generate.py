@@ -1,9 +1,9 @@
-"""Answers a prompt about images with a NEO, shown as it is generated; or answers all prompts of a JSONL.
+"""Answers a prompt about images with a NEO, shown as it is generated; or answers all prompts of annotation files.
 
 neo-megatron generate --model neo --image cat.png --prompt "What is the cat doing?"
 neo-megatron generate --model neo --input prompts.jsonl --image-root images --output answers
 
-A line of the JSONL is an annotation record without its answer, or {"image": "cat.png", "prompt": "What is it?"}; the
+A record of the input is an annotation record without its answer, or {"image": "cat.png", "prompt": "What is it?"}; the
 turn after the last one of a user is answered, in answers.jsonl of the output. Rejected prompts are listed in
 rejects.jsonl. The same command continues a run that was interrupted, also with another --batch-size or --workers.
 """
@@ -18,10 +18,10 @@ import torch
 
 from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
-from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of
+from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags
+from neo_megatron.cli.source_options import input_sources
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.manifest import REJECTS
-from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.tags import IMAGE_TAG, as_literal
 from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
@@ -45,7 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     one.add_argument("--system", metavar="TEXT", help="a system turn in front; default: none")
     many = parser.add_argument_group("many answers")
-    many.add_argument("--input", metavar="FILE", help=".jsonl with one record per line, or a JSON array")
+    many.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="annotation files, globs or directories, of any kind that preprocess reads",
+    )
     many.add_argument(
         "--image-root",
         default="",
@@ -92,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Answers one prompt, or all prompts of a file."""
+    """Answers one prompt, or all prompts of files."""
     arguments = parse_arguments()
     quiet()
     generation: dict[str, Any] = {}
@@ -128,8 +133,7 @@ def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> Non
 
 def answer_file(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
     """Writes the answers to all prompts of `--input`, and lists what was left out."""
-    source = Source(Path(arguments.input).stem, arguments.input, arguments.image_root, schema=schema_of(arguments))
-    sources = chosen([source], to_answer=True)
+    sources = chosen(input_sources(arguments), to_answer=True)
     task, workers = task_of(arguments, generation)
     with AnswerRun(arguments.output, plan_of(task, sources, "next turn")) as run:
         listed = read_questions(sources, task.settings, "next turn")

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from neo_megatron.data.prepare.registry import Source
@@ -59,8 +58,8 @@ def add_schemas(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_DOCUMENT_TOKENS,
         metavar="TOKENS",
-        help="a longer document without images is split into consecutive samples; from 2 to the --seq-length "
-        "of the packs (%(default)s)",
+        help="a longer document is split into consecutive samples, never within an image; from 2 to the "
+        "--seq-length of the packs (%(default)s)",
     )
 
 
@@ -87,14 +86,13 @@ def schema_of(arguments: argparse.Namespace) -> SchemaOptions:
     )
 
 
-def with_shared_options(sources: Sequence[Source], arguments: argparse.Namespace) -> list[Source]:
-    """The data sets of a registry with the options that are the same for all.
+def shared_options(arguments: argparse.Namespace) -> SchemaOptions:
+    """The options of all data sets of a registry that have none of their own.
 
     Raises:
         DataError: as `schema_of`.
     """
-    shared = {"prompts": _prompts(arguments), "max_document_tokens": arguments.max_document_tokens}
-    return [replace(source, schema=replace(source.schema, **shared)) for source in sources]
+    return SchemaOptions(prompts=_prompts(arguments), max_document_tokens=arguments.max_document_tokens)
 
 
 def chosen(sources: Sequence[Source], to_answer: bool = False) -> list[Source]:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of, with_shared_options
+from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of, shared_options
 from neo_megatron.data.prepare.file_kinds import plain_name
 from neo_megatron.data.prepare.input_files import annotation_files
 from neo_megatron.data.prepare.registry import Source, data_list
@@ -24,7 +24,12 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
         help="annotation files, globs or directories, which are one data set: a JSON array, .jsonl with one record a "
         "line, both also .gz or .zst, Parquet, Arrow, or WebDataset tars",
     )
-    inputs.add_argument("--registry", metavar="FILE", help="YAML file that maps names to data sets; needs --datasets")
+    inputs.add_argument(
+        "--registry",
+        metavar="FILE",
+        help="YAML file that maps names to data sets, which may have pixel limits and other options of their own; "
+        "needs --datasets",
+    )
     group.add_argument(
         "--datasets",
         nargs="+",
@@ -67,7 +72,16 @@ def sources_of(arguments: argparse.Namespace) -> list[Source]:
         DataError: a path or a name is wrong, or a file is not what its name says.
     """
     if arguments.registry:
-        return with_shared_options(data_list(arguments.datasets, arguments.registry), arguments)
+        return data_list(arguments.datasets, arguments.registry, shared_options(arguments))
+    return input_sources(arguments)
+
+
+def input_sources(arguments: argparse.Namespace) -> list[Source]:
+    """The files of --input, which are one data set.
+
+    Raises:
+        DataError: as `sources_of`.
+    """
     links = getattr(arguments, "follow_links", False)
     files = [file for path in arguments.input for file in annotation_files(path, "--input")]
     if twice := next((file for file, count in Counter(files).items() if count > 1), None):

@@ -1,8 +1,8 @@
 """The configuration of preprocessing: image sizes, image store, video frames, sampling and checks."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from neo_megatron.errors import DataError
 
@@ -76,3 +76,24 @@ class PreprocessConfig:
     def video_limits(self) -> tuple[int, int]:
         """(least, most) pixels of a frame, before it shares them with others."""
         return self.video_min_pixels or self.min_pixels, self.video_max_pixels or self.max_pixels
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """The fields of `PreprocessConfig` that a data set may have of its own; ``None`` stands for that of the run.
+
+    Args:
+        min_pixels, max_pixels, video_fps, max_frames, video_text, video_min_pixels, video_max_pixels: as there.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    video_fps: float | None = None
+    max_frames: int | None = None
+    video_text: VideoText | None = None
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -7,10 +7,11 @@ may rely on types and ranges; whether numbers are true is found when the files a
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any, get_args, get_type_hints
 
-from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.config import MediaOptions, PreprocessConfig
 from neo_megatron.errors import DataError
 
 REJECTS = "rejects.jsonl"
@@ -92,6 +93,18 @@ def check_plan(plan: Any) -> None:
     """
     try:
         _PLAN(plan)
+    except _WrongValue as wrong:
+        raise ValueError(str(wrong)) from wrong
+
+
+def check_media(own: Any) -> None:
+    """Checks the types of the fields of `MediaOptions` that a data set has of its own.
+
+    Raises:
+        ValueError: with the field and what is wrong with its value.
+    """
+    try:
+        _object({}, _MEDIA, closed=True)(own)
     except _WrongValue as wrong:
         raise ValueError(str(wrong)) from wrong
 
@@ -268,17 +281,38 @@ def _files(value: Any, expected: set[str]) -> None:
         _at(name, _FILE, file)
 
 
-def _settings(value: Any) -> None:
-    """The fields of `PreprocessConfig`; those that were added in later versions may be missing."""
+def _checks_of_settings() -> dict[str, _Check]:
     checks: dict[Any, _Check] = {int: _integer(-_MAX_COUNT, _MAX_COUNT), float: _number}
-    known = {
+    return {
         name: checks.get(hint) or _choice(*get_args(hint)) for name, hint in get_type_hints(PreprocessConfig).items()
     }
-    _object({"image_store": known.pop("image_store")}, known, closed=True)(value)
+
+
+_CONFIG = _checks_of_settings()
+_MEDIA = {field.name: _CONFIG[field.name] for field in fields(MediaOptions)}
+
+
+def _settings(value: Any) -> None:
+    """The fields of `PreprocessConfig`; those that were added in later versions may be missing."""
+    required = {"image_store": _CONFIG["image_store"]}
+    _object(required, _CONFIG, closed=True)(value)
+    _usable(value)
+
+
+def _usable(settings: dict[str, Any]) -> None:
     try:
-        PreprocessConfig(**value)
+        PreprocessConfig(**settings)
     except DataError as error:
         raise _WrongValue(f"cannot be used: {error}") from error
+
+
+def settings_of_sources(manifest: dict[str, Any]) -> list[PreprocessConfig]:
+    """The settings of each source of a checked manifest of shards: those of the run, and those of its own."""
+    return [PreprocessConfig(**_settings_of(manifest["settings"], source)) for source in manifest["sources"]]
+
+
+def _settings_of(settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    return settings | {name: source[name] for name in _MEDIA if name in source}
 
 
 _IDS = ("image_context", "image_start", "image_end", "turn_start", "turn_end", "pad")
@@ -301,6 +335,7 @@ _SOURCE = _object(
         "columns": _mapping_of(_text),
         **dict.fromkeys(("transform_sha256", "caption_prompts_sha256"), _checksum),
         "max_document_tokens": _integer(2, _MAX_COUNT),
+        **_MEDIA,
     },
 )
 _PLACEHOLDER = _object({"samples": _COUNT, "file": _text, "record": _COUNT, "element": _optional(_COUNT)})
@@ -332,6 +367,8 @@ _SHARDS = _object(
 
 def _check_shards(manifest: dict[str, Any]) -> None:
     _SHARDS(manifest)
+    for number, source in enumerate(manifest["sources"]):
+        _at(f"sources[{number}]", _usable, _settings_of(manifest["settings"], source))
     last = -1
     for number, entry in enumerate(manifest["shards"]):
         try:

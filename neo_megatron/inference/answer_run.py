@@ -17,7 +17,7 @@ from neo_megatron.locks import lock
 
 ANSWERS, PROGRESS = "answers.jsonl", "answers.partial.jsonl"
 
-Place = tuple[str, int, int | None, int]
+Place = tuple[str, str, int, int | None, int]
 """As `Question.place`."""
 
 

@@ -65,8 +65,9 @@ class Task:
 
 def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
     """Everything but the images that decides the answers, keyed by the words of an error message."""
-    names = ("config.json", "generation_config.json", "tokenizer.json")
-    model = [*(task.model / name for name in names), *_weight_files(task.model)]
+    files = ("config.json", "generation_config.json", "tokenizer.json")
+    model = [*(task.model / name for name in files), *_weight_files(task.model)]
+    data_sets = list(dict.fromkeys(source.name for source in sources))
     settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(task.settings).items()}
     return {
         "kind of questions": ask,
@@ -75,17 +76,22 @@ def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
         "--max-new-tokens": task.max_new_tokens,
         "way of choosing tokens": task.generation,
         **settings,
-        "list of data sets": [source.name for source in sources],
+        "list of data sets": data_sets,
         **{
-            f"annotation file, root or share of {source.name}": [
-                os.path.abspath(source.annotations),
-                _state(Path(source.annotations)),
-                source.image_root,
-                str(source.share),
+            f"list of annotation files, root or share of {name}": [
+                [
+                    os.path.abspath(source.annotations),
+                    _state(Path(source.annotations)),
+                    source.image_root,
+                    str(source.share),
+                ]
+                for source in sources
+                if source.name == name
             ]
-            for source in sources
+            for name in data_sets
         },
         **{f"schema of {source.name}": entry for source in sources if (entry := source.schema.entry())},
+        **{f"limit of images or videos of {source.name}": own for source in sources if (own := source.media.entry())},
     }
 
 
@@ -145,7 +151,8 @@ class Worker:
 
     def _prompt(self, question: Question) -> Prompt | Result:
         try:
-            return prompt_of_sample(question.sample, question.turn, self._task.settings)
+            settings = question.source.settings(self._task.settings)
+            return prompt_of_sample(question.sample, question.turn, settings)
         except RejectedSample as rejected:
             return {"rejected": rejected.row(question.source.annotations, question.record, question.element)}
 

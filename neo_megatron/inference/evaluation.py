@@ -79,6 +79,7 @@ def answer_lines(
             yield (
                 {
                     "data_set": question.source.name,
+                    "file": question.source.annotations,
                     "record": question.record,
                     "element": question.element,
                     "turn": question.turn,

@@ -1,6 +1,8 @@
 """Reads questions from annotation files; samples that preprocessing rejects are rejected with the same sentence."""
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +34,8 @@ class Question:
     """One turn for the model to generate, and its place in the data.
 
     Args:
-        source, record, element: the data set, the number of the record in its file, the index in a list-packed record.
+        source, record, element: the file of a data set, the number of the record in it, the index in a list-packed
+            record.
         turn: of the sample; the turns before it are the prompt.
         id: the record's ``id``.
         references: texts that count as right; empty where none are known.
@@ -49,9 +52,9 @@ class Question:
     length: int
 
     @property
-    def place(self) -> tuple[str, int, int | None, int]:
+    def place(self) -> tuple[str, str, int, int | None, int]:
         """The unique place of the question."""
-        return self.source.name, self.record, self.element, self.turn
+        return self.source.name, os.path.abspath(self.source.annotations), self.record, self.element, self.turn
 
     @property
     def text(self) -> str:
@@ -76,41 +79,39 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
 
     Args:
         sources: as of preprocessing; for a share below 1 the same records are drawn.
-        settings: limits of pixels, and the seed of the draw.
+        settings: limits of pixels where a data set has none of its own, and the seed of the draw.
         ask: "every answer": each turn that is trained on is one question, the turns before it as they are written its
             prompt; its text and its ``answers``, a list of strings, are the references. "next turn": each sample is one
             question, the turn after the user's last; it may have a ``prompt``, a string, in place of ``conversations``.
 
     Raises:
-        DataError: a data set is named twice, or with more than all of it; there is no question at all.
+        DataError: a data set is named twice, or with more than all of it; its limits of pixels do not fit each other;
+            there is no question at all.
     """
     sources = choose_schemas(sources, to_answer=ask == "next turn")
-    converters = {source.name: Converter(source, settings.seed) for source in sources}
-    names = [source.name for source in sources]
+    files = Counter((source.name, source.annotations) for source in sources)
     for source in sources:
-        files = len({other.annotations for other in sources if other.name == source.name})
-        if files > 1:
-            raise DataError(
-                f"data set {source.name} has {files} annotation files; questions are read from one: name it"
-            )
-        if source.share > 1 or names.count(source.name) > 1:
+        if source.share > 1 or files[source.name, source.annotations] > 1:
             raise DataError(f"data set {source.name}: each question is asked once; name it once, with at most %100")
+    converters = [Converter(source, settings.seed) for source in sources]
+    own = [source.settings(settings) for source in sources]
     result = QuestionList()
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
-        for source, record, read in _records(sources, settings.seed, result):
-            progress.update(_read_record(source, converters[source.name], record, read, settings, ask, result))
+        for number, record, read in _records(sources, settings.seed, result):
+            progress.update(_read_record(sources[number], converters[number], record, read, own[number], ask, result))
     if not result.questions:
         why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
         raise DataError(f"no question in {', '.join(source.annotations for source in sources)}{why}")
     return result
 
 
-def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[Source, int, Record]]:
+def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[int, int, Record]]:
+    """(number of the source, number of the record in it, the record); adds the end of a damaged file to the rejects."""
     for piece in slices(sources, _RECORDS_AT_ONCE):
         source = sources[piece.place.source]
         for record, read in read_slice(piece, source, seed):
-            yield source, record, read
+            yield piece.place.source, record, read
         if piece.broken:
             rest = rejected_rest(piece, source)
             result.rejects.append(rest.row(source.annotations, piece.place.first + len(piece.bounds), None))

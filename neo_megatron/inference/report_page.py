@@ -110,7 +110,7 @@ def _card(line: dict[str, Any], images: str) -> str:
     said = escape(visible(line["prediction"])) or "(nothing)"
     cut = "" if line["finished"] else " … (cut)"
     right = " · ".join(dict.fromkeys(escape(visible(reference)) for reference in line["references"]))
-    where = f"{line['data_set']}, record {line['record']:,}"
+    where = f"{line['data_set']}: {PurePath(line['file']).name}, record {line['record']:,}"
     where += "" if line["element"] is None else f", sample {line['element']}"
     names = ", ".join(PurePath(path).name for path in line["pictures"][:IMAGES_PER_CASE])
     return (

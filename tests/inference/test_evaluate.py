@@ -163,6 +163,106 @@ def test_an_interrupted_run_resumes(run, evaluated, tmp_path, monkeypatch):
     assert sum(sizes) == 12
 
 
+@pytest.fixture(scope="module")
+def in_parts(asked, tmp_path_factory) -> Path:
+    """The annotations of `asked` in three files, as a registry with one data set of a directory."""
+    annotations, _ = asked
+    folder = tmp_path_factory.mktemp("parts")
+    records = json.loads(annotations.read_text())
+    (folder / "asked").mkdir()
+    for number, part in enumerate((records[:2], records[2:7], records[7:])):
+        (folder / "asked" / f"{number}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
+    images = annotations.parent / "images"
+    (folder / "registry.yaml").write_text(f"asked: {{annotation_path: asked, data_path: {images}}}\n")
+    return folder
+
+
+@pytest.mark.parametrize("given", ["directory", "glob", "files", "registry"])
+def test_a_data_set_may_have_several_files(checkpoint, asked, evaluated, in_parts, given, tmp_path, monkeypatch):
+    """The answers and scores are those of one file; a run that is interrupted in the second file resumes."""
+    annotations, _ = asked
+    paths = sorted((in_parts / "asked").iterdir())
+    inputs = {"directory": [in_parts / "asked"], "glob": [in_parts / "asked" / "*.jsonl"], "files": paths}
+    flags = ["--registry", in_parts / "registry.yaml", "--datasets", "asked"]
+    if given != "registry":
+        flags = ["--input", *inputs[given], "--image-root", annotations.parent / "images"]
+    flags += ["--model", checkpoint, "--output", tmp_path / "out", "--max-new-tokens", TOKENS, "--workers", 1]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--batch-size", "5"])
+    answer, sizes = Answerer.answer, []
+
+    def counting(self, prompts, *arguments):
+        if len(sizes) == 1:
+            sizes.append(0)
+            raise KeyboardInterrupt
+        sizes.append(len(prompts))
+        return answer(self, prompts, *arguments)
+
+    monkeypatch.setattr(Answerer, "answer", counting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main()
+    evaluate.main()
+    assert sum(sizes) == 12
+    lines, expected = (lines_of(directory / "answers.jsonl") for directory in (tmp_path / "out", evaluated))
+    assert [line | {"file": "", "record": 0, "data_set": ""} for line in lines] == [
+        line | {"file": "", "record": 0, "data_set": ""} for line in expected
+    ]
+    places = [(Path(line["file"]).name, line["record"]) for line in lines[::2]]
+    assert places == [("0.jsonl", 0), ("0.jsonl", 1), ("1.jsonl", 0), ("1.jsonl", 4), ("2.jsonl", 0), ("2.jsonl", 1)]
+    assert len({(line["file"], line["record"], line["turn"]) for line in lines}) == 12
+    scores, alone = (json.loads((d / "scores.json").read_text()) for d in (tmp_path / "out", evaluated))
+    assert [*scores["data_sets"].values()] == [*alone["data_sets"].values()] and len(scores["data_sets"]) == 1
+    assert [(Path(r["file"]).name, r["record"]) for r in lines_of(tmp_path / "out" / "rejects.jsonl")] == [
+        ("1.jsonl", 2),
+        ("1.jsonl", 3),
+        ("1.jsonl", 1),
+    ]
+    assert "1.jsonl, record 4" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_other_files_of_a_data_set_are_another_run(checkpoint, in_parts, tmp_path, monkeypatch):
+    flags = ["--model", checkpoint, "--output", tmp_path / "out", "--max-new-tokens", TOKENS, "--workers", 1]
+    paths = sorted((in_parts / "asked").iterdir())
+
+    def killed(self, *_):
+        self.add([])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerRun, "finish", killed)
+    for files, error in ((paths, KeyboardInterrupt), (paths[:2], DataError)):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--input", *map(str, files)])
+        with pytest.raises(error) as raised:
+            evaluate.main()
+    assert "with another list of annotation files, root or share of 0; repeat" in str(raised.value)
+
+
+def test_images_have_the_limits_of_their_data_set(checkpoint, asked, tmp_path, monkeypatch):
+    """Of the registry where it has them, else those of the flags; other limits are another run."""
+    annotations, _ = asked
+    entry = {"annotation_path": str(annotations), "data_path": str(annotations.parent / "images")}
+    registry = tmp_path / "registry.yaml"
+    grids: list[tuple[int, int]] = []
+
+    def first_grids(self, prompts, *_):
+        if len(grids) > 8:
+            raise KeyboardInterrupt
+        grids.extend(grid for prompt in prompts for grid in prompt.grids)
+        return answer(self, prompts, *_)
+
+    answer = Answerer.answer
+    monkeypatch.setattr(Answerer, "answer", first_grids)
+    flags = ["--registry", registry, "--datasets", "own", "flags", "--model", checkpoint, "--output", tmp_path / "out"]
+    flags += ["--max-new-tokens", TOKENS, "--workers", 1, "--batch-size", 12, "--max-pixels", 16384]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    registry.write_text(json.dumps({"own": entry | {"min_pixels": 65536, "max_pixels": 65536}, "flags": entry}))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main()
+    areas = [height * width * 256 for height, width in grids]  # the longest questions come first
+    assert min(areas[:8]) > 40000 and len(areas) > 8 and max(areas[8:]) <= 16384
+    registry.write_text(json.dumps({"own": entry | {"min_pixels": 32768, "max_pixels": 65536}, "flags": entry}))
+    with pytest.raises(DataError, match="unfinished run with another limit of images or videos of own"):
+        evaluate.main()
+
+
 def test_only_one_run_uses_a_directory(run, evaluated, tmp_path):
     with pytest.raises(DataError, match="already holds answers"):
         run(evaluated)
@@ -235,7 +335,7 @@ def test_a_run_resumes_only_with_the_same_command(run, evaluated, asked, tmp_pat
         run(tmp_path / "half", "--max-pixels", "16384")
     annotations, _ = asked
     annotations.touch()
-    with pytest.raises(DataError, match="unfinished run with another annotation file, root or share of asked"):
+    with pytest.raises(DataError, match="unfinished run with another list of annotation files, root"):
         run(tmp_path / "half")
 
 
@@ -276,7 +376,16 @@ def test_errors_are_one_sentence(tmp_path, monkeypatch):
 
 def case(**keys):
     return {
-        **{"data_set": "d", "record": 0, "element": None, "turn": 1, "id": None, "pictures": [], "question": "?"},
+        **{
+            "data_set": "d",
+            "file": "d.json",
+            "record": 0,
+            "element": None,
+            "turn": 1,
+            "id": None,
+            "pictures": [],
+            "question": "?",
+        },
         **{"prediction": "a", "finished": True, "references": ["b"], "exact_match": False, "anls": 0.0, **keys},
     }
 

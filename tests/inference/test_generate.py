@@ -1,14 +1,17 @@
 """`neo-megatron generate`: one answer on the terminal, many into a file."""
 
+import gzip
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from support.paths import TOOLS
 
 from neo_megatron.cli import generate
 from neo_megatron.data.conversation import Turn
+from neo_megatron.errors import DataError
 
 TOOL = TOOLS / "generate.py"
 TOKENS = 6
@@ -78,6 +81,24 @@ def test_many_answers(run, answerer, golden, tmp_path, capsys):
     (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (reject["record"], reject["kind"]) == (1, "missing picture")
     assert "1 samples were rejected" in capsys.readouterr().out
+
+
+def test_prompts_of_several_files(run, tmp_path):
+    """Of a directory; the lines say from which file each answer is."""
+    (tmp_path / "prompts").mkdir()
+    for name, prompts in (("a.jsonl", ["One?", "Two?"]), ("b.jsonl.gz", ["Three?"])):
+        opened = gzip.open if name.endswith("gz") else open
+        with opened(tmp_path / "prompts" / name, "wt") as file:
+            file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    run("--input", tmp_path / "prompts", "--output", tmp_path / "out", "--workers", 1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [(line["data_set"], Path(line["file"]).name, line["record"], line["question"]) for line in lines] == [
+        ("prompts", "a.jsonl", 0, "One?"),
+        ("prompts", "a.jsonl", 1, "Two?"),
+        ("prompts", "b.jsonl.gz", 0, "Three?"),
+    ]
+    with pytest.raises(DataError, match=r"--input names .*a\.jsonl twice"):
+        run("--input", tmp_path / "prompts", tmp_path / "prompts" / "a.jsonl", "--output", tmp_path / "other")
 
 
 def test_a_bad_image_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def test_every_trained_turn_is_a_question(read):
         ],
     ]
     questions = read(records).questions
-    assert [(*question.place[1:], question.text, question.references) for question in questions] == [
+    assert [(*question.place[2:], question.text, question.references) for question in questions] == [
         (0, None, 1, "<image>\nOne?", ("1",)),
         (0, None, 3, "Two?", ("2",)),
         (1, 0, 3, "Four?", ("4", "four")),
@@ -69,8 +69,6 @@ def test_questions_of_containers_are_those_of_loose_files(read, golden, tmp_path
         ]
         prompts = [prompt_of_sample(it.sample, it.turn, SETTINGS) for it in (found[0], expected[0])]
         assert np.array_equal(prompts[0].images[0], prompts[1].images[0]) and prompts[0].turns == prompts[1].turns
-    with pytest.raises(DataError, match="data set packed has 2 annotation files; questions are read from one"):
-        read_questions([source, Source("packed", str(tmp_path / "packed.tar"))], SETTINGS, "every answer")
 
 
 def test_answers_and_tags_are_read_as_in_training(read):
@@ -86,7 +84,7 @@ def test_answers_and_tags_are_read_as_in_training(read):
         {"tools": "[]", "conversations": [human("Six?"), gpt("6")]},
     ]
     listed = read(records)
-    assert [(*question.place[1:], question.references) for question in listed.questions] == [
+    assert [(*question.place[2:], question.references) for question in listed.questions] == [
         (0, None, 2, ("1", "one")),
         (0, None, 4, ("2",)),
         (1, None, 1, ("<image>",)),

@@ -5,7 +5,7 @@ are in the slice, because it can only be read from its start. Memory holds a few
 the file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from neo_megatron.data.permutation import permutation
 from neo_megatron.data.prepare.file_kinds import COMPRESSED, FileKind, kind_of_file
-from neo_megatron.data.prepare.record_bounds import MAX_RECORD_BYTES
+from neo_megatron.data.prepare.record_bounds import MAX_RECORD_BYTES, Bounds
 from neo_megatron.data.prepare.record_files import Record, open_records
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.errors import Reason, RejectedSample
@@ -89,11 +89,24 @@ class Slice:
         return Place(self.place.number + 1, self.place.source, self.place.part + 1, first, self.end, due)
 
 
-def slices(sources: Sequence[Source], records_per_slice: int, place: Place = Place()) -> Iterator[Slice]:
-    """Yields the slices from ``place`` on. They are cut at record counts, so the cut does not depend on the workers."""
+def slices(
+    sources: Sequence[Source],
+    records_per_slice: int,
+    place: Place = Place(),
+    bounds_of: Callable[[int], Bounds | None] = lambda index: None,
+) -> Iterator[Slice]:
+    """Yields the slices from ``place`` on. They are cut at record counts, so the cut does not depend on the workers.
+
+    Args:
+        sources: all of a run.
+        records_per_slice: records of a slice.
+        place: where the first slice begins.
+        bounds_of: the bounds of all records of a source, where they are found elsewhere.
+    """
     for index in range(place.source, len(sources)):
         place = _at_start(place, sources, index)
-        for piece in _slices(sources[index], records_per_slice, place):
+        found = None if place.offset else bounds_of(index)
+        for piece in _slices(sources[index], records_per_slice, place, found):
             yield piece
             place = piece.next
 
@@ -145,9 +158,9 @@ def _round(value: Fraction) -> int:
     return int(value + Fraction(1, 2))
 
 
-def _slices(source: Source, records_per_slice: int, place: Place) -> Iterator[Slice]:
+def _slices(source: Source, records_per_slice: int, place: Place, found: Bounds | None) -> Iterator[Slice]:
     with open_records(source.annotations) as file:
-        found = file.bounds(place.offset)
+        found = found or file.bounds(place.offset)
         waiting: list[np.ndarray] = []
         texts: list[bytes | None] = []
         count, broken = 0, None

@@ -41,12 +41,14 @@ class _Stored(NamedTuple):
         grid: (height, width) in patches.
         size: bytes that a reader of the sample holds for it.
         content: identity of its file's content; None for a frame of a video.
+        video: number of the video of a frame; None for an image.
     """
 
     stored: np.ndarray
     grid: tuple[int, int]
     size: int
     content: int | None
+    video: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,18 @@ class Media:
         images: uint8 [n] each, encoded bytes or flattened patches.
         grids: (height, width) of each in patches.
         identities: (by path, by content) of each image file, then of each video file.
+        owners: index in ``identities`` of the file of each image and frame.
     """
 
     turns: tuple[Turn, ...]
     images: list[np.ndarray]
     grids: list[tuple[int, int]]
     identities: list[tuple[int, int]]
+    owners: list[int]
+
+    def files(self, part: slice) -> list[tuple[int, int]]:
+        """The identities of the files that have an image or a frame in a part of the sample."""
+        return [self.identities[number] for number in sorted(set(self.owners[part]))]
 
 
 def load_media(
@@ -90,7 +98,7 @@ def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
         RejectedSample, DataError: as `load_media`.
     """
     if not (sample.images or sample.videos):
-        return Media(sample.turns, [], [], [])
+        return Media(sample.turns, [], [], [], [])
     with limited_memory():
         return _read_media(sample, settings)
 
@@ -99,10 +107,15 @@ def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     videos = [_video_path(video) for video in sample.videos]
     clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in videos]
     limits = _limits(settings, len(sample.images), sum(len(clip.times) for clip in clips))
-    images, grids, contents, size = [], [], [], 0
+    images: list[np.ndarray] = []
+    grids: list[tuple[int, int]] = []
+    contents: list[int] = []
+    owners: list[int] = []
+    size = 0
     for image in _in_order(sample, clips, settings, limits):
         images.append(image.stored)
         grids.append(image.grid)
+        owners.append(len(contents) if image.video is None else len(sample.images) + image.video)
         if image.content is not None:
             contents.append(image.content)
         size += image.size
@@ -111,7 +124,7 @@ def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
     contents += map(identity_of_file, videos)
     places = map(identity_of_place, (*sample.images, *videos), contents)
     identities = list(zip(places, contents, strict=True))
-    return Media(_with_frames(sample.turns, clips, settings), images, grids, identities)
+    return Media(_with_frames(sample.turns, clips, settings), images, grids, identities, owners)
 
 
 @dataclass(frozen=True)
@@ -132,15 +145,15 @@ def _limits(settings: PreprocessConfig, images: int, frames: int) -> _Limits:
 
 def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, limits: _Limits) -> Iterator[_Stored]:
     """Yields images and frames in the order of the tags."""
-    images, videos = iter(sample.images), iter(clips)
+    images, videos = iter(sample.images), iter(enumerate(clips))
     for turn in sample.turns:
         for tag in split_tags(turn.text)[1::2]:
             if tag == IMAGE_TAG:
                 yield _image(next(images), settings, limits.image)
             else:
-                clip = next(videos)
+                number, clip = next(videos)
                 for frame in read_frames(clip):
-                    yield _frame(frame, clip.path, settings, limits.frame)
+                    yield _frame(frame, clip.path, settings, limits.frame)._replace(video=number)
 
 
 def _video_path(video: MediaFile) -> str:

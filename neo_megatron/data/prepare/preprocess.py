@@ -16,6 +16,7 @@ from neo_megatron.data.chat import tokenizer_fingerprint
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, read_manifest, write_manifest
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
+from neo_megatron.data.prepare.bounds_ahead import BoundsAhead
 from neo_megatron.data.prepare.executors import ExecutorName, open_executor
 from neo_megatron.data.prepare.output import ShardOutput, open_output
 from neo_megatron.data.prepare.registry import Source
@@ -64,6 +65,8 @@ def preprocess(
         DataError: the input cannot be read, or a sample was rejected with ``on_error="fail"``.
     """
     place = open_output(output)
+    for source in sources:
+        source.settings(settings)  # raises if they do not fit, before any work
     sources = choose_schemas(sources)
     with open_run(output) as run:
         tokenizer = load_parts(tokenizer_directory)
@@ -89,8 +92,8 @@ def preprocess(
 def _entry(source: Source) -> dict[str, Any]:
     """The entry of a source in a manifest."""
     entry = asdict(source) | {"share": str(source.share)}
-    del entry["schema"]
-    return entry | source.schema.entry()
+    del entry["schema"], entry["media"]
+    return entry | source.schema.entry() | source.media.entry()
 
 
 def _plan(head: dict[str, Any]) -> dict[str, Any]:
@@ -113,17 +116,18 @@ def _run_slices(run: Run | RemoteRun, task: Task, workers: int, engine: Executor
     while place.number in done:
         place = done[place.number].next
     count = place.number
+    ahead = BoundsAhead(task.sources, workers)
 
     def missing() -> Iterator[Slice]:
         nonlocal count
-        for piece in slices(task.sources, task.settings.records_per_shard, place):
+        for piece in slices(task.sources, task.settings.records_per_shard, place, ahead.of):
             count += 1
             if piece.place.number not in done:
                 yield piece
 
     with _Progress(task.sources, sum(outcome.bytes for outcome in done.values())) as progress:
         executor = open_executor(engine, task, workers, progress.add)
-        with contextlib.closing(executor):
+        with contextlib.closing(executor), contextlib.closing(ahead):
             for _ in in_order(executor, missing()):
                 pass
     return count

@@ -9,6 +9,14 @@ A registry is a YAML file; relative paths in it count from its own directory:
       schema: messages               # the form of the records; recognised from the first ones by default
       columns: {messages: dialog}    # optional: key of the records for a field of the schema
       image_placeholder: "[IMG]"     # optional: text that is the place of an image
+    captions:
+      annotation_path: captions
+      schema: caption
+      caption_prompts: prompts.txt   # optional: in place of --caption-prompts
+    spatial:
+      annotation_path: spatial.jsonl
+      min_pixels: 691200             # optional, in place of the flags: min_pixels, max_pixels, video_fps, max_frames,
+      max_pixels: 691200             # video_text, video_min_pixels, video_max_pixels and max_document_tokens
     my_data:
       annotation_path: my_data.jsonl
       transform: my_package.my_module:my_function   # in place of a schema
@@ -16,25 +24,26 @@ A registry is a YAML file; relative paths in it count from its own directory:
 A meta file of InternVL (`internvl_meta`) is read too.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from neo_megatron.data.config import MediaOptions, PreprocessConfig
+from neo_megatron.data.manifest_schema import check_media
 from neo_megatron.data.prepare.annotation_files import check_annotation_file
 from neo_megatron.data.prepare.input_files import annotation_files
 from neo_megatron.data.prepare.internvl_meta import entries_of_meta, is_meta
-from neo_megatron.data.prepare.schemas.options import SchemaOptions, registry_options
+from neo_megatron.data.prepare.schemas.options import REGISTRY_KEYS, SchemaOptions, registry_options
 from neo_megatron.errors import DataError
 from neo_megatron.paths import Wanted, check_path
 
-_KEYS = {
-    *("annotation_path", "data_path", "follow_links"),
-    *("schema", "columns", "image_placeholder", "transform"),
-}
+_MEDIA_KEYS = tuple(field.name for field in fields(MediaOptions))
+_OPTIONAL_KEYS = ("data_path", "follow_links", *REGISTRY_KEYS, *_MEDIA_KEYS)
+_KEYS = {"annotation_path", *_OPTIONAL_KEYS}
 _MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may occur several times
 
 
@@ -50,6 +59,7 @@ class Source:
         share: how often a record is used on average; 1/2 takes half of the records, 2 takes all of them twice.
         follow_links: links in the root may lead outside of it.
         schema: the form of its records.
+        media: settings of images and videos of its own.
 
     Raises:
         WrongPath: a path does not exist or is of another kind.
@@ -62,6 +72,7 @@ class Source:
     share: Fraction = Fraction(1)
     follow_links: bool = False
     schema: SchemaOptions = SchemaOptions()
+    media: MediaOptions = MediaOptions()
 
     def __post_init__(self) -> None:
         check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
@@ -69,9 +80,29 @@ class Source:
         if self.image_root:
             check_path(self.image_root, Wanted.IMAGE_ROOT, f"data set {self.name}: image root")
 
+    def settings(self, of_run: PreprocessConfig) -> PreprocessConfig:
+        """The settings of a run with those that the data set has of its own.
 
-def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> list[Source]:
+        Raises:
+            DataError: they do not fit each other.
+        """
+        own = self.media.entry()
+        try:
+            return replace(of_run, **own)
+        except DataError as error:
+            given = ", ".join(f"{name} {value}" for name, value in own.items())
+            raise DataError(f"data set {self.name}, which has {given} in place of the flags: {error}") from error
+
+
+def data_list(
+    names: Sequence[str], registry: str | Path = "registry.yaml", shared: SchemaOptions | None = None
+) -> list[Source]:
     """The sources of names such as ``"llava_pretrain"`` or ``"llava_pretrain%12.5"`` (percent, any above 0).
+
+    Args:
+        names: of data sets, each with its share.
+        registry: the file.
+        shared: its ``prompts`` and ``max_document_tokens`` are those of data sets that have none of their own.
 
     Raises:
         DataError: a name is not in the registry, a percentage is not valid, or the registry has another form.
@@ -89,7 +120,7 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
             raise DataError(
                 f"data set {name} is not in {registry}; add it there, or choose from: {', '.join(sorted(entries))}"
             )
-        entry = entries[name]
+        entry, where = entries[name], f"data set {name} in {registry}"
         root = entry.get("data_path") or ""
         sources += [
             Source(
@@ -98,7 +129,8 @@ def data_list(names: Sequence[str], registry: str | Path = "registry.yaml") -> l
                 image_root=str(folder / root) if root else "",
                 share=share * entry.get("repeat_time", 1),
                 follow_links=entry.get("follow_links", False),
-                schema=registry_options(entry, f"data set {name} in {registry}"),
+                schema=registry_options(entry, where, folder, shared or SchemaOptions()),
+                media=_media(entry, where),
             )
             for file in annotation_files(str(folder / entry["annotation_path"]), f"data set {name}:")
         ]
@@ -136,8 +168,8 @@ def _read(registry: Path) -> dict[str, dict[str, Any]]:
         keys = set(entry) if isinstance(entry, dict) else set()
         if "annotation_path" not in keys or keys - known:
             raise DataError(
-                f"data set {name} in {registry} must have annotation_path and may have data_path, follow_links, "
-                "schema, columns, image_placeholder and transform; correct its keys"
+                f"data set {name} in {registry} must have annotation_path and may have "
+                f"{', '.join(_OPTIONAL_KEYS[:-1])} and {_OPTIONAL_KEYS[-1]}; correct its keys"
             )
         if not isinstance(entry["annotation_path"], str) or not isinstance(entry.get("data_path") or "", str):
             raise DataError(f"data set {name} in {registry}: annotation_path and data_path must be strings")
@@ -146,6 +178,15 @@ def _read(registry: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(name, str) or "%" in name:
             raise DataError(f"the name {name} in {registry} must be a string without %, which starts a percentage")
     return entries
+
+
+def _media(entry: Mapping[str, Any], where: str) -> MediaOptions:
+    own = {key: entry[key] for key in _MEDIA_KEYS if entry.get(key) is not None}
+    try:
+        check_media(own)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    return MediaOptions(**own)
 
 
 def split_share(text: str) -> tuple[str, Fraction]:

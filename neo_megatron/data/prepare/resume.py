@@ -27,7 +27,7 @@ PLAN = "run.json"
 _OUTCOME = ".outcome.json"
 _SOURCE_FLAGS = (
     "--input, --image-root, --registry, --datasets, --schema, --columns, --image-placeholder, --transform, "
-    "--caption-prompts or --max-document-tokens, or another schema in the registry"
+    "--caption-prompts or --max-document-tokens, or other options of a data set in the registry"
 )
 _PLAN_REMEDY = "remove the directory to start again"
 _OUTCOME_REMEDY = "remove it, and run the same command again"

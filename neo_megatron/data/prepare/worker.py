@@ -19,7 +19,7 @@ from neo_megatron.data.prepare.records import check_answers, check_sample, parse
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, without_details
 from neo_megatron.data.prepare.schemas.convert import Converter
-from neo_megatron.data.prepare.schemas.documents import is_document, split_document
+from neo_megatron.data.prepare.schemas.documents import Piece, is_document, split_document
 from neo_megatron.data.rejects import place_of
 from neo_megatron.data.shards.writer import ShardWriter
 from neo_megatron.errors import DataError, RejectedSample
@@ -52,12 +52,15 @@ class _Pending:
 class _Batch:
     """Samples on their way into a shard, tokenized many at a time."""
 
-    def __init__(self, encoder: ChatEncoder, writer: ShardWriter, source: int, document_tokens: int) -> None:
+    def __init__(
+        self, encoder: ChatEncoder, writer: ShardWriter, source: int, document_tokens: int, image_start: int
+    ) -> None:
         self._encoder, self._writer, self._source = encoder, writer, source
-        self._document_tokens = document_tokens
+        self._document_tokens, self._image_start = document_tokens, image_start
         self._samples: list[_Pending] = []
         self._bytes = 0
-        self.further = 0  # samples in addition to those that were added, from documents that were split
+        # Samples in addition to those that were added, from documents that were split; those of them with images.
+        self.further = self.further_with_images = 0
         self._in_record = False  # whether a sample has come since the last record ended
 
     @property
@@ -89,11 +92,14 @@ class _Batch:
         for sample, tokens in zip(self._samples, tokenized, strict=True):
             item = sample.media
             key = identity_of_texts(turn.text for turn in item.turns)
-            may_split = is_document(item.turns) and not item.images
-            pieces = split_document(tokens, self._document_tokens) if may_split else [tokens]
+            pieces = [Piece(tokens, slice(None))]
+            if is_document(item.turns) and len(tokens.tokens) > self._document_tokens:
+                pieces = split_document(tokens, self._image_start, self._document_tokens)
             self.further += len(pieces) - 1
-            for piece in pieces:
-                self._writer.add(piece, item.images, item.grids, self._source, sample.record, key, item.identities)
+            self.further_with_images += sum(bool(item.images[part]) for _, part in pieces) - bool(item.images)
+            for piece, part in pieces:
+                images, grids, files = item.images[part], item.grids[part], item.files(part)
+                self._writer.add(piece, images, grids, self._source, sample.record, key, files)
             if sample.ends_record:
                 self._writer.end_record()
         self._samples, self._bytes = [], 0
@@ -144,16 +150,19 @@ class SliceWorker:
         source = self._task.sources[piece.place.source]
         outcome = Outcome(piece.next, piece.bytes_to(piece.end))
         reported = _Reported()
-        batch = _Batch(self._encoder, writer, piece.place.source, source.schema.max_document_tokens)
+        document_tokens, image_start = source.schema.max_document_tokens, self._task.ids.image_start
+        batch = _Batch(self._encoder, writer, piece.place.source, document_tokens, image_start)
         converter = Converter(source, self._task.settings.seed)
-        for record, read in read_slice(piece, source, self._task.settings.seed):
+        settings = source.settings(self._task.settings)
+        for record, read in read_slice(piece, source, settings.seed):
             outcome.records += 1
-            self._read_record(read, record, source, converter, batch, outcome)
+            self._read_record(read, record, source, settings, converter, batch, outcome)
             if batch.is_empty:
                 end = int(piece.bounds[record - piece.place.first, 1])
                 self._report(*reported.since(outcome.samples, piece.bytes_to(end)))
         batch.write()
         outcome.samples += batch.further
+        outcome.noticed.with_images += batch.further_with_images
         if piece.broken:
             outcome.records += 1
             outcome.samples += 1
@@ -166,7 +175,14 @@ class SliceWorker:
         return outcome
 
     def _read_record(
-        self, read: Record, record: int, source: Source, converter: Converter, batch: _Batch, outcome: Outcome
+        self,
+        read: Record,
+        record: int,
+        source: Source,
+        settings: PreprocessConfig,
+        converter: Converter,
+        batch: _Batch,
+        outcome: Outcome,
     ) -> None:
         """Adds the usable samples of a record to the batch, and rejects the others."""
         try:
@@ -181,9 +197,9 @@ class SliceWorker:
                 if isinstance(written, RejectedSample):
                     raise written
                 sample = check_sample(written, source)
-                if self._task.settings.empty_answers == "reject":
+                if settings.empty_answers == "reject":
                     check_answers(sample)
-                media = read_media(sample, self._task.settings)
+                media = read_media(sample, settings)
             except RejectedSample as rejected:
                 self._reject(rejected, record, element, source, outcome)
             else:

@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.manifest import REJECTS, is_as_written, manifest_bytes, parse_manifest
+from neo_megatron.data.manifest_schema import settings_of_sources
 from neo_megatron.data.packs import index
 from neo_megatron.data.rejects import reject_lines
 from neo_megatron.data.shards import reader
@@ -133,7 +133,8 @@ def _data_set(directory: Directory, manifest: dict[str, Any]) -> DataSet:
         location=directory.location,
         ids=SpecialIds(**manifest["tokenizer"]["ids"]),
         vocabulary=manifest["tokenizer"]["size"],
-        settings=PreprocessConfig(**manifest["settings"]),
+        image_store=manifest["settings"]["image_store"],
+        settings=tuple(settings_of_sources(manifest)),
         annotations=tuple(source["annotations"] for source in manifest["sources"]),
     )
 

@@ -6,14 +6,16 @@ are still checked, because that may tell which of them are damaged.
 
 import hashlib
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.config import ImageStore, PreprocessConfig
 from neo_megatron.data.image import PATCH, PATCH_VALUES, decode, image_grid, image_tokens, pixel_limit
 from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.shards.arrays import array_of
@@ -27,6 +29,8 @@ from neo_megatron.storage.open import open_directory
 
 SEQUENCES = {"tokens": np.dtype("<i4"), "spans": np.dtype("<i4"), "pictures": np.dtype("u1")}
 _CHUNK = 4 << 20
+# The settings of an image, and the numbers of images of which one has shared the limit of pixels with it.
+_Limits = tuple[PreprocessConfig, range]
 _AGAIN = "preprocess again"
 
 
@@ -54,14 +58,16 @@ class DataSet:
         location: of the data set.
         ids: of the control tokens.
         vocabulary: number of tokens of the tokenizer.
-        settings: of preprocessing.
+        image_store: of all shards.
+        settings: of preprocessing, for each source.
         annotations: annotation file of each source.
     """
 
     location: str
     ids: SpecialIds
     vocabulary: int
-    settings: PreprocessConfig
+    image_store: ImageStore
+    settings: tuple[PreprocessConfig, ...]
     annotations: tuple[str, ...]
 
 
@@ -118,7 +124,7 @@ class _ShardCheck:
     def run(self) -> list[Damage]:
         """Runs all checks."""
         for name, file in self._entry["files"].items():
-            silent = self._data.settings.image_store == "encoded" and name == self._name("pictures.bin")
+            silent = self._data.image_store == "encoded" and name == self._name("pictures.bin")
             found = list(check_file(self._directory, name, file, (lambda _: None) if silent else self._report))
             self._damage += found
             self._state[name] = found[0].kind if found else "sound"
@@ -213,19 +219,37 @@ class _ShardCheck:
         if self._rows is not None and (np.diff(images.documents) != self._rows["pictures"]).any():
             self._add("samples.npy", "its numbers of images differ from those of the image index")
         counts = image_tokens(grids)
+        limits = self._limits(images.documents)
         for sample, (start, end) in enumerate(zip(images.documents[:-1], images.documents[1:], strict=True)):
             for image in range(start, end):
                 name = f"{image - start + 1} of {end - start}"
-                if self._data.settings.image_store == "encoded":
-                    sentence = _check_encoded(images[image], grids[image], end - start, name, self._data.settings)
+                if self._data.image_store == "encoded":
+                    sentence = _check_encoded(images[image], grids[image], name, limits[sample])
                     self._report(int(images.lengths[image]))
-                elif self._data.settings.image_store == "reference":
-                    sentence = _check_reference(images[image], grids[image], end - start, name, self._data.settings)
+                elif self._data.image_store == "reference":
+                    sentence = _check_reference(images[image], grids[image], name, limits[sample])
                 else:
                     fits = images.lengths[image] == counts[image] * 4 * PATCH_VALUES
                     sentence = "" if fits else f"the patches of the image {name} do not fit its grid"
                 if sentence:
                     self._add_sample("pictures.bin", sample, sentence)
+
+    def _limits(self, documents: np.ndarray) -> list[_Limits | None]:
+        """The limits that the images of each sample may have; ``None`` where its source is not known."""
+        if self._rows is None:
+            return [None] * (len(documents) - 1)
+        counts = np.diff(documents)
+        # A document that was split shares the limit among its images in all of its samples, which are one record.
+        rows = self._rows[["source", "record"]]
+        first = np.flatnonzero(np.append(True, rows[1:] != rows[:-1])) if len(rows) else np.empty(0, np.int64)
+        totals = np.add.reduceat(counts, first) if len(first) else counts
+        of_record = np.repeat(totals, np.diff(first, append=len(rows)))
+        limits: list[_Limits | None] = []
+        for source, count, total in zip(rows["source"].tolist(), counts.tolist(), of_record.tolist(), strict=True):
+            settings = self._data.settings[source]
+            # Where frames do not share the limit, it is not known how many of the images do.
+            limits.append((settings, range(1 if settings.has_video_limits else count, total + 1)))
+        return limits
 
     def _check_tokens(self, tokens: SequenceReader, images: SequenceReader | None, grids: np.ndarray | None) -> None:
         for sample in range(len(tokens.lengths)):
@@ -244,28 +268,42 @@ class _ShardCheck:
                 self._add_sample("spans.bin", sample, sentence)
 
 
-def _check_reference(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
+def _check_reference(stored: np.ndarray, grid: np.ndarray, name: str, limits: _Limits | None) -> str:
     """As `_check_encoded`, for a reference to the file of an image."""
     try:
         (data,) = read_references([Reference.unpack(stored)])
     except (BrokenReference, DataError) as error:
         return f"the image {name}: {error}"
-    return _check_encoded(data, grid, count, name, settings)
+    return _check_encoded(data, grid, name, limits)
 
 
-def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, settings: PreprocessConfig) -> str:
-    """Says what is wrong with the file of an image, one of the ``count`` images of a sample; "" for nothing."""
+def _check_encoded(stored: np.ndarray, grid: np.ndarray, name: str, limits: _Limits | None) -> str:
+    """Says what is wrong with the file of an image; "" for nothing. Without limits its grid is not checked."""
     try:
         with limited_memory():
             image = decode(stored.tobytes(), name)
-        # Where frames do not share the limit, it is not known how many of the images do.
-        sharing = range(1, count + 1) if settings.has_video_limits else (count,)
-        limits = {pixel_limit(settings.min_pixels, settings.max_pixels, number) for number in sharing}
-        expected = {image_grid(image, name, settings.min_pixels, limit) for limit in limits}
+        found = (grid[0].item(), grid[1].item())
+        expected = _grid_nearest_to(found, image, name, limits) if limits else found
     except RejectedSample as rejected:
         return rejected.sentence
-    height, width = (PATCH * grid).tolist()
     # A frame of a video is stored in the size of its grid.
-    if tuple(grid.tolist()) not in expected and (image.height, image.width) != (height, width):
-        return f"the image {name} has a grid of {min(expected)}, not of {tuple(grid.tolist())}"
+    if found != expected and (image.height, image.width) != (PATCH * found[0], PATCH * found[1]):
+        return f"the image {name} has a grid of {expected}, not of {found}"
     return ""
+
+
+def _grid_nearest_to(found: tuple[int, int], image: Image.Image, name: str, limits: _Limits) -> tuple[int, int]:
+    """The grid that an image can have, which is ``found`` or the first that is not larger."""
+    settings, sharing = limits
+
+    def grid_among(images: int) -> tuple[int, int]:
+        least = settings.min_pixels
+        return image_grid(image, name, least, pixel_limit(least, settings.max_pixels, images))
+
+    def is_not_larger(images: int) -> bool:
+        height, width = grid_among(images)
+        return height <= found[0] and width <= found[1]
+
+    # The more images share a limit, the smaller they are.
+    first = bisect_left(sharing, True, key=is_not_larger)
+    return grid_among(sharing[min(first, len(sharing) - 1)])

@@ -6,17 +6,20 @@ import signal
 import sys
 from collections.abc import Iterator
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from neo_megatron.data.prepare.annotation_slices import Place, Slice, slices
-from neo_megatron.data.prepare.executors import LocalExecutor
+from neo_megatron.data.prepare.executors import LocalExecutor, open_executor
 from neo_megatron.data.prepare.output import open_output
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome
+from neo_megatron.data.prepare.schemas.options import SchemaOptions
 from neo_megatron.data.prepare.worker import Task
+from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import DataError
 from neo_megatron.worker_pool import in_order
@@ -113,6 +116,56 @@ def test_a_ray_cluster_makes_the_same_bytes(bench, new_sample, directory_bytes, 
     assert directory_bytes(bench.path / "ray") == directory_bytes(bench.path / "local")
     with pytest.raises(DataError, match=r"train\.json, record 1:"):
         preprocess([source], bench.tokenizer, bench.path / "fail", settings, "fail", workers=2, engine="ray")
+
+
+TRANSFORM = """
+def ask(record):
+    return {"conversations": [{"from": "human", "value": record["q"]}, {"from": "gpt", "value": "Yes."}]}
+"""
+
+
+@pytest.fixture
+def transform(bench, monkeypatch) -> Iterator[tuple[Path, Source]]:
+    """A module in the current directory, which is not that of the cluster, and a data set that it reads."""
+    module = bench.path / f"ray_{bench.path.name}.py"
+    module.write_text(TRANSFORM)
+    monkeypatch.chdir(bench.path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = bench.annotations([{"q": f"Is {number} a number?"} for number in range(12)])
+    yield module, Source("train", str(file), schema=SchemaOptions(transform=f"{module.stem}:ask"))
+    sys.modules.pop(module.stem, None)
+
+
+def test_a_transform_runs_on_a_ray_cluster(bench, transform, directory_bytes, ray_cluster, monkeypatch):
+    module, source = transform
+    settings = dataclasses.replace(bench.settings, records_per_shard=4)
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    preprocess([source], bench.tokenizer, bench.path / "ray", settings, workers=2, engine="ray")
+    assert module.stem not in sys.modules  # the workers have imported it, this process has not
+    preprocess([source], bench.tokenizer, bench.path / "local", settings)
+    assert directory_bytes(bench.path / "ray") == directory_bytes(bench.path / "local")
+    assert len(ShardSet(bench.path / "ray")) == 12
+
+
+@pytest.mark.parametrize(
+    ("source_there", "sentence"),
+    [(TRANSFORM + "# edited", "its source file has changed; run the command again"), (None, "all machines share")],
+)
+def test_workers_on_ray_check_the_source_of_a_transform(
+    bench, transform, ray_cluster, monkeypatch, source_there, sentence
+):
+    """It changes, or is gone, after the command has read it."""
+    module, source = transform
+
+    def opened(*arguments):
+        module.unlink() if source_there is None else module.write_text(source_there)
+        return open_executor(*arguments)
+
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    monkeypatch.setattr("neo_megatron.data.prepare.preprocess.open_executor", opened)
+    with pytest.raises(DataError, match=f"--transform {module.stem}:ask: .*{sentence}"):
+        preprocess([source], bench.tokenizer, bench.path / "ray", bench.settings, workers=2, engine="ray")
+    assert not (bench.path / "ray" / "manifest.json").exists()
 
 
 def test_without_ray_the_message_says_how_to_install_it(bench, new_sample, monkeypatch):

@@ -15,7 +15,8 @@ AUTO, NEO = "auto", "neo"
 MAX_DOCUMENT_TOKENS = 8192
 _MAX_PROMPTS_BYTES = 1 << 24
 _MAX_CHARACTERS = 1000
-_REGISTRY_KEYS = ("schema", "columns", "image_placeholder", "transform")
+_TEXT_KEYS = ("schema", "image_placeholder", "transform", "caption_prompts")
+REGISTRY_KEYS = (*_TEXT_KEYS, "columns", "max_document_tokens")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class SchemaOptions:
         transform: ``package.module:function`` that is used in place of a schema; "" for none.
         transform_sha256: of the source file of the function, once it was found.
         prompts: one of them asks for each caption; without any, a caption is a document.
-        max_document_tokens: a longer document without images is split.
+        max_document_tokens: a longer document is split.
 
     Raises:
         DataError: a value cannot be used; the text names the flag.
@@ -81,28 +82,38 @@ class SchemaOptions:
         return {key: value for key, value in found.items() if value}
 
 
-def registry_options(entry: Mapping[str, Any], where: str) -> SchemaOptions:
+def registry_options(entry: Mapping[str, Any], where: str, folder: Path, shared: SchemaOptions) -> SchemaOptions:
     """The options of an entry of a registry.
 
     Args:
-        entry: ``schema``, ``columns``, ``image_placeholder`` and ``transform``, each optional, and other keys.
+        entry: `REGISTRY_KEYS`, each optional, and other keys.
         where: the data set and the registry, for messages.
+        folder: of the registry.
+        shared: its prompts and its length of documents are used where the entry has none.
 
     Raises:
         DataError: a value is of another type, or cannot be used.
     """
-    found = {key: entry[key] for key in _REGISTRY_KEYS if entry.get(key) is not None}
+    found = {key: entry[key] for key in REGISTRY_KEYS if entry.get(key) is not None}
     columns = found.pop("columns", {})
+    document_tokens = found.pop("max_document_tokens", shared.max_document_tokens)
     if not all(isinstance(value, str) for value in found.values()):
-        raise DataError(f"{where}: schema, image_placeholder and transform must be strings")
+        raise DataError(f"{where}: {', '.join(_TEXT_KEYS[:-1])} and {_TEXT_KEYS[-1]} must be strings")
+    if type(document_tokens) is not int:
+        raise DataError(f"{where}: max_document_tokens must be an integer")
     if not isinstance(columns, dict) or not all(isinstance(text, str) for pair in columns.items() for text in pair):
         raise DataError(f"{where}: columns must map names of fields to keys of the records, such as text: caption_en")
+    prompts = found.get("caption_prompts", "")
+    if prompts and found.get("schema") != "caption":
+        raise DataError(f"{where}: caption_prompts goes with schema: caption; add that, or leave it out")
     try:
         return SchemaOptions(
             found.get("schema", AUTO),
             tuple(columns.items()),
             found.get("image_placeholder", ""),
             found.get("transform", ""),
+            prompts=read_prompts(folder / prompts) if prompts else shared.prompts,
+            max_document_tokens=document_tokens,
         )
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -16,6 +16,7 @@ from neo_megatron.errors import DataError, Reason, RejectedSample
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _LARGEST = 1 << 24  # bytes of a source file
+_imported: dict[str, str] = {}  # module -> SHA-256 of the source from which this process has it
 
 
 def source_sha256(transform: str) -> str:
@@ -35,17 +36,20 @@ def load_transform(transform: str, sha256: str) -> Callable[[Any], Any]:
         sha256: of its source file, as `source_sha256` found it when the run began.
 
     Raises:
-        DataError: it cannot be imported, or its source is another one.
+        DataError: it cannot be imported, or its source is another one, or this process has imported another one.
     """
     if source_sha256(transform) != sha256:
         raise DataError(f"--transform {transform}: its source file has changed; run the command again")
     module, _, name = transform.partition(":")
+    if module in sys.modules and _imported.get(module, sha256) != sha256:
+        raise DataError(f"--transform {transform}: its source file has changed since it was imported; restart Python")
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # whatever the user's module does when it is imported
         raise DataError(
             f"--transform {transform} cannot be imported: {_sentence(error)}; correct the module"
         ) from error
+    _imported[module] = sha256
     if not callable(function):
         raise DataError(f"--transform {transform}: {module} does not have a function {name}; correct the name")
     return function
@@ -110,7 +114,7 @@ def _source(transform: str) -> Path:
     if origin is None or origin.suffix != ".py" or not origin.is_file() or origin.stat().st_size > _LARGEST:
         raise DataError(
             f"--transform {transform}: {module} is not a Python file on the path; run the command in the directory "
-            "that has it, or set PYTHONPATH"
+            "that has it, or set PYTHONPATH (with --engine ray, to a directory that all machines share)"
         )
     return origin
 

@@ -1,6 +1,7 @@
 """Documents: their tokens are those of the tokenizer, all of their text is trained, and every step accepts them."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_a_tokenizer_without_an_end_of_text_is_reported(neo):
 @given(st.integers(2, 60), st.integers(2, 20))
 def test_every_token_but_the_first_is_a_target_once(length, limit):
     tokens = np.arange(length, dtype=np.int32)
-    pieces = split_document(TokenizedSample(tokens, np.array([[1, length]], np.int32)), limit)
+    page = TokenizedSample(tokens, np.array([[1, length]], np.int32))
+    pieces = [piece.sample for piece in split_document(page, -1, limit)]
     assert all(2 <= len(piece.tokens) <= limit for piece in pieces)
     pairs = []  # (token before it, target)
     for piece in pieces:
@@ -84,6 +86,78 @@ def test_every_token_but_the_first_is_a_target_once(length, limit):
         pairs += zip(piece.tokens[start - 1 : end - 1].tolist(), piece.tokens[start:end].tolist(), strict=True)
     assert pairs == [(token, token + 1) for token in range(length - 1)]
     assert all(len(piece.tokens) == limit for piece in pieces[:-1])
+
+
+IMAGE_START, IMAGE_CONTEXT, IMAGE_END, FIRST_TEXT = 1, 2, 3, 10
+
+
+@st.composite
+def pages(draw) -> TokenizedSample:
+    """Texts, of which no two tokens are equal, with images between them."""
+    tokens, trained = [], []
+    text = FIRST_TEXT
+    for is_image, length in draw(st.lists(st.tuples(st.booleans(), st.integers(1, 25)), max_size=12)):
+        of_image = [IMAGE_START, *[IMAGE_CONTEXT] * length, IMAGE_END]
+        tokens += of_image if is_image else range(text, text + length)
+        trained += [not is_image] * (len(of_image) if is_image else length)
+        text += length
+    mask = np.array([*trained, True])  # of the end of the text
+    mask[0] = False
+    edges = np.flatnonzero(np.diff(mask.astype(int), prepend=0, append=0))
+    return TokenizedSample(np.array([*tokens, text], np.int32), edges.reshape(-1, 2).astype(np.int32))
+
+
+def targets_of(sample: TokenizedSample) -> list[tuple[int, int]]:
+    """(token before it, target) of a sample."""
+    return [
+        (int(sample.tokens[place - 1]), int(sample.tokens[place]))
+        for start, end in sample.spans
+        for place in range(start, end)
+    ]
+
+
+def runs_of_images(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of each run of images in tokens."""
+    edges = np.flatnonzero(np.diff((tokens < FIRST_TEXT).astype(int), prepend=0, append=0))
+    return list(map(tuple, edges.reshape(-1, 2).tolist()))
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=500)
+@given(pages(), st.integers(2, 60))
+def test_every_text_token_of_a_page_is_a_target_once_and_every_image_is_in_one_piece(page, limit):
+    pieces = split_document(page, IMAGE_START, limit)
+    assert [pair for piece in pieces for pair in targets_of(piece.sample)] == targets_of(page)
+    assert [number for piece in pieces for number in range(piece.images.start, piece.images.stop)] == list(
+        range((page.tokens == IMAGE_START).sum())
+    )
+    for piece in pieces:
+        tokens = piece.sample.tokens
+        assert targets_of(piece.sample) or len(page.tokens) == 1
+        opened = np.cumsum((tokens == IMAGE_START).astype(int) - (tokens == IMAGE_END))
+        assert opened.min() == 0 and opened[-1] == 0 and opened.max() <= 1  # no image is cut
+        assert (tokens == IMAGE_START).sum() == piece.images.stop - piece.images.start
+        if len(tokens) > limit and len(pieces) > 1:  # only images that are too long themselves, and the texts at them
+            ((start, end),) = runs_of_images(tokens)
+            assert start <= 1 and end == len(tokens) - 1
+    joined = [*pieces[0].sample.tokens]
+    for before, after in zip(pieces, pieces[1:], strict=False):
+        assert before.sample.tokens[-1] == after.sample.tokens[0] >= FIRST_TEXT
+        joined += after.sample.tokens[1:].tolist()
+    assert joined == page.tokens.tolist()
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=500)
+@given(pages(), st.integers(2, 60))
+def test_a_page_is_cut_within_a_text_only_where_that_is_too_long_with_its_images(page, limit):
+    starts = [0, *[start for start, _ in runs_of_images(page.tokens) if start]]
+    ends = [*starts[1:], len(page.tokens)]
+    place = 0
+    for piece in split_document(page, IMAGE_START, limit)[:-1]:
+        place += len(piece.sample.tokens) - 1
+        (number,) = (n for n, (start, end) in enumerate(zip(starts, ends, strict=True)) if start <= place < end)
+        cut = place + 1  # of the tokens of the page that the pieces so far have
+        if cut not in ends:
+            assert ends[number] - max(starts[number] - 1, 0) > limit
 
 
 @pytest.fixture
@@ -132,6 +206,64 @@ def test_documents_pass_through_every_step(bench, documents, neo, samples_of, di
     assert "colours" in shown and "&lt;|endoftext|&gt;" in shown
     write("three", workers=3)
     assert directory_bytes(bench.path / "three") == directory_bytes(bench.path / "shards")
+
+
+@pytest.mark.parametrize("store", ["encoded", "reference", "patches"])
+def test_pages_longer_than_a_pack_are_split(bench, new_png, store, samples_of):
+    """With the sizes that images have in the complete page, which has six of them."""
+    (bench.path / "images").mkdir()
+    names = [f"{number}.png" for number in range(6)]
+    for number, name in enumerate(names):
+        (bench.path / "images" / name).write_bytes(new_png(200, 300, number))
+    texts = [text for number in range(6) for text in (None, f"Text {number} " * 3)]
+    images = [image for name in names for image in (name, None)]
+    pages = [{"texts": texts, "images": images}, {"texts": ["Short", None], "images": [None, "0.png"]}]
+    tags = "".join(f"<image> Number {number}. " for number in range(6))
+    published = [{"conversations": [{"from": "document", "value": tags}], "images": names}]
+    config = replace(bench.settings, image_store=store)
+
+    def write(output, limit):
+        sources = [
+            Source(
+                name,
+                str(bench.annotations(rows, f"{name}.json")),
+                str(bench.path / "images"),
+                schema=SchemaOptions(name, max_document_tokens=limit),
+            )
+            for name, rows in (("interleaved", pages), ("neo", published))
+        ]
+        preprocess(sources, bench.tokenizer, bench.path / output, config)
+        return ShardSet(bench.path / output)
+
+    split, complete = write("shards", 80), write("complete", 8192)
+    assert len(complete) == 3 and len(split) > 5
+    assert split.manifest["counts"]["samples_kept"] == split.manifest["counts"]["samples_read"] == len(split)
+    for shards in (split, complete):
+        with_images = sum(int((shards.shard(number).samples["pictures"] > 0).sum()) for number in range(2))
+        assert shards.manifest["counts"]["samples_with_images"] == with_images
+    for pieces, page in zip(map(split.shard, range(2)), map(complete.shard, range(2)), strict=True):
+        assert pieces.grids.tolist() == page.grids.tolist()
+        assert pieces.samples["trained"].sum() == page.samples["trained"].sum()
+        assert int(pieces.tokens.lengths.max()) <= 80 < int(page.tokens.lengths.max())
+        assert [pieces.images[n].tobytes() for n in range(len(pieces.grids))] == [
+            page.images[n].tobytes() for n in range(len(page.grids))
+        ]
+        assert len(pieces.tokens.documents) == len(page.tokens.documents)  # pieces of a page are one record
+        assert sorted(pieces.media[["path", "content"]].tolist()) == sorted(page.media[["path", "content"]].tolist())
+        assert np.bincount(pieces.media["sample"], minlength=len(pieces.samples)).tolist() == (
+            pieces.samples["pictures"].tolist()
+        )
+    for output in ("shards", "complete"):
+        assert not verify(bench.path / output).damage
+    packs = bench.pack(128)
+    assert not (packs / "rejects.jsonl").read_bytes() and not verify(packs).damage
+    data = PackDataset(packs, None, seed=0)
+    targets = [token for number in range(len(data)) for token in data[number]["targets"].tolist()]
+    trained = [
+        token for tokens, spans in samples_of(complete) for start, end in _pairs(spans) for token in tokens[start:end]
+    ]
+    assert sorted(targets) == sorted(trained)
+    assert (bench.pack(128, data="complete", output="others") / "rejects.jsonl").read_bytes()
 
 
 def _pairs(spans: list[int]) -> list[tuple[int, int]]:

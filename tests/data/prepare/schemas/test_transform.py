@@ -84,6 +84,9 @@ def test_another_source_is_another_run(bench, module):
     assert source["transform_sha256"] != source_sha256(module)
     with pytest.raises(DataError, match="its source file has changed"):
         load_transform(module, source["transform_sha256"])
+    # Python keeps what it has imported, so the new source would not be run.
+    with pytest.raises(DataError, match="its source file has changed since it was imported; restart Python"):
+        load_transform(module, source_sha256(module))
 
 
 @pytest.mark.parametrize(
