@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .attention_neo import AttentionMask, CosSin, NEOAttention, NEORMSNorm, rotary_cos_sin
+from .attention_neo import ATTENTION, AttentionMask, CosSin, NEORMSNorm, rotary_cos_sin
 from .configuration_neo import NEOLLMConfig
 
 
@@ -33,7 +33,7 @@ class NEODecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = NEOAttention(config, layer)
+        self.self_attn = ATTENTION[config.attention_form](config, layer)
         self.mlp = NEOMLP(config)
         self.input_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -68,11 +68,12 @@ class NEODecoder(nn.Module):
     ) -> BaseModelOutput:
         """The normalised output `[B, L, H]`; on demand the input of every layer before it, and attention weights."""
         t, h, w = positions_thw[:, None].unbind(dim=-1)  # [B, 1, L]: broadcast over heads
-        d, theta_hw = self.config.head_dim, self.config.rope_theta_hw
+        # Channels for t; h and w have half as many.
+        width = self.config.head_dim // (1 if self.config.attention_form == "separate" else 2)
         rotary = (
-            rotary_cos_sin(t, d, self.config.rope_theta),
-            rotary_cos_sin(h, d // 2, theta_hw),
-            rotary_cos_sin(w, d // 2, theta_hw),
+            rotary_cos_sin(t, width, self.config.rope_theta),
+            rotary_cos_sin(h, width // 2, self.config.rope_theta_hw),
+            rotary_cos_sin(w, width // 2, self.config.rope_theta_hw),
         )
         states: list[Tensor] = []
         attentions: list[Tensor | None] = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neo_megatron.errors import ConfigError
+from neo_megatron.model.attention_forms import FORMS, AttentionForm
 
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
 # words these are 1,766 positions, enough for an efficient matrix product.
@@ -26,7 +27,7 @@ class NeoSizes:
         ffn_hidden_size: width of the SwiGLU.
         num_attention_heads: query heads.
         num_query_groups: key-value heads.
-        head_dim: width of a value head; query and key heads are twice as wide (half for t, a quarter each for h, w).
+        head_dim: width of a value head.
         pre_buffer_layers: decoder layers in front of the post-LLM.
         post_llm_layers: decoder layers that come from the language model.
         vocab_size: rows of the embedding and of the head.
@@ -35,6 +36,7 @@ class NeoSizes:
         rope_theta, rope_theta_hw, rope_theta_patch: rotary bases of t, of h and w, and of the patch embedding.
         min_pixels, max_pixels: limits of a resized image.
         image_start_token_id, image_context_token_id: ids of ``<img>`` and ``<IMG_CONTEXT>``.
+        attention_form: a key of `attention_forms.FORMS`.
     """
 
     hidden_size: int
@@ -59,6 +61,7 @@ class NeoSizes:
     max_pixels: int = 4194304
     image_start_token_id: int = 151670
     image_context_token_id: int = 151669
+    attention_form: str = "separate"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -72,9 +75,10 @@ class NeoSizes:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups "
                 f"({self.num_query_groups})"
             )
-        if self.head_dim % 4:
+        if any(width % 2 for width in self.axis_widths):
             raise ConfigError(
-                f"head_dim ({self.head_dim}) must be a multiple of 4: h and w rotate halves of half of it"
+                f"head_dim ({self.head_dim}) must be a multiple of {8 // self.form.query_key_widths}: h and w each "
+                "rotate pairs of a quarter of a query's channels"
             )
         if self.patch_embedding_size % 4:
             raise ConfigError(f"patch_embedding_size ({self.patch_embedding_size}) must be a multiple of 4")
@@ -86,6 +90,25 @@ class NeoSizes:
     @property
     def num_layers(self) -> int:
         return self.pre_buffer_layers + self.post_llm_layers
+
+    @property
+    def form(self) -> AttentionForm:
+        return FORMS[self.attention_form]
+
+    @property
+    def query_key_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.form.query_key_widths * self.head_dim
+
+    @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Width of a query or key head, and of a value head."""
+        return self.query_key_dim, self.head_dim
+
+    @property
+    def axis_widths(self) -> tuple[int, int, int]:
+        """Channels of a query or key head for t, h and w."""
+        return self.query_key_dim // 2, self.query_key_dim // 4, self.query_key_dim // 4
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "NeoSizes":
@@ -125,6 +148,7 @@ class NeoSizes:
                 max_pixels=value.get("max_pixels", 4194304),
                 image_start_token_id=scalar(config.get("img_start_token_id", 151670)),
                 image_context_token_id=scalar(config.get("img_context_token_id", 151669)),
+                attention_form=value.get("attention_form", "separate"),
             )
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
@@ -136,6 +160,8 @@ class NeoSizes:
 
     def to_hf(self) -> dict[str, Any]:
         """The published `config.json`, all values plain scalars."""
+        # NEO 1.0, whose published configuration has no such key, is what its absence means.
+        form = {} if self.attention_form == "separate" else {"attention_form": self.attention_form}
         return {
             "architectures": ["NEOChatModel"],
             "model_type": "neo_chat",
@@ -167,6 +193,7 @@ class NeoSizes:
                 "tie_word_embeddings": self.tie_word_embeddings,
                 "use_cache": True,
                 "vocab_size": self.vocab_size,
+                **form,
             },
             "vision_config": {
                 "model_type": "neo_vision",
@@ -203,6 +230,10 @@ def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
 
 def _check_field(name: str, value: Any) -> None:
     """Checks type and range of a field: a whole number for counts, 1 or more unless a model can have none."""
+    if name == "attention_form":
+        if value not in FORMS:
+            raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(FORMS)}")
+        return
     if name == "tie_word_embeddings":
         if type(value) is not bool:
             raise ConfigError(f"{name} is {value!r}: it must be true or false")

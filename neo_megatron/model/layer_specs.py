@@ -19,7 +19,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from neo_megatron.model.native_attention import NativeSelfAttention, NativeSelfAttentionSubmodules
+from neo_megatron.model.native_attention import (
+    InHeadSelfAttention,
+    NativeSelfAttention,
+    NativeSelfAttentionSubmodules,
+    SeparateSelfAttention,
+)
 from neo_megatron.model.rms_norm import RMSNorm
 from neo_megatron.model.shared_input_linear import (
     SharedInputColumnParallelLinear,
@@ -39,21 +44,30 @@ def decoder_spec(
         ModuleNotFoundError: Transformer Engine is asked for and not installed.
     """
     if config.transformer_impl == "local":
-        layer, norm = local_layer_spec(), RMSNorm
+        layer, norm = local_layer_spec(config), RMSNorm
     else:
-        layer, norm = transformer_engine_layer_spec(fused_norm=config.tensor_model_parallel_size == 1), TENorm
+        layer, norm = transformer_engine_layer_spec(config), TENorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
-def local_layer_spec() -> ModuleSpec:
+# Each form of `attention_forms.py`.
+_ATTENTION: dict[str, type[NativeSelfAttention]] = {"separate": SeparateSelfAttention, "in-head": InHeadSelfAttention}
+
+
+def local_layer_spec(config: NeoConfig) -> ModuleSpec:
     """Megatron's tensor-parallel linear layers and PyTorch's RMSNorm: runs everywhere."""
-    return _layer_spec(
-        attention=NativeSelfAttentionSubmodules(
+    if config.sizes.attention_form == "separate":
+        attention = NativeSelfAttentionSubmodules(
             linear_qkv=SharedInputColumnParallelLinear,
             linear_qk_hw=SharedInputColumnParallelLinear,
             linear_proj=RowParallelLinear,
-        ),
+        )
+    else:
+        attention = NativeSelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear)
+    return _layer_spec(
+        config,
+        attention,
         mlp=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         input_norm=RMSNorm,
         pre_mlp_norm=RMSNorm,
@@ -61,23 +75,30 @@ def local_layer_spec() -> ModuleSpec:
     )
 
 
-def transformer_engine_layer_spec(fused_norm: bool) -> ModuleSpec:
+def transformer_engine_layer_spec(config: NeoConfig) -> ModuleSpec:
     """Transformer Engine's linear layers (FP8) and norms; attention stays NEO's own, no TE kernel has its mask.
 
-    Args:
-        fused_norm: the norm of the attention's input is part of `linear_qkv`; see `shared_input_linear.py` for when.
+    The norm of the attention's input is part of `linear_qkv`, except where `shared_input_linear.py` says why not.
     """
     if not HAVE_TE:
         raise ModuleNotFoundError(
             "--transformer-impl transformer_engine needs Transformer Engine: "
             f"{install('transformer_engine')}, or choose --transformer-impl local"
         )
-    return _layer_spec(
-        attention=NativeSelfAttentionSubmodules(
+    fused_norm = True
+    attention = NativeSelfAttentionSubmodules(
+        linear_qkv=TELayerNormColumnParallelLinear, linear_proj=TERowParallelLinear
+    )
+    if config.sizes.attention_form == "separate":
+        fused_norm = config.tensor_model_parallel_size == 1
+        attention = NativeSelfAttentionSubmodules(
             linear_qkv=TENormColumnParallelLinear if fused_norm else TESharedInputColumnParallelLinear,
             linear_qk_hw=TESharedInputColumnParallelLinear,
             linear_proj=TERowParallelLinear,
-        ),
+        )
+    return _layer_spec(
+        config,
+        attention,
         mlp=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
         input_norm=IdentityOp if fused_norm else TENorm,
         pre_mlp_norm=IdentityOp,
@@ -86,6 +107,7 @@ def transformer_engine_layer_spec(fused_norm: bool) -> ModuleSpec:
 
 
 def _layer_spec(
+    config: NeoConfig,
     attention: NativeSelfAttentionSubmodules,
     mlp: MLPSubmodules,
     input_norm: type,
@@ -96,7 +118,7 @@ def _layer_spec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=input_norm,
-            self_attention=ModuleSpec(module=NativeSelfAttention, submodules=attention),
+            self_attention=ModuleSpec(module=_ATTENTION[config.sizes.attention_form], submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_mlp_norm,
             mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
