@@ -89,6 +89,7 @@ class TensorRow:
         tensor_parallel_dim: dimension that tensor parallelism splits; ``None`` when every rank holds all of it.
         layer: number of the decoder layer it belongs to; ``None`` outside of them.
         trained_in_stage_1: whether stage 1 trains it.
+        expert: whether its first dimension are experts, which expert parallelism splits.
     """
 
     megatron: str
@@ -98,6 +99,7 @@ class TensorRow:
     tensor_parallel_dim: int | None
     layer: int | None = None
     trained_in_stage_1: bool = False
+    expert: bool = False
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The Megatron tensor -> Hugging Face parts."""
@@ -191,24 +193,44 @@ class _LayerRows:
 
     def rows(self) -> list[TensorRow]:
         sizes = self._sizes
-        H, F, d, G = sizes.hidden_size, sizes.ffn_hidden_size, sizes.head_dim, sizes.num_query_groups
+        H, d, G = sizes.hidden_size, sizes.head_dim, sizes.num_query_groups
         queries, query_rows = sizes.num_attention_heads // G, sizes.num_attention_heads * d
-        attention, mlp, part = "self_attention.", "mlp.", self._part
+        attention, part = "self_attention.", self._part
         # In the form "in-head" the channels of Qwen3's heads are shared out; values stay as they are.
         channels = qwen3_channels(sizes)
         qkv = part("self_attn.q_proj", (query_rows, H), channels=channels)
         qkv |= part("self_attn.k_proj", (G * d, H), channels=channels) | part("self_attn.v_proj", (G * d, H))
-        gate_up = part("mlp.gate_proj", (F, H)) | part("mlp.up_proj", (F, H))
         return [
             self._norm(attention + "linear_qkv.layer_norm_weight", "input_layernorm", H),
             self._row(attention + "linear_qkv.weight", qkv, partial(_groups, G, (queries * d, d, d)), 0),
             *self._rows_of_form[sizes.attention_form](self),
             self._row(attention + "linear_proj.weight", part("self_attn.o_proj", (H, query_rows)), _whole, 1),
-            self._norm(mlp + "linear_fc1.layer_norm_weight", "post_attention_layernorm", H),
-            # Over TP a rank holds a piece of gate and the same piece of up; the saved key has gate's rows, then up's.
-            self._row(mlp + "linear_fc1.weight", gate_up, lambda tensor: tensor.split(F), 0),
-            self._row(mlp + "linear_fc2.weight", part("mlp.down_proj", (H, F)), _whole, 1),
+            *(self._experts() if sizes.num_experts else self._dense()),
         ]
+
+    def _dense(self) -> Iterator[TensorRow]:
+        H, F, part = self._sizes.hidden_size, self._sizes.ffn_hidden_size, self._part
+        gate_up = part("mlp.gate_proj", (F, H)) | part("mlp.up_proj", (F, H))
+        yield self._norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm", H)
+        # Over TP a rank holds a piece of gate and the same piece of up; the saved key has gate's rows, then up's.
+        yield self._row("mlp.linear_fc1.weight", gate_up, lambda tensor: tensor.split(F), 0)
+        yield self._row("mlp.linear_fc2.weight", part("mlp.down_proj", (H, F)), _whole, 1)
+
+    def _experts(self) -> Iterator[TensorRow]:
+        """Megatron stores all experts of a layer as one tensor, with a first dimension for their number."""
+        H, F, E = self._sizes.hidden_size, self._sizes.expert_ffn_hidden_size, self._sizes.num_experts
+        yield self._norm("pre_mlp_layernorm.weight", "post_attention_layernorm", H)
+        yield self._row("mlp.router.weight", self._part("mlp.gate", (E, H)), _whole, None)
+        gate_up: dict[str, HfTensor] = {}
+        down: dict[str, HfTensor] = {}
+        for expert in range(E):
+            name = f"mlp.experts.{expert}."
+            gate_up |= self._part(name + "gate_proj", (F, H)) | self._part(name + "up_proj", (F, H))
+            down |= self._part(name + "down_proj", (H, F))
+        key = "mlp.experts.experts."
+        halves = partial(_halves_of_experts, F)
+        yield self._row(key + "linear_fc1.weight", gate_up, halves, 1, (E, 2 * F, H), expert=True)
+        yield self._row(key + "linear_fc2.weight", down, lambda tensor: tensor.unbind(), 2, (E, H, F), expert=True)
 
     def _separate(self) -> Iterator[TensorRow]:
         """Projections of h and w, and a norm for each axis."""
@@ -254,14 +276,23 @@ class _LayerRows:
         from_qwen3 = None if new or self._qwen3_layer < 0 else f"model.layers.{self._qwen3_layer}.{qwen3 or name}.weight"
         return {f"{self._hf}{name}.weight": HfTensor(shape, start, from_qwen3, channels)}
 
-    def _row(self, megatron: str, parts: dict[str, HfTensor], views: _Views, split_dim: int | None) -> TensorRow:
+    def _row(
+        self,
+        megatron: str,
+        parts: dict[str, HfTensor],
+        views: _Views,
+        split_dim: int | None,
+        shape: Shape | None = None,
+        expert: bool = False,
+    ) -> TensorRow:
+        """A row whose parts lie one under the other, unless it has a ``shape`` of its own."""
         shapes = [tensor.shape for tensor in parts.values()]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        shape = shape or (sum(shape[0] for shape in shapes), *shapes[0][1:])
         trained = self._qwen3_layer < 0 or any(
             f"{megatron}.".startswith(f"{name}.") for name in self._sizes.form.trained_in_stage_1
         )
         key = f"decoder.layers.{self._layer}.{megatron}"
-        return TensorRow(key, shape, parts, views, split_dim, self._layer, trained)
+        return TensorRow(key, shape, parts, views, split_dim, self._layer, trained, expert)
 
     def _norm(self, megatron: str, name: str, width: int, new: bool = False) -> TensorRow:
         return self._row(megatron, self._part(name, (width,), _ONES, new), _whole, None)
@@ -288,6 +319,11 @@ def _whole(tensor: Tensor) -> Sequence[Tensor]:
 def _groups(groups: int, rows: Sequence[int], tensor: Tensor) -> Sequence[Tensor]:
     """Rows sorted by key-value group, so that a TP rank's contiguous slice holds complete groups of heads."""
     return tensor.view(groups, sum(rows), -1).split(rows, dim=1)
+
+
+def _halves_of_experts(rows: int, tensor: Tensor) -> Sequence[Tensor]:
+    """Gate and up of the first expert, of the second, and so on."""
+    return [half for expert in tensor.unbind() for half in expert.split(rows)]
 
 
 def _same(

@@ -13,7 +13,7 @@ from typing import Any
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
 from neo_megatron.errors import CheckpointError
-from neo_megatron.hf.kinds_neo import refuse_other_kinds
+from neo_megatron.hf.kinds_neo import UNIFY_KEYS, refuse_other_kinds
 from neo_megatron.model.attention_forms import FORMS
 from neo_megatron.model.config import NeoSizes, scalar
 from neo_megatron.presets import PUBLISHED_SIZES
@@ -86,7 +86,7 @@ def complete_config(
     if absent := [name for name in code_files(config.get("auto_map")) if not (directory / name).is_file()]:
         said.append(f"auto_map names {', '.join(absent)}, not there: ignored, an export carries the right code")
     _check_types(llm, directory)
-    _complete_form(llm, shapes, directory, said)
+    _complete_form(top, llm, shapes, directory, said)
     _complete_layers(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
     if "rope_parameters" in llm:  # where transformers 5 puts the rotary base
@@ -119,7 +119,9 @@ def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list
             said.append(f"{key} is missing: {value}, as {where}")
 
 
-def _complete_form(llm: dict[str, Any], shapes: dict[str, Shape], directory: Path, said: list[str]) -> None:
+def _complete_form(
+    top: dict[str, Any], llm: dict[str, Any], shapes: dict[str, Shape], directory: Path, said: list[str]
+) -> None:
     """NEO 1.0 and NEO-unify have one model_type and one architecture: the tensors tell them apart."""
     form = _form(shapes)
     if form is None:  # the check of all tensors reports it
@@ -134,6 +136,8 @@ def _complete_form(llm: dict[str, Any], shapes: dict[str, Shape], directory: Pat
             f"the tensors have {_TENSOR_OF_FORM[form]}, so this is a NEO-unify (SenseNova-U1), not a NEO 1.0: read with "
             "the attention form 'in-head'"
         )
+    if form == "separate" and (key := next((key for key in UNIFY_KEYS if key in top), None)):
+        said.append(f"{key} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored")
     if branch := sum(map(of_generation, shapes)):
         said.append(f"the {branch} tensors of the generation branch are left out")
     llm["attention_form"] = form
@@ -179,20 +183,28 @@ def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, sa
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
     """Sizes read from the first layer's tensors; empty if one is missing, which the check of all tensors reports."""
-    names = ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
     found = [shapes.get(f"{_FIRST_LAYER}{name}.weight") for name in names]
     if not all(found) or not _width(shapes):
         return {}
-    (ffn, *_), (queries, *_), (keys, *_), (norm, *_) = found
+    (queries, *_), (keys, *_), (norm, *_) = found
     head_dim = norm * 2 // FORMS[_form(shapes) or "separate"].query_key_widths
     return {
+        **_feed_forward_sizes(shapes),
         "vocab_size": shapes[WORD_EMBEDDING][0],
         "hidden_size": _width(shapes),
-        "intermediate_size": ffn,
         "num_attention_heads": queries // max(1, head_dim),
         "num_key_value_heads": keys // max(1, head_dim),
         "head_dim": head_dim,
     }
+
+
+def _feed_forward_sizes(shapes: dict[str, Shape]) -> dict[str, int]:
+    """Of the SwiGLU, or of the experts in its place; how many of those a token goes to, no tensor says."""
+    if gate := shapes.get(_FIRST_LAYER + "mlp.gate_proj.weight"):
+        return {"intermediate_size": gate[0]}
+    router, expert = (shapes.get(f"{_FIRST_LAYER}mlp.{name}.weight") for name in ("gate", "experts.0.gate_proj"))
+    return {"num_experts": router[0], "moe_intermediate_size": expert[0]} if router and expert else {}
 
 
 def _vision_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:

@@ -35,12 +35,10 @@ def refuse_other_kinds(config: dict[str, Any], where: str = "config.json") -> No
         config: the keys of a `config.json`.
 
     Raises:
-        ValueError: a mixture of experts; a quantised checkpoint; a template of another generation.
+        ValueError: a quantised checkpoint; a template of another generation.
     """
     llm = config.get("llm_config")
     llm = llm if isinstance(llm, dict) else {}
-    if key := next((key for key in ("num_experts", "gen_num_experts") if llm.get(key)), None):
-        raise ValueError(f"{where} has llm_config.{key}: this is a mixture of experts, which this code does not run")
     quantised = config.get("quantization_config") or llm.get("quantization_config")
     if quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method

@@ -90,6 +90,17 @@ def _cuda_means_cpu() -> None:
     _patch(torch.Tensor, "type", type_)
 
 
+def _numbers_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+class _PastEvent:
+    """What is recorded on a CPU has happened."""
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(factory)
     def on_cpu(*args, **kwargs):
@@ -191,7 +202,8 @@ def install() -> None:
     for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
         stand_in = getattr(torch.cpu, name)
         _patch(torch.cuda, name, lambda *args, _stand_in=stand_in, **kwargs: _stand_in(*args, **kwargs))
-    _patch(torch.cuda, "Stream", type("Stream", (torch.cpu.Stream,), {}))  # a class: libraries annotate with it
+    # A class, because libraries annotate with it; the experts' dispatcher waits for an event.
+    _patch(torch.cuda, "Stream", type("Stream", (torch.cpu.Stream,), {"record_event": lambda stream: _PastEvent()}))
     _patch(torch.cuda, "empty_cache", lambda: None)
     # The CPU's generator is "the" generator of the device.
     for module in (torch.cuda, torch.cuda.random):
@@ -208,7 +220,10 @@ def install() -> None:
     import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
     import megatron.core.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
+    # Leaves tensors that are on the CPU already as tensors; sizes of an exchange must be numbers.
+    _patch(token_dispatcher, "maybe_move_tensor_to_cpu", _numbers_on_cpu)
     # Writes into torch.cuda.default_generators, which are absent.
     _patch(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     # Tests `fp8 is not None` over a default of False, and would then need Transformer Engine.

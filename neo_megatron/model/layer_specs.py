@@ -3,6 +3,7 @@
 Both specs give the same parameter shapes and, in a distributed checkpoint, the same names.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from megatron.core.extensions.transformer_engine import (
@@ -11,10 +12,13 @@ from megatron.core.extensions.transformer_engine import (
     TENorm,
     TERowParallelLinear,
 )
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -65,14 +69,12 @@ def local_layer_spec(config: NeoConfig) -> ModuleSpec:
         )
     else:
         attention = NativeSelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear)
-    return _layer_spec(
-        config,
-        attention,
-        mlp=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        input_norm=RMSNorm,
-        pre_mlp_norm=RMSNorm,
-        checkpoint_names={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
-    )
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if config.num_moe_experts:
+        mlp = _experts(partial(SequentialMLP, submodules=submodules))
+    else:
+        mlp = partial(MLP.as_mlp_submodule, submodules=submodules)
+    return _layer_spec(config, attention, mlp, input_norm=RMSNorm, pre_mlp_norm=RMSNorm)
 
 
 def transformer_engine_layer_spec(config: NeoConfig) -> ModuleSpec:
@@ -96,24 +98,36 @@ def transformer_engine_layer_spec(config: NeoConfig) -> ModuleSpec:
             linear_qk_hw=TESharedInputColumnParallelLinear,
             linear_proj=TERowParallelLinear,
         )
+    if config.num_moe_experts:
+        mlp = _experts(TESpecProvider().grouped_mlp_modules(True))
+    else:
+        submodules = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
+        mlp = partial(MLP.as_mlp_submodule, submodules=submodules)
     return _layer_spec(
         config,
         attention,
-        mlp=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
+        mlp,
         input_norm=IdentityOp if fused_norm else TENorm,
-        pre_mlp_norm=IdentityOp,
-        checkpoint_names={},
+        pre_mlp_norm=TENorm if config.num_moe_experts else IdentityOp,
     )
+
+
+def _experts(experts: Callable) -> Callable:
+    """Megatron's layer of experts, without shared ones."""
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts))
 
 
 def _layer_spec(
     config: NeoConfig,
     attention: NativeSelfAttentionSubmodules,
-    mlp: MLPSubmodules,
+    mlp: Callable,
     input_norm: type,
     pre_mlp_norm: type,
-    checkpoint_names: dict[str, str],
 ) -> ModuleSpec:
+    # Norms are stored under the names of Megatron's fused layers, as its GPT models store them; a router has no norm.
+    stored_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not config.num_moe_experts:
+        stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -121,12 +135,8 @@ def _layer_spec(
             self_attention=ModuleSpec(module=_ATTENTION[config.sizes.attention_form], submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_mlp_norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Norms are stored under the names of Megatron's fused layers, as its GPT models store them.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                **checkpoint_names,
-            },
+            sharded_state_dict_keys_map=stored_names,
         ),
     )

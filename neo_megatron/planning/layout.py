@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Literal
 

@@ -14,6 +14,7 @@ import dataclasses
 import re
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,16 +81,20 @@ def block_order_uint8(golden: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def build(layout: str, sizes: NeoSizes) -> NeoModel:
     """This rank's part of the golden model on a layout such as ``tp2-pp2-sp``."""
-    degree = {kind: int(size) for kind, size in re.findall(r"(tp|pp|cp)(\d)", layout)}
-    tensor, pipeline, context = (degree.get(kind, 1) for kind in ("tp", "pp", "cp"))
+    degree = {kind: int(size) for kind, size in re.findall(r"(tp|pp|cp|ep)(\d)", layout)}
+    tensor, pipeline, context, expert = (degree.get(kind, 1) for kind in ("tp", "pp", "cp", "ep"))
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipeline, context_parallel_size=context)
+    parallel_state.initialize_model_parallel(
+        tensor, pipeline, context_parallel_size=context, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     config = NeoConfig.from_sizes(
         sizes,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
         pipeline_dtype=torch.float32,
         sequence_parallel="sp" in layout,
         transformer_impl="local",
@@ -214,9 +219,18 @@ def record(model: NeoModel, results: Results) -> None:
         output_of(attention, f"attn_out_layer_{number}")
         output_of(layer.mlp, f"mlp_out_layer_{number}")
         output_of(layer, f"hidden_after_layer_{number}")
+        if model.config.num_moe_experts:
+            layer.mlp.router.register_forward_hook(partial(keep_routing, results, number))
     if model.post_process:
         output_of(model.decoder.final_layernorm, "final_norm")
         model.output_layer.register_forward_hook(lambda _, inputs, output: results.append("logits", output[0]))
+
+
+def keep_routing(results: Results, number: int, _module, _inputs, output) -> None:
+    """Weights and numbers of the experts of each token, as `forward` hooks of a router receive them."""
+    weights, chosen = output
+    results.keep(f"router_weight_layer_{number}", weights)
+    results.keep(f"router_chosen_layer_{number}", chosen)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """The transformers model against the numbers of the published one: activations, logits, losses, gradients."""
 
-import json
-
 import pytest
 import torch
+from support.golden_models import MODELS, GoldenModel
 from support.golden_packs import load, packed
+from support.paths import GOLDEN
+
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
+from neo_megatron.data.chat import load_tokenizer
 
 from neo_megatron.hf import attention_neo, vision_neo
+from neo_megatron.hf.modeling_neo import NEOChatModel
 
 # Losses have tests of their own; the published merge convolution runs over canvases padded to the largest image.
 NOT_HERE = ("token_nll", "loss", "vis_dense_conv_padded")
@@ -58,6 +63,23 @@ class Recorder:
         )
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def reference(request) -> GoldenModel:
+    return MODELS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(reference, tmp_path_factory) -> NEOChatModel:
+    """The published checkpoint, or where that holds more than a NEO, what the tools export of it."""
+    directory = reference.checkpoint
+    if reference.name != "untied":
+        room = tmp_path_factory.mktemp(reference.name)
+        convert_hf_to_megatron(directory, room / "megatron")
+        directory = room / "hf"
+        convert_megatron_to_hf(room / "megatron", directory, load_tokenizer(GOLDEN / "tokenizer"))
+    return NEOChatModel.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 @pytest.fixture
 def recorder(model, monkeypatch):
     recorder = Recorder(model, monkeypatch)
@@ -67,8 +89,8 @@ def recorder(model, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
-def test_every_activation(golden, model, recorder, name):
-    expected = load(golden, "outputs_untied", name)
+def test_every_activation(golden, reference, model, recorder, name):
+    expected = reference.outputs(name)
     arguments = packed(load(golden, "inputs", name))
     length = arguments["input_ids"].shape[1]
     with torch.no_grad():
@@ -88,9 +110,9 @@ def test_every_activation(golden, model, recorder, name):
     assert compared == 6 * 5 + 4 + (4 if name == "pack1" else 0)
 
 
-def test_hidden_states(golden, model):
+def test_hidden_states(golden, reference, model):
     """The input of every layer, and last what the head reads."""
-    expected, arguments = load(golden, "outputs_untied", "pack1"), packed(load(golden, "inputs", "pack1"))
+    expected, arguments = reference.outputs("pack1"), packed(load(golden, "inputs", "pack1"))
     with torch.no_grad():
         embeddings, *states = model(**arguments, output_hidden_states=True).hidden_states
     names = ["inputs_embeds", *(f"hidden_after_layer_{number}" for number in range(4)), "final_norm"]
@@ -100,23 +122,23 @@ def test_hidden_states(golden, model):
 
 
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
-def test_the_three_losses(golden, model, name):
-    inputs, meta = load(golden, "inputs", name), json.loads((golden / "meta.json").read_text())[f"untied_{name}"]
+def test_the_three_losses(golden, reference, model, name):
+    inputs, mean = load(golden, "inputs", name), reference.loss(name, "token")
     with torch.no_grad():
-        for weighting, key in (("square", "loss"), ("token", "loss_token"), ("sample", "loss_sample")):
+        for weighting in reference.losses:
             loss = model(**packed(inputs), loss_weight=inputs[f"loss_weight_{weighting}"][None]).loss
-            assert loss.item() == pytest.approx(meta[key], abs=LOSS), weighting
+            assert loss.item() == pytest.approx(reference.loss(name, weighting), abs=LOSS), weighting
         # Without weights it is the mean over the labels, as transformers' trainers expect it.
-        assert model(**packed(inputs)).loss.item() == pytest.approx(meta["loss_token"], abs=LOSS)
+        assert model(**packed(inputs)).loss.item() == pytest.approx(mean, abs=LOSS)
         labels = int((inputs["labels"][1:] != -100).sum())
         summed = model(**packed(inputs), num_items_in_batch=2 * labels).loss.item()
-        assert summed == pytest.approx(meta["loss_token"] / 2, abs=LOSS)
+        assert summed == pytest.approx(mean / 2, abs=LOSS)
 
 
-def test_every_gradient(golden, model):
-    inputs, expected = load(golden, "inputs", "pack1"), load(golden, "grads_untied", "pack1")
+def test_every_gradient(golden, reference, model):
+    inputs, expected = load(golden, "inputs", "pack1"), reference.gradients()
     model.zero_grad()
-    model(**packed(inputs), loss_weight=inputs["loss_weight_square"][None]).loss.backward()
+    model(**packed(inputs), loss_weight=inputs[f"loss_weight_{reference.gradients_of}"][None]).loss.backward()
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     assert actual.keys() == expected.keys()
@@ -126,9 +148,9 @@ def test_every_gradient(golden, model):
 
 
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
-def test_a_document_alone_equals_the_document_in_its_pack(golden, model, name):
+def test_a_document_alone_equals_the_document_in_its_pack(golden, reference, model, name):
     """Here positions and mask follow from the tokens, as a user calls it."""
-    inputs, expected = load(golden, "inputs", name), load(golden, "outputs_untied", name)["logits"]
+    inputs, expected = load(golden, "inputs", name), reference.outputs(name)["logits"]
     start, end = inputs["seq_boundaries"][:2].tolist()
     images = {key: inputs[key] for key in ("pixel_values", "grid_hw") if key in inputs}
     with torch.no_grad():

@@ -55,4 +55,5 @@ _UNIFY_LOSSES = {weighting: f"loss_{weighting}" for weighting in ("token", "samp
 MODELS = {
     "neo": GoldenModel(GOLDEN, GOLDEN / "ckpt_untied", "untied", "square", {**_UNIFY_LOSSES, "square": "loss"}),
     "u1-dense": GoldenModel(GOLDEN / "u1", GOLDEN / "u1" / "dense", "dense", "token", _UNIFY_LOSSES),
+    "u1-moe": GoldenModel(GOLDEN / "u1", GOLDEN / "u1" / "moe", "moe", "token", _UNIFY_LOSSES),
 }
