@@ -46,6 +46,27 @@ PUBLISHED_SIZES = {
     "u1-8b": _9B.replace(
         attention_form="in-head", rope_theta=5e6, max_positions=262144, min_pixels=65536, max_pixels=16777216
     ),
+    # The same with experts; it has no pre-buffer.
+    "u1-a3b": NeoSizes(
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
+        num_query_groups=4,
+        head_dim=128,
+        pre_buffer_layers=0,
+        post_llm_layers=48,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+        patch_embedding_size=1024,
+        rope_theta=1e7,
+        max_positions=262144,
+        min_pixels=65536,
+        max_pixels=16777216,
+        attention_form="in-head",
+        num_experts=128,
+        experts_per_token=8,
+        expert_ffn_hidden_size=768,
+    ),
 }
 
 SIZES = {

@@ -48,7 +48,8 @@ class NEOVisionConfig(PretrainedConfig):
 class NEOLLMConfig(PretrainedConfig):
     """Sizes of the decoder: Qwen3's keys, `rope_theta_hw` and the number of pre-buffer layers in front.
 
-    `attention_form` says where the channels for rows and columns are: `separate`, next to Qwen3's, or `in-head`.
+    `attention_form` says where the channels for rows and columns are: `separate`, next to Qwen3's, or `in-head`. With
+    `num_experts` every layer has experts in place of its SwiGLU, as in a Qwen3-MoE.
 
     `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them; ``None`` if the
     checkpoint does not say how many those are, which matters only for training.
@@ -77,8 +78,14 @@ class NEOLLMConfig(PretrainedConfig):
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         attention_form: str = "separate",
+        num_experts: int | None = None,
+        num_experts_per_tok: int | None = None,
+        moe_intermediate_size: int | None = None,
+        norm_topk_prob: bool = False,
         **kwargs: Any,
     ) -> None:
+        if num_experts and (kwargs.get("decoder_sparse_step", 1) != 1 or kwargs.get("mlp_only_layers")):
+            raise ValueError("decoder_sparse_step or mlp_only_layers in llm_config: every layer of NEO has experts")
         if attention_form not in ("separate", "in-head"):
             raise ValueError(f"attention_form {attention_form!r} in llm_config: NEO has 'separate' and 'in-head'")
         if hidden_act != "silu":
@@ -103,6 +110,11 @@ class NEOLLMConfig(PretrainedConfig):
         self.max_position_embeddings = _scalar(max_position_embeddings)
         self.max_position_embeddings_hw = _scalar(max_position_embeddings_hw)
         self.attention_form = attention_form
+        # Of a mixture of experts, under Qwen3-MoE's names and with its defaults.
+        self.num_experts = num_experts or 0
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.norm_topk_prob = norm_topk_prob
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         kwargs.pop("layer_types", None)  # every layer has full attention, so the list adds nothing

@@ -5,8 +5,9 @@ Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -18,14 +19,37 @@ from .configuration_neo import NEOLLMConfig
 class NEOMLP(nn.Module):
     """Qwen3's SwiGLU."""
 
-    def __init__(self, config: NEOLLMConfig) -> None:
+    def __init__(self, config: NEOLLMConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NEOExperts(nn.Module):
+    """Qwen3-MoE's mixture of experts: a router, in float32 as in training, sends each token to some of the SwiGLUs."""
+
+    def __init__(self, config: NEOLLMConfig) -> None:
+        super().__init__()
+        self.per_token, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(NEOMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        x_TH = x_BLH.flatten(0, -2)
+        probability = linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
+        weight, chosen = probability.topk(self.per_token, dim=-1)
+        if self.normalised:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        out_TH = torch.zeros_like(x_TH)
+        for number in chosen.unique().tolist():
+            token, place = torch.where(chosen == number)
+            result = self.experts[number](x_TH[token]) * weight[token, place, None].to(x_TH.dtype)
+            out_TH.index_add_(0, token, result)
+        return out_TH.view_as(x_BLH)
 
 
 class NEODecoderLayer(GradientCheckpointingLayer):
@@ -34,7 +58,7 @@ class NEODecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = ATTENTION[config.attention_form](config, layer)
-        self.mlp = NEOMLP(config)
+        self.mlp = NEOExperts(config) if config.num_experts else NEOMLP(config, config.intermediate_size)
         self.input_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from neo_megatron.model.expert_router import ExpertLayer, ExpertRouter
 from neo_megatron.model.native_attention import (
     InHeadSelfAttention,
     NativeSelfAttention,
@@ -114,7 +115,7 @@ def transformer_engine_layer_spec(config: NeoConfig) -> ModuleSpec:
 
 def _experts(experts: Callable) -> Callable:
     """Megatron's layer of experts, without shared ones."""
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts))
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=ExpertRouter))
 
 
 def _layer_spec(
@@ -129,7 +130,7 @@ def _layer_spec(
     if not config.num_moe_experts:
         stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ExpertLayer if config.num_moe_experts else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=input_norm,
             self_attention=ModuleSpec(module=_ATTENTION[config.sizes.attention_form], submodules=attention),

@@ -24,6 +24,7 @@ from torch import Tensor
 from neo_megatron.model import qkv_prepare
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
+from neo_megatron.model.expert_router import Tokens
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.rms_norm import HeadNorm
 from neo_megatron.model.shared_input_linear import gather_again, keeps_input, share_input
@@ -44,6 +45,8 @@ class PackContext:
     mask: AttentionMask
     key_order: Tensor | None = None
     """See `context_parallel_attention`."""
+    tokens: Tokens | None = None
+    """For the routers of experts."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from neo_megatron.model.core_attention import attention_pairs, build_mask, check_backend
+from neo_megatron.model.expert_router import Tokens
 from neo_megatron.model.head_loss import in_chunks
 from neo_megatron.model.layer_specs import decoder_spec
 from neo_megatron.model.mask import AttentionRule
@@ -114,6 +115,8 @@ class NeoModel(LanguageModule):
         image_token_position: Tensor | None = None,
         target_index: Tensor | None = None,
         targets: Tensor | None = None,
+        modality: Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch through this pipeline stage.
 
@@ -128,6 +131,7 @@ class NeoModel(LanguageModule):
             image_token_position: integers ``[C, 2]``, row and column of each image token in the merged grid.
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
+            modality, loss_weights: int8 ``[S * B]`` and float32 ``[2]``, see `expert_router.Tokens`; for a mixture of experts.
 
         Returns:
             Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.
@@ -144,6 +148,7 @@ class NeoModel(LanguageModule):
             ),
             mask=mask,
             key_order=key_order,
+            tokens=None if modality is None else Tokens(modality, loss_weights),
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:

@@ -26,6 +26,9 @@ class NeoConfig(TransformerConfig):
     neo_sizes: dict[str, Any] = field(default_factory=dict)
     """`dataclasses.asdict` of the `NeoSizes`; a plain dict, because arguments are stored in checkpoints."""
 
+    balance_loss_coeff: float = 0.0
+    """Of the loss in `expert_router.py`, in addition to the cross entropy."""
+
     normalization: str = "RMSNorm"
     activation_func: Callable = silu
     gated_linear_unit: bool = True
@@ -122,6 +125,7 @@ def expert_settings(sizes: NeoSizes, count: str) -> dict[str, Any]:
 def megatron_arguments(sizes: NeoSizes) -> dict[str, Any]:
     """The sizes under the names of Megatron's arguments, with the flags that make a Megatron decoder Qwen3's."""
     return {
+        **expert_settings(sizes, "num_experts"),
         "num_layers": sizes.num_layers,
         "hidden_size": sizes.hidden_size,
         "ffn_hidden_size": sizes.ffn_hidden_size,

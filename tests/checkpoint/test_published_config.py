@@ -248,10 +248,6 @@ def test_a_wrong_size_is_an_error_and_not_corrected(checkpoint):
         open_neo(checkpoint(edit))
 
 
-def as_a_mixture_of_experts(config):
-    config["llm_config"]["num_experts"] = 128
-
-
 def quantised(config):
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
 
@@ -263,7 +259,6 @@ def of_another_template(config):
 @pytest.mark.parametrize(
     "edit, sentence",
     [
-        (as_a_mixture_of_experts, "has llm_config.num_experts: this is a mixture of experts"),
         (quantised, r"has a quantization_config \(awq\): this is a quantised checkpoint"),
         (of_another_template, "has the template 'internvl2_5', and NEO knows 'neo1_0'"),
     ],

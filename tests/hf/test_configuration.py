@@ -102,7 +102,6 @@ def test_a_neo_unify_is_named():
     "change, sentence",
     [
         ({"noise_scale": 1.0}, "has noise_scale: this is a NEO-unify"),
-        ({"llm_config": {"num_experts": 128}}, "has llm_config.num_experts: this is a mixture of experts"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantization_config \(gptq\)"),
         ({"template": "internvl2_5"}, "the template 'internvl2_5', and NEO knows 'neo1_0'"),
     ],
