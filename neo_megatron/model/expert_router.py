@@ -101,12 +101,13 @@ def balance_of(counted: Tensor, experts: int) -> dict[str, Tensor]:
 
     Returns:
         Name -> ``[..., 2]``, not a number where a modality has no tokens: the load of the busiest expert over the mean,
-        the mean entropy of the probabilities over the largest that is possible, and the share of experts without a
-        token.
+        the mean entropy of the probabilities over the largest that is possible, the share of experts without a token,
+        and the balance loss.
     """
-    counts, _, tokens, entropy = counted.split((experts, experts, 1, 1), dim=-1)
+    counts, probabilities, tokens, entropy = counted.split((experts, experts, 1, 1), dim=-1)
     load = counts / counts.mean(dim=-1, keepdim=True)
     return {
+        "balance loss": (load * probabilities / tokens).sum(dim=-1),
         "load imbalance": load.amax(dim=-1),
         "router entropy": (entropy / tokens).squeeze(-1) / torch.tensor(float(experts)).log(),
         "dead experts": (counts == 0).double().mean(dim=-1) + 0 * load[..., 0],

@@ -108,6 +108,7 @@ def model_provider(
     )
     freeze_for_stage(model, args.training_stage)
     _bad_numbers.watch(model)
+    _log.watch(model)
     if _first_of_its_stage():
         stage = parallel_state.get_pipeline_model_parallel_rank()
         print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)

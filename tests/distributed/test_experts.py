@@ -3,6 +3,7 @@
 Losses within 2e-6 and the last gradients, each complete tensor, within 1e-5 relative of the run on one process.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_losses_and_gradients_of_five_steps(runs, kind, layout):
     assert_same(MODEL, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "pp2", "ep2-tp2-full"])
+def test_figures_of_routers_are_logged(runs, layout):
+    """Of every layer and modality, and the same however ranks share the work."""
+    actual, expected = runs[f"balance-{layout}"], runs["balance-one"]
+    for figure in ("load imbalance", "router entropy", "dead experts", "balance loss"):
+        for modality in ("text", "image"):
+            for tag in (f"experts/{figure}/{modality}", f"experts/{figure}/{modality} layer 03"):
+                for step, values in expected.scalars(tag).items():
+                    assert actual.scalars(tag)[step] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    entropy = expected.scalars("experts/router entropy/image layer 00")
+    assert len(entropy) == 5 and all(0 < value <= 1 for (value,) in entropy.values())
+    loss = expected.scalars("experts/balance loss/text")
+    assert all(value >= MODEL.num_layers for (value,) in loss.values()), "1 a layer where the load is even"
+    assert re.search(r"\| expert load imbalance: text \d\.\d\d, image \d\.\d\d \|", expected.printed())
 
 
 def test_balance_losses_act_on_routers(runs):
