@@ -1,10 +1,10 @@
-"""Makes a NEO from a Qwen3, both Hugging Face directories, to start stage 1 from.
+"""Makes a NEO from a Qwen3 or a Qwen3-MoE, both Hugging Face directories, to start stage 1 from.
 
 Qwen3's layer i becomes layer ``pre_buffer_layers + i``, unchanged, and computes on text what it computed before: its
 new keys for rows and columns are zero. The pre-buffer and the patch embedding are drawn from a seed.
 
-That is the form `separate`. In the form `in-head` (see `model/attention_forms.py`) the channels of Qwen3's query and key
-heads are shared out, as `names.qwen3_channels` has it: nothing is new, and the layer does not compute what it computed.
+That is the form `separate`. In the form `in-head` (see `model/attention_forms.py`) the channels of Qwen3's query and
+key heads are shared out, as `names.qwen3_channels` has it: nothing is new, but the layer computes something else.
 
 Zero keys can be made in two ways (`KeyHwInit`):
     published  the projection W_k_hw is zero. RMSNorm of zero is zero, but its derivative there is 1/sqrt(eps) = 1,000.
@@ -40,7 +40,7 @@ from neo_megatron.checkpoint.pre_buffer import PreBuffer, TrainedPart
 from neo_megatron.checkpoint.streaming import StoredTensor, copy_exactly, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
 from neo_megatron.errors import CheckpointError
-from neo_megatron.model.config import NeoSizes, beyond_qwen3
+from neo_megatron.model.config import NeoSizes, beyond_qwen3, experts_from_qwen3
 from neo_megatron.paths import Wanted, check_path
 
 VOCABULARY_MULTIPLE = 128
@@ -159,9 +159,11 @@ def _neo_sizes(
     vocab_size: int | None,
 ) -> NeoSizes:
     asked = beyond_qwen3(config)
-    if config.get("model_type") != "qwen3" or asked:
+    if config.get("model_type") not in ("qwen3", "qwen3_moe") or asked:
         what = f"sets {asked}" if asked else f"has the model_type {config.get('model_type')!r}"
-        raise CheckpointError(f"{where}/config.json {what}: NEO starts from a plain Qwen3, such as Qwen3-1.7B-Base")
+        raise CheckpointError(
+            f"{where}/config.json {what}: NEO starts from a plain Qwen3 or Qwen3-MoE, such as Qwen3-1.7B-Base"
+        )
     if pre_buffer_layers < 0:
         raise CheckpointError(f"{pre_buffer_layers} pre-buffer layers: give 0 or more")
     ids = {}
@@ -184,6 +186,7 @@ def _neo_sizes(
             rope_theta=(config.get("rope_parameters") or config)["rope_theta"],
             norm_epsilon=config["rms_norm_eps"],
             max_positions=config["max_position_embeddings"],
+            **experts_from_qwen3(config),
             **ids,
         )
     except KeyError as missing:

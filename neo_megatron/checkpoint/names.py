@@ -273,7 +273,9 @@ class _LayerRows:
         qwen3: str = "",
     ) -> dict[str, HfTensor]:
         """A Hugging Face tensor of this layer; in Qwen3 it has the same name unless ``qwen3`` gives another."""
-        from_qwen3 = None if new or self._qwen3_layer < 0 else f"model.layers.{self._qwen3_layer}.{qwen3 or name}.weight"
+        from_qwen3 = (
+            None if new or self._qwen3_layer < 0 else f"model.layers.{self._qwen3_layer}.{qwen3 or name}.weight"
+        )
         return {f"{self._hf}{name}.weight": HfTensor(shape, start, from_qwen3, channels)}
 
     def _row(
@@ -326,9 +328,7 @@ def _halves_of_experts(rows: int, tensor: Tensor) -> Sequence[Tensor]:
     return [half for expert in tensor.unbind() for half in expert.split(rows)]
 
 
-def _same(
-    megatron: str, hf: str, tensor: HfTensor, split_dim: int | None = None, trained: bool = False
-) -> TensorRow:
+def _same(megatron: str, hf: str, tensor: HfTensor, split_dim: int | None = None, trained: bool = False) -> TensorRow:
     return TensorRow(megatron, tensor.shape, {hf: tensor}, _whole, split_dim, trained_in_stage_1=trained)
 
 

@@ -133,8 +133,8 @@ def _complete_form(
         )
     if named is None and form == "in-head":
         said.append(
-            f"the tensors have {_TENSOR_OF_FORM[form]}, so this is a NEO-unify (SenseNova-U1), not a NEO 1.0: read with "
-            "the attention form 'in-head'"
+            f"the tensors have {_TENSOR_OF_FORM[form]}, so this is a NEO-unify (SenseNova-U1), not a NEO 1.0: read "
+            "with the attention form 'in-head'"
         )
     if form == "separate" and (key := next((key for key in UNIFY_KEYS if key in top), None)):
         said.append(f"{key} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored")

@@ -153,6 +153,12 @@ def add_megatron_to_hf(commands: Any) -> None:
     command.add_argument(
         "--tokenizer", required=True, metavar="HF_DIR", help="the tokenizer given to neo-megatron preprocess"
     )
+    command.add_argument(
+        "--generation-branch",
+        metavar="U1_HF_DIR",
+        help="the NEO-unify (SenseNova-U1) that was trained: its generation tensors are added as they are, and the "
+        "result runs with the code published for it; default: the understanding branch alone, with our code",
+    )
     add_output(command)
     add_shards(command)
     add_tensors(command)
@@ -161,8 +167,9 @@ def add_megatron_to_hf(commands: Any) -> None:
 
 def megatron_to_hf(args: argparse.Namespace) -> None:
     """Writes an exported directory and lists the tensors that were missing."""
+    branch = model_directory(args.generation_branch) if args.generation_branch else None
     missing = convert_megatron_to_hf(
-        args.megatron, args.output, tokenizer_of(args), args.max_shard_size, dtype_of(args), args.allow_missing
+        args.megatron, args.output, tokenizer_of(args), args.max_shard_size, dtype_of(args), args.allow_missing, branch
     )
     say_missing(missing)
 

@@ -84,7 +84,9 @@ class NEOLLMConfig(PretrainedConfig):
         norm_topk_prob: bool = False,
         **kwargs: Any,
     ) -> None:
-        if num_experts and (kwargs.get("decoder_sparse_step", 1) != 1 or kwargs.get("mlp_only_layers")):
+        if (num_experts or kwargs.get("num_local_experts")) and (
+            kwargs.get("decoder_sparse_step", 1) != 1 or kwargs.get("mlp_only_layers")
+        ):
             raise ValueError("decoder_sparse_step or mlp_only_layers in llm_config: every layer of NEO has experts")
         if attention_form not in ("separate", "in-head"):
             raise ValueError(f"attention_form {attention_form!r} in llm_config: NEO has 'separate' and 'in-head'")
@@ -111,7 +113,7 @@ class NEOLLMConfig(PretrainedConfig):
         self.max_position_embeddings_hw = _scalar(max_position_embeddings_hw)
         self.attention_form = attention_form
         # Of a mixture of experts, under Qwen3-MoE's names and with its defaults.
-        self.num_experts = num_experts or 0
+        self.num_experts = num_experts or kwargs.pop("num_local_experts", None) or 0  # its name since transformers 5
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size
         self.norm_topk_prob = norm_topk_prob

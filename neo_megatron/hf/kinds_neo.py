@@ -23,8 +23,8 @@ def refuse_generation(config: dict[str, Any], where: str = "config.json") -> Non
     """
     if key := next((key for key in UNIFY_KEYS if key in config), None):
         raise ValueError(
-            f"{where} has {key}: this is a NEO-unify (SenseNova-U1) checkpoint with a generation branch, which this code "
-            "does not run; convert it with neo_megatron, which takes its understanding branch"
+            f"{where} has {key}: this is a NEO-unify (SenseNova-U1) checkpoint with a generation branch, which this "
+            "code does not run; convert it with neo_megatron, which takes its understanding branch"
         )
 
 

@@ -122,7 +122,7 @@ def _numbers_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = F
 
 
 class _PastEvent:
-    """What is recorded on a CPU has happened."""
+    """An event that has happened: a CPU runs no streams."""
 
     def synchronize(self) -> None:
         pass

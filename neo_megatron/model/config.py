@@ -246,15 +246,16 @@ def experts_from_qwen3(decoder: dict[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError: a key is missing. ConfigError: not all layers are alike.
     """
-    if not decoder.get("num_experts"):
+    experts = decoder.get("num_experts") or decoder.get("num_local_experts")  # the latter since transformers 5
+    if not experts:
         return {}
     step, dense = decoder.get("decoder_sparse_step", 1), decoder.get("mlp_only_layers") or []
     if step != 1 or dense:
         raise ConfigError(
-            f"llm_config has decoder_sparse_step {step} and mlp_only_layers {dense}: every layer of NEO has experts"
+            f"decoder_sparse_step is {step} and mlp_only_layers {dense}, but every layer of NEO has experts"
         )
     return {
-        "num_experts": decoder["num_experts"],
+        "num_experts": experts,
         "experts_per_token": decoder["num_experts_per_tok"],
         "expert_ffn_hidden_size": decoder["moe_intermediate_size"],
         "norm_topk_prob": bool(decoder.get("norm_topk_prob", False)),  # Qwen3-MoE's own default

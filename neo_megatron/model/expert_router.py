@@ -27,7 +27,7 @@ MODALITIES = ("text", "image")  # their numbers are `Tokens.modality`
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the routers need to know of a micro-batch.
+    """The tokens of a micro-batch, as the routers need to know them.
 
     Args:
         modality: int8 ``[N]``, in the order of the router's tokens: 0 text, 1 image token, -1 padding.

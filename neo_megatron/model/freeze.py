@@ -1,14 +1,15 @@
 """Freezes the parameters that a training stage does not train, by explicit module names.
 
 Stage 1 teaches a language model to see and touches little of what it knows: all of the patch embedding and of the
-pre-buffer train, and of the post-LLM only the list in `attention_forms.py`. Stages 2 and 3 train everything. Source: NEO
-(arXiv 2510.14979), 3.3.
+pre-buffer train, and of the post-LLM only the list in `attention_forms.py`. Stages 2 and 3 train everything. Source:
+NEO (arXiv 2510.14979), 3.3.
 """
 
 import torch
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.transformer_config import NeoConfig
+
 
 def freeze_for_stage(model: torch.nn.Module, stage: int) -> None:
     """Sets ``requires_grad`` of every parameter of this pipeline stage's part of the model.

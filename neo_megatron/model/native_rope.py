@@ -61,9 +61,7 @@ class NativeRotary:
             angle = position_SB[..., None] * inverse_frequencies(width, theta, positions_BS3.device)
             return RotaryTable(angle.cos()[:, :, None, None], angle.sin()[:, :, None, None])
 
-        return cls(
-            t=table(0, widths[0], theta_t), h=table(1, widths[1], theta_hw), w=table(2, widths[2], theta_hw)
-        )
+        return cls(t=table(0, widths[0], theta_t), h=table(1, widths[1], theta_hw), w=table(2, widths[2], theta_hw))
 
     @property
     def tables(self) -> tuple[RotaryTable, RotaryTable, RotaryTable]:

@@ -131,7 +131,7 @@ class NeoModel(LanguageModule):
             image_token_position: integers ``[C, 2]``, row and column of each image token in the merged grid.
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
-            modality, loss_weights: int8 ``[S * B]`` and float32 ``[2]``, see `expert_router.Tokens`; for a mixture of experts.
+            modality, loss_weights: for experts, see `expert_router.Tokens`: int8 ``[S * B]`` and float32 ``[2]``.
 
         Returns:
             Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.

@@ -92,7 +92,7 @@ def at_once(
 
 
 def _parts(projections: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """The parts of queries and keys that have a norm each, ``[S, B, G, R, ...]`` with R = 1 for keys; and the values."""
+    """The parts of queries and keys with a norm each, ``[S, B, G, R, ...]`` with R = 1 for keys; and the values."""
     query, key, value = projections[0].split((projections[0].shape[-2] - 2, 1, 1), dim=-2)
     if len(projections) == 1:
         return query.chunk(2, dim=-1), key.chunk(2, dim=-1), value

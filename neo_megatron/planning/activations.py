@@ -103,13 +103,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
         norm_outputs=shared * (not fused_norm),
         core_attention=x * n * 4,
         mlp=ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4),
-        rest=residual
-        + shared * fused_norm
-        + y * 4
-        + projections
-        + query_key
-        + norms * x * (n + g) * 4
-        + x * n * d * e,
+        rest=residual + shared * fused_norm + y * 4 + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e,
     )
 
 

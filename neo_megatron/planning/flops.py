@@ -70,7 +70,7 @@ def model_flops(sizes: NeoSizes, training_stage: int, workload: Workload) -> Mod
 
 
 def trains_new_parts_only(training_stage: int) -> bool:
-    """Whether the post-LLM (but for parts of its attention), the word embeddings and the head are frozen, see `freeze.py`."""
+    """Whether post-LLM (but for parts of its attention), word embeddings and head are frozen, see `freeze.py`."""
     if training_stage not in (1, 2, 3):
         raise ConfigError(f"--training-stage {training_stage}: stages are 1, 2 and 3")
     return training_stage == 1

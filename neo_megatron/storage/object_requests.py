@@ -142,8 +142,9 @@ class Connection:
                 _raise_if_permanent(error, url, verb, permissions)
                 waited = time.monotonic() - start
                 if waited + pause > self._retry_seconds:
+                    count = f"{attempts} attempt{'s' * (attempts > 1)}"
                     raise DataError(
-                        f"{url} could not be {verb}: {_reason(error)}; given up after {attempts} attempt{'s' * (attempts > 1)} in "
+                        f"{url} could not be {verb}: {_reason(error)}; given up after {count} in "
                         f"{waited:.0f} seconds; {_REMEDIES[verb]}"
                     ) from error
                 _log.warning("%s: %s; trying again in %.1f seconds", url, _reason(error), pause)

@@ -74,7 +74,7 @@ def _experts(args: Namespace) -> Iterator[str]:
     size, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size
     expert_tensor = args.expert_tensor_parallel_size or tensor
     if size < 1 or args.num_experts % size:
-        yield f"--expert-model-parallel-size {size} does not divide the {args.num_experts} experts: choose a size that does"
+        yield f"--expert-model-parallel-size {size} does not divide the {args.num_experts} experts: choose another size"
     elif args.world_size % (size * expert_tensor * args.pipeline_model_parallel_size):
         yield (
             f"--expert-model-parallel-size {size} with {expert_tensor} tensor-parallel ranks of an expert does not "

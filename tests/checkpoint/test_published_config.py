@@ -5,9 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-
 from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -296,7 +294,9 @@ def test_a_form_that_the_tensors_do_not_have_is_refused(golden, tmp_path, form, 
 def test_a_configuration_of_a_neo_unify_with_the_tensors_of_a_neo_is_read_by_its_tensors(checkpoint):
     neo = open_neo(checkpoint(lambda config: config.update(fm_head_dim=1536)))
     assert neo.sizes.attention_form == "separate"
-    assert "fm_head_dim belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored" in neo.said
+    assert (
+        "fm_head_dim belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored" in neo.said
+    )
 
 
 @pytest.mark.parametrize("lacking", ["q_norm_hw", "k_proj"])

@@ -1,6 +1,6 @@
 """Runs the golden models on several layouts inside one set of torchrun processes and writes what they computed.
 
-    torchrun --nproc-per-node N golden_worker.py DIRECTORY MODEL/LAYOUT ...    MODEL: neo, ...    LAYOUT: tp2, tp2-sp, ...
+    torchrun --nproc-per-node N golden_worker.py DIRECTORY MODEL/LAYOUT ...     MODEL: neo, ...    LAYOUT: tp2-sp, ...
 
 DIRECTORY holds the checkpoint of each model in Megatron's form.
 
@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own packages
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
-
 from support.golden_models import MODELS
 from support.paths import GOLDEN
 
@@ -85,7 +84,11 @@ def build(layout: str, sizes: NeoSizes) -> NeoModel:
     tensor, pipeline, context, expert = (degree.get(kind, 1) for kind in ("tp", "pp", "cp", "ep"))
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor, pipeline, context_parallel_size=context, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+        tensor,
+        pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     config = NeoConfig.from_sizes(

@@ -29,7 +29,7 @@ MODEL = SIZES["tiny"].replace(
 )
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2, CP2, EP2 = (f"--{kind}-parallel-size 2" for kind in ("pipeline-model", "context", "expert-model"))
-WHOLE = "--expert-tensor-parallel-size 1"
+UNSPLIT = "--expert-tensor-parallel-size 1"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 OWN = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1"
@@ -40,7 +40,7 @@ LAYOUTS = {
     "plain": {
         "one": (1, ""),
         "tp2": (2, TP2),
-        "tp2-whole": (2, f"{TP2} {WHOLE}"),
+        "tp2-unsplit": (2, f"{TP2} {UNSPLIT}"),
         "pp2": (2, PP2),
         "cp2": (2, CP2),
         "ep2": (2, EP2),
@@ -49,7 +49,7 @@ LAYOUTS = {
         "ep2-dp2": (4, EP2),
         "ep4": (4, "--expert-model-parallel-size 4"),
         "ep2-tp2": (4, f"{EP2} {TP2}"),
-        "ep4-tp2-whole": (4, f"{TP2} {WHOLE} --expert-model-parallel-size 4"),
+        "ep4-tp2-unsplit": (4, f"{TP2} {UNSPLIT} --expert-model-parallel-size 4"),
         "ep2-pp2": (4, f"{EP2} {PP2}"),
         "ep2-cp2-full": (4, f"{EP2} {CP2} {FULL}"),
     },

@@ -30,7 +30,7 @@ ACTIVATIONS = ["attn_out_layer", "mlp_out_layer", "hidden_after_layer", "q_layer
 
 
 class Computed:
-    """What a layout of one model computed, every rank's results in a file.
+    """Results of a layout of one model, every rank's results in a file.
 
     Attributes:
         sequence_dim: 0 where ranks hold parts of a sequence.

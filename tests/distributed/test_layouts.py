@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.paths import GOLDEN
+from safetensors.torch import load_file
 from support.layout_runs import assert_same, layout_job, write_random_model
+from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
-from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.checkpoint.names import hf_shapes, tensor_table
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.config import PreprocessConfig

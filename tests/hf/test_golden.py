@@ -12,7 +12,6 @@ from support.paths import GOLDEN
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
-
 from neo_megatron.hf import attention_neo, vision_neo
 from neo_megatron.hf.image_processing_neo import NEOImageProcessor
 from neo_megatron.hf.modeling_neo import NEOChatModel
