@@ -61,6 +61,8 @@ def complete_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration with all keys that `NeoSizes.from_hf` reads, and a sentence for every correction.
 
+    It is that of the understanding branch of a NEO-unify: keys of its generation branch are left out.
+
     Args:
         config: `config.json` as it is; not changed.
         shapes: of the tensors in ``directory``.
@@ -74,6 +76,7 @@ def complete_config(
     said: list[str] = []
     llm, vision = (_plain(config.get(name)) for name in ("llm_config", "vision_config"))
     top = _plain(config) | {"llm_config": llm, "vision_config": vision}
+    unify = [key for key in UNIFY_KEYS if top.pop(key, None) is not None]
     if top.get("model_type") != MODEL_TYPE:
         if not is_neo(shapes):
             lacking = next((name for name in _MARKS if name not in shapes), _TENSOR_OF_FORM["separate"])
@@ -86,7 +89,7 @@ def complete_config(
     if absent := [name for name in code_files(config.get("auto_map")) if not (directory / name).is_file()]:
         said.append(f"auto_map names {', '.join(absent)}, not there: ignored, an export carries the right code")
     _check_types(llm, directory)
-    _complete_form(top, llm, shapes, directory, said)
+    _complete_form(llm, shapes, unify, directory, said)
     _complete_layers(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
     if "rope_parameters" in llm:  # where transformers 5 puts the rotary base
@@ -120,7 +123,7 @@ def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list
 
 
 def _complete_form(
-    top: dict[str, Any], llm: dict[str, Any], shapes: dict[str, Shape], directory: Path, said: list[str]
+    llm: dict[str, Any], shapes: dict[str, Shape], unify: list[str], directory: Path, said: list[str]
 ) -> None:
     """NEO 1.0 and NEO-unify have one model_type and one architecture: the tensors tell them apart."""
     form = _form(shapes)
@@ -136,8 +139,8 @@ def _complete_form(
             f"the tensors have {_TENSOR_OF_FORM[form]}, so this is a NEO-unify (SenseNova-U1), not a NEO 1.0: read "
             "with the attention form 'in-head'"
         )
-    if form == "separate" and (key := next((key for key in UNIFY_KEYS if key in top), None)):
-        said.append(f"{key} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored")
+    if form == "separate" and unify:
+        said.append(f"{unify[0]} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored")
     if branch := sum(map(of_generation, shapes)):
         said.append(f"the {branch} tensors of the generation branch are left out")
     llm["attention_form"] = form

@@ -43,16 +43,12 @@ class ExpertRouter(TopKRouter):
     """Softmax over all experts in float32, and the k largest.
 
     Attributes:
-        counted: float64 ``[2, 2E + 2]``, for each modality, of all training tokens of this rank since it was last set
-            to zero: tokens of each expert, sums of probabilities, tokens, and their entropy in nats.
+        counted: float64 ``[2, 2E + 2]``, for each modality, of all training tokens of this rank since it was last
+            ``None``: tokens of each expert, sums of probabilities, tokens, and their entropy in nats.
     """
 
     tokens: Tokens | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        size = 2 * self.config.num_moe_experts + 2
-        self.counted = torch.zeros(2, size, dtype=torch.float64, device=torch.cuda.current_device())
+    counted: Tensor | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights, chosen = super().routing(logits, padding_mask)
@@ -65,7 +61,8 @@ class ExpertRouter(TopKRouter):
             entropy_N = torch.special.entr(probability_NE).sum(dim=-1, keepdim=True)
             sums = of_modality @ torch.cat((chosen.float(), entropy_N.new_ones(entropy_N.shape), entropy_N), dim=-1)
             counts, tokens, entropy = sums.split((self.num_experts, 1, 1), dim=-1)
-            self.counted += torch.cat((counts, probabilities, tokens, entropy), dim=-1)
+            more = torch.cat((counts, probabilities, tokens, entropy), dim=-1).double()
+            self.counted = more if self.counted is None else self.counted + more
         if self.config.balance_loss_coeff:
             loss = self._balance_loss(counts, tokens, probabilities) * self.config.balance_loss_coeff
             weights = MoEAuxLossAutoScaler.apply(weights, loss * self.tokens.loss_weights[1])

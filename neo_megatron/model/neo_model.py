@@ -90,11 +90,12 @@ class NeoModel(LanguageModule):
     ) -> ShardedStateDict:
         """The contents of a distributed checkpoint: the parameters, under one name for every layout and implementation.
 
-        Linear layers also offer an `_extra_state`: under FP8's delayed scaling the last maxima, else nothing. It is
-        left out, so that every checkpoint starts every run, in FP8 or not; delayed scaling has its maxima after a step.
+        Linear layers also offer an `_extra_state`, those of experts a numbered one for each: under FP8's delayed scaling
+        the last maxima, else nothing. It is left out, so that every checkpoint starts every run, in FP8 or not; delayed
+        scaling has its maxima after a step.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        return {name: value for name, value in state.items() if "_extra_state" not in name}
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receives the hidden states ``[S, B, H]`` of the previous pipeline stage (called by Megatron's schedules)."""
@@ -194,4 +195,4 @@ class NeoModel(LanguageModule):
 def _forgive_missing_extra_state(_module: LanguageModule, incompatible_keys) -> None:
     """Lets strict loading pass over what `sharded_state_dict` leaves out."""
     missing = incompatible_keys.missing_keys
-    missing[:] = [name for name in missing if not name.endswith("_extra_state")]
+    missing[:] = [name for name in missing if "_extra_state" not in name]

@@ -40,8 +40,9 @@ class ExpertLog:
             return {}
         sums = torch.zeros(self._layers, 2, 2 * self._experts + 2, dtype=torch.float64, device="cuda")
         for number, router in self._routers.items():
-            sums[number] = router.counted
-            router.counted.zero_()
+            if router.counted is not None:
+                sums[number] = router.counted
+            router.counted = None
         for group in (
             parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             parallel_state.get_pipeline_model_parallel_group(),
