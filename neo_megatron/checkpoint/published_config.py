@@ -140,7 +140,9 @@ def _complete_form(
             "with the attention form 'in-head'"
         )
     if form == "separate" and unify:
-        said.append(f"{unify[0]} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored")
+        said.append(
+            f"{unify[0]} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored"
+        )
     if branch := sum(map(of_generation, shapes)):
         said.append(f"the {branch} tensors of the generation branch are left out")
     llm["attention_form"] = form

@@ -240,6 +240,15 @@ class NeoSizes:
         return dataclasses.replace(self, **changes)
 
 
+# Fields that checkpoints saved by version 0.1 do not have, and what those models are.
+_SINCE_0_2 = ("attention_form", "num_experts", "experts_per_token", "expert_ffn_hidden_size", "norm_topk_prob")
+
+
+def completed_sizes(saved: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `NeoSizes` in a checkpoint, with those that an earlier version did not save."""
+    return {name: getattr(NeoSizes, name) for name in _SINCE_0_2} | saved
+
+
 def experts_from_qwen3(decoder: dict[str, Any]) -> dict[str, Any]:
     """The fields of `NeoSizes` about experts, from the keys of a Qwen3-MoE; empty for a dense model.
 

@@ -90,7 +90,7 @@ class NeoModel(LanguageModule):
     ) -> ShardedStateDict:
         """The contents of a distributed checkpoint: the parameters, under one name for every layout and implementation.
 
-        Linear layers also offer an `_extra_state`, those of experts a numbered one for each: under FP8's delayed scaling
+        Linear layers also offer an `_extra_state`, those of experts a numbered one each: under FP8's delayed scaling
         the last maxima, else nothing. It is left out, so that every checkpoint starts every run, in FP8 or not; delayed
         scaling has its maxima after a step.
         """

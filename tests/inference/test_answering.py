@@ -254,7 +254,9 @@ def test_a_published_neo_unify_is_asked_as_published(golden, tmp_path, kind):
         question = case["question"]
         if case["history"]:
             texts = [text for turn in case["history"] for text in turn] + [question]
-            question = [Turn(role, text, False) for role, text in zip(cycle(("user", "assistant")), texts, strict=False)]
+            question = [
+                Turn(role, text, False) for role, text in zip(cycle(("user", "assistant")), texts, strict=False)
+            ]
         prompt = answerer.prompt(question, [golden / image for image in case["images"]])
         assert answerer.inputs([prompt])["input_ids"][0].tolist() == case["prompt_ids"]
         (answer,) = answerer.answer([prompt], max_new_tokens=case["max_new_tokens"])
