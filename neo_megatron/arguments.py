@@ -12,8 +12,9 @@ class NeoModelArguments:
     """Sizes of the model, and its pipeline stages."""
 
     neo_model: str = ""
-    """Required. neo-2b, neo-9b, tiny, or a directory or hub id with the config.json of a NEO in Hugging Face form: the
-    sizes of the model. Megatron's size flags (--hidden-size, --num-layers, ...) change single ones."""
+    """Required. A preset (neo-2b, neo-9b, neo-ov-2b, neo-ov-9b, u1-8b, u1-a3b, tiny), or a directory or hub id with the
+    config.json of a NEO in Hugging Face form: the sizes of the model. Megatron's size flags (--hidden-size,
+    --num-layers, ...) change single ones."""
 
     pre_buffer_num_layers: int = 0
     """How many of --num-layers form the pre-buffer, 0 to all. Default: as in --neo-model."""
@@ -40,6 +41,11 @@ class NeoTrainingArguments:
     """Takes over the optimizer state of --pretrained-checkpoint for all parameters that were trained there, as from
     stage 1 to stage 2; others start with moments of zero. The schedule and the number of consumed packs restart.
     Default: off."""
+
+    balance_loss_coeff: float = 0.0
+    """Coefficient, 0 or more, of SenseNova-U1's balance loss of experts, which counts image tokens and text apart and
+    is a sum over layers; the cross entropy has the coefficient 1. As published: 0.05. Megatron's own losses are chosen
+    by --moe-router-load-balancing-type. Default: 0, none."""
 
     loss_weighting: Literal["square", "sample", "token"] = "square"
     """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1. Default: %(default)s."""

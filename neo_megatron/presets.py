@@ -7,33 +7,65 @@ from typing import Any
 
 from neo_megatron.model.config import NeoSizes
 
-# NEO 1.0.
+# Qwen3-1.7B-Base after 12 pre-buffer layers, and Qwen3-8B-Base after 6.
+_2B = NeoSizes(
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    num_attention_heads=16,
+    num_query_groups=8,
+    head_dim=128,
+    pre_buffer_layers=12,
+    post_llm_layers=28,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+    patch_embedding_size=1024,
+)
+_9B = NeoSizes(
+    hidden_size=4096,
+    ffn_hidden_size=12288,
+    num_attention_heads=32,
+    num_query_groups=8,
+    head_dim=128,
+    pre_buffer_layers=6,
+    post_llm_layers=36,
+    vocab_size=151936,
+    tie_word_embeddings=False,
+    patch_embedding_size=1024,
+)
+# Pixel limits of the published evaluation of NEO-ov.
+_OV = dict(min_pixels=1280 * 32**2, max_pixels=16384 * 32**2)
+
 PUBLISHED_SIZES = {
-    # Qwen3-1.7B-Base after 12 pre-buffer layers.
-    "neo-2b": NeoSizes(
+    # NEO 1.0 (arXiv 2510.14979).
+    "neo-2b": _2B,
+    "neo-9b": _9B,
+    # NEO-ov (arXiv 2605.28820): the same models, trained on.
+    "neo-ov-2b": _2B.replace(**_OV),
+    "neo-ov-9b": _9B.replace(**_OV),
+    # The understanding branch of SenseNova-U1 and U1.5 (arXiv 2605.12500), dense.
+    "u1-8b": _9B.replace(
+        attention_form="in-head", rope_theta=5e6, max_positions=262144, min_pixels=65536, max_pixels=16777216
+    ),
+    # The same with experts; it has no pre-buffer.
+    "u1-a3b": NeoSizes(
         hidden_size=2048,
         ffn_hidden_size=6144,
-        num_attention_heads=16,
-        num_query_groups=8,
-        head_dim=128,
-        pre_buffer_layers=12,
-        post_llm_layers=28,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        patch_embedding_size=1024,
-    ),
-    # Qwen3-8B-Base after 6 pre-buffer layers.
-    "neo-9b": NeoSizes(
-        hidden_size=4096,
-        ffn_hidden_size=12288,
         num_attention_heads=32,
-        num_query_groups=8,
+        num_query_groups=4,
         head_dim=128,
-        pre_buffer_layers=6,
-        post_llm_layers=36,
+        pre_buffer_layers=0,
+        post_llm_layers=48,
         vocab_size=151936,
         tie_word_embeddings=False,
         patch_embedding_size=1024,
+        rope_theta=1e7,
+        max_positions=262144,
+        min_pixels=65536,
+        max_pixels=16777216,
+        attention_form="in-head",
+        num_experts=128,
+        experts_per_token=8,
+        expert_ffn_hidden_size=768,
     ),
 }
 

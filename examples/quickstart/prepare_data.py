@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from neo_megatron.data.chat import NEO_TOKENS, add_neo_tokens
+from neo_megatron.model.attention_forms import FORMS
 from neo_megatron.presets import SIZES
 
 try:
@@ -92,9 +93,12 @@ def _pieces(turn: dict) -> tuple[str, ...]:
     return ("assistant\n", turn["value"])
 
 
-def write_model_config(output: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int, pixels: int) -> None:
+def write_model_config(
+    output: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int, pixels: int, attention_form: str
+) -> None:
     """Writes the preset `tiny` with the ids of this tokenizer and this image size, for `--neo-model` and the export."""
     sizes = SIZES["tiny"].replace(
+        attention_form=attention_form,
         vocab_size=vocabulary,
         image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
         image_context_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
@@ -117,6 +121,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory to write into")
     parser.add_argument("--pixels", type=int, required=True, help="area in pixels to which every image is resized")
     parser.add_argument("--vocabulary", type=int, required=True, help="tokens of the tokenizer")
+    parser.add_argument("--attention-form", choices=FORMS, required=True, help="of the model, see docs/checkpoints.md")
     parser.add_argument("--questions-per-sample", type=int, required=True, help="training questions about one image")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -136,7 +141,8 @@ def main() -> None:
 
     tokenizer = train_tokenizer(data_sets["questions"], arguments.vocabulary)
     tokenizer.save_pretrained(arguments.output / "tokenizer")
-    write_model_config(arguments.output / "model", tokenizer, arguments.vocabulary, arguments.pixels)
+    form = arguments.attention_form
+    write_model_config(arguments.output / "model", tokenizer, arguments.vocabulary, arguments.pixels, form)
     print(f"a tokenizer of {len(tokenizer)} tokens in {arguments.output / 'tokenizer'}")
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the complete pipeline on real images, on two CPU cores or on GPUs: a small NEO learns to answer questions about
-# unseen images, and answers them as a Hugging Face checkpoint.     usage: [LAYOUT=pp2|tp2|dp2] bash examples/quickstart/run.sh
+# unseen images, and answers them as a Hugging Face checkpoint.
+#     usage: [LAYOUT=pp2|tp2|dp2] [VARIANT=neo|u1] [SEED=N] bash examples/quickstart/run.sh
 #
 # Everything is written to examples/quickstart/out, which every run empties first; the report is out/report.html.
 set -euo pipefail
@@ -10,6 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # pp2: the pre-buffer on a pipeline stage of its own; dp2: data parallelism, the fastest here; tp2: tensor parallelism,
 # whose communication makes it about twice as slow on a CPU.
 LAYOUT=${LAYOUT:-pp2}
+# neo: attention as in NEO 1.0; u1: as in SenseNova-U1, with the same number of layers and channels.
+VARIANT=${VARIANT:-neo}
+SEED=${SEED:-1234}              # of the model's start and the order of packs
 PIXELS=16384                    # of an image: 128 x 128, 16 tokens
 VOCABULARY=512                  # tokens
 QUESTIONS_PER_SAMPLE=1          # more share the tokens of an image
@@ -49,7 +53,7 @@ train() {
     --neo-model "$out/model" ${layout[@]+"${layout[@]}"} ${device[@]+"${device[@]}"} \
     --train-data-path "$packs" --valid-data-path "$out/packs/test" --seq-length "$SEQUENCE" \
     --micro-batch-size "$PACKS_AT_ONCE" --global-batch-size "$PACKS_PER_STEP" --num-workers 0 \
-    --train-iters "$steps" --init-method-std "$INIT_STD" \
+    --train-iters "$steps" --init-method-std "$INIT_STD" --seed "$SEED" \
     --lr "$LEARNING_RATE" --min-lr 5e-5 --lr-warmup-fraction 0.05 \
     --log-interval 10 --eval-interval 400 --eval-iters 2 --save "$out/$name" --save-interval "$steps" \
     --tensorboard-dir "$out/$name/tensorboard" "$@"
@@ -77,6 +81,11 @@ case $LAYOUT in
   dp2) layout=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather) ;;
   *) echo "LAYOUT=$LAYOUT: must be pp2, tp2 or dp2" >&2 && exit 2 ;;
 esac
+case $VARIANT in
+  neo) form=separate ;;
+  u1) form=in-head ;;
+  *) echo "VARIANT=$VARIANT: must be neo or u1" >&2 && exit 2 ;;
+esac
 [ "$gpus" -ne 1 ] || { processes=1 layout=() LAYOUT="one GPU"; }
 
 rm -rf "$out"
@@ -90,7 +99,7 @@ export PATH="${PYTHON%/*}:$PATH"
 printf '%s\t%s\n' "Python environment" $((SECONDS - start)) >"$out/seconds.tsv"
 
 step "Annotations and tokenizer" python $here/prepare_data.py --output "$out" --pixels "$PIXELS" \
-  --vocabulary "$VOCABULARY" --questions-per-sample "$QUESTIONS_PER_SAMPLE"
+  --vocabulary "$VOCABULARY" --questions-per-sample "$QUESTIONS_PER_SAMPLE" --attention-form "$form"
 step "Shards and packs of shapes" preprocess_and_pack shapes "${SHAPES[@]}"
 step "Shards and packs of questions" preprocess_and_pack questions "${QUESTIONS[@]}"
 step "Shards and packs of test questions" preprocess_and_pack test test

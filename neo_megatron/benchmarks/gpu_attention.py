@@ -66,12 +66,12 @@ class AttentionInputs:
     def draw(cls, sizes: NeoSizes, length: int) -> "AttentionInputs":
         torch.manual_seed(SEED)
         device, dtype = device_and_dtype()
-        heads, groups, width = sizes.num_attention_heads, sizes.num_query_groups, sizes.head_dim
+        heads, groups, (width, d) = sizes.num_attention_heads, sizes.num_query_groups, sizes.attention_widths
         query, key, value = (
             torch.randn(length, 1, count, channels, device=device, dtype=dtype, requires_grad=True)
-            for count, channels in ((heads, 2 * width), (groups, 2 * width), (groups, width))
+            for count, channels in ((heads, width), (groups, width), (groups, d))
         )
-        gradient = torch.randn(length, 1, heads * width, device=device, dtype=dtype)
+        gradient = torch.randn(length, 1, heads * d, device=device, dtype=dtype)
         return cls(sizes, query, key, value, gradient)
 
 
@@ -86,7 +86,7 @@ def _ours(
         return _refused(inputs, kernel, name, error)
 
     def build() -> AttentionMask:
-        return build_mask(rule, query.dtype, inputs.sizes.head_dim, backend)
+        return build_mask(rule, query.dtype, inputs.sizes.attention_widths, backend)
 
     mask = build()
     try:
@@ -105,8 +105,8 @@ def _library(inputs: AttentionInputs, name: str, backend: SDPBackend, padded: bo
     """One of SDPA's kernels on a causal mask, its key-value heads repeated beforehand, which costs it nothing here."""
     sizes, length = inputs.sizes, len(inputs.query)
     repeats = sizes.num_attention_heads // sizes.num_query_groups
-    value = pad(inputs.value, (0, sizes.head_dim)) if padded else inputs.value
-    name = f"{name}, V padded to {2 * sizes.head_dim}" if padded else name
+    value = pad(inputs.value, (0, sizes.query_key_dim - sizes.head_dim)) if padded else inputs.value
+    name = f"{name}, V padded to {sizes.query_key_dim}" if padded else name
     query, key, value = tensors = [
         x.detach().repeat_interleave(times, dim=2).permute(1, 2, 0, 3).contiguous().requires_grad_()
         for x, times in ((inputs.query, 1), (inputs.key, repeats), (value, repeats))

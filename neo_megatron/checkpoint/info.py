@@ -100,7 +100,7 @@ def _sizes(sizes: NeoSizes) -> dict[str, str]:
         "layers": f"{sizes.num_layers}: pre-buffer {sizes.pre_buffer_layers}, post-LLM {sizes.post_llm_layers}",
         "sizes": f"hidden {sizes.hidden_size}, feed-forward {sizes.ffn_hidden_size}, {sizes.num_attention_heads} query "
         f"and {sizes.num_query_groups} key-value heads of {sizes.head_dim}, patch embedding "
-        f"{sizes.patch_embedding_size}",
+        f"{sizes.patch_embedding_size}, attention {sizes.attention_form}",
         "rotary bases": f"t {sizes.rope_theta:g}, h and w {sizes.rope_theta_hw:g}, patches {sizes.rope_theta_patch:g}; "
         f"{sizes.max_positions} positions",
     }

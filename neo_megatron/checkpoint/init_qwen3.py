@@ -1,7 +1,10 @@
-"""Makes a NEO from a Qwen3, both Hugging Face directories, to start stage 1 from.
+"""Makes a NEO from a Qwen3 or a Qwen3-MoE, both Hugging Face directories, to start stage 1 from.
 
 Qwen3's layer i becomes layer ``pre_buffer_layers + i``, unchanged, and computes on text what it computed before: its
 new keys for rows and columns are zero. The pre-buffer and the patch embedding are drawn from a seed.
+
+That is the form `separate`. In the form `in-head` (see `model/attention_forms.py`) the channels of Qwen3's query and
+key heads are shared out, as `names.qwen3_channels` has it: nothing is new, but the layer computes something else.
 
 Zero keys can be made in two ways (`KeyHwInit`):
     published  the projection W_k_hw is zero. RMSNorm of zero is zero, but its derivative there is 1/sqrt(eps) = 1,000.
@@ -34,10 +37,10 @@ from neo_megatron.checkpoint.names import (
 )
 from neo_megatron.checkpoint.pickled_directory import open_weights
 from neo_megatron.checkpoint.pre_buffer import PreBuffer, TrainedPart
-from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
+from neo_megatron.checkpoint.streaming import StoredTensor, copy_exactly, one_ahead
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, check_tokenizer, write_companions
 from neo_megatron.errors import CheckpointError
-from neo_megatron.model.config import NeoSizes, beyond_qwen3
+from neo_megatron.model.config import NeoSizes, beyond_qwen3, experts_from_qwen3
 from neo_megatron.paths import Wanted, check_path
 
 VOCABULARY_MULTIPLE = 128
@@ -55,6 +58,7 @@ def init_from_qwen3(
     seed: int = 0,
     pre_buffer: PreBuffer | None = None,
     key_hw_init: KeyHwInit = "published",
+    attention_form: str = "separate",
     shard_bytes: int = SHARD_BYTES,
     allow_pickle: bool = False,
     dtype: torch.dtype | None = None,
@@ -70,6 +74,7 @@ def init_from_qwen3(
         pre_buffer: a trained one, instead of one that is drawn; it decides the number of layers and the width of the
             patch embedding.
         key_hw_init: what makes the post-LLM's keys for rows and columns zero, see above.
+        attention_form: a key of `attention_forms.FORMS`.
         shard_bytes: largest weight file.
         allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
         dtype: of all tensors; by default those of Qwen3 and of a trained pre-buffer keep their own, and what is new
@@ -81,7 +86,7 @@ def init_from_qwen3(
 
     Raises:
         CheckpointError: not a complete Qwen3; sizes NEO does not have; a tokenizer larger than ``vocab_size``; a
-            pre-buffer of another shape.
+            pre-buffer of another shape; zero norms for keys that the form does not have.
     """
     check_path(qwen3_directory, Wanted.QWEN3)
     config = read_json(Path(qwen3_directory) / "config.json")
@@ -90,6 +95,12 @@ def init_from_qwen3(
         pre_buffer_layers = pre_buffer.sizes.pre_buffer_layers
         patch_embedding_size = pre_buffer.sizes.patch_embedding_size
     sizes = _neo_sizes(config, qwen3_directory, pre_buffer_layers, patch_embedding_size, tokenizer, vocab_size)
+    sizes = sizes.replace(attention_form=attention_form)
+    if key_hw_init != "published" and attention_form != "separate":
+        raise CheckpointError(
+            f"--key-hw-init {key_hw_init}: the attention form {attention_form} has no keys of their own for rows and "
+            "columns: leave it out"
+        )
     if tokenizer is None:
         warnings.warn(
             f"no tokenizer given: <IMG_CONTEXT> and <img> get Qwen3's ids {sizes.image_context_token_id} and "
@@ -113,6 +124,10 @@ def init_from_qwen3(
         if tensor.qwen3 not in source.shapes and tensor.start.kind == "copy":
             tensor = tensors[tensor.start.of]  # a missing head is the embedding
         if tensor.qwen3 in source.shapes:
+            if tensor.channels:
+                heads = source.read(tensor.qwen3).unflatten(0, (-1, sizes.head_dim))
+                copy_exactly(values, heads[:, tensor.channels].reshape(values.shape))
+                return
             rows = min(len(values), source.shapes[tensor.qwen3][0])
             source.read_into(tensor.qwen3, values[:rows])
             values[rows:] = 0
@@ -144,9 +159,11 @@ def _neo_sizes(
     vocab_size: int | None,
 ) -> NeoSizes:
     asked = beyond_qwen3(config)
-    if config.get("model_type") != "qwen3" or asked:
+    if config.get("model_type") not in ("qwen3", "qwen3_moe") or asked:
         what = f"sets {asked}" if asked else f"has the model_type {config.get('model_type')!r}"
-        raise CheckpointError(f"{where}/config.json {what}: NEO starts from a plain Qwen3, such as Qwen3-1.7B-Base")
+        raise CheckpointError(
+            f"{where}/config.json {what}: NEO starts from a plain Qwen3 or Qwen3-MoE, such as Qwen3-1.7B-Base"
+        )
     if pre_buffer_layers < 0:
         raise CheckpointError(f"{pre_buffer_layers} pre-buffer layers: give 0 or more")
     ids = {}
@@ -169,6 +186,7 @@ def _neo_sizes(
             rope_theta=(config.get("rope_parameters") or config)["rope_theta"],
             norm_epsilon=config["rms_norm_eps"],
             max_positions=config["max_position_embeddings"],
+            **experts_from_qwen3(config),
             **ids,
         )
     except KeyError as missing:
@@ -193,7 +211,8 @@ def _check_tensors(
     source: SafetensorsDirectory, sizes: NeoSizes, qwen3_rows: int, allow_missing: Sequence[str]
 ) -> list[str]:
     """Checks that the source is exactly the Qwen3 of these sizes: a NEO without what NEO adds."""
-    as_stored = hf_tensors(sizes.replace(vocab_size=qwen3_rows))
+    # Of both forms "separate" has Qwen3's own tensors in their own shapes.
+    as_stored = hf_tensors(sizes.replace(vocab_size=qwen3_rows, attention_form="separate"))
     expected = {tensor.qwen3: tensor.shape for tensor in as_stored.values() if tensor.qwen3}
     head = qwen3_name(LM_HEAD)
     found = source.shapes_with_tied_head(head, qwen3_name(WORD_EMBEDDING), sizes.tie_word_embeddings)

@@ -65,12 +65,15 @@ class HfTensor:
     Args:
         shape: as it is stored.
         start: what it is where neither a NEO nor a Qwen3 gives it.
-        qwen3: name in the Qwen3 that NEO starts from; ``None`` for what NEO adds, which is what stage 1 trains.
+        qwen3: name in the Qwen3 that NEO starts from; ``None`` for what NEO adds.
+        channels: which channels of a head of that tensor, and in which order, by `qwen3_channels`; empty for a tensor
+            that is taken as it is.
     """
 
     shape: Shape
     start: Start
     qwen3: str | None
+    channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class TensorRow:
             stores them; some have one more dimension, for the groups that lie apart.
         tensor_parallel_dim: dimension that tensor parallelism splits; ``None`` when every rank holds all of it.
         layer: number of the decoder layer it belongs to; ``None`` outside of them.
+        trained_in_stage_1: whether stage 1 trains it.
+        expert: whether its first dimension are experts, which expert parallelism splits.
     """
 
     megatron: str
@@ -93,11 +98,8 @@ class TensorRow:
     views: _Views
     tensor_parallel_dim: int | None
     layer: int | None = None
-
-    @property
-    def new(self) -> bool:
-        """Whether no part of it comes from a Qwen3."""
-        return all(tensor.qwen3 is None for tensor in self.hf.values())
+    trained_in_stage_1: bool = False
+    expert: bool = False
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """The Megatron tensor -> Hugging Face parts."""
@@ -109,7 +111,7 @@ def tensor_table(sizes: NeoSizes) -> tuple[TensorRow, ...]:
     """The rows of a complete model, in the order of Megatron's modules."""
     rows = [*_stem_rows(sizes)]
     for layer in range(sizes.num_layers):
-        rows += _layer_rows(sizes, layer)
+        rows += _LayerRows(sizes, layer).rows()
     norm = HfTensor((sizes.hidden_size,), _ONES, qwen3_name(DECODER + "norm.weight"))
     rows.append(_same("decoder.final_layernorm.weight", DECODER + "norm.weight", norm))
     if not sizes.tie_word_embeddings:
@@ -181,49 +183,135 @@ def _stem_rows(sizes: NeoSizes) -> list[TensorRow]:
     ]
 
 
-def _layer_rows(sizes: NeoSizes, layer: int) -> list[TensorRow]:
-    H, F, d, G = sizes.hidden_size, sizes.ffn_hidden_size, sizes.head_dim, sizes.num_query_groups
-    queries, query_rows = sizes.num_attention_heads // G, sizes.num_attention_heads * d
-    qwen3_layer = layer - sizes.pre_buffer_layers
-    hf, attention, mlp = f"{DECODER}layers.{layer}.", "self_attention.", "mlp."
+class _LayerRows:
+    """The rows of one decoder layer."""
 
-    def part(name: str, shape: Shape, start: Start, new: bool = False) -> dict[str, HfTensor]:
-        qwen3 = None if new or qwen3_layer < 0 else f"model.layers.{qwen3_layer}.{name}.weight"
-        return {f"{hf}{name}.weight": HfTensor(shape, start, qwen3)}
+    def __init__(self, sizes: NeoSizes, layer: int) -> None:
+        self._sizes, self._layer = sizes, layer
+        self._qwen3_layer = layer - sizes.pre_buffer_layers
+        self._hf = f"{DECODER}layers.{layer}."
 
-    def row(megatron: str, parts: dict[str, HfTensor], views: _Views, split_dim: int | None) -> TensorRow:
+    def rows(self) -> list[TensorRow]:
+        sizes = self._sizes
+        H, d, G = sizes.hidden_size, sizes.head_dim, sizes.num_query_groups
+        queries, query_rows = sizes.num_attention_heads // G, sizes.num_attention_heads * d
+        attention, part = "self_attention.", self._part
+        # In the form "in-head" the channels of Qwen3's heads are shared out; values stay as they are.
+        channels = qwen3_channels(sizes)
+        qkv = part("self_attn.q_proj", (query_rows, H), channels=channels)
+        qkv |= part("self_attn.k_proj", (G * d, H), channels=channels) | part("self_attn.v_proj", (G * d, H))
+        return [
+            self._norm(attention + "linear_qkv.layer_norm_weight", "input_layernorm", H),
+            self._row(attention + "linear_qkv.weight", qkv, partial(_groups, G, (queries * d, d, d)), 0),
+            *self._rows_of_form[sizes.attention_form](self),
+            self._row(attention + "linear_proj.weight", part("self_attn.o_proj", (H, query_rows)), _whole, 1),
+            *(self._experts() if sizes.num_experts else self._dense()),
+        ]
+
+    def _dense(self) -> Iterator[TensorRow]:
+        H, F, part = self._sizes.hidden_size, self._sizes.ffn_hidden_size, self._part
+        gate_up = part("mlp.gate_proj", (F, H)) | part("mlp.up_proj", (F, H))
+        yield self._norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm", H)
+        # Over TP a rank holds a piece of gate and the same piece of up; the saved key has gate's rows, then up's.
+        yield self._row("mlp.linear_fc1.weight", gate_up, lambda tensor: tensor.split(F), 0)
+        yield self._row("mlp.linear_fc2.weight", part("mlp.down_proj", (H, F)), _whole, 1)
+
+    def _experts(self) -> Iterator[TensorRow]:
+        """Megatron stores all experts of a layer as one tensor, with a first dimension for their number."""
+        H, F, E = self._sizes.hidden_size, self._sizes.expert_ffn_hidden_size, self._sizes.num_experts
+        yield self._norm("pre_mlp_layernorm.weight", "post_attention_layernorm", H)
+        yield self._row("mlp.router.weight", self._part("mlp.gate", (E, H)), _whole, None)
+        gate_up: dict[str, HfTensor] = {}
+        down: dict[str, HfTensor] = {}
+        for expert in range(E):
+            name = f"mlp.experts.{expert}."
+            gate_up |= self._part(name + "gate_proj", (F, H)) | self._part(name + "up_proj", (F, H))
+            down |= self._part(name + "down_proj", (H, F))
+        key = "mlp.experts.experts."
+        halves = partial(_halves_of_experts, F)
+        yield self._row(key + "linear_fc1.weight", gate_up, halves, 1, (E, 2 * F, H), expert=True)
+        yield self._row(key + "linear_fc2.weight", down, lambda tensor: tensor.unbind(), 2, (E, H, F), expert=True)
+
+    def _separate(self) -> Iterator[TensorRow]:
+        """Projections of h and w, and a norm for each axis."""
+        sizes = self._sizes
+        H, d, G = sizes.hidden_size, sizes.head_dim, sizes.num_query_groups
+        queries = sizes.num_attention_heads // G
+        # The post-LLM computes on text what Qwen3 computed: its new keys are zero.
+        query, key = _NORMAL, _NORMAL
+        if self._qwen3_layer >= 0:
+            query, key = Start("rows and columns", of=f"{self._hf}self_attn.q_proj.weight"), Start("constant", 0.0)
+        qk_hw = self._part("self_attn.q_proj_hw", (sizes.num_attention_heads * d, H), query, new=True)
+        qk_hw |= self._part("self_attn.k_proj_hw", (G * d, H), key, new=True)
+        yield self._row("self_attention.linear_qk_hw.weight", qk_hw, partial(_groups, G, (queries * d, d)), 0)
+        for qk in "qk":
+            yield self._norm(f"self_attention.{qk}_layernorm.weight", f"self_attn.{qk}_norm", d)
+        for axis in "hw":
+            for qk in "qk":
+                name = f"{qk}_layernorm_{axis}.weight"
+                yield self._norm(f"self_attention.{name}", f"self_attn.{qk}_norm_{axis}", d // 2, new=True)
+
+    def _in_head(self) -> Iterator[TensorRow]:
+        """A norm for t, and one for h and w together; both from Qwen3's norm of queries or keys."""
+        channels = qwen3_channels(self._sizes)
+        half = len(channels) // 2
+        for axes, taken in (("", channels[:half]), ("_hw", channels[half:])):
+            for qk in "qk":
+                qwen3 = f"self_attn.{qk}_norm"
+                parts = self._part(f"{qwen3}{axes}", (half,), _ONES, channels=taken, qwen3=qwen3)
+                yield self._row(f"self_attention.{qk}_layernorm{axes}.weight", parts, _whole, None)
+
+    _rows_of_form = {"separate": _separate, "in-head": _in_head}
+
+    def _part(
+        self,
+        name: str,
+        shape: Shape,
+        start: Start = _NORMAL,
+        new: bool = False,
+        channels: tuple[int, ...] = (),
+        qwen3: str = "",
+    ) -> dict[str, HfTensor]:
+        """A Hugging Face tensor of this layer; in Qwen3 it has the same name unless ``qwen3`` gives another."""
+        from_qwen3 = (
+            None if new or self._qwen3_layer < 0 else f"model.layers.{self._qwen3_layer}.{qwen3 or name}.weight"
+        )
+        return {f"{self._hf}{name}.weight": HfTensor(shape, start, from_qwen3, channels)}
+
+    def _row(
+        self,
+        megatron: str,
+        parts: dict[str, HfTensor],
+        views: _Views,
+        split_dim: int | None,
+        shape: Shape | None = None,
+        expert: bool = False,
+    ) -> TensorRow:
+        """A row whose parts lie one under the other, unless it has a ``shape`` of its own."""
         shapes = [tensor.shape for tensor in parts.values()]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return TensorRow(f"decoder.layers.{layer}.{megatron}", shape, parts, views, split_dim, layer)
+        shape = shape or (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        trained = self._qwen3_layer < 0 or any(
+            f"{megatron}.".startswith(f"{name}.") for name in self._sizes.form.trained_in_stage_1
+        )
+        key = f"decoder.layers.{self._layer}.{megatron}"
+        return TensorRow(key, shape, parts, views, split_dim, self._layer, trained, expert)
 
-    def norm(megatron: str, name: str, width: int, new: bool = False) -> TensorRow:
-        return row(megatron, part(name, (width,), _ONES, new), _whole, None)
+    def _norm(self, megatron: str, name: str, width: int, new: bool = False) -> TensorRow:
+        return self._row(megatron, self._part(name, (width,), _ONES, new), _whole, None)
 
-    # The post-LLM computes on text what Qwen3 computed: its new keys are zero.
-    query_hw, key_hw = _NORMAL, _NORMAL
-    if qwen3_layer >= 0:
-        query_hw, key_hw = Start("rows and columns", of=f"{hf}self_attn.q_proj.weight"), Start("constant", 0.0)
-    qkv = part("self_attn.q_proj", (query_rows, H), _NORMAL)
-    qkv |= part("self_attn.k_proj", (G * d, H), _NORMAL) | part("self_attn.v_proj", (G * d, H), _NORMAL)
-    qk_hw = part("self_attn.q_proj_hw", (query_rows, H), query_hw, new=True)
-    qk_hw |= part("self_attn.k_proj_hw", (G * d, H), key_hw, new=True)
-    gate_up = part("mlp.gate_proj", (F, H), _NORMAL) | part("mlp.up_proj", (F, H), _NORMAL)
-    return [
-        norm(attention + "linear_qkv.layer_norm_weight", "input_layernorm", H),
-        row(attention + "linear_qkv.weight", qkv, partial(_groups, G, (queries * d, d, d)), 0),
-        row(attention + "linear_qk_hw.weight", qk_hw, partial(_groups, G, (queries * d, d)), 0),
-        row(attention + "linear_proj.weight", part("self_attn.o_proj", (H, query_rows), _NORMAL), _whole, 1),
-        *(norm(f"{attention}{qk}_layernorm.weight", f"self_attn.{qk}_norm", d) for qk in "qk"),
-        *(
-            norm(f"{attention}{qk}_layernorm_{axis}.weight", f"self_attn.{qk}_norm_{axis}", d // 2, new=True)
-            for axis in "hw"
-            for qk in "qk"
-        ),
-        norm(mlp + "linear_fc1.layer_norm_weight", "post_attention_layernorm", H),
-        # Over TP each rank holds a piece of gate and the same piece of up; the saved key has gate's rows, then up's.
-        row(mlp + "linear_fc1.weight", gate_up, lambda tensor: tensor.split(F), 0),
-        row(mlp + "linear_fc2.weight", part("mlp.down_proj", (H, F), _NORMAL), _whole, 1),
-    ]
+
+def qwen3_channels(sizes: NeoSizes) -> tuple[int, ...]:
+    """Channels of a query or key head of Qwen3 in the order in which a NEO of these sizes has them; empty if the same.
+
+    Qwen3 rotates channel i together with i + D/2, by the i-th frequency of D/2. In the form ``in-head`` t gets every
+    other pair, which keeps its frequency, and h and w in turn get one of the pairs between; each part of a head rotates
+    its own halves. No formula is published; this one loses no channel.
+    """
+    if sizes.attention_form == "separate":
+        return ()
+    half = sizes.head_dim // 2
+    axes = [range(0, half, 2), range(1, half, 4), range(3, half, 4)]
+    return tuple(channel for axis in axes for channel in (*axis, *(pair + half for pair in axis)))
 
 
 def _whole(tensor: Tensor) -> Sequence[Tensor]:
@@ -235,8 +323,13 @@ def _groups(groups: int, rows: Sequence[int], tensor: Tensor) -> Sequence[Tensor
     return tensor.view(groups, sum(rows), -1).split(rows, dim=1)
 
 
-def _same(megatron: str, hf: str, tensor: HfTensor, split_dim: int | None = None) -> TensorRow:
-    return TensorRow(megatron, tensor.shape, {hf: tensor}, _whole, split_dim)
+def _halves_of_experts(rows: int, tensor: Tensor) -> Sequence[Tensor]:
+    """Gate and up of the first expert, of the second, and so on."""
+    return [half for expert in tensor.unbind() for half in expert.split(rows)]
+
+
+def _same(megatron: str, hf: str, tensor: HfTensor, split_dim: int | None = None, trained: bool = False) -> TensorRow:
+    return TensorRow(megatron, tensor.shape, {hf: tensor}, _whole, split_dim, trained_in_stage_1=trained)
 
 
 def _convolution_rows(megatron: str, hf: str, shape: Shape, channels_last: bool) -> Iterator[TensorRow]:
@@ -252,5 +345,5 @@ def _convolution_rows(megatron: str, hf: str, shape: Shape, channels_last: bool)
 
     megatron, hf = f"patch_embedding.{megatron}.", f"{PATCH_EMBEDDING}{hf}."
     weight = {hf + "weight": HfTensor(shape, start, None)}
-    yield TensorRow(megatron + "weight", (out, fan_in), weight, views, None)
-    yield _same(megatron + "bias", hf + "bias", HfTensor((out,), start, None))
+    yield TensorRow(megatron + "weight", (out, fan_in), weight, views, None, trained_in_stage_1=True)
+    yield _same(megatron + "bias", hf + "bias", HfTensor((out,), start, None), trained=True)

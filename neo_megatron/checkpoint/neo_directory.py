@@ -10,7 +10,7 @@ from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.hf_directory import INDEX, WEIGHTS, SafetensorsDirectory
 from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, check_shapes, hf_shapes
 from neo_megatron.checkpoint.pickled_directory import open_weights
-from neo_megatron.checkpoint.published_config import complete_config
+from neo_megatron.checkpoint.published_config import complete_config, of_generation
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.paths import Wanted, check_path
@@ -21,8 +21,8 @@ class NeoDirectory:
     """A NEO in Hugging Face form, as `open_neo` returns it.
 
     Args:
-        source: the tensors, every one of the table that is not missing and none besides; a tied head that repeats the
-            embedding may be.
+        source: the tensors, every one of the table that is not missing and none besides, except for a tied head that
+            repeats the embedding, and for the generation branch of a NEO-unify.
         config: `config.json`, completed.
         sizes: the same as `NeoSizes`.
         said: a sentence for every correction of the configuration.
@@ -74,5 +74,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
     config, said = complete_config(config, source.shapes, directory)
     sizes = sizes_of(config, directory)
     found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
+    if sizes.attention_form == "in-head":
+        found = {name: shape for name, shape in found.items() if not of_generation(name)}
     missing = check_shapes(found, hf_shapes(sizes), str(directory), allow_missing)
     return NeoDirectory(source, config, sizes, said, missing)

@@ -33,7 +33,8 @@ TrainedPart = Callable[[Tensor], None]
 # Sizes that pre-buffer and post-LLM share, because they are layers of one decoder.
 _SHARED = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
-    *("rope_theta", "norm_epsilon"),
+    *("rope_theta", "norm_epsilon", "attention_form"),
+    *("num_experts", "experts_per_token", "expert_ffn_hidden_size", "norm_topk_prob"),
 )
 # Sizes that concern only images; a Qwen3 has none of them.
 _DECIDED = ("rope_theta_hw", "rope_theta_patch", "max_positions_hw", "min_pixels", "max_pixels")

@@ -13,21 +13,25 @@ from typing import Any
 from neo_megatron.checked_files import read_json
 from neo_megatron.checkpoint.names import DECODER, LM_HEAD, PATCH_EMBEDDING, WORD_EMBEDDING, Shape
 from neo_megatron.errors import CheckpointError
-from neo_megatron.hf.kinds_neo import refuse_other_kinds
+from neo_megatron.hf.kinds_neo import UNIFY_KEYS, refuse_other_kinds
+from neo_megatron.model.attention_forms import FORMS
 from neo_megatron.model.config import NeoSizes, scalar
 from neo_megatron.presets import PUBLISHED_SIZES
 
 MODEL_TYPE = "neo_chat"
 _FIRST_LAYER = DECODER + "layers.0."
-# No other model has all of these.
+# No other model has all of these, and one of the tensors of a form.
 _MARKS = (
     PATCH_EMBEDDING + "patch_embedding.weight",
     PATCH_EMBEDDING + "dense_embedding.weight",
     WORD_EMBEDDING,
-    _FIRST_LAYER + "self_attn.q_proj_hw.weight",
 )
-# One norm for h and w, where NEO 1.0 has two.
-UNIFY_TENSOR = _FIRST_LAYER + "self_attn.q_norm_hw.weight"
+_TENSOR_OF_FORM = {
+    "separate": _FIRST_LAYER + "self_attn.q_proj_hw.weight",
+    "in-head": _FIRST_LAYER + "self_attn.q_norm_hw.weight",
+}
+# NEO-unify has these keys at the top of `config.json`.
+_MOVED = ("min_pixels", "max_pixels", "patch_size")
 # Values that no tensor determines: key -> value of the published models.
 _PUBLISHED = {
     "rope_theta": NeoSizes.rope_theta,
@@ -39,7 +43,17 @@ _PUBLISHED = {
 
 def is_neo(shapes: dict[str, Shape]) -> bool:
     """Whether tensors of these names are those of a NEO, whatever the configuration says."""
-    return all(name in shapes for name in _MARKS)
+    return _form(shapes) is not None and all(name in shapes for name in _MARKS)
+
+
+def of_generation(name: str) -> bool:
+    """Whether a tensor belongs to the generation branch of a NEO-unify (SenseNova-U1)."""
+    return "_mot_gen." in name or name.startswith("fm_modules.")
+
+
+def _form(shapes: dict[str, Shape]) -> str | None:
+    """The attention form of tensors; ``None`` if they have neither."""
+    return next((form for form, name in _TENSOR_OF_FORM.items() if name in shapes), None)
 
 
 def complete_config(
@@ -47,27 +61,25 @@ def complete_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration with all keys that `NeoSizes.from_hf` reads, and a sentence for every correction.
 
+    It is that of the understanding branch of a NEO-unify: keys of its generation branch are left out.
+
     Args:
         config: `config.json` as it is; not changed.
         shapes: of the tensors in ``directory``.
         directory: whose tokenizer, if it has one, knows the ids of the image tokens.
 
     Raises:
-        CheckpointError: the tensors are not those of a NEO; a NEO-unify, a quantised checkpoint, an unknown
+        CheckpointError: the tensors are not those of a NEO; a mixture of experts, a quantised checkpoint, an unknown
             template; the ids of the image tokens are unknown; a value is of another type.
     """
     refuse_other_kinds(config, f"{directory}/config.json")
-    if UNIFY_TENSOR in shapes:
-        raise CheckpointError(
-            f"{directory}: has {UNIFY_TENSOR}: this is a NEO-unify (SenseNova-U1) checkpoint, which is another model "
-            "than NEO 1.0; use the code that was published with it"
-        )
     said: list[str] = []
     llm, vision = (_plain(config.get(name)) for name in ("llm_config", "vision_config"))
     top = _plain(config) | {"llm_config": llm, "vision_config": vision}
+    unify = [key for key in UNIFY_KEYS if top.pop(key, None) is not None]
     if top.get("model_type") != MODEL_TYPE:
         if not is_neo(shapes):
-            lacking = next(name for name in _MARKS if name not in shapes)
+            lacking = next((name for name in _MARKS if name not in shapes), _TENSOR_OF_FORM["separate"])
             raise CheckpointError(
                 f"{directory}: not a NEO (model_type {top.get('model_type')!r}, and it lacks {lacking}): "
                 "give a NEO checkpoint, or start one from a Qwen3 with qwen3-to-neo"
@@ -77,12 +89,14 @@ def complete_config(
     if absent := [name for name in code_files(config.get("auto_map")) if not (directory / name).is_file()]:
         said.append(f"auto_map names {', '.join(absent)}, not there: ignored, an export carries the right code")
     _check_types(llm, directory)
+    _complete_form(llm, shapes, unify, directory, said)
     _complete_layers(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
     if "rope_parameters" in llm:  # where transformers 5 puts the rotary base
         llm.setdefault("rope_theta", (llm["rope_parameters"] or {}).get("rope_theta", NeoSizes.rope_theta))
     _fill(llm, _PUBLISHED, "in the published models", said)
     _fill(vision, _vision_sizes(shapes), "in the tensors", said)
+    _fill(vision, {key: top[key] for key in _MOVED if key in top}, "at the top of config.json", said)
     _fill(vision, {"rope_theta_vision": NeoSizes.rope_theta_patch}, "in the published models", said)
     _complete_tying(top, llm, LM_HEAD in shapes, said)
     _complete_token_ids(top, llm.get("vocab_size") or 0, directory, said)
@@ -106,6 +120,32 @@ def _fill(config: dict[str, Any], values: dict[str, Any], where: str, said: list
         if config.get(key) is None:
             config[key] = value
             said.append(f"{key} is missing: {value}, as {where}")
+
+
+def _complete_form(
+    llm: dict[str, Any], shapes: dict[str, Shape], unify: list[str], directory: Path, said: list[str]
+) -> None:
+    """NEO 1.0 and NEO-unify have one model_type and one architecture: the tensors tell them apart."""
+    form = _form(shapes)
+    if form is None:  # the check of all tensors reports it
+        return
+    if (named := llm.get("attention_form")) not in (None, form):
+        raise CheckpointError(
+            f"{directory}/config.json: attention_form is {named!r}, but the tensors have {_TENSOR_OF_FORM[form]}: "
+            f"write {form!r}"
+        )
+    if named is None and form == "in-head":
+        said.append(
+            f"the tensors have {_TENSOR_OF_FORM[form]}, so this is a NEO-unify (SenseNova-U1), not a NEO 1.0: read "
+            "with the attention form 'in-head'"
+        )
+    if form == "separate" and unify:
+        said.append(
+            f"{unify[0]} belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored"
+        )
+    if branch := sum(map(of_generation, shapes)):
+        said.append(f"the {branch} tensors of the generation branch are left out")
+    llm["attention_form"] = form
 
 
 def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[str]) -> None:
@@ -148,19 +188,28 @@ def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, sa
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:
     """Sizes read from the first layer's tensors; empty if one is missing, which the check of all tensors reports."""
-    names = ("mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm")
     found = [shapes.get(f"{_FIRST_LAYER}{name}.weight") for name in names]
     if not all(found) or not _width(shapes):
         return {}
-    (ffn, *_), (queries, *_), (keys, *_), (head_dim, *_) = found
+    (queries, *_), (keys, *_), (norm, *_) = found
+    head_dim = norm * 2 // FORMS[_form(shapes) or "separate"].query_key_widths
     return {
+        **_feed_forward_sizes(shapes),
         "vocab_size": shapes[WORD_EMBEDDING][0],
         "hidden_size": _width(shapes),
-        "intermediate_size": ffn,
         "num_attention_heads": queries // max(1, head_dim),
         "num_key_value_heads": keys // max(1, head_dim),
         "head_dim": head_dim,
     }
+
+
+def _feed_forward_sizes(shapes: dict[str, Shape]) -> dict[str, int]:
+    """Of the SwiGLU, or of the experts in its place; how many of those a token goes to, no tensor says."""
+    if gate := shapes.get(_FIRST_LAYER + "mlp.gate_proj.weight"):
+        return {"intermediate_size": gate[0]}
+    router, expert = (shapes.get(f"{_FIRST_LAYER}mlp.{name}.weight") for name in ("gate", "experts.0.gate_proj"))
+    return {"num_experts": router[0], "moe_intermediate_size": expert[0]} if router and expert else {}
 
 
 def _vision_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:

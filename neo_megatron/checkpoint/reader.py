@@ -13,7 +13,7 @@ from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory
 from neo_megatron.errors import CheckpointError, ConfigError
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import NeoSizes, completed_sizes
 
 _MODEL_PREFIXES = ("embedding.", "patch_embedding.", "decoder.", "output_layer.")
 
@@ -88,6 +88,7 @@ def _saved_sizes(source: TorchDistDirectory) -> NeoSizes:
         raise CheckpointError(
             f"{source.directory}: says nothing of NEO's sizes: give a checkpoint saved by pretrain_neo"
         )
+    sizes = completed_sizes(sizes)
     if other := sizes.keys() ^ {field.name for field in fields(NeoSizes)}:
         names = ", ".join(sorted(map(str, other)))
         raise CheckpointError(

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import neo_megatron
+from neo_megatron.checkpoint.generation_branch import GenerationBranch
 from neo_megatron.checkpoint.hf_directory import output_directory, write_json, write_safetensors
 from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import Start, TensorRow, hf_tensors, tensor_table
@@ -58,6 +60,7 @@ def convert_megatron_to_hf(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
+    generation_branch: str | Path | None = None,
 ) -> dict[str, Start]:
     """Writes ``output`` from the latest iteration, or the one given.
 
@@ -68,18 +71,22 @@ def convert_megatron_to_hf(
         dtype: of all tensors; by default each keeps its own, and every bit.
         allow_missing: patterns of Megatron names that may be missing; the Hugging Face tensors of such a one start as
             in a NEO made from a Qwen3, drawn from seed 0.
+        generation_branch: directory of the NEO-unify (SenseNova-U1) whose understanding branch was trained: the export
+            is complete again, with the generation tensors, the configuration and the tokenizer of that directory, to be
+            run by the code that was published with it.
 
     Returns:
         The missing tensors by their Hugging Face names, and what they start as.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's;
-            ``output`` exists; the checkpoint is broken.
+            ``output`` exists; the checkpoint is broken; ``generation_branch`` is of other sizes or has no such branch.
     """
     neo = open_megatron(megatron_directory, allow_missing)
     source, sizes, missing = neo.source, neo.sizes, neo.missing
     rows = {row.megatron: row for row in tensor_table(sizes)}
     check_tokenizer(tokenizer, sizes)
+    branch = GenerationBranch(generation_branch, sizes) if generation_branch is not None else None
     listed = missing_starts([name for key in missing for name in rows[key].hf], hf_tensors(sizes))
     starts = StartValues(seed=0, head_dim=sizes.head_dim, read=partial(_read_hf, source, rows.values()))
 
@@ -102,8 +109,13 @@ def convert_megatron_to_hf(
     tensors = one_ahead(merged, fill, "to Hugging Face")
     values = (view for row, tensor in zip(rows.values(), tensors, strict=True) for view in row.views(tensor))
     with output_directory(output) as directory:
-        write_safetensors(directory, stored, values, shard_bytes)
-        write_companions(directory, sizes, Counter(tensor.dtype for tensor in stored).most_common(1)[0][0], tokenizer)
+        if branch is not None:
+            write_safetensors(directory, [*stored, *branch.stored], chain(values, branch.values()), shard_bytes)
+            branch.write_companions(directory)
+        else:
+            write_safetensors(directory, stored, values, shard_bytes)
+            main_dtype = Counter(tensor.dtype for tensor in stored).most_common(1)[0][0]
+            write_companions(directory, sizes, main_dtype, tokenizer)
     return listed
 
 

@@ -22,6 +22,7 @@ from neo_megatron.checkpoint.reader import open_either
 from neo_megatron.checkpoint.to_hf import SHARD_BYTES, convert_megatron_to_hf
 from neo_megatron.command_line import program_name
 from neo_megatron.data.chat import load_tokenizer
+from neo_megatron.model.attention_forms import FORMS
 
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES]
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -89,6 +90,13 @@ def add_new_neo(command: argparse.ArgumentParser) -> None:
         help="what makes the new keys of rows and columns zero: their projection (published; its gradients are 1,000 "
         "times too large at first) or the weights of their norms; default: %(default)s; see docs/key_hw_init.md",
     )
+    command.add_argument(
+        "--attention-form",
+        choices=FORMS,
+        default="separate",
+        help="where the channels for rows and columns come from: projections of their own (NEO 1.0, NEO-ov), or the "
+        "channels that Qwen3's heads have (SenseNova-U1); default: %(default)s",
+    )
 
 
 def qwen3_to_neo(args: argparse.Namespace) -> None:
@@ -110,6 +118,7 @@ def new_neo(args: argparse.Namespace, **front: Any) -> None:
         tokenizer=tokenizer_of(args),
         vocab_size=args.vocab_size,
         key_hw_init=args.key_hw_init,
+        attention_form=args.attention_form,
         shard_bytes=args.max_shard_size,
         allow_pickle=args.allow_pickle,
         dtype=dtype_of(args),
@@ -144,6 +153,12 @@ def add_megatron_to_hf(commands: Any) -> None:
     command.add_argument(
         "--tokenizer", required=True, metavar="HF_DIR", help="the tokenizer given to neo-megatron preprocess"
     )
+    command.add_argument(
+        "--generation-branch",
+        metavar="U1_HF_DIR",
+        help="the NEO-unify (SenseNova-U1) that was trained: its generation tensors are added as they are, and the "
+        "result runs with the code published for it; default: the understanding branch alone, with our code",
+    )
     add_output(command)
     add_shards(command)
     add_tensors(command)
@@ -152,8 +167,9 @@ def add_megatron_to_hf(commands: Any) -> None:
 
 def megatron_to_hf(args: argparse.Namespace) -> None:
     """Writes an exported directory and lists the tensors that were missing."""
+    branch = model_directory(args.generation_branch) if args.generation_branch else None
     missing = convert_megatron_to_hf(
-        args.megatron, args.output, tokenizer_of(args), args.max_shard_size, dtype_of(args), args.allow_missing
+        args.megatron, args.output, tokenizer_of(args), args.max_shard_size, dtype_of(args), args.allow_missing, branch
     )
     say_missing(missing)
 

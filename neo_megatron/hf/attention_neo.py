@@ -4,7 +4,8 @@
     flex_attention   skips blocks that no query sees: for long packs, on one device; the first call compiles it
     eager            plain matrix products; the only one that returns attention weights
 
-Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden, d head dim.
+Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, H hidden, x channels of queries and
+keys, d of values.
 """
 
 import math
@@ -71,7 +72,7 @@ def eager_attention_forward(
     """Softmax attention by its definition -> context `[B, L, heads, d]` and weights `[B, heads, L, K]`.
 
     Args:
-        query: `[B, heads, L, 2d]`; key `[B, groups, K, 2d]`; value `[B, groups, K, d]`.
+        query: `[B, heads, L, x]`; key `[B, groups, K, x]`; value `[B, groups, K, d]`.
         attention_mask: boolean `[B, 1, L, K]`.
         scaling: of the scores.
     """
@@ -115,35 +116,28 @@ def rotate_halves(x: Tensor, cos_sin: CosSin) -> Tensor:
 
 
 class NEOAttention(nn.Module):
-    """Qwen3's attention with two more parts in every query and key head, for the row and the column in an image."""
+    """Qwen3's attention, whose query and key heads have channels for t, h and w, each rotated by its own position."""
 
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # transformers' name
-        # 1/sqrt(d) although queries and keys are 2d wide: with h = w = 0 the layer is Qwen3's.
+        # 1/sqrt(d) also where queries and keys are 2d wide: with h = w = 0 the layer is then Qwen3's.
         self.scaling = 1 / math.sqrt(config.head_dim)
-        H, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        query_width, key_width = config.num_attention_heads * d, config.num_key_value_heads * d
-        self.q_proj = nn.Linear(H, query_width, bias=False)
-        self.k_proj = nn.Linear(H, key_width, bias=False)
-        self.v_proj = nn.Linear(H, key_width, bias=False)
-        self.q_proj_hw = nn.Linear(H, query_width, bias=False)
-        self.k_proj_hw = nn.Linear(H, key_width, bias=False)
-        self.o_proj = nn.Linear(query_width, H, bias=False)
-        self.q_norm, self.k_norm = NEORMSNorm(d, eps), NEORMSNorm(d, eps)
-        self.q_norm_h, self.q_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
-        self.k_norm_h, self.k_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+        H, d = config.hidden_size, config.head_dim
+        self.query_width, self.key_width = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.q_proj = nn.Linear(H, self.query_width, bias=False)
+        self.k_proj = nn.Linear(H, self.key_width, bias=False)
+        self.v_proj = nn.Linear(H, self.key_width, bias=False)
+        self.o_proj = nn.Linear(self.query_width, H, bias=False)
 
     def forward(
         self, x_BLH: Tensor, mask: AttentionMask, rotary: tuple[CosSin, ...], cache: Cache | None, implementation: str
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output `[B, L, H]` and, where the kernel is `eager`, its weights `[B, heads, L, K]`."""
-        query = self._positioned(
-            self.q_proj(x_BLH), self.q_proj_hw(x_BLH), (self.q_norm, self.q_norm_h, self.q_norm_w), rotary
-        )
-        key = self._positioned(
-            self.k_proj(x_BLH), self.k_proj_hw(x_BLH), (self.k_norm, self.k_norm_h, self.k_norm_w), rotary
+        query, key = (
+            torch.cat([rotate_halves(part, cos_sin) for part, cos_sin in zip(parts, rotary, strict=True)], dim=-1)
+            for parts in self.normalised_parts(x_BLH)
         )
         value = self._heads(self.v_proj(x_BLH))
         if cache is not None:
@@ -152,15 +146,52 @@ class NEOAttention(nn.Module):
         context, weights = kernel(self, query, key, value, mask, scaling=self.scaling)
         return self.o_proj(context.flatten(2)), weights
 
+    def normalised_parts(self, x_BLH: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The channels of queries and of keys for t, h and w, each `[B, heads, L, width]`."""
+        raise NotImplementedError
+
     def _heads(self, x_BLX: Tensor) -> Tensor:
         return x_BLX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _positioned(
-        self, for_t: Tensor, for_hw: Tensor, norms: tuple[nn.Module, ...], rotary: tuple[CosSin, ...]
-    ) -> Tensor:
-        """`[B, heads, L, 2d]`: the parts for t, h and w concatenated, each normalised, then rotated by its position."""
-        parts = (self._heads(for_t), *self._heads(for_hw).chunk(2, dim=-1))
-        return torch.cat(
-            [rotate_halves(norm(part), cos_sin) for part, norm, cos_sin in zip(parts, norms, rotary, strict=True)],
-            dim=-1,
+
+class NEOSeparateAttention(NEOAttention):
+    """h and w have projections of their own, and queries and keys are 2d wide: NEO 1.0."""
+
+    def __init__(self, config: NEOLLMConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        d, eps = config.head_dim, config.rms_norm_eps
+        self.q_proj_hw = nn.Linear(config.hidden_size, self.query_width, bias=False)
+        self.k_proj_hw = nn.Linear(config.hidden_size, self.key_width, bias=False)
+        self.q_norm, self.k_norm = NEORMSNorm(d, eps), NEORMSNorm(d, eps)
+        self.q_norm_h, self.q_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+        self.k_norm_h, self.k_norm_w = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+
+    def normalised_parts(self, x_BLH: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        query_h, query_w = self._heads(self.q_proj_hw(x_BLH)).chunk(2, dim=-1)
+        key_h, key_w = self._heads(self.k_proj_hw(x_BLH)).chunk(2, dim=-1)
+        return (
+            (self.q_norm(self._heads(self.q_proj(x_BLH))), self.q_norm_h(query_h), self.q_norm_w(query_w)),
+            (self.k_norm(self._heads(self.k_proj(x_BLH))), self.k_norm_h(key_h), self.k_norm_w(key_w)),
         )
+
+
+class NEOInHeadAttention(NEOAttention):
+    """Of the d channels of a head, half are for t and a quarter each for h and w, with one norm for these two."""
+
+    def __init__(self, config: NEOLLMConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        d, eps = config.head_dim, config.rms_norm_eps
+        self.q_norm, self.k_norm = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+        self.q_norm_hw, self.k_norm_hw = NEORMSNorm(d // 2, eps), NEORMSNorm(d // 2, eps)
+
+    def normalised_parts(self, x_BLH: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        query_t, query_hw = self._heads(self.q_proj(x_BLH)).chunk(2, dim=-1)
+        key_t, key_hw = self._heads(self.k_proj(x_BLH)).chunk(2, dim=-1)
+        return (
+            (self.q_norm(query_t), *self.q_norm_hw(query_hw).chunk(2, dim=-1)),
+            (self.k_norm(key_t), *self.k_norm_hw(key_hw).chunk(2, dim=-1)),
+        )
+
+
+ATTENTION = {"separate": NEOSeparateAttention, "in-head": NEOInHeadAttention}
+"""The class of each `attention_form`."""

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from .kinds_neo import refuse_other_kinds
+from .kinds_neo import refuse_generation, refuse_other_kinds
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +48,9 @@ class NEOVisionConfig(PretrainedConfig):
 class NEOLLMConfig(PretrainedConfig):
     """Sizes of the decoder: Qwen3's keys, `rope_theta_hw` and the number of pre-buffer layers in front.
 
+    `attention_form` says where the channels for rows and columns are: `separate`, next to Qwen3's, or `in-head`. With
+    `num_experts` every layer has experts in place of its SwiGLU, as in a Qwen3-MoE.
+
     `num_hidden_layers` counts all layers, the `extra_num_layers` of the pre-buffer among them; ``None`` if the
     checkpoint does not say how many those are, which matters only for training.
     """
@@ -74,8 +77,19 @@ class NEOLLMConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
+        attention_form: str = "separate",
+        num_experts: int | None = None,
+        num_experts_per_tok: int | None = None,
+        moe_intermediate_size: int | None = None,
+        norm_topk_prob: bool = False,
         **kwargs: Any,
     ) -> None:
+        if (num_experts or kwargs.get("num_local_experts")) and (
+            kwargs.get("decoder_sparse_step", 1) != 1 or kwargs.get("mlp_only_layers")
+        ):
+            raise ValueError("decoder_sparse_step or mlp_only_layers in llm_config: every layer of NEO has experts")
+        if attention_form not in ("separate", "in-head"):
+            raise ValueError(f"attention_form {attention_form!r} in llm_config: NEO has 'separate' and 'in-head'")
         if hidden_act != "silu":
             raise ValueError(f"hidden_act {hidden_act!r} in llm_config: NEO is defined with 'silu'")
         if kwargs.pop("use_sliding_window", False):
@@ -97,6 +111,12 @@ class NEOLLMConfig(PretrainedConfig):
         self.rope_theta_hw = float(_scalar(rope_theta_hw))
         self.max_position_embeddings = _scalar(max_position_embeddings)
         self.max_position_embeddings_hw = _scalar(max_position_embeddings_hw)
+        self.attention_form = attention_form
+        # Of a mixture of experts, under Qwen3-MoE's names and with its defaults.
+        self.num_experts = num_experts or kwargs.pop("num_local_experts", None) or 0  # its name since transformers 5
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.norm_topk_prob = norm_topk_prob
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         kwargs.pop("layer_types", None)  # every layer has full attention, so the list adds nothing
@@ -130,6 +150,7 @@ class NEOChatConfig(PretrainedConfig):
         tie_word_embeddings: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_generation(kwargs)
         refuse_other_kinds({**kwargs, "llm_config": llm_config, "template": template})
         if isinstance(vision_config, NEOVisionConfig):
             vision_config = vision_config.to_dict()

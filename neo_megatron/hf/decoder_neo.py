@@ -5,27 +5,51 @@ Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .attention_neo import AttentionMask, CosSin, NEOAttention, NEORMSNorm, rotary_cos_sin
+from .attention_neo import ATTENTION, AttentionMask, CosSin, NEORMSNorm, rotary_cos_sin
 from .configuration_neo import NEOLLMConfig
 
 
 class NEOMLP(nn.Module):
     """Qwen3's SwiGLU."""
 
-    def __init__(self, config: NEOLLMConfig) -> None:
+    def __init__(self, config: NEOLLMConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NEOExperts(nn.Module):
+    """Qwen3-MoE's mixture of experts: a router, in float32 as in training, sends each token to some of the SwiGLUs."""
+
+    def __init__(self, config: NEOLLMConfig) -> None:
+        super().__init__()
+        self.per_token, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(NEOMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        x_TH = x_BLH.flatten(0, -2)
+        probability = linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
+        weight, chosen = probability.topk(self.per_token, dim=-1)
+        if self.normalised:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        out_TH = torch.zeros_like(x_TH)
+        for number in chosen.unique().tolist():
+            token, place = torch.where(chosen == number)
+            result = self.experts[number](x_TH[token]) * weight[token, place, None].to(x_TH.dtype)
+            out_TH.index_add_(0, token, result)
+        return out_TH.view_as(x_BLH)
 
 
 class NEODecoderLayer(GradientCheckpointingLayer):
@@ -33,8 +57,8 @@ class NEODecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: NEOLLMConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = NEOAttention(config, layer)
-        self.mlp = NEOMLP(config)
+        self.self_attn = ATTENTION[config.attention_form](config, layer)
+        self.mlp = NEOExperts(config) if config.num_experts else NEOMLP(config, config.intermediate_size)
         self.input_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NEORMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -68,11 +92,12 @@ class NEODecoder(nn.Module):
     ) -> BaseModelOutput:
         """The normalised output `[B, L, H]`; on demand the input of every layer before it, and attention weights."""
         t, h, w = positions_thw[:, None].unbind(dim=-1)  # [B, 1, L]: broadcast over heads
-        d, theta_hw = self.config.head_dim, self.config.rope_theta_hw
+        # Channels for t; h and w have half as many.
+        width = self.config.head_dim // (1 if self.config.attention_form == "separate" else 2)
         rotary = (
-            rotary_cos_sin(t, d, self.config.rope_theta),
-            rotary_cos_sin(h, d // 2, theta_hw),
-            rotary_cos_sin(w, d // 2, theta_hw),
+            rotary_cos_sin(t, width, self.config.rope_theta),
+            rotary_cos_sin(h, width // 2, self.config.rope_theta_hw),
+            rotary_cos_sin(w, width // 2, self.config.rope_theta_hw),
         )
         states: list[Tensor] = []
         attentions: list[Tensor | None] = []

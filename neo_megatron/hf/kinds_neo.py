@@ -15,6 +15,19 @@ UNIFY_KEYS = (
 )
 
 
+def refuse_generation(config: dict[str, Any], where: str = "config.json") -> None:
+    """Raises for a published NEO-unify, whose tensors are those of two branches, understanding and generation.
+
+    Raises:
+        ValueError: the sentence has the key by which it was recognised.
+    """
+    if key := next((key for key in UNIFY_KEYS if key in config), None):
+        raise ValueError(
+            f"{where} has {key}: this is a NEO-unify (SenseNova-U1) checkpoint with a generation branch, which this "
+            "code does not run; convert it with neo_megatron, which takes its understanding branch"
+        )
+
+
 def refuse_other_kinds(config: dict[str, Any], where: str = "config.json") -> None:
     """Raises for a `neo_chat` that this code does not run.
 
@@ -22,18 +35,10 @@ def refuse_other_kinds(config: dict[str, Any], where: str = "config.json") -> No
         config: the keys of a `config.json`.
 
     Raises:
-        ValueError: a NEO-unify; a mixture of experts; a quantised checkpoint; a template of another generation.
+        ValueError: a quantised checkpoint; a template of another generation.
     """
     llm = config.get("llm_config")
     llm = llm if isinstance(llm, dict) else {}
-    unify = [key for key in UNIFY_KEYS if key in config]
-    experts = [key for key in ("num_experts", "gen_num_experts") if llm.get(key)]
-    if unify or experts:
-        key = unify[0] if unify else f"llm_config.{experts[0]}"
-        raise ValueError(
-            f"{where} has {key}: this is a NEO-unify (SenseNova-U1) checkpoint, which is another model than NEO 1.0; "
-            "use the code that was published with it"
-        )
     quantised = config.get("quantization_config") or llm.get("quantization_config")
     if quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method

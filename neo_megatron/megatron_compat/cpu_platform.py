@@ -90,6 +90,44 @@ def _cuda_means_cpu() -> None:
     _patch(torch.Tensor, "type", type_)
 
 
+def _gather_uneven(even: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(even)
+    def gather(part, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return even(part, group, output_split_sizes, use_global_buffer)
+        padded = part.new_zeros(max(output_split_sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        gathered = padded.new_empty(group.size() * len(padded), *padded.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, padded, group=group)
+        of_ranks = gathered.split(len(padded))
+        return torch.cat([rows[:count] for rows, count in zip(of_ranks, output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _scatter_uneven(even: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(even)
+    def scatter(complete, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return even(complete, group, input_split_sizes, use_global_buffer)
+        summed = complete.clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split(input_split_sizes)[group.rank()].clone()
+
+    return scatter
+
+
+def _numbers_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+class _PastEvent:
+    """An event that has happened: a CPU runs no streams."""
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(factory)
     def on_cpu(*args, **kwargs):
@@ -191,7 +229,8 @@ def install() -> None:
     for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
         stand_in = getattr(torch.cpu, name)
         _patch(torch.cuda, name, lambda *args, _stand_in=stand_in, **kwargs: _stand_in(*args, **kwargs))
-    _patch(torch.cuda, "Stream", type("Stream", (torch.cpu.Stream,), {}))  # a class: libraries annotate with it
+    # A class, because libraries annotate with it; the experts' dispatcher waits for an event.
+    _patch(torch.cuda, "Stream", type("Stream", (torch.cpu.Stream,), {"record_event": lambda stream: _PastEvent()}))
     _patch(torch.cuda, "empty_cache", lambda: None)
     # The CPU's generator is "the" generator of the device.
     for module in (torch.cuda, torch.cuda.random):
@@ -207,8 +246,15 @@ def install() -> None:
 
     import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
     import megatron.core.optimizer as optimizer
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
+    # Gloo exchanges parts of one size only; the tokens of expert-tensor-parallel ranks differ in number.
+    _patch(mappings, "_gather_along_first_dim", _gather_uneven(mappings._gather_along_first_dim))
+    _patch(mappings, "_reduce_scatter_along_first_dim", _scatter_uneven(mappings._reduce_scatter_along_first_dim))
+    # Leaves tensors that are on the CPU already as tensors; sizes of an exchange must be numbers.
+    _patch(token_dispatcher, "maybe_move_tensor_to_cpu", _numbers_on_cpu)
     # Writes into torch.cuda.default_generators, which are absent.
     _patch(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     # Tests `fp8 is not None` over a default of False, and would then need Transformer Engine.

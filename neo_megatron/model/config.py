@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neo_megatron.errors import ConfigError
+from neo_megatron.model.attention_forms import FORMS, AttentionForm
 
 # Float32 logits that the head holds at once, on one tensor-parallel rank; the planner counts with it too. At 151,936
 # words these are 1,766 positions, enough for an efficient matrix product.
@@ -26,7 +27,7 @@ class NeoSizes:
         ffn_hidden_size: width of the SwiGLU.
         num_attention_heads: query heads.
         num_query_groups: key-value heads.
-        head_dim: width of a value head; query and key heads are twice as wide (half for t, a quarter each for h, w).
+        head_dim: width of a value head.
         pre_buffer_layers: decoder layers in front of the post-LLM.
         post_llm_layers: decoder layers that come from the language model.
         vocab_size: rows of the embedding and of the head.
@@ -35,6 +36,11 @@ class NeoSizes:
         rope_theta, rope_theta_hw, rope_theta_patch: rotary bases of t, of h and w, and of the patch embedding.
         min_pixels, max_pixels: limits of a resized image.
         image_start_token_id, image_context_token_id: ids of ``<img>`` and ``<IMG_CONTEXT>``.
+        attention_form: a key of `attention_forms.FORMS`.
+        num_experts: of every layer, in place of its SwiGLU; 0 for a dense model.
+        experts_per_token: how many of them a token goes to.
+        expert_ffn_hidden_size: width of an expert's SwiGLU.
+        norm_topk_prob: the weights of a token's experts are divided by their sum.
     """
 
     hidden_size: int
@@ -59,6 +65,11 @@ class NeoSizes:
     max_pixels: int = 4194304
     image_start_token_id: int = 151670
     image_context_token_id: int = 151669
+    attention_form: str = "separate"
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    norm_topk_prob: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -72,10 +83,18 @@ class NeoSizes:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups "
                 f"({self.num_query_groups})"
             )
-        if self.head_dim % 4:
+        if any(width % 2 for width in self.axis_widths):
             raise ConfigError(
-                f"head_dim ({self.head_dim}) must be a multiple of 4: h and w rotate halves of half of it"
+                f"head_dim ({self.head_dim}) must be a multiple of {8 // self.form.query_key_widths}: h and w each "
+                "rotate pairs of a quarter of a query's channels"
             )
+        if self.num_experts:
+            if not 0 < self.experts_per_token <= self.num_experts:
+                raise ConfigError(f"experts_per_token is {self.experts_per_token}: it must be 1 to {self.num_experts}")
+            if not self.expert_ffn_hidden_size:
+                raise ConfigError("expert_ffn_hidden_size is 0: give the width of an expert")
+        elif self.experts_per_token or self.expert_ffn_hidden_size:
+            raise ConfigError("num_experts is 0, so experts_per_token and expert_ffn_hidden_size must be 0")
         if self.patch_embedding_size % 4:
             raise ConfigError(f"patch_embedding_size ({self.patch_embedding_size}) must be a multiple of 4")
         if (self.patch_size, self.merge_size) != (16, 2):
@@ -86,6 +105,25 @@ class NeoSizes:
     @property
     def num_layers(self) -> int:
         return self.pre_buffer_layers + self.post_llm_layers
+
+    @property
+    def form(self) -> AttentionForm:
+        return FORMS[self.attention_form]
+
+    @property
+    def query_key_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.form.query_key_widths * self.head_dim
+
+    @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Width of a query or key head, and of a value head."""
+        return self.query_key_dim, self.head_dim
+
+    @property
+    def axis_widths(self) -> tuple[int, int, int]:
+        """Channels of a query or key head for t, h and w."""
+        return self.query_key_dim // 2, self.query_key_dim // 4, self.query_key_dim // 4
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "NeoSizes":
@@ -98,7 +136,8 @@ class NeoSizes:
             value = {key: scalar(item) for key, item in {**llm, **vision}.items()}
             # transformers 5 puts the rotary base into a dictionary
             rotation = value if "rope_theta" in value else value["rope_parameters"]
-            asked = beyond_qwen3({key: scalar(item) for key, item in llm.items()})
+            decoder = {key: scalar(item) for key, item in llm.items()}
+            asked = beyond_qwen3(decoder)
             downsample = float(scalar(vision["downsample_ratio"]))
             sizes = dict(
                 hidden_size=scalar(llm["hidden_size"]),
@@ -125,6 +164,8 @@ class NeoSizes:
                 max_pixels=value.get("max_pixels", 4194304),
                 image_start_token_id=scalar(config.get("img_start_token_id", 151670)),
                 image_context_token_id=scalar(config.get("img_context_token_id", 151669)),
+                attention_form=value.get("attention_form", "separate"),
+                **experts_from_qwen3(decoder),
             )
         except KeyError as missing:
             raise ConfigError(f"not a NEO config.json: key {missing} is missing") from missing
@@ -136,6 +177,18 @@ class NeoSizes:
 
     def to_hf(self) -> dict[str, Any]:
         """The published `config.json`, all values plain scalars."""
+        # NEO 1.0, whose published configuration has no such key, is what its absence means.
+        form: dict[str, Any] = {} if self.attention_form == "separate" else {"attention_form": self.attention_form}
+        kind, architecture = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.num_experts else ("qwen3", "Qwen3ForCausalLM")
+        if self.num_experts:
+            form |= {
+                "num_experts": self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                "moe_intermediate_size": self.expert_ffn_hidden_size,
+                "norm_topk_prob": self.norm_topk_prob,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            }
         return {
             "architectures": ["NEOChatModel"],
             "model_type": "neo_chat",
@@ -146,8 +199,8 @@ class NeoSizes:
             "img_context_token_id": self.image_context_token_id,
             "tie_word_embeddings": self.tie_word_embeddings,
             "llm_config": {
-                "architectures": ["Qwen3ForCausalLM"],
-                "model_type": "qwen3",
+                "architectures": [architecture],
+                "model_type": kind,
                 "attention_bias": False,
                 "attention_dropout": 0.0,
                 "extra_num_layers": self.pre_buffer_layers,
@@ -167,6 +220,7 @@ class NeoSizes:
                 "tie_word_embeddings": self.tie_word_embeddings,
                 "use_cache": True,
                 "vocab_size": self.vocab_size,
+                **form,
             },
             "vision_config": {
                 "model_type": "neo_vision",
@@ -186,6 +240,37 @@ class NeoSizes:
         return dataclasses.replace(self, **changes)
 
 
+# Fields that checkpoints saved by version 0.1 do not have, and what those models are.
+_SINCE_0_2 = ("attention_form", "num_experts", "experts_per_token", "expert_ffn_hidden_size", "norm_topk_prob")
+
+
+def completed_sizes(saved: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `NeoSizes` in a checkpoint, with those that an earlier version did not save."""
+    return {name: getattr(NeoSizes, name) for name in _SINCE_0_2} | saved
+
+
+def experts_from_qwen3(decoder: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `NeoSizes` about experts, from the keys of a Qwen3-MoE; empty for a dense model.
+
+    Raises:
+        KeyError: a key is missing. ConfigError: not all layers are alike.
+    """
+    experts = decoder.get("num_experts") or decoder.get("num_local_experts")  # the latter since transformers 5
+    if not experts:
+        return {}
+    step, dense = decoder.get("decoder_sparse_step", 1), decoder.get("mlp_only_layers") or []
+    if step != 1 or dense:
+        raise ConfigError(
+            f"decoder_sparse_step is {step} and mlp_only_layers {dense}, but every layer of NEO has experts"
+        )
+    return {
+        "num_experts": experts,
+        "experts_per_token": decoder["num_experts_per_tok"],
+        "expert_ffn_hidden_size": decoder["moe_intermediate_size"],
+        "norm_topk_prob": bool(decoder.get("norm_topk_prob", False)),  # Qwen3-MoE's own default
+    }
+
+
 def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
     """Names what a decoder's configuration asks for and NEO does not have, so that it is never ignored silently."""
 
@@ -203,7 +288,11 @@ def beyond_qwen3(decoder: dict[str, Any]) -> str | None:
 
 def _check_field(name: str, value: Any) -> None:
     """Checks type and range of a field: a whole number for counts, 1 or more unless a model can have none."""
-    if name == "tie_word_embeddings":
+    if name == "attention_form":
+        if value not in FORMS:
+            raise ConfigError(f"{name} is {value!r}: it must be one of {', '.join(FORMS)}")
+        return
+    if name in ("tie_word_embeddings", "norm_topk_prob"):
         if type(value) is not bool:
             raise ConfigError(f"{name} is {value!r}: it must be true or false")
         return
@@ -212,7 +301,7 @@ def _check_field(name: str, value: Any) -> None:
         if type(value) not in (int, float) or not 0 < value < limit:
             raise ConfigError(f"{name} is {value!r}: it must be a positive number below {limit:g}")
         return
-    smallest = 0 if name.endswith(("_layers", "_token_id")) else 1
+    smallest = 0 if name.endswith(("_layers", "_token_id")) or "expert" in name else 1
     largest = MAX_PIXELS if name.endswith("_pixels") else _LARGEST_COUNT
     if type(value) is not int or not smallest <= value <= largest:
         raise ConfigError(f"{name} is {value!r}: it must be a whole number, {smallest} to {largest}")

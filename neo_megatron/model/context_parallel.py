@@ -9,7 +9,7 @@ only a mask from the kernel:
 `cp_token_split.py` decides which rows a rank holds; `context_parallel_cost.py` has the costs and chooses the way.
 
 Shape suffixes: S tokens of a pack held by this rank, T tokens of the complete pack, B packs, N query heads and G
-key-value heads of this tensor-parallel rank, D head dimension.
+key-value heads of this tensor-parallel rank, X channels of queries and keys, D of values.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ CoreAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def context_parallel_attention(
     core: CoreAttention,
-    query_SBN2D: Tensor,
-    key_SBG2D: Tensor,
+    query_SBNX: Tensor,
+    key_SBGX: Tensor,
     value_SBGD: Tensor,
     group: ProcessGroup,
     key_order_T: Tensor | None = None,
@@ -41,10 +41,10 @@ def context_parallel_attention(
             requires rank r to hold the tokens ``r * S`` to ``(r + 1) * S`` and N and G to be multiples of the ranks.
     """
     if group.size() == 1:
-        return core(query_SBN2D, key_SBG2D, value_SBGD)
+        return core(query_SBNX, key_SBGX, value_SBGD)
     if key_order_T is None:
-        return _with_exchanged_heads(core, query_SBN2D, key_SBG2D, value_SBGD, group)
-    return _with_gathered_keys(core, query_SBN2D, key_SBG2D, value_SBGD, group, key_order_T)
+        return _with_exchanged_heads(core, query_SBNX, key_SBGX, value_SBGD, group)
+    return _with_gathered_keys(core, query_SBNX, key_SBGX, value_SBGD, group, key_order_T)
 
 
 def _with_exchanged_heads(

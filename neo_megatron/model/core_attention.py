@@ -1,7 +1,7 @@
 """Attention kernels with one interface: FlexAttention on a GPU, tiles of matrix products on a CPU.
 
-A mask is built once per micro-batch from the rule in `mask.py`; its form decides the kernel. NEO's queries and keys are
-twice as wide as its values, which all kernels take as they are.
+A mask is built once per micro-batch from the rule in `mask.py`; its form decides the kernel. Queries and keys may be
+wider than values, which all kernels take as they are.
 
 On a GPU `--attention-backend` chooses, a flag of Megatron's:
 
@@ -9,7 +9,7 @@ On a GPU `--attention-backend` chooses, a flag of Megatron's:
     flash     FlexAttention over FlashAttention 4, which must be installed
     unfused   SDPA with a dense mask: memory and work grow with the square of the pack
 
-Shape suffixes: S sequence, B packs, N query heads, G key-value heads, D head dimension.
+Shape suffixes: S sequence, B packs, N query heads, G key-value heads, X channels of queries and keys, D of values.
 """
 
 import importlib.util
@@ -66,12 +66,15 @@ def check_backend(backend: AttnBackend) -> None:
 
 
 def build_mask(
-    rule: AttentionRule, dtype: torch.dtype, head_dim: int = 128, backend: AttnBackend = AttnBackend.auto
+    rule: AttentionRule,
+    dtype: torch.dtype,
+    widths: tuple[int, int] = (256, 128),
+    backend: AttnBackend = AttnBackend.auto,
 ) -> AttentionMask:
     """The mask of a micro-batch in the form that its device's kernel takes, for queries and keys of this type.
 
     Args:
-        head_dim: D, which decides what a GPU can hold.
+        widths: channels of a query or key head, and of a value head: they decide what a GPU can hold.
         backend: see above; a CPU has one kernel.
     """
     device = rule.document_BT.device
@@ -81,7 +84,7 @@ def build_mask(
     if backend == AttnBackend.flash:
         options, block_size = {"BACKEND": "FLASH"}, FLASH_BLOCK
     else:
-        options = None if backend == AttnBackend.unfused else _options_of(device, head_dim, dtype.itemsize)
+        options = None if backend == AttnBackend.unfused else _options_of(device, widths, dtype.itemsize)
         block_size = FLEX_BLOCK
     if options is None:
         return rule.dense()[:, None]
@@ -106,11 +109,11 @@ def attention_pairs(mask: AttentionMask) -> Tensor:
     return torch.stack((computed_pairs(mask.blocks), mask.seen.pairs)).double()
 
 
-def attend(query_SBN2D: Tensor, key_SBG2D: Tensor, value_SBGD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
+def attend(query_SBNX: Tensor, key_SBGX: Tensor, value_SBGD: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """Softmax attention with grouped queries -> ``[S, B, N * D]``; the names of the arguments are their shapes."""
     if isinstance(mask, TiledMask):
-        return TiledAttention.apply(query_SBN2D, key_SBG2D, value_SBGD, mask, scale).flatten(2)
-    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBN2D, key_SBG2D, value_SBGD))
+        return TiledAttention.apply(query_SBNX, key_SBGX, value_SBGD, mask, scale).flatten(2)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBNX, key_SBGX, value_SBGD))
     if isinstance(mask, Tensor) or mask.repeated:
         # SDPA's kernels for masks, too, take as many key heads as query heads.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -130,18 +133,18 @@ def _compiled_flex_attention():
 
 
 @cache
-def _options_of(device: torch.device, head_dim: int, number_bytes: int) -> dict[str, Any] | None:
+def _options_of(device: torch.device, widths: tuple[int, int], number_bytes: int) -> dict[str, Any] | None:
     """Kernel options of FlexAttention on this device; None, and a warning in the log, if it cannot run there."""
     properties = torch.cuda.get_device_properties(device)
     memory = properties.shared_memory_per_block_optin
-    options = kernel_options(Widths(2 * head_dim, head_dim, number_bytes), (properties.major, properties.minor), memory)
+    options = kernel_options(Widths(*widths, number_bytes), (properties.major, properties.minor), memory)
     if options is None:
         logger.warning(
             "%s has %d KiB of shared memory for a block of threads, too little for FlexAttention with heads of %d: "
             "attention runs in SDPA, whose memory and work grow with the square of the pack",
             properties.name,
             memory // KIB,
-            2 * head_dim,
+            widths[0],
         )
     return options
 

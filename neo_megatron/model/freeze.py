@@ -1,22 +1,14 @@
 """Freezes the parameters that a training stage does not train, by explicit module names.
 
-Stage 1 teaches a language model to see without touching what it knows: all of the patch embedding and of the pre-buffer
-train, and of the post-LLM only what is new to it. Stages 2 and 3 train everything. Source: NEO (arXiv 2510.14979), 3.3.
+Stage 1 teaches a language model to see and touches little of what it knows: all of the patch embedding and of the
+pre-buffer train, and of the post-LLM only the list in `attention_forms.py`. Stages 2 and 3 train everything. Source:
+NEO (arXiv 2510.14979), 3.3.
 """
 
 import torch
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.transformer_config import NeoConfig
-
-# Modules of a post-LLM layer that stage 1 trains.
-NATIVE_MODULES = (
-    "self_attention.linear_qk_hw",
-    "self_attention.q_layernorm_h",
-    "self_attention.q_layernorm_w",
-    "self_attention.k_layernorm_h",
-    "self_attention.k_layernorm_w",
-)
 
 
 def freeze_for_stage(model: torch.nn.Module, stage: int) -> None:
@@ -42,18 +34,19 @@ def freeze_for_stage(model: torch.nn.Module, stage: int) -> None:
         if layer.layer_number <= config.sizes.pre_buffer_layers:
             layer.requires_grad_(True)
         else:
-            for name in NATIVE_MODULES:
+            for name in config.sizes.form.trained_in_stage_1:
                 _unfreeze(layer, name)
 
 
 def _unfreeze(parent: torch.nn.Module, name: str) -> None:
-    module = dict(parent.named_modules()).get(name)
-    if module is None or not any(True for _ in module.parameters()):
+    parameters = [value for key, value in parent.named_parameters() if key == name or key.startswith(name + ".")]
+    if not parameters:
         raise LookupError(
-            f"stage 1 trains {name!r}, but {type(parent).__name__} has no such module with parameters: "
-            "freeze.py and the model disagree about names"
+            f"stage 1 trains {name!r}, but {type(parent).__name__} has no such parameters: "
+            "attention_forms.py and the model disagree about names"
         )
-    module.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def describe_trainable(model: torch.nn.Module) -> str:

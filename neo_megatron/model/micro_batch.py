@@ -16,7 +16,8 @@ from neo_megatron.model.cp_token_split import contiguous_rows, even_rows
 def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: bool) -> dict[str, Tensor]:
     """This context-parallel rank's tokens of every pack, in the form of collated packs of S tokens.
 
-    ``document`` and ``image`` stay those of complete packs: the keys' side of the mask.
+    ``document`` and ``image`` stay those of complete packs: the keys' side of the mask. ``modality`` is added, see
+    `expert_router.Tokens`.
 
     Args:
         packs: as `neo_megatron.data.dataset.collate` returns them.
@@ -30,6 +31,7 @@ def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: 
     place = full((length,), -1)
     place[rows] = arange(len(rows))
     share = {**packs, "tokens": packs["tokens"][:, rows], "positions_thw": packs["positions_thw"][:, rows]}
+    share["modality"] = modality_of(packs)[:, rows]
     for index, belonging in (("image_token_index", ("patches",)), ("target_index", ("targets", "target_weight"))):
         local = place[packs[index] % length]
         here = local >= 0
@@ -40,8 +42,18 @@ def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: 
     return share
 
 
+def modality_of(packs: dict[str, Tensor]) -> Tensor:
+    """int8 ``[B, T]``: 1 for image tokens, -1 for padding, else 0."""
+    return (packs["image"] >= 0).to(torch.int8).masked_fill(packs["document"] < 0, -1)
+
+
 def model_inputs(
-    packs: dict[str, Tensor], first_stage: bool, last_stage: bool, sequence_rank: int = 0, sequence_ranks: int = 1
+    packs: dict[str, Tensor],
+    first_stage: bool,
+    last_stage: bool,
+    sequence_rank: int = 0,
+    sequence_ranks: int = 1,
+    experts: bool = False,
 ) -> dict[str, Tensor]:
     """The arguments of `NeoModel.forward` on one rank.
 
@@ -53,10 +65,14 @@ def model_inputs(
         first_stage, last_stage: words and images go to the first pipeline stage only, targets to the last only.
         sequence_rank, sequence_ranks: under sequence parallelism, which part of every pack this rank embeds; it gets
             the image tokens of that part only.
+        experts: the model is a mixture of experts.
     """
     count, length = packs["tokens"].shape
     inputs = {name: packs[name] for name in ("positions_thw", "document", "image")}
     inputs |= {name: packs[name] for name in ("query_rows", "key_order") if name in packs}
+    if experts:
+        modality = packs["modality"] if "modality" in packs else modality_of(packs)
+        inputs["modality"] = modality.t().chunk(sequence_ranks)[sequence_rank].flatten()
     if first_stage:
         inputs["tokens"] = packs["tokens"]
         pack, token = packs["image_token_index"] // length, packs["image_token_index"] % length

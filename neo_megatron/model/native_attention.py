@@ -1,16 +1,18 @@
-"""Native self-attention: Qwen3's attention over t, with channels for h and w next to it in every query and key head.
+"""Native self-attention: every query and key head has channels for t, h and w, each rotated by its own position.
 
-    query = [q_t | q_h | q_w],  key = [k_t | k_h | k_w]  (2 * head_dim wide),  value (head_dim wide)
+    query = [q_t | q_h | q_w],  key = [k_t | k_h | k_w]  (X wide),  value (D wide),  softmax scale 1/sqrt(D)
 
-each part with a norm and a rotary axis of its own; softmax scale 1/sqrt(head_dim), so that with h = w = 0 and
-W_k_hw = 0 the layer is Qwen3's. Source: NEO (arXiv 2510.14979), section 3.1.
+Where these channels come from is the form, see `attention_forms.py`: a class for each.
 
-Shape suffixes: S sequence, B packs, G key-value heads of this rank, R query heads per key-value head, D head dimension.
+Shape suffixes: S sequence, B packs, G key-value heads of this rank, R query heads per key-value head, X channels of
+queries and keys, D of values.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
+from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,10 +24,13 @@ from torch import Tensor
 from neo_megatron.model import qkv_prepare
 from neo_megatron.model.context_parallel import context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
+from neo_megatron.model.expert_router import Tokens
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.rms_norm import HeadNorm
 from neo_megatron.model.shared_input_linear import gather_again, keeps_input, share_input
 from neo_megatron.model.transformer_config import NeoConfig
+
+QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,23 @@ class PackContext:
     mask: AttentionMask
     key_order: Tensor | None = None
     """See `context_parallel_attention`."""
+    tokens: Tokens | None = None
+    """For the routers of experts."""
 
 
 @dataclass
 class NativeSelfAttentionSubmodules:
-    """The modules that the local and the Transformer Engine specs choose between."""
+    """The modules that the local and the Transformer Engine specs choose between; not every form has `linear_qk_hw`."""
 
     linear_qkv: type
-    linear_qk_hw: type
     linear_proj: type
+    linear_qk_hw: type | None = None
 
 
-class NativeSelfAttention(MegatronModule):
-    """Self-attention over ``[S, B, H]`` with tensor-parallel heads.
+class NativeSelfAttention(MegatronModule, ABC):
+    """Self-attention over ``[S, B, H]`` with tensor-parallel heads, of either form.
 
     `linear_qkv` keeps Megatron's layout: per key-value head its R query heads, then the key, then the value.
-    `linear_qk_hw` is laid out alike: per key-value head R query heads, then the key, each [h half | w half]. It is a
-    matrix of its own because stage 1 trains it in the post-LLM while `linear_qkv` is frozen.
     """
 
     def __init__(
@@ -80,26 +85,7 @@ class NativeSelfAttention(MegatronModule):
         self.recompute_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
-
-        self.gather_again = config.sequence_parallel and keeps_input(config)
-
-        def column_parallel(module: type, heads: int, buffer_name: str):
-            return build_module(
-                module,
-                config.hidden_size,
-                config.num_query_groups * heads * self.head_dim,
-                config=config,
-                init_method=config.init_method,
-                gather_output=False,
-                bias=False,
-                skip_bias_add=False,
-                is_expert=False,
-                tp_comm_buffer_name=buffer_name,
-                tp_group=pg_collection.tp,
-            )
-
-        self.linear_qkv = column_parallel(submodules.linear_qkv, self.heads_per_group + 2, "qkv")
-        self.linear_qk_hw = column_parallel(submodules.linear_qk_hw, self.heads_per_group + 1, "qkv")
+        self.linear_qkv = self._column_parallel(submodules.linear_qkv, self.heads_per_group + 2)
         self.linear_proj = build_module(
             submodules.linear_proj,
             config.num_attention_heads * self.head_dim,
@@ -114,13 +100,26 @@ class NativeSelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-        def norm(width: int) -> HeadNorm:
-            return HeadNorm(config, width, config.layernorm_epsilon)
+    def _column_parallel(self, module: type | None, heads_per_group: int) -> Any:
+        """A projection of the hidden states to so many heads of D channels for every key-value head."""
+        config = self.config
+        return build_module(
+            module,
+            config.hidden_size,
+            config.num_query_groups * heads_per_group * self.head_dim,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tensor_parallel_group,
+        )
 
+    def _norm(self, width: int) -> HeadNorm:
         # Megatron sums the gradients of everything named q_layernorm* and k_layernorm* over the tensor-parallel group.
-        self.q_layernorm, self.k_layernorm = norm(self.head_dim), norm(self.head_dim)
-        self.q_layernorm_h, self.k_layernorm_h = norm(self.head_dim // 2), norm(self.head_dim // 2)
-        self.q_layernorm_w, self.k_layernorm_w = norm(self.head_dim // 2), norm(self.head_dim // 2)
+        return HeadNorm(self.config, width, self.config.layernorm_epsilon)
 
     def forward(self, hidden_SBH: Tensor, *, packed_seq_params: PackContext, **_unused) -> tuple[Tensor, None]:
         """``[S, B, H]`` -> ``[S, B, H]`` and no bias; S is this rank's part if the sequence is split."""
@@ -128,28 +127,88 @@ class NativeSelfAttention(MegatronModule):
         core = partial(attend, mask=packs.mask, scale=1 / sqrt(self.head_dim))
         if self.recompute_core_attention and self.training:
             core = partial(tensor_parallel.checkpoint, core, False)
-        shared = share_input(hidden_SBH, self.tensor_parallel_group, self.config.sequence_parallel)
+        shared = self.input_of_products(hidden_SBH)
         query, key, value = self.query_key_value(shared, packs.rotary)
         context = context_parallel_attention(core, query, key, value, self.context_parallel_group, packs.key_order)
-        if self.gather_again:
-            gather_again(shared, hidden_SBH, self.tensor_parallel_group, context, query)
+        self.free_until_backward(shared, hidden_SBH, context, query)
         return self.linear_proj(context)
 
     def set_for_recompute_input_layernorm(self) -> None:
         """Does nothing; Megatron calls it under FP8. `TESharedInputColumnParallelLinear` keeps the norm's output."""
 
-    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> tuple[Tensor, Tensor, Tensor]:
-        """``[S, B, G * R, 2D]``, ``[S, B, G, 2D]`` and ``[S, B, G, D]``, normalised and rotated."""
-        heads = self.heads_per_group
-        qkv, normalised = self.linear_qkv(shared)  # the input normalised by a fused norm, otherwise no bias
-        qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
-        qkv = qkv.unflatten(-1, (self.groups_per_rank, heads + 2, self.head_dim))
-        qk_hw = qk_hw.unflatten(-1, (self.groups_per_rank, heads + 1, self.head_dim))
+    def input_of_products(self, hidden_SBH: Tensor) -> Tensor:
+        """The tensor that `query_key_value` takes."""
+        return hidden_SBH
+
+    def free_until_backward(self, shared: Tensor, hidden_SBH: Tensor, context: Tensor, query: Tensor) -> None:
+        """May free what `input_of_products` made, until the backward needs it."""
+
+    @abstractmethod
+    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> QueryKeyValue:
+        """``[S, B, G * R, X]``, ``[S, B, G, X]`` and ``[S, B, G, D]``, normalised and rotated."""
+
+    def _prepared(
+        self,
+        projections: list[Tensor],
+        query_norms: list[HeadNorm],
+        key_norms: list[HeadNorm],
+        rotary: NativeRotary,
+    ) -> QueryKeyValue:
+        shape = self.groups_per_rank, -1, self.head_dim
         return qkv_prepare.query_key_value(
-            qkv,
-            qk_hw,
-            [norm() for norm in (self.q_layernorm, self.q_layernorm_h, self.q_layernorm_w)],
-            [norm() for norm in (self.k_layernorm, self.k_layernorm_h, self.k_layernorm_w)],
+            [projection.unflatten(-1, shape) for projection in projections],
+            [norm() for norm in query_norms],
+            [norm() for norm in key_norms],
             rotary,
             self.config.layernorm_epsilon,
+        )
+
+
+class SeparateSelfAttention(NativeSelfAttention):
+    """The form ``separate``: with h = w = 0 and zero keys for them the layer is Qwen3's.
+
+    `linear_qk_hw` is laid out as `linear_qkv` is: per key-value head R query heads, then the key, each [h half | w
+    half]. It is a matrix of its own because stage 1 trains it in the post-LLM while `linear_qkv` is frozen.
+    """
+
+    def __init__(self, config: NeoConfig, submodules: NativeSelfAttentionSubmodules, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        self.gather_again = config.sequence_parallel and keeps_input(config)
+        self.linear_qk_hw = self._column_parallel(submodules.linear_qk_hw, self.heads_per_group + 1)
+        for_t, for_h, for_w = config.sizes.axis_widths
+        self.q_layernorm, self.k_layernorm = self._norm(for_t), self._norm(for_t)
+        self.q_layernorm_h, self.k_layernorm_h = self._norm(for_h), self._norm(for_h)
+        self.q_layernorm_w, self.k_layernorm_w = self._norm(for_w), self._norm(for_w)
+
+    def input_of_products(self, hidden_SBH: Tensor) -> Tensor:
+        return share_input(hidden_SBH, self.tensor_parallel_group, self.config.sequence_parallel)
+
+    def free_until_backward(self, shared: Tensor, hidden_SBH: Tensor, context: Tensor, query: Tensor) -> None:
+        if self.gather_again:
+            gather_again(shared, hidden_SBH, self.tensor_parallel_group, context, query)
+
+    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> QueryKeyValue:
+        qkv, normalised = self.linear_qkv(shared)  # the input normalised by a fused norm, otherwise no bias
+        qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
+        return self._prepared(
+            [qkv, qk_hw],
+            [self.q_layernorm, self.q_layernorm_h, self.q_layernorm_w],
+            [self.k_layernorm, self.k_layernorm_h, self.k_layernorm_w],
+            rotary,
+        )
+
+
+class InHeadSelfAttention(NativeSelfAttention):
+    """The form ``in-head``: one product, whose heads have their channels shared out to t, h and w."""
+
+    def __init__(self, config: NeoConfig, submodules: NativeSelfAttentionSubmodules, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        for_t, for_h, for_w = config.sizes.axis_widths
+        self.q_layernorm, self.k_layernorm = self._norm(for_t), self._norm(for_t)
+        self.q_layernorm_hw, self.k_layernorm_hw = self._norm(for_h + for_w), self._norm(for_h + for_w)
+
+    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> QueryKeyValue:
+        qkv, _ = self.linear_qkv(shared)
+        return self._prepared(
+            [qkv], [self.q_layernorm, self.q_layernorm_hw], [self.k_layernorm, self.k_layernorm_hw], rotary
         )

@@ -51,24 +51,24 @@ class NativeRotary:
     w: RotaryTable
 
     @classmethod
-    def from_positions(cls, positions_BS3: Tensor, head_dim: int, theta_t: float, theta_hw: float) -> "NativeRotary":
-        """The tables of integer positions ``[B, S, 3]``; t rotates ``head_dim`` channels, h and w half as many."""
+    def from_positions(
+        cls, positions_BS3: Tensor, widths: tuple[int, int, int], theta_t: float, theta_hw: float
+    ) -> "NativeRotary":
+        """The tables of integer positions ``[B, S, 3]``, for so many channels for t, h and w."""
 
         def table(axis: int, width: int, theta: float) -> RotaryTable:
             position_SB = positions_BS3[..., axis].t().float()
             angle = position_SB[..., None] * inverse_frequencies(width, theta, positions_BS3.device)
             return RotaryTable(angle.cos()[:, :, None, None], angle.sin()[:, :, None, None])
 
-        return cls(
-            t=table(0, head_dim, theta_t), h=table(1, head_dim // 2, theta_hw), w=table(2, head_dim // 2, theta_hw)
-        )
+        return cls(t=table(0, widths[0], theta_t), h=table(1, widths[1], theta_hw), w=table(2, widths[2], theta_hw))
 
     @property
     def tables(self) -> tuple[RotaryTable, RotaryTable, RotaryTable]:
         return self.t, self.h, self.w
 
     def rotate(self, t_SBGRD: Tensor, h_SBGRD: Tensor, w_SBGRD: Tensor) -> Tensor:
-        """Heads ``[S, B, G * R, 2D]`` from their parts: ``head_dim`` channels for t and half as many for h and w."""
+        """Heads ``[S, B, G * R, X]`` from their parts, X channels in all."""
         return _RotatedParts.apply(self, t_SBGRD, h_SBGRD, w_SBGRD)
 
 

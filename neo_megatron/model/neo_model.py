@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from neo_megatron.model.core_attention import attention_pairs, build_mask, check_backend
+from neo_megatron.model.expert_router import Tokens
 from neo_megatron.model.head_loss import in_chunks
 from neo_megatron.model.layer_specs import decoder_spec
 from neo_megatron.model.mask import AttentionRule
@@ -89,11 +90,12 @@ class NeoModel(LanguageModule):
     ) -> ShardedStateDict:
         """The contents of a distributed checkpoint: the parameters, under one name for every layout and implementation.
 
-        Linear layers also offer an `_extra_state`: under FP8's delayed scaling the last maxima, else nothing. It is
-        left out, so that every checkpoint starts every run, in FP8 or not; delayed scaling has its maxima after a step.
+        Linear layers also offer an `_extra_state`, those of experts a numbered one each: under FP8's delayed scaling
+        the last maxima, else nothing. It is left out, so that every checkpoint starts every run, in FP8 or not; delayed
+        scaling has its maxima after a step.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        return {name: value for name, value in state.items() if "_extra_state" not in name}
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receives the hidden states ``[S, B, H]`` of the previous pipeline stage (called by Megatron's schedules)."""
@@ -114,6 +116,8 @@ class NeoModel(LanguageModule):
         image_token_position: Tensor | None = None,
         target_index: Tensor | None = None,
         targets: Tensor | None = None,
+        modality: Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch through this pipeline stage.
 
@@ -128,6 +132,7 @@ class NeoModel(LanguageModule):
             image_token_position: integers ``[C, 2]``, row and column of each image token in the merged grid.
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
+            modality, loss_weights: for experts, see `expert_router.Tokens`: int8 ``[S * B]`` and float32 ``[2]``.
 
         Returns:
             Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.
@@ -136,14 +141,15 @@ class NeoModel(LanguageModule):
         hidden = self._embed(tokens, patches, image_token_index, image_token_position) if self.pre_process else None
         config = self.config
         rule = AttentionRule(document, image, query_rows)
-        mask = build_mask(rule, config.params_dtype, config.kv_channels, config.attention_backend)
+        mask = build_mask(rule, config.params_dtype, config.sizes.attention_widths, config.attention_backend)
         self.attention_pairs = attention_pairs(mask) if self.post_process and self.training else None
         context = PackContext(
             rotary=NativeRotary.from_positions(
-                positions_thw, config.kv_channels, config.sizes.rope_theta, config.sizes.rope_theta_hw
+                positions_thw, config.sizes.axis_widths, config.sizes.rope_theta, config.sizes.rope_theta_hw
             ),
             mask=mask,
             key_order=key_order,
+            tokens=None if modality is None else Tokens(modality, loss_weights),
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
@@ -189,4 +195,4 @@ class NeoModel(LanguageModule):
 def _forgive_missing_extra_state(_module: LanguageModule, incompatible_keys) -> None:
     """Lets strict loading pass over what `sharded_state_dict` leaves out."""
     missing = incompatible_keys.missing_keys
-    missing[:] = [name for name in missing if not name.endswith("_extra_state")]
+    missing[:] = [name for name in missing if "_extra_state" not in name]

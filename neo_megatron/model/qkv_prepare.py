@@ -1,10 +1,11 @@
-"""Projections -> queries, keys and values: six norms, three rotations and their concatenation.
+"""Projections -> queries, keys and values: norms, three rotations and their concatenation.
 
 On a GPU they are one compiled function, forward and backward: the projections are read and the heads are written once
-(done one after another, each of the six parts makes three passes). On a CPU, where compiling takes minutes, every part
-has functions with a backward of their own.
+(done one after another, each part makes three passes). On a CPU, where compiling takes minutes, every part has
+functions with a backward of their own.
 
-Shape suffixes: S sequence, B packs, G key-value heads of this rank, R query heads per key-value head, D head dimension.
+Shape suffixes: S sequence, B packs, G key-value heads of this rank, R query heads per key-value head, X channels of
+queries and keys, D of values.
 """
 
 from collections.abc import Sequence
@@ -21,43 +22,39 @@ QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 
 
 def query_key_value(
-    qkv: Tensor,
-    qk_hw: Tensor,
+    projections: Sequence[Tensor],
     query_norms: Sequence[Tensor],
     key_norms: Sequence[Tensor],
     rotary: NativeRotary,
     eps: float,
 ) -> QueryKeyValue:
-    """``[S, B, G * R, 2D]``, ``[S, B, G, 2D]`` and ``[S, B, G, D]``, normalised and rotated.
+    """``[S, B, G * R, X]``, ``[S, B, G, X]`` and ``[S, B, G, D]``, normalised and rotated.
 
     Args:
-        qkv: ``[S, B, G, R + 2, D]``, per key-value head its query heads for t, its key head for t, its value.
-        qk_hw: ``[S, B, G, R + 1, D]``, query heads and key head, each ``[h half | w half]``.
-        query_norms, key_norms: weights of the norms for t ``[D]``, h and w ``[D / 2]``.
+        projections: ``[S, B, G, R + 2, D]``, per key-value head its query heads, its key and its value. In the form
+            ``separate`` these are for t, and a second one has ``[S, B, G, R + 1, D]``: query heads and key, each
+            ``[h half | w half]``. In the form ``in-head`` a head is ``[t half | h quarter | w quarter]``.
+        query_norms, key_norms: weights of the norms: for t, h and w, or for t and for h and w together.
     """
-    if not qkv.is_cuda:
-        return _part_by_part(qkv, qk_hw, query_norms, key_norms, rotary, eps)
+    if not projections[0].is_cuda:
+        return _part_by_part(projections, query_norms, key_norms, rotary, eps)
     tables = tuple((table.cos, table.sin) for table in rotary.tables)
-    return _compiled()(qkv, qk_hw, tuple(query_norms), tuple(key_norms), tables, eps)
+    return _compiled()(tuple(projections), tuple(query_norms), tuple(key_norms), tables, eps)
 
 
 def _part_by_part(
-    qkv: Tensor,
-    qk_hw: Tensor,
+    projections: Sequence[Tensor],
     query_norms: Sequence[Tensor],
     key_norms: Sequence[Tensor],
     rotary: NativeRotary,
     eps: float,
 ) -> QueryKeyValue:
-    def normalised(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        return [CpuRMSNorm.apply(part, weight, eps) for part, weight in zip(parts, weights, strict=True)]
+    def heads(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        normalised = [CpuRMSNorm.apply(part, weight, eps) for part, weight in zip(parts, weights, strict=True)]
+        return rotary.rotate(*_axes(normalised))
 
-    query, key, value = _parts(qkv, qk_hw)
-    return (
-        rotary.rotate(*normalised(query, query_norms)),
-        rotary.rotate(*normalised(key, key_norms)),
-        value.flatten(2, 3),
-    )
+    query, key, value = _parts(projections)
+    return heads(query, query_norms), heads(key, key_norms), value.flatten(2, 3)
 
 
 @cache
@@ -66,8 +63,7 @@ def _compiled():
 
 
 def at_once(
-    qkv: Tensor,
-    qk_hw: Tensor,
+    projections: Sequence[Tensor],
     query_norms: Sequence[Tensor],
     key_norms: Sequence[Tensor],
     tables: Sequence[tuple[Tensor, Tensor]],
@@ -80,22 +76,31 @@ def at_once(
     """
 
     def heads(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        halves = []
-        for part, weight, (cos, sin) in zip(parts, weights, tables, strict=True):
+        normalised = []
+        for part, weight in zip(parts, weights, strict=True):
             exact = part.to(torch.promote_types(part.dtype, torch.float32))
-            normal = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps) * weight
-            first, second = normal.chunk(2, dim=-1)
+            normalised.append(exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps) * weight)
+        halves = []
+        for axis, (cos, sin) in zip(_axes(normalised), tables, strict=True):
+            first, second = axis.chunk(2, dim=-1)
             halves += [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat(halves, dim=-1).to(qkv.dtype).flatten(2, 3)
+        return torch.cat(halves, dim=-1).to(projections[0].dtype).flatten(2, 3)
 
-    query, key, value = _parts(qkv, qk_hw)
+    query, key, value = _parts(projections)
     # Values are copied, so that the backward writes the gradient of the entire projection in one go.
     return heads(query, query_norms), heads(key, key_norms), value.flatten(2, 3).contiguous()
 
 
-def _parts(qkv: Tensor, qk_hw: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-    """Queries and keys for t, h and w, ``[S, B, G, R, D]`` or half as wide, with R = 1 for keys; and the values."""
-    heads = qk_hw.shape[-2] - 1
-    q_t, k_t, value = qkv.split((heads, 1, 1), dim=-2)
-    q_hw, k_hw = qk_hw.split((heads, 1), dim=-2)
-    return (q_t, *q_hw.chunk(2, dim=-1)), (k_t, *k_hw.chunk(2, dim=-1)), value
+def _parts(projections: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """The parts of queries and keys with a norm each, ``[S, B, G, R, ...]`` with R = 1 for keys; and the values."""
+    query, key, value = projections[0].split((projections[0].shape[-2] - 2, 1, 1), dim=-2)
+    if len(projections) == 1:
+        return query.chunk(2, dim=-1), key.chunk(2, dim=-1), value
+    query_hw, key_hw = projections[1].split((query.shape[-2], 1), dim=-2)
+    return (query, *query_hw.chunk(2, dim=-1)), (key, *key_hw.chunk(2, dim=-1)), value
+
+
+def _axes(normalised: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The channels for t, h and w."""
+    for_t, *others = normalised
+    return (for_t, *others) if len(others) == 2 else (for_t, *others[0].chunk(2, dim=-1))

@@ -26,6 +26,9 @@ class NeoConfig(TransformerConfig):
     neo_sizes: dict[str, Any] = field(default_factory=dict)
     """`dataclasses.asdict` of the `NeoSizes`; a plain dict, because arguments are stored in checkpoints."""
 
+    balance_loss_coeff: float = 0.0
+    """Of the loss in `expert_router.py`, in addition to the cross entropy."""
+
     normalization: str = "RMSNorm"
     activation_func: Callable = silu
     gated_linear_unit: bool = True
@@ -46,6 +49,7 @@ class NeoConfig(TransformerConfig):
             num_query_groups=sizes.num_query_groups,
             kv_channels=sizes.head_dim,
             layernorm_epsilon=sizes.norm_epsilon,
+            **expert_settings(sizes, "num_moe_experts"),
             **settings,
         )
 
@@ -98,9 +102,30 @@ def tensor_parallel_refusals(size: int, counts: dict[str, int]) -> Iterator[str]
             )
 
 
+def expert_settings(sizes: NeoSizes, count: str) -> dict[str, Any]:
+    """Megatron's settings for the experts of a Qwen3-MoE; ``count`` is its name of their number.
+
+    The router computes in float32, no token is dropped. Softmax over the chosen experts alone is softmax over all of
+    them, divided by the sum of the chosen.
+    """
+    if not sizes.num_experts:
+        return {}
+    return {
+        count: sizes.num_experts,
+        "moe_router_topk": sizes.experts_per_token,
+        "moe_ffn_hidden_size": sizes.expert_ffn_hidden_size,
+        "moe_router_pre_softmax": not sizes.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
 def megatron_arguments(sizes: NeoSizes) -> dict[str, Any]:
     """The sizes under the names of Megatron's arguments, with the flags that make a Megatron decoder Qwen3's."""
     return {
+        **expert_settings(sizes, "num_experts"),
         "num_layers": sizes.num_layers,
         "hidden_size": sizes.hidden_size,
         "ffn_hidden_size": sizes.ffn_hidden_size,

@@ -65,36 +65,37 @@ def layer_activations(sizes: NeoSizes, layout: Layout, workload: Workload, froze
 
 def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
-    hidden, d = sizes.hidden_size, sizes.head_dim
+    hidden, (width, d), norms = sizes.hidden_size, sizes.attention_widths, sizes.form.norms
+    trains_output = trained or "self_attention.linear_proj.weight" in sizes.form.trained_in_stage_1
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
-    projections = x * (2 * n + 3 * g) * d * e
-    query_key = x * (n + g) * 2 * d * e
-    beside_inputs = x * n * d * 4 * frozen  # the output, which a trained projection keeps anyway
+    projections = x * ((n + g) * width + g * d) * e
+    query_key = x * (n + g) * width * e
+    beside_inputs = x * n * d * 4 * (not trains_output)  # the output, which a trained projection keeps anyway
     if e < 4:
-        beside_inputs = x * ((n + g) * 2 * d + g * d + n * d) * 4 - query_key
+        beside_inputs = x * ((n + g) * width + g * d + n * d) * 4 - query_key
     ffn = x * sizes.ffn_hidden_size / tensor * e
     return LayerActivations(
         hidden=residual,
         norm_outputs=residual * (1 + trained) + 2 * y * 4,
         core_attention=beside_inputs + x * n * 4,
         mlp=ffn * (2 + trained),
-        rest=residual + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e * trained,
+        rest=residual + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e * trains_output,
     )
 
 
 def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
     product_input = 1 if layout.precision == "fp8" else e
-    hidden, d = sizes.hidden_size, sizes.head_dim
+    hidden, (width, d), norms = sizes.hidden_size, sizes.attention_widths, sizes.form.norms
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
-    projections = x * (2 * n + 3 * g) * d * e
-    query_key = x * (n + g) * 2 * d * e
-    # Attention's input is kept as it is, but for a norm that is part of `linear_qkv`: there both products quantize it
+    projections = x * ((n + g) * width + g * d) * e
+    query_key = x * (n + g) * width * e
+    # Attention's input is kept as it is, but for a norm that is part of `linear_qkv`: there all products quantize it
     # for themselves, a frozen one too. So they do under delayed scaling, which is not counted apart.
-    fused_norm = tensor == 1
-    shared = 2 * x * hidden if fused_norm and layout.precision == "fp8" else residual
+    fused_norm = tensor == 1 or sizes.form.products == 1
+    shared = sizes.form.products * x * hidden if fused_norm and layout.precision == "fp8" else residual
     ffn = x * sizes.ffn_hidden_size / tensor
     return LayerActivations(
         hidden=residual,
@@ -102,7 +103,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
         norm_outputs=shared * (not fused_norm),
         core_attention=x * n * 4,
         mlp=ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4),
-        rest=residual + shared * fused_norm + y * 4 + projections + query_key + 3 * x * (n + g) * 4 + x * n * d * e,
+        rest=residual + shared * fused_norm + y * 4 + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e,
     )
 
 
@@ -139,7 +140,7 @@ def head_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_sta
 def context_bytes(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
     """Bytes of tensors that all layers of a micro-batch share: float32 rotary tables, and the mask."""
     x, _ = rank_tokens(layout, workload)
-    tables = x * 2 * sizes.head_dim * 4
+    tables = x * sizes.query_key_dim * 4
     if layout.transformer_impl == "local":
         return tables
     return tables + x / FLEX_BLOCK * workload.sequence_length / FLEX_BLOCK * 16

@@ -111,7 +111,7 @@ def _context_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk
     heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
     ranks = layout.context_parallel_size
     way = layout.cp_comm_type or default_way(heads, groups, ranks)
-    forward, backward = sent_bytes(way, int(x), heads, groups, sizes.head_dim, ranks, layout.parameter_bytes)
+    forward, backward = sent_bytes(way, int(x), heads, groups, sizes.attention_widths, ranks, layout.parameter_bytes)
     again = sum(layout.recomputes("core_attn") or layout.recomputes_layer(number) for number in range(chunk.layers))
     return chunk.layers * (forward + backward) + again * forward
 

@@ -4,12 +4,15 @@ Counted are matrix products, two operations for a multiply-add; norms, rotary, s
 product with a weight costs as much again for the gradient of its input and for the gradient of the weight. A frozen
 weight has no gradient, and where nothing before it trains, its input needs none.
 
-Shapes: H hidden size, F FFN width, N query heads, G key-value heads, D head dimension, E channels of the patch
-embedding, V vocabulary.
+Shapes: H hidden size, F FFN width, N query heads, G key-value heads, X channels of queries and keys, D of values, E
+channels of the patch embedding, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
+from neo_megatron.checkpoint.names import tensor_table
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.workload import Workload
@@ -67,38 +70,36 @@ def model_flops(sizes: NeoSizes, training_stage: int, workload: Workload) -> Mod
 
 
 def trains_new_parts_only(training_stage: int) -> bool:
-    """Whether the post-LLM (but for its h/w parts), the word embeddings and the head are frozen, see `freeze.py`."""
+    """Whether post-LLM (but for parts of its attention), word embeddings and head are frozen, see `freeze.py`."""
     if training_stage not in (1, 2, 3):
         raise ConfigError(f"--training-stage {training_stage}: stages are 1, 2 and 3")
     return training_stage == 1
 
 
 def layer_flops(sizes: NeoSizes, mean_keys: float, frozen: bool = False) -> Flops:
-    """A decoder layer for one token; `frozen` leaves only its h/w projections and norms to train, as stage 1 does.
+    """A decoder layer for one token; `frozen` leaves only those parts of its attention to train that stage 1 trains.
 
     The input of a layer always needs a gradient: the patch embedding in front of it trains in every stage.
     """
     return layer_products(sizes, frozen) + attention_core_flops(sizes, mean_keys)
 
 
+@cache
 def layer_products(sizes: NeoSizes, frozen: bool = False) -> Flops:
-    """The layer's products with weights: q, k, v, the h/w parts of q and k, output projection and SwiGLU."""
-    h, d = sizes.hidden_size, sizes.head_dim
-    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
-    qkv, output = h * (heads + 2 * groups) * d, heads * d * h
-    qk_hw = h * (heads + groups) * d
-    mlp = 3 * h * sizes.ffn_hidden_size
-    return _product(qkv + output + mlp, trained=not frozen) + _product(qk_hw)
+    """The layer's products with weights: q, k, v, the output projection and SwiGLU."""
+    rows = [row for row in tensor_table(sizes) if row.layer == sizes.num_layers - 1 and len(row.megatron_shape) == 2]
+    return sum(
+        (_product(math.prod(row.megatron_shape), trained=not frozen or row.trained_in_stage_1) for row in rows), Flops()
+    )
 
 
 def attention_core_flops(sizes: NeoSizes, mean_keys: float) -> Flops:
-    """Softmax attention of one query: scores over channels of 2D, values of D, over the keys that it may see.
+    """Softmax attention of one query: scores over X channels, values of D, over the keys that it may see.
 
     It has no weights; both products have two inputs that need gradients. A fused kernel keeps no score matrix and
     computes the scores once more in its backward.
     """
-    scores = 2 * sizes.num_attention_heads * 2 * sizes.head_dim * mean_keys
-    values = 2 * sizes.num_attention_heads * sizes.head_dim * mean_keys
+    scores, values = (2 * sizes.num_attention_heads * width * mean_keys for width in sizes.attention_widths)
     return Flops(forward=scores + values, backward=2 * (scores + values), recomputed=scores)
 
 

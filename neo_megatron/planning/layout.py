@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Literal
 
@@ -181,6 +181,7 @@ class Layout:
             hidden_size=sizes.hidden_size,
             ffn_hidden_size=sizes.ffn_hidden_size,
             kv_channels=sizes.head_dim,
+            neo_sizes=asdict(sizes),
         )
 
     def recomputes(self, module: str) -> bool:

@@ -93,7 +93,7 @@ def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: boo
         heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
         ranks = layout.context_parallel_size
         way = layout.cp_comm_type or default_way(heads, groups, ranks)
-        exchanged = max(buffer_bytes(way, int(x), heads, groups, sizes.head_dim, ranks, e))
+        exchanged = max(buffer_bytes(way, int(x), heads, groups, sizes.attention_widths, ranks, e))
     # Gradients of the SwiGLU's input and output; its input gathered over tensor-parallel ranks, and the gradient of it.
     gradients = x * e * (3 * sizes.ffn_hidden_size / tensor + 2 * sizes.hidden_size)
     if layout.recompute_granularity == "full":

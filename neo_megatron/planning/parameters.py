@@ -48,7 +48,7 @@ def parameters_of(
     return tuple(
         Parameter(
             elements=math.prod(row.megatron_shape) // (1 if row.tensor_parallel_dim is None else tensor),
-            trained=row.new or not frozen,
+            trained=row.trained_in_stage_1 or not frozen,
             shared_embedding=not shared.isdisjoint(row.hf),
             matrix_of_layer=row.layer is not None and len(row.megatron_shape) == 2,
         )

@@ -78,6 +78,13 @@ WORKS = (
         """,
     ),
     _works(
+        "tests/distributed/test_experts.py",
+        """
+        --expert-model-parallel-size --expert-tensor-parallel-size --moe-router-load-balancing-type
+        --moe-aux-loss-coeff --moe-token-dispatcher-type
+        """,
+    ),
+    _works(
         "tests/distributed/test_pretrain.py",
         """
         --seq-length
@@ -164,6 +171,12 @@ WORKS_ON_GPU = (
         """
         --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --reuse-grad-buf-for-mxfp8-param-ag
         --no-stream-ckpt-dequant --num-layers-at-start-in-bf16
+        """,
+    ),
+    _on_gpu(
+        "Transformer Engine: routers and the order of tokens of experts in one kernel each",
+        """
+        --moe-permute-fusion --moe-router-fusion
         """,
     ),
     _on_gpu(
@@ -272,6 +285,12 @@ NO_EFFECT = (
         """,
     ),
     _no_effect(
+        "Transformer Engine's experts are always computed together, the local ones never",
+        """
+        --moe-grouped-gemm
+        """,
+    ),
+    _no_effect(
         "always so in NEO",
         """
         --qk-layernorm --calculate-per-token-loss --group-query-attention --swiglu --exit-signal-handler
@@ -286,6 +305,16 @@ ONLY_VALUES = (
         "--dataloader-type",
         ("external",),
         "NEO reads packs with a loader of its own, reshuffled every epoch: leave it out",
+    ),
+    OnlyValues(
+        "--moe-router-load-balancing-type",
+        ("none", "aux_loss", "seq_aux_loss"),
+        "choose none, aux_loss or seq_aux_loss; a loss over the global batch is --balance-loss-coeff",
+    ),
+    OnlyValues(
+        "--moe-token-dispatcher-type",
+        ("alltoall", "allgather"),
+        "the other one needs a library of its own: choose alltoall or allgather",
     ),
     OnlyValues(
         "--attention-backend",
@@ -322,6 +351,14 @@ ONLY_WITH = (
         lambda args: args.use_pytorch_profiler,
         """
         --pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra
+        """,
+    ),
+    _only_with(
+        "a --neo-model with experts",
+        lambda args: args.num_experts,
+        """
+        --expert-model-parallel-size --expert-tensor-parallel-size --moe-router-load-balancing-type
+        --moe-aux-loss-coeff --moe-token-dispatcher-type --moe-permute-fusion --moe-router-fusion
         """,
     ),
     _only_with("--optimizer sgd", lambda args: args.optimizer == "sgd", "--sgd-momentum"),

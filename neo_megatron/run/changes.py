@@ -19,6 +19,7 @@ from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.errors import ConfigError
+from neo_megatron.model.config import completed_sizes
 from neo_megatron.run.optimizer_state import has_moments, is_by_ranks
 
 # Flags that change the samples or the update from here on, and what the change means.
@@ -65,7 +66,7 @@ def _identity(packs: PackIndex) -> str:
 
 def check_model(args: Namespace, common_state: dict[str, Any], checkpoint: Path) -> None:
     """Raises ConfigError where a checkpoint is of another model than the run."""
-    saved = common_state["args"].neo_sizes
+    saved = completed_sizes(common_state["args"].neo_sizes)
     # The other fields are limits and labels, which may differ between runs.
     free = {"min_pixels", "max_pixels", "max_positions", "max_positions_hw"}
     sizes = {name: value for name, value in args.neo_sizes.items() if name not in free}

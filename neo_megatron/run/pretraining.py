@@ -108,6 +108,7 @@ def model_provider(
     )
     freeze_for_stage(model, args.training_stage)
     _bad_numbers.watch(model)
+    _log.watch(model)
     if _first_of_its_stage():
         stage = parallel_state.get_pipeline_model_parallel_rank()
         print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
@@ -151,12 +152,24 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         last_stage=last_stage,
         sequence_rank=parallel_state.get_tensor_model_parallel_rank() if args.sequence_parallel else 0,
         sequence_ranks=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        experts=bool(args.num_experts),
     )
     device = torch.device("cpu" if cpu_platform.on_cpu() else "cuda")
     weights = {"target_weight": packs["target_weight"]} if last_stage else {}
     inputs, weights = to_device(inputs, device), to_device(weights, device)
+    if args.num_experts and torch.is_grad_enabled():
+        inputs["loss_weights"] = loss_weights(packs["target_weight"].sum().to(device))
     timers("batch-generator").stop()
     return model(**inputs), partial(loss_and_report, model, weights.get("target_weight"))
+
+
+def loss_weights(weight: Tensor) -> Tensor:
+    """`expert_router.Tokens.loss_weights` from the sum of this rank's part of its packs."""
+    both = weight.repeat(2)
+    groups = parallel_state.get_context_parallel_group(), parallel_state.get_data_parallel_group(True)
+    for part, group in zip(both, groups, strict=True):
+        torch.distributed.all_reduce(part, group=group)
+    return both
 
 
 def loss_and_report(

@@ -7,28 +7,32 @@ from neo_megatron.run.flag_status import rejected
 
 REJECTED = (
     rejected(
-        "NEO's decoder is dense, without experts: leave it out",
+        "experts belong to the sizes of a model: give a --neo-model that has them, such as u1-a3b",
         """
-        --num-experts --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-shared-expert-overlap
-        --moe-shared-expert-glu-interleave-size --moe-ffn-hidden-size --moe-router-topk --moe-enable-routing-replay
-        --moe-router-padding-for-quantization --moe-router-padding-for-fp8 --moe-router-num-groups
-        --moe-router-group-topk --moe-router-pre-softmax --moe-router-topk-scaling-factor --moe-router-score-function
-        --moe-router-dtype --moe-router-enable-expert-bias --moe-router-bias-update-rate
+        --num-experts --moe-ffn-hidden-size --moe-router-topk --moe-router-pre-softmax
+        """,
+    ),
+    rejected(
+        "NEO's experts are a Qwen3-MoE's, none shared and no token dropped: leave it out",
+        """
+        --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-shared-expert-overlap
+        --moe-shared-expert-glu-interleave-size --moe-enable-routing-replay --moe-router-padding-for-quantization
+        --moe-router-padding-for-fp8 --moe-router-num-groups --moe-router-group-topk --moe-router-topk-scaling-factor
+        --moe-router-score-function --moe-router-dtype --moe-router-enable-expert-bias --moe-router-bias-update-rate
         --moe-router-quantile-balancing-ema --moe-router-force-load-balancing --moe-router-force-biased
-        --moe-grouped-gemm --moe-single-grouped-weight --moe-single-grouped-bias --moe-z-loss-coeff
-        --moe-input-jitter-eps --moe-token-dispatcher-type --moe-enable-deepep --moe-flex-dispatcher-backend
-        --moe-permute-fusion-into-hybridep --moe-hybridep-pad-uneven-dispatch-inputs --moe-per-layer-logging
-        --moe-expert-capacity-factor --moe-pad-expert-input-to-capacity --moe-pad-experts-for-cuda-graph-inference
-        --moe-token-drop-policy --moe-layer-recompute --moe-permute-fusion --moe-router-fusion
-        --moe-apply-probs-on-input --moe-latent-size --moe-flex-dispatcher-num-sms --moe-deepep-num-sms
-        --moe-hybridep-num-sms --moe-hybridep-num-blocks-permute --moe-hybridep-num-blocks-unpermute
-        --moe-hybridep-num-sms-preprocessing --moe-ncclep-static-shape --moe-ncclep-zero-copy
-        --moe-mlp-glu-interleave-size --moe-expert-rank-capacity-factor --moe-paged-stash --moe-paged-stash-page-size
-        --moe-paged-stash-buffer-size-factor-cuda --moe-paged-stash-buffer-size-factor-cpu --moe-layer-freq
-        --moe-use-upcycling --moe-router-load-balancing-type --moe-aux-loss-coeff --moe-upcycling-granularity
-        --moe-routing-trace-path --moe-routing-trace-max-training-iters --moe-routing-trace-capture-logits
-        --moe-routing-trace-capture-hidden-states --moe-routing-trace-dump-weights --expert-model-parallel-size
-        --expert-tensor-parallel-size --expert-tensor-parallel-num-weight-shards --overlap-moe-expert-parallel-comm
+        --moe-single-grouped-weight --moe-single-grouped-bias --moe-z-loss-coeff --moe-input-jitter-eps
+        --moe-enable-deepep --moe-flex-dispatcher-backend --moe-permute-fusion-into-hybridep
+        --moe-hybridep-pad-uneven-dispatch-inputs --moe-per-layer-logging --moe-expert-capacity-factor
+        --moe-pad-expert-input-to-capacity --moe-pad-experts-for-cuda-graph-inference --moe-token-drop-policy
+        --moe-layer-recompute --moe-apply-probs-on-input --moe-latent-size --moe-flex-dispatcher-num-sms
+        --moe-deepep-num-sms --moe-hybridep-num-sms --moe-hybridep-num-blocks-permute
+        --moe-hybridep-num-blocks-unpermute --moe-hybridep-num-sms-preprocessing --moe-ncclep-static-shape
+        --moe-ncclep-zero-copy --moe-mlp-glu-interleave-size --moe-expert-rank-capacity-factor --moe-paged-stash
+        --moe-paged-stash-page-size --moe-paged-stash-buffer-size-factor-cuda --moe-paged-stash-buffer-size-factor-cpu
+        --moe-layer-freq --moe-use-upcycling --moe-upcycling-granularity --moe-routing-trace-path
+        --moe-routing-trace-max-training-iters --moe-routing-trace-capture-logits
+        --moe-routing-trace-capture-hidden-states --moe-routing-trace-dump-weights
+        --expert-tensor-parallel-num-weight-shards --overlap-moe-expert-parallel-comm
         --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release
         --high-priority-a2a-comm-stream --use-grouped-gemm-for-dense-mlp --use-grouped-gemm-for-shared-expert
         --use-fused-weighted-squared-relu --save-tokens-per-expert-interval

@@ -18,11 +18,13 @@ from megatron.training import get_timers
 
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.planning.flops import model_flops
 from neo_megatron.planning.hardware import gpu_named
 from neo_megatron.planning.layout import precision_of
 from neo_megatron.planning.packs import PackCounts, count_packs
 from neo_megatron.run.console import say
+from neo_megatron.run.expert_log import ExpertLog
 from neo_megatron.run.log_writers import LogWriters
 
 LOSS = "lm loss"
@@ -83,6 +85,11 @@ class StepLog:
         self._seconds = 0.0  # of training, before the interval
         self._in_line = False
         self._validated: int | None = None
+        self._experts = ExpertLog(self._sizes.num_layers, self._sizes.num_experts)
+
+    def watch(self, model: NeoModel) -> None:
+        """To be called with each chunk of the model."""
+        self._experts.watch(model)
 
     def note(self, micro_batch: dict[str, Any]) -> None:
         """Counts a micro-batch of a training step, before it is split over context-parallel ranks."""
@@ -126,10 +133,13 @@ class StepLog:
         ends_interval = iteration % self._args.log_interval == 0
         first = first and not ends_interval  # else the first step would be in the next line, too
         loss_dict, sums = self._leave_out_weightless(loss_dict, total_loss_dict, skipped, ends_interval or first)
+        writes = iteration % self._args.tensorboard_log_interval == 0
+        experts = self._experts.gather() if writes or ends_interval else {}
         self._in_line = True
         result = log(loss_dict, first)
         self._in_line = False
-        if iteration % self._args.tensorboard_log_interval == 0:
+        self._writers.write(experts, iteration)
+        if writes:
             counts = self._unwritten
             self._writers.write(
                 {"data/padding fraction": _padding(counts), "data/broken samples": counts.broken}, iteration
@@ -185,6 +195,7 @@ class StepLog:
             message = message.replace(f" {kind} samples:", f" {kind} packs:")
         figures = [f"{name}: {value:.1f}" for name, value in self._performance().items()]
         figures += [
+            *self._experts.line,
             f"padding fraction: {_padding(self._interval):.4f}",
             f"samples with a broken image: {self._interval.broken}",
         ]

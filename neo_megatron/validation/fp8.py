@@ -9,6 +9,8 @@ many tokens an image has and how many positions are trained does not matter.
 from argparse import Namespace
 from collections.abc import Iterator
 
+from neo_megatron.model.attention_forms import FORMS
+
 
 def check_fp8(args: Namespace) -> Iterator[str]:
     """A sentence for everything that rules out ``--fp8-format``; `args` as Megatron parsed them."""
@@ -101,8 +103,9 @@ def _features(args: Namespace) -> Iterator[str]:
         "channels of --ffn-hidden-size": args.ffn_hidden_size // tensor,
         "channels of the query heads": heads * args.kv_channels,
         "rows of linear_qkv": (heads + 2 * groups) * args.kv_channels,
-        "rows of linear_qk_hw": (heads + groups) * args.kv_channels,
     }
+    if FORMS[args.neo_sizes["attention_form"]].products == 2:
+        sides["rows of linear_qk_hw"] = (heads + groups) * args.kv_channels
     for what, count in sides.items():
         if count % multiple:
             smaller = "a smaller --tensor-model-parallel-size" if tensor > 1 else "another model"

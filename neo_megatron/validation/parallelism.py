@@ -66,6 +66,35 @@ def _tensor_parallel(args: Namespace) -> Iterator[str]:
         yield "--tp-comm-overlap works on parts of a sequence: add --sequence-parallel"
 
 
+def _experts(args: Namespace) -> Iterator[str]:
+    if args.balance_loss_coeff < 0 or (args.balance_loss_coeff and not args.num_experts):
+        yield "--balance-loss-coeff is 0 or more, and for a --neo-model with experts: leave it out"
+    if not args.num_experts:
+        return
+    size, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size
+    expert_tensor = args.expert_tensor_parallel_size or tensor
+    if size < 1 or args.num_experts % size:
+        yield f"--expert-model-parallel-size {size} does not divide the {args.num_experts} experts: choose another size"
+    elif args.world_size % (size * expert_tensor * args.pipeline_model_parallel_size):
+        yield (
+            f"--expert-model-parallel-size {size} with {expert_tensor} tensor-parallel ranks of an expert does not "
+            f"divide the {args.world_size // args.pipeline_model_parallel_size} ranks of a pipeline stage: choose a "
+            "smaller size, or --expert-tensor-parallel-size 1"
+        )
+    if expert_tensor < 1 or args.moe_ffn_hidden_size % expert_tensor:
+        yield (
+            f"--expert-tensor-parallel-size {expert_tensor} does not divide the {args.moe_ffn_hidden_size} channels of "
+            "an expert: choose a size that does, such as 1"
+        )
+    if tensor > 1 and not args.sequence_parallel:
+        yield "a mixture of experts with --tensor-model-parallel-size needs --sequence-parallel: add it"
+    if args.balance_loss_coeff and "moe" in (args.recompute_modules or ()):
+        yield (
+            "--recompute-modules moe does not go with --balance-loss-coeff, whose figures would be those of another "
+            "micro-batch: recompute other modules, or --recompute-granularity full"
+        )
+
+
 def _sequence(args: Namespace) -> Iterator[str]:
     length = args.seq_length
     if length is None:
@@ -248,6 +277,7 @@ def _micro_batches(args: Namespace) -> int:
 CHECKS = (
     _ranks,
     _tensor_parallel,
+    _experts,
     _sequence,
     _context_parallel,
     _batch,

@@ -125,13 +125,15 @@ def test_a_tied_head_must_be_the_embedding(variant, tmp_path):
         convert_hf_to_megatron(variant(tie_word_embeddings=True), tmp_path / "out")
 
 
-def rewrite(megatron, change, **neo_sizes) -> None:
-    """Saves the golden checkpoint again with other tensors or sizes."""
+def rewrite(megatron, change, without=(), **neo_sizes) -> None:
+    """Saves the golden checkpoint again with other tensors or sizes, or without some sizes."""
     saved = TorchDistDirectory(megatron)
     tensors = {key: saved.read(key) for key in saved.shapes}
     state = saved.common_state()
     change(tensors)
     state["args"].neo_sizes |= neo_sizes
+    for name in without:
+        del state["args"].neo_sizes[name]
     shutil.rmtree(megatron / "release")
     (megatron / "release").mkdir()
     stored = [StoredTensor(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
@@ -163,6 +165,17 @@ def test_impossible_saved_sizes_are_named(megatron, tokenizer, tmp_path, sizes, 
     rewrite(megatron, lambda tensors: None, **sizes)
     with pytest.raises(ValueError, match=sentence):
         convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
+
+
+def test_a_checkpoint_of_version_0_1_is_read(golden, megatron, tokenizer, tmp_path):
+    """It has no fields for what came with later models of the family."""
+    new = ("attention_form", "num_experts", "experts_per_token", "expert_ffn_hidden_size", "norm_topk_prob")
+    rewrite(megatron, lambda tensors: None, without=new)
+    convert_megatron_to_hf(megatron, tmp_path / "out", tokenizer)
+    assert read_sizes(tmp_path / "out") == read_sizes(golden / "ckpt_untied")
+    rewrite(megatron, lambda tensors: None, without=("head_dim",))
+    with pytest.raises(ValueError, match="its sizes and ours differ in head_dim"):
+        convert_megatron_to_hf(megatron, tmp_path / "again", tokenizer)
 
 
 def test_the_tokenizer_must_be_the_models(megatron, tokenizer, tmp_path):

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.init_qwen3 import init_from_qwen3
 from neo_megatron.checkpoint.names import hf_shapes
 from neo_megatron.checkpoint.neo_directory import read_sizes
+from neo_megatron.hf.modeling_neo import NEOChatModel
 
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 STEM = "vision_model.embeddings."
@@ -177,3 +180,77 @@ def test_every_tensor_keeps_its_dtype_and_new_ones_get_the_commonest(variant, tm
         kept = neo[f"language_model.{name}".replace("layers.0", "layers.2")]
         assert kept.dtype == old[name].dtype and torch.equal(kept, old[name])
     assert neo["language_model.model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory):
+    """A random Qwen3-MoE, as transformers saves it."""
+    directory = tmp_path_factory.mktemp("qwen3-moe")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        **{"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 48, "norm_topk_prob": True, "rope_theta": 1e6, "tie_word_embeddings": False},
+    )
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.rand_like(parameter) + 0.5
+    model.save_pretrained(directory)
+    return directory, model
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer given")
+@pytest.mark.parametrize("pre_buffer_layers", [0, 2])
+def test_a_qwen3_moe_keeps_its_experts(qwen3_moe, tmp_path, pre_buffer_layers):
+    """Without a pre-buffer the NEO computes on text what the Qwen3-MoE did; a pre-buffer has experts as well."""
+    directory, model = qwen3_moe
+    neo = initialised(directory, tmp_path / "neo", pre_buffer_layers=pre_buffer_layers, vocab_size=1024)
+    sizes = read_sizes(tmp_path / "neo")
+    assert (sizes.num_experts, sizes.experts_per_token, sizes.expert_ffn_hidden_size) == (8, 2, 48)
+    source = load_file(directory / "model.safetensors")
+    for name in ("mlp.gate.weight", "mlp.experts.5.down_proj.weight", "self_attn.k_norm.weight"):
+        new = f"language_model.model.layers.{pre_buffer_layers + 1}.{name}"
+        assert torch.equal(neo[new], source[f"model.layers.1.{name}"]), name
+    if pre_buffer_layers:
+        assert neo["language_model.model.layers.0.mlp.experts.7.up_proj.weight"].std() > 0.01
+        return
+    convert_hf_to_megatron(tmp_path / "neo", tmp_path / "megatron")  # complete in the other form, too
+    ours = NEOChatModel.from_pretrained(tmp_path / "neo", dtype=torch.float32).eval()
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, model(tokens).logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer given")
+def test_in_head_channels_are_those_of_qwen3(qwen3, tmp_path):
+    """Every channel is kept, in pairs that rotate as they did: t has every other frequency."""
+    neo = initialised(qwen3, tmp_path / "neo", attention_form="in-head")
+    source = load_file(qwen3 / "model.safetensors")
+    d, layer = 32, "language_model.model.layers.3.self_attn."
+    for part, heads in (("q", 4), ("k", 2)):
+        weight = source[f"model.layers.1.self_attn.{part}_proj.weight"].view(heads, d, -1)
+        norm = source[f"model.layers.1.self_attn.{part}_norm.weight"]
+        ours = neo[f"{layer}{part}_proj.weight"].view(heads, d, -1)
+        ours_norm = torch.cat([neo[f"{layer}{part}_norm{axes}.weight"] for axes in ("", "_hw")])
+        order = [int((weight[0] == row).all(dim=1).nonzero()) for row in ours[0]]
+        assert sorted(order) == list(range(d))
+        assert torch.equal(ours, weight[:, order]) and torch.equal(ours_norm, norm[order])
+        # Qwen3 rotates i with i + d/2 by theta^(-2i/d), NEO's t half j with j + d/4 by theta^(-2j/(d/2)).
+        for j in range(d // 4):
+            assert order[j] == 2 * j and order[j + d // 4] == order[j] + d // 2
+        # h and w have d/4 channels each, again in pairs of two halves.
+        for start in (d // 2, 3 * d // 4):
+            for j in range(d // 8):
+                assert order[start + j + d // 8] == order[start + j] + d // 2
+    for part in ("v", "o"):
+        assert torch.equal(neo[f"{layer}{part}_proj.weight"], source[f"model.layers.1.self_attn.{part}_proj.weight"])
+    assert read_sizes(tmp_path / "neo").attention_form == "in-head"
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer given")
+def test_zero_norms_are_for_keys_of_their_own(qwen3, tmp_path):
+    with pytest.raises(
+        ValueError, match="--key-hw-init zero-norm: the attention form in-head has no keys of their own"
+    ):
+        initialised(qwen3, tmp_path / "neo", attention_form="in-head", key_hw_init="zero-norm")

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from support.paths import GOLDEN
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.named_sizes import sizes_of
@@ -246,14 +246,6 @@ def test_a_wrong_size_is_an_error_and_not_corrected(checkpoint):
         open_neo(checkpoint(edit))
 
 
-def as_neo_unify(config):
-    config.update(json.loads((Path(__file__).parent / "unify_config.json").read_text()))
-
-
-def as_a_mixture_of_experts(config):
-    config["llm_config"]["num_experts"] = 128
-
-
 def quantised(config):
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
 
@@ -265,8 +257,6 @@ def of_another_template(config):
 @pytest.mark.parametrize(
     "edit, sentence",
     [
-        (as_neo_unify, r"has fm_head_dim: this is a NEO-unify \(SenseNova-U1\) checkpoint"),
-        (as_a_mixture_of_experts, "has llm_config.num_experts: this is a NEO-unify"),
         (quantised, r"has a quantization_config \(awq\): this is a quantised checkpoint"),
         (of_another_template, "has the template 'internvl2_5', and NEO knows 'neo1_0'"),
     ],
@@ -278,11 +268,43 @@ def test_another_kind_of_checkpoint_is_named(checkpoint, tmp_path, edit, sentenc
     assert not (tmp_path / "megatron").exists()
 
 
-def test_a_neo_unify_is_recognised_by_its_tensors(checkpoint):
-    """If its configuration does not say: one norm for rows and columns."""
-    directory = checkpoint(lambda config: None)
+UNIFY = GOLDEN / "u1" / "dense"
+
+
+def test_a_neo_unify_is_told_apart_by_its_tensors():
+    """Its model_type and architecture are those of NEO 1.0; its generation branch is left out, and said so."""
+    neo = open_neo(UNIFY)
+    assert neo.sizes.attention_form == "in-head" and neo.sizes.head_dim == 32 and neo.sizes.num_layers == 5
+    assert any("so this is a NEO-unify (SenseNova-U1), not a NEO 1.0" in sentence for sentence in neo.said)
+    branch = [name for name in neo.source.shapes if "mot_gen" in name or "fm_modules" in name]
+    assert f"the {len(branch)} tensors of the generation branch are left out" in neo.said and len(branch) > 50
+
+
+@pytest.mark.parametrize(("form", "other"), [("separate", "in-head"), ("in-head", "separate")])
+def test_a_form_that_the_tensors_do_not_have_is_refused(golden, tmp_path, form, other):
+    source = UNIFY if form == "in-head" else golden / "ckpt_untied"
+    directory = shutil.copytree(source, tmp_path / "checkpoint", copy_function=shutil.copyfile)
+    config = json.loads((directory / "config.json").read_text())
+    config["llm_config"]["attention_form"] = other
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"attention_form is '{other}', but the tensors have .*: write '{form}'"):
+        open_neo(directory)
+
+
+def test_a_configuration_of_a_neo_unify_with_the_tensors_of_a_neo_is_read_by_its_tensors(checkpoint):
+    neo = open_neo(checkpoint(lambda config: config.update(fm_head_dim=1536)))
+    assert neo.sizes.attention_form == "separate"
+    assert (
+        "fm_head_dim belongs to a NEO-unify (SenseNova-U1), but the tensors are those of a NEO 1.0: ignored" in neo.said
+    )
+
+
+@pytest.mark.parametrize("lacking", ["q_norm_hw", "k_proj"])
+def test_a_neo_unify_that_lacks_a_tensor_is_refused(tmp_path, lacking):
+    directory = shutil.copytree(UNIFY, tmp_path / "checkpoint", copy_function=shutil.copyfile)
     tensors = load_file(directory / "model.safetensors")
-    name = "language_model.model.layers.0.self_attn.q_norm_hw.weight"
-    save_file({**tensors, name: torch.ones(16)}, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"has {name}: this is a NEO-unify"):
+    name = f"language_model.model.layers.3.self_attn.{lacking}.weight"
+    del tensors[name]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks {name}"):
         open_neo(directory)

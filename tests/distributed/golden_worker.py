@@ -1,6 +1,8 @@
-"""Runs the golden model on several layouts inside one set of torchrun processes and writes what it computed.
+"""Runs the golden models on several layouts inside one set of torchrun processes and writes what they computed.
 
-    torchrun --nproc-per-node N golden_worker.py OUT_DIR CHECKPOINT LAYOUT [LAYOUT ...]    LAYOUT: tp2, tp2-sp, pp2, ...
+    torchrun --nproc-per-node N golden_worker.py DIRECTORY MODEL/LAYOUT ...     MODEL: neo, ...    LAYOUT: tp2-sp, ...
+
+DIRECTORY holds the checkpoint of each model in Megatron's form.
 
 In a layout that is called chunked the head takes 16 trained positions at a time.
 
@@ -12,29 +14,30 @@ import dataclasses
 import re
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from neo_megatron.checkpoint.neo_directory import read_sizes
 from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install()
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own packages
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from support.golden_models import MODELS
+from support.paths import GOLDEN
 
 from neo_megatron.data.image import IMAGE_MEAN, IMAGE_STD
 from neo_megatron.model import head_loss
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.loss import WeightedLoss
-from neo_megatron.model.micro_batch import model_inputs
+from neo_megatron.model.micro_batch import context_share, model_inputs
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden_packs(name: str, weighting: str) -> dict[str, torch.Tensor]:
@@ -77,20 +80,29 @@ def block_order_uint8(golden: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def build(layout: str, sizes: NeoSizes) -> NeoModel:
     """This rank's part of the golden model on a layout such as ``tp2-pp2-sp``."""
-    degree = {kind: int(size) for kind, size in re.findall(r"(tp|pp)(\d)", layout)}
-    tensor, pipeline = degree.get("tp", 1), degree.get("pp", 1)
+    degree = {kind: int(size) for kind, size in re.findall(r"(tp|pp|cp|ep)(\d)", layout)}
+    tensor, pipeline, context, expert = (degree.get(kind, 1) for kind in ("tp", "pp", "cp", "ep"))
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     config = NeoConfig.from_sizes(
         sizes,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
         pipeline_dtype=torch.float32,
         sequence_parallel="sp" in layout,
         transformer_impl="local",
         gradient_accumulation_fusion=False,
-        # The golden model has five layers: its two pre-buffer layers get the first pipeline stage.
+        # A golden model has five layers: its two pre-buffer layers get the first pipeline stage.
         num_layers_in_first_pipeline_stage=sizes.pre_buffer_layers if pipeline > 1 else None,
     )
     return NeoModel(
@@ -100,8 +112,9 @@ def build(layout: str, sizes: NeoSizes) -> NeoModel:
     )
 
 
-def run(layout: str, checkpoint: Path, out: Path) -> None:
-    sizes = read_sizes(GOLDEN / "ckpt_untied")
+def run(name: str, layout: str, directory: Path) -> None:
+    golden, checkpoint, out = MODELS[name], directory / name / "checkpoint" / "release", directory / name
+    sizes = golden.sizes
     model = build(layout, sizes)
     config = model.config
     wanted = model.sharded_state_dict()
@@ -113,11 +126,14 @@ def run(layout: str, checkpoint: Path, out: Path) -> None:
     config.finalize_model_grads_func = loss.finalize_model_grads
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     tensors = parallel_state.get_tensor_model_parallel_world_size()
+    contexts = parallel_state.get_context_parallel_world_size()
     if "chunked" in layout:
         head_loss.LOGIT_BYTES = 16 * 4 * sizes.vocab_size // tensors
     results = Results()
 
     def step(packs: dict[str, torch.Tensor], forward_only: bool) -> torch.Tensor | None:
+        if contexts > 1:
+            packs = context_share(packs, parallel_state.get_context_parallel_rank(), contexts, gather_keys=False)
         inputs = model_inputs(
             packs,
             first_stage=model.pre_process,
@@ -131,23 +147,26 @@ def run(layout: str, checkpoint: Path, out: Path) -> None:
                 data_iterator=None,
                 model=wrapped,
                 num_microbatches=1,
-                seq_length=packs["tokens"].shape[1],
+                seq_length=packs["tokens"].shape[1] * contexts,
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return report[0]["lm loss"] if report else None
+        if not report:
+            return None
+        torch.distributed.all_reduce(report[0]["lm loss"], group=parallel_state.get_context_parallel_group())
+        return report[0]["lm loss"]
 
     wrapped.zero_grad_buffer()
-    for weighting in ("token", "sample", "square"):
-        for name in ("textonly", "pack1"):
-            # The last of these passes keeps its gradients.
-            report = step(golden_packs(name, weighting), forward_only=(name, weighting) != ("pack1", "square"))
+    for weighting in golden.losses:
+        for pack in ("textonly", "pack1"):
+            with_gradients = (pack, weighting) == ("pack1", golden.gradients_of)
+            report = step(golden_packs(pack, weighting), forward_only=not with_gradients)
             if report is not None:
-                results[f"{name}.loss_{weighting}"] = report[0] / report[1]
+                results[f"{pack}.loss_{weighting}"] = report[0] / report[1]
     record(model, results)
-    for name in ("textonly", "pack1"):
-        results.prefix = name
-        packs = golden_packs(name, "square")
+    for pack in ("textonly", "pack1"):
+        results.prefix = pack
+        packs = golden_packs(pack, "square")
         all_positions = {**packs, "target_index": torch.arange(packs["tokens"].numel()), "targets": packs["tokens"][0]}
         step({**all_positions, "target_weight": torch.ones(packs["tokens"].numel())}, forward_only=True)
     for parameter in model.parameters():
@@ -203,14 +222,23 @@ def record(model: NeoModel, results: Results) -> None:
         output_of(attention, f"attn_out_layer_{number}")
         output_of(layer.mlp, f"mlp_out_layer_{number}")
         output_of(layer, f"hidden_after_layer_{number}")
+        if model.config.num_moe_experts:
+            layer.mlp.router.register_forward_hook(partial(keep_routing, results, number))
     if model.post_process:
         output_of(model.decoder.final_layernorm, "final_norm")
         model.output_layer.register_forward_hook(lambda _, inputs, output: results.append("logits", output[0]))
 
 
+def keep_routing(results: Results, number: int, _module, _inputs, output) -> None:
+    """Weights and numbers of the experts of each token, as `forward` hooks of a router receive them."""
+    weights, chosen = output
+    results.keep(f"router_weight_layer_{number}", weights)
+    results.keep(f"router_chosen_layer_{number}", chosen)
+
+
 if __name__ == "__main__":
-    out_directory, checkpoint_directory, *layouts = sys.argv[1:]
+    directory, *cases = sys.argv[1:]
     torch.distributed.init_process_group("gloo")
-    for layout_name in layouts:
-        run(layout_name, Path(checkpoint_directory), Path(out_directory))
+    for case in cases:
+        run(*case.split("/"), Path(directory))
     torch.distributed.destroy_process_group()

@@ -68,7 +68,7 @@ class GradientRecorder:
             for tensor in nested_values(state):
                 if is_main_replica(tensor.replica_id):
                     name = f"part{len(parts)}"
-                    parts[name] = tensor.data.detach().contiguous()
+                    parts[name] = tensor.data.detach()[(None,) * tensor.prepend_axis_num].contiguous()
                     places[name] = json.dumps([tensor.key, tensor.global_shape, tensor.global_offset])
         if parts:  # else other ranks hold the same
             save_file(parts, file, metadata=places)
@@ -109,7 +109,7 @@ def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
     Under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered.
     """
     if chunk.ddp_config.use_distributed_optimizer:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()

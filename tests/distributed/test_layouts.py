@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.layout_runs import assert_same, layout_job, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
-from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
-from neo_megatron.checkpoint.names import hf_shapes, tensor_table
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.config import PreprocessConfig
@@ -80,16 +79,7 @@ LOPSIDED = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A random model in both forms; weights wide enough that every gradient counts."""
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text(json.dumps(MODEL.to_hf()))
-    draw = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, generator=draw) * 0.05 + ("norm" in name) for name, shape in hf_shapes(MODEL).items()
-    }
-    save_file(tensors, directory / "model.safetensors")
-    convert_hf_to_megatron(directory, directory / "megatron")
-    return directory
+    return write_random_model(tmp_path_factory.mktemp("model"), MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +119,8 @@ def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
     directory = tmp_path_factory.mktemp("layouts")
 
     def job(kind: str, name: str, packs: Path, flags: str, iterations: int = 5) -> Job:
-        command = [
-            *("--neo-model", model, "--pretrained-checkpoint", model / "megatron", "--train-data-path", packs),
-            *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", str(iterations)),
-            *("--lr", "1e-4", "--min-lr", "1e-5", "--lr-warmup-iters", "0", "--num-workers", "0"),
-            *("--log-interval", "1", "--max-broken-samples", "0.5", *flags.format(packs=packs).split()),
-        ]
-        return Job(directory / f"{kind}-{name}", command, gradients=True)
+        flags = f"--max-broken-samples 0.5 {flags.format(packs=packs)}"
+        return layout_job(directory / f"{kind}-{name}", model, packs, flags, iterations)
 
     by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
     for name, (processes, flags) in LAYOUTS.items():
@@ -151,21 +136,9 @@ def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
     return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
 
 
-def assert_same(actual: Job, expected: Job, loss: float, gradient: float) -> None:
-    losses, wanted = actual.scalars("lm loss"), expected.scalars("lm loss")
-    assert losses.keys() == wanted.keys() and wanted
-    for step, values in wanted.items():
-        assert losses[step] == pytest.approx(values, abs=loss, rel=0), step
-    gradients, reference = actual.read_gradients(), expected.read_gradients()
-    assert gradients.keys() == reference.keys() == {row.megatron for row in tensor_table(MODEL)}
-    for name, value in reference.items():
-        error = (gradients[name] - value).norm() / value.norm()
-        assert error < gradient, f"{name}: relative error {error:.2e}"  # neither is missing, nor not a number
-
-
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_losses_and_gradients_of_five_steps(runs, layout):
-    assert_same(runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
+    assert_same(MODEL, runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", [name for name in EVALUATED if name != "one"])
@@ -177,13 +150,13 @@ def test_evaluation(runs, layout):
 
 @pytest.mark.parametrize("layout", [name for name in BFLOAT16 if name != "one"])
 def test_bfloat16(runs, layout):
-    assert_same(runs[f"bfloat16-{layout}"], runs["bfloat16-one"], loss=2e-3, gradient=5e-2)
+    assert_same(MODEL, runs[f"bfloat16-{layout}"], runs["bfloat16-one"], loss=2e-3, gradient=5e-2)
 
 
 @pytest.mark.parametrize("spread", [name for name in LOPSIDED if name != "one"])
 def test_ranks_with_few_trained_tokens_or_none(runs, spread):
     """CP2: the first rank has no trained token; DP4: the ranks have a few, many, and one pack that does not count."""
-    assert_same(runs[f"lopsided-{spread}"], runs["lopsided-one"], loss=2e-6, gradient=1e-5)
+    assert_same(MODEL, runs[f"lopsided-{spread}"], runs["lopsided-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["pp2-cp2", "tp2-pp2-sp"])

@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> Path:
     """What `prepare_data.py` writes."""
     output = tmp_path_factory.mktemp("quickstart")
     command = [sys.executable, str(Path(prepare_data.__file__)), "--output", str(output), "--pixels", "16384"]
-    options = ["--vocabulary", "512", "--questions-per-sample", "1"]
+    options = ["--vocabulary", "512", "--questions-per-sample", "1", "--attention-form", "separate"]
     subprocess.run([*command, *options], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     return output
 
@@ -110,7 +110,8 @@ def test_model_config_fits_the_tokenizer(data):
 
 def test_nothing_is_learned_from_test_questions(tmp_path, monkeypatch):
     """With every test answer exchanged, all but the test annotations stays byte for byte the same."""
-    arguments = ["--pixels", "16384", "--vocabulary", "512", "--questions-per-sample", "1"]
+    options = ["--questions-per-sample", "1", "--attention-form", "separate"]
+    arguments = ["--pixels", "16384", "--vocabulary", "512", *options]
     texts, answers, images = easy_vqa.get_test_questions()
     for name, test in (("as_is", answers), ("exchanged", ["purple pentagon"] * len(answers))):
         monkeypatch.setattr(easy_vqa, "get_test_questions", lambda test=test: (texts, test, images))

@@ -55,7 +55,7 @@ def build(rule: AttentionRule, dtype: torch.dtype, head_dim: int, backend: str =
 
     from neo_megatron.model.core_attention import build_mask
 
-    return build_mask(rule, dtype, head_dim, AttnBackend[backend])
+    return build_mask(rule, dtype, (2 * head_dim, head_dim), AttnBackend[backend])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -4,9 +4,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+from support.golden_models import MODELS, GoldenModel
 from support.golden_packs import load, packed
+from support.paths import GOLDEN
 
+from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
+from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
+from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.hf import attention_neo, vision_neo
+from neo_megatron.hf.image_processing_neo import NEOImageProcessor
+from neo_megatron.hf.modeling_neo import NEOChatModel
 
 # Losses have tests of their own; the published merge convolution runs over canvases padded to the largest image.
 NOT_HERE = ("token_nll", "loss", "vis_dense_conv_padded")
@@ -58,6 +66,23 @@ class Recorder:
         )
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def reference(request) -> GoldenModel:
+    return MODELS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(reference, tmp_path_factory) -> NEOChatModel:
+    """The published checkpoint, or where that holds more than a NEO, what the tools export of it."""
+    directory = reference.checkpoint
+    if reference.name != "untied":
+        room = tmp_path_factory.mktemp(reference.name)
+        convert_hf_to_megatron(directory, room / "megatron")
+        directory = room / "hf"
+        convert_megatron_to_hf(room / "megatron", directory, load_tokenizer(GOLDEN / "tokenizer"))
+    return NEOChatModel.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 @pytest.fixture
 def recorder(model, monkeypatch):
     recorder = Recorder(model, monkeypatch)
@@ -67,15 +92,15 @@ def recorder(model, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
-def test_every_activation(golden, model, recorder, name):
-    expected = load(golden, "outputs_untied", name)
+def test_every_activation(golden, reference, model, recorder, name):
+    expected = reference.outputs(name)
     arguments = packed(load(golden, "inputs", name))
     length = arguments["input_ids"].shape[1]
     with torch.no_grad():
         recorder.seen["logits"] = model(**arguments).logits
     compared = 0
     for key, value in expected.items():
-        if key in NOT_HERE or (name == "textonly" and key.startswith("vi")):
+        if key in NOT_HERE or key.startswith(("router", "expert")) or (name == "textonly" and key.startswith("vi")):
             continue
         if key[:2] in ("q_", "k_", "v_"):
             value = value[:, :, :length]
@@ -88,9 +113,9 @@ def test_every_activation(golden, model, recorder, name):
     assert compared == 6 * 5 + 4 + (4 if name == "pack1" else 0)
 
 
-def test_hidden_states(golden, model):
+def test_hidden_states(golden, reference, model):
     """The input of every layer, and last what the head reads."""
-    expected, arguments = load(golden, "outputs_untied", "pack1"), packed(load(golden, "inputs", "pack1"))
+    expected, arguments = reference.outputs("pack1"), packed(load(golden, "inputs", "pack1"))
     with torch.no_grad():
         embeddings, *states = model(**arguments, output_hidden_states=True).hidden_states
     names = ["inputs_embeds", *(f"hidden_after_layer_{number}" for number in range(4)), "final_norm"]
@@ -100,23 +125,23 @@ def test_hidden_states(golden, model):
 
 
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
-def test_the_three_losses(golden, model, name):
-    inputs, meta = load(golden, "inputs", name), json.loads((golden / "meta.json").read_text())[f"untied_{name}"]
+def test_the_three_losses(golden, reference, model, name):
+    inputs, mean = load(golden, "inputs", name), reference.loss(name, "token")
     with torch.no_grad():
-        for weighting, key in (("square", "loss"), ("token", "loss_token"), ("sample", "loss_sample")):
+        for weighting in reference.losses:
             loss = model(**packed(inputs), loss_weight=inputs[f"loss_weight_{weighting}"][None]).loss
-            assert loss.item() == pytest.approx(meta[key], abs=LOSS), weighting
+            assert loss.item() == pytest.approx(reference.loss(name, weighting), abs=LOSS), weighting
         # Without weights it is the mean over the labels, as transformers' trainers expect it.
-        assert model(**packed(inputs)).loss.item() == pytest.approx(meta["loss_token"], abs=LOSS)
+        assert model(**packed(inputs)).loss.item() == pytest.approx(mean, abs=LOSS)
         labels = int((inputs["labels"][1:] != -100).sum())
         summed = model(**packed(inputs), num_items_in_batch=2 * labels).loss.item()
-        assert summed == pytest.approx(meta["loss_token"] / 2, abs=LOSS)
+        assert summed == pytest.approx(mean / 2, abs=LOSS)
 
 
-def test_every_gradient(golden, model):
-    inputs, expected = load(golden, "inputs", "pack1"), load(golden, "grads_untied", "pack1")
+def test_every_gradient(golden, reference, model):
+    inputs, expected = load(golden, "inputs", "pack1"), reference.gradients()
     model.zero_grad()
-    model(**packed(inputs), loss_weight=inputs["loss_weight_square"][None]).loss.backward()
+    model(**packed(inputs), loss_weight=inputs[f"loss_weight_{reference.gradients_of}"][None]).loss.backward()
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     assert actual.keys() == expected.keys()
@@ -126,11 +151,33 @@ def test_every_gradient(golden, model):
 
 
 @pytest.mark.parametrize("name", ["pack1", "textonly"])
-def test_a_document_alone_equals_the_document_in_its_pack(golden, model, name):
+def test_a_document_alone_equals_the_document_in_its_pack(golden, reference, model, name):
     """Here positions and mask follow from the tokens, as a user calls it."""
-    inputs, expected = load(golden, "inputs", name), load(golden, "outputs_untied", name)["logits"]
+    inputs, expected = load(golden, "inputs", name), reference.outputs(name)["logits"]
     start, end = inputs["seq_boundaries"][:2].tolist()
     images = {key: inputs[key] for key in ("pixel_values", "grid_hw") if key in inputs}
     with torch.no_grad():
         logits = model(inputs["input_ids"][:, start:end], **images).logits
     torch.testing.assert_close(logits, expected[:, start:end], atol=LOGIT, rtol=0)
+
+
+def published_answers(reference: GoldenModel) -> list[dict]:
+    """Greedy answers of the published `chat` of a NEO-unify."""
+    file = reference.directory / "generate.json"
+    return json.loads(file.read_text())[reference.name] if file.exists() else []
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_published_greedy_answers(golden, reference, model, use_cache):
+    cases = published_answers(reference)
+    if not cases:
+        pytest.skip("no published answers of this model")
+    for case in cases:
+        limits = {"min_pixels": case["min_pixels"], "max_pixels": case["max_pixels"]}
+        opened = [Image.open(golden / name) for name in case["images"]]
+        images = NEOImageProcessor(**limits)(images=opened, return_tensors="pt")
+        assert images["grid_hw"].tolist() == case["grid_hw"]
+        prompt, count = torch.tensor([case["prompt_ids"]]), len(case["new_ids"])
+        settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+        answer = model.generate(prompt, **images, **settings)
+        assert answer[0, -count:].tolist() == case["new_ids"], case["question"]

@@ -3,12 +3,14 @@
 import json
 import shutil
 import threading
+from itertools import cycle
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.conversation import Turn
 from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answering import Answerer
@@ -238,3 +240,24 @@ def test_corrections_of_the_config_are_reported(checkpoint, answerer, prompts, t
         other = Answerer(mislabelled, device="cpu")
     assert "model_type is 'internvl_chat', but the tensors are a NEO's" in str(said[0].message)
     assert other.answer(prompts, 3) == answerer.answer(prompts, 3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_published_neo_unify_is_asked_as_published(golden, tmp_path, kind):
+    """By the directory as it is published, both branches in it: images, and a question after an answer."""
+    directory = shutil.copytree(golden / "u1" / kind, tmp_path / "unify", copy_function=shutil.copyfile)
+    load_tokenizer(golden / "tokenizer").save_pretrained(directory)
+    cases = json.loads((golden / "u1" / "generate.json").read_text())[kind]
+    with pytest.warns(UserWarning, match="so this is a NEO-unify"):
+        answerer = Answerer(directory, min_pixels=cases[0]["min_pixels"], max_pixels=cases[0]["max_pixels"])
+    for case in cases:
+        question = case["question"]
+        if case["history"]:
+            texts = [text for turn in case["history"] for text in turn] + [question]
+            question = [
+                Turn(role, text, False) for role, text in zip(cycle(("user", "assistant")), texts, strict=False)
+            ]
+        prompt = answerer.prompt(question, [golden / image for image in case["images"]])
+        assert answerer.inputs([prompt])["input_ids"][0].tolist() == case["prompt_ids"]
+        (answer,) = answerer.answer([prompt], max_new_tokens=case["max_new_tokens"])
+        assert answer.text.strip() == case["response"].strip()

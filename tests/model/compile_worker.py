@@ -24,17 +24,18 @@ for document_length, image_tokens in ((128, 0), (30, 7), (1, 0), (64, 64)):
 assert counters["stats"]["unique_graphs"] == 1, counters
 
 heads = torch.compile(at_once, dynamic=False, backend="aot_eager", fullgraph=True)
-for seed in range(3):
-    draw = torch.Generator().manual_seed(seed)
-    qkv, qk_hw = (torch.randn(6, 2, 2, count, 16, generator=draw) for count in (5, 4))
-    norms = [torch.rand(width, generator=draw) for width in (16, 8, 8)]
-    rotary = NativeRotary.from_positions(torch.randint(0, 50, (2, 6, 3), generator=draw), 16, 1e6, 1e4)
-    tables = tuple((table.cos, table.sin) for table in rotary.tables)
-    given = [tensor.requires_grad_() for tensor in (qkv, qk_hw, *norms)]
-    results = []
-    for function in (at_once, heads):
-        out = function(qkv, qk_hw, tuple(norms), tuple(norms), tables, 1e-6)
-        results.append([*out, *torch.autograd.grad(sum((part**2).sum() for part in out), given)])
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
-assert counters["stats"]["unique_graphs"] == 2, counters
+for form, (counts, norm_widths, axes) in enumerate((((5, 4), (16, 8, 8), (16, 8, 8)), ((5,), (8, 8), (8, 4, 4)))):
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        projections = tuple(torch.randn(6, 2, 2, count, 16, generator=draw) for count in counts)
+        norms = tuple(torch.rand(width, generator=draw) for width in norm_widths)
+        rotary = NativeRotary.from_positions(torch.randint(0, 50, (2, 6, 3), generator=draw), axes, 1e6, 1e4)
+        tables = tuple((table.cos, table.sin) for table in rotary.tables)
+        given = [tensor.requires_grad_() for tensor in (*projections, *norms)]
+        results = []
+        for function in (at_once, heads):
+            out = function(projections, norms, norms, tables, 1e-6)
+            results.append([*out, *torch.autograd.grad(sum((part**2).sum() for part in out), given)])
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2 + form, counters
 print("one graph each")

@@ -12,8 +12,11 @@ cpu_platform.install()
 
 import transformer_engine.pytorch as te
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from te_on_cpu import plain_arithmetic, pretended_hopper
 
+from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.freeze import freeze_for_stage
 from neo_megatron.model.micro_batch import model_inputs
 from neo_megatron.model.neo_model import NeoModel
@@ -22,12 +25,16 @@ from neo_megatron.presets import SIZES
 
 LENGTH, IMAGE_TOKENS = 32, 8
 HIDDEN = SIZES["tiny"].hidden_size
+MODELS = {"separate": SIZES["tiny"], "in-head": SIZES["tiny"].replace(attention_form="in-head")}
+EXPERTS = MODELS["in-head"].replace(num_experts=4, experts_per_token=2, expert_ffn_hidden_size=64)
 RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
 
 
-def build(implementation: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **settings) -> NeoModel:
+def build(
+    sizes: NeoSizes, implementation: str, dtype: torch.dtype = torch.float32, fuse: bool = False, **settings
+) -> NeoModel:
     config = NeoConfig.from_sizes(
-        SIZES["tiny"],
+        sizes,
         transformer_impl=implementation,
         gradient_accumulation_fusion=fuse,
         use_cpu_initialization=True,
@@ -77,6 +84,7 @@ def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Ten
             lambda _, given: inputs_of_products.append(given[0])
         )
         for layer in model.decoder.layers
+        if model.config.sizes.attention_form == "separate"  # the other form has one product, which gathers for itself
     ]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add(x.untyped_storage()._cdata) or x, lambda x: x):
         loss = model(**inputs(sequence_parallel))
@@ -90,16 +98,17 @@ def run(model: NeoModel, stage: int, sequence_parallel: bool) -> tuple[torch.Ten
     return loss.detach(), {name: p.grad for name, p in stored(model).items() if p.requires_grad}
 
 
-def same_training(tensor_parallel_size: int, sequence_parallel: bool, **recomputation) -> None:
+def same_training(sizes: NeoSizes, tensor_parallel_size: int, sequence_parallel: bool, **recomputation) -> None:
     """The same losses and gradients in stage 1, where the fused norm and matrix are frozen, and in stage 2.
 
     Transformer Engine's model recomputes what `recomputation` says, the local one nothing.
     """
-    local = build("local", sequence_parallel=sequence_parallel)
+    local = build(sizes, "local", sequence_parallel=sequence_parallel)
     with pretended_hopper():
-        model = build("transformer_engine", sequence_parallel=sequence_parallel, **recomputation)
+        model = build(sizes, "transformer_engine", sequence_parallel=sequence_parallel, **recomputation)
     attention = model.decoder.layers[0].self_attention
-    fused = te.LayerNormLinear if tensor_parallel_size == 1 else te.Linear
+    alone = tensor_parallel_size == 1 or sizes.attention_form == "in-head"
+    fused = te.LayerNormLinear if alone else te.Linear
     assert isinstance(attention.linear_qkv, fused)
     torch.manual_seed(torch.distributed.get_rank() % tensor_parallel_size)
     other = stored(model)
@@ -119,25 +128,47 @@ def same_training(tensor_parallel_size: int, sequence_parallel: bool, **recomput
             torch.testing.assert_close(gradient, expected_gradients[name], **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def names_and_shapes() -> None:
-    local = build("local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
+def names_and_shapes(sizes: NeoSizes) -> None:
+    local = build(sizes, "local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
     blockwise = {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
     for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, blockwise, blockwise | RECOMPUTATION):
         with pretended_hopper():
-            model = build("transformer_engine", torch.bfloat16, fuse=True, **fp8)
+            model = build(sizes, "transformer_engine", torch.bfloat16, fuse=True, **fp8)
         layer = model.decoder.layers[0]
         assert layer.mlp.linear_fc1.fuse_wgrad_accumulation and layer.self_attention.linear_qkv.fuse_wgrad_accumulation
-        assert isinstance(layer.self_attention.linear_qk_hw, te.Linear)
         assert isinstance(layer.self_attention.linear_proj, te.Linear)
         assert isinstance(layer.mlp.linear_fc1, te.LayerNormLinear)
         # Kept in bf16 is what both products share and what Megatron can recompute; delayed scaling cannot.
         shared = model.config.tensor_model_parallel_size == 2 and fp8.get("fp8_recipe") != "delayed"
-        assert layer.self_attention.linear_qk_hw.save_original_input == shared
+        if sizes.attention_form == "separate":
+            assert isinstance(layer.self_attention.linear_qk_hw, te.Linear)
+            assert layer.self_attention.linear_qk_hw.save_original_input == shared
         assert isinstance(model.decoder.final_layernorm, te.RMSNorm)
         assert shapes(model) == shapes(local), shapes(model).items() ^ shapes(local).items()
         # Images have any number of tokens and packs any number of trained positions: neither meets FP8's alignment.
         outside = [*model.embedding.modules(), *model.patch_embedding.modules(), *model.output_layer.modules()]
         assert not any(isinstance(m, te.module.base.TransformerEngineBaseModule) for m in outside)
+
+
+def names_and_shapes_of_experts() -> None:
+    """Transformer Engine computes experts together, the local layers one after another; a checkpoint is of either."""
+    sequence_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
+    local = build(EXPERTS, "local", torch.bfloat16, sequence_parallel=sequence_parallel)
+    with pretended_hopper():
+        model = build(EXPERTS, "transformer_engine", torch.bfloat16, sequence_parallel=sequence_parallel)
+    assert type(model.decoder.layers[0].mlp.experts).__name__ == "TEGroupedMLP"
+    of_either, of_local = shapes_in_file(model), shapes_in_file(local)
+    assert of_either == of_local, {key: (of_either.get(key), of_local.get(key)) for key in of_either.keys() ^ of_local}
+
+
+def shapes_in_file(model: NeoModel) -> dict[str, set[tuple]]:
+    """Name in a checkpoint -> global shape, as it is once all factories have made their parts."""
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    found: dict[str, set[tuple]] = {}
+    for part in nested_values(state):
+        found.setdefault(part.key, set()).add(tuple(part.global_shape))
+    return found
 
 
 def gathered_norm_output_keeps_its_gradient() -> bool:
@@ -159,15 +190,19 @@ def gathered_norm_output_keeps_its_gradient() -> bool:
 torch.distributed.init_process_group("gloo")
 parallel_state.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
-names_and_shapes()
-same_training(1, sequence_parallel=False, **RECOMPUTATION)
+names_and_shapes_of_experts()
+for sizes in MODELS.values():
+    names_and_shapes(sizes)
+    same_training(sizes, 1, sequence_parallel=False, **RECOMPUTATION)
 parallel_state.destroy_model_parallel()
 parallel_state.initialize_model_parallel(2)
 tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-names_and_shapes()
-same_training(2, sequence_parallel=False, **RECOMPUTATION)
-same_training(2, sequence_parallel=True)
-same_training(2, sequence_parallel=True, **RECOMPUTATION)
+names_and_shapes_of_experts()
+for sizes in MODELS.values():
+    names_and_shapes(sizes)
+    same_training(sizes, 2, sequence_parallel=False, **RECOMPUTATION)
+    same_training(sizes, 2, sequence_parallel=True)
+    same_training(sizes, 2, sequence_parallel=True, **RECOMPUTATION)
 assert not gathered_norm_output_keeps_its_gradient(), (
     "linear_qkv may share its gathered input now: see shared_input_linear.py"
 )

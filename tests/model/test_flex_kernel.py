@@ -115,7 +115,7 @@ def test_every_kernel_gives_what_the_tiles_give(kernel, gpu, monkeypatch):
         return flex_attention(query, key, value, enable_gqa=enable_gqa, **given)
 
     gpu(99 * KIB)
-    mask = build_mask(rule, torch.float32, head_dim=16, backend=AttnBackend[kernel])
+    mask = build_mask(rule, torch.float32, widths=(32, 16), backend=AttnBackend[kernel])
     monkeypatch.undo()
     monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: plain)
     torch.testing.assert_close(attend(query, key, value, mask, scale=0.25), expected, atol=2e-6, rtol=0)
@@ -129,6 +129,6 @@ def test_pairs_of_every_kernel_are_counted(kernel, block, gpu):
     rule = random_packs(512, 2)
     dense = rule.dense()
     blocks = dense.unflatten(2, (-1, block[1])).unflatten(1, (-1, block[0])).any(dim=4).any(dim=2)
-    mask = build_mask(rule, torch.float32, head_dim=16, backend=AttnBackend[kernel])
+    mask = build_mask(rule, torch.float32, widths=(32, 16), backend=AttnBackend[kernel])
     assert attention_pairs(mask).tolist() == [blocks.sum() * math.prod(block), dense.sum()]
     assert blocks.all() == (kernel == "unfused")

@@ -10,26 +10,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 
-NATIVE = r"self_attention\.(linear_qk_hw|[qk]_layernorm_[hw])\.weight"
+# What trains of a post-LLM layer.
+NATIVE = {
+    "separate": r"self_attention\.(linear_qk_hw|[qk]_layernorm_[hw])\.weight",
+    "in-head": r"self_attention\.(linear_qkv|linear_proj|[qk]_layernorm(_hw)?)\.weight",
+}
 
 
 def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_stage_1_trains_the_front_end_and_the_native_parts_of_the_post_llm(build):
-    model = build()
+@pytest.mark.parametrize(("form", "in_layer", "trained"), [("separate", 13, 5), ("in-head", 10, 6)])
+def test_stage_1_trains_the_front_end_and_the_native_parts_of_the_post_llm(build, form, in_layer, trained):
+    model = build(attention_form=form)
     freeze_for_stage(model, 1)
     expected = {
         name
         for name, _ in model.named_parameters()
         if name.startswith("patch_embedding.")
         or re.match(r"decoder\.layers\.[01]\.", name)  # all of the pre-buffer
-        or re.match(rf"decoder\.layers\.[23]\.{NATIVE}$", name)
+        or re.match(rf"decoder\.layers\.[23]\.{NATIVE[form]}$", name)
     }
     assert trainable(model) == expected
-    # 2 projections with bias; 13 tensors in a pre-buffer layer; 1 matrix and 4 norms in a post-LLM layer.
-    assert len(expected) == 4 + 2 * 13 + 2 * 5
+    # 2 projections with bias; all tensors of a pre-buffer layer; some of a post-LLM layer.
+    assert len(expected) == 4 + 2 * in_layer + 2 * trained
     assert "embedding.word_embeddings.weight" not in expected and "output_layer.weight" not in expected
 
 
@@ -46,7 +51,7 @@ def test_a_name_that_matches_nothing_is_an_error(build):
     attention = model.decoder.layers[3].self_attention
     attention.renamed = attention.q_layernorm_w
     del attention.q_layernorm_w
-    with pytest.raises(LookupError, match="q_layernorm_w.*no such module"):
+    with pytest.raises(LookupError, match="q_layernorm_w.*no such parameters"):
         freeze_for_stage(model, 1)
 
 

@@ -21,7 +21,8 @@ def test_transformer_engine_layers_match_the_local_ones():
     assert "same names, shapes, losses and gradients" in done
 
 
-def test_without_transformer_engine_one_sentence_says_what_to_do(monkeypatch):
+def test_without_transformer_engine_one_sentence_says_what_to_do(monkeypatch, build):
+    config = build().config
     monkeypatch.setattr(layer_specs, "HAVE_TE", False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'transformer-engine\[pytorch\]==2\.20\.\*'"):
-        layer_specs.transformer_engine_layer_spec(fused_norm=True)
+        layer_specs.transformer_engine_layer_spec(config)

@@ -8,7 +8,7 @@ from neo_megatron.model.native_rope import NativeRotary
 
 def test_angles_are_right_at_far_positions():
     positions = torch.tensor([[[16384, 8191, 4097]]], dtype=torch.int32)
-    rotary = NativeRotary.from_positions(positions, head_dim=128, theta_t=1e6, theta_hw=1e4)
+    rotary = NativeRotary.from_positions(positions, (128, 64, 64), theta_t=1e6, theta_hw=1e4)
     for table, position, width, theta in (
         (rotary.t, 16384, 128, 1e6),
         (rotary.h, 8191, 64, 1e4),
@@ -35,7 +35,7 @@ def test_every_part_turns_by_its_own_position(dtype, tolerance):
     """Values and gradients, of heads that are views into a projection."""
     draw = torch.Generator().manual_seed(0)
     positions = torch.randint(0, 30, (2, 5, 3), generator=draw)
-    rotary = NativeRotary.from_positions(positions, head_dim=16, theta_t=1e6, theta_hw=1e4)
+    rotary = NativeRotary.from_positions(positions, (16, 8, 8), theta_t=1e6, theta_hw=1e4)
     parts = [torch.randn(5, 2, 3, 4, 16, generator=draw).to(dtype)[..., :width] for width in (16, 8, 8)]
     exact = [part.double().requires_grad_() for part in parts]
     expected = torch.cat(
@@ -62,7 +62,7 @@ def test_a_bfloat16_model_keeps_float32_tables(build, text_inputs):
     attention.query_key_value = lambda hidden, rotary: seen.append(rotary) or original(hidden, rotary)
     model(**text_inputs([1, 2, 3, 4], positions=12345))
     (rotary,) = seen
-    exact = NativeRotary.from_positions(torch.full((1, 4, 3), 12345), 16, 1e6, 1e4)
+    exact = NativeRotary.from_positions(torch.full((1, 4, 3), 12345), (16, 8, 8), 1e6, 1e4)
     for axis in ("t", "h", "w"):
         assert torch.equal(getattr(rotary, axis).cos, getattr(exact, axis).cos)
 

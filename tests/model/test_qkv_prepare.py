@@ -12,40 +12,61 @@ from neo_megatron.model.native_rope import NativeRotary
 S, B, G, R, D, EPS = 5, 2, 2, 3, 16, 1e-6
 
 
-@pytest.fixture
-def given():
+# Query heads and others of each projection, widths of the norms, and channels for t, h and w.
+FORMS = {
+    "separate": ((R + 2, R + 1), (D, D // 2, D // 2), (D, D // 2, D // 2)),
+    "in-head": ((R + 2,), (D // 2, D // 2), (D // 2, D // 4, D // 4)),
+}
+
+
+@pytest.fixture(params=FORMS)
+def given(request):
     """Projections, norms of queries and of keys, tables; two packs, whose positions differ."""
     draw = torch.Generator().manual_seed(0)
-    qkv, qk_hw = (torch.randn(S, B, G, heads, D, generator=draw) for heads in (R + 2, R + 1))
-    norms = [torch.rand(width, generator=draw) + 0.5 for width in (D, D // 2, D // 2, D, D // 2, D // 2)]
-    rotary = NativeRotary.from_positions(torch.randint(0, 99, (B, S, 3), generator=draw), D, 1e6, 1e4)
-    return [qkv, qk_hw, *norms], rotary
+    heads, widths, axes = FORMS[request.param]
+    projections = [torch.randn(S, B, G, count, D, generator=draw) for count in heads]
+    norms = [torch.rand(width, generator=draw) + 0.5 for _ in range(2) for width in widths]
+    rotary = NativeRotary.from_positions(torch.randint(0, 99, (B, S, 3), generator=draw), axes, 1e6, 1e4)
+    return [*projections, *norms], rotary
 
 
 def run(function, tensors, last, dtype):
     """Heads, and the gradients of everything towards a fixed direction."""
     tensors = [tensor.to(dtype).requires_grad_() for tensor in tensors]
-    heads = function(tensors[0], tensors[1], tensors[2:5], tensors[5:8], last, EPS)
+    projections, norms = [x for x in tensors if x.dim() > 1], [x for x in tensors if x.dim() == 1]
+    heads = function(projections, norms[: len(norms) // 2], norms[len(norms) // 2 :], last, EPS)
     draw = torch.Generator().manual_seed(1)
     towards = [torch.randn(part.shape, generator=draw).to(dtype) for part in heads]
     return [*heads, *torch.autograd.grad(heads, tensors, towards)]
 
 
-def written_out(qkv, qk_hw, query_norms, key_norms, tables, eps):
+def written_out(projections, query_norms, key_norms, tables, eps):
     """The definition, head by head: norm, half-rotation as in Qwen3, [t | h | w]."""
 
-    def part(x, weight, table):
-        cos, sin = (torch.cat((half, half), dim=-1)[:, :, 0, 0] for half in table)
-        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    def rotated(x, table):
+        cos, sin = (torch.cat((half, half), dim=-1)[:, :, 0] for half in table)  # over groups
         half = x.shape[-1] // 2
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
-    def head(t, hw, norms):
-        return torch.cat([part(*given) for given in zip((t, *hw.chunk(2, -1)), norms, tables, strict=True)], dim=-1)
+    def head(number, weights):
+        all_channels = torch.cat([projection[..., number, :] for projection in projections], dim=-1)
+        if len(projections) == 2:
+            t, h, w = all_channels.split((D, D // 2, D // 2), dim=-1)
+            axes = norm(t, weights[0]), norm(h, weights[1]), norm(w, weights[2])
+        else:
+            t, hw = all_channels.split((D // 2, D // 2), dim=-1)
+            hw = norm(hw, weights[1])
+            axes = norm(t, weights[0]), hw[..., : D // 4], hw[..., D // 4 :]
+        return torch.cat([rotated(*pair) for pair in zip(axes, tables, strict=True)], dim=-1)
 
-    queries = [head(qkv[:, :, g, r], qk_hw[:, :, g, r], query_norms) for g in range(G) for r in range(R)]
-    keys = [head(qkv[:, :, g, R], qk_hw[:, :, g, R], key_norms) for g in range(G)]
-    return torch.stack(queries, dim=2), torch.stack(keys, dim=2), qkv[:, :, :, R + 1]
+    def groups(numbers, weights):
+        heads = [head(number, weights) for number in numbers]  # each [S, B, G, channels]
+        return torch.stack(heads, dim=3).flatten(2, 3)
+
+    return groups(range(R), query_norms), groups([R], key_norms), projections[0][:, :, :, R + 1]
 
 
 def test_compiled_and_eager_functions_equal_the_definition(given):

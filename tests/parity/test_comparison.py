@@ -42,6 +42,16 @@ def test_two_forms_of_one_model_agree(golden, tmp_path):
     assert "they agree" in done.stdout and "UserWarning" not in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:.*UserWarning")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_published_neo_unify(verify, golden, tmp_path, kind):
+    """Its understanding branch, by its published directory."""
+    unify = golden / "u1" / kind
+    convert_hf_to_megatron(unify, tmp_path / "megatron")
+    code, printed = verify(unify, tmp_path / "megatron")
+    assert code == 0 and "they agree" in printed, printed
+
+
 def test_a_tied_head_and_bfloat16(verify, variant, tmp_path):
     def change(tensors):
         del tensors["language_model.lm_head.weight"]

@@ -87,8 +87,11 @@ def test_conditions_are_about_flags_that_are_taken():
 
 
 def test_the_test_of_every_flag_that_works_gives_it():
+    """In its own file, or in what that imports of `tests/support`."""
     for verdict in accepted_flags.WORKS:
         text = (ROOT / verdict.why).read_text()
+        for name in re.findall(r"^from support\.(\w+) import", text, re.MULTILINE):
+            text += (ROOT / "tests" / "support" / f"{name}.py").read_text()
         missing = [flag for flag in verdict.flags if not re.search(rf"{re.escape(flag)}(?![\w-])", text)]
         assert missing == [], verdict.why
 

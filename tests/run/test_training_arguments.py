@@ -67,7 +67,7 @@ def test_weights_and_biases(parse, monkeypatch, tmp_path):
     ("flags", "sentence"),
     [
         ("--fp16 --bf16", "Megatron does not take these flags together: it asks for `not args."),
-        ("--num-experts 8", "--num-experts 8: NEO's decoder is dense"),
+        ("--num-experts 8", "--num-experts 8: experts belong to the sizes of a model"),
         ("--yaml-cfg run.yaml", "--yaml-cfg run.yaml: a run is configured by flags"),
         ("--enable-msc", "--enable-msc: s3:// and msc:// addresses"),
         ("--use-checkpoint-args", "--use-checkpoint-args: a run takes its sizes from --neo-model"),

@@ -108,7 +108,7 @@ class TiledMask:
 class TiledAttention(torch.autograd.Function):
     """Softmax attention with grouped queries in float32, or in float64 where the arguments are.
 
-    ``apply(query [Q, B, N, 2D], key [T, B, G, 2D], value [T, B, G, D], mask, scale)`` -> ``[Q, B, N, D]``.
+    ``apply(query [Q, B, N, X], key [T, B, G, X], value [T, B, G, D], mask, scale)`` -> ``[Q, B, N, D]``.
     """
 
     @staticmethod

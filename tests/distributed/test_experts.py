@@ -1,0 +1,119 @@
+"""A mixture of experts trains alike on every layout, with its balance losses; and ends with what it began with.
+
+Losses within 2e-6 and the last gradients, each complete tensor, within 1e-5 relative of the run on one process.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+from support.layout_runs import assert_same, layout_job, write_random_model
+from support.pretrain_jobs import Job, run_jobs
+
+from neo_megatron.presets import SIZES
+
+MODEL = SIZES["tiny"].replace(
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=16,
+    vocab_size=1024,
+    patch_embedding_size=32,
+    image_start_token_id=897,
+    image_context_token_id=896,
+    attention_form="in-head",
+    num_experts=8,
+    experts_per_token=2,
+    expert_ffn_hidden_size=32,
+)
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2, CP2, EP2 = (f"--{kind}-parallel-size 2" for kind in ("pipeline-model", "context", "expert-model"))
+UNSPLIT = "--expert-tensor-parallel-size 1"
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+OWN = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1"
+
+# Kind -> layout -> processes and flags; the first of a kind is compared with. The balance loss is that of the packs
+# that all ranks read at once, so that there are four of them in each.
+LAYOUTS = {
+    "plain": {
+        "one": (1, ""),
+        "tp2": (2, TP2),
+        "tp2-unsplit": (2, f"{TP2} {UNSPLIT}"),
+        "pp2": (2, PP2),
+        "cp2": (2, CP2),
+        "ep2": (2, EP2),
+        "ep2-allgather": (2, f"{EP2} --moe-token-dispatcher-type allgather"),
+        "ep2-distributed": (2, f"{EP2} {DISTRIBUTED}"),
+        "ep2-dp2": (4, EP2),
+        "ep4": (4, "--expert-model-parallel-size 4"),
+        "ep2-tp2": (4, f"{EP2} {TP2}"),
+        "ep4-tp2-unsplit": (4, f"{TP2} {UNSPLIT} --expert-model-parallel-size 4"),
+        "ep2-pp2": (4, f"{EP2} {PP2}"),
+        "ep2-cp2-full": (4, f"{EP2} {CP2} {FULL}"),
+    },
+    "balance": {
+        "one": (1, "--micro-batch-size 4"),
+        "ep2": (2, f"{EP2} --micro-batch-size 2"),
+        "cp2": (2, f"{CP2} --micro-batch-size 4"),
+        "pp2": (2, f"{PP2} --micro-batch-size 4"),
+        "ep2-dp2": (4, EP2),
+        "ep2-tp2-full": (4, f"{EP2} {TP2} {FULL} --micro-batch-size 2"),
+    },
+    "own": {
+        "one": (1, ""),
+        "ep2": (2, EP2),
+        "ep2-tp2": (4, f"{EP2} {TP2}"),
+    },
+}
+LOSSES = {"plain": "", "balance": "--balance-loss-coeff 0.5", "own": OWN}
+CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if name != "one"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("model"), MODEL)
+
+
+@pytest.fixture(scope="module")
+def runs(room, model, tmp_path_factory) -> dict[str, Job]:
+    """All runs, in one launch for each number of processes."""
+    directory = tmp_path_factory.mktemp("experts")
+    by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
+    for kind, layouts in LAYOUTS.items():
+        for name, (processes, flags) in layouts.items():
+            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", f"{LOSSES[kind]} {flags}")
+            by_processes[processes].append(job)
+    for processes, jobs in by_processes.items():
+        run_jobs(processes, jobs)
+    return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_losses_and_gradients_of_five_steps(runs, kind, layout):
+    assert_same(MODEL, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "pp2", "ep2-tp2-full"])
+def test_figures_of_routers_are_logged(runs, layout):
+    """Of every layer and modality, and the same however ranks share the work."""
+    actual, expected = runs[f"balance-{layout}"], runs["balance-one"]
+    for figure in ("load imbalance", "router entropy", "dead experts", "balance loss"):
+        for modality in ("text", "image"):
+            for tag in (f"experts/{figure}/{modality}", f"experts/{figure}/{modality} layer 03"):
+                for step, values in expected.scalars(tag).items():
+                    assert actual.scalars(tag)[step] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    entropy = expected.scalars("experts/router entropy/image layer 00")
+    assert len(entropy) == 5 and all(0 < value <= 1 for (value,) in entropy.values())
+    loss = expected.scalars("experts/balance loss/text")
+    assert all(value >= MODEL.num_layers for (value,) in loss.values()), "1 a layer where the load is even"
+    assert re.search(r"\| expert load imbalance: text \d\.\d\d, image \d\.\d\d \|", expected.printed())
+
+
+def test_balance_losses_act_on_routers(runs):
+    """Else the layouts above would be alike without them."""
+    router = "decoder.layers.3.mlp.router.weight"
+    plain, balance, own = (runs[f"{kind}-one"].read_gradients()[router] for kind in LAYOUTS)
+    for changed in (balance, own):
+        assert (changed - plain).norm() > 0.1 * plain.norm()
