@@ -45,13 +45,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     one.add_argument("--system", metavar="TEXT", help="a system turn in front; default: none")
     many = parser.add_argument_group("many answers")
-    many.add_argument("--input", metavar="FILE", help=".jsonl with one record per line, or a JSON array")
+    many.add_argument(
+        "--input", metavar="FILE", help="file or address: .jsonl with one record per line, or a JSON array"
+    )
     many.add_argument(
         "--image-root",
         default="",
         metavar="DIR",
-        help="directory of the images; paths that leave it are rejected; default: paths are relative to --input's "
-        "directory, or absolute",
+        help="directory or address of the images; paths that leave it are rejected; default: paths are relative to the "
+        "directory of --input, or absolute",
     )
     many.add_argument("--output", type=Path, metavar="DIR", help="directory to write; new, or of the same command")
     add_batches(many)

@@ -3,16 +3,17 @@
 The file is mapped, so a record batch takes memory only for the rows that are used.
 """
 
-import os
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.prepare.arrow_values import reason_of, records_of
 from neo_megatron.data.prepare.file_kinds import FileKind
-from neo_megatron.data.prepare.parquet_records import check_rows, row_bounds
+from neo_megatron.data.prepare.parquet_records import check_rows, opened_by_arrow, row_bounds
 from neo_megatron.data.prepare.record_bounds import Bounds
 from neo_megatron.errors import DataError, Reason, RejectedSample
+from neo_megatron.storage.base import is_remote
+from neo_megatron.storage.source_files import SourceFile
 
 _BATCH_ROWS = 64  # that become Python values together
 
@@ -28,11 +29,11 @@ class ArrowRows:
         DataError: it is damaged at its start.
     """
 
-    def __init__(self, file: BinaryIO, kind: FileKind) -> None:
+    def __init__(self, file: SourceFile, kind: FileKind) -> None:
         import pyarrow
 
-        self._path, self._kind = file.name, kind
-        self._size = os.fstat(file.fileno()).st_size
+        self._file, self._path, self._kind = file, file.name, kind
+        self._size = file.size
         self._errors = (pyarrow.ArrowException, OSError, MemoryError, ValueError)
         self.bytes_per_row = 0.0
         self._open()
@@ -85,7 +86,7 @@ class ArrowRows:
 
         try:
             with limited_memory():
-                mapped = pyarrow.memory_map(self._path)
+                mapped = opened_by_arrow(self._file) if is_remote(self._path) else pyarrow.memory_map(self._path)
                 options = pyarrow.ipc.IpcReadOptions(use_threads=False)
                 if self._kind is FileKind.ARROW_FILE:
                     return pyarrow.ipc.open_file(mapped, options=options)

@@ -1,7 +1,7 @@
 """A run of preprocessing that writes to object storage, with the files that `resume` describes as objects.
 
-There are no locks between machines. Two runs of the same command write the same bytes, and a run of another command finds the
-plan of the first one and ends.
+There are no locks between machines. Two runs of the same command write the same bytes, and a run of another command
+finds the plan of the first one and ends.
 """
 
 from collections.abc import Container, Iterator
@@ -28,7 +28,8 @@ class RemoteRun:
     """As `resume.Run`, for an address. Use it in a ``with`` statement.
 
     Raises:
-        DataError: it holds a finished data set or other objects, or another run of this user and machine is writing to it.
+        DataError: it holds a finished data set or other objects, or another run of this user and machine is writing to
+            it.
     """
 
     def __init__(self, location: str) -> None:

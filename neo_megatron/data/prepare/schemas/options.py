@@ -9,6 +9,7 @@ from typing import Any
 from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG
 from neo_megatron.errors import DataError
+from neo_megatron.storage.open import read_source
 
 AUTO, NEO = "auto", "neo"
 # The shortest packs of the published training stages: a piece of this length fits into all of them.
@@ -114,8 +115,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     Raises:
         DataError: the file is too large, not UTF-8, has no prompts, or a prompt has a tag.
     """
-    with open(path, "rb") as file:
-        content = file.read(_MAX_PROMPTS_BYTES + 1)
+    content = read_source(str(path), _MAX_PROMPTS_BYTES)
     if len(content) > _MAX_PROMPTS_BYTES:
         raise DataError(f"{path} has more than {_MAX_PROMPTS_BYTES >> 20} MiB; give a text file with one prompt a line")
     try:
