@@ -145,4 +145,8 @@ def read_objects(places: Sequence[tuple[str, int, int]]) -> list[np.ndarray]:
     """
     from neo_megatron.storage.object_storage import object_at, read_ranges
 
-    return read_ranges([Range(object_at(address, offset + size), offset, size) for address, offset, size in places])
+    ends: dict[str, int] = {}
+    for address, offset, size in places:
+        ends[address] = max(ends.get(address, 0), offset + size)
+    objects = {address: object_at(address, end) for address, end in ends.items()}
+    return read_ranges([Range(objects[address], offset, size) for address, offset, size in places])
