@@ -11,8 +11,8 @@ from tqdm import tqdm
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pixel_limit
 from neo_megatron.data.prepare.annotation_slices import read_slice, rejected_rest, slices
-from neo_megatron.data.prepare.record_files import Record
-from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
+from neo_megatron.data.prepare.checked_samples import Checked, checked_samples, images_ahead
+from neo_megatron.data.prepare.records import Sample, is_blank, is_unicode
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.schemas.choose import choose_schemas
 from neo_megatron.data.prepare.schemas.convert import Converter
@@ -98,19 +98,25 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     result = QuestionList()
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
-        for source, record, read in _records(sources, settings.seed, result):
-            progress.update(_read_record(source, converters[source.name], record, read, settings, ask, result))
+        for source, record, samples in _records(sources, converters, settings.seed, ask, result):
+            progress.update(_read_record(source, record, samples, settings, ask, result))
     if not result.questions:
         why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
         raise DataError(f"no question in {', '.join(source.annotations for source in sources)}{why}")
     return result
 
 
-def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[Source, int, Record]]:
+def _records(
+    sources: Sequence[Source], converters: dict[str, Converter], seed: int, ask: Ask, result: QuestionList
+) -> Iterator[tuple[Source, int, list[Checked]]]:
+    complete = _with_room if ask == "next turn" else _as_written
     for piece in slices(sources, _RECORDS_AT_ONCE):
         source = sources[piece.place.source]
-        for record, read in read_slice(piece, source, seed):
-            yield source, record, read
+        converter = converters[source.name]
+        records = read_slice(piece, source, seed)
+        checked = ((record, checked_samples(read, record, source, converter, complete)) for record, read in records)
+        for record, samples in images_ahead(checked, source):
+            yield source, record, samples
         if piece.broken:
             rest = rejected_rest(piece, source)
             result.rejects.append(rest.row(source.annotations, piece.place.first + len(piece.bounds), None))
@@ -118,24 +124,17 @@ def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iter
 
 def _read_record(
     source: Source,
-    converter: Converter,
     record: int,
-    read: Record,
+    samples: Sequence[Checked],
     settings: PreprocessConfig,
     ask: Ask,
     result: QuestionList,
 ) -> int:
     """Adds the questions of a record; returns the number of its samples."""
-    try:
-        elements = list(converter.samples(parse_record(read), record))
-    except RejectedSample as rejected:
-        result.rejects.append(rejected.row(source.annotations, record, None))
-        return 1
-    for element, written in elements:
+    for element, written, sample in samples:
         try:
-            if isinstance(written, RejectedSample):
-                raise written
-            sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
+            if isinstance(sample, RejectedSample):
+                raise sample
             of_images = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
@@ -149,7 +148,11 @@ def _read_record(
             result.questions.append(
                 Question(source, record, element, turn, written.get("id"), sample, references, length)
             )
-    return len(elements)
+    return len(samples)
+
+
+def _as_written(written: Any) -> Any:
+    return written
 
 
 def _with_room(written: object) -> object:

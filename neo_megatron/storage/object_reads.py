@@ -140,7 +140,7 @@ class RemoteFile:
             if self._state.version != version:
                 raise changed(address)
         self.version = self._state.version
-        self._end = self._state.size
+        self._end = _reads().ends.get(address, self._state.size)
         self._last = -1, b""  # number and bytes of the block that was read last
 
     @property
@@ -172,7 +172,7 @@ class RemoteFile:
         return io.BufferedReader(_Stream(self), _STREAM_BYTES)
 
     def will_read(self, end: int) -> None:
-        self._end = end
+        self._end = _reads().ends[self.name] = end  # also of those that are opened for the images of a slice
 
     def check_unchanged(self) -> None:
         try:
@@ -230,6 +230,7 @@ class _Reads:
 
     def __init__(self) -> None:
         self.states: dict[str, SourceState] = {}
+        self.ends: dict[str, int] = {}  # offsets up to which objects will be read
         self.heads: dict[tuple[str, str, int], bytes] = {}
         self.objects: OrderedDict[str, Future[bytes]] = OrderedDict()
         self._blocks: OrderedDict[tuple[str, str, int], Future[bytes]] = OrderedDict()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -10,12 +12,17 @@ import pytest
 from PIL import Image
 from support.containers import write
 
+from neo_megatron.cli import preprocess as cli
+from neo_megatron.data.packs.mixture_schedule import read_schedule
 from neo_megatron.data.prepare.annotation_slices import read_slice, slices
 from neo_megatron.data.prepare.input_files import annotation_files, name_of_data_set
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source, data_list
+from neo_megatron.data.prepare.schemas.options import read_prompts
 from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.errors import DataError, TooManyRejected
+from neo_megatron.inference.prompts import prompt_of_sample
+from neo_megatron.inference.questions import read_questions
 from neo_megatron.paths import WrongPath
 from neo_megatron.storage import object_reads
 from neo_megatron.storage.open import open_source
@@ -406,3 +413,109 @@ def test_registries_have_addresses_and_may_lie_at_one(bench, put, tmp_path):
         data_list(["web"], put(tmp_path / "out.yaml", "out.yaml"))
     with pytest.raises(DataError, match="which has no links; leave out --follow-links"):
         Source("web", "s3://input/web/a.jsonl", "s3://input/images", follow_links=True)
+
+
+def test_schedules_of_mixtures_may_lie_at_an_address(put, tmp_path):
+    text = "- {from: 0, shares: {packs/web: 70, s3://other/packs: 30}}\n"
+    (tmp_path / "mixture.yaml").write_text(text)
+    schedule = read_schedule(put(tmp_path / "mixture.yaml", "a/mixture.yaml"))
+    assert schedule.locations == ("s3://input/a/packs/web", "s3://other/packs")
+    with pytest.raises(WrongPath, match="--mixture s3://input/none.yaml does not exist: give a .yaml file"):
+        read_schedule("s3://input/none.yaml")
+
+
+def test_a_wrong_key_or_option_is_found_where_the_object_lies(bench, put, tmp_path):
+    (tmp_path / "prompts.txt").write_text("What?\n")
+    assert read_prompts(put(tmp_path / "prompts.txt", "prompts.txt")) == ("What?",)
+    with pytest.raises(DataError, match="s3://input/train.jsonl is one JSON array; rename it to .json"):
+        Source("train", put(bench.annotations(bench.records), "train.jsonl"))
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4" + bytes(100))
+    with pytest.raises(DataError, match="s3://input/a.zip is a ZIP archive; unpack it"):
+        Source("train", put(tmp_path / "a.zip", "a.zip"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(DataError, match="s3://input/a.parquet is damaged Parquet"):
+        Source("train", put(tmp_path / "a.parquet", "a.parquet"))
+
+
+def test_videos_are_read_where_they_lie(bench, put, new_sample):
+    """Loose, and in a tar; both have the frames of a local file."""
+    frames = [Image.new("RGB", (64, 48), (80 * number, 0, 0)) for number in range(3)]
+    frames[0].save(bench.path / "images" / "a.gif", save_all=True, append_images=frames[1:], duration=1000)
+    record = new_sample("<video> What?", "Red.")
+    file = bench.annotations([{**record, "video": "a.gif"}, {**record, "video": "none.gif"}])
+    with tarfile.open(bench.path / "train.tar", "w") as tar:
+        (bench.path / "0.json").write_text(json.dumps(record))
+        tar.add(bench.path / "0.json", "0.json")
+        tar.add(bench.path / "images" / "a.gif", "0.mp4")
+    sources = {
+        "local": Source("train", str(file), str(bench.path / "images")),
+        "remote": Source("train", put(file, "train.json"), put(bench.path / "images", "images")),
+        "tar": Source("train", put(bench.path / "train.tar", "train.tar")),
+    }
+    found = []
+    for name, source in sources.items():
+        preprocess([source], bench.tokenizer, bench.path / name, bench.settings)
+        (sample,) = ShardSet(bench.path / name).fetch([0])
+        found.append((sample.tokens.tolist(), [image.tobytes() for image in sample.images]))
+    assert found[0] == found[1] == found[2] and len(found[0][1]) == 3
+    assert "the video s3://input/images/none.gif does not exist" in bench.rejects("remote")[0]["reason"]
+
+
+def test_profiles_of_the_library_are_used(bench, put, settings, tmp_path, proxy):
+    put(write("jsonl", bench.path / "train", bench.records, bench.path / "images"), "a/train.jsonl")
+    put(bench.path / "images", "a/images")
+    options = {"base_path": "input", "endpoint_url": proxy.url, "region_name": "us-east-1"}
+    profile = {"storage_provider": {"type": "s3", "options": options}}
+    (tmp_path / "msc.json").write_text(json.dumps({"profiles": {"mine": profile}}))
+    settings(MSC_CONFIG=tmp_path / "msc.json", AWS_ENDPOINT_URL=None)
+    assert annotation_files("msc://mine/a/*.jsonl") == ["msc://mine/a/train.jsonl"]
+    source = Source("train", "msc://mine/a/train.jsonl", "msc://mine/a/images")
+    local = Source("train", str(bench.path / "train.jsonl"), str(bench.path / "images"))
+    assert shards(bench, source, "msc") == shards(bench, local, "local")
+
+
+def test_questions_are_read_from_addresses(bench, put):
+    settings = dataclasses.replace(bench.settings, image_store="patches")
+    file = write("tar", bench.path / "train", bench.records, bench.path / "images")
+    lines = write("jsonl", bench.path / "lines", bench.records, bench.path / "images")
+    images = put(bench.path / "images", "images")
+    found = []
+    for source in (
+        Source("train", str(file)),
+        Source("train", put(file, "train.tar")),
+        Source("train", put(lines, "lines.jsonl"), images),
+    ):
+        listed = read_questions([source], settings, "every answer")
+        assert not listed.rejects
+        prompts = [prompt_of_sample(it.sample, it.turn, settings) for it in listed.questions]
+        found.append([([turn.text for turn in it.turns], [array.tobytes() for array in it.images]) for it in prompts])
+    assert len(found[0]) == 23 and found[0] == found[1] == found[2]
+
+
+def test_the_command_reads_addresses(bench, put, monkeypatch, capsys):
+    """As a user calls it: a prefix of tars with images in another prefix, and the names of shards and rejects."""
+    put(write("jsonl", bench.path / "0", bench.records[:12], bench.path / "images"), "web/0.jsonl")
+    put(write("jsonl", bench.path / "1", bench.records[12:], bench.path / "images"), "web/1.jsonl")
+    put(bench.path / "images", "images")
+    flags = ["--image-root", "s3://input/images", "--tokenizer", bench.tokenizer, "--min-pixels", "1024"]
+    for name, paths in (
+        ("prefix", ["s3://input/web"]),
+        ("files", ["s3://input/web/0.jsonl", "s3://input/web/1.jsonl"]),
+    ):
+        output = bench.path / name
+        command = ["preprocess", "--input", *paths, *flags, "--output", output, "--workers", "1"]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        cli.main()
+        assert "kept 23 samples" in capsys.readouterr().out
+    assert contents(bench.path / "prefix") == contents(bench.path / "files")
+    names = [
+        {entry["name"] for entry in ShardSet(bench.path / name).manifest["sources"]} for name in ("prefix", "files")
+    ]
+    assert names == [{"web"}, {"0"}]
+
+
+def test_a_ray_cluster_reads_addresses(bench, put, monkeypatch):
+    pytest.importorskip("ray")
+    file = write("tar", bench.path / "train", bench.records, bench.path / "images")
+    expected = shards(bench, Source("train", str(file)), "local")
+    assert shards(bench, Source("train", put(file, "train.tar")), "remote", workers=2, engine="ray") == expected

@@ -1,4 +1,4 @@
-"""Shards that refer to images in object storage: training gets the same items, and an object that changed is noticed."""
+"""Shards that refer to images in object storage: training gets the same items, and a change is noticed."""
 
 import io
 import json

@@ -1,7 +1,7 @@
 """Checks the samples of records, some records before their images are read: objects are requested together."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from neo_megatron.data.prepare.record_files import Record
@@ -30,20 +30,30 @@ class Checked(NamedTuple):
     sample: Sample | RejectedSample
 
 
-def checked_samples(read: Record, record: int, source: Source, converter: Converter) -> list[Checked]:
-    """The samples of record number ``record``; a record that cannot be read is one rejected sample."""
+def checked_samples(
+    read: Record, record: int, source: Source, converter: Converter, complete: Callable[[Any], Any] = lambda it: it
+) -> list[Checked]:
+    """The samples of record number ``record``; a record that cannot be read is one rejected sample.
+
+    Args:
+        read: the record.
+        record: its number in the file.
+        source: of the record.
+        converter: of the source.
+        complete: is called with each sample, and returns the one that is checked, or raises RejectedSample.
+    """
     try:
         elements = list(converter.samples(parse_record(read), record))
     except RejectedSample as rejected:
         return [Checked(None, None, rejected)]
-    return [Checked(element, written, _checked(written, source)) for element, written in elements]
+    return [Checked(element, written, _checked(written, source, complete)) for element, written in elements]
 
 
-def _checked(written: Any, source: Source) -> Sample | RejectedSample:
+def _checked(written: Any, source: Source, complete: Callable[[Any], Any]) -> Sample | RejectedSample:
     if isinstance(written, RejectedSample):
         return written
     try:
-        return check_sample(written, source)
+        return check_sample(complete(written), source)
     except RejectedSample as rejected:
         return rejected
 

@@ -70,6 +70,7 @@ class _Json:
         self._file = file
 
     def bounds(self, start: int) -> Bounds:
+        self._file.will_read(self._file.size)
         return (line_bounds if has_lines(self._file.name) else element_bounds)(self._file, start)
 
     def take(self, bounds: np.ndarray) -> list[bytes | None]:
@@ -115,6 +116,7 @@ class _Tar:
         self._file = file
 
     def bounds(self, start: int) -> Bounds:
+        self._file.will_read(self._file.size)
         return group_bounds(self._file, start)
 
     def take(self, bounds: np.ndarray) -> list[bytes | None]:
