@@ -61,12 +61,12 @@ def head_of(address: str, size: int) -> bytes:
     """The first bytes of an object, at most ``size``. Raises as `look`."""
     state, heads = _known(address), _reads().heads
     key = address, state.version, size
-    if key not in heads:
+    if (known := heads.get(key)) is None:
         count = min(size, state.size)
-        heads[key] = _request(address, state, 0, count) if count else b""
-        while len(heads) > _MOST_HEADS:
-            heads.pop(next(iter(heads)), None)
-    return heads[key]
+        head = _request(address, state, 0, count) if count else b""
+        _reads().keep_head(key, head)
+        return head
+    return known
 
 
 def read_object(address: str, most: int) -> bytes:
@@ -231,10 +231,17 @@ class _Reads:
     def __init__(self) -> None:
         self.states: dict[str, SourceState] = {}
         self.ends: dict[str, int] = {}  # offsets up to which objects will be read
-        self.heads: dict[tuple[str, str, int], bytes] = {}
+        self.heads: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
         self.objects: OrderedDict[str, Future[bytes]] = OrderedDict()
         self._blocks: OrderedDict[tuple[str, str, int], Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def keep_head(self, key: tuple[str, str, int], head: bytes) -> None:
+        """Keeps the first bytes of an object."""
+        with self._lock:
+            self.heads[key] = head
+            while len(self.heads) > _MOST_HEADS:
+                self.heads.popitem(last=False)
 
     def block(self, address: str, state: SourceState, number: int, end: int) -> bytes:
         """A block of an object; requests those that follow in front of ``end``, if those before it were read."""
