@@ -87,7 +87,13 @@ def read_json(path: str | Path, largest: int = JSON_BYTES) -> dict[str, Any]:
     Raises:
         UnreadableFile: as `check_file`; the file holds anything else.
     """
-    content = read_file(path, largest)
+    return parse_json(read_file(path, largest), path, largest)
+
+
+def parse_json(content: bytes, path: str | Path, largest: int = JSON_BYTES) -> dict[str, Any]:
+    """As `read_json`, for the bytes of a file that were read already; ``path`` is for messages."""
+    if len(content) > largest:
+        raise UnreadableFile(f"{path}: more than {largest:,} bytes: {_AGAIN}")
     try:
         value = json.loads(content.decode(), parse_int=_integer)
         _check_values(value)

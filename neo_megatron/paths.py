@@ -99,6 +99,7 @@ class Wanted(Enum):
         self.kinds = frozenset(kinds)
 
 
+_OF_SOURCES = frozenset({Wanted.ANNOTATIONS, Wanted.ANNOTATION_FILES, Wanted.IMAGE_ROOT, Wanted.REGISTRY})
 _HUB = frozenset({Wanted.NEO, Wanted.QWEN3, Wanted.EITHER_FORM, Wanted.SIZES, Wanted.TOKENIZER, Wanted.PRE_BUFFER})
 
 _PREPROCESS = "run neo-megatron preprocess first"
@@ -269,6 +270,8 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
     text = str(path)
     if text.startswith(REMOTE) and has_credentials(text):
         raise WrongPath(f"{flag} {credentials_refusal(text)}".strip())
+    if text.startswith(REMOTE) and wanted in _OF_SOURCES and _leaves(text):
+        raise WrongPath(f"{flag} {text} has . or .. in it; write the address without".strip())
     if text.startswith(REMOTE) and wanted is not Wanted.OUTPUT:
         return
     if wanted in (Wanted.OUTPUT, Wanted.DATA_OUTPUT) and (reason := _unwritable(text)):
@@ -279,6 +282,10 @@ def check_path(path: str | Path, wanted: Wanted, flag: str = "") -> None:
     if found in wanted.kinds or (found is Kind.MISSING and elsewhere):
         return
     raise WrongPath(f"{flag} {wrong_kind(text, found, wanted)}".strip())
+
+
+def _leaves(address: str) -> bool:
+    return bool({".", ".."} & set(address.split("/")))
 
 
 def _unwritable(text: str) -> str | None:

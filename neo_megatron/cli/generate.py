@@ -49,14 +49,14 @@ def parse_arguments() -> argparse.Namespace:
         "--input",
         nargs="+",
         metavar="PATH",
-        help="annotation files, globs or directories, of any kind that preprocess reads",
+        help="annotation files, globs or directories, or addresses of these, of any kind that preprocess reads",
     )
     many.add_argument(
         "--image-root",
         default="",
         metavar="DIR",
-        help="directory of the images; paths that leave it are rejected; default: paths are relative to --input's "
-        "directory, or absolute",
+        help="directory or address of the images; paths that leave it are rejected; default: paths are relative to the "
+        "directory of --input, or absolute",
     )
     many.add_argument("--output", type=Path, metavar="DIR", help="directory to write; new, or of the same command")
     add_batches(many)

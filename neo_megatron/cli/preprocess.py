@@ -10,8 +10,8 @@ Exit codes: 0 the data set is complete; 1 an error; 2 wrong arguments; 3 more sa
 allows: shards and the list of rejected samples are written, but no manifest, so the data set cannot be packed.
 
 With --engine ray, tasks run on the cluster of RAY_ADDRESS, else on the cluster that this machine belongs to, else on
-this machine. Annotations, images and output must be on a file system that all its machines see under the same paths,
-and neo-megatron must be installed on them.
+this machine. Annotations, images and output must be in object storage, with credentials on all its machines, or on a
+file system that they see under the same paths, and neo-megatron must be installed on them.
 """
 
 import argparse

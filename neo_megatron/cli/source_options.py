@@ -1,15 +1,11 @@
 """Options that select the annotations of a command: the files of one data set, or data sets of a registry."""
 
 import argparse
-import glob
-import os
 from collections import Counter
-from pathlib import Path
 
 from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags, schema_of, shared_options
-from neo_megatron.data.prepare.file_kinds import plain_name
-from neo_megatron.data.prepare.input_files import annotation_files
-from neo_megatron.data.prepare.registry import Source, data_list
+from neo_megatron.data.prepare.input_files import annotation_files, name_of_data_set
+from neo_megatron.data.prepare.registry import Source, data_list, sources_of_files
 from neo_megatron.errors import DataError
 
 
@@ -21,14 +17,14 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
         "--input",
         nargs="+",
         metavar="PATH",
-        help="annotation files, globs or directories, which are one data set: a JSON array, .jsonl with one record a "
-        "line, both also .gz or .zst, Parquet, Arrow, or WebDataset tars",
+        help="annotation files, globs or directories, or addresses of these (s3://, msc://), which are one data set: a "
+        "JSON array, .jsonl with one record a line, both also .gz or .zst, Parquet, Arrow, or WebDataset tars",
     )
     inputs.add_argument(
         "--registry",
         metavar="FILE",
-        help="YAML file that maps names to data sets, which may have pixel limits and other options of their own; "
-        "needs --datasets",
+        help="YAML file, or its address, that maps names to data sets, which may have pixel limits and other options "
+        "of their own; needs --datasets",
     )
     group.add_argument(
         "--datasets",
@@ -41,8 +37,8 @@ def add_sources(parser: argparse.ArgumentParser, with_links: bool = False) -> No
         "--image-root",
         default="",
         metavar="DIR",
-        help="directory to which the image and video paths in --input are relative, and which they must not leave; "
-        "without it paths are absolute, or relative to the directory of the annotation file",
+        help="directory or address to which the image and video paths in --input are relative, and which they must not "
+        "leave; without it paths are absolute, or relative to the directory of the annotation file",
     )
     if with_links:
         group.add_argument(
@@ -83,22 +79,19 @@ def input_sources(arguments: argparse.Namespace) -> list[Source]:
         DataError: as `sources_of`.
     """
     links = getattr(arguments, "follow_links", False)
-    files = [file for path in arguments.input for file in annotation_files(path, "--input")]
+    found = [annotation_files(path, "--input") for path in arguments.input]
+    files = [file for some in found for file in some]
     if twice := next((file for file, count in Counter(files).items() if count > 1), None):
         raise DataError(f"--input names {twice} twice; name it once")
-    name = _name(arguments.input[0])
-    schema = schema_of(arguments)
-    return [Source(name, file, arguments.image_root, follow_links=links, schema=schema) for file in files]
+    return sources_of_files(
+        files,
+        name=name_of_data_set(arguments.input[0], found[0]),
+        image_root=arguments.image_root,
+        follow_links=links,
+        schema=schema_of(arguments),
+    )
 
 
 def chosen_sources(arguments: argparse.Namespace) -> list[Source]:
     """As `sources_of`, with the schema of each, which is printed."""
     return chosen(sources_of(arguments))
-
-
-def _name(path: str) -> str:
-    """The name of a data set: that of its first path without suffixes, or of the directory of a glob."""
-    if os.path.isdir(path):
-        return Path(path).absolute().name
-    is_glob = glob.has_magic(path) and not os.path.exists(path)
-    return Path(path).absolute().parent.name if is_glob else Path(plain_name(path)).stem

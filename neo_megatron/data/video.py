@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -48,24 +48,45 @@ _TOLERANCE = Fraction(1, 2)
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
+class StoredVideo(Protocol):
+    """A video that is not a local file; its text names it in messages."""
+
+    def open(self) -> tuple[io.RawIOBase, int]:
+        """Its bytes, which can be read from any place, and their number.
+
+        Raises:
+            RejectedSample: it is missing.
+        """
+        ...
+
+
+Video = str | StoredVideo
+"""A video: the path of a local file, or one that lies elsewhere."""
+
+
 @dataclass(frozen=True)
 class Clip:
-    """A video file and the times of the frames that are taken from it.
+    """A video and the times of the frames that are taken from it.
 
     Args:
-        path: of the file.
+        video: the file.
         times: ascending, in seconds since the first frame.
         last: time of the last packet, in seconds.
         end: of the video, in seconds.
     """
 
-    path: str
+    video: Video
     times: tuple[Fraction, ...]
     last: Fraction
     end: Fraction
 
+    @property
+    def path(self) -> str:
+        """The path or name of the video, for messages."""
+        return str(self.video)
 
-def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
+
+def plan_clip(video: Video, fps: float, max_frames: int) -> Clip:
     """Chooses the times of frames: 0, 1/fps, 2/fps, ... to the end of the video.
 
     If that is more than ``max_frames``, so many are evenly spaced from the first frame to the last.
@@ -74,13 +95,13 @@ def plan_clip(path: str, fps: float, max_frames: int) -> Clip:
         RejectedSample: the video is missing, broken or too large.
         DataError: PyAV is not installed.
     """
-    with _open(path) as (container, stream):
-        last, end = _extent(container, stream, path)
+    with _open(video) as (container, stream):
+        last, end = _extent(container, stream, str(video))
     rate = Fraction(str(fps))
     count = max(1, math.ceil(end * rate))
     if count <= max_frames:
-        return Clip(path, tuple(number / rate for number in range(count)), last, end)
-    return Clip(path, tuple(last * number / max(1, max_frames - 1) for number in range(max_frames)), last, end)
+        return Clip(video, tuple(number / rate for number in range(count)), last, end)
+    return Clip(video, tuple(last * number / max(1, max_frames - 1) for number in range(max_frames)), last, end)
 
 
 def read_frames(clip: Clip) -> Iterator[Image.Image]:
@@ -90,7 +111,7 @@ def read_frames(clip: Clip) -> Iterator[Image.Image]:
         RejectedSample: the video cannot be decoded up to its last time.
     """
     times = list(reversed(clip.times))
-    with _open(clip.path) as (container, stream):
+    with _open(clip.video) as (container, stream):
         first, shown, shown_at = None, None, Fraction(0)
         for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt or number >= 2 * MAX_FRAMES:
@@ -165,14 +186,15 @@ def _image(frame: Any, stream: Any, path: str) -> Image.Image:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[Any, Any]]:
-    """(container, its video stream) of a local file; FFmpeg cannot read anything else."""
+def _open(video: Video) -> Iterator[tuple[Any, Any]]:
+    """(container, its video stream); FFmpeg cannot read anything but this file."""
+    path = str(video)
     try:
         import av
     except ImportError as error:
         raise DataError(f"the video {path} needs PyAV: {install('av')}") from error
     try:
-        with _regular_file(path) as file:
+        with _counted(video) as file:
             reader = _reader(file.read(256), path)
             file.seek(0)
             try:
@@ -192,35 +214,50 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
         raise _unreadable(path, getattr(error, "strerror", None) or type(error).__name__) from error
 
 
-class _CountedFile(io.FileIO):
+class _CountedFile:
     """A file with a limited number of reads and seeks; then it seems to end, which FFmpeg does not ignore."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path, "rb")
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
         self._accesses = 0
+
+    def __enter__(self) -> "_CountedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     @property
     def is_exhausted(self) -> bool:
         """Whether the limit is passed."""
         return self._accesses > MAX_ACCESSES
 
-    def read(self, size: int | None = -1) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         self._accesses += 1
-        return b"" if self.is_exhausted else super().read(size)
+        return b"" if self.is_exhausted else self._file.read(size) or b""
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
         self._accesses += 1
-        return super().seek(place, whence)
+        return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
-def _regular_file(path: str) -> _CountedFile:
+def _counted(video: Video) -> _CountedFile:
+    file, size = _regular_file(video) if isinstance(video, str) else video.open()
+    if size > MAX_FILE_BYTES:
+        file.close()
+        raise _unreadable(str(video), f"it has over {MAX_FILE_BYTES >> 30} GiB; cut it into clips")
+    return _CountedFile(file)
+
+
+def _regular_file(path: str) -> tuple[io.RawIOBase, int]:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise RejectedSample(Reason.MISSING_VIDEO, f"the video {path} is not a regular file; correct its path")
-        if status.st_size > MAX_FILE_BYTES:
-            raise _unreadable(path, f"it has over {MAX_FILE_BYTES >> 30} GiB; cut it into clips")
-        return _CountedFile(path)
+        return io.FileIO(path, "rb"), status.st_size
     except OSError as error:
         raise RejectedSample(
             Reason.MISSING_VIDEO, f"the video {path} cannot be opened ({error.strerror}); correct its path"

@@ -28,6 +28,7 @@ from neo_megatron.inference.answering import Answer, Answerer
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample
 from neo_megatron.inference.questions import Ask, Question
 from neo_megatron.processes import SPAWN
+from neo_megatron.storage.base import is_remote
 from neo_megatron.worker_pool import WorkerDied, WorkerPool
 
 Result = dict[str, Any]
@@ -80,8 +81,8 @@ def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
         **{
             f"list of annotation files, root or share of {name}": [
                 [
-                    os.path.abspath(source.annotations),
-                    _state(Path(source.annotations)),
+                    source.annotations if is_remote(source.annotations) else os.path.abspath(source.annotations),
+                    [source.version] if source.version else _state(Path(source.annotations)),
                     source.image_root,
                     str(source.share),
                 ]

@@ -19,11 +19,11 @@ from neo_megatron.data.image import (
     image_grid,
     patches_from_image,
     pixel_limit,
-    read_image,
 )
 from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.prepare.media import load_media
 from neo_megatron.data.prepare.records import Sample, is_unicode
+from neo_megatron.data.prepare.stored_file import image_bytes
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, count_tags
 from neo_megatron.errors import Reason, RejectedSample
 
@@ -111,6 +111,6 @@ def _opened(given: ImageInput, number: int) -> tuple[Image.Image, str]:
     """The decoded image, and its name for messages."""
     with limited_memory():
         if isinstance(given, (str, Path)):
-            return decode(read_image(str(given)), str(given)), str(given)
+            return decode(image_bytes(str(given)), str(given)), str(given)
         name = f"number {number}"
         return decode(given, name) if isinstance(given, bytes) else decode_opened(given, name), name

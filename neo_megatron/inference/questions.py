@@ -13,8 +13,8 @@ from tqdm import tqdm
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import grid_of_size, header_size, image_tokens, pixel_limit
 from neo_megatron.data.prepare.annotation_slices import read_slice, rejected_rest, slices
-from neo_megatron.data.prepare.record_files import Record
-from neo_megatron.data.prepare.records import Sample, check_sample, is_blank, is_unicode, parse_record
+from neo_megatron.data.prepare.checked_samples import Checked, checked_samples, images_ahead
+from neo_megatron.data.prepare.records import Sample, is_blank, is_unicode
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.schemas.choose import choose_schemas
 from neo_megatron.data.prepare.schemas.convert import Converter
@@ -98,20 +98,26 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     result = QuestionList()
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
-        for number, record, read in _records(sources, settings.seed, result):
-            progress.update(_read_record(sources[number], converters[number], record, read, own[number], ask, result))
+        for number, record, samples in _records(sources, converters, settings.seed, ask, result):
+            progress.update(_read_record(sources[number], record, samples, own[number], ask, result))
     if not result.questions:
         why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
         raise DataError(f"no question in {', '.join(source.annotations for source in sources)}{why}")
     return result
 
 
-def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iterator[tuple[int, int, Record]]:
-    """(number of the source, number of the record in it, the record); adds the end of a damaged file to the rejects."""
+def _records(
+    sources: Sequence[Source], converters: Sequence[Converter], seed: int, ask: Ask, result: QuestionList
+) -> Iterator[tuple[int, int, list[Checked]]]:
+    """(number of the source, number of the record in it, its samples); the end of a damaged file is a reject."""
+    complete = _with_room if ask == "next turn" else _as_written
     for piece in slices(sources, _RECORDS_AT_ONCE):
-        source = sources[piece.place.source]
-        for record, read in read_slice(piece, source, seed):
-            yield piece.place.source, record, read
+        number = piece.place.source
+        source, converter = sources[number], converters[number]
+        records = read_slice(piece, source, seed)
+        checked = ((record, checked_samples(read, record, source, converter, complete)) for record, read in records)
+        for record, samples in images_ahead(checked, source):
+            yield number, record, samples
         if piece.broken:
             rest = rejected_rest(piece, source)
             result.rejects.append(rest.row(source.annotations, piece.place.first + len(piece.bounds), None))
@@ -119,24 +125,17 @@ def _records(sources: Sequence[Source], seed: int, result: QuestionList) -> Iter
 
 def _read_record(
     source: Source,
-    converter: Converter,
     record: int,
-    read: Record,
+    samples: Sequence[Checked],
     settings: PreprocessConfig,
     ask: Ask,
     result: QuestionList,
 ) -> int:
     """Adds the questions of a record; returns the number of its samples."""
-    try:
-        elements = list(converter.samples(parse_record(read), record))
-    except RejectedSample as rejected:
-        result.rejects.append(rejected.row(source.annotations, record, None))
-        return 1
-    for element, written in elements:
+    for element, written, sample in samples:
         try:
-            if isinstance(written, RejectedSample):
-                raise written
-            sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
+            if isinstance(sample, RejectedSample):
+                raise sample
             of_images = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
@@ -150,7 +149,11 @@ def _read_record(
             result.questions.append(
                 Question(source, record, element, turn, written.get("id"), sample, references, length)
             )
-    return len(elements)
+    return len(samples)
+
+
+def _as_written(written: Any) -> Any:
+    return written
 
 
 def _with_room(written: object) -> object:

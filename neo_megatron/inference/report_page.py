@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from neo_megatron.data.image import decode, read_image
+from neo_megatron.data.image import decode
 from neo_megatron.data.memory_limit import limited_memory
+from neo_megatron.data.prepare.stored_file import image_bytes
 from neo_megatron.data.tags import IMAGE_TAG, split_tags
 from neo_megatron.errors import RejectedSample
 from neo_megatron.inference.evaluation import Evaluation, Scores
@@ -126,7 +127,7 @@ def _pixels(path: str) -> np.ndarray | str:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with limited_memory():
-                image = decode(read_image(path), path)
+                image = decode(image_bytes(path), path)
     except RejectedSample as rejected:
         return rejected.sentence
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))

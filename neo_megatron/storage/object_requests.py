@@ -18,28 +18,34 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neo_megatron.errors import DataError
 from neo_megatron.packages import install
 from neo_megatron.storage.file_cache import FileCache
+from neo_megatron.storage.source_files import MissingObject, ShorterObject
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry
-# Words of messages: what was not done, what the credentials need for it, and how to go on.
+# Words of messages: what was not done, and what the credentials need for it; and how to go on.
 _READ = ("read", "s3:GetObject, and s3:ListBucket to tell a missing object from a forbidden one")
 _WRITTEN = ("written", "s3:PutObject, s3:DeleteObject and s3:ListBucket")
-_REMEDIES = {
-    "read": "once the server answers again, start the run again: it continues from its checkpoint",
-    "written": "once the server answers again, run the same command again: it continues",
-}
+_REMEDY = "once the server answers again, run the same command again: it continues"
 _log = logging.getLogger(__name__)
 
 
-class MissingObject(DataError):
-    """An object does not exist."""
+class Entry(NamedTuple):
+    """An object, or a directory of objects, directly under a prefix.
+
+    Args:
+        name: without the prefix and without a slash.
+        size: of an object, in bytes; ``None`` for a directory.
+    """
+
+    name: str
+    size: int | None
 
 
 class Connection:
@@ -91,22 +97,38 @@ class Connection:
         client, path = self._client(url)
         client.upload_file(path, str(file))
 
-    def sizes(self, url: str) -> dict[str, int]:
-        """Requests the names and sizes of the objects directly under a prefix, which ends with a slash."""
+    def entries(self, url: str) -> list[Entry]:
+        """Requests what is directly under a prefix, which ends with a slash; names come in no order."""
         client, path = self._client(url)
         try:
-            found = [entry for entry in client.list(path=path, include_directories=True) if entry.type == "file"]
+            found = list(client.list(path=path, include_directories=True))
         except Exception as error:
             # For other requests the library wraps the errors of botocore.
             if type(error).__module__.split(".")[0] != "botocore":
                 raise
             raise RuntimeError(str(error)) from error
-        return {entry.key.rpartition("/")[2]: entry.content_length for entry in found}
+        return [
+            Entry(entry.key.rstrip("/").rpartition("/")[2], entry.content_length if entry.type == "file" else None)
+            for entry in found
+            if entry.key.rstrip("/") != path.rstrip("/")  # the empty object that a console makes for a directory
+        ]
+
+    def sizes(self, url: str) -> dict[str, int]:
+        """Requests the names and sizes of the objects directly under a prefix, which ends with a slash."""
+        return {entry.name: entry.size for entry in self.entries(url) if entry.size is not None}
 
     def delete(self, urls: Sequence[str]) -> None:
         """Requests that objects of one bucket no longer exist."""
         places = [self._client(url) for url in urls]
         places[0][0].delete_many([path for _, path in places])
+
+    def submit[Result](self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Runs ``work`` in a thread, when one is free."""
+        return self._threads.submit(work, *arguments)
+
+    def is_beyond_end(self, error: Exception) -> bool:
+        """Whether a request failed because the object ends before the first byte of the range."""
+        return isinstance(error, self._failures) and _answer(error)[0] == 416
 
     def map[Item, Result](self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Runs ``work`` for all items concurrently. After a failure it waits for those that are running, and raises."""
@@ -145,7 +167,7 @@ class Connection:
                     count = f"{attempts} attempt{'s' * (attempts > 1)}"
                     raise DataError(
                         f"{url} could not be {verb}: {_reason(error)}; given up after {count} in "
-                        f"{waited:.0f} seconds; {_REMEDIES[verb]}"
+                        f"{waited:.0f} seconds; {_REMEDY}"
                     ) from error
                 _log.warning("%s: %s; trying again in %.1f seconds", url, _reason(error), pause)
             time.sleep(pause * random.uniform(0.5, 1))  # processes that fail at the same time should retry apart
@@ -234,7 +256,7 @@ def _raise_if_permanent(error: Exception, url: str, verb: str, permissions: str)
     if any(type(cause).__name__ == "ParamValidationError" for cause in _causes(error)):
         raise DataError(f"{place} is not the address of a bucket: {_reason(error)}; check its name") from error
     if status == 416:
-        raise DataError(f"{url} is shorter than its manifest says; copy it again") from error
+        raise ShorterObject(f"{url} is shorter than its manifest says; copy it again") from error
     if status and 400 <= status < 500 and status not in (408, 429):
         raise DataError(f"{url} cannot be {verb}: {_reason(error)}; check the region and the endpoint") from error
 

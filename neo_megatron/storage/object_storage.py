@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from neo_megatron.errors import DataError
 from neo_megatron.storage.base import MANIFEST, Range, map_file
-from neo_megatron.storage.object_requests import MissingObject, connection
+from neo_megatron.storage.object_requests import connection
+from neo_megatron.storage.source_files import MissingObject, ShorterObject
 
 _CHUNK = 8 << 20  # bytes of a request when a complete file is fetched
 _GAP = 1 << 16  # bytes: up to such a gap, one request for two ranges costs less than two
+_MERGED = 16 << 20  # bytes up to which ranges share a request: more of them come sooner in several
 _LARGE = 256 << 20  # bytes from which fetching shows a progress bar
 _MOST_FILES = 256  # fetched at the same time, each of which is an open file
 
@@ -25,6 +27,7 @@ class ObjectFile:
 
     def __init__(self, directory: "ObjectDirectory", name: str, size: int) -> None:
         self._directory, self.name, self._size = directory, name, size
+        self.address = directory.address_of(name)
 
     def __len__(self) -> int:
         return self._size
@@ -67,7 +70,7 @@ class ObjectDirectory:
                     return array
                 connection().cache.discard(self._key(name))
         raise DataError(
-            f"{self._url(name)} does not stay in the cache {connection().cache.directory}; raise NEO_CACHE_GB"
+            f"{self.address_of(name)} does not stay in the cache {connection().cache.directory}; raise NEO_CACHE_GB"
         )
 
     def open(self, name: str, size: int) -> ObjectFile:
@@ -77,18 +80,7 @@ class ObjectDirectory:
         return self._request(name, offset, size)
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[np.ndarray]:
-        requests = _merged(ranges)
-        blocks = connection().map(lambda wanted: wanted.file[wanted.start : wanted.stop], requests)
-        parts = {
-            number: content[offset : offset + size]
-            for number, (content, offset, size) in enumerate(ranges)
-            if isinstance(content, np.ndarray)
-        }
-        for wanted, block in zip(requests, blocks, strict=True):
-            for number in wanted.ranges:
-                start = ranges[number].offset - wanted.start
-                parts[number] = block[start : start + ranges[number].size]
-        return [parts[number] for number in range(len(ranges))]
+        return read_ranges(ranges)
 
     def prepare(self, files: Iterable[tuple[str, int]]) -> None:
         cache = connection().cache
@@ -126,19 +118,21 @@ class ObjectDirectory:
             return np.empty(0, np.uint8)
 
         def read() -> np.ndarray:
-            data = connection().read(self._url(name), offset, size + ends)
+            data = connection().read(self.address_of(name), offset, size + ends)
             if len(data) != size:
                 found = self._information(name).content_length
                 if found < offset + size or (ends and found > offset + size):
-                    raise DataError(f"{self._url(name)} has {found} bytes, not what its manifest says; copy it again")
+                    raise ShorterObject(
+                        f"{self.address_of(name)} has {found} bytes, not what its manifest says; copy it again"
+                    )
                 raise ConnectionError(f"{len(data)} bytes came instead of {size}")
             return np.frombuffer(data, np.uint8)
 
-        return connection().repeat(read, self._url(name))
+        return connection().repeat(read, self.address_of(name))
 
     def _information(self, name: str) -> Any:
         """Size and ETag of an object. Raises MissingObject if it does not exist."""
-        url = self._url(name)
+        url = self.address_of(name)
         found = connection().repeat(lambda: connection().information(url), url)
         if name == MANIFEST:
             self._version = found.etag or str(found.last_modified)
@@ -158,8 +152,37 @@ class ObjectDirectory:
         digest = hashlib.sha256(f"{self.location} {self._version}".encode()).hexdigest()[:32]
         return f"{digest}/{Path(name).name}"
 
-    def _url(self, name: str) -> str:
+    def address_of(self, name: str) -> str:
+        """The address of a file."""
         return f"{self.location}/{name}"
+
+
+def read_ranges(ranges: Sequence[Range]) -> list[np.ndarray]:
+    """Parts of mapped files and of objects of any directories, uint8 [size] each; requests are concurrent.
+
+    Raises:
+        MissingObject: an object does not exist.
+        ShorterObject: an object ends before a range.
+        DataError: an object cannot be read.
+    """
+    requests = _merged(ranges)
+    blocks = connection().map(lambda wanted: wanted.file[wanted.start : wanted.stop], requests)
+    parts = {
+        number: content[offset : offset + size]
+        for number, (content, offset, size) in enumerate(ranges)
+        if isinstance(content, np.ndarray)
+    }
+    for wanted, block in zip(requests, blocks, strict=True):
+        for number in wanted.ranges:
+            start = ranges[number].offset - wanted.start
+            parts[number] = block[start : start + ranges[number].size]
+    return [parts[number] for number in range(len(ranges))]
+
+
+def object_at(address: str, size: int) -> ObjectFile:
+    """An object of at least ``size`` bytes, for `read_ranges`; nothing is requested."""
+    directory, _, name = address.rpartition("/")
+    return ObjectFile(ObjectDirectory(directory), name, size)
 
 
 class _Chunk(NamedTuple):
@@ -189,9 +212,10 @@ def _merged(ranges: Sequence[Range]) -> list[_Wanted]:
         for number, part in enumerate(ranges)
         if isinstance(part.content, ObjectFile)
     ]
-    for file, offset, size, number in sorted(of_objects, key=lambda wanted: (wanted[0].name, wanted[1])):
+    for file, offset, size, number in sorted(of_objects, key=lambda wanted: (wanted[0].address, wanted[1])):
         last = merged[-1] if merged else None
-        if last and last.file.name == file.name and offset - last.stop <= _GAP:
+        is_near = last and last.file.address == file.address and offset - last.stop <= _GAP
+        if last and is_near and offset + size - last.start <= _MERGED:
             merged[-1] = last._replace(stop=max(last.stop, offset + size), ranges=[*last.ranges, number])
         else:
             merged.append(_Wanted(file, offset, offset + size, [number]))

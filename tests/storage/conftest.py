@@ -8,7 +8,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from support.s3_proxy import Proxy
 
-from neo_megatron.storage import object_requests
+from neo_megatron.storage import object_reads, object_requests
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def settings(proxy, monkeypatch, tmp_path) -> Callable[..., None]:
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value)) if value is not None else monkeypatch.delenv(name, raising=False)
         object_requests._connection_of.cache_clear()
+        object_reads._reads_of.cache_clear()
 
     proxy.reset()
     # Pauses between repetitions are a constant, and too long for a test.

@@ -195,7 +195,7 @@ def test_a_server_that_does_not_recover_is_reported(remote, proxy, settings, fau
     sentence = str(caught.value)
     assert sentence.startswith(f"{remote}/00000.") and "\n" not in sentence
     assert re.search(FAULTS[fault], sentence), sentence
-    assert re.search(r"after \d+ attempts? in", sentence) and "continues from its checkpoint" in sentence
+    assert re.search(r"after \d+ attempts? in", sentence) and "run the same command again: it continues" in sentence
 
 
 def test_an_unreachable_server_is_reported(settings):

@@ -27,10 +27,14 @@ import yaml
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.permutation import permutation
 from neo_megatron.errors import DataError
-from neo_megatron.paths import REMOTE, Wanted, check_path
+from neo_megatron.paths import Kind, Wanted, WrongPath, check_path, wrong_kind
+from neo_megatron.storage.base import is_remote, join
+from neo_megatron.storage.open import read_source
+from neo_megatron.storage.source_files import MissingObject
 
 # Packs after which shares are met exactly; finer shares would take longer than a run.
 MAX_BLOCK = 1 << 20
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,16 @@ def read_schedule(file: str | Path) -> MixtureSchedule:
     Raises:
         DataError: it is not valid; the text names the phase and the remedy.
     """
-    file = Path(file)
     check_path(file, Wanted.MIXTURE, "--mixture")
     try:
-        entries = yaml.safe_load(file.read_text())
+        content = read_source(str(file), _MAX_BYTES)
+    except MissingObject as error:
+        raise WrongPath(f"--mixture {wrong_kind(str(file), Kind.MISSING, Wanted.MIXTURE)}") from error
+    if len(content) > _MAX_BYTES:
+        raise DataError(f"--mixture {file} has over {_MAX_BYTES >> 20} MiB; give a list of phases")
+    folder = os.path.dirname(file)
+    try:
+        entries = yaml.safe_load(content.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"--mixture {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:
@@ -124,7 +134,7 @@ def read_schedule(file: str | Path) -> MixtureSchedule:
     locations: dict[str, None] = {}
     shares: list[tuple[int, dict[str, Fraction]]] = []
     for number, entry in enumerate(entries, start=1):
-        start, given = _entry(entry, f"--mixture {file}: phase {number}", file.parent)
+        start, given = _entry(entry, f"--mixture {file}: phase {number}", folder)
         if start != 0 and not shares or shares and start <= shares[-1][0]:
             raise DataError(
                 f"--mixture {file}: phase {number} is from pack {start}: the first phase is from 0, and each later one "
@@ -139,7 +149,7 @@ def read_schedule(file: str | Path) -> MixtureSchedule:
     return MixtureSchedule(list(locations), phases)
 
 
-def _entry(entry: object, where: str, folder: Path) -> tuple[int, dict[str, Fraction]]:
+def _entry(entry: object, where: str, folder: str) -> tuple[int, dict[str, Fraction]]:
     if not isinstance(entry, dict) or entry.keys() != {"from", "shares"}:
         raise DataError(f"{where} must have from (a pack) and shares, and nothing else")
     start, given = entry["from"], entry["shares"]
@@ -151,7 +161,7 @@ def _entry(entry: object, where: str, folder: Path) -> tuple[int, dict[str, Frac
     for name, share in given.items():
         if not isinstance(name, str) or type(share) not in (int, float) or not 0 < share < 1e9:
             raise DataError(f"{where}: {name!r} has the share {share!r}: give a number above 0, such as 70 or 0.5")
-        location = name if name.startswith(REMOTE) else os.path.normpath(folder / name)
+        location = join(folder, name) if is_remote(folder) or is_remote(name) else os.path.normpath(join(folder, name))
         if location in shares:
             raise DataError(f"{where}: {location} is named twice; name it once, with the sum of its shares")
         check_path(location, Wanted.PACKS, f"{where}:")

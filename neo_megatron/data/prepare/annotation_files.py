@@ -18,6 +18,7 @@ from neo_megatron.data.prepare.file_kinds import (
 )
 from neo_megatron.data.prepare.parquet_records import check_footer
 from neo_megatron.errors import DataError
+from neo_megatron.storage.open import open_source
 
 # A file is checked by its head; a first record that is longer is checked when it is read.
 _HEAD_BYTES = 1 << 20
@@ -89,8 +90,8 @@ def _blocks(path: str, kind: FileKind) -> Iterator[bytes]:
     Raises:
         DataError: it cannot be decompressed from its start; later damage ends the text.
     """
-    with open(path, "rb") as file:
-        text = decompressed(file, kind) if kind in COMPRESSED else file
+    with open_source(path) as file:
+        text = decompressed(file.stream(), kind) if kind in COMPRESSED else file.stream()
         is_first = True
         try:
             while block := read_fully(text, _HEAD_BYTES):

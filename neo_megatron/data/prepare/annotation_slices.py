@@ -5,7 +5,8 @@ are in the slice, because it can only be read from its start. Memory holds a few
 the file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -126,9 +127,13 @@ def _at_start(place: Place, sources: Sequence[Source], index: int) -> Place:
 def read_slice(piece: Slice, source: Source, seed: int) -> Iterator[tuple[int, Record]]:
     """(record number, record) of the records drawn from a slice, in order; see `Record`."""
     drawn, times = np.unique(drawn_records(piece, source, seed), return_counts=True)
-    with open_records(source.annotations) as file:
-        texts = [piece.texts[number] for number in drawn] if piece.texts else None
-        records = texts or file.read(piece.bounds[drawn], MAX_RECORD_BYTES)
+    with ExitStack() as stack:
+        records: Iterable[Record]
+        if piece.texts:
+            records = [piece.texts[number] for number in drawn]
+        else:
+            file = stack.enter_context(open_records(source.annotations, source.version))
+            records = file.read(piece.bounds[drawn], MAX_RECORD_BYTES)
         for number, count, record in zip(drawn.tolist(), times.tolist(), records, strict=True):
             for _ in range(count):
                 yield piece.place.first + number, record
@@ -159,7 +164,7 @@ def _round(value: Fraction) -> int:
 
 
 def _slices(source: Source, records_per_slice: int, place: Place, found: Bounds | None) -> Iterator[Slice]:
-    with open_records(source.annotations) as file:
+    with open_records(source.annotations, source.version) as file:
         found = found or file.bounds(place.offset)
         waiting: list[np.ndarray] = []
         texts: list[bytes | None] = []

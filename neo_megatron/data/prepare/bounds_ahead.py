@@ -14,6 +14,7 @@ from neo_megatron.data.prepare.record_bounds import Bounds
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.tar_records import group_bounds
 from neo_megatron.errors import DataError
+from neo_megatron.storage.open import open_source
 from neo_megatron.worker_pool import WorkerDied, WorkerPool, in_order
 
 _WORKERS_EACH, _MOST_PROCESSES = 4, 8
@@ -84,7 +85,7 @@ def _prepare(_: None, report: Callable[[], None]) -> Callable[[str], _Found]:
 
 def _find(path: str) -> _Found:
     found = [np.empty((0, 2), np.int64)]
-    with open(path, "rb", buffering=0) as file:
+    with open_source(path) as file:
         bounds = group_bounds(file)
         while True:
             try:

@@ -6,7 +6,6 @@ A compressed file cannot be read from its middle, so whoever looks for the bound
 import gzip
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from neo_megatron.data.prepare.file_kinds import FileKind
@@ -28,7 +27,7 @@ class CompressedText:
     def __init__(self, file: BinaryIO, kind: FileKind) -> None:
         self._file = file
         self._stream = decompressed(file, kind)
-        self.name = str(Path(file.name))
+        self.name = str(file.name)
         self.broken = ""
         self.size = 0
         self._window = bytearray()

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def identity_of_path(path: str) -> int:
-    """Identity of a file by its absolute path, in which links are resolved."""
+    """Identity of a file by its absolute path, in which links are resolved, or by its address."""
     return _number(hashlib.sha256(os.fsencode(path)))
 
 
@@ -24,7 +24,12 @@ def identity_of_file(path: str) -> int:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        return _number(hashlib.file_digest(file, "sha256"))
+        return identity_of_stream(file)
+
+
+def identity_of_stream(stream: Any) -> int:
+    """Identity of a file by its bytes, from an open binary file."""
+    return _number(hashlib.file_digest(stream, "sha256"))
 
 
 def identity_of_texts(texts: Iterable[str]) -> int:

@@ -4,6 +4,7 @@ from enum import StrEnum
 
 from neo_megatron.errors import DataError
 from neo_megatron.packages import install, is_installed
+from neo_megatron.storage.open import source_head
 
 HEAD_BYTES = 512
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -41,9 +42,8 @@ def kind_of_bytes(head: bytes) -> FileKind:
 
 
 def kind_of_file(path: str) -> FileKind:
-    """The kind of a file."""
-    with open(path, "rb", buffering=0) as file:
-        return kind_of_bytes(file.read(HEAD_BYTES))
+    """The kind of the file at a path or an address."""
+    return kind_of_bytes(source_head(path, HEAD_BYTES))
 
 
 def check_readable(path: str, kind: FileKind) -> None:

@@ -1,7 +1,6 @@
 """Meta files of InternVL, read as registries: a JSON object of data sets with ``root`` and ``annotation``."""
 
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from neo_megatron.errors import DataError
@@ -15,7 +14,7 @@ def is_meta(entries: dict[Any, Any]) -> bool:
     return bool(entries) and all(isinstance(entry, dict) and "annotation" in entry for entry in entries.values())
 
 
-def entries_of_meta(entries: dict[Any, dict[str, Any]], path: Path) -> dict[Any, dict[str, Any]]:
+def entries_of_meta(entries: dict[Any, dict[str, Any]], path: str) -> dict[Any, dict[str, Any]]:
     """The entries of a registry for those of a meta file, with ``repeat_time`` as a fraction.
 
     Raises:

@@ -20,9 +20,10 @@ from neo_megatron.data.image import (
     resize_to_grid,
 )
 from neo_megatron.data.memory_limit import limited_memory
-from neo_megatron.data.prepare.file_identity import identity_of_content, identity_of_file
+from neo_megatron.data.prepare.file_identity import identity_of_content
 from neo_megatron.data.prepare.records import Sample
-from neo_megatron.data.prepare.stored_file import MediaFile, StoredFile, identity_of_place, image_bytes
+from neo_megatron.data.prepare.stored_file import MediaFile, identity_of_place, image_bytes
+from neo_megatron.data.prepare.video_files import identity_of_video, video_of
 from neo_megatron.data.prepare.video_text import text_of_clip
 from neo_megatron.data.shards.references import Reference
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, replace_tags, split_tags
@@ -104,8 +105,7 @@ def read_media(sample: Sample, settings: PreprocessConfig) -> Media:
 
 
 def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
-    videos = [_video_path(video) for video in sample.videos]
-    clips = [plan_clip(path, settings.video_fps, settings.max_frames) for path in videos]
+    clips = [plan_clip(video_of(video), settings.video_fps, settings.max_frames) for video in sample.videos]
     limits = _limits(settings, len(sample.images), sum(len(clip.times) for clip in clips))
     images: list[np.ndarray] = []
     grids: list[tuple[int, int]] = []
@@ -121,8 +121,8 @@ def _read_media(sample: Sample, settings: PreprocessConfig) -> Media:
         size += image.size
         if size > MAX_SAMPLE_BYTES:
             raise RejectedSample(Reason.OVER_LONG, f"the images of the sample take over {MAX_SAMPLE_BYTES >> 20} MiB")
-    contents += map(identity_of_file, videos)
-    places = map(identity_of_place, (*sample.images, *videos), contents)
+    contents += map(identity_of_video, sample.videos)
+    places = map(identity_of_place, (*sample.images, *sample.videos), contents)
     identities = list(zip(places, contents, strict=True))
     return Media(_with_frames(sample.turns, clips, settings), images, grids, identities, owners)
 
@@ -154,15 +154,6 @@ def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, lim
                 number, clip = next(videos)
                 for frame in read_frames(clip):
                     yield _frame(frame, clip.path, settings, limits.frame)._replace(video=number)
-
-
-def _video_path(video: MediaFile) -> str:
-    if isinstance(video, StoredFile):
-        raise RejectedSample(
-            Reason.UNREADABLE_VIDEO,
-            f"the video {video} cannot be read in its container; write it into a file of its own",
-        )
-    return video
 
 
 def _image(image_file: MediaFile, settings: PreprocessConfig, limits: tuple[int, int]) -> _Stored:

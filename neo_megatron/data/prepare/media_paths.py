@@ -1,11 +1,13 @@
 """Resolves the paths of images and videos in records, and rejects those that lead out of the image root."""
 
 import os
+import posixpath
 import re
 from functools import lru_cache
 
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.errors import Reason, RejectedSample
+from neo_megatron.storage.base import is_remote
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 _ARCHIVE = re.compile(r"\.(?:tar|tar\.\w+|tgz|tbz2|txz|zip|7z|rar)(?=/|$)", re.IGNORECASE)
@@ -16,14 +18,17 @@ def resolve_path(path: str, source: Source) -> str:
 
     With an image root, nothing outside it can be reached by ``..``, an absolute path or a link; with
     ``source.follow_links``, links in the root may lead anywhere. Without a root, an absolute path is used as it is, and
-    a relative one must stay in the directory of the annotations.
+    a relative one must stay in the directory of the annotations. A root may be an address, and so the result.
 
     Raises:
         RejectedSample: the path is remote, in an archive, or outside the root.
     """
+    directory = source.image_root or os.path.dirname(source.annotations)
+    if is_remote(directory) and not (os.path.isabs(path) and not source.image_root):
+        return _resolve_address(path, directory.rstrip("/"))
     if _REMOTE.match(path):
         raise RejectedSample(Reason.REMOTE_PATH, f"{path!r:.200} is not a local file; download it first")
-    root = _real_directory(os.path.join(os.getcwd(), source.image_root or os.path.dirname(source.annotations)))
+    root = _real_directory(os.path.join(os.getcwd(), directory))
     if any(not os.path.isdir(os.path.join(root, path[: match.end()])) for match in _ARCHIVE.finditer(path)):
         raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive or in an archive; unpack it first")
     found = os.path.join(root, path)
@@ -47,6 +52,23 @@ def resolve_path(path: str, source: Source) -> str:
     raise RejectedSample(
         Reason.OUTSIDE_ROOT, f"{path!r:.200} is outside {root}; correct the path, or --image-root (data_path)"
     )
+
+
+def _resolve_address(path: str, root: str) -> str:
+    """The address of a file below an address, without ``.`` and ``..``: object storage would take them for names."""
+    relative = path.removeprefix(f"{root}/")
+    if _REMOTE.match(relative):
+        raise RejectedSample(
+            Reason.REMOTE_PATH, f"{path!r:.200} is not below {root}; correct the path, or --image-root (data_path)"
+        )
+    found = posixpath.normpath(relative)
+    if relative.endswith("/") or found in (".", "..") or found.startswith(("/", "../")):
+        raise RejectedSample(
+            Reason.OUTSIDE_ROOT, f"{path!r:.200} is outside {root}; correct the path, or --image-root (data_path)"
+        )
+    if _ARCHIVE.search(posixpath.basename(found)):
+        raise RejectedSample(Reason.ARCHIVE_PATH, f"{path!r:.200} is an archive; unpack it first")
+    return f"{root}/{found}"
 
 
 def _link_on_the_way(root: str, path: str, written_root: str) -> str | None:

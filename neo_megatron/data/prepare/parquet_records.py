@@ -4,9 +4,8 @@ The footer of a file is not trusted: it is limited before it is read, and rows t
 have are rejected one by one. A page may expand to gigabytes, so reading is limited as decoding of images is.
 """
 
-import os
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,9 @@ from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.prepare.arrow_values import reason_of, records_of
 from neo_megatron.data.prepare.record_bounds import Bounds
 from neo_megatron.errors import DataError, Reason, RejectedSample
+from neo_megatron.storage.base import is_remote
+from neo_megatron.storage.open import open_source
+from neo_megatron.storage.source_files import SourceFile
 
 MAX_FOOTER_BYTES = 128 << 20
 # Rows that are decoded together; less where they are large.
@@ -31,19 +33,19 @@ class ParquetRows:
         DataError: the file is damaged or too large for its footer.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: SourceFile) -> None:
         import pyarrow
         import pyarrow.parquet
 
         self._path = file.name
-        size = os.fstat(file.fileno()).st_size
-        check_footer(file.name)
+        size = file.size
+        _check_footer(file)
         self._errors = (pyarrow.ArrowException, OSError, MemoryError, ValueError)
         try:
             with limited_memory():
                 # Buffered, or a column of a row group is read at once; not mapped, because the file may be cut then.
                 self._file = pyarrow.parquet.ParquetFile(
-                    file.name, buffer_size=_BUFFER_BYTES, pre_buffer=False, memory_map=False
+                    opened_by_arrow(file), buffer_size=_BUFFER_BYTES, pre_buffer=False, memory_map=False
                 )
         except self._errors as error:
             raise _damaged(file.name, reason_of(error)) from error
@@ -116,15 +118,24 @@ def check_rows(path: str, rows: int, size: int) -> None:
         raise _damaged(path, f"it claims {rows:,} rows in {size:,} bytes")
 
 
+def opened_by_arrow(file: SourceFile) -> Any:
+    """The path of a local file, which pyarrow opens itself, or a stream of any other, as pyarrow takes it."""
+    return file.stream() if is_remote(file.name) else file.name
+
+
 def check_footer(path: str) -> None:
     """Checks the end of a file, before pyarrow reads its footer.
 
     Raises:
         DataError: the footer is missing, encrypted or too large.
     """
-    with open(path, "rb", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        tail = os.pread(file.fileno(), 8, max(0, size - 8))
+    with open_source(path) as file:
+        _check_footer(file)
+
+
+def _check_footer(file: SourceFile) -> None:
+    path, size = file.name, file.size
+    tail = file.pread(8, max(0, size - 8))
     if tail[4:] == b"PARE":
         raise DataError(f"{path} is encrypted Parquet; write it without encryption")
     length = int.from_bytes(tail[:4], "little")

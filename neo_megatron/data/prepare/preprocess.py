@@ -1,7 +1,6 @@
 """Turns annotations into shards: each slice of records is one task and one shard, whatever the number of workers."""
 
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,8 @@ from neo_megatron.data.shards.reader import FORMAT, VERSION
 from neo_megatron.data.tokenizer_process import load_parts
 from neo_megatron.errors import Reason, TooManyRejected
 from neo_megatron.storage.base import MANIFEST, is_remote, join
+from neo_megatron.storage.open import concurrently, source_state
+from neo_megatron.storage.source_files import SourceState
 from neo_megatron.worker_pool import in_order
 
 _NOT_FOUND = (Reason.MISSING_IMAGE, Reason.MISSING_VIDEO, Reason.OUTSIDE_ROOT)
@@ -92,15 +93,18 @@ def preprocess(
 def _entry(source: Source) -> dict[str, Any]:
     """The entry of a source in a manifest."""
     entry = asdict(source) | {"share": str(source.share)}
-    del entry["schema"], entry["media"]
+    del entry["schema"], entry["media"], entry["version"]
     return entry | source.schema.entry() | source.media.entry()
 
 
 def _plan(head: dict[str, Any]) -> dict[str, Any]:
     """All that decides the bytes of the data set, except for the images."""
-    files = [os.stat(source["annotations"]) for source in head["sources"]]
-    states = [{"bytes": file.st_size, "modified_ns": file.st_mtime_ns} for file in files]
-    return head | {"sources": [source | state for source, state in zip(head["sources"], states, strict=True)]}
+    entries = [state.entry() for state in _states([source["annotations"] for source in head["sources"]])]
+    return head | {"sources": [source | entry for source, entry in zip(head["sources"], entries, strict=True)]}
+
+
+def _states(files: Sequence[str]) -> list[SourceState]:
+    return concurrently(source_state, files)
 
 
 def _run_slices(run: Run | RemoteRun, task: Task, workers: int, engine: ExecutorName) -> int:
@@ -211,7 +215,7 @@ class _Progress(tqdm):
     def __init__(self, sources: Sequence[Source], done: int) -> None:
         super().__init__(
             desc="preprocess",
-            total=sum(os.path.getsize(source.annotations) for source in sources),
+            total=sum(state.size for state in _states([source.annotations for source in sources])),
             initial=done,
             unit="B",
             unit_scale=True,

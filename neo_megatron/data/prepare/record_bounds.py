@@ -5,14 +5,13 @@ positions of its quotes, brackets and commas; running sums over those tell what 
 takes the memory of a block, whatever the length of a record.
 """
 
-import os
 from collections.abc import Generator, Iterator
-from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from neo_megatron.errors import DataError
+from neo_megatron.storage.source_files import SourceFile
 
 BLOCK_BYTES = 1 << 18
 # A longer record is not an annotation; it is rejected before it fills the memory.
@@ -59,32 +58,32 @@ class PlainText:
 
     broken = ""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file.fileno()
-        self.name = str(Path(file.name))
+    def __init__(self, file: SourceFile) -> None:
+        self._file = file
+        self.name = file.name
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return os.fstat(self._file).st_size
+        return self._file.size
 
     def blocks(self, start: int, size: int) -> Iterator[tuple[int, bytes]]:
         """As of `Text`."""
-        while block := os.pread(self._file, size, start):
+        while block := self._file.pread(size, start):
             yield start, block
             start += len(block)
 
     def is_blank(self, begin: int, end: int) -> bool:
         """As of `Text`."""
         while begin < end:
-            block = os.pread(self._file, min(BLOCK_BYTES, end - begin), begin)
+            block = self._file.pread(min(BLOCK_BYTES, end - begin), begin)
             if block.strip(WHITESPACE):
                 return False
             begin += len(block)
         return True
 
 
-def line_bounds(file: BinaryIO | Text, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
+def line_bounds(file: SourceFile | Text, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
     """Bounds of the lines of a JSONL file from the offset ``start``, where one begins, without blank lines."""
     text, begin = _text(file), start
     for base, block in text.blocks(start, block_bytes):
@@ -98,7 +97,7 @@ def line_bounds(file: BinaryIO | Text, start: int = 0, block_bytes: int = BLOCK_
     return text.broken
 
 
-def _text(file: BinaryIO | Text) -> Text:
+def _text(file: SourceFile | Text) -> Text:
     return file if isinstance(file, Text) else PlainText(file)
 
 
@@ -110,7 +109,7 @@ def _without_blank(text: Text, lines: np.ndarray, base: int, block: bytes) -> np
     return np.delete(lines, blank, axis=0)
 
 
-def element_bounds(file: BinaryIO | Text, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
+def element_bounds(file: SourceFile | Text, start: int = 0, block_bytes: int = BLOCK_BYTES) -> Bounds:
     """Bounds of the elements of a JSON array, including the white space around them.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from neo_megatron.data.prepare.parquet_records import ParquetRows
 from neo_megatron.data.prepare.record_bounds import Bounds, element_bounds, line_bounds
 from neo_megatron.data.prepare.tar_records import group_bounds, read_groups
 from neo_megatron.errors import RejectedSample
+from neo_megatron.storage.open import open_source
+from neo_megatron.storage.source_files import SourceFile
 
 Record = bytes | dict[str, Any] | RejectedSample | None
 """JSON text; a record that needs no parsing; why a record is rejected; or ``None`` for text above the size limit."""
@@ -36,14 +38,18 @@ class RecordFile(Protocol):
 
 
 @contextmanager
-def open_records(path: str) -> Iterator[RecordFile]:
+def open_records(path: str, version: str = "") -> Iterator[RecordFile]:
     """An annotation file, opened by its kind.
 
+    Args:
+        path: or address.
+        version: that an object must have, at the end too; "" for any.
+
     Raises:
-        DataError: it is damaged as a whole.
+        DataError: it is damaged as a whole, or an object has changed.
     """
-    kind = kind_of_file(path)
-    with open(path, "rb", buffering=1 << 20) as file:
+    with open_source(path, version) as file:
+        kind = kind_of_file(path)
         if kind in COMPRESSED:
             yield _Compressed(file, kind)
         elif kind is FileKind.TAR:
@@ -54,32 +60,36 @@ def open_records(path: str) -> Iterator[RecordFile]:
             yield _Json(file)
         else:
             yield _Table(ArrowRows(file, kind))
+        file.check_unchanged()
 
 
 class _Json:
     scale = 1.0
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: SourceFile) -> None:
         self._file = file
 
     def bounds(self, start: int) -> Bounds:
+        self._file.will_read(self._file.size)
         return (line_bounds if has_lines(self._file.name) else element_bounds)(self._file, start)
 
     def take(self, bounds: np.ndarray) -> list[bytes | None]:
         return []
 
     def read(self, bounds: np.ndarray, largest: int) -> Iterator[Record]:
+        self._file.will_read(_end(bounds))
+        text = self._file.stream()
         for begin, end in bounds.tolist():
             if end - begin > largest:
                 yield None
             else:
-                self._file.seek(begin)
-                yield self._file.read(end - begin)
+                text.seek(begin)
+                yield text.read(end - begin)
 
 
 class _Compressed:
-    def __init__(self, file: BinaryIO, kind: FileKind) -> None:
-        self._text = CompressedText(file, kind)
+    def __init__(self, file: SourceFile, kind: FileKind) -> None:
+        self._text = CompressedText(file.stream(), kind)
 
     @property
     def scale(self) -> float:
@@ -102,16 +112,18 @@ class _Compressed:
 class _Tar:
     scale = 1.0
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: SourceFile) -> None:
         self._file = file
 
     def bounds(self, start: int) -> Bounds:
+        self._file.will_read(self._file.size)
         return group_bounds(self._file, start)
 
     def take(self, bounds: np.ndarray) -> list[bytes | None]:
         return []
 
     def read(self, bounds: np.ndarray, largest: int) -> Iterator[Record]:
+        self._file.will_read(_end(bounds))
         return read_groups(self._file, bounds.tolist())
 
 
@@ -131,3 +143,7 @@ class _Table:
 
     def read(self, bounds: np.ndarray, largest: int) -> Iterator[Record]:
         return self._rows.read(bounds[:, 0].tolist())
+
+
+def _end(bounds: np.ndarray) -> int:
+    return int(bounds[-1, 1]) if len(bounds) else 0

@@ -3,7 +3,7 @@
 A registry is a YAML file; relative paths in it count from its own directory:
 
     llava_pretrain:
-      annotation_path: llava/blip_laion_cc_sbu_558k.json   # a file, a glob or a directory
+      annotation_path: llava/blip_laion_cc_sbu_558k.json   # a file, a glob or a directory, or an address of one
       data_path: llava/images        # the image root, joined to paths in records; without it, paths are complete
       follow_links: true             # trust links in data_path that lead outside of it; false by default
       schema: messages               # the form of the records; recognised from the first ones by default
@@ -24,9 +24,11 @@ A registry is a YAML file; relative paths in it count from its own directory:
 A meta file of InternVL (`internvl_meta`) is read too.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,15 @@ from neo_megatron.data.prepare.input_files import annotation_files
 from neo_megatron.data.prepare.internvl_meta import entries_of_meta, is_meta
 from neo_megatron.data.prepare.schemas.options import REGISTRY_KEYS, SchemaOptions, registry_options
 from neo_megatron.errors import DataError
-from neo_megatron.paths import Wanted, check_path
+from neo_megatron.paths import Kind, Wanted, WrongPath, check_path, wrong_kind
+from neo_megatron.storage.base import is_remote
+from neo_megatron.storage.open import concurrently, read_source, source_state
+from neo_megatron.storage.source_files import MissingObject
 
 _MEDIA_KEYS = tuple(field.name for field in fields(MediaOptions))
 _OPTIONAL_KEYS = ("data_path", "follow_links", *REGISTRY_KEYS, *_MEDIA_KEYS)
 _KEYS = {"annotation_path", *_OPTIONAL_KEYS}
+_MAX_REGISTRY_BYTES = 64 << 20
 _MERGE = "tag:yaml.org,2002:merge"  # `<<: *base` may occur several times
 
 
@@ -54,12 +60,13 @@ class Source:
     Args:
         name: of the data set: part of the key of the draw, so that the same records are drawn whatever the data set is
             mixed with.
-        annotations: the file, of any `FileKind`.
-        image_root: joined to the paths of images, which must not leave it; "" if the paths are complete.
+        annotations: path or address of the file, of any `FileKind`.
+        image_root: path or address, joined to the paths of images, which must not leave it; "" if they are complete.
         share: how often a record is used on average; 1/2 takes half of the records, 2 takes all of them twice.
         follow_links: links in the root may lead outside of it.
         schema: the form of its records.
         media: settings of images and videos of its own.
+        version: of an object, when the source was made: readers end when it has another one. "" for a local file.
 
     Raises:
         WrongPath: a path does not exist or is of another kind.
@@ -73,12 +80,22 @@ class Source:
     follow_links: bool = False
     schema: SchemaOptions = SchemaOptions()
     media: MediaOptions = MediaOptions()
+    version: str = ""
 
     def __post_init__(self) -> None:
+        if self.version:  # a copy of a source that was checked
+            return
         check_path(self.annotations, Wanted.ANNOTATIONS, f"data set {self.name}:")
+        if is_remote(self.annotations):
+            object.__setattr__(self, "version", _version(self.annotations, f"data set {self.name}:"))
         check_annotation_file(str(self.annotations))
         if self.image_root:
             check_path(self.image_root, Wanted.IMAGE_ROOT, f"data set {self.name}: image root")
+        if is_remote(self.image_root) and self.follow_links:
+            raise DataError(
+                f"data set {self.name}: the image root {self.image_root} is object storage, which has no links; leave "
+                "out --follow-links (follow_links: true in a registry)"
+            )
 
     def settings(self, of_run: PreprocessConfig) -> PreprocessConfig:
         """The settings of a run with those that the data set has of its own.
@@ -94,6 +111,22 @@ class Source:
             raise DataError(f"data set {self.name}, which has {given} in place of the flags: {error}") from error
 
 
+def _version(address: str, where: str) -> str:
+    try:
+        return source_state(address).version
+    except MissingObject as error:
+        raise WrongPath(f"{where} {wrong_kind(address, Kind.MISSING, Wanted.ANNOTATIONS)}") from error
+
+
+def sources_of_files(files: Sequence[str], **fields: Any) -> list[Source]:
+    """The sources of the files of one data set, with the same other fields; objects are checked at the same time.
+
+    Raises:
+        WrongPath, DataError: as `Source`.
+    """
+    return concurrently(lambda file: Source(annotations=file, **fields), files)
+
+
 def data_list(
     names: Sequence[str], registry: str | Path = "registry.yaml", shared: SchemaOptions | None = None
 ) -> list[Source]:
@@ -107,8 +140,8 @@ def data_list(
     Raises:
         DataError: a name is not in the registry, a percentage is not valid, or the registry has another form.
     """
-    entries = _read(Path(registry))
-    folder = Path(registry).parent
+    entries = _read(str(registry))
+    folder = str(registry).rpartition("/")[0] if is_remote(registry) else Path(registry).parent
     sources: list[Source] = []
     for text in names:
         name, share = split_share(text)
@@ -122,19 +155,23 @@ def data_list(
             )
         entry, where = entries[name], f"data set {name} in {registry}"
         root = entry.get("data_path") or ""
-        sources += [
-            Source(
-                name=name,
-                annotations=file,
-                image_root=str(folder / root) if root else "",
-                share=share * entry.get("repeat_time", 1),
-                follow_links=entry.get("follow_links", False),
-                schema=registry_options(entry, where, folder, shared or SchemaOptions()),
-                media=_media(entry, where),
-            )
-            for file in annotation_files(str(folder / entry["annotation_path"]), f"data set {name}:")
-        ]
+        sources += sources_of_files(
+            annotation_files(_resolved(folder, entry["annotation_path"]), f"data set {name}:"),
+            name=name,
+            image_root=_resolved(folder, root) if root else "",
+            share=share * entry.get("repeat_time", 1),
+            follow_links=entry.get("follow_links", False),
+            schema=registry_options(entry, where, partial(_resolved, folder), shared or SchemaOptions()),
+            media=_media(entry, where),
+        )
     return sources
+
+
+def _resolved(folder: str | Path, path: str) -> str:
+    """A path of a registry, which may be relative to its directory; absolute paths and addresses stay as they are."""
+    if is_remote(path) or os.path.isabs(path):
+        return path
+    return f"{folder}/{path}" if is_remote(folder) else str(Path(folder) / path)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -153,10 +190,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(registry: Path) -> dict[str, dict[str, Any]]:
+def _read(registry: str) -> dict[str, dict[str, Any]]:
     check_path(registry, Wanted.REGISTRY, "the registry")
     try:
-        entries = yaml.load(registry.read_text(), _UniqueKeyLoader)  # noqa: S506 - a subclass of the safe loader
+        content = read_source(registry, _MAX_REGISTRY_BYTES)
+    except MissingObject as error:
+        raise WrongPath(f"the registry {wrong_kind(registry, Kind.MISSING, Wanted.REGISTRY)}") from error
+    if len(content) > _MAX_REGISTRY_BYTES:
+        raise DataError(f"the registry {registry} has over {_MAX_REGISTRY_BYTES >> 20} MiB; name a file of data sets")
+    try:
+        entries = yaml.load(content.decode(), _UniqueKeyLoader)  # noqa: S506 - a subclass of the safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"the registry {registry} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):

@@ -243,7 +243,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
             return f"with --{key.replace('_', '-')} {before}, not {value}"
     for before, now in zip(old["sources"], new["sources"], strict=False):
         file = now["annotations"]
-        if before != now and before | {"bytes": now["bytes"], "modified_ns": now["modified_ns"]} == now:
+        state = {key: now[key] for key in ("bytes", "modified_ns", "etag") if key in now}
+        if before != now and before | state == now:
             return f"of the annotation file {file}, which has changed since"
     for key, flags in (("sources", _SOURCE_FLAGS), ("tokenizer", "--tokenizer")):
         if old[key] != new[key]:

@@ -4,10 +4,11 @@ Nothing is extracted and no name is opened, so names, links and devices of a hos
 the long names of GNU tar and the ``path`` and ``size`` of PAX, as GNU tar, Python and WebDataset write them.
 """
 
-import os
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from neo_megatron.storage.source_files import SourceFile
 
 BLOCK = 512
 # Contents of an extended header or a long name; a name on Linux has at most 4,096 bytes.
@@ -55,20 +56,20 @@ class Member(NamedTuple):
     end: int
 
 
-def members(file: int, start: int = 0) -> Iterator[Member]:
+def members(file: SourceFile, start: int = 0) -> Iterator[Member]:
     """The members from a header on, to the end of the archive.
 
     Args:
-        file: a file descriptor.
+        file: the open tar.
         start: offset of a header.
 
     Raises:
         BrokenTar: after the last member before the damage.
     """
-    length = os.fstat(file).st_size
+    length = file.size
     place = start
     while place < length:
-        header = os.pread(file, BLOCK, place)
+        header = file.pread(BLOCK, place)
         if header.startswith(b"\0") and header.count(0) == len(header):
             _check_rest(file, place, length)
             return
@@ -80,7 +81,7 @@ def members(file: int, start: int = 0) -> Iterator[Member]:
         place = member.end
 
 
-def _member(file: int, header: bytes, begin: int, length: int) -> Member | None:
+def _member(file: SourceFile, header: bytes, begin: int, length: int) -> Member | None:
     """The member that begins with a header, after the extended headers in front of it; ``None`` for a global header."""
     name: bytes | None = None
     size: int | None = None
@@ -105,7 +106,7 @@ def _member(file: int, header: bytes, begin: int, length: int) -> Member | None:
             size = _decimal(records[b"size"]) if b"size" in records else size
             kind = "a sparse file" if any(key.startswith(b"GNU.sparse.") for key in records) else kind
         place += BLOCK + _padded(stated)
-        header = os.pread(file, BLOCK, place)
+        header = file.pread(BLOCK, place)
     plain = _own_name(header)
     name = plain if name is None else name
     kind = kind or ("" if flag in _REGULAR else _KINDS.get(flag, f"a member of the unknown kind {chr(flag)!r}"))
@@ -154,12 +155,12 @@ def _own_name(header: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _body(file: int, offset: int, size: int, length: int) -> bytes:
+def _body(file: SourceFile, offset: int, size: int, length: int) -> bytes:
     if size > MAX_EXTENDED_BYTES:
         raise BrokenTar(f"an extended header has {size:,} bytes, over {MAX_EXTENDED_BYTES:,}")
     if offset + size > length:
         raise BrokenTar("the tar breaks off in an extended header")
-    return os.pread(file, size, offset)
+    return file.pread(size, offset)
 
 
 def _records(body: bytes) -> dict[bytes, bytes]:
@@ -178,22 +179,22 @@ def _records(body: bytes) -> dict[bytes, bytes]:
     return found
 
 
-def _sparse_maps(file: int, header: bytes, place: int) -> int:
+def _sparse_maps(file: SourceFile, header: bytes, place: int) -> int:
     """Bytes of the maps between the header of a sparse file of GNU tar and its contents."""
     size, more = 0, header[482]
     while more:
         size += BLOCK
-        block = os.pread(file, BLOCK, place + size)
+        block = file.pread(BLOCK, place + size)
         if len(block) < BLOCK:
             raise BrokenTar("the tar breaks off in the header of a member")
         more = block[504]
     return size
 
 
-def _check_rest(file: int, place: int, length: int) -> None:
+def _check_rest(file: SourceFile, place: int, length: int) -> None:
     """Checks that only zeros follow the end of the archive."""
     while place < length:
-        block = os.pread(file, _ZEROS_AT_ONCE, place)
+        block = file.pread(_ZEROS_AT_ONCE, place)
         if not block:
             return
         if block.count(0) != len(block):

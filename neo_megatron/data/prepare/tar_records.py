@@ -4,10 +4,9 @@ The key of a member is its path up to the first dot of the last component; the r
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from neo_megatron.data.prepare.record_keys import IMAGE_KEYS, VIDEO_KEYS, as_lis
 from neo_megatron.data.prepare.stored_file import StoredFile
 from neo_megatron.data.prepare.tar_headers import BrokenTar, Member, members
 from neo_megatron.errors import Reason, RejectedSample
+from neo_megatron.storage.source_files import SourceFile
 
 MAX_MEMBERS = 4096  # of a record
 _GROUPS_AT_ONCE = 1024
@@ -32,13 +32,13 @@ def split_name(name: str) -> tuple[str, str]:
     return (directory + slash + stem, extension.lower()) if stem and dot else (name, "")
 
 
-def group_bounds(file: BinaryIO, start: int = 0) -> Bounds:
+def group_bounds(file: SourceFile, start: int = 0) -> Bounds:
     """Bounds of the groups of members with one key: from the first header to the header after the last."""
     waiting: list[tuple[int, int]] = []
     begin = end = start
     current: str | None = None
     broken, is_cut = "", False
-    found = members(file.fileno(), start)
+    found = members(file, start)
     while True:
         try:
             member = next(found, None)
@@ -60,7 +60,7 @@ def group_bounds(file: BinaryIO, start: int = 0) -> Bounds:
         end = member.end
 
 
-def read_groups(file: BinaryIO, bounds: Iterable[tuple[int, int]]) -> Iterator[Any]:
+def read_groups(file: SourceFile, bounds: Iterable[tuple[int, int]]) -> Iterator[Any]:
     """A record, or why it is rejected, for the bounds of each group."""
     for begin, end in bounds:
         try:
@@ -69,10 +69,10 @@ def read_groups(file: BinaryIO, bounds: Iterable[tuple[int, int]]) -> Iterator[A
             yield rejected
 
 
-def _record(file: BinaryIO, begin: int, end: int) -> dict[str, Any]:
+def _record(file: SourceFile, begin: int, end: int) -> dict[str, Any]:
     group: dict[str, Member] = {}
     try:
-        for member in members(file.fileno(), begin):
+        for member in members(file, begin):
             if member.kind != "a directory":
                 _add(group, member)
             if member.end >= end:
@@ -103,17 +103,17 @@ def _add(group: dict[str, Member], member: Member) -> None:
     group[extension] = member
 
 
-def _value(file: BinaryIO, member: Member, extension: str) -> Any:
+def _value(file: SourceFile, member: Member, extension: str) -> Any:
     """The text or the JSON of a member; other members are read where they are used."""
     suffix = extension.rpartition(".")[2]
     if suffix not in _TEXTS and suffix not in _JSON:
-        return StoredFile(file.name, member.name, None, member.offset, member.size)
+        return StoredFile(file.name, member.name, None, member.offset, member.size, file.version)
     if member.size > MAX_RECORD_BYTES:
         raise RejectedSample(
             Reason.OVER_LONG,
             f"the member {member.name!r:.200} has over {MAX_RECORD_BYTES >> 20} MiB, too many for text",
         )
-    data = os.pread(file.fileno(), member.size, member.offset)
+    data = file.pread(member.size, member.offset)
     try:
         text = data.decode("utf-8-sig")
         if suffix in _JSON:

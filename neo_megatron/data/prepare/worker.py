@@ -11,11 +11,11 @@ from neo_megatron.data.chat import ChatEncoder, SpecialIds
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.image import image_tokens
 from neo_megatron.data.prepare.annotation_slices import Slice, read_slice, rejected_rest
+from neo_megatron.data.prepare.checked_samples import Checked, checked_samples, images_ahead
 from neo_megatron.data.prepare.file_identity import identity_of_texts
 from neo_megatron.data.prepare.media import Media, read_media
 from neo_megatron.data.prepare.output import ShardOutput
-from neo_megatron.data.prepare.record_files import Record
-from neo_megatron.data.prepare.records import check_answers, check_sample, parse_record
+from neo_megatron.data.prepare.records import check_answers
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.resume import Outcome, without_details
 from neo_megatron.data.prepare.schemas.convert import Converter
@@ -154,9 +154,11 @@ class SliceWorker:
         batch = _Batch(self._encoder, writer, piece.place.source, document_tokens, image_start)
         converter = Converter(source, self._task.settings.seed)
         settings = source.settings(self._task.settings)
-        for record, read in read_slice(piece, source, settings.seed):
+        records = read_slice(piece, source, settings.seed)
+        checked = ((record, checked_samples(read, record, source, converter)) for record, read in records)
+        for record, samples in images_ahead(checked, source):
             outcome.records += 1
-            self._read_record(read, record, source, settings, converter, batch, outcome)
+            self._add_record(samples, record, source, settings, batch, outcome)
             if batch.is_empty:
                 end = int(piece.bounds[record - piece.place.first, 1])
                 self._report(*reported.since(outcome.samples, piece.bytes_to(end)))
@@ -174,29 +176,21 @@ class SliceWorker:
         self._report(*reported.since(outcome.samples, outcome.bytes))
         return outcome
 
-    def _read_record(
+    def _add_record(
         self,
-        read: Record,
+        samples: Sequence[Checked],
         record: int,
         source: Source,
         settings: PreprocessConfig,
-        converter: Converter,
         batch: _Batch,
         outcome: Outcome,
     ) -> None:
         """Adds the usable samples of a record to the batch, and rejects the others."""
-        try:
-            elements = list(converter.samples(parse_record(read), record))
-        except RejectedSample as rejected:
-            outcome.samples += 1
-            self._reject(rejected, record, None, source, outcome)
-            return
-        for element, written in elements:
+        for element, written, sample in samples:
             outcome.samples += 1
             try:
-                if isinstance(written, RejectedSample):
-                    raise written
-                sample = check_sample(written, source)
+                if isinstance(sample, RejectedSample):
+                    raise sample
                 if settings.empty_answers == "reject":
                     check_answers(sample)
                 media = read_media(sample, settings)

@@ -1,7 +1,7 @@
 """References to images that stay where they are: a file, the place of the image's bytes in it, and their CRC-32.
 
 A shard with ``image_store: reference`` holds one for each image, in place of its bytes. The file is a tar or a loose
-image; only regular files are opened, and only to read.
+image, on a disk or in object storage; only regular files are opened, and only to read.
 """
 
 import os
@@ -15,6 +15,10 @@ import numpy as np
 
 from neo_megatron.data.image_limits import MAX_FILE_BYTES
 from neo_megatron.errors import DataError
+from neo_megatron.redaction import has_credentials
+from neo_megatron.storage.base import is_remote
+from neo_megatron.storage.open import read_objects
+from neo_megatron.storage.source_files import MissingObject, ShorterObject
 
 _HEAD = struct.Struct("<QQI")
 _GAP = 1 << 16  # bytes between two images of a file up to which one read for both costs less
@@ -32,7 +36,7 @@ class Reference:
     """Bytes of a file.
 
     Args:
-        path: of the file, absolute.
+        path: of the file, absolute; or its address, without credentials.
         offset: of the first byte.
         length: in bytes.
         crc32: of the bytes, as of `zlib.crc32`.
@@ -46,7 +50,7 @@ class Reference:
     @classmethod
     def to(cls, path: str, offset: int, data: bytes) -> "Reference":
         """The reference to ``data``, which were read from a file at an offset."""
-        return cls(os.path.abspath(path), offset, len(data), zlib.crc32(data))
+        return cls(path if is_remote(path) else os.path.abspath(path), offset, len(data), zlib.crc32(data))
 
     def pack(self) -> np.ndarray:
         """uint8 [n], as it is stored."""
@@ -61,23 +65,37 @@ class Reference:
         """
         data = stored.tobytes()
         path = data[_HEAD.size :]
-        if not path.startswith(b"/") or b"\0" in path or len(path) >= _MAX_PATH:
-            raise BrokenReference("a reference to an image has no absolute path")
+        if b"\0" in path or len(path) >= _MAX_PATH or not _is_complete(os.fsdecode(path)):
+            raise BrokenReference("a reference to an image has neither an absolute path nor an address")
         offset, length, crc32 = _HEAD.unpack_from(data)
         if length > MAX_FILE_BYTES or offset > 1 << 62:
             raise BrokenReference(f"a reference is to {length:,} bytes from {offset:,} on, more than an image may have")
         return cls(os.fsdecode(path), offset, length, crc32)
 
 
+def _is_complete(path: str) -> bool:
+    """Whether a path is absolute, or an address of an object without credentials, ``.`` and ``..``."""
+    if not is_remote(path):
+        return path.startswith("/")
+    parts = path.split("/")[2:]
+    return len(parts) > 1 and not {"", ".", ".."} & set(parts) and not has_credentials(path)
+
+
 def read_references(references: Sequence[Reference]) -> list[np.ndarray]:
     """The bytes of images, uint8 [length] each; neighbours in a file are read together, and files in advance.
+
+    Ranges of objects are requested concurrently.
 
     Raises:
         DataError: a file is missing, not a regular file, or has changed since.
     """
     by_file: dict[str, list[int]] = {}
+    remote: list[int] = []
     for number, reference in enumerate(references):
-        by_file.setdefault(reference.path, []).append(number)
+        if is_remote(reference.path):
+            remote.append(number)
+        else:
+            by_file.setdefault(reference.path, []).append(number)
     found: dict[int, np.ndarray] = {}
     opened: list[tuple[str, int]] = []
     try:
@@ -86,6 +104,8 @@ def read_references(references: Sequence[Reference]) -> list[np.ndarray]:
             for number in numbers:  # the disk is busy with all of them while the first is read
                 reference = references[number]
                 os.posix_fadvise(opened[-1][1], reference.offset, reference.length, os.POSIX_FADV_WILLNEED)
+        if remote:
+            _read_objects(references, remote, found)
         for path, file in opened:
             for part in _together(references, by_file[path]):
                 _read_part(references, part, path, file, found)
@@ -93,6 +113,25 @@ def read_references(references: Sequence[Reference]) -> list[np.ndarray]:
         for _, file in opened:
             os.close(file)
     return [found[number] for number in range(len(references))]
+
+
+def _read_objects(references: Sequence[Reference], numbers: Sequence[int], found: dict[int, np.ndarray]) -> None:
+    wanted = [references[number] for number in numbers]
+    try:
+        parts = read_objects([(reference.path, reference.offset, reference.length) for reference in wanted])
+    except (MissingObject, ShorterObject) as error:
+        raise DataError(f"an object that has images of the data set has changed: {error}; {_AGAIN}") from error
+    for number, reference, part in zip(numbers, wanted, parts, strict=True):
+        _check(reference, part)
+        found[number] = part
+
+
+def _check(reference: Reference, data: bytes | np.ndarray) -> None:
+    if len(data) < reference.length or zlib.crc32(data) != reference.crc32:
+        raise DataError(
+            f"{reference.path} has changed since the data set refers to it: the {reference.length:,} bytes at "
+            f"{reference.offset:,} are other ones; {_AGAIN}"
+        )
 
 
 def _open(path: str) -> int:
@@ -136,9 +175,5 @@ def _read_part(
     for number in part:
         reference = references[number]
         own = data[reference.offset - start : reference.offset - start + reference.length]
-        if len(own) < reference.length or zlib.crc32(own) != reference.crc32:
-            raise DataError(
-                f"{path} has changed since the data set refers to it: the {reference.length:,} bytes at "
-                f"{reference.offset:,} are other ones; {_AGAIN}"
-            )
+        _check(reference, own)
         found[number] = np.frombuffer(own, np.uint8)

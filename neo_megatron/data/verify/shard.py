@@ -31,6 +31,8 @@ SEQUENCES = {"tokens": np.dtype("<i4"), "spans": np.dtype("<i4"), "pictures": np
 _CHUNK = 4 << 20
 # The settings of an image, and the numbers of images of which one has shared the limit of pixels with it.
 _Limits = tuple[PreprocessConfig, range]
+# Images that are referred to, and are read together.
+_TOGETHER, _TOGETHER_BYTES = 64, 64 << 20
 _AGAIN = "preprocess again"
 
 
@@ -220,14 +222,17 @@ class _ShardCheck:
             self._add("samples.npy", "its numbers of images differ from those of the image index")
         counts = image_tokens(grids)
         limits = self._limits(images.documents)
+        files = _Referred(images) if self._data.image_store == "reference" else None
         for sample, (start, end) in enumerate(zip(images.documents[:-1], images.documents[1:], strict=True)):
             for image in range(start, end):
                 name = f"{image - start + 1} of {end - start}"
                 if self._data.image_store == "encoded":
                     sentence = _check_encoded(images[image], grids[image], name, limits[sample])
                     self._report(int(images.lengths[image]))
-                elif self._data.image_store == "reference":
-                    sentence = _check_reference(images[image], grids[image], name, limits[sample])
+                elif files is not None:
+                    data = files[image]
+                    sentence = f"the image {name}: {data}" if isinstance(data, Exception) else ""
+                    sentence = sentence or _check_encoded(data, grids[image], name, limits[sample])
                 else:
                     fits = images.lengths[image] == counts[image] * 4 * PATCH_VALUES
                     sentence = "" if fits else f"the patches of the image {name} do not fit its grid"
@@ -268,13 +273,45 @@ class _ShardCheck:
                 self._add_sample("spans.bin", sample, sentence)
 
 
-def _check_reference(stored: np.ndarray, grid: np.ndarray, name: str, limits: _Limits | None) -> str:
-    """As `_check_encoded`, for a reference to the file of an image."""
+class _Referred:
+    """The files of images that a shard refers to, in ascending order: some are read together, for object storage."""
+
+    def __init__(self, references: SequenceReader) -> None:
+        self._references = references
+        self._read: dict[int, np.ndarray | Exception] = {}
+
+    def __getitem__(self, image: int) -> Any:
+        """The bytes of an image, uint8 [n], or why they cannot be read."""
+        if image not in self._read:
+            self._read = {}
+            self._read_from(image)
+        return self._read[image]
+
+    def _read_from(self, image: int) -> None:
+        found: dict[int, Reference] = {}
+        size = 0
+        for number in range(image, min(image + _TOGETHER, len(self._references.lengths))):
+            try:
+                reference = Reference.unpack(self._references[number])
+            except BrokenReference as error:
+                self._read[number] = error
+                continue
+            size += reference.length
+            if found and size > _TOGETHER_BYTES:
+                break
+            found[number] = reference
+        try:
+            self._read |= zip(found, read_references(list(found.values())), strict=True)
+        except DataError:
+            for number, reference in found.items():
+                self._read[number] = _alone(reference)
+
+
+def _alone(reference: Reference) -> np.ndarray | Exception:
     try:
-        (data,) = read_references([Reference.unpack(stored)])
-    except (BrokenReference, DataError) as error:
-        return f"the image {name}: {error}"
-    return _check_encoded(data, grid, name, limits)
+        return read_references([reference])[0]
+    except DataError as error:
+        return error
 
 
 def _check_encoded(stored: np.ndarray, grid: np.ndarray, name: str, limits: _Limits | None) -> str:

@@ -17,6 +17,7 @@ from neo_megatron.data.prepare.compressed import CompressedText
 from neo_megatron.data.prepare.file_kinds import FileKind
 from neo_megatron.data.prepare.record_bounds import element_bounds, line_bounds
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.storage.open import open_source
 
 
 def pack(data: bytes, suffix: str) -> bytes:
@@ -46,7 +47,7 @@ def test_bounds_are_those_of_the_plain_text(tmp_path_factory, document, indent, 
         (lines, line_bounds),
     ):
         path.write_bytes(text)
-        with path.open("rb") as file:
+        with open_source(str(path)) as file:
             expected = [bounds for found in find(file, 0, block) for bounds in found.tolist()]
         path.write_bytes(gzip.compress(text))
         starts = [0, *(end for _, end in expected)]

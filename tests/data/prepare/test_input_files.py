@@ -98,10 +98,6 @@ def test_globs_are_expanded_unless_a_file_has_that_name(tmp_path):
     assert names(tmp_path / "*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"]
     assert names(tmp_path / "**" / "*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl", "sub/d.jsonl"]
     assert names(tmp_path / "[x].json", tmp_path) == ["[x].json"]
-    with pytest.raises(
-        DataError, match=r"--input s3://bucket/\*\.tar is object storage; annotations are read from files"
-    ):
-        annotation_files("s3://bucket/*.tar", "--input")
     for pattern, sentence in (("*.zip", "matches no file"), ("s*", "matches the directory"), ("?.*", "holds JSON")):
         with pytest.raises(DataError, match=sentence):
             annotation_files(str(tmp_path / pattern))

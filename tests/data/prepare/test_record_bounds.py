@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from neo_megatron.data.prepare.record_bounds import element_bounds, line_bounds
 from neo_megatron.errors import DataError
+from neo_megatron.storage.open import open_source
 
 BLOCKS = [1, 2, 3, 7, 1 << 20]
 
@@ -20,7 +21,7 @@ def path(tmp_path_factory):
 def read(path, text: bytes, find=element_bounds, block: int = 1 << 20, start: int = 0):
     """([begin, end] of the records, their bytes, why the file breaks off)."""
     path.write_bytes(text)
-    with path.open("rb") as file:
+    with open_source(str(path)) as file:
         found, bounds = find(file, start, block), []
         while True:
             try:

@@ -69,9 +69,9 @@ def test_an_image_that_cannot_be_read_is_named_with_its_container(container, cha
     assert raised.value.reason == reason
 
 
-def test_videos_in_containers_are_rejected_by_name(container):
+def test_a_video_in_a_container_that_is_none_is_named_with_it(container):
     sample = Sample((Turn("user", "<video>", False),), (), (container[1],))
-    with pytest.raises(RejectedSample, match=r"the video '0\.png' in .* cannot be read in its container"):
+    with pytest.raises(RejectedSample, match=r"the video '0\.png' in .*a\.tar cannot be used: it is in none of"):
         load_media(sample, PreprocessConfig())
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neo_megatron.data.prepare.tar_headers import BrokenTar, Member, members
+from neo_megatron.storage.open import open_source
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 LONG = "d" * 90 + "/" + "n" * 90 + ".txt"
@@ -27,14 +28,13 @@ def entry(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **values)
 def read(path, content: bytes, start: int = 0) -> tuple[list[Member], str]:
     """(members, why the tar is broken)."""
     path.write_bytes(content)
-    found, file = [], os.open(path, os.O_RDONLY)
-    try:
-        for member in members(file, start):
-            found.append(member)
-    except BrokenTar as error:
-        return found, str(error)
-    finally:
-        os.close(file)
+    found = []
+    with open_source(str(path)) as file:
+        try:
+            for member in members(file, start):
+                found.append(member)
+        except BrokenTar as error:
+            return found, str(error)
     return found, ""
 
 
@@ -179,13 +179,12 @@ def test_global_comments_and_extended_names_are_read(tmp_path):
 def test_a_tar_that_becomes_shorter_is_broken(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(entry("a.txt", b"a") + entry("b.txt", b"b"))
-    file = os.open(path, os.O_RDONLY)
-    found = members(file)
-    assert next(found).name == "a.txt"
-    os.truncate(path, 1024)
-    with pytest.raises(BrokenTar, match="breaks off in the header"):
-        next(found)
-    os.close(file)
+    with open_source(str(path)) as file:
+        found = members(file)
+        assert next(found).name == "a.txt"
+        os.truncate(path, 1024)
+        with pytest.raises(BrokenTar, match="breaks off in the header"):
+            next(found)
 
 
 def test_names_that_are_not_unicode_are_escaped(tmp_path):

@@ -1,7 +1,7 @@
 """How the records of a data set are read: its schema, the names of its columns, placeholders and transform."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from neo_megatron.data.manifest_schema import MAX_SEQUENCE_LENGTH
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG
 from neo_megatron.errors import DataError
+from neo_megatron.storage.open import read_source
 
 AUTO, NEO = "auto", "neo"
 # The shortest packs of the published training stages: a piece of this length fits into all of them.
@@ -82,13 +83,15 @@ class SchemaOptions:
         return {key: value for key, value in found.items() if value}
 
 
-def registry_options(entry: Mapping[str, Any], where: str, folder: Path, shared: SchemaOptions) -> SchemaOptions:
+def registry_options(
+    entry: Mapping[str, Any], where: str, resolved: Callable[[str], str], shared: SchemaOptions
+) -> SchemaOptions:
     """The options of an entry of a registry.
 
     Args:
         entry: `REGISTRY_KEYS`, each optional, and other keys.
         where: the data set and the registry, for messages.
-        folder: of the registry.
+        resolved: a path in the registry -> the path or address from here.
         shared: its prompts and its length of documents are used where the entry has none.
 
     Raises:
@@ -112,7 +115,7 @@ def registry_options(entry: Mapping[str, Any], where: str, folder: Path, shared:
             tuple(columns.items()),
             found.get("image_placeholder", ""),
             found.get("transform", ""),
-            prompts=read_prompts(folder / prompts) if prompts else shared.prompts,
+            prompts=read_prompts(resolved(prompts)) if prompts else shared.prompts,
             max_document_tokens=document_tokens,
         )
     except DataError as error:
@@ -125,8 +128,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     Raises:
         DataError: the file is too large, not UTF-8, has no prompts, or a prompt has a tag.
     """
-    with open(path, "rb") as file:
-        content = file.read(_MAX_PROMPTS_BYTES + 1)
+    content = read_source(str(path), _MAX_PROMPTS_BYTES)
     if len(content) > _MAX_PROMPTS_BYTES:
         raise DataError(f"{path} has more than {_MAX_PROMPTS_BYTES >> 20} MiB; give a text file with one prompt a line")
     try:

@@ -1,8 +1,8 @@
 """The schema of a data set: recognised from its first records, or asked for, and part of what a run is."""
 
+import dataclasses
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -186,7 +186,7 @@ def test_the_manifest_has_the_schema_and_the_published_form_leaves_no_trace(benc
         Source(name, str(bench.annotations([row], f"{name}.json")), str(bench.path / "images"))
         for name, row in rows.items()
     ]
-    sources[2] = replace(sources[2], schema=SchemaOptions(prompts=("What?",)))
+    sources[2] = dataclasses.replace(sources[2], schema=SchemaOptions(prompts=("What?",)))
     write_shards(sources, bench.tokenizer, bench.path / "shards", bench.settings)
     neo, messages, caption = read_manifest(bench.path / "shards", "neo-shards", 3)["sources"]
     assert list(neo) == ["name", "annotations", "image_root", "share", "follow_links"]
