@@ -11,7 +11,7 @@ from neo_megatron.data.manifest_schema import expected_files
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a manifest says of a shard, without checksums.
+    """The entry of a shard in a manifest, without checksums.
 
     Args:
         name: of the shard.

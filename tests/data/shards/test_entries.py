@@ -1,4 +1,4 @@
-"""What is kept of a manifest's shards is what it says of them, in little memory."""
+"""The shards that a manifest lists are kept as it lists them, in little memory."""
 
 import json
 import tracemalloc
