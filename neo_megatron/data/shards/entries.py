@@ -52,8 +52,8 @@ class ShardEntries(Sequence[ShardEntry]):
     def __getitem__(self, number: int) -> ShardEntry:  # type: ignore[override]  # no slices
         name = shard_name(self._numbers.item(number))
         sizes = {f"{name}{kind}": size for kind, size in zip(self._kinds, self._sizes[number].tolist(), strict=True)}
-        rows = (rows.item(number) for rows in (self.samples, self._images, self._media))
-        return ShardEntry(name, *rows, sizes)
+        samples, images, media = (rows.item(number) for rows in (self.samples, self._images, self._media))
+        return ShardEntry(name, samples, images, media, sizes)
 
 
 def shard_name(number: int) -> str:
