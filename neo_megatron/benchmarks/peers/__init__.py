@@ -23,7 +23,7 @@ from neo_megatron.data.tokenizer_process import load_parts
 REPEATS = 3
 _COLUMNS = (
     *("way", "prepared once, CPU-s per 1,000 pairs", "pairs per CPU-s", "fill", "pairs lost"),
-    *("s to resume at the middle", "what follows", "bytes per pair", "files", "memory of the loader, MB"),
+    *("s (CPU-s) to resume at the middle", "what follows", "bytes per pair", "files", "memory of the loader, MB"),
 )
 
 
@@ -120,7 +120,8 @@ def row(way: Way, found: dict[str, list[dict[str, Any]]], form: Path, with_tars:
     return [
         *(way.described, prepared, f"{read / middle('epoch', 'seconds'):.1f}"),
         *(f"{first['tokens'] / (len(first['packs']) * LENGTH):.2%}", str(pairs - len(_numbers(first["packs"])))),
-        *(f"{middle('resume', 'seconds'):.2f}", what_follows(first, found["resume"][0]["packs"])),
+        f"{middle('resume', 'seconds'):.2f} ({middle('resume', 'cpu_seconds'):.2f})",
+        what_follows(first, found["resume"][0]["packs"]),
         *(f"{sum(sizes) / pairs:,.0f}", str(len(sizes)), f"{middle('epoch', 'memory') / 1e6:,.0f}"),
     ]
 
