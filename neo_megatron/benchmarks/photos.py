@@ -74,10 +74,11 @@ def _conversation(random_: random.Random) -> list[dict[str, str]]:
     turns = []
     for turn in range(random_.choice([1, 1, 1, 2, 3, 4])):
         question = ("<image>\n" if turn == 0 else "") + random_.choice(_QUESTIONS)
-        answer = " ".join(_sentence(random_) for _ in range(random_.choice([1, 2, 4, 8])))
+        answer = " ".join(sentence(random_) for _ in range(random_.choice([1, 2, 4, 8])))
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return turns
 
 
-def _sentence(random_: random.Random) -> str:
+def sentence(random_: random.Random) -> str:
+    """6 to 30 words without sense."""
     return " ".join(random_.choice(_WORDS) for _ in range(random_.randint(6, 30))).capitalize() + "."

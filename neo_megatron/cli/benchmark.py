@@ -17,7 +17,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON
 from neo_megatron.benchmarks.table import markdown
 
 SUITES = {
-    "data": ["preprocess", "sources", "memory", "loader", "packing", "storage"],
+    "data": ["preprocess", "sources", "memory", "loader", "packing", "storage", "peers"],
     "train": ["train", "stage_one"],
     "convert": ["convert"],
     "gpu": ["attention", "steps"],
@@ -57,8 +57,12 @@ def main() -> None:
 
             print(gpu.measure(scratch, arguments.only or SUITES["gpu"], arguments.out))
             return
-        rows = []
+        rows, tables = [], []
         for part in arguments.only or SUITES[arguments.suite]:
             print(f"measuring {part}", file=sys.stderr, flush=True)
-            rows += importlib.import_module(f"neo_megatron.benchmarks.{part}").measure(scratch)
-    print(markdown(rows))
+            measured = importlib.import_module(f"neo_megatron.benchmarks.{part}").measure(scratch)
+            if isinstance(measured, str):  # a table of its own
+                tables.append(measured)
+            else:
+                rows += measured
+    print("\n\n".join([markdown(rows)] * bool(rows) + tables))

@@ -61,14 +61,14 @@ def count(data: Mixture, times: np.ndarray | None = None) -> Statistics:
     with tqdm(total=len(data), unit=" samples", desc="count", unit_scale=True, mininterval=0.5) as bar:
         for shards, start in zip(data.sets, data.starts, strict=False):
             sources = [SourceCounts(source["name"]) for source in shards.manifest["sources"]]
-            for number, entry in enumerate(shards.manifest["shards"]):
+            for number, samples in enumerate(shards.entries.samples.tolist()):
                 shard = shards.shard(number)  # first, because it detects a wrong number of samples
-                uses = np.ones(entry["samples"], np.int64)
+                uses = np.ones(samples, np.int64)
                 if times is not None:
-                    uses = times[start : start + entry["samples"]].astype(np.int64)
+                    uses = times[start : start + samples].astype(np.int64)
                 _count_shard(shard, uses, sources, result)
-                start += entry["samples"]
-                bar.update(entry["samples"])
+                start += samples
+                bar.update(samples)
             result.sources += sources
             _count_rejects(shards.storage, shards.manifest["counts"]["rejected_by_reason"], result)
     if not result.lengths.any():

@@ -138,7 +138,7 @@ class Split:
 
 def _shards(sets: Sequence[ShardSet]) -> Iterator[Shard]:
     for shards in sets:
-        for shard in map(shards.shard, range(len(shards.manifest["shards"]))):
+        for shard in map(shards.shard, range(len(shards.entries))):
             shard.check_text()
             yield shard
 

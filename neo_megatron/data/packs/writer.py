@@ -174,7 +174,7 @@ def _read(
 ) -> Iterator[tuple[Units, np.ndarray, list[tuple[int, int]]]]:
     """For each shard of a data set: its units, whether each is held out, bool [U], and over-long (sample, length)."""
     shards, first = data.sets[number], data.starts[number]
-    for shard in map(shards.shard, range(len(shards.manifest["shards"]))):
+    for shard in map(shards.shard, range(len(shards.entries))):
         lengths = shard.tokens.lengths
         units = units_of_shard(shard, first, capacity)
         held = np.zeros(len(units), bool)

@@ -21,6 +21,7 @@ from neo_megatron.data.config import ImageStore
 from neo_megatron.data.image import PATCH_VALUES, image_tokens
 from neo_megatron.data.manifest import manifest_bytes, parse_manifest
 from neo_megatron.data.shards.arrays import array_of
+from neo_megatron.data.shards.entries import ShardEntries, ShardEntry
 from neo_megatron.data.shards.indexed import SequenceReader
 from neo_megatron.data.shards.references import BrokenReference, Reference, read_references
 from neo_megatron.errors import DamagedFile, damaged_file
@@ -59,11 +60,6 @@ class StoredSample:
     images: list[np.ndarray]
 
 
-def shard_name(number: int) -> str:
-    """The name of a shard, with which the names of its files begin."""
-    return f"{number:05d}"
-
-
 class Shard:
     """One shard with mapped files, whose sizes are compared with the manifest, so an incomplete copy is detected.
 
@@ -71,11 +67,10 @@ class Shard:
         DataError: from any method or property: a file is missing or damaged.
     """
 
-    def __init__(self, directory: Directory, entry: dict[str, Any]) -> None:
+    def __init__(self, directory: Directory, entry: ShardEntry) -> None:
         self._directory = directory
-        self.name = shard_name(int(entry["name"]))
-        self._files, self._samples, self._images = entry["files"], entry["samples"], entry["pictures"]
-        self._media = entry.get("media", 0)
+        self.name, self._sizes = entry.name, entry.sizes
+        self._samples, self._images, self._media = entry.samples, entry.images, entry.media
         self.tokens = self._sequences("tokens", np.int32, directory.open, self._samples)
         self.spans = self._sequences("spans", np.int32, directory.map, self._samples)
         self.images = self._sequences("pictures", np.uint8, directory.open, self._images, self._samples)
@@ -130,8 +125,8 @@ class Shard:
         index, data = f"{self.name}.{kind}.idx", f"{self.name}.{kind}.bin"
         return SequenceReader(
             f"{self._directory.location}/{self.name}.{kind}",
-            self._directory.map(index, self._files[index]["bytes"]),
-            open_data(data, self._files[data]["bytes"]),
+            self._directory.map(index, self._sizes[index]),
+            open_data(data, self._sizes[data]),
             dtype,
             count,
             documents,
@@ -140,7 +135,7 @@ class Shard:
     def _rows(self, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """A mapped array of the shape given by the manifest."""
         name = f"{self.name}.{kind}"
-        content = self._directory.map(name, self._files[name]["bytes"])
+        content = self._directory.map(name, self._sizes[name])
         return array_of(content, dtype, shape, f"{self._directory.location}/{name}", _AGAIN)
 
     def _damaged(self, kind: str, what: str) -> DamagedFile:
@@ -163,6 +158,8 @@ class ShardSet:
     Attributes:
         fingerprint: SHA-256 of the manifest, which contains the checksums of all files and the preprocessed paths.
         text_fingerprint: SHA-256 of the tokens alone, which does not depend on where annotations and images were.
+        manifest: without ``shards``.
+        entries: those of the shards.
         version: of the format.
         vocabulary: number of tokens of the tokenizer.
 
@@ -180,10 +177,11 @@ class ShardSet:
         self.vocabulary: int = self.manifest["tokenizer"]["size"]
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
-        self._entries = self.manifest["shards"]
-        tokens = [entry["files"][f"{entry['name']}.tokens.bin"]["sha256"] for entry in self._entries]
+        shards = self.manifest.pop("shards")
+        self.entries = ShardEntries(shards, self.version)
+        tokens = [entry["files"][f"{entry['name']}.tokens.bin"]["sha256"] for entry in shards]
         self.text_fingerprint = hashlib.sha256("".join(tokens).encode()).hexdigest()
-        self._starts = np.cumsum([0] + [entry["samples"] for entry in self._entries]).tolist()
+        self._starts = [0, *np.cumsum(self.entries.samples).tolist()]
         self._opened: OrderedDict[int, Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -202,7 +200,7 @@ class ShardSet:
         shard = self._opened.get(number)
         if shard is None:
             self._prepare([number])
-            shard = self._opened[number] = Shard(self.storage, self._entries[number])
+            shard = self._opened[number] = Shard(self.storage, self.entries[number])
             if len(self._opened) > _most_opened():
                 self._opened.popitem(last=False)
         else:
@@ -253,9 +251,9 @@ class ShardSet:
 
     def _prepare(self, numbers: Iterable[int]) -> None:
         """Fetches the files of shards that are about to be opened, all at the same time."""
-        entries = (self._entries[number] for number in numbers if number not in self._opened)
-        files = ((f"{shard_name(int(entry['name']))}.{kind}", entry) for entry in entries for kind in _MAPPED_FILES)
-        self.storage.prepare((name, entry["files"][name]["bytes"]) for name, entry in files)
+        entries = (self.entries[number] for number in numbers if number not in self._opened)
+        files = ((f"{entry.name}.{kind}", entry.sizes) for entry in entries for kind in _MAPPED_FILES)
+        self.storage.prepare((name, sizes[name]) for name, sizes in files)
 
     def describe(self, sample: int) -> tuple[str, int]:
         """(annotation file, record number) that a sample came from."""

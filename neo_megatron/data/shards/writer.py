@@ -8,8 +8,9 @@ import numpy as np
 
 from neo_megatron.data.chat import TokenizedSample
 from neo_megatron.data.shards.arrays import write_array
+from neo_megatron.data.shards.entries import shard_name
 from neo_megatron.data.shards.indexed import SequenceWriter
-from neo_megatron.data.shards.reader import MEDIA, SAMPLE, shard_name
+from neo_megatron.data.shards.reader import MEDIA, SAMPLE
 
 
 class ShardWriter:

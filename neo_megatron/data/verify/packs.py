@@ -130,8 +130,8 @@ def _check_samples(
     side = is_held and _side(table, mixture, is_held)
     for shards, entry, start in zip(mixture.sets, manifest["data"], mixture.starts, strict=False):
         packed = tokens = 0
-        for number, listed in enumerate(shards.manifest["shards"]):
-            units, claimed = table.of_samples(start, start + listed["samples"])
+        for number, samples in enumerate(shards.entries.samples.tolist()):
+            units, claimed = table.of_samples(start, start + samples)
             seen += len(units)
             report(units.nbytes)
             packed += int(units["samples"].sum(dtype=np.int64))
@@ -147,7 +147,7 @@ def _check_samples(
                 for sample, sentence in wrong:
                     file, record = mixture.describe(sample)
                     yield Damage(UNITS, f"sample {sample} ({file}, record {record}): {sentence}", "content")
-            start += listed["samples"]
+            start += samples
         if (packed, tokens) != (entry["samples"], entry["tokens"]):
             yield _of_manifest(
                 f"it counts {entry['samples']:,} samples and {entry['tokens']:,} tokens of {entry['shards']}, but "

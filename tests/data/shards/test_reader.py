@@ -66,7 +66,8 @@ def test_image_tokens_of_samples_are_those_in_their_text(shards):
 
 
 def test_manifest_has_size_and_checksum_of_every_file(shards):
-    files = {name: file for entry in shards.manifest["shards"] for name, file in entry["files"].items()}
+    manifest = json.loads((Path(shards.location) / "manifest.json").read_text())
+    files = {name: file for entry in manifest["shards"] for name, file in entry["files"].items()}
     assert {path.name for path in Path(shards.location).iterdir()} == {*files, "manifest.json", "rejects.jsonl"}
     for name, file in files.items():
         content = (Path(shards.location) / name).read_bytes()
@@ -190,3 +191,7 @@ def test_the_reader_of_the_format_page_works(shards, monkeypatch):
     names: dict = {}
     exec(code, names)
     assert names["tokens"].tolist() == shards.shard(0).tokens[2].tolist()
+
+
+def test_a_data_set_keeps_no_parsed_shards(shards):
+    assert "shards" not in shards.manifest and [entry.name for entry in shards.entries] == ["00000", "00001"]
