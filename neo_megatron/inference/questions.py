@@ -135,7 +135,7 @@ def _read_record(
         try:
             if isinstance(written, RejectedSample):
                 raise written
-            sample = check_sample(_with_room(written) if ask == "next turn" else written, source)
+            sample = check_sample(_with_room(written) if ask == "next turn" else written, source, settings.chat_layout)
             of_images = _image_tokens(sample, settings)
             asked = [_next_turn(sample)] if ask == "next turn" else _answers(sample, written)
         except RejectedSample as rejected:
@@ -202,7 +202,7 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
 
 def _image_tokens(sample: Sample, settings: PreprocessConfig) -> int:
     """Image tokens of a sample, from the headers of its images; frames of videos are not counted."""
-    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
+    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images), settings.shared_image_tokens)
     grids = [
         grid_of_size(*header_size(image_bytes(image), str(image)), str(image), settings.min_pixels, limit)
         for image in sample.images

@@ -119,7 +119,7 @@ class SliceWorker:
         """``report`` is called now and then with the samples and bytes of annotations read since its last call."""
         self._task = task
         self._report = report
-        self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
+        self._encoder = ChatEncoder(task.tokenizer_json, task.ids, task.settings.chat_layout)
 
     def run(self, piece: Slice) -> Outcome:
         """Writes the shard of a slice and then its outcome, which is returned without its details.
@@ -180,7 +180,7 @@ class SliceWorker:
             try:
                 if isinstance(written, RejectedSample):
                     raise written
-                sample = check_sample(written, source)
+                sample = check_sample(written, source, self._task.settings.chat_layout)
                 if self._task.settings.empty_answers == "reject":
                     check_answers(sample)
                 media = read_media(sample, self._task.settings)

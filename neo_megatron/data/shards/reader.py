@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import ImageStore
+from neo_megatron.data.config import ChatLayout, ImageStore, PreprocessConfig
 from neo_megatron.data.image import PATCH_VALUES, image_tokens
 from neo_megatron.data.manifest import manifest_bytes, parse_manifest
 from neo_megatron.data.shards.arrays import array_of
@@ -39,6 +39,7 @@ _MOST_MAPS = 32768
 _SPAN_BYTES = 8
 _MAX_GRID = 1 << 16  # patches along a side: a million pixels
 _AGAIN = "preprocess again"
+_DOCUMENT_SCHEMAS = ("text", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class ShardSet:
         text_fingerprint: SHA-256 of the tokens alone, which does not depend on where annotations and images were.
         version: of the format.
         vocabulary: number of tokens of the tokenizer.
+        chat_layout: of its conversations; None if all sources are documents, which are alike in every layout.
 
     Raises:
         DataError: the location does not hold a complete data set of a readable version.
@@ -180,6 +182,7 @@ class ShardSet:
         self.vocabulary: int = self.manifest["tokenizer"]["size"]
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
+        self.chat_layout = _chat_layout(self.manifest)
         self._entries = self.manifest["shards"]
         tokens = [entry["files"][f"{entry['name']}.tokens.bin"]["sha256"] for entry in self._entries]
         self.text_fingerprint = hashlib.sha256("".join(tokens).encode()).hexdigest()
@@ -271,6 +274,17 @@ class ShardSet:
             path = f"{self.location}/{shard.name}.samples.npy"
             raise damaged_file(path, f"sample {local} comes from a source that is not in the manifest", _AGAIN)
         return sources[source], record
+
+
+def _chat_layout(manifest: dict[str, Any]) -> ChatLayout | None:
+    chats = [source for source in manifest["sources"] if not _is_of_documents(source)]
+    return manifest["settings"].get("chat_layout", PreprocessConfig.chat_layout) if chats else None
+
+
+def _is_of_documents(source: dict[str, Any]) -> bool:
+    """Whether all samples of a source, an entry of a manifest, are documents."""
+    schema = source.get("schema")
+    return schema in _DOCUMENT_SCHEMAS or (schema == "caption" and "caption_prompts_sha256" not in source)
 
 
 @cache

@@ -259,9 +259,10 @@ def _check_encoded(stored: np.ndarray, grid: np.ndarray, count: int, name: str, 
         with limited_memory():
             image = decode(stored.tobytes(), name)
         # Where frames do not share the limit, it is not known how many of the images do.
-        sharing = range(1, count + 1) if settings.has_video_limits else (count,)
-        limits = {pixel_limit(settings.min_pixels, settings.max_pixels, number) for number in sharing}
-        expected = {image_grid(image, name, settings.min_pixels, limit) for limit in limits}
+        sharing = (count,) if settings.frames_share else range(1, count + 1)
+        least, most, tokens = settings.min_pixels, settings.max_pixels, settings.shared_image_tokens
+        limits = {pixel_limit(least, most, number, tokens) for number in sharing}
+        expected = {image_grid(image, name, least, limit) for limit in limits}
     except RejectedSample as rejected:
         return rejected.sentence
     height, width = (PATCH * grid).tolist()
