@@ -78,6 +78,25 @@ def test_published_ids_labels_and_positions(neo, read, case):
     assert neo.decode(encoded.tokens) == case["text"]
 
 
+def test_the_command_writes_published_ids(tokenizer, tmp_path, run_tool, samples_of):
+    cases = [case for case in CASES if not case["image_tokens"] and layout_of(case) == "u1"]
+    records = [{"conversations": case["conversations"]} for case in cases]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    done = run_tool(
+        *("preprocess_data.py", "--input", tmp_path / "train.json", "--tokenizer", tokenizer),
+        *("--output", tmp_path / "shards", "--chat-layout", "u1", "--sample-tokens", 8192, "--workers", 1),
+    )
+    assert done.returncode == 0, done.stderr
+    shards = ShardSet(tmp_path / "shards")
+    assert shards.manifest["settings"]["sample_tokens"] == 8192
+    for (tokens, spans), case in zip(samples_of(shards), cases, strict=True):
+        assert tokens == case["input_ids"]
+        trained = [
+            place for start, end in zip(*[iter(np.ravel(spans))] * 2, strict=True) for place in range(start, end)
+        ]
+        assert trained == [place for place, label in enumerate(case["labels"]) if label != -100]
+
+
 def decoded(neo, read, conversations, layout="u1", images=0, **keys) -> tuple[str, str]:
     """(all text, trained text) of a record."""
     sample = read(conversations, images, layout, **keys)
