@@ -17,6 +17,8 @@ from pathlib import Path
 
 import transformers
 
+from neo_megatron.cli.chat_options import add_layout
+from neo_megatron.cli.prompt_options import add_system
 from neo_megatron.errors import DataError
 from neo_megatron.inference.answering import MAX_NEW_TOKENS, Answerer
 
@@ -42,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         default=MAX_NEW_TOKENS,
         help="most tokens of an answer; default: %(default)s",
     )
+    add_layout(parser)
+    add_system(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, or auto for all GPUs; default: the first GPU, else cpu")
     parser.add_argument(
         "--dtype",
@@ -75,6 +79,8 @@ def main() -> None:
         dtype=arguments.dtype,
         max_pixels=arguments.max_pixels,
         allow_pickle=arguments.allow_pickle,
+        chat_layout=arguments.chat_layout,
+        system=arguments.system,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with the uploads removed
     with tempfile.TemporaryDirectory(prefix="neo-demo-") as uploads, suppress(KeyboardInterrupt):

@@ -4,7 +4,8 @@ neo-megatron evaluate --model neo --input test.json --image-root images --output
 neo-megatron evaluate --model neo --registry registry.yaml --datasets docvqa chartqa%10 --output evaluation
 
 Every turn that training would train on is a question; the turns before it, as written, are its prompt. Correct answers
-are the text of the turn, and those that it lists under "answers". Case and white space are ignored. Decoding is greedy.
+are the text of the turn, and those that it lists under "answers". Case and white space are ignored, and so is thinking,
+all up to </think>. Decoding is greedy.
 
 The output has answers.jsonl, scores.json, rejects.jsonl and report.html, a page of the worst answers with their images.
 The same command continues an interrupted run, also with another --batch-size or --workers.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
+from neo_megatron.cli.prompt_options import add_prompts
 from neo_megatron.cli.source_options import add_sources, check_sources, chosen_sources
 from neo_megatron.data.manifest import REJECTS
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
@@ -35,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="new directory for answers, scores and report, or that of an unfinished run",
     )
+    add_prompts(parser)
     add_batches(parser)
     add_model(parser, max_new_tokens=128)
     arguments = parser.parse_args()

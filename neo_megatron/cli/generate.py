@@ -18,17 +18,17 @@ import torch
 
 from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
+from neo_megatron.cli.prompt_options import add_prompts
 from neo_megatron.cli.schema_options import add_schemas, chosen, given_schema_flags
 from neo_megatron.cli.source_options import input_sources
-from neo_megatron.data.conversation import Turn
 from neo_megatron.data.manifest import REJECTS
-from neo_megatron.data.tags import IMAGE_TAG, as_literal
+from neo_megatron.data.tags import IMAGE_TAG
 from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
 from neo_megatron.inference.answering import MAX_NEW_TOKENS
 from neo_megatron.inference.batches import answer_all, plan_of
 from neo_megatron.inference.evaluation import all_rejects, answer_lines
-from neo_megatron.inference.prompts import new_prompt, user_turn
+from neo_megatron.inference.prompts import new_prompt
 from neo_megatron.inference.questions import read_questions
 
 
@@ -43,7 +43,6 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument(
         "--image", nargs="+", default=[], metavar="FILE", help="images, in the order of their tags; default: none"
     )
-    one.add_argument("--system", metavar="TEXT", help="a system turn in front; default: none")
     many = parser.add_argument_group("many answers")
     many.add_argument(
         "--input",
@@ -61,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     many.add_argument("--output", type=Path, metavar="DIR", help="directory to write; new, or of the same command")
     add_batches(many)
     add_schemas(parser)
+    add_prompts(parser)
     add_model(parser, MAX_NEW_TOKENS)
     choice = parser.add_argument_group("sampling")
     choice.add_argument(
@@ -83,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give either --prompt or --input")
     if bool(arguments.input) != bool(arguments.output):
         parser.error("--input and --output go together")
-    if arguments.input and (arguments.image or arguments.system):
-        parser.error("--image and --system go with --prompt; records of --input have their own")
+    if arguments.input and arguments.image:
+        parser.error("--image goes with --prompt; records of --input have their own")
     if arguments.prompt is not None and arguments.image_root:
         parser.error("--image-root goes with --input; --image takes paths as they stand")
     if arguments.prompt is not None and (given := given_schema_flags(arguments, shared=True)):
@@ -112,10 +112,8 @@ def main() -> None:
 def answer_one(arguments: argparse.Namespace, generation: dict[str, Any]) -> None:
     """Prints the answer to standard output, everything else to standard error."""
     task, _ = task_of(arguments, generation)
-    turns = [Turn("system", as_literal(arguments.system), False)] if arguments.system else []
-    turns.append(user_turn(arguments.prompt, len(arguments.image)))
     try:
-        prompt = new_prompt(turns, arguments.image, task.settings)
+        prompt = new_prompt(arguments.prompt, arguments.image, task.settings, task.image_text)
     except RejectedSample as rejected:
         raise DataError(rejected.sentence) from rejected
     print(f"loading {arguments.model}", file=sys.stderr, flush=True)

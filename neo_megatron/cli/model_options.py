@@ -8,6 +8,7 @@ from transformers import logging
 
 from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import open_neo
+from neo_megatron.cli.chat_options import chat_settings, check_chat
 from neo_megatron.cli.video_options import add_video, video_settings
 from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.inference.batches import Task, default_workers
@@ -69,7 +70,8 @@ def add_batches(parser: argparse._ActionsContainer) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Ends with a message if an option is out of range."""
+    """Ends with a message if an option is out of range, or two contradict each other."""
+    check_chat(parser, arguments)
     for name in ("batch_size", "workers", "max_new_tokens", "min_pixels", "max_pixels"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -96,6 +98,16 @@ def task_of(arguments: argparse.Namespace, generation: dict[str, Any]) -> tuple[
         video_fps=arguments.video_fps,
         max_frames=arguments.max_frames,
         **video_settings(arguments),
+        **chat_settings(arguments),
     )
-    task = Task(directory, arguments.dtype, settings, arguments.max_new_tokens, generation, arguments.allow_pickle)
+    task = Task(
+        directory,
+        arguments.dtype,
+        settings,
+        arguments.max_new_tokens,
+        generation,
+        arguments.allow_pickle,
+        arguments.system,
+        arguments.image_text,
+    )
     return task, arguments.workers or default_workers(directory)

@@ -20,6 +20,7 @@ import sys
 from typing import Any, get_args
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
+from neo_megatron.cli.chat_options import add_chat, chat_settings, check_chat
 from neo_megatron.cli.source_options import add_sources, check_sources, chosen_sources
 from neo_megatron.cli.video_options import add_video, video_settings
 from neo_megatron.command_line import program_name
@@ -62,8 +63,8 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=PreprocessConfig.max_pixels,
         metavar="PIXELS",
-        help="larger images are reduced to this area; several images of a sample share twice of it; at least "
-        "--min-pixels (%(default)s)",
+        help="larger images are reduced to this area; several images of a sample share twice of it, in layout u1 "
+        "--sample-tokens; at least --min-pixels (%(default)s)",
     )
     images.add_argument(
         "--image-store",
@@ -96,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_video(images)
     samples = parser.add_argument_group("samples")
+    add_chat(samples)
     samples.add_argument(
         "--on-error",
         choices=["skip", "fail"],
@@ -145,6 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     check_sources(parser, arguments)
+    check_chat(parser, arguments)
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
     if not 0 <= arguments.max_rejected <= 100:
@@ -168,6 +171,7 @@ def main() -> None:
         video_fps=arguments.video_fps,
         max_frames=arguments.max_frames,
         **video_settings(arguments),
+        **chat_settings(arguments),
         empty_answers=arguments.empty_answers,
     )
     print(f"reading the tokenizer of {arguments.tokenizer}", flush=True)  # importing transformers takes seconds
@@ -196,7 +200,11 @@ def report(counts: dict[str, Any], rejects: str) -> None:
     print(f"kept {kept} samples: {with_images} with images, {kept - with_images} without")
     if counts["empty_answers"]:
         print(f"kept {counts['empty_answers']} samples with an empty answer")
-    noticed = Noticed(ignored_keys=counts["ignored_keys"], placeholders=counts["foreign_placeholders"])
+    noticed = Noticed(
+        ignored_keys=counts["ignored_keys"],
+        placeholders=counts["foreign_placeholders"],
+        surplus_tags=counts.get("surplus_tags", 0),
+    )
     for sentence in noticed.sentences():
         print(sentence)
     print(f"rejected {counts['samples_rejected']} samples")

@@ -13,7 +13,8 @@ def add_video(parser: argparse._ActionsContainer) -> None:
         choices=get_args(VideoText),
         default=PreprocessConfig.video_text,
         help="the text of a video: frames is Frame-1: <image> and so on; timestamps is the length of the video and the "
-        "time in front of each frame, as NEO-ov is trained (%(default)s)",
+        "time in front of each frame, as NEO-ov is trained; images is <image> on a line each; frame-timestamps is the "
+        "same as timestamps with numbers, as NEO-ov's spatial class is asked (%(default)s)",
     )
     parser.add_argument(
         "--video-min-pixels",

@@ -5,6 +5,13 @@ for each image token of the image, and ``</img>``; none of these are ever traine
 after a backslash, a tag is text. Control tokens are inserted as ids between pieces of text in which no special token is
 recognised: what a user types stays text.
 
+That is the layout neo1_0. Layout u1 is that of SenseNova-U1's training:
+
+* an answer that does not begin with ``<think>`` has an empty, untrained block ``<think>\n\n</think>\n\n`` in front;
+* an untrained turn of an assistant has no block, and is tokenized as one string;
+* a fixed sentence that asks for thinking is cut out of the system turn; an empty system turn is left out;
+* there are turns of knowledge, plugins and interpreters.
+
 A turn of the role "document" has no template: its text as it is, images as in a chat, and the token that ends a text.
 All of it is trained on except for images, and for the first token, which has nothing before it.
 """
@@ -12,14 +19,16 @@ All of it is trained on except for images, and for the first token, which has no
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from neo_megatron.data.config import ChatLayout
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.tags import IMAGE_TAG, split_tags
 from neo_megatron.data.tokenizer_checks import check_built, check_tokenizer_files
@@ -32,6 +41,23 @@ NEO_TOKENS = (
 )
 # Ends a document: of GPT-2 and Qwen, Llama 3, and DeepSeek.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
+
+_THINK, _END_OF_THINKING = "<think>", "</think>"
+# Of layout u1: asks for thinking in data of other models. The line break in front of it goes too.
+_THINKING_PROMPT = (
+    "Reason step by step and place the thought process within the <think></think> tags, and provide the final "
+    "conclusion at the end."
+)
+# Of layout u1: role -> header of its turns up to the control token in it, and that token.
+_HEADERS_WITH_TOKENS = {
+    "plugin": ("system name=", "<|plugin|>"),
+    "plugin-return": ("environment name=", "<|plugin|>"),
+    "interpreter": ("system name=", "<|interpreter|>"),
+    "interpreter-return": ("environment name=", "<|interpreter|>"),
+}
+
+_Piece = tuple[str | list[int], bool]
+"""Text or ids, and whether they are trained on."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +141,20 @@ class ChatEncoder:
     Args:
         tokenizer_json: the fast tokenizer as text (``tokenizer.backend_tokenizer.to_str()``), NEO's tokens included.
         ids: its control tokens.
+        layout: see the top of this module.
+
+    Raises:
+        DataError: the layout is u1, and the tokenizer lacks ``<think>`` or ``</think>``.
     """
 
-    def __init__(self, tokenizer_json: str, ids: SpecialIds) -> None:
+    def __init__(self, tokenizer_json: str, ids: SpecialIds, layout: ChatLayout = "neo1_0") -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # "special tokens are encoded as the text they are"
         self._ids = ids
+        self._layout = layout
+        self._empty_thoughts = self._block() if layout == "u1" else []
 
     def encode(self, samples: Sequence[tuple[Sequence[Turn], Sequence[int]]]) -> list[TokenizedSample]:
         """Tokenizes samples, each given as its turns and the image tokens of each of its images, in order.
@@ -136,25 +168,49 @@ class ChatEncoder:
         ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         return [_join(layout, ids) for layout in layouts]
 
-    def _lay_out(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> list[tuple[str | list[int], bool]]:
-        """(text or ids, trained) in order, cut where the published code cuts: BPE must not merge across."""
+    def _lay_out(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> list[_Piece]:
+        """Pieces in order, cut where the published code cuts: BPE must not merge across."""
         images = iter(image_tokens)
-        layout: list[tuple[str | list[int], bool]] = []
-        for turn in turns:
+        layout: list[_Piece] = []
+        for turn in self._kept(turns):
             if turn.role == "document":
                 layout += [*self._content(turn, "", images), ([self._end_of_text()], turn.trained)]
                 continue
-            layout.append(([self._ids.turn_start], False))
-            opening = f"{turn.role}\n"
-            if turn.role == "assistant":  # header and content are two strings there, one string for the other roles
-                layout.append((opening, False))
-                opening = ""
+            header, opening = self._header(turn)
+            layout += [([self._ids.turn_start], False), *header]
             layout += self._content(turn, opening, images)
             layout.append(([self._ids.turn_end], turn.trained))
             layout.append(("\n", turn.trained))
         return layout
 
-    def _content(self, turn: Turn, opening: str, images: Iterator[int]) -> Iterator[tuple[str | list[int], bool]]:
+    def _kept(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The turns; in layout u1 without the prompt for thinking in the system turn, or without that turn."""
+        if self._layout != "u1" or not turns or turns[0].role != "system":
+            return turns
+        text = re.sub(rf"\n?{re.escape(_THINKING_PROMPT)}", "", turns[0].text)
+        return [replace(turns[0], text=text), *turns[1:]] if text else turns[1:]
+
+    def _header(self, turn: Turn) -> tuple[list[_Piece], str]:
+        """The pieces after ``<|im_start|>``, and the text in front of the content that is tokenized with it."""
+        if turn.role in _HEADERS_WITH_TOKENS:
+            name, token = _HEADERS_WITH_TOKENS[turn.role]
+            return [(name, False), ([self._tokenizer.token_to_id(token)], False)], "\n"
+        if turn.role != "assistant" or (self._layout == "u1" and not turn.trained):
+            return [], f"{turn.role}\n"
+        # Header and content are two strings there, one string for the other roles.
+        thoughts = [] if turn.text.startswith(_THINK) else self._empty_thoughts
+        return [("assistant\n", False), *thoughts], ""
+
+    def _block(self) -> list[_Piece]:
+        ids = [self._tokenizer.encode(token, add_special_tokens=False).ids for token in (_THINK, _END_OF_THINKING)]
+        if any(len(found) != 1 for found in ids):
+            raise DataError(
+                f"the tokenizer has no tokens {_THINK} and {_END_OF_THINKING} for text, which --chat-layout u1 needs; "
+                "use that of a Qwen3, or --chat-layout neo1_0"
+            )
+        return [(ids[0], False), ("\n\n", False), (ids[1], False), ("\n\n", False)]
+
+    def _content(self, turn: Turn, opening: str, images: Iterator[int]) -> Iterator[_Piece]:
         text = opening
         for number, piece in enumerate(split_tags(turn.text)):
             if number % 2 and piece == IMAGE_TAG and turn.role != "assistant":
@@ -178,7 +234,7 @@ class ChatEncoder:
         return [self._ids.image_start, *[self._ids.image_context] * image_tokens, self._ids.image_end]
 
 
-def _join(layout: list[tuple[str | list[int], bool]], ids: dict[str, list[int]]) -> TokenizedSample:
+def _join(layout: list[_Piece], ids: dict[str, list[int]]) -> TokenizedSample:
     tokens: list[int] = []
     spans: list[list[int]] = []
     for piece, trained in layout:

@@ -9,7 +9,11 @@ from neo_megatron.errors import DataError
 ImageCheck = Literal["decode", "header"]
 ImageStore = Literal["encoded", "reference", "patches"]
 EmptyAnswers = Literal["reject", "keep"]
-VideoText = Literal["frames", "timestamps"]
+VideoText = Literal["frames", "timestamps", "images", "frame-timestamps"]
+ChatLayout = Literal["neo1_0", "u1"]
+
+TEXT_TOKENS = 3072
+"""Of ``sample_tokens``, those that are left to the text of a sample with several images."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,15 @@ class PreprocessConfig:
         records_per_shard: records of an annotation file that make one shard.
         video_fps: frames taken per second of a video.
         max_frames: limit for one video; from a longer video so many frames are taken, evenly spaced.
-        video_text: "frames" writes ``Frame-1: <image>`` for each frame; "timestamps" the length of the video, and the
-            time in front of each frame, as NEO-ov is trained.
+        video_text: "frames" writes ``Frame-1: <image>`` for each frame, and "images" only the tag; "timestamps" the
+            length of the video, and the time in front of each frame, as NEO-ov is trained; "frame-timestamps" the same
+            with numbers, as its spatial class is asked.
         video_min_pixels, video_max_pixels: limits of each frame of a video, in pixels; 0: those of images, and frames
             share them with the images of their sample.
         empty_answers: whether a sample with a blank answer to train on is rejected, or kept and counted.
+        chat_layout: "neo1_0" or "u1", see `neo_megatron.data.chat`; it also decides which records are accepted, and how
+            images share the limit of pixels.
+        sample_tokens: of layout u1, the longest sample in tokens: several images share them, less `TEXT_TOKENS`.
 
     Raises:
         DataError: a value is out of its range; the text names the flag.
@@ -47,6 +55,8 @@ class PreprocessConfig:
     video_text: VideoText = "frames"
     video_min_pixels: int = 0
     video_max_pixels: int = 0
+    chat_layout: ChatLayout = "neo1_0"
+    sample_tokens: int = 16384
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
@@ -66,11 +76,25 @@ class PreprocessConfig:
         low, high = self.video_limits
         if low > high:
             raise DataError(f"--video-min-pixels is {low}: it must be at most --video-max-pixels {high}")
+        if self.sample_tokens <= TEXT_TOKENS:
+            raise DataError(
+                f"--sample-tokens is {self.sample_tokens}: it must be above {TEXT_TOKENS}, which are left to the text"
+            )
 
     @property
     def has_video_limits(self) -> bool:
         """Whether frames of videos have limits of their own, in which they do not share those of images."""
         return bool(self.video_min_pixels or self.video_max_pixels)
+
+    @property
+    def frames_share(self) -> bool:
+        """Whether the images and frames of a sample share one limit of pixels."""
+        return self.chat_layout == "neo1_0" and not self.has_video_limits
+
+    @property
+    def shared_image_tokens(self) -> int:
+        """Tokens that several images of a sample share; 0 if they share twice the pixels of one image."""
+        return self.sample_tokens - TEXT_TOKENS if self.chat_layout == "u1" else 0
 
     @property
     def video_limits(self) -> tuple[int, int]:

@@ -72,9 +72,16 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
-def pixel_limit(min_pixels: int, max_pixels: int, images: int) -> int:
-    """The ``max_pixels`` of each image of a sample: several images share twice the limit of one."""
-    return max_pixels if images <= 1 else max(max_pixels * 2 // images, min_pixels)
+def pixel_limit(min_pixels: int, max_pixels: int, images: int, tokens: int = 0) -> int:
+    """The ``max_pixels`` of each image of a sample.
+
+    Several images share twice the limit of one; or, with ``tokens``, each has a share of so many image tokens, and no
+    more pixels than an image alone.
+    """
+    if images <= 1:
+        return max_pixels
+    shared = min(max_pixels, tokens * IMAGE_TOKEN_SIDE**2 // images) if tokens else max_pixels * 2 // images
+    return max(shared, min_pixels)
 
 
 def read_image(path: str) -> bytes:

@@ -355,6 +355,7 @@ _SHARDS = _object(
             {
                 "samples_with_images": _COUNT,
                 "empty_answers": _COUNT,
+                "surplus_tags": _COUNT,
                 "ignored_keys": _mapping_of(_COUNT),
                 "foreign_placeholders": _mapping_of(_PLACEHOLDER),
             },
@@ -403,7 +404,11 @@ _OUTCOME = _object(
         **dict.fromkeys(("bytes", "records", "samples"), _COUNT),
         "rejects": _list_of(_REJECT),
         "shard": _optional(_SHARD),
-        "noticed": _object({**dict.fromkeys(("with_images", "empty_answers"), _COUNT), **_NOTICED}, closed=True),
+        "noticed": _object(
+            {**dict.fromkeys(("with_images", "empty_answers"), _COUNT), **_NOTICED},
+            {"surplus_tags": _COUNT},
+            closed=True,
+        ),
     },
     closed=True,
 )

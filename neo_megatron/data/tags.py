@@ -60,3 +60,17 @@ def escape_tags(text: str) -> str:
 def as_literal(text: str) -> str:
     """The text with every tag that is not escaped yet made literal; escaped tags stay as they are."""
     return _TAG.sub(lambda match: match[0] if len(match[1]) % 2 else "\\" + match[0], text)
+
+
+def literal_beyond(text: str, tag: str, kept: int) -> str:
+    """The text with its tags of this kind made literal, except for the first ``kept``."""
+    seen = 0
+
+    def replaced(match: re.Match[str]) -> str:
+        nonlocal seen
+        if len(match[1]) % 2 or match[2] != tag:
+            return match[0]
+        seen += 1
+        return match[0] if seen <= kept else "\\" + match[0]
+
+    return _TAG.sub(replaced, text)

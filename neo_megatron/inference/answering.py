@@ -22,14 +22,17 @@ from neo_megatron.checkpoint.hub import model_directory
 from neo_megatron.checkpoint.neo_directory import NeoDirectory, open_neo
 from neo_megatron.checkpoint.pickled_directory import PickledDirectory
 from neo_megatron.data.chat import ChatEncoder, load_tokenizer, special_ids
-from neo_megatron.data.config import PreprocessConfig
+from neo_megatron.data.config import ChatLayout, PreprocessConfig
 from neo_megatron.data.conversation import Turn
 from neo_megatron.data.image import normalise
+from neo_megatron.data.prepare.records import is_unicode
+from neo_megatron.data.tags import as_literal
 from neo_megatron.errors import CheckpointError, DataError
 from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.hf.modeling_neo import NEOChatModel
 from neo_megatron.hf.processing_neo import row_major
 from neo_megatron.inference.generation_settings import check_generation_config
+from neo_megatron.inference.prompt_forms import ImageText
 from neo_megatron.inference.prompts import ImageInput, Prompt, new_prompt
 
 MAX_NEW_TOKENS = 512
@@ -66,6 +69,10 @@ class Answerer:
         attention: which of transformers' attention implementations runs.
         min_pixels, max_pixels: limits of a resized image; by default the checkpoint's.
         allow_pickle: read pickled weights if there are no safetensors; nothing but tensors is loaded from them.
+        chat_layout: "neo1_0" asks as the published `chat` of any NEO and of SenseNova-U1 does; "u1" as text of that
+            layout is trained, with an empty think block in front of the answer, so that the model does not think.
+        sample_tokens: of layout u1, see `PreprocessConfig`.
+        system: text of a system turn in front of conversations that have none; "" for none.
 
     Raises:
         CheckpointError: the directory lacks a file, or a tensor is missing, unexpected or of another shape.
@@ -82,6 +89,9 @@ class Answerer:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         allow_pickle: bool = False,
+        chat_layout: ChatLayout = "neo1_0",
+        sample_tokens: int = PreprocessConfig.sample_tokens,
+        system: str = "",
     ) -> None:
         directory = model_directory(str(directory), allow_pickle)
         neo = open_neo(directory, allow_pickle)  # transformers would only warn of missing tensors
@@ -99,9 +109,16 @@ class Answerer:
                 f"{directory}: the tokenizer has other ids for <img> and <IMG_CONTEXT> than config.json; "
                 "replace it by the tokenizer that the model was trained with"
             )
-        self._encoder = ChatEncoder(self.tokenizer.backend_tokenizer.to_str(), self._ids)
+        self._encoder = ChatEncoder(self.tokenizer.backend_tokenizer.to_str(), self._ids, chat_layout)
+        if not is_unicode(system):
+            raise DataError("the system turn holds an unpaired surrogate (invalid Unicode); correct it")
+        self._system = (Turn("system", as_literal(system), False),) if system else ()
         self.settings = PreprocessConfig(
-            min_pixels=min_pixels or sizes.min_pixels, max_pixels=max_pixels or sizes.max_pixels, image_store="patches"
+            min_pixels=min_pixels or sizes.min_pixels,
+            max_pixels=max_pixels or sizes.max_pixels,
+            image_store="patches",
+            chat_layout=chat_layout,
+            sample_tokens=sample_tokens,
         )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,18 +139,23 @@ class Answerer:
         # Turns end as in training, also if the configuration has only the end-of-text token.
         self._stops = [self._ids.turn_end, *([stops] if isinstance(stops, int) else stops)]
 
-    def prompt(self, question: str | Sequence[Turn], images: Sequence[ImageInput] = ()) -> Prompt:
+    def prompt(
+        self, question: str | Sequence[Turn], images: Sequence[ImageInput] = (), image_text: ImageText = "written"
+    ) -> Prompt:
         """A question and its images within this model's limits of pixels; arguments and errors as `new_prompt`."""
-        return new_prompt(question, images, self.settings)
+        return new_prompt(question, images, self.settings, image_text)
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Token ids int32 [n] of each prompt, up to the header of the turn to generate."""
         samples = [
-            ((*prompt.turns, Turn("assistant", "", True)), [len(image) for image in prompt.images])
+            ((*self._with_system(prompt.turns), Turn("assistant", "", True)), [len(image) for image in prompt.images])
             for prompt in prompts
         ]
         # The last trained span begins where the answer does.
         return [encoded.tokens[: encoded.spans[-1, 0]] for encoded in self._encoder.encode(samples)]
+
+    def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        return turns if turns and turns[0].role == "system" else (*self._system, *turns)
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Arguments of ``model.forward`` and ``model.generate`` on the model's device, rows padded on the left."""

@@ -25,6 +25,7 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.errors import DataError, RejectedSample
 from neo_megatron.inference.answer_run import AnswerRun
 from neo_megatron.inference.answering import Answer, Answerer
+from neo_megatron.inference.prompt_forms import ImageText
 from neo_megatron.inference.prompts import Prompt, prompt_of_sample
 from neo_megatron.inference.questions import Ask, Question
 from neo_megatron.processes import SPAWN
@@ -44,10 +45,11 @@ class Task:
     Args:
         model: directory of the checkpoint.
         dtype: as of `Answerer`.
-        settings: limits of pixels and frames, and the seed of what is drawn.
+        settings: limits of pixels and frames, the chat layout, and the seed of what is drawn.
         max_new_tokens: limit of an answer.
         generation: further arguments of ``generate``.
-        allow_pickle: as of `Answerer`.
+        allow_pickle, system: as of `Answerer`.
+        image_text: the places of the images of a turn.
     """
 
     model: Path
@@ -56,12 +58,22 @@ class Task:
     max_new_tokens: int
     generation: dict[str, Any] = field(default_factory=dict)
     allow_pickle: bool = False
+    system: str = ""
+    image_text: ImageText = "written"
 
     def load(self, device: str | None = None) -> Answerer:
         """Loads the model; corrections of its config were reported when the task was made."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Answerer(self.model, device=device, dtype=self.dtype, allow_pickle=self.allow_pickle)
+            return Answerer(
+                self.model,
+                device=device,
+                dtype=self.dtype,
+                allow_pickle=self.allow_pickle,
+                chat_layout=self.settings.chat_layout,
+                sample_tokens=self.settings.sample_tokens,
+                system=self.system,
+            )
 
 
 def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
@@ -76,6 +88,8 @@ def plan_of(task: Task, sources: Sequence[Source], ask: Ask) -> dict[str, Any]:
         "--dtype": task.dtype,
         "--max-new-tokens": task.max_new_tokens,
         "way of choosing tokens": task.generation,
+        "--system": task.system,
+        "--image-text": task.image_text,
         **settings,
         "list of data sets": data_sets,
         **{
@@ -153,7 +167,7 @@ class Worker:
     def _prompt(self, question: Question) -> Prompt | Result:
         try:
             settings = question.source.settings(self._task.settings)
-            return prompt_of_sample(question.sample, question.turn, settings)
+            return prompt_of_sample(question.sample, question.turn, settings, self._task.image_text)
         except RejectedSample as rejected:
             return {"rejected": rejected.row(question.source.annotations, question.record, question.element)}
 

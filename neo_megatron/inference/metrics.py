@@ -23,10 +23,15 @@ class AnswerScore:
 
 
 def score_answer(prediction: str, references: Sequence[str]) -> AnswerScore:
-    """Compares an answer with each reference; the best score counts."""
-    said = normalised(prediction)
-    expected = [normalised(reference) for reference in references]
+    """Compares an answer with each reference, both without thinking; the best score counts."""
+    said = normalised(without_thinking(prediction))
+    expected = [normalised(without_thinking(reference)) for reference in references]
     return AnswerScore(said in expected, max(_similarity(said, reference) for reference in expected))
+
+
+def without_thinking(text: str) -> str:
+    """The part of an answer that is not thinking: the text after its last ``</think>``."""
+    return text.rpartition("</think>")[2]
 
 
 def normalised(text: str) -> str:

@@ -4,7 +4,7 @@ An image that `neo-megatron preprocess` rejects is rejected here, for the same r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from neo_megatron.data.prepare.records import Sample, is_unicode
 from neo_megatron.data.prepare.stored_file import image_bytes
 from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, count_tags
 from neo_megatron.errors import Reason, RejectedSample
+from neo_megatron.inference.prompt_forms import ImageText, arranged
 
 ImageInput = Image.Image | bytes | str | Path
 """An image: opened, the bytes of its file, or its path."""
@@ -68,24 +69,30 @@ class Prompt:
             raise RejectedSample(Reason.MALFORMED, "the prompt holds an unpaired surrogate (invalid Unicode)")
 
 
-def new_prompt(question: str | Sequence[Turn], images: Sequence[ImageInput], settings: PreprocessConfig) -> Prompt:
+def new_prompt(
+    question: str | Sequence[Turn],
+    images: Sequence[ImageInput],
+    settings: PreprocessConfig,
+    image_text: ImageText = "written",
+) -> Prompt:
     """A prompt of one question, or of several turns, and its images.
 
     Args:
         question: with a tag for each image; without tags the images come in front of it.
-        settings: the limits of pixels; several images share twice the limit of one.
+        settings: the limits of pixels, and how several images share them.
+        image_text: the places of the images of a turn, see `arranged`.
 
     Raises:
         RejectedSample: for an image that preprocessing would reject; images and tags differ in number.
     """
-    turns = (user_turn(question, len(images)),) if isinstance(question, str) else tuple(question)
-    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(images))
+    turns = [user_turn(question, len(images))] if isinstance(question, str) else question
+    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(images), settings.shared_image_tokens)
     patches, grids = [], []
     for number, given in enumerate(images, start=1):
         image, name = _opened(given, number)
         grids.append(image_grid(image, name, settings.min_pixels, limit))
         patches.append(patches_from_image(image, grids[-1]))
-    return Prompt(turns, tuple(patches), tuple(grids))
+    return Prompt(tuple(arranged(turn, image_text) for turn in turns), tuple(patches), tuple(grids))
 
 
 def user_turn(question: str, images: int) -> Turn:
@@ -94,12 +101,18 @@ def user_turn(question: str, images: int) -> Turn:
     return Turn("user", tags + question, False)
 
 
-def prompt_of_sample(sample: Sample, turn: int, settings: PreprocessConfig) -> Prompt:
+def prompt_of_sample(
+    sample: Sample, turn: int, settings: PreprocessConfig, image_text: ImageText = "written"
+) -> Prompt:
     """The prompt in front of a turn of a checked sample; its images are preprocessed as in training.
+
+    Args:
+        image_text: the places of the images of a turn, see `arranged`.
 
     Raises:
         RejectedSample, DataError: as `load_media`.
     """
+    sample = replace(sample, turns=tuple(arranged(one, image_text) for one in sample.turns))
     turns, images, grids = load_media(sample, settings)
     before = turns[:turn]
     count = sum(count_tags(one.text, IMAGE_TAG) for one in before)

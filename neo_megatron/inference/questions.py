@@ -98,7 +98,7 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
     result = QuestionList()
     with tqdm(desc="reading", unit=" samples", mininterval=0.5) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is either rejected with a reason or used
-        for number, record, samples in _records(sources, converters, settings.seed, ask, result):
+        for number, record, samples in _records(sources, converters, settings, ask, result):
             progress.update(_read_record(sources[number], record, samples, own[number], ask, result))
     if not result.questions:
         why = f"; the first of {len(result.rejects)} rejected: {result.rejects[0]['reason']}" if result.rejects else ""
@@ -107,15 +107,22 @@ def read_questions(sources: Sequence[Source], settings: PreprocessConfig, ask: A
 
 
 def _records(
-    sources: Sequence[Source], converters: Sequence[Converter], seed: int, ask: Ask, result: QuestionList
+    sources: Sequence[Source],
+    converters: Sequence[Converter],
+    settings: PreprocessConfig,
+    ask: Ask,
+    result: QuestionList,
 ) -> Iterator[tuple[int, int, list[Checked]]]:
     """(number of the source, number of the record in it, its samples); the end of a damaged file is a reject."""
     complete = _with_room if ask == "next turn" else _as_written
     for piece in slices(sources, _RECORDS_AT_ONCE):
         number = piece.place.source
         source, converter = sources[number], converters[number]
-        records = read_slice(piece, source, seed)
-        checked = ((record, checked_samples(read, record, source, converter, complete)) for record, read in records)
+        records = read_slice(piece, source, settings.seed)
+        checked = (
+            (record, checked_samples(read, record, source, converter, settings.chat_layout, complete))
+            for record, read in records
+        )
         for record, samples in images_ahead(checked, source):
             yield number, record, samples
         if piece.broken:
@@ -206,7 +213,7 @@ def _further_answers(number: int, turn: dict[str, Any]) -> list[str]:
 
 def _image_tokens(sample: Sample, settings: PreprocessConfig) -> int:
     """Image tokens of a sample, from the headers of its images; frames of videos are not counted."""
-    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images))
+    limit = pixel_limit(settings.min_pixels, settings.max_pixels, len(sample.images), settings.shared_image_tokens)
     grids = [
         grid_of_size(*header_size(image_bytes(image), str(image)), str(image), settings.min_pixels, limit)
         for image in sample.images

@@ -6,7 +6,7 @@ which places them in front of it. Its multiple-choice tasks by likelihood exist 
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -15,9 +15,11 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
+from neo_megatron.data.config import ChatLayout
 from neo_megatron.errors import ConfigError, RejectedSample
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
+from neo_megatron.inference.prompt_forms import ImageText
 from neo_megatron.inference.prompts import Prompt
 from neo_megatron.lmms_eval_plugin.conversations import Message, messages_of, turns_and_images
 from neo_megatron.lmms_eval_plugin.generation import Generation, generation
@@ -35,9 +37,12 @@ class NeoChat(lmms):
         attn_implementation: "sdpa", "eager" or "flex_attention".
         min_pixels, max_pixels: limits of a resized image; by default the checkpoint's.
         system_prompt: a text, or a file that holds it.
+        chat_layout: "neo1_0", as the published models are asked; "u1": with an empty think block.
+        image_text: where the images of a question stand: "written", "in-order", "numbered" or "referenced"; see
+            `neo_megatron.inference.prompt_forms`.
 
     Raises:
-        ValueError, DataError: as `Answerer`; a batch size that is not a number.
+        ValueError, DataError: as `Answerer`; a batch size that is not a number; a layout or form that there is not.
     """
 
     is_simple = False
@@ -53,8 +58,16 @@ class NeoChat(lmms):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         system_prompt: str = "",
+        chat_layout: ChatLayout = "neo1_0",
+        image_text: ImageText = "written",
     ) -> None:
         super().__init__()
+        for name, value, known in (
+            ("chat_layout", chat_layout, get_args(ChatLayout)),
+            ("image_text", image_text, get_args(ImageText)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r}: the neo plug-in knows {', '.join(known)}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch size {batch_size!r}: the neo plug-in needs a number, such as --batch_size 8")
         self.batch_size = int(batch_size)
@@ -67,7 +80,9 @@ class NeoChat(lmms):
             attention=attn_implementation,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            chat_layout=chat_layout,
         )
+        self._image_text = image_text
         self.device = self.answerer.model.device
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self._said: set[str] = set()
@@ -115,7 +130,7 @@ class NeoChat(lmms):
         if stray:
             self._say_once(f"{task}: its texts hold <image> in other numbers than images; these are left out")
         try:
-            return self.answerer.prompt(turns, images)
+            return self.answerer.prompt(turns, images, self._image_text)
         except RejectedSample as rejected:
             self._say_once(f"{task}, document {doc_id}: {rejected.sentence}; it is answered with nothing")
             self._unusable.add((task, split, doc_id))

@@ -14,6 +14,9 @@ from neo_megatron.data.chat import ChatEncoder
 from neo_megatron.data.dataset import GlobalBatch, PackDataset, collate, native_positions
 from neo_megatron.data.packs.balance import imbalance
 from neo_megatron.data.packs.writer import HeldOut, PackInput, write_packs
+from neo_megatron.data.prepare.preprocess import preprocess
+from neo_megatron.data.prepare.registry import Source
+from neo_megatron.data.prepare.schemas.options import SchemaOptions
 from neo_megatron.data.shards.reader import ShardSet
 from neo_megatron.data.verify import verify
 from neo_megatron.errors import DataError
@@ -438,6 +441,26 @@ def test_data_sets_of_different_tokenizers_are_rejected(bench, new_sample):
     manifest.write_text(manifest.read_text().replace('"size": ', '"size": 1'))
     with pytest.raises(DataError, match="different tokenizers"):
         write_packs([PackInput(str(bench.path / name)) for name in ("first", "second")], bench.path / "packs", 64)
+
+
+def test_conversations_of_two_chat_layouts_are_not_packed_together(bench, new_sample):
+    for name in ("neo1_0", "u1"):
+        bench.preprocess([new_sample()], name, dataclasses.replace(bench.settings, chat_layout=name))
+        write_packs([PackInput(str(bench.path / name))], bench.path / f"{name}-packs", 64)
+    (bench.path / "text.jsonl").write_text('{"text": "A page."}\n')
+    source = Source("text", str(bench.path / "text.jsonl"), schema=SchemaOptions("text"))
+    preprocess([source], bench.tokenizer, bench.path / "text", bench.settings)
+    with pytest.raises(
+        DataError, match="neo1_0 was made with --chat-layout neo1_0, .*u1 with u1, so that answers begin"
+    ):
+        write_packs([PackInput(str(bench.path / name)) for name in ("text", "neo1_0", "u1")], bench.path / "packs", 64)
+    write_packs([PackInput(str(bench.path / name)) for name in ("text", "u1")], bench.path / "text-u1", 64)
+    mixture = bench.path / "mixture.yaml"
+    mixture.write_text("- {from: 0, shares: {neo1_0-packs: 1, text-u1: 1}}\n")
+    with pytest.raises(DataError, match="--mixture .*with --chat-layout neo1_0, .*u1 with u1"):
+        PackDataset(mixture, 1, seed=0)
+    mixture.write_text("- {from: 0, shares: {u1-packs: 1, text-u1: 1}}\n")
+    assert len(PackDataset(mixture, 2, seed=0)) == 2
 
 
 def test_held_out_images_stay_held_out_when_the_data_set_grows(bench, new_sample, run_tool):

@@ -24,6 +24,7 @@ from neo_megatron.data.image import (
     smart_resize,
 )
 from neo_megatron.errors import Reason, RejectedSample
+from neo_megatron.hf.image_processing_neo import row_major
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -56,6 +57,17 @@ def test_images_equal_the_published_ones(golden, name):
         y, x = divmod(row, grid[1])
         mine = patches[(y // 2) * (grid[1] // 2) + x // 2, (y % 2) * 2 + x % 2]
         np.testing.assert_allclose(normalise(mine), values, atol=1e-6, rtol=0)
+
+
+def test_transparency_is_pasted_on_white_as_published(golden):
+    """As in SenseNova-U1; the kits of NEO 1.0 and NEO-ov drop alpha if no pixel is fully transparent."""
+    expected = load_file(golden / "u1" / "preprocess_rgba.safetensors")
+    image = decode((golden / "u1" / "images" / "rgba.png").read_bytes(), "rgba.png")
+    assert (np.asarray(image) == expected["rgba.flattened_u8"]).all()
+    grid = image_grid(image, "rgba.png", min_pixels=4096, max_pixels=65536)
+    assert [list(grid)] == expected["rgba.grid_hw"].tolist()
+    rows = row_major(normalise(patches_from_image(image, grid)), *grid)
+    np.testing.assert_allclose(rows, expected["rgba.patches"], atol=1e-6, rtol=0)
 
 
 def test_patches_are_written_into_a_given_array(new_png):

@@ -1,5 +1,6 @@
 """The demo's server alone with what a browser would not send, with many visitors, and for a long time."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,25 @@ import pytest
 import requests
 from support.demo_server import Server, Visitor, served
 
+from neo_megatron.cli import demo
+
 LIMIT_MB = 1
+
+
+def test_the_form_of_prompts_is_passed_on(monkeypatch, checkpoint):
+    class Loaded(Exception):
+        pass
+
+    def loaded(model, **settings):
+        raise Loaded(model, settings["chat_layout"], settings["system"])
+
+    command = ["demo.py", "--model", checkpoint, "--port", "0", "--chat-layout", "u1", "--system", "Be terse."]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    monkeypatch.setattr(demo, "Answerer", loaded)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(Loaded) as seen:
+        demo.main()
+    assert seen.value.args == (str(checkpoint), "u1", "Be terse.")
 
 
 @pytest.fixture(scope="module")

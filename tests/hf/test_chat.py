@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from support.golden_packs import load
+from support.paths import GOLDEN
 from transformers import (
     LogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 from neo_megatron.data.chat import load_tokenizer
+from neo_megatron.hf.image_processing_neo import NEOImageProcessor
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -69,6 +72,20 @@ def test_an_image_without_a_tag_comes_first(model, golden, tokenizer, prompts):
     again = model.chat(tokenizer, patches, "And now?", GREEDY, history=history, return_history=True, **one)[1]
     assert [asked for asked, _ in again] == ["<image>\nWhat is it?", "And now?"]
     assert prompts[0][0].tolist() == prompts[1][0].tolist() and (prompts[2][0] == 896).sum() == 15
+
+
+PUBLISHED = json.loads((GOLDEN / "u1" / "generate.json").read_text())["dense"]
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=[case["question"] for case in PUBLISHED])
+def test_prompts_are_those_of_the_published_unify(model, golden, tokenizer, prompts, case):
+    """Nothing of thinking is prefilled, and answers of the history have no think block."""
+    processor = NEOImageProcessor(min_pixels=case["min_pixels"], max_pixels=case["max_pixels"])
+    images = processor([Image.open(golden / name) for name in case["images"]])
+    history = [tuple(pair) for pair in case["history"] or []]
+    model.chat(tokenizer, question=case["question"], generation_config=GREEDY, history=history, **images)
+    assert prompts[0][0][0].tolist() == case["prompt_ids"]
+    assert tokenizer.decode(prompts[0][0][0]) == case["prompt"]
 
 
 def test_text_alone(model, tokenizer, prompts, capsys):

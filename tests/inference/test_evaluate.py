@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,40 @@ def evaluated(run, tmp_path_factory) -> Path:
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_records_of_layout_u1_are_asked_without_thinking(checkpoint, asked, tmp_path, monkeypatch):
+    """Further roles and tags beyond the images are read, an answer's own thinking is not scored."""
+    annotations, _ = asked
+    answerer = Answerer(checkpoint, device="cpu", chat_layout="u1", system="Be terse.")
+    turns = [Turn("knowledge", "A fact.", False), Turn("user", "<image>\n" + r"What is \<image>?", False)]
+    said = say(answerer, turns, [annotations.parent / "images" / "a.png"])
+    conversation = [
+        {"from": "knowledge", "value": "A fact."},
+        human("<image>\nWhat is <image>?"),
+        gpt(f"<think>\nIt is odd.\n</think>\n\n{said}"),
+    ]
+    (tmp_path / "u1.json").write_text(json.dumps([{"image": "a.png", "conversations": conversation}]))
+    flags = ["--model", checkpoint, "--input", tmp_path / "u1.json", "--image-root", annotations.parent / "images"]
+    flags += ["--output", tmp_path / "out", "--max-new-tokens", TOKENS, "--workers", 1, "--system", "Be terse."]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--chat-layout", "u1"])
+    evaluate.main()
+    (line,) = lines_of(tmp_path / "out" / "answers.jsonl")
+    assert line["prediction"] == said and line["exact_match"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"settings": PreprocessConfig(chat_layout="u1")}, "--chat-layout"),
+        ({"system": "Be terse."}, "--system"),
+        ({"image_text": "numbered"}, "--image-text"),
+    ],
+)
+def test_a_run_is_continued_only_in_the_same_form(checkpoint, changed, key):
+    plain = batches.Task(checkpoint, "auto", PreprocessConfig(), TOKENS)
+    plans = [batches.plan_of(task, [], "every answer") for task in (plain, replace(plain, **changed))]
+    assert {name for name in plans[0] if plans[0][name] != plans[1][name]} == {key}
 
 
 def contents(directory: Path) -> dict[str, bytes]:

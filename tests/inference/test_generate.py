@@ -12,6 +12,7 @@ from support.paths import TOOLS
 from neo_megatron.cli import generate
 from neo_megatron.data.conversation import Turn
 from neo_megatron.errors import DataError
+from neo_megatron.inference.answering import Answerer
 
 TOOL = TOOLS / "generate.py"
 TOKENS = 6
@@ -101,6 +102,31 @@ def test_prompts_of_several_files(run, tmp_path):
         run("--input", tmp_path / "prompts", tmp_path / "prompts" / "a.jsonl", "--output", tmp_path / "other")
 
 
+def test_the_form_of_a_prompt_is_chosen(run, checkpoint, golden, tmp_path, capsys):
+    """Layout, system turn and places of images are the same for one prompt and for records."""
+    flags = ["--chat-layout", "u1", "--system", "Reason step by step.", "--image-text", "numbered"]
+    flags += ["--min-pixels", 4096, "--max-pixels", 65536, "--sample-tokens", 3072 + 32]
+    limits = {"min_pixels": 4096, "max_pixels": 65536, "sample_tokens": 3072 + 32}
+    images = [golden / "images" / f"{letter}.png" for letter in "ab"]
+    other = Answerer(checkpoint, device="cpu", chat_layout="u1", system="Reason step by step.", **limits)
+    prompt = other.prompt("Same? <image><image>", images, "numbered")
+    text = other.tokenizer.decode(other.tokens([prompt])[0]).replace("<IMG_CONTEXT>", "")
+    assert text == (
+        "<|im_start|>system\nReason step by step.<|im_end|>\n<|im_start|>user\nImage-1: <img></img>\n"
+        "Image-2: <img></img>\nSame? <|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert [rows * columns // 4 <= 16 for rows, columns in prompt.grids] == [True, True]
+    (expected,) = other.answer([prompt], TOKENS)
+    run("--image", *images, "--prompt", "Same? <image><image>", *flags)
+    assert capsys.readouterr().out == expected.text + "\n"
+    record = {"image": ["a.png", "b.png"], "prompt": "Same? <image><image>"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(record))
+    flags += ["--image-root", golden / "images", "--output", tmp_path / "out", "--workers", 1]
+    run("--input", tmp_path / "prompts.jsonl", *flags)
+    (line,) = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    assert json.loads(line)["prediction"] == expected.text.strip()
+
+
 def test_a_bad_image_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypatch):
     torn = tmp_path / "torn.png"
     torn.write_bytes((golden / "images" / "a.png").read_bytes()[:500])
@@ -120,6 +146,7 @@ def test_a_bad_image_ends_in_one_sentence(checkpoint, golden, tmp_path, monkeypa
         (["--prompt", "Hi", "--temperature", "-1"], "--temperature must be 0 or above"),
         (["--prompt", "Hi", "--top-p", "0.5"], "--top-p needs a --temperature above 0"),
         (["--prompt", "Hi", "--image-root", "a"], "--image-root goes with --input"),
+        (["--prompt", "Hi", "--sample-tokens", "8192"], "--sample-tokens goes with --chat-layout u1"),
         (["--prompt", "Hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     ],
 )

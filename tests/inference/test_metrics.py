@@ -56,3 +56,20 @@ def test_published_examples(said, references, exact_match, anls):
 def test_long_texts_are_scored_quickly():
     """A table in Python would take a minute."""
     assert edit_distance("ab" * 3000, "ba" * 3000) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "references"),
+    [
+        ("<think>\nIs it 5? No.\n</think>\n\n4", ["4"]),
+        ("<think>a</think> b </think> 4", ["4"]),
+        ("4", ["<think>\nA sum.\n</think>\n\n4"]),
+        ("<think>\n\n</think>\n\n4", ["<think>so</think>4", "5"]),
+    ],
+)
+def test_thinking_is_not_scored(said, references):
+    assert score_answer(said, references).exact_match and score_answer(said, references).anls == 1
+
+
+def test_thinking_without_an_end_is_no_answer():
+    assert not score_answer("<think>\n4", ["4"]).exact_match

@@ -15,6 +15,7 @@ from support.processes import run_python
 from neo_megatron.data.conversation import Turn
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
+from neo_megatron.inference.prompt_forms import ImageText
 
 from .local_task import CHOICES
 
@@ -100,21 +101,26 @@ def documents(golden, tmp_path_factory) -> list[Document]:
 def run(checkpoint, documents, tmp_path_factory) -> Run:
     directory = tmp_path_factory.mktemp("lmms-eval")
     answerer = Answerer(checkpoint, device="cpu", max_pixels=MAX_PIXELS)
+    without_thinking = Answerer(checkpoint, device="cpu", max_pixels=MAX_PIXELS, chat_layout="u1")
     answers = {
         "neo_chat": [answer_of(answerer, doc, doc.in_conversation) for doc in documents],
-        "neo_simple": [answer_of(answerer, doc, doc.in_front) for doc in documents],
+        "neo_simple": [answer_of(without_thinking, doc, doc.in_front, "numbered") for doc in documents],
     }
-    losses = [losses_of(answerer, doc) for doc in documents]
+    losses = [losses_of(without_thinking, doc) for doc in documents]
     write_tasks(directory / "tasks", documents, answers, losses)
+    model = f"pretrained={checkpoint},max_pixels={MAX_PIXELS},device=cpu"
     # One process for both forms: most of its time goes into the list of lmms-eval's own tasks.
     runs = [
-        {"tasks": "neo_chat", "batch_size": 3},
-        {"tasks": "neo_simple,neo_choice", "batch_size": 2, "force_simple": True},
+        {"tasks": "neo_chat", "batch_size": 3, "model_args": model},
+        {
+            **{"tasks": "neo_simple,neo_choice", "batch_size": 2, "force_simple": True},
+            "model_args": f"{model},chat_layout=u1,image_text=numbered",
+        },
     ]
     (directory / "runs.yaml").write_text(yaml.safe_dump(runs))
     done = run_python(
         Path(LMMS_EVAL).with_name("lmms-eval"),
-        *("--model", "neo", "--model_args", f"pretrained={checkpoint},max_pixels={MAX_PIXELS},device=cpu"),
+        *("--model", "neo"),
         *("--include_path", directory / "tasks", "--output_path", directory / "out", "--log_samples"),
         *("--config", directory / "runs.yaml"),
         environment={"HF_HOME": str(directory / "huggingface"), "HF_HUB_OFFLINE": "1"},
@@ -129,17 +135,17 @@ def run(checkpoint, documents, tmp_path_factory) -> Run:
     return Run(answers, losses, results[0] | results[1], samples, done.stdout)
 
 
-def answer_of(answerer: Answerer, document: Document, text: str) -> str:
+def answer_of(answerer: Answerer, document: Document, text: str, image_text: ImageText = "written") -> str:
     if not document.usable:
         return ""
-    prompt = answerer.prompt([Turn("user", text, False)], document.images)
+    prompt = answerer.prompt([Turn("user", text, False)], document.images, image_text)
     return answerer.answer([prompt], MAX_NEW_TOKENS)[0].text.strip()
 
 
 def losses_of(answerer: Answerer, document: Document) -> list[float]:
     if not document.usable:
         return [np.inf] * len(CHOICES)
-    prompt = answerer.prompt(document.question, document.images)
+    prompt = answerer.prompt(document.question, document.images, "numbered")
     weighed = [answer_likelihoods(answerer, [prompt], [0], [choice])[0] for choice in CHOICES]
     return [-one.log_probability / one.tokens for one in weighed]
 

@@ -26,6 +26,7 @@ import yaml
 
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.permutation import permutation
+from neo_megatron.data.shards.mixture import check_layouts
 from neo_megatron.errors import DataError
 from neo_megatron.paths import Kind, Wanted, WrongPath, check_path, wrong_kind
 from neo_megatron.storage.base import is_remote, join
@@ -186,7 +187,7 @@ def open_streams(location: str | Path) -> tuple[list[PackIndex], MixtureSchedule
     """The packs at a location: of one directory, or of a schedule, which is a ``.yaml`` or ``.yml`` file.
 
     Raises:
-        DataError: packs cannot be opened, or those of a schedule differ in length or tokenizer.
+        DataError: packs cannot be opened, or those of a schedule differ in length, tokenizer or chat layout.
     """
     if not str(location).endswith((".yaml", ".yml")):
         return [PackIndex.open(location)], None
@@ -204,4 +205,5 @@ def open_streams(location: str | Path) -> tuple[list[PackIndex], MixtureSchedule
                 f"--mixture {location}: {first.location} and {other.location} were made with different tokenizers; "
                 "preprocess one of them again"
             )
+    check_layouts([stream.data for stream in streams], f"--mixture {location}: ")
     return streams, schedule

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from neo_megatron.data.config import ChatLayout
 from neo_megatron.data.prepare.record_files import Record
 from neo_megatron.data.prepare.records import Sample, check_sample, parse_record
 from neo_megatron.data.prepare.registry import Source
@@ -31,7 +32,12 @@ class Checked(NamedTuple):
 
 
 def checked_samples(
-    read: Record, record: int, source: Source, converter: Converter, complete: Callable[[Any], Any] = lambda it: it
+    read: Record,
+    record: int,
+    source: Source,
+    converter: Converter,
+    layout: ChatLayout,
+    complete: Callable[[Any], Any] = lambda it: it,
 ) -> list[Checked]:
     """The samples of record number ``record``; a record that cannot be read is one rejected sample.
 
@@ -40,20 +46,23 @@ def checked_samples(
         record: its number in the file.
         source: of the record.
         converter: of the source.
+        layout: of conversations.
         complete: is called with each sample, and returns the one that is checked, or raises RejectedSample.
     """
     try:
         elements = list(converter.samples(parse_record(read), record))
     except RejectedSample as rejected:
         return [Checked(None, None, rejected)]
-    return [Checked(element, written, _checked(written, source, complete)) for element, written in elements]
+    return [Checked(element, written, _checked(written, source, layout, complete)) for element, written in elements]
 
 
-def _checked(written: Any, source: Source, complete: Callable[[Any], Any]) -> Sample | RejectedSample:
+def _checked(
+    written: Any, source: Source, layout: ChatLayout, complete: Callable[[Any], Any]
+) -> Sample | RejectedSample:
     if isinstance(written, RejectedSample):
         return written
     try:
-        return check_sample(complete(written), source)
+        return check_sample(complete(written), source, layout)
     except RejectedSample as rejected:
         return rejected
 

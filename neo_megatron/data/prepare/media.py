@@ -32,6 +32,8 @@ from neo_megatron.errors import Reason, RejectedSample
 
 # A sample is held in memory until it is written.
 MAX_SAMPLE_BYTES = 1 << 30
+# Of layout u1: up to so many frames share twice the pixels of one image, more have a fixed limit each.
+_FEW_FRAMES, _FRAME_PIXELS = 4, 512 * 512
 
 
 class _Stored(NamedTuple):
@@ -82,7 +84,7 @@ def load_media(
     """The turns with one ``<image>`` tag for each image and frame; the images; their grids in patches.
 
     An image is uint8 [n], encoded bytes or flattened patches. The lines of `video_text` take the place of the tag of a
-    video. All images and frames share the limit of pixels, unless frames have limits of their own.
+    video. All images and frames share the limit of pixels, unless frames have limits of their own or the layout is u1.
 
     Raises:
         RejectedSample: for the first that is missing, broken or too large.
@@ -137,10 +139,14 @@ class _Limits:
 
 def _limits(settings: PreprocessConfig, images: int, frames: int) -> _Limits:
     least, most = settings.min_pixels, settings.max_pixels
+    if settings.frames_share:
+        shared = least, pixel_limit(least, most, images + frames)
+        return _Limits(shared, shared)
+    of_images = least, pixel_limit(least, most, images, settings.shared_image_tokens)
     if settings.has_video_limits:
-        return _Limits((least, pixel_limit(least, most, images)), settings.video_limits)
-    shared = least, pixel_limit(least, most, images + frames)
-    return _Limits(shared, shared)
+        return _Limits(of_images, settings.video_limits)
+    of_frames = pixel_limit(least, most, frames) if frames <= _FEW_FRAMES else max(_FRAME_PIXELS, least)
+    return _Limits(of_images, (least, of_frames))
 
 
 def _in_order(sample: Sample, clips: list[Clip], settings: PreprocessConfig, limits: _Limits) -> Iterator[_Stored]:

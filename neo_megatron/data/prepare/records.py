@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neo_megatron.data.conversation import Turn
+from neo_megatron.data.config import ChatLayout
+from neo_megatron.data.conversation import FURTHER_ROLES, Turn
 from neo_megatron.data.prepare.foreign_media import inline_form, placeholder
 from neo_megatron.data.prepare.media_paths import resolve_path
 from neo_megatron.data.prepare.record_files import Record
@@ -21,12 +22,24 @@ from neo_megatron.data.prepare.record_keys import (
 )
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.prepare.stored_file import MediaFile, StoredFile, of_data_uri
-from neo_megatron.data.tags import IMAGE_TAG, VIDEO_TAG, as_literal, count_tags, escape_tags, split_tags
+from neo_megatron.data.tags import (
+    IMAGE_TAG,
+    VIDEO_TAG,
+    as_literal,
+    count_tags,
+    escape_tags,
+    literal_beyond,
+    split_tags,
+)
 from neo_megatron.errors import Reason, RejectedSample
 
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
     "document": "document",
+}
+_ROLES: dict[ChatLayout, dict[str, str]] = {
+    "neo1_0": ROLES,
+    "u1": ROLES | {role: role for role in FURTHER_ROLES},
 }
 _TRAINED_ROLES = ("assistant", "document")
 _KINDS = {IMAGE_TAG: "images", VIDEO_TAG: "videos"}
@@ -42,6 +55,7 @@ class Sample:
         videos: the same.
         placeholder: of another project, in the text of a sample without tags; it stays text.
         first_turn: index in ``turns`` of the first turn under ``conversations``: 1 if a system prompt has its own key.
+        surplus_tags: ``<image>`` tags beyond the images, which stay text in layout u1; escaped in ``turns``.
     """
 
     turns: tuple[Turn, ...]
@@ -49,6 +63,7 @@ class Sample:
     videos: tuple[MediaFile, ...] = ()
     placeholder: str = ""
     first_turn: int = 0
+    surplus_tags: int = 0
 
 
 def parse_record(line: Record) -> Iterator[tuple[int | None, Any]]:
@@ -73,8 +88,11 @@ def parse_record(line: Record) -> Iterator[tuple[int | None, Any]]:
         yield from enumerate(record)
 
 
-def check_sample(sample: object, source: Source) -> Sample:
+def check_sample(sample: object, source: Source, layout: ChatLayout = "neo1_0") -> Sample:
     """Checks one sample as written and resolves its paths.
+
+    Args:
+        layout: decides which roles there are, and whether more tags than images are text.
 
     Raises:
         RejectedSample: the text says what is wrong.
@@ -82,11 +100,14 @@ def check_sample(sample: object, source: Source) -> Sample:
     if not isinstance(sample, dict):
         raise RejectedSample(Reason.MALFORMED, f"a sample must be an object, not {type(sample).__name__}")
     check_keys(sample)
-    turns = _check_turns(sample.get("conversations"), list(sample))
+    turns = _check_turns(sample.get("conversations"), list(sample), layout)
     videos = _check_paths(*media_value(sample, VIDEO_KEYS))
     images = _check_paths(*media_value(sample, IMAGE_KEYS))
     foreign = _foreign_media([turn for turn in turns if turn.role not in _TRAINED_ROLES])
     turns = _match_tags(turns, videos, VIDEO_TAG, Reason.VIDEO_COUNT)
+    surplus = 0
+    if layout == "u1":
+        turns, surplus = _without_surplus(turns, len(images))
     turns = _match_tags(turns, images, IMAGE_TAG, Reason.IMAGE_COUNT)
     turns = tuple(_with_literal_tags(turn) if turn.role == "assistant" else turn for turn in turns)
     _check_trained(sample, turns)
@@ -98,6 +119,7 @@ def check_sample(sample: object, source: Source) -> Sample:
         tuple(_located(video, source) for video in videos),
         foreign,
         len(system),
+        surplus,
     )
 
 
@@ -127,7 +149,7 @@ def is_blank(text: str) -> bool:
     return re.fullmatch(r"[\s\u200b-\u200f\u2060\ufeff]*", text) is not None
 
 
-def _check_turns(conversation: object, keys: list[str]) -> tuple[Turn, ...]:
+def _check_turns(conversation: object, keys: list[str], layout: ChatLayout) -> tuple[Turn, ...]:
     if not conversation:
         named = f"; its keys are {', '.join(map(repr, keys)):.200}: write its turns under 'conversations'"
         if "conversations" not in keys:
@@ -135,10 +157,10 @@ def _check_turns(conversation: object, keys: list[str]) -> tuple[Turn, ...]:
         raise RejectedSample(Reason.EMPTY_CONVERSATION, "'conversations' is missing or empty" + (named if keys else ""))
     if not isinstance(conversation, list):
         raise RejectedSample(Reason.MALFORMED, "'conversations' must be a list of turns")
-    return tuple(_check_turn(number, turn) for number, turn in enumerate(conversation))
+    return tuple(_check_turn(number, turn, layout) for number, turn in enumerate(conversation))
 
 
-def _check_turn(number: int, turn: object) -> Turn:
+def _check_turn(number: int, turn: object, layout: ChatLayout) -> Turn:
     if not isinstance(turn, dict):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} must be an object with 'from' and 'value'")
     role, text = turn.get("from"), turn.get("value")
@@ -148,13 +170,17 @@ def _check_turn(number: int, turn: object) -> Turn:
             f"turn {number} has 'role'; rename 'role' to 'from' and 'content' to 'value', or pass --schema messages "
             "--columns messages=conversations",
         )
-    if not isinstance(role, str) or role not in ROLES:
-        raise RejectedSample(Reason.UNKNOWN_ROLE, f"turn {number} is from {role!r:.60}, not one of {', '.join(ROLES)}")
+    roles = _ROLES[layout]
+    if not isinstance(role, str) or role not in roles:
+        of_u1 = f"; {role} is a role of --chat-layout u1" if role in FURTHER_ROLES else ""
+        raise RejectedSample(
+            Reason.UNKNOWN_ROLE, f"turn {number} is from {role!r:.60}, not one of {', '.join(roles)}{of_u1}"
+        )
     if not isinstance(text, str):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} must have a string under 'value'")
     if not is_unicode(text):
         raise RejectedSample(Reason.MALFORMED, f"turn {number} holds an unpaired surrogate (invalid Unicode)")
-    role, flag = ROLES[role], training_flag(turn, f"turn {number}")
+    role, flag = roles[role], training_flag(turn, f"turn {number}")
     if flag and flag[1] and role not in _TRAINED_ROLES:
         raise RejectedSample(
             Reason.UNSUPPORTED_KEY,
@@ -262,6 +288,20 @@ def _match_tags(turns: tuple[Turn, ...], paths: Sequence[MediaFile], tag: str, r
             f"write \\{tag} (in JSON \\\\{tag}) in the answer if it is meant as text"
         )
     raise RejectedSample(reason, f"the sample has {len(paths)} {_KINDS[tag]} but {tags} {tag} tags{remedy}")
+
+
+def _without_surplus(turns: tuple[Turn, ...], images: int) -> tuple[tuple[Turn, ...], int]:
+    """The turns with the tags beyond the images escaped, and how many those are.
+
+    With a tag in an answer it is not known which tags are beyond, so the turns are returned as they are.
+    """
+    if any(_says(turn, IMAGE_TAG) or turn.role == "document" for turn in turns):
+        return turns, 0
+    found, seen = [], 0
+    for turn in turns:
+        found.append(replace(turn, text=literal_beyond(turn.text, IMAGE_TAG, max(0, images - seen))))
+        seen += count_tags(turn.text, IMAGE_TAG)
+    return tuple(found), max(0, seen - images)
 
 
 def _says(turn: Turn, tag: str) -> bool:

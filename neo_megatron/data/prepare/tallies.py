@@ -23,17 +23,20 @@ class Noticed:
         empty_answers: samples with a blank answer to train on.
         ignored_keys: samples by key that was not read, keys of turns as ``conversations[].key``.
         placeholders: by placeholder of another project: ``samples``; ``file``, ``record``, ``element`` of the first.
+        surplus_tags: samples with more ``<image>`` tags than images, which stay text in layout u1.
     """
 
     with_images: int = 0
     empty_answers: int = 0
     ignored_keys: dict[str, int] = field(default_factory=dict)
     placeholders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    surplus_tags: int = 0
 
     def note(self, sample: Sample, written: object, images: Sequence[Any], place: dict[str, Any]) -> None:
         """Counts a kept sample; ``place`` is its ``file``, ``record`` and ``element``."""
         self.with_images += bool(images)
         self.empty_answers += blank_answer(sample) is not None
+        self.surplus_tags += sample.surplus_tags > 0
         for key in ignored_keys(written):
             self._add_key(key[:_NAME_LENGTH], 1)
         if sample.placeholder:
@@ -43,6 +46,7 @@ class Noticed:
         """Adds the tallies of the next slice."""
         self.with_images += later.with_images
         self.empty_answers += later.empty_answers
+        self.surplus_tags += later.surplus_tags
         for key, count in later.ignored_keys.items():
             self._add_key(key, count)
         for name, entry in later.placeholders.items():
@@ -56,14 +60,20 @@ class Noticed:
             "empty_answers": entries["empty_answers"],
             "ignored_keys": dict(sorted(entries["ignored_keys"].items())),
             "foreign_placeholders": dict(sorted(entries["placeholders"].items())),
+            **({"surplus_tags": self.surplus_tags} if self.surplus_tags else {}),  # manifests of neo1_0 never have it
         }
 
     def sentences(self) -> list[str]:
-        """Messages for the user about keys that were not read and placeholders that stay text."""
+        """Messages for the user about keys that were not read, and placeholders and tags that stay text."""
         lines = []
         if self.ignored_keys:
             named = ", ".join(f"{key!r} in {count}" for key, count in sorted(self.ignored_keys.items()))
             lines.append(f"ignored keys of samples kept, which nothing reads: {named}")
+        if self.surplus_tags:
+            lines.append(
+                f"warning: {self.surplus_tags} samples have more <image> tags than images; the last tags of each stay "
+                "text"
+            )
         for name, found in sorted(self.placeholders.items()):
             where = place_of(found["file"], found["record"], found["element"])
             lines.append(

@@ -125,7 +125,7 @@ class SliceWorker:
         """``report`` is called now and then with the samples and bytes of annotations read since its last call."""
         self._task = task
         self._report = report
-        self._encoder = ChatEncoder(task.tokenizer_json, task.ids)
+        self._encoder = ChatEncoder(task.tokenizer_json, task.ids, task.settings.chat_layout)
 
     def run(self, piece: Slice) -> Outcome:
         """Writes the shard of a slice and then its outcome, which is returned without its details.
@@ -155,7 +155,9 @@ class SliceWorker:
         converter = Converter(source, self._task.settings.seed)
         settings = source.settings(self._task.settings)
         records = read_slice(piece, source, settings.seed)
-        checked = ((record, checked_samples(read, record, source, converter)) for record, read in records)
+        checked = (
+            (record, checked_samples(read, record, source, converter, settings.chat_layout)) for record, read in records
+        )
         for record, samples in images_ahead(checked, source):
             outcome.records += 1
             self._add_record(samples, record, source, settings, batch, outcome)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neo_megatron.data.chat import SpecialIds
+from neo_megatron.data.config import ChatLayout
 from neo_megatron.data.shards.reader import ShardSet, StoredSample
 from neo_megatron.errors import DataError
 
@@ -16,7 +17,7 @@ class Mixture:
         locations: directories of shards, in order.
 
     Raises:
-        DataError: a data set cannot be opened, or they were tokenized with different tokenizers.
+        DataError: a data set cannot be opened, or they were tokenized with different tokenizers or chat layouts.
     """
 
     def __init__(self, locations: Sequence[str | Path]) -> None:
@@ -29,6 +30,7 @@ class Mixture:
                     f"{locations[0]} and {shards.location} were made with different tokenizers; "
                     "preprocess one of them again"
                 )
+        check_layouts(self.sets, "")
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -37,6 +39,16 @@ class Mixture:
     def tokenizer(self) -> dict:
         """The entry of the manifests for the tokenizer: ``sha256``, ``size``, ``ids``."""
         return self.sets[0].manifest["tokenizer"]
+
+    @property
+    def chat_layout(self) -> ChatLayout | None:
+        """The layout of the conversations; None if there are only documents."""
+        return next((shards.chat_layout for shards in self.sets if shards.chat_layout), None)
+
+    @property
+    def location(self) -> str:
+        """The data set that decides the layout."""
+        return next((str(shards.location) for shards in self.sets if shards.chat_layout), str(self.sets[0].location))
 
     @property
     def ids(self) -> SpecialIds:
@@ -60,3 +72,22 @@ class Mixture:
 
     def _owner(self, sample: int) -> int:
         return bisect_right(self.starts, sample) - 1
+
+
+def check_layouts(data: Sequence["ShardSet | Mixture"], where: str) -> None:
+    """Checks that all conversations have one chat layout: two would teach contradictory beginnings of an answer.
+
+    Args:
+        data: documents have no layout and go with any.
+        where: in front of the message.
+
+    Raises:
+        DataError: two differ; the text names them.
+    """
+    chats = [one for one in data if one.chat_layout]
+    for other in chats[1:]:
+        if other.chat_layout != chats[0].chat_layout:
+            raise DataError(
+                f"{where}{chats[0].location} was made with --chat-layout {chats[0].chat_layout}, {other.location} with "
+                f"{other.chat_layout}, so that answers begin in two ways; preprocess one of them again"
+            )

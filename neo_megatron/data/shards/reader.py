@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.data.chat import SpecialIds
-from neo_megatron.data.config import ImageStore
+from neo_megatron.data.config import ChatLayout, ImageStore, PreprocessConfig
 from neo_megatron.data.image import PATCH_VALUES, image_tokens
 from neo_megatron.data.manifest import manifest_bytes, parse_manifest
 from neo_megatron.data.shards.arrays import array_of
@@ -40,6 +40,7 @@ _MOST_MAPS = 32768
 _SPAN_BYTES = 8
 _MAX_GRID = 1 << 16  # patches along a side: a million pixels
 _AGAIN = "preprocess again"
+_DOCUMENT_SCHEMAS = ("text", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class ShardSet:
         entries: those of the shards.
         version: of the format.
         vocabulary: number of tokens of the tokenizer.
+        chat_layout: of its conversations; None if all sources are documents, which are alike in every layout.
 
     Raises:
         DataError: the location does not hold a complete data set of a readable version.
@@ -177,6 +179,7 @@ class ShardSet:
         self.vocabulary: int = self.manifest["tokenizer"]["size"]
         self.ids = SpecialIds(**self.manifest["tokenizer"]["ids"])
         self.image_store: ImageStore = self.manifest["settings"]["image_store"]
+        self.chat_layout = _chat_layout(self.manifest)
         shards = self.manifest.pop("shards")
         self.entries = ShardEntries(shards, self.version)
         tokens = [entry["files"][f"{entry['name']}.tokens.bin"]["sha256"] for entry in shards]
@@ -269,6 +272,17 @@ class ShardSet:
             path = f"{self.location}/{shard.name}.samples.npy"
             raise damaged_file(path, f"sample {local} comes from a source that is not in the manifest", _AGAIN)
         return sources[source], record
+
+
+def _chat_layout(manifest: dict[str, Any]) -> ChatLayout | None:
+    chats = [source for source in manifest["sources"] if not _is_of_documents(source)]
+    return manifest["settings"].get("chat_layout", PreprocessConfig.chat_layout) if chats else None
+
+
+def _is_of_documents(source: dict[str, Any]) -> bool:
+    """Whether all samples of a source, an entry of a manifest, are documents."""
+    schema = source.get("schema")
+    return schema in _DOCUMENT_SCHEMAS or (schema == "caption" and "caption_prompts_sha256" not in source)
 
 
 @cache

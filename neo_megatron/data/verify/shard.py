@@ -253,7 +253,7 @@ class _ShardCheck:
         for source, count, total in zip(rows["source"].tolist(), counts.tolist(), of_record.tolist(), strict=True):
             settings = self._data.settings[source]
             # Where frames do not share the limit, it is not known how many of the images do.
-            limits.append((settings, range(1 if settings.has_video_limits else count, total + 1)))
+            limits.append((settings, range(count if settings.frames_share else 1, total + 1)))
         return limits
 
     def _check_tokens(self, tokens: SequenceReader, images: SequenceReader | None, grids: np.ndarray | None) -> None:
@@ -335,7 +335,9 @@ def _grid_nearest_to(found: tuple[int, int], image: Image.Image, name: str, limi
 
     def grid_among(images: int) -> tuple[int, int]:
         least = settings.min_pixels
-        return image_grid(image, name, least, pixel_limit(least, settings.max_pixels, images))
+        return image_grid(
+            image, name, least, pixel_limit(least, settings.max_pixels, images, settings.shared_image_tokens)
+        )
 
     def is_not_larger(images: int) -> bool:
         height, width = grid_among(images)

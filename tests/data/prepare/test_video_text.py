@@ -25,6 +25,13 @@ def test_timestamps_are_those_of_the_published_prompt():
     assert text_of_clip(clip(12, 3, 6, 9), "timestamps") == text
 
 
+def test_frames_without_numbers_and_with_numbers_and_times():
+    assert text_of_clip(clip(3, 0, 1), "images") == "<image>\n<image>"
+    head, *lines = text_of_clip(clip(12, 3, 6), "frame-timestamps").splitlines()
+    assert head == text_of_clip(clip(12, 3, 6), "timestamps").splitlines()[0]
+    assert lines == ["Frame1 is at [00:03.00]:<image>", "Frame2 is at [00:06.00]:<image>"]
+
+
 @pytest.mark.parametrize(
     ("end", "times", "head", "stamps"),
     [
