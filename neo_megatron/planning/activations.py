@@ -186,7 +186,7 @@ def chunk_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chun
         if not numbers:
             continue
         layer = layer_activations(sizes, layout, workload, frozen)
-        recomputed = sum(layout.recomputes_layer(number) for number in numbers)
+        recomputed = layout.recomputed_layers(numbers)
         total += (len(numbers) - recomputed) * layer.kept(layout) + recomputed * layer.held
     if layout.recompute_granularity == "full":
         total += layout.checkpoints(chunk.layers) * rank_tokens(layout, workload)[1] * sizes.hidden_size * e

@@ -108,7 +108,9 @@ def _tensor_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk:
     hidden_states = x * sizes.hidden_size * layout.parameter_bytes * (ranks - 1) / ranks
     count = 0
     for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
-        count += sum(layer_collectives(sizes, layout, frozen, layout.recomputes_layer(number)) for number in numbers)
+        again = layout.recomputed_layers(numbers)
+        count += again * layer_collectives(sizes, layout, frozen, recomputed=True)
+        count += (len(numbers) - again) * layer_collectives(sizes, layout, frozen, recomputed=False)
     if chunk.embedding:
         # An all-reduce of the output; or a reduce-scatter, and a gather of the gradient unless it is frozen.
         count += 1 if layout.sequence_parallel and trains_new_parts_only(training_stage) else 2
@@ -133,7 +135,7 @@ def _expert_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk:
 
 def _exchanges(layout: Layout, chunk: Chunk) -> int:
     """How often tokens of a micro-batch go to experts and back: forward, backward, and again where recomputed."""
-    again = sum(layout.recomputes_mlp or layout.recomputes_layer(number) for number in range(chunk.layers))
+    again = chunk.layers if layout.recomputes_mlp else layout.recomputed_layers(range(chunk.layers))
     return 2 * chunk.layers + again
 
 
@@ -156,7 +158,7 @@ def _context_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk
     ranks = layout.context_parallel_size
     way = layout.cp_comm_type or default_way(heads, groups, ranks)
     forward, backward = sent_bytes(way, int(x), heads, groups, sizes.attention_widths, ranks, layout.parameter_bytes)
-    again = sum(layout.recomputes("core_attn") or layout.recomputes_layer(number) for number in range(chunk.layers))
+    again = chunk.layers if layout.recomputes("core_attn") else layout.recomputed_layers(range(chunk.layers))
     return chunk.layers * (forward + backward) + again * forward
 
 

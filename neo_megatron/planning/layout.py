@@ -3,7 +3,7 @@
 import re
 from argparse import Namespace
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 from neo_megatron.errors import ConfigError
@@ -136,7 +136,7 @@ class Layout:
         """Whether gradients of experts are reduced over ranks of their own, in buffers of their own."""
         return self.expert_model_parallel_size > 1 or self.expert_tensor_ranks != self.tensor_model_parallel_size
 
-    @property
+    @cached_property
     def of_state(self) -> "Layout":
         """The sizes and switches that decide which state a rank holds; all others have their defaults."""
         return Layout(**{name: getattr(self, name) for name in _OF_STATE})
@@ -254,11 +254,13 @@ class Layout:
         """Whether the SwiGLU of every layer, or its router and experts, is recomputed on its own."""
         return self.recomputes("mlp") or self.recomputes("moe")
 
-    def recomputes_layer(self, number: int) -> bool:
-        """Whether a layer, numbered within its chunk, is fully recomputed."""
+    def recomputed_layers(self, numbers: range) -> int:
+        """How many of these layers, numbered within their chunk, are fully recomputed."""
         if self.recompute_granularity != "full":
-            return False
-        return self.recompute_method == "uniform" or number < self.recompute_num_layers
+            return 0
+        if self.recompute_method == "uniform":
+            return len(numbers)
+        return len(range(numbers.start, min(numbers.stop, self.recompute_num_layers)))
 
     def checkpoints(self, layers: int) -> int:
         """Hidden states that full recomputation of a chunk of so many layers keeps."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import ge, mul
 
 from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
 from neo_megatron.model.context_parallel_cost import buffer_bytes, default_way
@@ -66,9 +68,16 @@ def peak_in_flight(chunk_bytes: Sequence[float], pipeline_rank: int, layout: Lay
     Args:
         chunk_bytes: what each chunk of the rank keeps of one micro-batch.
     """
-    ranks, chunks = layout.pipeline_model_parallel_size, len(chunk_bytes)
+    ranks = layout.pipeline_model_parallel_size
     # Later rounds repeat the first.
     micro_batches = min(layout.micro_batches, 4 * ranks)
+    fullest = _in_flight(ranks, len(chunk_bytes), micro_batches, pipeline_rank)
+    return max(sum(map(mul, counts, chunk_bytes)) for counts in fullest)
+
+
+@cache
+def _in_flight(ranks: int, chunks: int, micro_batches: int, pipeline_rank: int) -> list[tuple[int, ...]]:
+    """Micro-batches that each chunk keeps just before a backward, where no other moment has more of each."""
     forward = [
         chunk
         for first in range(0, micro_batches, ranks)
@@ -79,13 +88,17 @@ def peak_in_flight(chunk_bytes: Sequence[float], pipeline_rank: int, layout: Lay
     ahead = ranks - 1 - pipeline_rank
     if chunks > 1:
         ahead = 2 * ahead + (chunks - 1) * ranks
-    kept = peak = 0.0
+    kept, moments = [0] * chunks, set()
     for number, chunk in enumerate(forward):
-        kept += chunk_bytes[chunk]
-        peak = max(peak, kept)
+        kept[chunk] += 1
+        moments.add(tuple(kept))
         if number >= ahead:
-            kept -= chunk_bytes[backward[number - ahead]]
-    return peak
+            kept[backward[number - ahead]] -= 1
+
+    def exceeded(counts: tuple[int, ...]) -> bool:
+        return any(other != counts and all(map(ge, other, counts)) for other in moments)
+
+    return [counts for counts in sorted(moments) if not exceeded(counts)]
 
 
 def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: bool) -> float:

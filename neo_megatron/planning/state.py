@@ -79,10 +79,18 @@ def divided_state(
 
     Experts that are divided as the rest of the model are part of the first.
     """
-    return _divided_state(sizes, layout.of_state, training_stage, pipeline_rank, state_rank)
+    return _divided_states(sizes, layout.of_state, training_stage, state_rank)[pipeline_rank]
 
 
 @cache
+def _divided_states(
+    sizes: NeoSizes, layout: Layout, training_stage: int, state_rank: int
+) -> list[tuple[State, State]]:
+    """Of all pipeline ranks."""
+    ranks = range(layout.pipeline_model_parallel_size)
+    return [_divided_state(sizes, layout, training_stage, rank, state_rank) for rank in ranks]
+
+
 def _divided_state(
     sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int, state_rank: int
 ) -> tuple[State, State]:

@@ -136,7 +136,7 @@ def _chunk_seconds(
     """One micro-batch through one chunk, forward and backward, without communication."""
     seconds = 0.0
     for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
-        again = sum(layout.recomputes_layer(number) for number in numbers)
+        again = layout.recomputed_layers(numbers)
         for recomputed, count in ((True, again), (False, len(numbers) - again)):
             if count:
                 seconds += count * layer_seconds(sizes, layout, workload, frozen, recomputed, gpu, efficiency)
