@@ -41,7 +41,10 @@ class LayerActivations:
     """Of the SwiGLU; or of the router and the experts, after the norm in front of them."""
     rest: float
     held: float = 0.0
-    """Kept by Megatron's dispatcher of tokens to experts until it runs again, recomputed or not."""
+    """Kept by Megatron's dispatcher of tokens to experts until it runs again, recomputed or not.
+
+    That is once for a layer; it is counted with each micro-batch in flight, of whose bytes it is about a hundredth.
+    """
 
     @property
     def total(self) -> float:

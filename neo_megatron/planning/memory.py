@@ -118,6 +118,8 @@ def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: boo
     if sizes.num_experts:
         rows, width = expert_tokens(sizes, layout, workload), sizes.expert_ffn_hidden_size / layout.expert_tensor_ranks
     gradients = rows * e * (3 * width + 2 * sizes.hidden_size)
+    if sizes.num_experts and layout.expert_tensor_ranks > 1:  # which sum their outputs in float32
+        gradients += rows * sizes.hidden_size * 4
     if layout.recompute_granularity == "full":
         layers = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
         again = layers * layer.total

@@ -83,9 +83,7 @@ def divided_state(
 
 
 @cache
-def _divided_states(
-    sizes: NeoSizes, layout: Layout, training_stage: int, state_rank: int
-) -> list[tuple[State, State]]:
+def _divided_states(sizes: NeoSizes, layout: Layout, training_stage: int, state_rank: int) -> list[tuple[State, State]]:
     """Of all pipeline ranks."""
     ranks = range(layout.pipeline_model_parallel_size)
     return [_divided_state(sizes, layout, training_stage, rank, state_rank) for rank in ranks]

@@ -58,7 +58,10 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
         "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
         "another model": (1, common + golden + "--global-batch-size 4 --ffn-hidden-size 128"),
         "another length": (1, common + golden + "--global-batch-size 4 --seq-length 128"),
-        "experts": (16, experts + "--sequence-parallel --global-batch-size 8"),
+        "experts": (
+            16,
+            experts + "--sequence-parallel --global-batch-size 8 --moe-token-dispatcher-type allgather",
+        ),
         "experts that do not divide": (6, experts + "--sequence-parallel --global-batch-size 6"),
         "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
@@ -95,6 +98,8 @@ def test_experts_are_planned(ends):
     printed, end, _ = ends["experts"]
     assert end is None, end
     assert "16 GPUs: TP 2 with SP, PP 1, CP 1, EP 4 x ETP 1, DP 8; 1 micro-batches" in printed
+    assert "experts are planned for --moe-token-dispatcher-type alltoall" in printed
+    assert "experts are planned" not in ends["one process"][0]
 
 
 @pytest.mark.parametrize("number", range(len(FOUND)))

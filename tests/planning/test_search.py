@@ -97,7 +97,7 @@ def test_experts_are_dealt_to_all_numbers_of_ranks_that_divide_them():
         for flag, value in (("--expert-model-parallel-size", "4"), ("--expert-tensor-parallel-size", "1")):
             assert words[words.index(flag) + 1] == value
     assert layouts and not any("--expert-model-parallel-size" in flags(layout) for layout in looked_at())
-    # None is a near-duplicate of another.
+    # They are not near-duplicates of each other.
     plans, _ = search(sizes, 8, Workload.of_alike_documents(1024), 2, GPUS["h100"], 16)
     listed = {(plan.layout.expert_model_parallel_size, plan.layout.expert_tensor_ranks) for plan in distinct(plans)}
     assert {(count, 1) for count in (1, 2, 4)} | {(count, 2) for count in (1, 2, 4)} <= listed

@@ -1,6 +1,7 @@
 """The planner's bytes of state equal, to the byte, those of real ranks of large layouts, and its chunks Megatron's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from support.processes import run_forked
 
 from neo_megatron.errors import ConfigError
-from neo_megatron.planning.layout import Layout, layout_stages
-from neo_megatron.planning.state import rank_state
+from neo_megatron.planning.layout import Chunk, Layout, layout_stages
+from neo_megatron.planning.parameters import Parameter, chunk_parameters
+from neo_megatron.planning.state import gradient_buckets, rank_state
 from neo_megatron.presets import SIZES
 
 OVERLAPPED = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -122,6 +124,30 @@ def test_state_equals_a_real_rank_to_the_byte(tmp_path):
             planned = rank_state(MODELS[model], layout, stage, pipeline_rank, state_rank)
             expected = (planned.parameters, planned.gradients, planned.optimizer)
             assert tuple(row) == expected, f"{model}, stage {stage}, rank {rank}"
+
+
+@pytest.mark.parametrize("elements", [64, 100])
+@pytest.mark.parametrize("limit", [None, 250])
+def test_a_run_of_parameters_is_laid_out_as_its_members(elements, limit):
+    first, run, last = Parameter(70, True), Parameter(elements, True, count=5), Parameter(9, True)
+    found = gradient_buckets([first, run, last], 3, limit)
+    single = gradient_buckets([first, *[replace(run, count=1)] * 5, last], 3, limit)
+    assert [bucket.size for bucket in found] == [bucket.size for bucket in single]
+    for rank in range(3):
+        assert [bucket.owned(rank, 3) for bucket in found] == [bucket.owned(rank, 3) for bucket in single]
+
+
+def test_order_of_experts():
+    """Expert by expert, or in Transformer Engine all first matrices before all second ones."""
+    sizes, chunk = MODELS["experts"], Chunk(0, 1, embedding=False, head=False)
+    first, second = 2 * 22 * 132, 22 * 132
+    for implementation, expected in {
+        "local": [(first, 1), (second, 1)] * 3,
+        "transformer_engine": [(first, 3), (second, 3)],
+    }.items():
+        layout = Layout(data_parallel_size=2, expert_model_parallel_size=2, transformer_impl=implementation)
+        parameters = chunk_parameters(sizes, layout, chunk, training_stage=2)
+        assert [(p.elements, p.count) for p in parameters if p.expert] == expected
 
 
 @pytest.mark.parametrize("layout", ["Et*2|(tt|)*2L", "E|t,t|t*3|L", "Ettt|(t|)*4tL"])
