@@ -203,8 +203,8 @@ class _LayerRows:
         return [
             self._norm(attention + "linear_qkv.layer_norm_weight", "input_layernorm", H),
             self._row(attention + "linear_qkv.weight", qkv, partial(_groups, G, (queries * d, d, d)), 0),
-            *self._rows_of_form[sizes.attention_form](self),
             self._row(attention + "linear_proj.weight", part("self_attn.o_proj", (H, query_rows)), _whole, 1),
+            *self._rows_of_form[sizes.attention_form](self),
             *(self._experts() if sizes.num_experts else self._dense()),
         ]
 

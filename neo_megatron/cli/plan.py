@@ -38,6 +38,8 @@ LAYOUT = {
     "pre_buffer_pipeline_stages": 0,
     "context_parallel_size": 1,
     "cp_comm_type": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
     "micro_batch_size": 1,
     "use_distributed_optimizer": False,
     "overlap_grad_reduce": False,
@@ -58,7 +60,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.error = refuse
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--neo-model", required=True, metavar="SIZE", help="neo-2b, neo-9b, tiny, or a directory or hub id of a NEO"
+        "--neo-model",
+        required=True,
+        metavar="SIZE",
+        help="neo-2b, neo-9b, u1-8b, u1-a3b, tiny, or a directory or hub id of a NEO",
     )
     run.add_argument(
         "--training-stage", type=int, default=2, choices=(1, 2, 3), help="training stage; default: %(default)s"
@@ -148,6 +153,18 @@ def parse_arguments() -> argparse.Namespace:
         "--cp-comm-type", choices=("a2a", "allgather"), help="of context parallelism; default: the one that sends less"
     )
     layout.add_argument(
+        "--expert-model-parallel-size",
+        type=count,
+        metavar="N",
+        help="ranks that the experts of a layer are dealt to; default: 1",
+    )
+    layout.add_argument(
+        "--expert-tensor-parallel-size",
+        type=count,
+        metavar="N",
+        help="ranks that share each matrix of an expert; default: --tensor-model-parallel-size",
+    )
+    layout.add_argument(
         "--micro-batch-size", type=count, metavar="N", help="packs that a rank reads at once; default: 1"
     )
     for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
@@ -168,8 +185,8 @@ def parse_arguments() -> argparse.Namespace:
     layout.add_argument(
         "--recompute-modules",
         nargs="+",
-        choices=("core_attn", "layernorm", "mlp"),
-        help="selective: which modules; default: core_attn",
+        choices=("core_attn", "layernorm", "mlp", "moe"),
+        help="selective: which modules; moe are router and experts; default: core_attn",
     )
 
     # Flags of Megatron that this command does not have.

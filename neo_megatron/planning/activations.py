@@ -8,11 +8,12 @@
 |                                    | of all these in float32 instead      |                                          |
 | inputs of trained projections      | in the dtype of the model            | the same; a byte an element under FP8    |
 | SwiGLU                             | its input                            | its input                                |
+| router                             | its input; indices and weights       | the same                                 |
 | mask, once for each micro-batch    | one of tiles                         | blocks of 128 x 128: 16 bytes each       |
 
 Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. This table
 was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
-of Transformer Engine and of FlexAttention.
+of Transformer Engine and of FlexAttention. All experts are assumed to get as many tokens.
 
 Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes of an element.
 """
@@ -37,17 +38,23 @@ class LayerActivations:
     core_attention: float
     """Bytes that the kernel keeps in addition to its inputs and to everything that is kept anyway."""
     mlp: float
+    """Of the SwiGLU; or of the router and the experts, after the norm in front of them."""
     rest: float
+    held: float = 0.0
+    """Kept by Megatron's dispatcher of tokens to experts until it runs again, recomputed or not.
+
+    That is once for a layer; it is counted with each micro-batch in flight, of whose bytes it is about a hundredth.
+    """
 
     @property
     def total(self) -> float:
-        return self.hidden + self.norm_outputs + self.core_attention + self.mlp + self.rest
+        return self.hidden + self.norm_outputs + self.core_attention + self.mlp + self.rest + self.held
 
     def kept(self, layout: Layout) -> float:
         """Bytes kept of a layer that is not fully recomputed."""
         dropped = self.norm_outputs * layout.recomputes("layernorm")
         dropped += self.core_attention * layout.recomputes("core_attn")
-        dropped += self.mlp * layout.recomputes("mlp")
+        dropped += self.mlp * layout.recomputes_mlp
         return self.total - dropped
 
 
@@ -74,12 +81,15 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
     beside_inputs = x * n * d * 4 * (not trains_output)  # the output, which a trained projection keeps anyway
     if e < 4:
         beside_inputs = x * ((n + g) * width + g * d + n * d) * 4 - query_key
-    ffn = x * sizes.ffn_hidden_size / tensor * e
+    norm_inputs, mlp, held = 1 + trained, x * sizes.ffn_hidden_size / tensor * e * (2 + trained), 0.0
+    if sizes.num_experts:  # a frozen router keeps its input too
+        norm_inputs, (mlp, held) = 2, _experts(sizes, layout, y, trained, e)
     return LayerActivations(
         hidden=residual,
-        norm_outputs=residual * (1 + trained) + 2 * y * 4,
+        norm_outputs=residual * norm_inputs + 2 * y * 4,
         core_attention=beside_inputs + x * n * 4,
-        mlp=ffn * (2 + trained),
+        mlp=mlp,
+        held=held,
         rest=residual + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e * trains_output,
     )
 
@@ -97,14 +107,39 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     fused_norm = tensor == 1 or sizes.form.products == 1
     shared = sizes.form.products * x * hidden if fused_norm and layout.precision == "fp8" else residual
     ffn = x * sizes.ffn_hidden_size / tensor
+    # The second norm is part of `linear_fc1`: recomputing norms does not reach it, recomputing the MLP does. In front
+    # of a router it is a module of its own.
+    second_norm, held = 0.0, 0.0
+    mlp = ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4)
+    if sizes.num_experts:
+        second_norm, (mlp, held) = residual + y * 4, _experts(sizes, layout, y, trained, product_input)
     return LayerActivations(
         hidden=residual,
-        # The second norm is part of `linear_fc1`: recomputing norms does not reach it, recomputing the MLP does.
-        norm_outputs=shared * (not fused_norm),
+        norm_outputs=shared * (not fused_norm) + second_norm,
         core_attention=x * n * 4,
-        mlp=ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4),
+        mlp=mlp,
+        held=held,
         rest=residual + shared * fused_norm + y * 4 + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e,
     )
+
+
+def _experts(sizes: NeoSizes, layout: Layout, y: float, trained: int, product_input: int) -> tuple[float, float]:
+    """Bytes of a router and its experts: those that recomputing both drops, and those that Megatron holds on to.
+
+    Inputs of both products of a trained expert, the input of its SwiGLU and the weights of its tokens. Of the router,
+    indices and weights of the chosen experts; the order of all pairs of token and expert as int64. Held are the
+    weights and the choice, for all experts, and the order of the chosen.
+    """
+    rows = y * sizes.experts_per_token * layout.expert_tensor_ranks
+    width = sizes.expert_ffn_hidden_size / layout.expert_tensor_ranks
+    experts = rows * (2 * width * layout.parameter_bytes + trained * (sizes.hidden_size + width) * product_input + 4)
+    router = y * (sizes.experts_per_token * (8 + 4) + sizes.num_experts * 8)
+    return experts + router, y * (sizes.experts_per_token * 8 + sizes.num_experts * (4 + 1))
+
+
+def expert_tokens(sizes: NeoSizes, layout: Layout, workload: Workload) -> float:
+    """Tokens of a micro-batch at the experts of a rank, a token once for each of its experts there."""
+    return rank_tokens(layout, workload)[1] * sizes.experts_per_token * layout.expert_tensor_ranks
 
 
 def layers_by_kind(sizes: NeoSizes, chunk: Chunk, training_stage: int) -> list[tuple[bool, range]]:
@@ -151,9 +186,11 @@ def chunk_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, chunk: Chun
     e = layout.parameter_bytes
     total = context_bytes(sizes, layout, workload)
     for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
+        if not numbers:
+            continue
         layer = layer_activations(sizes, layout, workload, frozen)
-        recomputed = sum(layout.recomputes_layer(number) for number in numbers)
-        total += (len(numbers) - recomputed) * layer.kept(layout)
+        recomputed = layout.recomputed_layers(numbers)
+        total += (len(numbers) - recomputed) * layer.kept(layout) + recomputed * layer.held
     if layout.recompute_granularity == "full":
         total += layout.checkpoints(chunk.layers) * rank_tokens(layout, workload)[1] * sizes.hidden_size * e
     if chunk.embedding:

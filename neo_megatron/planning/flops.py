@@ -2,7 +2,8 @@
 
 Counted are matrix products, two operations for a multiply-add; norms, rotary, softmax and the optimizer are not. A
 product with a weight costs as much again for the gradient of its input and for the gradient of the weight. A frozen
-weight has no gradient, and where nothing before it trains, its input needs none.
+weight has no gradient, and where nothing before it trains, its input needs none. Of experts only those that a token
+goes to are counted; the figures that a router collects for the log are not.
 
 Shapes: H hidden size, F FFN width, N query heads, G key-value heads, X channels of queries and keys, D of values, E
 channels of the patch embedding, V vocabulary.
@@ -12,10 +13,12 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from neo_megatron.checkpoint.names import tensor_table
+from neo_megatron.checkpoint.names import TensorRow, tensor_table
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.workload import Workload
+
+ROUTER = ".mlp.router.weight"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def model_flops(sizes: NeoSizes, training_stage: int, workload: Workload) -> Mod
 
 
 def trains_new_parts_only(training_stage: int) -> bool:
-    """Whether post-LLM (but for parts of its attention), word embeddings and head are frozen, see `freeze.py`."""
+    """Whether the post-LLM (but for parts of its attention), the word embeddings and the head are frozen."""
     if training_stage not in (1, 2, 3):
         raise ConfigError(f"--training-stage {training_stage}: stages are 1, 2 and 3")
     return training_stage == 1
@@ -86,11 +89,42 @@ def layer_flops(sizes: NeoSizes, mean_keys: float, frozen: bool = False) -> Flop
 
 @cache
 def layer_products(sizes: NeoSizes, frozen: bool = False) -> Flops:
-    """The layer's products with weights: q, k, v, the output projection and SwiGLU."""
-    rows = [row for row in tensor_table(sizes) if row.layer == sizes.num_layers - 1 and len(row.megatron_shape) == 2]
+    """The layer's products with weights: q, k, v, the output projection, and SwiGLU or router and experts."""
+    rows = [row for row in tensor_table(sizes) if row.layer == sizes.num_layers - 1 and len(row.megatron_shape) > 1]
     return sum(
-        (_product(math.prod(row.megatron_shape), trained=not frozen or row.trained_in_stage_1) for row in rows), Flops()
+        (
+            _product(
+                _weights_at_work(row, sizes),
+                # Megatron's router computes the gradient of its weight, frozen or not.
+                trained=not frozen or row.trained_in_stage_1 or row.megatron.endswith(ROUTER),
+            )
+            for row in rows
+        ),
+        Flops(),
     )
+
+
+def mlp_products(sizes: NeoSizes, frozen: bool = False) -> Flops:
+    """Those of them that are the SwiGLU's, or those of the router and the experts of one token."""
+    if not sizes.num_experts:
+        return _product(3 * sizes.hidden_size * sizes.ffn_hidden_size, trained=not frozen)
+    return _product(sizes.num_experts * sizes.hidden_size) + expert_products(sizes, frozen)
+
+
+def expert_products(sizes: NeoSizes, frozen: bool = False) -> Flops:
+    """Those of the experts of one token; none of a dense model."""
+    return _product(sizes.experts_per_token * expert_weights(sizes), trained=not frozen)
+
+
+def expert_weights(sizes: NeoSizes) -> int:
+    """Weights of one expert."""
+    return 3 * sizes.hidden_size * sizes.expert_ffn_hidden_size
+
+
+def _weights_at_work(row: TensorRow, sizes: NeoSizes) -> int:
+    """Weights that one token is multiplied with: of experts those of its own."""
+    weights = math.prod(row.megatron_shape)
+    return weights // sizes.num_experts * sizes.experts_per_token if row.expert else weights
 
 
 def attention_core_flops(sizes: NeoSizes, mean_keys: float) -> Flops:

@@ -3,7 +3,7 @@
 import re
 from argparse import Namespace
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 from neo_megatron.errors import ConfigError
@@ -17,6 +17,11 @@ Precision = Literal["bf16", "fp8", "fp32"]
 def precision_of(args: Namespace) -> Precision:
     """Precision of a run's matrix products, from Megatron's arguments; fp16 has the rate of bf16."""
     return "fp8" if args.fp8 else "bf16" if args.bf16 or args.fp16 else "fp32"
+
+
+def mlp_module(experts: bool) -> str:
+    """Name in --recompute-modules of what a layer has after its attention."""
+    return "moe" if experts else "mlp"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Layout:
     virtual_pipeline_model_parallel_size: int = 1
     pipeline_model_parallel_layout: str | None = None
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """`None` is Megatron's default, the tensor-parallel size."""
     cp_comm_type: Way | None = None
     data_parallel_size: int = 1
     micro_batch_size: int = 1
@@ -72,6 +80,8 @@ class Layout:
             taken["cp_comm_type"] = args.cp_comm_type[0]
         if args.recompute_modules:
             taken["recompute_modules"] = tuple(args.recompute_modules)
+        if taken.get("expert_tensor_parallel_size") == args.tensor_model_parallel_size:
+            del taken["expert_tensor_parallel_size"]  # Megatron has written its default
         layout = cls(**taken | {"precision": precision, "data_parallel_size": 1})
         virtual = layout.virtual_pipeline_model_parallel_size
         if layout.pipeline_model_parallel_layout is not None:
@@ -111,6 +121,27 @@ class Layout:
         return self.data_parallel_size * self.context_parallel_size
 
     @property
+    def expert_tensor_ranks(self) -> int:
+        """Ranks that share each matrix of an expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_state_ranks(self) -> int:
+        """Ranks that hold the same experts, as `state_ranks` for all other parameters."""
+        ranks = self.tensor_model_parallel_size * self.state_ranks
+        return ranks // (self.expert_model_parallel_size * self.expert_tensor_ranks)
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether gradients of experts are reduced over ranks of their own, in buffers of their own."""
+        return self.expert_model_parallel_size > 1 or self.expert_tensor_ranks != self.tensor_model_parallel_size
+
+    @cached_property
+    def of_state(self) -> "Layout":
+        """The sizes and switches that decide which state a rank holds; all others have their defaults."""
+        return Layout(**{name: getattr(self, name) for name in _OF_STATE})
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches of a rank in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
@@ -143,6 +174,8 @@ class Layout:
                     f"--tensor-model-parallel-size {tensor} does not divide the {count} {what} of this model: "
                     "choose a size that does"
                 )
+        if refusal := self._refusal_of_experts(sizes):
+            return refusal
         if self.sequence_parallel and tensor == 1:
             return "--sequence-parallel shares sequences out to tensor-parallel ranks: add --tensor-model-parallel-size"
         if sequence_length % (2 * context if context > 1 else 1) or sequence_length % (context * self.sequence_ranks):
@@ -163,6 +196,34 @@ class Layout:
             )
         if self.precision == "fp8":
             return next(check_fp8(self._fp8_arguments(sizes, sequence_length)), None)
+        return None
+
+    def _refusal_of_experts(self, sizes: NeoSizes) -> str | None:
+        size, tensor = self.expert_model_parallel_size, self.expert_tensor_ranks
+        wanted, other = mlp_module(bool(sizes.num_experts)), mlp_module(not sizes.num_experts)
+        if self.recomputes(other):
+            return f"--recompute-modules {other} is without effect in this --neo-model: choose {wanted}"
+        if not sizes.num_experts:
+            given = "model" if size > 1 else "tensor" if self.expert_tensor_parallel_size else None
+            return given and f"--expert-{given}-parallel-size is for a --neo-model with experts: leave it out"
+        if sizes.num_experts % size:
+            return (
+                f"--expert-model-parallel-size {size} does not divide the {sizes.num_experts} experts: choose a size "
+                "that does"
+            )
+        ranks = self.tensor_model_parallel_size * self.state_ranks
+        if ranks % (size * tensor):
+            return (
+                f"--expert-model-parallel-size {size} with {tensor} tensor-parallel ranks of an expert does not divide "
+                f"the {ranks} ranks of a pipeline stage: choose a smaller size, or --expert-tensor-parallel-size 1"
+            )
+        if sizes.expert_ffn_hidden_size % tensor:
+            return (
+                f"--expert-tensor-parallel-size {tensor} does not divide the {sizes.expert_ffn_hidden_size} channels "
+                "of an expert: choose a size that does, such as 1"
+            )
+        if self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
+            return "a mixture of experts with --tensor-model-parallel-size needs --sequence-parallel: add it"
         return None
 
     def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int) -> Namespace:
@@ -188,11 +249,18 @@ class Layout:
         """Whether a module of every layer is recomputed on its own."""
         return self.recompute_granularity == "selective" and module in self.recompute_modules
 
-    def recomputes_layer(self, number: int) -> bool:
-        """Whether a layer, numbered within its chunk, is fully recomputed."""
+    @property
+    def recomputes_mlp(self) -> bool:
+        """Whether the SwiGLU of every layer, or its router and experts, is recomputed on its own."""
+        return self.recomputes("mlp") or self.recomputes("moe")
+
+    def recomputed_layers(self, numbers: range) -> int:
+        """How many of these layers, numbered within their chunk, are fully recomputed."""
         if self.recompute_granularity != "full":
-            return False
-        return self.recompute_method == "uniform" or number < self.recompute_num_layers
+            return 0
+        if self.recompute_method == "uniform":
+            return len(numbers)
+        return len(range(numbers.start, min(numbers.stop, self.recompute_num_layers)))
 
     def checkpoints(self, layers: int) -> int:
         """Hidden states that full recomputation of a chunk of so many layers keeps."""
@@ -212,6 +280,36 @@ class Layout:
             self.virtual_pipeline_model_parallel_size,
             self.pipeline_model_parallel_layout,
         )
+
+    def alike_chunks(self, sizes: NeoSizes) -> list[tuple[Chunk, ...]]:
+        """As `chunks`; those that hold, compute and send the same are equal, however their layers are numbered."""
+        return _alike_chunks(
+            sizes.pre_buffer_layers,
+            sizes.num_layers,
+            self.pipeline_model_parallel_size,
+            self.virtual_pipeline_model_parallel_size,
+            self.pipeline_model_parallel_layout,
+        )
+
+
+_OF_STATE = (
+    *("tensor_model_parallel_size", "context_parallel_size", "data_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "precision", "transformer_impl"),
+)
+
+
+@cache
+def _alike_chunks(
+    pre_buffer: int, num_layers: int, ranks: int, virtual: int, layout: str | None
+) -> list[tuple[Chunk, ...]]:
+    def alike(chunk: Chunk) -> Chunk:
+        if chunk.first_layer + chunk.layers <= pre_buffer:
+            return replace(chunk, first_layer=0)
+        return replace(chunk, first_layer=min(chunk.first_layer, pre_buffer, num_layers - chunk.layers))
+
+    return [tuple(map(alike, chunks)) for chunks in _chunks(num_layers, ranks, virtual, layout)]
 
 
 @cache

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import ge, mul
 
 from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
 from neo_megatron.model.context_parallel_cost import buffer_bytes, default_way
-from neo_megatron.planning.activations import chunk_bytes, layer_activations, rank_tokens
+from neo_megatron.planning.activations import chunk_bytes, expert_tokens, layer_activations, rank_tokens
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.parameters import chunk_parameters
 from neo_megatron.planning.state import State, rank_state
@@ -35,18 +37,23 @@ class RankMemory:
 def pipeline_memory(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int) -> list[RankMemory]:
     """The memory of each pipeline rank; ranks that differ in anything else hold the same."""
     memory = []
-    for rank, chunks in enumerate(layout.chunks(sizes)):
-        kept = [chunk_bytes(sizes, layout, workload, chunk, training_stage) for chunk in chunks]
+    working = {head: working_bytes(sizes, layout, workload, head) for head in (False, True)}
+    all_chunks = layout.alike_chunks(sizes)
+    kept = {
+        chunk: chunk_bytes(sizes, layout, workload, chunk, training_stage)
+        for chunk in dict.fromkeys(sum(all_chunks, ()))
+    }
+    for rank, chunks in enumerate(all_chunks):
         fp8_weights = 0.0
         if layout.precision == "fp8":
             parameters = [p for chunk in chunks for p in chunk_parameters(sizes, layout, chunk, training_stage)]
-            fp8_weights = 2 * sum(p.elements for p in parameters if p.matrix_of_layer)
+            fp8_weights = 2 * sum(p.total for p in parameters if p.quantized)
         memory.append(
             RankMemory(
                 state=rank_state(sizes, layout, training_stage, rank),
                 fp8_weights=fp8_weights,
-                activations=peak_in_flight(kept, rank, layout),
-                working=working_bytes(sizes, layout, workload, head=any(chunk.head for chunk in chunks)),
+                activations=peak_in_flight([kept[chunk] for chunk in chunks], rank, layout),
+                working=working[any(chunk.head for chunk in chunks)],
             )
         )
     return memory
@@ -61,9 +68,16 @@ def peak_in_flight(chunk_bytes: Sequence[float], pipeline_rank: int, layout: Lay
     Args:
         chunk_bytes: what each chunk of the rank keeps of one micro-batch.
     """
-    ranks, chunks = layout.pipeline_model_parallel_size, len(chunk_bytes)
+    ranks = layout.pipeline_model_parallel_size
     # Later rounds repeat the first.
     micro_batches = min(layout.micro_batches, 4 * ranks)
+    fullest = _in_flight(ranks, len(chunk_bytes), micro_batches, pipeline_rank)
+    return max(sum(map(mul, counts, chunk_bytes)) for counts in fullest)
+
+
+@cache
+def _in_flight(ranks: int, chunks: int, micro_batches: int, pipeline_rank: int) -> list[tuple[int, ...]]:
+    """Micro-batches that each chunk keeps just before a backward, where no other moment has more of each."""
     forward = [
         chunk
         for first in range(0, micro_batches, ranks)
@@ -74,13 +88,17 @@ def peak_in_flight(chunk_bytes: Sequence[float], pipeline_rank: int, layout: Lay
     ahead = ranks - 1 - pipeline_rank
     if chunks > 1:
         ahead = 2 * ahead + (chunks - 1) * ranks
-    kept = peak = 0.0
+    kept, moments = [0] * chunks, set()
     for number, chunk in enumerate(forward):
-        kept += chunk_bytes[chunk]
-        peak = max(peak, kept)
+        kept[chunk] += 1
+        moments.add(tuple(kept))
         if number >= ahead:
-            kept -= chunk_bytes[backward[number - ahead]]
-    return peak
+            kept[backward[number - ahead]] -= 1
+
+    def exceeded(counts: tuple[int, ...]) -> bool:
+        return any(other != counts and all(map(ge, other, counts)) for other in moments)
+
+    return [counts for counts in sorted(moments) if not exceeded(counts)]
 
 
 def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: bool) -> float:
@@ -95,7 +113,13 @@ def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: boo
         way = layout.cp_comm_type or default_way(heads, groups, ranks)
         exchanged = max(buffer_bytes(way, int(x), heads, groups, sizes.attention_widths, ranks, e))
     # Gradients of the SwiGLU's input and output; its input gathered over tensor-parallel ranks, and the gradient of it.
-    gradients = x * e * (3 * sizes.ffn_hidden_size / tensor + 2 * sizes.hidden_size)
+    # For experts the same, with the tokens that go to those of this rank.
+    rows, width = x, sizes.ffn_hidden_size / tensor
+    if sizes.num_experts:
+        rows, width = expert_tokens(sizes, layout, workload), sizes.expert_ffn_hidden_size / layout.expert_tensor_ranks
+    gradients = rows * e * (3 * width + 2 * sizes.hidden_size)
+    if sizes.num_experts and layout.expert_tensor_ranks > 1:  # which sum their outputs in float32
+        gradients += rows * sizes.hidden_size * 4
     if layout.recompute_granularity == "full":
         layers = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
         again = layers * layer.total

@@ -4,36 +4,78 @@ They come from the table of tensors; `tests/planning/test_state.py` compares the
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import batched, groupby
 
 from neo_megatron.checkpoint.names import WORD_EMBEDDING, TensorRow, tensor_table
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.planning.flops import trains_new_parts_only
+from neo_megatron.planning.flops import ROUTER, trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor: its elements on this rank, whether it trains, whether it is one of two copies of a tied embedding."""
+    """Tensors of one size, one after another.
+
+    Args:
+        elements: of one of them on this rank.
+        trained: whether they train.
+        count: how many they are.
+        shared_embedding: it is one of two copies of a tied embedding.
+        quantized: FP8 keeps a second form: matrices of a decoder layer, but for the router.
+        expert: they belong to experts.
+    """
 
     elements: int
     trained: bool
+    count: int = 1
     shared_embedding: bool = False
-    matrix_of_layer: bool = False
-    """A matrix of a decoder layer: what FP8 keeps a second form of."""
+    quantized: bool = False
+    expert: bool = False
+
+    @property
+    def total(self) -> int:
+        """Elements of all of them."""
+        return self.count * self.elements
+
+
+@dataclass(frozen=True)
+class Division:
+    """The parts of a layout that decide which parameters a rank holds.
+
+    Args:
+        tensor: ranks that share a matrix.
+        pipelined: whether there are several pipeline stages.
+        experts, expert_tensor: ranks that experts are dealt to, and ranks that share a matrix of an expert.
+        grouped: experts lie as in Transformer Engine, all first matrices before all second ones; else expert by expert.
+    """
+
+    tensor: int
+    pipelined: bool
+    experts: int
+    expert_tensor: int
+    grouped: bool
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Division":
+        return cls(
+            tensor=layout.tensor_model_parallel_size,
+            pipelined=layout.pipeline_model_parallel_size > 1,
+            experts=layout.expert_model_parallel_size,
+            expert_tensor=layout.expert_tensor_ranks,
+            grouped=layout.transformer_impl == "transformer_engine",
+        )
 
 
 def chunk_parameters(sizes: NeoSizes, layout: Layout, chunk: Chunk, training_stage: int) -> tuple[Parameter, ...]:
-    """The parameters of one chunk on one tensor-parallel rank."""
-    pipelined = layout.pipeline_model_parallel_size > 1
-    return parameters_of(sizes, chunk, training_stage, layout.tensor_model_parallel_size, pipelined)
+    """The parameters of one chunk on one rank."""
+    return parameters_of(sizes, chunk, training_stage, Division.of(layout))
 
 
 @cache
-def parameters_of(
-    sizes: NeoSizes, chunk: Chunk, training_stage: int, tensor: int, pipelined: bool
-) -> tuple[Parameter, ...]:
+def parameters_of(sizes: NeoSizes, chunk: Chunk, training_stage: int, division: Division) -> tuple[Parameter, ...]:
     """The same from the parts of the layout that decide it; cached, because a search needs few of them many times."""
     frozen = trains_new_parts_only(training_stage)
     stem, layers, head = _rows(sizes)
@@ -44,16 +86,36 @@ def parameters_of(
         wanted += head
         if sizes.tie_word_embeddings and not chunk.embedding:
             wanted.append(stem[0])  # in one chunk a tied head is the embedding itself; on two it is a copy
-    shared = {WORD_EMBEDDING} if sizes.tie_word_embeddings and pipelined else set()
-    return tuple(
-        Parameter(
-            elements=math.prod(row.megatron_shape) // (1 if row.tensor_parallel_dim is None else tensor),
-            trained=row.trained_in_stage_1 or not frozen,
-            shared_embedding=not shared.isdisjoint(row.hf),
-            matrix_of_layer=row.layer is not None and len(row.megatron_shape) == 2,
+    shared = {WORD_EMBEDDING} if sizes.tie_word_embeddings and division.pipelined else set()
+    parameters: list[Parameter] = []
+    for row in wanted:
+        trained = row.trained_in_stage_1 or not frozen
+        if row.expert:
+            experts, *shape = row.megatron_shape
+            elements = math.prod(shape) // division.expert_tensor
+            parameters.append(
+                Parameter(elements, trained, count=experts // division.experts, quantized=True, expert=True)
+            )
+            continue
+        parameters.append(
+            Parameter(
+                elements=math.prod(row.megatron_shape) // (1 if row.tensor_parallel_dim is None else division.tensor),
+                trained=trained,
+                shared_embedding=not shared.isdisjoint(row.hf),
+                quantized=row.layer is not None and len(row.megatron_shape) == 2 and not row.megatron.endswith(ROUTER),
+            )
         )
-        for row in wanted
-    )
+    return tuple(parameters if division.grouped else _expert_by_expert(parameters))
+
+
+def _expert_by_expert(parameters: list[Parameter]) -> Iterator[Parameter]:
+    """The two matrices of each expert in turn."""
+    for expert, run in groupby(parameters, key=lambda parameter: parameter.expert):
+        if not expert:
+            yield from run
+            continue
+        for first, second in batched(run, 2):
+            yield from (replace(first, count=1), replace(second, count=1)) * first.count
 
 
 @cache

@@ -8,21 +8,24 @@ from typing import Any
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import attention_core_flops, layer_products, model_flops
 from neo_megatron.planning.hardware import Efficiency, Gpu
-from neo_megatron.planning.layout import Chunk, Layout
+from neo_megatron.planning.layout import Chunk, Layout, mlp_module
 from neo_megatron.planning.memory import RankMemory, pipeline_memory
 from neo_megatron.planning.parameters import chunk_parameters
 from neo_megatron.planning.step_time import StepTime, step_time
 from neo_megatron.planning.workload import Workload
 
-RECOMPUTATION: dict[str, dict[str, Any]] = {
-    "none": dict(recompute_granularity=None),
-    "core_attn": dict(recompute_granularity="selective", recompute_modules=("core_attn",)),
-    "layernorm": dict(recompute_granularity="selective", recompute_modules=("layernorm",)),
-    "mlp": dict(recompute_granularity="selective", recompute_modules=("mlp",)),
-    "layernorm mlp": dict(recompute_granularity="selective", recompute_modules=("layernorm", "mlp")),
-    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-}
-"""The choices that are compared, by Megatron's --recompute-modules; full is uniform, layer by layer."""
+
+def recomputations(sizes: NeoSizes) -> dict[str, dict[str, Any]]:
+    """The choices that are compared, by Megatron's --recompute-modules; full is uniform, layer by layer."""
+    mlp = mlp_module(bool(sizes.num_experts))
+    return {
+        "none": dict(recompute_granularity=None),
+        **{
+            " ".join(modules): dict(recompute_granularity="selective", recompute_modules=modules)
+            for modules in (("core_attn",), ("layernorm",), (mlp,), ("layernorm", mlp))
+        },
+        "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    }
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,12 @@ def layout_text(layout: Layout) -> str:
     words.append(f"PP {layout.pipeline_model_parallel_size}")
     if layout.virtual_pipeline_model_parallel_size > 1:
         words[-1] += f" x VP {layout.virtual_pipeline_model_parallel_size}"
-    words += [f"CP {layout.context_parallel_size}", f"DP {layout.data_parallel_size}"]
+    words.append(f"CP {layout.context_parallel_size}")
+    if layout.experts_apart:
+        words.append(f"EP {layout.expert_model_parallel_size}")
+        if layout.expert_tensor_ranks != layout.tensor_model_parallel_size:
+            words[-1] += f" x ETP {layout.expert_tensor_ranks}"
+    words.append(f"DP {layout.data_parallel_size}")
     return ", ".join(words)
 
 
@@ -121,14 +129,18 @@ def _header(plan: Plan) -> str:
     model = chunk_parameters(
         sizes, Layout(), Chunk(0, sizes.num_layers, embedding=True, head=True), plan.training_stage
     )
-    count, trained = sum(p.elements for p in model), sum(p.elements for p in model if p.trained)
+    count, trained = sum(p.total for p in model), sum(p.total for p in model if p.trained)
+    at_work = ""
+    if sizes.num_experts:
+        idle = sum(p.total for p in model if p.expert) * (1 - sizes.experts_per_token / sizes.num_experts)
+        at_work = f"{count - round(idle):,} work on a token and "
     flops = model_flops(sizes, plan.training_stage, workload).total(sizes)
     core = sizes.num_layers * attention_core_flops(sizes, workload.mean_keys).forward
     products = sizes.num_layers * layer_products(sizes).forward
     head = flops.forward - core - products
     return "\n".join(
         [
-            f"model        {count:,} parameters, of which {trained:,} train in stage {plan.training_stage}",
+            f"model        {count:,} parameters, of which {at_work}{trained:,} train in stage {plan.training_stage}",
             f"packs        {workload.sequence_length:,} tokens; a query sees {workload.mean_keys:,.0f} keys in the "
             f"mean; {workload.image_share:.0%} images, {workload.trained_share:.0%} trained ({workload.source})",
             f"layout       {layout.world_size:,} GPUs: {layout_text(layout)}; {layout.micro_batches:,} micro-batches "
@@ -185,7 +197,7 @@ def _verdict(plan: Plan) -> str:
 
 def _recomputation(plan: Plan) -> str:
     rows: list[list[Any]] = [["recomputation", "activations and working, fullest rank", "GB in all", "step"]]
-    for name, choice in RECOMPUTATION.items():
+    for name, choice in recomputations(plan.sizes).items():
         layout = dataclasses.replace(plan.layout, **choice)
         other = Plan.make(plan.sizes, layout, plan.workload, plan.training_stage, plan.gpu, plan.efficiency)
         fullest = max(other.memory, key=lambda memory: memory.total)

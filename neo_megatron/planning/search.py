@@ -13,7 +13,7 @@ from neo_megatron.planning.hardware import Efficiency, Gpu
 from neo_megatron.planning.layout import Layout, Precision, layout_stages
 from neo_megatron.planning.memory import pipeline_memory
 from neo_megatron.planning.pipeline_split import Costs, balanced_split, layout_string, split_pre_buffer
-from neo_megatron.planning.report import RECOMPUTATION, Plan, layout_text, recomputation_text, table
+from neo_megatron.planning.report import Plan, layout_text, recomputation_text, recomputations, table
 from neo_megatron.planning.workload import Workload
 
 MICRO_BATCH_SIZES = (1, 2, 4)
@@ -97,10 +97,11 @@ def candidates(
             data, rest = divmod(gpus, tensor * context * pipeline)
             if rest or not data or pipeline * virtual > sizes.num_layers:
                 continue
-            for micro_batch, recomputation, sequence_parallel in product(
+            for micro_batch, recomputation, sequence_parallel, (experts, expert_tensor) in product(
                 choices.of("micro_batch_size", MICRO_BATCH_SIZES),
                 choices.recomputations,
                 choices.sequence_parallel(tensor),
+                choices.experts(tensor, gpus // pipeline),
             ):
                 if global_batch_size % (micro_batch * data):
                     continue
@@ -115,6 +116,8 @@ def candidates(
                         ),
                         context_parallel_size=context,
                         cp_comm_type=given.get("cp_comm_type") if context > 1 else None,
+                        expert_model_parallel_size=experts,
+                        expert_tensor_parallel_size=expert_tensor,
                         data_parallel_size=data,
                         micro_batch_size=micro_batch,
                         global_batch_size=global_batch_size,
@@ -147,7 +150,7 @@ class _Choices:
         virtual = given.get("num_virtual_stages_per_pipeline_rank")
         self.virtual_sizes = (1,) if self._layout else VIRTUAL_SIZES if virtual is None else (virtual,)
         recomputation = {name: value for name, value in given.items() if name.startswith("recompute_")}
-        self.recomputations = [recomputation] if recomputation else list(RECOMPUTATION.values())
+        self.recomputations = [recomputation] if recomputation else list(recomputations(sizes).values())
         self._cut = cache(self._cut_by_costs)
 
     def of(self, name: str, values: Any) -> Any:
@@ -156,7 +159,24 @@ class _Choices:
     def sequence_parallel(self, tensor: int) -> tuple[bool, ...]:
         if self._given.get("sequence_parallel"):
             return (True,)
+        if tensor > 1 and self._sizes.num_experts:
+            return (True,)
         return (True, False) if tensor > 1 else (False,)
+
+    def experts(self, tensor: int, ranks: int) -> list[tuple[int, int | None]]:
+        """Expert-parallel and expert-tensor-parallel sizes that divide the ranks of a pipeline stage.
+
+        An expert is shared by all tensor-parallel ranks, or by none.
+        """
+        experts = self._sizes.num_experts
+        shares = self.of("expert_tensor_parallel_size", (None, 1) if experts and tensor > 1 else (None,))
+        counts = self.of("expert_model_parallel_size", _divisors(experts) if experts else (1,))
+        given = "expert_model_parallel_size" in self._given  # what is given and cannot work is refused
+        return [
+            (count, share)
+            for share, count in product(shares, counts)
+            if given or ranks % (count * (share or tensor)) == 0
+        ]
 
     def virtual(self, pipeline: int, virtual: int) -> int:
         """Virtual stages of a rank; a given pipeline layout decides their number."""
@@ -207,6 +227,8 @@ def distinct(plans: list[Plan]) -> list[Plan]:
                 layout.tensor_model_parallel_size,
                 layout.pipeline_model_parallel_size,
                 layout.context_parallel_size,
+                layout.expert_model_parallel_size,
+                layout.expert_tensor_ranks,
                 layout.micro_batch_size,
             ),
             [],

@@ -3,17 +3,19 @@
 Megatron lays the trained parameters of a chunk consecutively into a gradient buffer, last first, in buckets. Under
 the distributed optimizer it pads parameters and buckets (megatron.core.optimizer.param_layout), keeps the parameters
 themselves in a buffer of the same layout, and gives each rank an equal part of every bucket, to hold optimizer state
-for. Frozen parameters are in none of these.
+for. Frozen parameters are in none of these. Experts that are divided otherwise than the rest of the model have buffers
+of their own, which belong to the ranks that hold the same experts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from math import lcm
 
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.layout import Chunk, Layout
-from neo_megatron.planning.parameters import Parameter, parameters_of
+from neo_megatron.planning.parameters import Division, Parameter, parameters_of
 
 # Adam's two moments, and the float32 parameters of a 16-bit model.
 MOMENTS, MAIN_PARAMETER, MAIN_GRADIENT = 2 * 4, 4, 4
@@ -31,10 +33,18 @@ class State:
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer
 
+    @property
+    def buffer_elements(self) -> int:
+        """Elements of the gradient buffers."""
+        return self.gradients // MAIN_GRADIENT
+
     def __add__(self, other: "State") -> "State":
         return State(
             self.parameters + other.parameters, self.gradients + other.gradients, self.optimizer + other.optimizer
         )
+
+    def __mul__(self, times: int) -> "State":
+        return State(self.parameters * times, self.gradients * times, self.optimizer * times)
 
 
 @dataclass(frozen=True)
@@ -55,33 +65,48 @@ def rank_state(sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_ra
     """The state of one rank.
 
     Args:
-        state_rank: number among the `layout.state_ranks` that hold the same parameters. All hold the same, except for
-            padding, of which the first rank has least.
+        state_rank: number among the `layout.state_ranks` that hold the same parameters as the first tensor-parallel
+            rank. All hold the same, except for padding, of which the first rank has least.
     """
-    chunks = layout.chunks(sizes)[pipeline_rank]
-    return sum(
-        (
-            _chunk_state(
-                sizes,
-                chunk,
-                training_stage,
-                layout.tensor_model_parallel_size,
-                layout.pipeline_model_parallel_size > 1,
-                layout.parameter_bytes,
-                layout.use_distributed_optimizer,
-                layout.state_ranks,
-                _bucket_limit(layout, pipeline_rank, number),
-                state_rank,
-            )
-            for number, chunk in enumerate(chunks)
-        ),
-        State(),
-    )
+    dense, experts = divided_state(sizes, layout, training_stage, pipeline_rank, state_rank)
+    return dense + experts
 
 
-def buffer_elements(sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int) -> int:
-    """Elements of the gradient buffers of one rank, which are reduced over all ranks with the same parameters."""
-    return rank_state(sizes, layout, training_stage, pipeline_rank).gradients // MAIN_GRADIENT
+def divided_state(
+    sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int, state_rank: int = 0
+) -> tuple[State, State]:
+    """The state that `layout.state_ranks` hold together, and that of experts, which `layout.expert_state_ranks` hold.
+
+    Experts that are divided as the rest of the model are part of the first.
+    """
+    return _divided_states(sizes, layout.of_state, training_stage, state_rank)[pipeline_rank]
+
+
+@cache
+def _divided_states(sizes: NeoSizes, layout: Layout, training_stage: int, state_rank: int) -> list[tuple[State, State]]:
+    """Of all pipeline ranks."""
+    ranks = range(layout.pipeline_model_parallel_size)
+    return [_divided_state(sizes, layout, training_stage, rank, state_rank) for rank in ranks]
+
+
+def _divided_state(
+    sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int, state_rank: int
+) -> tuple[State, State]:
+    chunks, division = layout.alike_chunks(sizes)[pipeline_rank], Division.of(layout)
+
+    def state(experts: bool | None, ranks: int, rank: int) -> State:
+        first, others = (_bucket_limit(layout, pipeline_rank, number) for number in (0, 1))
+        settings = (layout.parameter_bytes, layout.use_distributed_optimizer, ranks)
+        state = _chunk_state(sizes, chunks[0], training_stage, division, experts, *settings, first, rank)
+        for chunk, count in Counter(chunks[1:]).items():
+            state += _chunk_state(sizes, chunk, training_stage, division, experts, *settings, others, rank) * count
+        return state
+
+    if not layout.experts_apart:
+        return state(None, layout.state_ranks, state_rank), State()
+    # Ranks are numbered tensor first; those with different experts follow each other, and then these again.
+    expert_rank = state_rank * layout.expert_state_ranks // layout.state_ranks
+    return state(False, layout.state_ranks, state_rank), state(True, layout.expert_state_ranks, expert_rank)
 
 
 @cache
@@ -89,23 +114,26 @@ def _chunk_state(
     sizes: NeoSizes,
     chunk: Chunk,
     training_stage: int,
-    tensor: int,
-    pipelined: bool,
+    division: Division,
+    experts: bool | None,
     element: int,
     distributed: bool,
     ranks: int,
     bucket_limit: int | None,
     state_rank: int,
 ) -> State:
-    parameters = parameters_of(sizes, chunk, training_stage, tensor, pipelined)
+    """Of all parameters; or of `experts` alone, or of the others."""
+    parameters = parameters_of(sizes, chunk, training_stage, division)
+    if experts is not None:
+        parameters = tuple(parameter for parameter in parameters if parameter.expert == experts)
     trained = [parameter for parameter in parameters if parameter.trained]
-    frozen = sum(parameter.elements for parameter in parameters if not parameter.trained)
+    frozen = sum(parameter.total for parameter in parameters if not parameter.trained)
     if distributed:
         buckets = gradient_buckets(trained, ranks, bucket_limit)
         buffer = sum(bucket.size for bucket in buckets)
         owned = sum(bucket.owned(state_rank, ranks) for bucket in buckets)
     else:
-        buffer = owned = sum(parameter.elements for parameter in trained)
+        buffer = owned = sum(parameter.total for parameter in trained)
     master = MOMENTS + (MAIN_PARAMETER if element < 4 else 0)
     return State(element * (frozen + buffer), MAIN_GRADIENT * buffer, master * owned)
 
@@ -132,7 +160,7 @@ def gradient_buckets(trained: Sequence[Parameter], ranks: int, limit: int | None
         buckets.append(Bucket(_round_up(end, lcm(ranks, 128)), tuple(ranges)))
         ranges.clear()
 
-    for parameter in reversed(trained):
+    for parameter in _one_by_one(reversed(trained), limit):
         start = _round_up(ranges[-1][1], 64) if ranges else 0
         if parameter.shared_embedding and ranges:  # has a bucket of its own
             close(start)
@@ -143,6 +171,15 @@ def gradient_buckets(trained: Sequence[Parameter], ranks: int, limit: int | None
     if ranges:
         close(ranges[-1][1])
     return buckets
+
+
+def _one_by_one(parameters: Iterable[Parameter], limit: int | None) -> Iterator[Parameter]:
+    """Splits runs of parameters, unless neither padding nor the end of a bucket can lie within them."""
+    for parameter in parameters:
+        if parameter.count == 1 or (limit is None and parameter.elements % 64 == 0):
+            yield replace(parameter, elements=parameter.total, count=1)
+        else:
+            yield from [replace(parameter, count=1)] * parameter.count
 
 
 def _round_up(value: int, divisor: int) -> int:

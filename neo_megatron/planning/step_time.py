@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.activations import layer_activations, layers_by_kind, rank_tokens
 from neo_megatron.planning.communication import Traffic, rank_traffic
-from neo_megatron.planning.flops import ModelFlops, attention_core_flops, layer_products, model_flops
+from neo_megatron.planning.flops import (
+    ModelFlops,
+    attention_core_flops,
+    expert_products,
+    expert_weights,
+    layer_products,
+    mlp_products,
+    model_flops,
+)
 from neo_megatron.planning.hardware import Efficiency, Gpu
 from neo_megatron.planning.layout import Chunk, Layout, Precision
-from neo_megatron.planning.state import MOMENTS, rank_state
+from neo_megatron.planning.state import MAIN_GRADIENT, MOMENTS, rank_state
 from neo_megatron.planning.workload import Workload
 
 # What a layer keeps is written and read once on the way forward, and twice, with its gradient, on the way back; run
@@ -45,18 +53,25 @@ def step_time(
     Seconds = m * t_max + (sum(t) - t_max) / chunks of a rank + gradient traffic that nothing hides.
     """
     flops = model_flops(sizes, training_stage, workload)
-    chunks = layout.chunks(sizes)
-    traffic = [rank_traffic(sizes, layout, workload, training_stage, rank) for rank in range(len(chunks))]
+    chunks = layout.alike_chunks(sizes)
+    seconds_of = {
+        chunk: _chunk_seconds(sizes, layout, workload, training_stage, chunk, flops, gpu, efficiency)
+        for chunk in dict.fromkeys(sum(chunks, ()))
+    }
+    first_alike = {rank: chunks.index(rank) for rank in chunks}
+    traffic_of = {
+        rank: rank_traffic(sizes, layout, workload, training_stage, number) for rank, number in first_alike.items()
+    }
+    traffic = [traffic_of[rank] for rank in chunks]
     stages = [
-        sum(_chunk_seconds(sizes, layout, workload, training_stage, chunk, flops, gpu, efficiency) for chunk in rank)
-        + _link_seconds(layout, sent, gpu, efficiency) / layout.micro_batches
+        sum(seconds_of[chunk] for chunk in rank) + _link_seconds(layout, sent, gpu, efficiency) / layout.micro_batches
         for rank, sent in zip(chunks, traffic, strict=True)
     ]
     slowest = max(stages)
     filling = (sum(stages) - slowest) / layout.virtual_pipeline_model_parallel_size
     exposed = max(
-        _exposed_seconds(sizes, layout, training_stage, rank, sent, stages[rank], gpu, efficiency)
-        for rank, sent in enumerate(traffic)
+        _exposed_seconds(sizes, layout, training_stage, number, traffic[number], stages[number], gpu, efficiency)
+        for number in first_alike.values()
     )
     seconds = layout.micro_batches * slowest + filling + exposed
     tokens = layout.global_batch_size * workload.sequence_length
@@ -87,13 +102,21 @@ def layer_seconds(
         recomputed: whether the layer is fully recomputed; single modules follow the layout.
     """
     products, core = layer_products(sizes, frozen), attention_core_flops(sizes, workload.mean_keys)
-    mlp = 2 * 3 * sizes.hidden_size * sizes.ffn_hidden_size
-    product_count = products.training + (products.forward if recomputed else mlp * layout.recomputes("mlp"))
+    mlp, experts = mlp_products(sizes, frozen), expert_products(sizes, frozen)
+    mlp_again = recomputed or layout.recomputes_mlp
+    product_count = products.training + (products.forward if recomputed else mlp.forward * mlp_again)
+    expert_count = experts.training + experts.forward * mlp_again
     core_count = core.training + (core.forward if recomputed or layout.recomputes("core_attn") else 0)
     x, _ = rank_tokens(layout, workload)
     share = x / layout.tensor_model_parallel_size
     # Under FP8 only the products of the layers are in 8 bits.
-    seconds = share * product_count / (gpu.peak(layout.precision) * efficiency.products)
+    rate = gpu.peak(layout.precision) * efficiency.products
+    seconds = share * (product_count - expert_count) / rate
+    # Experts get few tokens each, so that their weights, and the gradients that are added up in float32, may take
+    # longer through the memory than the products take.
+    weights = expert_weights(sizes) * sizes.num_experts / layout.expert_model_parallel_size / layout.expert_tensor_ranks
+    weights *= layout.parameter_bytes * (2 + mlp_again) + (not frozen) * 2 * MAIN_GRADIENT
+    seconds += max(share * expert_count / rate, weights / (gpu.memory_rate * efficiency.memory))
     seconds += share * core_count / (gpu.peak(_without_fp8(layout)) * efficiency.attention)
     passes = MEMORY_PASSES + 2 * recomputed
     through_memory = passes * layer_activations(sizes, layout, workload, frozen).total
@@ -113,7 +136,7 @@ def _chunk_seconds(
     """One micro-batch through one chunk, forward and backward, without communication."""
     seconds = 0.0
     for frozen, numbers in layers_by_kind(sizes, chunk, training_stage):
-        again = sum(layout.recomputes_layer(number) for number in numbers)
+        again = layout.recomputed_layers(numbers)
         for recomputed, count in ((True, again), (False, len(numbers) - again)):
             if count:
                 seconds += count * layer_seconds(sizes, layout, workload, frozen, recomputed, gpu, efficiency)
@@ -131,9 +154,13 @@ def _without_fp8(layout: Layout) -> Precision:
 
 
 def _link_seconds(layout: Layout, sent: Traffic, gpu: Gpu, efficiency: Efficiency) -> float:
-    """Communication of all micro-batches, none of it hidden; ranks are ordered tensor, context, data, pipeline."""
+    """Communication of all micro-batches, none of it hidden.
+
+    Ranks are ordered tensor, context, data, pipeline; for experts tensor, expert, data, pipeline.
+    """
     tensor = layout.tensor_model_parallel_size
     context = tensor * layout.context_parallel_size
+    experts = layout.expert_tensor_ranks * layout.expert_model_parallel_size
     data = context * layout.data_parallel_size
 
     def rate(reach: int) -> float:
@@ -142,7 +169,12 @@ def _link_seconds(layout: Layout, sent: Traffic, gpu: Gpu, efficiency: Efficienc
     # Interleaved stages send while they compute.
     exposed_pipeline = sent.pipeline if layout.virtual_pipeline_model_parallel_size == 1 else 0.0
     pipeline_reach = data * layout.pipeline_model_parallel_size
-    return sent.tensor / rate(tensor) + sent.context / rate(context) + exposed_pipeline / rate(pipeline_reach)
+    return (
+        sent.tensor / rate(max(tensor, layout.expert_tensor_ranks))
+        + sent.context / rate(context)
+        + sent.experts / rate(experts)
+        + exposed_pipeline / rate(pipeline_reach)
+    )
 
 
 def _exposed_seconds(

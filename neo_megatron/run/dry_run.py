@@ -50,6 +50,8 @@ def dry_run(args: Namespace) -> None:
     if any(getattr(args, flag) for flag in _UNPLANNED):
         print("no plan: Megatron alone knows this split; write it as --pipeline-model-parallel-layout to see one")
     else:
+        if args.num_experts and args.moe_token_dispatcher_type != "alltoall":
+            print("memory and traffic of experts are planned for --moe-token-dispatcher-type alltoall")
         print(describe(plan_of(args, workload)))
     print("dry run: nothing was found that would stop this run before its first step", flush=True)
 

@@ -70,6 +70,7 @@ class StepLog:
 
     def __init__(self) -> None:
         self._writers: LogWriters | None = None
+        self._experts = ExpertLog(0, 0)
 
     def begin(self, args: Namespace) -> None:
         """To be called when Megatron has its arguments and its writers, before it trains."""

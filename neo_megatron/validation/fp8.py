@@ -104,6 +104,10 @@ def _features(args: Namespace) -> Iterator[str]:
         "channels of the query heads": heads * args.kv_channels,
         "rows of linear_qkv": (heads + 2 * groups) * args.kv_channels,
     }
+    if args.neo_sizes["num_experts"]:
+        del sides["channels of --ffn-hidden-size"]
+        width = args.neo_sizes["expert_ffn_hidden_size"]
+        sides["channels of an expert"] = width // (args.expert_tensor_parallel_size or tensor)
     if FORMS[args.neo_sizes["attention_form"]].products == 2:
         sides["rows of linear_qk_hw"] = (heads + groups) * args.kv_channels
     for what, count in sides.items():

@@ -69,6 +69,9 @@ def _tensor_parallel(args: Namespace) -> Iterator[str]:
 def _experts(args: Namespace) -> Iterator[str]:
     if args.balance_loss_coeff < 0 or (args.balance_loss_coeff and not args.num_experts):
         yield "--balance-loss-coeff is 0 or more, and for a --neo-model with experts: leave it out"
+    without_effect, instead = ("mlp", "moe") if args.num_experts else ("moe", "mlp")
+    if without_effect in (args.recompute_modules or ()):
+        yield f"--recompute-modules {without_effect} is without effect in this --neo-model: choose {instead}"
     if not args.num_experts:
         return
     size, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size

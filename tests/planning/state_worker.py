@@ -44,6 +44,8 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
         args.pipeline_model_parallel_size,
         args.virtual_pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     with torch.device("meta"):
@@ -63,7 +65,7 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
         state += [value for entry in part.optimizer.state.values() for value in entry.values()]
     found = [
         storage_bytes(parameters),
-        storage_bytes(buffer.grad_data for chunk in chunks for buffer in chunk.buffers),
+        storage_bytes(buffer.grad_data for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers),
         storage_bytes(state),
     ]
     parallel_state.destroy_model_parallel()

@@ -1,7 +1,7 @@
 """Planned bytes of activations and of traffic against those that a real model keeps and sends on a CPU."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from neo_megatron.presets import SIZES
 
 LENGTH, IMAGE_TOKENS, TRAINED = 256, 128, 64
 WORKLOAD = Workload(LENGTH, mean_keys=LENGTH, image_share=IMAGE_TOKENS / LENGTH, trained_share=TRAINED / LENGTH)
-MODEL = SIZES["tiny"].replace(
+SEPARATE = SIZES["tiny"].replace(
     num_attention_heads=4, head_dim=32, ffn_hidden_size=384, vocab_size=1024, pre_buffer_layers=2, post_llm_layers=3
 )
 SELECTIVE = dict(recompute_granularity="selective")
@@ -35,22 +35,53 @@ STAGE_2: dict[str, dict] = {
     "CP2, keys gathered": dict(context_parallel_size=2, cp_comm_type="allgather"),
     "bf16": dict(precision="bf16"),
 }
+IN_HEAD = SEPARATE.replace(attention_form="in-head")
+EXPERTS = IN_HEAD.replace(num_experts=8, experts_per_token=2, expert_ffn_hidden_size=96)
+EP2 = dict(expert_model_parallel_size=2)
+STAGE_2_OF_EXPERTS: dict[str, dict] = {
+    "all kept": dict(),
+    "moe": dict(**SELECTIVE, recompute_modules=("moe",)),
+    "layernorm and core_attn": STAGE_2["layernorm and core_attn"],
+    "full, uniform": STAGE_2["full, uniform"],
+    "bf16": dict(precision="bf16"),
+    "TP2 with SP": SHARED,
+    "TP2 with SP, undivided experts": dict(**SHARED, expert_tensor_parallel_size=1),
+    "CP2, keys gathered": STAGE_2["CP2, keys gathered"],
+    "EP2": EP2,
+    "EP4, bf16, moe": dict(
+        expert_model_parallel_size=4, precision="bf16", **SELECTIVE, recompute_modules=("layernorm", "moe")
+    ),
+    "EP2, TP2 with SP": dict(**EP2, **SHARED),
+    "EP2, TP2 with SP, bf16, full, block": dict(**EP2, **SHARED, **FULL, recompute_method="block", precision="bf16"),
+    "EP2, TP2 with SP, undivided experts": dict(**EP2, **SHARED, expert_tensor_parallel_size=1),
+}
 STAGE_1 = ("all kept", "core_attn", "TP2 with SP", "TP2 with SP, full, block", "CP2, keys gathered", "bf16")
-CASES = {f"stage 2, {name}": (2, settings) for name, settings in STAGE_2.items()}
-CASES |= {f"stage 1, {name}": (1, STAGE_2[name]) for name in STAGE_1}
+STAGE_1_OF_EXPERTS = ("all kept", "moe", "bf16", "TP2 with SP", "EP2, TP2 with SP", "EP4, bf16, moe")
+CASES = {
+    f"{model}, stage {stage}, {name}": (sizes, stage, layouts[name])
+    for model, sizes, layouts, of_stage_1 in (
+        ("separate", SEPARATE, STAGE_2, STAGE_1),
+        ("in-head", IN_HEAD, STAGE_2, STAGE_1),
+        ("experts", EXPERTS, STAGE_2_OF_EXPERTS, STAGE_1_OF_EXPERTS),
+    )
+    for stage, names in ((2, layouts), (1, of_stage_1))
+    for name in names
+}
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, tuple[int, float]]:
     cases = []
-    for stage, settings in CASES.values():
+    for sizes, stage, settings in CASES.values():
         settings = dict(settings)
         settings["bf16"] = settings.pop("precision", "fp32") == "bf16"
         ranks = {
             "tensor": settings.pop("tensor_model_parallel_size", 1),
             "context": settings.pop("context_parallel_size", 1),
+            "experts": settings.pop("expert_model_parallel_size", 1),
+            "expert_tensor": settings.pop("expert_tensor_parallel_size", None),
         }
-        case = {"sizes": asdict(MODEL), "stage": stage, "batch": (LENGTH, IMAGE_TOKENS, TRAINED), "settings": settings}
+        case = {"sizes": asdict(sizes), "stage": stage, "batch": (LENGTH, IMAGE_TOKENS, TRAINED), "settings": settings}
         cases.append(case | ranks)
     done = run_forked(Path(__file__).parent / "activation_worker.py", json.dumps(cases))
     assert done.returncode == 0, done.stdout[-6000:]
@@ -59,19 +90,23 @@ def measured() -> dict[str, tuple[int, float]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_within_a_tenth_of_what_is_kept(case, measured):
-    stage, layout = CASES[case][0], layout_of(case)
-    [[chunk]] = layout.chunks(MODEL)
-    assert chunk_bytes(MODEL, layout, WORKLOAD, chunk, stage) == pytest.approx(measured[case][0], rel=0.1)
+    sizes, stage, _ = CASES[case]
+    layout = layout_of(case)
+    [[chunk]] = layout.chunks(sizes)
+    assert chunk_bytes(sizes, layout, WORKLOAD, chunk, stage) == pytest.approx(measured[case][0], rel=0.1)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_traffic_is_what_is_sent(case, measured):
     """But for a few numbers a token: of the cross entropy, and of positions under context parallelism."""
-    traffic = rank_traffic(MODEL, layout_of(case), WORKLOAD, CASES[case][0], pipeline_rank=0)
-    assert traffic.tensor + traffic.context == pytest.approx(measured[case][1], rel=0.01)
+    sizes, stage, _ = CASES[case]
+    traffic = rank_traffic(sizes, layout_of(case), WORKLOAD, stage, pipeline_rank=0)
+    assert traffic.tensor + traffic.context + traffic.experts == pytest.approx(measured[case][1], rel=0.01)
     if not measured[case][1]:
         assert traffic.total == 0
 
 
 def layout_of(case: str) -> Layout:
-    return Layout(**{"precision": "fp32", "transformer_impl": "local"} | CASES[case][1])
+    layout = Layout(**{"precision": "fp32", "transformer_impl": "local"} | CASES[case][2])
+    ranks = max(1, layout.expert_model_parallel_size * layout.expert_tensor_ranks // layout.model_ranks)
+    return replace(layout, data_parallel_size=ranks, global_batch_size=ranks)

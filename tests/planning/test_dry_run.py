@@ -39,6 +39,9 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
     shutil.copytree(room / "golden", room / "cut")
+    (room / "experts").mkdir()
+    sizes = SIZES.replace(attention_form="in-head", num_experts=4, experts_per_token=2, expert_ffn_hidden_size=32)
+    (room / "experts" / "config.json").write_text(json.dumps(sizes.to_hf()))
     piece = next((room / "cut").glob("*/*.distcp"))
     piece.write_bytes(piece.read_bytes()[:-1])
 
@@ -47,12 +50,19 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     golden = f"--pretrained-checkpoint {room}/golden "
     large = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
     large += "--use-distributed-optimizer --global-batch-size 256"
+    experts = f"{common.replace(f'{GOLDEN}/ckpt_untied', f'{room}/experts')}--transformer-impl local --bf16 "
+    experts += "--expert-model-parallel-size 4 --expert-tensor-parallel-size 1 --tensor-model-parallel-size 2 "
     jobs = {
         "one process": (1, common + golden + "--global-batch-size 4"),
         "1,024 processes": (1024, common + golden + large),
         "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
         "another model": (1, common + golden + "--global-batch-size 4 --ffn-hidden-size 128"),
         "another length": (1, common + golden + "--global-batch-size 4 --seq-length 128"),
+        "experts": (
+            16,
+            experts + "--sequence-parallel --global-batch-size 8 --moe-token-dispatcher-type allgather",
+        ),
+        "experts that do not divide": (6, experts + "--sequence-parallel --global-batch-size 6"),
         "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
     for number, layout in enumerate(FOUND):
@@ -84,6 +94,14 @@ def test_a_large_layout_is_planned_in_full(ends):
     assert printed.count("pipeline rank 0") == printed.count("pipeline rank 1") == 1
 
 
+def test_experts_are_planned(ends):
+    printed, end, _ = ends["experts"]
+    assert end is None, end
+    assert "16 GPUs: TP 2 with SP, PP 1, CP 1, EP 4 x ETP 1, DP 8; 1 micro-batches" in printed
+    assert "experts are planned for --moe-token-dispatcher-type alltoall" in printed
+    assert "experts are planned" not in ends["one process"][0]
+
+
 @pytest.mark.parametrize("number", range(len(FOUND)))
 def test_layouts_of_the_search_can_start(number, ends):
     printed, end, _ = ends[f"found {number}"]
@@ -98,6 +116,10 @@ def test_layouts_of_the_search_can_start(number, ends):
         ("damaged checkpoint", r"--pretrained-checkpoint .*/cut: .* bytes instead of \d+: copy or convert it again"),
         ("another model", r"the checkpoint .* is of another model \(ffn_hidden_size \d+ there, 128 here\)"),
         ("another length", r"--train-data-path .* holds packs of 192 tokens, --seq-length is 128"),
+        (
+            "experts that do not divide",
+            r"--expert-model-parallel-size 4 with 1 tensor-parallel ranks of an expert does",
+        ),
         ("no such layout", r"--tensor-model-parallel-size 4 .* needs a multiple of 4 processes, not 6"),
     ],
 )

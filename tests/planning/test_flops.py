@@ -26,8 +26,17 @@ def attention_over_all_pairs(query, key, value, *_unused, scale, **_also):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_real_model_counts_as_planned(stage, megatron, monkeypatch):
-    sizes = SIZES["tiny"].replace(hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, post_llm_layers=3)
+@pytest.mark.parametrize(
+    "form",
+    [
+        dict(attention_form="separate"),
+        dict(attention_form="in-head"),
+        dict(attention_form="in-head", num_experts=8, experts_per_token=2, expert_ffn_hidden_size=40),
+    ],
+    ids=["separate", "in-head", "experts"],
+)
+def test_a_real_model_counts_as_planned(stage, form, megatron, monkeypatch):
+    sizes = SIZES["tiny"].replace(hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, post_llm_layers=3, **form)
     monkeypatch.setattr(native_attention, "attend", attention_over_all_pairs)
     config = NeoConfig.from_sizes(sizes, transformer_impl="local", gradient_accumulation_fusion=False)
     model = NeoModel(config)
@@ -62,6 +71,15 @@ def test_a_frozen_weight_has_no_gradient():
     ffn_and_projections = 2 * (3 * 2048 * 6144 + 2048 * 32 * 128 + 16 * 128 * 2048)
     assert layer.backward - frozen_layer.backward == ffn_and_projections
     assert head_flops(sizes, frozen=True).backward == head_flops(sizes).forward
+
+
+def test_only_the_experts_of_a_token_work_on_it():
+    sizes = SIZES["u1-a3b"]
+    layer, frozen_layer = (layer_flops(sizes, mean_keys=0, frozen=frozen) for frozen in (False, True))
+    attention, router, experts = 2048 * 128 * (32 + 2 * 4 + 32), 128 * 2048, 8 * 3 * 2048 * 768
+    assert layer.forward == 2 * (attention + router + experts) and layer.backward == 2 * layer.forward
+    # In stage 1 the attention trains, and Megatron's router computes a gradient that is not used.
+    assert layer.backward - frozen_layer.backward == 2 * experts
 
 
 def test_scores_are_twice_as_wide_as_values_and_computed_once_more_in_the_backward():

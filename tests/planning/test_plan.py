@@ -1,12 +1,14 @@
 """The planner as a user meets it; and its schedule of micro-batches in flight against one worked out by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from support.paths import TOOLS
 from support.processes import run_forked, run_python
 
-from neo_megatron.planning.hardware import GPUS, gpu_named
+from neo_megatron.planning.communication import rank_traffic
+from neo_megatron.planning.hardware import GPUS, Efficiency, gpu_named
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.memory import peak_in_flight
 from neo_megatron.planning.report import Plan
@@ -16,6 +18,8 @@ from neo_megatron.presets import SIZES
 
 TOOL = TOOLS / "plan.py"
 WORKLOAD = Workload.of_alike_documents(16384)
+SELECTIVE = dict(recompute_granularity="selective")
+H200 = GPUS["h200"]
 
 
 def test_the_tool_prints_a_plan_without_torch():
@@ -65,13 +69,93 @@ def test_the_tool_prints_a_plan_without_torch():
         ),
         ("--recompute-modules mlp", "--recompute-modules is for --recompute-granularity selective"),
         ("--recompute-granularity full", "needs to know which layers: add --recompute-method"),
+        ("--expert-model-parallel-size 3", "--expert-model-parallel-size 3 does not divide the 128 experts"),
+        (
+            "--expert-model-parallel-size 4 --expert-tensor-parallel-size 4",
+            "4 with 4 tensor-parallel ranks of an expert does not divide the 8 ranks of a pipeline stage",
+        ),
+        (
+            "--expert-tensor-parallel-size 5 --gpus 5 --global-batch-size 5",
+            "5 does not divide the 768 channels of an expert",
+        ),
+        ("--tensor-model-parallel-size 2", "a mixture of experts with --tensor-model-parallel-size needs --sequence-p"),
+        (
+            "--search --expert-model-parallel-size 128 --pipeline-model-parallel-size 2",
+            "the first reason: --expert-model-parallel-size 128 with 1 tensor-parallel ranks of an expert does not",
+        ),
         ("--precision fp8 --seq-length 16392", "--fp8-recipe delayed needs a multiple of 16 tokens on a rank"),
     ],
 )
 def test_impossible_plans_end_in_one_sentence(flags, sentence):
-    done = run_forked(TOOL, "--neo-model", "neo-9b", *flags.split())
+    model = "u1-a3b" if "expert" in sentence else "neo-9b"
+    done = run_forked(TOOL, "--neo-model", model, *flags.split())
     assert done.returncode == 1 and done.stdout.startswith("plan: ") and sentence in done.stdout, done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_what_is_not_of_the_model_is_refused():
+    dense, experts = Layout(**SELECTIVE, recompute_modules=("mlp",)), Layout(**SELECTIVE, recompute_modules=("moe",))
+    assert not dense.refusal(SIZES["u1-8b"], 4096) and not experts.refusal(SIZES["u1-a3b"], 4096)
+    assert "--recompute-modules mlp is without effect" in dense.refusal(SIZES["u1-a3b"], 4096)
+    assert "--recompute-modules moe is without effect" in experts.refusal(SIZES["u1-8b"], 4096)
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        sentence = Layout(data_parallel_size=2, **{name: 2}).refusal(SIZES["u1-8b"], 4096)
+        assert sentence == f"--{name.replace('_', '-')} is for a --neo-model with experts: leave it out"
+    width = SIZES["u1-a3b"].replace(expert_ffn_hidden_size=24)
+    assert "and a rank has 24 channels of an expert" in Layout(precision="fp8").refusal(width, 4096)
+
+
+def test_experts_are_planned():
+    flags = (
+        "--neo-model u1-a3b --gpus 16 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"
+    )
+    flags += " --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 --training-stage 1"
+    done = run_forked(TOOL, *flags.split())
+    assert done.returncode == 0, done.stdout
+    assert "16 GPUs: TP 2 with SP, PP 1, CP 1, EP 8 x ETP 1, DP 8" in done.stdout
+    # 48 layers: attention, its norms and two more, router, experts; words, head, last norm; patches.
+    attention = 2048 * 128 * (32 + 2 * 4 + 32) + 2 * 128 + 2 * 2048
+    expert = 3 * 2048 * 768
+    patches = 768 * 1024 + 1024 + 4 * 1024 * 2048 + 2048
+    others = 48 * (attention + 128 * 2048) + 2 * 151936 * 2048 + 2048 + patches
+    count, at_work = others + 48 * 128 * expert, others + 48 * 8 * expert
+    trained = 48 * (attention - 2 * 2048) + patches
+    assert f"{count:,} parameters, of which {at_work:,} work on a token and {trained:,} train in stage 1" in done.stdout
+
+
+def test_gradients_of_experts_go_to_the_ranks_that_hold_the_same():
+    sizes = SIZES["u1-a3b"]
+    experts = 48 * 128 * 3 * 2048 * 768
+
+    def gradients(ranks: int, **changes: int) -> float:
+        layout = Layout(data_parallel_size=8, global_batch_size=8, **changes)
+        sent = rank_traffic(sizes, layout, WORKLOAD, 2, pipeline_rank=0)
+        assert sent.parameters == 0 and bool(sent.experts) == bool(changes)
+        return sent.gradients - 2 * 4 * experts / layout.expert_model_parallel_size * (ranks - 1) / ranks
+
+    # Without those of experts, the same in all layouts.
+    assert gradients(8) == gradients(4, expert_model_parallel_size=2) == gradients(1, expert_model_parallel_size=8)
+
+
+def test_tokens_of_experts_take_longer_to_other_machines():
+    layout = Layout(data_parallel_size=16, expert_model_parallel_size=8, global_batch_size=16)
+    eight, four = (replace(H200, network_rate=H200.link_rate / 9, gpus_per_machine=count) for count in (8, 4))
+    near, far = (Plan.make(SIZES["u1-a3b"], layout, WORKLOAD, 2, gpu).time for gpu in (eight, four))
+    seconds = near.traffic[0].experts / (H200.link_rate * Efficiency().links)
+    assert far.seconds - near.seconds == pytest.approx(8 * seconds)
+
+
+def test_few_tokens_of_an_expert_wait_for_its_weights():
+    """Of 512 tokens an expert gets 32 in the mean: its weights take longer through the memory than its products."""
+    sizes, workload = SIZES["u1-a3b"], Workload.of_alike_documents(512)
+    seconds = {
+        size: Plan.make(
+            sizes, Layout(data_parallel_size=8, expert_model_parallel_size=size, global_batch_size=8), workload, 2, H200
+        ).time.stages[0]
+        for size in (1, 8)
+    }
+    weights = 48 * 128 * 3 * 2048 * 768 * (2 * 2 + 2 * 4)
+    assert seconds[1] > weights / (H200.memory_rate * Efficiency().memory) > 3 * seconds[8]
 
 
 def test_micro_batches_in_flight():

@@ -79,6 +79,30 @@ def flags_of_sizes(layout) -> tuple:
     return tuple(word for word in flags(layout) if word not in ("--cp-comm-type", "allgather"))
 
 
+def test_experts_are_dealt_to_all_numbers_of_ranks_that_divide_them():
+    sizes = TINY.replace(num_experts=12, experts_per_token=2, expert_ffn_hidden_size=64)
+    layouts = list(candidates(sizes, 8, Workload.of_alike_documents(1024), 2, 16, "bf16", 8))
+    found = {
+        (layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tensor_ranks)
+        for layout in layouts
+        if layout.pipeline_model_parallel_size == 1
+    }
+    assert found == {(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 2), (2, 2, 2), (2, 4, 2), (2, 1, 1), (2, 2, 1), (2, 4, 1)}
+    assert all(layout.sequence_parallel for layout in layouts if layout.tensor_model_parallel_size > 1)
+    assert {word for layout in layouts for word in layout.recompute_modules} == {"core_attn", "layernorm", "moe"}
+    given = dict(expert_model_parallel_size=4, expert_tensor_parallel_size=1, tensor_model_parallel_size=2)
+    layouts = list(candidates(sizes, 8, Workload.of_alike_documents(1024), 2, 16, "bf16", 8, given=given))
+    for layout in layouts:
+        words = flags(layout)
+        for flag, value in (("--expert-model-parallel-size", "4"), ("--expert-tensor-parallel-size", "1")):
+            assert words[words.index(flag) + 1] == value
+    assert layouts and not any("--expert-model-parallel-size" in flags(layout) for layout in looked_at())
+    # They are not near-duplicates of each other.
+    plans, _ = search(sizes, 8, Workload.of_alike_documents(1024), 2, GPUS["h100"], 16)
+    listed = {(plan.layout.expert_model_parallel_size, plan.layout.expert_tensor_ranks) for plan in distinct(plans)}
+    assert {(count, 1) for count in (1, 2, 4)} | {(count, 2) for count in (1, 2, 4)} <= listed
+
+
 def test_virtual_stages_that_are_given():
     layouts = looked_at(num_virtual_stages_per_pipeline_rank=2)
     assert layouts and {layout.virtual_pipeline_model_parallel_size for layout in layouts} == {2}

@@ -1,6 +1,7 @@
 """The planner's bytes of state equal, to the byte, those of real ranks of large layouts, and its chunks Megatron's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from support.processes import run_forked
 
 from neo_megatron.errors import ConfigError
-from neo_megatron.planning.layout import Layout, layout_stages
-from neo_megatron.planning.state import rank_state
+from neo_megatron.planning.layout import Chunk, Layout, layout_stages
+from neo_megatron.planning.parameters import Parameter, chunk_parameters
+from neo_megatron.planning.state import gradient_buckets, rank_state
 from neo_megatron.presets import SIZES
 
 OVERLAPPED = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
@@ -31,6 +33,37 @@ INTERLEAVED = Layout(
     **OVERLAPPED,
 )
 TWO_STAGES = Layout(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t*3L", data_parallel_size=3)
+# Experts of odd sizes.
+MODELS = SIZES | {
+    "experts": SIZES["tiny"].replace(
+        attention_form="in-head", num_experts=6, experts_per_token=2, expert_ffn_hidden_size=22, hidden_size=132
+    )
+}
+LOCAL = dict(transformer_impl="local")
+DISTRIBUTED = dict(use_distributed_optimizer=True, **LOCAL)
+TP2, EP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True), dict(expert_model_parallel_size=2)
+# TP4 EP8 with experts that are not divided, PP4 DP8: of the 32 ranks of a stage four hold the same experts.
+LARGE_EXPERTS = Layout(
+    tensor_model_parallel_size=4,
+    sequence_parallel=True,
+    expert_model_parallel_size=8,
+    expert_tensor_parallel_size=1,
+    pipeline_model_parallel_size=4,
+    data_parallel_size=8,
+    **OVERLAPPED,
+    **LOCAL,
+)
+EXPERTS = [
+    (Layout(data_parallel_size=3, **DISTRIBUTED), [(0, 0, 0), (2, 0, 2)]),
+    (Layout(data_parallel_size=2, **EP2, **LOCAL), [(0, 0, 0)]),
+    (Layout(data_parallel_size=6, **EP2, **DISTRIBUTED), [(0, 0, 0), (4, 0, 4), (5, 0, 5)]),
+    (Layout(data_parallel_size=2, **TP2, **EP2, **DISTRIBUTED), [(0, 0, 0), (2, 0, 1)]),
+    (Layout(data_parallel_size=3, **TP2, expert_tensor_parallel_size=1, **DISTRIBUTED), [(0, 0, 0), (4, 0, 2)]),
+    (
+        Layout(data_parallel_size=6, pipeline_model_parallel_size=2, **EP2, **OVERLAPPED, **LOCAL),
+        [(0, 0, 0), (11, 1, 5)],
+    ),
+]
 # name of the model, stage, layout, and (rank of the world, of the pipeline, among those with the same parameters)
 CASES = [
     ("neo-9b", 2, LARGE, [(0, 0, 0), (256, 1, 0), (512, 2, 0), (768, 3, 0), (1023, 3, 31)]),
@@ -42,15 +75,31 @@ CASES = [
     # Small and odd, so that there is padding everywhere.
     ("tiny", 1, TWO_STAGES, [(0, 0, 0), (5, 1, 2)]),
     ("tiny", 2, Layout(precision="fp32", data_parallel_size=7, use_distributed_optimizer=True), [(0, 0, 0), (6, 0, 6)]),
+    # Experts: in buffers of their own or, if the same ranks hold the same of all other parameters, with these.
+    ("u1-a3b", 2, LARGE_EXPERTS, [(0, 0, 0), (96, 3, 0), (124, 3, 7)]),
+    ("u1-a3b", 1, LARGE_EXPERTS, [(0, 0, 0), (127, 3, 7)]),
+    *(("experts", stage, layout, ranks) for layout, ranks in EXPERTS for stage in (1, 2)),
 ]
 
 
-def flags(model: str, stage: int, layout: Layout) -> list[str]:
-    """The layout as a user would write it."""
-    flags = ["--neo-model", model, "--training-stage", stage, "--seq-length", 4096, "--train-iters", 1]
+def flags(model: str, stage: int, layout: Layout, directory: Path) -> list[str]:
+    """The layout as a user would write it; the directory has the model that is not a preset."""
+    flags = [
+        "--neo-model",
+        model if model in SIZES else directory,
+        "--training-stage",
+        stage,
+        "--seq-length",
+        4096,
+        "--train-iters",
+        1,
+    ]
     flags += ["--micro-batch-size", 1, "--global-batch-size", layout.data_parallel_size * 4]
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         flags += [f"--{name.replace('_', '-')}", getattr(layout, name)]
+    if MODELS[model].num_experts:
+        flags += ["--expert-model-parallel-size", layout.expert_model_parallel_size]
+        flags += ["--expert-tensor-parallel-size", layout.expert_tensor_ranks]
     for name in ("sequence_parallel", *OVERLAPPED):
         flags += [f"--{name.replace('_', '-')}"] * getattr(layout, name)
     if layout.pipeline_model_parallel_layout:
@@ -60,9 +109,10 @@ def flags(model: str, stage: int, layout: Layout) -> list[str]:
     return [str(flag) for flag in flags + ["--bf16"] * (layout.precision == "bf16")]
 
 
-def test_state_equals_a_real_rank_to_the_byte():
+def test_state_equals_a_real_rank_to_the_byte(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["experts"].to_hf()))
     cases = [
-        {"argv": flags(*case), "world_size": layout.world_size, "ranks": [rank for rank, *_ in ranks]}
+        {"argv": flags(*case, tmp_path), "world_size": layout.world_size, "ranks": [rank for rank, *_ in ranks]}
         for *case, ranks in CASES
         for layout in [case[2]]
     ]
@@ -71,9 +121,33 @@ def test_state_equals_a_real_rank_to_the_byte():
     found = json.loads(done.stdout.splitlines()[-1])
     for (model, stage, layout, ranks), rows in zip(CASES, found, strict=True):
         for (rank, pipeline_rank, state_rank), row in zip(ranks, rows, strict=True):
-            planned = rank_state(SIZES[model], layout, stage, pipeline_rank, state_rank)
+            planned = rank_state(MODELS[model], layout, stage, pipeline_rank, state_rank)
             expected = (planned.parameters, planned.gradients, planned.optimizer)
             assert tuple(row) == expected, f"{model}, stage {stage}, rank {rank}"
+
+
+@pytest.mark.parametrize("elements", [64, 100])
+@pytest.mark.parametrize("limit", [None, 250])
+def test_a_run_of_parameters_is_laid_out_as_its_members(elements, limit):
+    first, run, last = Parameter(70, True), Parameter(elements, True, count=5), Parameter(9, True)
+    found = gradient_buckets([first, run, last], 3, limit)
+    single = gradient_buckets([first, *[replace(run, count=1)] * 5, last], 3, limit)
+    assert [bucket.size for bucket in found] == [bucket.size for bucket in single]
+    for rank in range(3):
+        assert [bucket.owned(rank, 3) for bucket in found] == [bucket.owned(rank, 3) for bucket in single]
+
+
+def test_order_of_experts():
+    """Expert by expert, or in Transformer Engine all first matrices before all second ones."""
+    sizes, chunk = MODELS["experts"], Chunk(0, 1, embedding=False, head=False)
+    first, second = 2 * 22 * 132, 22 * 132
+    for implementation, expected in {
+        "local": [(first, 1), (second, 1)] * 3,
+        "transformer_engine": [(first, 3), (second, 3)],
+    }.items():
+        layout = Layout(data_parallel_size=2, expert_model_parallel_size=2, transformer_impl=implementation)
+        parameters = chunk_parameters(sizes, layout, chunk, training_stage=2)
+        assert [(p.elements, p.count) for p in parameters if p.expert] == expected
 
 
 @pytest.mark.parametrize("layout", ["Et*2|(tt|)*2L", "E|t,t|t*3|L", "Ettt|(t|)*4tL"])

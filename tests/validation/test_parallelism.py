@@ -20,6 +20,7 @@ FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-nu
 FP8 = "--bf16 --transformer-impl transformer_engine --fp8-format hybrid"
 TENSORWISE, BLOCKWISE = (f"{FP8} --fp8-recipe {recipe}" for recipe in ("tensorwise", "blockwise"))
 LAYERNORM = "--recompute-granularity selective --recompute-modules layernorm"
+MOE, EXPERTS = "--recompute-granularity selective --recompute-modules", "--neo-model u1-a3b"
 
 REFUSED = [
     # Ranks.
@@ -32,6 +33,10 @@ REFUSED = [
     (8, f"{TP} 8 --ffn-hidden-size 6148", "does not divide the 6148 channels of --ffn-hidden-size"),
     (1, "--sequence-parallel", "add --tensor-model-parallel-size 2"),
     (2, f"{TP} 2 --tp-comm-overlap", "add --sequence-parallel"),
+    # Experts; the last of two flags counts.
+    (1, f"{MOE} mlp {EXPERTS}", "--recompute-modules mlp is without effect in this --neo-model: choose moe"),
+    (1, f"{MOE} moe", "--recompute-modules moe is without effect in this --neo-model: choose mlp"),
+    (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel {EXPERTS}", "and a rank has 192 channels of an expert"),
     # The sequence.
     (1, "--seq-length 65536", "--seq-length 65536 is more than --max-position-embeddings 40960"),
     (4, f"{CP} 4 --seq-length 4100", "needs a --seq-length that is a multiple of 8, not 4100"),
