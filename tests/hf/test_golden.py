@@ -161,18 +161,11 @@ def test_a_document_alone_equals_the_document_in_its_pack(golden, reference, mod
     torch.testing.assert_close(logits, expected[:, start:end], atol=LOGIT, rtol=0)
 
 
-def published_answers(reference: GoldenModel) -> list[dict]:
-    """Greedy answers of the published `chat` of a NEO-unify."""
-    file = reference.directory / "generate.json"
-    return json.loads(file.read_text())[reference.name] if file.exists() else []
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("reference", [name for name in MODELS if name != "neo"], indirect=True)
 def test_the_published_greedy_answers(golden, reference, model, use_cache):
-    cases = published_answers(reference)
-    if not cases:
-        pytest.skip("no published answers of this model")
-    for case in cases:
+    """Of the published `chat`."""
+    for case in json.loads((reference.directory / "generate.json").read_text())[reference.name]:
         limits = {"min_pixels": case["min_pixels"], "max_pixels": case["max_pixels"]}
         opened = [Image.open(golden / name) for name in case["images"]]
         images = NEOImageProcessor(**limits)(images=opened, return_tensors="pt")

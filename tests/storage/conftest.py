@@ -18,6 +18,7 @@ def proxy() -> Iterator[Proxy]:
     proxy = Proxy(server.get_host_and_port())
     yield proxy
     proxy.shutdown()
+    proxy.server_close()  # else who still has its address would wait for an answer
     server.stop()
 
 

@@ -467,14 +467,15 @@ def test_videos_are_read_where_they_lie(bench, put, new_sample):
 
 
 def test_profiles_of_the_library_are_used(bench, put, settings, tmp_path, proxy):
+    """Under a name of its own: the library keeps the profiles that it has opened, for a process."""
     put(write("jsonl", bench.path / "train", bench.records, bench.path / "images"), "a/train.jsonl")
     put(bench.path / "images", "a/images")
     options = {"base_path": "input", "endpoint_url": proxy.url, "region_name": "us-east-1"}
     profile = {"storage_provider": {"type": "s3", "options": options}}
-    (tmp_path / "msc.json").write_text(json.dumps({"profiles": {"mine": profile}}))
+    (tmp_path / "msc.json").write_text(json.dumps({"profiles": {"inputs": profile}}))
     settings(MSC_CONFIG=tmp_path / "msc.json", AWS_ENDPOINT_URL=None)
-    assert annotation_files("msc://mine/a/*.jsonl") == ["msc://mine/a/train.jsonl"]
-    source = Source("train", "msc://mine/a/train.jsonl", "msc://mine/a/images")
+    assert annotation_files("msc://inputs/a/*.jsonl") == ["msc://inputs/a/train.jsonl"]
+    source = Source("train", "msc://inputs/a/train.jsonl", "msc://inputs/a/images")
     local = Source("train", str(bench.path / "train.jsonl"), str(bench.path / "images"))
     assert shards(bench, source, "msc") == shards(bench, local, "local")
 
