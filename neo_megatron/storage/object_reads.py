@@ -12,11 +12,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from neo_megatron.errors import DataError
 from neo_megatron.storage.object_requests import connection
-from neo_megatron.storage.source_files import MissingObject, ShorterObject, SourceState
+from neo_megatron.storage.source_files import MissingObject, PartStream, ShorterObject, SourceState
 
 FIRST_BYTES, BLOCK_BYTES = 1 << 20, 4 << 20
 MOST_BLOCKS = 16  # that a process keeps: 64 MiB
@@ -169,7 +169,7 @@ class RemoteFile:
         return block
 
     def stream(self) -> BinaryIO:
-        return io.BufferedReader(_Stream(self), _STREAM_BYTES)
+        return io.BufferedReader(PartStream(self.pread, 0, self.size, self.name), _STREAM_BYTES)
 
     def will_read(self, end: int) -> None:
         self._end = _reads().ends[self.name] = end  # also of those that are opened for the images of a slice
@@ -187,34 +187,6 @@ class RemoteFile:
 
     def __exit__(self, *_: object) -> None:
         self._last = -1, b""
-
-
-class _Stream(io.RawIOBase):
-    """The bytes of a file in order, or from where it is sent."""
-
-    def __init__(self, file: RemoteFile) -> None:
-        self.name = file.name
-        self._file, self._place = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._file.size}[whence]
-        self._place = base + offset
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.pread(len(buffer), self._place)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
 
 
 def _block_of(offset: int) -> int:

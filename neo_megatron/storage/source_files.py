@@ -1,6 +1,8 @@
 """The interface of a file that is read at any place, for sources of a data set, and its local implementation."""
 
+import io
 import os
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from neo_megatron.errors import DataError
@@ -70,6 +72,42 @@ class SourceFile(Protocol):
     def __enter__(self) -> "SourceFile": ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+class PartStream(io.RawIOBase):
+    """A part of a file as a stream of its own, which may be sent to any place.
+
+    Args:
+        pread: as of `SourceFile`.
+        offset: in bytes, of the part in the file.
+        length: in bytes.
+        name: of the file, as of `SourceFile`.
+    """
+
+    def __init__(self, pread: Callable[[int, int], bytes], offset: int, length: int, name: str) -> None:
+        self.name = name
+        self._pread, self._offset, self._length = pread, offset, length
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence] + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._length - self._place))
+        data = self._pread(size, self._offset + self._place) if size else b""
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 class LocalFile:

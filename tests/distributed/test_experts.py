@@ -7,21 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support.layout_runs import assert_same, layout_job, write_random_model
+from support.layout_runs import SMALL, assert_same, layout_job, write_random_model
 from support.pretrain_jobs import Job, run_jobs
 
-from neo_megatron.presets import SIZES
-
-MODEL = SIZES["tiny"].replace(
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=16,
-    vocab_size=1024,
-    patch_embedding_size=32,
-    image_start_token_id=897,
-    image_context_token_id=896,
+MODEL = SMALL.replace(
     attention_form="in-head",
     num_experts=8,
     experts_per_token=2,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.layout_runs import assert_same, layout_job, write_random_model
+from support.layout_runs import SMALL, assert_same, layout_job, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
@@ -22,20 +22,6 @@ from neo_megatron.data.dataset import PackDataset
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
-from neo_megatron.presets import SIZES
-
-# Heads for TP2 x CP2 and CP4 by all-to-all, layers for PP4; the special tokens of the golden tokenizer.
-MODEL = SIZES["tiny"].replace(
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=16,
-    vocab_size=1024,
-    patch_embedding_size=32,
-    image_start_token_id=897,
-    image_context_token_id=896,
-)
 
 TP2, PP2, CP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context"))
 SP, ALLGATHER, A2A = "--sequence-parallel", "--cp-comm-type allgather", "--cp-comm-type a2a"
@@ -79,7 +65,7 @@ LOPSIDED = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("model"), MODEL)
+    return write_random_model(tmp_path_factory.mktemp("model"), SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +124,7 @@ def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_losses_and_gradients_of_five_steps(runs, layout):
-    assert_same(MODEL, runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
+    assert_same(SMALL, runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", [name for name in EVALUATED if name != "one"])
@@ -150,13 +136,13 @@ def test_evaluation(runs, layout):
 
 @pytest.mark.parametrize("layout", [name for name in BFLOAT16 if name != "one"])
 def test_bfloat16(runs, layout):
-    assert_same(MODEL, runs[f"bfloat16-{layout}"], runs["bfloat16-one"], loss=2e-3, gradient=5e-2)
+    assert_same(SMALL, runs[f"bfloat16-{layout}"], runs["bfloat16-one"], loss=2e-3, gradient=5e-2)
 
 
 @pytest.mark.parametrize("spread", [name for name in LOPSIDED if name != "one"])
 def test_ranks_with_few_trained_tokens_or_none(runs, spread):
     """CP2: the first rank has no trained token; DP4: the ranks have a few, many, and one pack that does not count."""
-    assert_same(MODEL, runs[f"lopsided-{spread}"], runs["lopsided-one"], loss=2e-6, gradient=1e-5)
+    assert_same(SMALL, runs[f"lopsided-{spread}"], runs["lopsided-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["pp2-cp2", "tp2-pp2-sp"])

@@ -10,7 +10,21 @@ from safetensors.torch import save_file
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.names import hf_shapes, tensor_table
 from neo_megatron.model.config import NeoSizes
+from neo_megatron.presets import SIZES
 from support.pretrain_jobs import Job
+
+# Heads for TP2 x CP2 and CP4 by all-to-all, layers for PP4; the special tokens of the golden tokenizer.
+SMALL = SIZES["tiny"].replace(
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=16,
+    vocab_size=1024,
+    patch_embedding_size=32,
+    image_start_token_id=897,
+    image_context_token_id=896,
+)
 
 
 def write_random_model(directory: Path, sizes: NeoSizes) -> Path:

@@ -1,9 +1,7 @@
 """Opens videos that are not local files: members of tars, bytes of Parquet and Arrow, and objects of object storage."""
 
 import io
-import os
 from dataclasses import dataclass
-from typing import Any
 
 from neo_megatron.data.prepare.file_identity import identity_of_file, identity_of_stream
 from neo_megatron.data.prepare.stored_file import MediaFile
@@ -11,7 +9,7 @@ from neo_megatron.data.video import Video
 from neo_megatron.errors import Reason, RejectedSample
 from neo_megatron.storage.base import is_remote
 from neo_megatron.storage.open import open_source
-from neo_megatron.storage.source_files import MissingObject, SourceFile
+from neo_megatron.storage.source_files import MissingObject, PartStream, SourceFile
 
 
 def video_of(file: MediaFile) -> Video:
@@ -34,7 +32,8 @@ class _Stored:
             file = self._opened(stored, "")
             return _Part(file, 0, file.size), file.size
         if stored.data is not None:
-            return _Part(_Bytes(str(self), stored.data), 0, len(stored.data)), len(stored.data)
+            data = stored.data
+            return PartStream(lambda size, offset: data[offset : offset + size], 0, len(data), str(self)), len(data)
         return _Part(self._opened(stored.container, stored.version), stored.offset, stored.length), stored.length
 
     def _opened(self, path: str, version: str) -> SourceFile:
@@ -61,45 +60,12 @@ def identity_of_video(file: MediaFile) -> int:
         return identity_of_stream(stream)
 
 
-class _Bytes:
-    """The part of a `SourceFile` that `_Part` needs, for bytes in memory."""
+class _Part(PartStream):
+    """A part of a file that is closed with it."""
 
-    def __init__(self, name: str, data: bytes) -> None:
-        self.name, self._data = name, data
-
-    def pread(self, size: int, offset: int) -> bytes:
-        return self._data[offset : offset + size]
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Part(io.RawIOBase):
-    """A part of a file as a file of its own, which closes it."""
-
-    def __init__(self, file: SourceFile | _Bytes, offset: int, length: int) -> None:
-        self._file, self._offset, self._length = file, offset, length
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence] + offset
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self._length - self._place))
-        data = self._file.pread(size, self._offset + self._place) if size else b""
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
+    def __init__(self, file: SourceFile, offset: int, length: int) -> None:
+        super().__init__(file.pread, offset, length, file.name)
+        self._file = file
 
     def close(self) -> None:
         self._file.__exit__()
