@@ -29,13 +29,11 @@ LAYOUTS = {
     "plain": {
         "one": (1, ""),
         "tp2": (2, TP2),
-        "tp2-unsplit": (2, f"{TP2} {UNSPLIT}"),
         "pp2": (2, PP2),
         "cp2": (2, CP2),
         "ep2": (2, EP2),
         "ep2-allgather": (2, f"{EP2} --moe-token-dispatcher-type allgather"),
         "ep2-distributed": (2, f"{EP2} {DISTRIBUTED}"),
-        "ep2-dp2": (4, EP2),
         "ep4": (4, "--expert-model-parallel-size 4"),
         "ep2-tp2": (4, f"{EP2} {TP2}"),
         "ep4-tp2-unsplit": (4, f"{TP2} {UNSPLIT} --expert-model-parallel-size 4"),
