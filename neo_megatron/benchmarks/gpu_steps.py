@@ -157,6 +157,7 @@ def planned(run: StepRun, sizes: NeoSizes, memory: float | None) -> int:
             recompute_method="block" if layers else None,
             recompute_num_layers=layers or 1,
             precision="fp8" if run.precision in FP8 else "bf16",
+            fp8_param_gather=keeps_fp8(run),
         )
         if Plan.make(sizes, layout, workload, run.training_stage, GPUS["h100"].with_memory(memory)).fits:
             break
@@ -185,10 +186,15 @@ def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
     return Job(name, gpu_train.prepare, gpu_train.run, settings)
 
 
+def keeps_fp8(run: StepRun) -> bool:
+    """Whether parameters are held in FP8; in stage 1 frozen weights would be rounded for good."""
+    return run.precision in FP8 and run.training_stage > 1
+
+
 def flags(run: StepRun) -> list[str]:
     """Of pretrain_neo, in addition to those that all runs have."""
     chosen: list[Any] = [*PRECISIONS[run.precision]]
-    if run.precision in FP8 and run.training_stage > 1:  # in stage 1 frozen weights would be rounded for good
+    if keeps_fp8(run):
         chosen += ["--fp8-param-gather"]
     if run.recomputed:
         chosen += ["--recompute-granularity", "full", "--recompute-method", "block"]

@@ -44,6 +44,7 @@ LAYOUT = {
     "use_distributed_optimizer": False,
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
+    "fp8_param_gather": False,
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": 1,
@@ -169,6 +170,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
         layout.add_argument(f"--{flag}", action="store_true", default=None, help="always on in a search")
+    layout.add_argument(
+        "--fp8-param-gather", action="store_true", default=None, help="FP8: the parameters themselves are in 8 bits"
+    )
     layout.add_argument(
         "--recompute-granularity",
         choices=("full", "selective"),
@@ -340,6 +344,6 @@ def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> 
     args.world_size, args.num_layers = args.gpus, sizes.num_layers
     args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
     layout = Layout.from_arguments(args, args.precision)
-    if refusal := layout.refusal(sizes, workload.sequence_length):
+    if refusal := layout.refusal(sizes, workload.sequence_length, args.training_stage):
         raise ConfigError(refusal)
     return layout

@@ -37,6 +37,9 @@ class NeoConfig(TransformerConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
 
+    batch_p2p_sync: bool = False
+    """Megatron's default lets the host wait for the device after every message of a pipeline: for PyTorch before 2."""
+
     @classmethod
     def from_sizes(cls, sizes: NeoSizes, **settings: Any) -> "NeoConfig":
         """A config without a command line; `settings` are fields of `TransformerConfig`: parallel sizes, dtypes, ..."""

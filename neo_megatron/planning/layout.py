@@ -62,6 +62,7 @@ class Layout:
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
     precision: Precision = "bf16"
+    fp8_param_gather: bool = False
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
 
     @classmethod
@@ -160,7 +161,7 @@ class Layout:
     def parameter_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
-    def refusal(self, sizes: NeoSizes, sequence_length: int) -> str | None:
+    def refusal(self, sizes: NeoSizes, sequence_length: int, training_stage: int = 2) -> str | None:
         """Why this layout cannot work, as far as it is known without Megatron; see also `validation.parallelism`."""
         tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
         for what, count in (
@@ -194,8 +195,10 @@ class Layout:
                 f"{virtual} virtual stages need a pipeline, and micro-batches in multiples of its {pipeline} ranks, "
                 f"not {self.micro_batches}: choose another --global-batch-size"
             )
+        if self.fp8_param_gather and self.precision != "fp8":
+            return "--fp8-param-gather is for FP8: choose --precision fp8, or leave it out"
         if self.precision == "fp8":
-            return next(check_fp8(self._fp8_arguments(sizes, sequence_length)), None)
+            return next(check_fp8(self._fp8_arguments(sizes, sequence_length, training_stage)), None)
         return None
 
     def _refusal_of_experts(self, sizes: NeoSizes) -> str | None:
@@ -226,17 +229,17 @@ class Layout:
             return "a mixture of experts with --tensor-model-parallel-size needs --sequence-parallel: add it"
         return None
 
-    def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int) -> Namespace:
+    def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int, training_stage: int) -> Namespace:
         """The settings that `check_fp8` reads, under Megatron's names."""
         return Namespace(
             **vars(self),
             fp8="hybrid",
             bf16=True,
             fp8_recipe=self.fp8_recipe,
-            fp8_param_gather=False,
             first_last_layers_bf16=False,
             eval_micro_batch_size=None,
             seq_length=sequence_length,
+            training_stage=training_stage,
             num_attention_heads=sizes.num_attention_heads,
             num_query_groups=sizes.num_query_groups,
             hidden_size=sizes.hidden_size,

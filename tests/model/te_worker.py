@@ -14,7 +14,7 @@ import transformer_engine.pytorch as te
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from te_on_cpu import plain_arithmetic, pretended_hopper
+from support.te_on_cpu import plain_arithmetic, pretended_hopper
 
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.freeze import freeze_for_stage

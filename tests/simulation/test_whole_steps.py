@@ -1,0 +1,108 @@
+"""Steps of NEO at full size, in every layout of examples/train.sh, on GPUs that are not there: see `step_worker.py`.
+
+Nothing raises, the host never waits for the device, and the plan's bytes are those of the step.
+"""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+from support.processes import run_python
+
+WORKER = Path(__file__).parent / "step_worker.py"
+LENGTHS = {1: 16384, 2: 32768, 3: 34816}
+GLOBAL_BATCH = {8: 32, 1024: 1024}
+PRECISION = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
+
+
+def layout_of(size: str, stage: int) -> list[str]:
+    """The flags that examples/train.sh has for a size and stage."""
+    script = (ROOT / "examples" / "train.sh").read_text()
+    cases = re.search(r"case \$size:\$stage in\n(.*?)esac", script, re.DOTALL)[1]
+    for pattern, flags in re.findall(r"^  (\S+)\) (?:layout=\((.*?)\) )?;;", cases, re.DOTALL | re.MULTILINE):
+        if any(re.fullmatch(one.replace("*", ".*"), f"{size}:{stage}") for one in pattern.split("|")):
+            return [word.strip("'") for word in flags.split()]
+    raise AssertionError(f"examples/train.sh has no {size}:{stage}")
+
+
+def transformer_engine() -> str | None:
+    """What PYTHONPATH needs for it; None where it is not at hand."""
+    directory = os.environ.get("NEO_TEST_TRANSFORMER_ENGINE", "")
+    return directory if directory or importlib.util.find_spec("transformer_engine") is not None else None
+
+
+def step(implementation: str, size: str, stage: int, rank: int, ranks: int, *flags: str) -> dict[str, Any]:
+    """One step, and its plan."""
+    directory = transformer_engine()
+    if implementation == "transformer_engine" and directory is None:
+        pytest.skip("Transformer Engine is not at hand; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it")
+    chosen: list[Any] = ["--neo-model", size, "--training-stage", stage, "--seq-length", LENGTHS[stage]]
+    chosen += ["--micro-batch-size", 1, "--global-batch-size", GLOBAL_BATCH[ranks], "--train-iters", 10, *PRECISION]
+    chosen += ["--transformer-impl", implementation, "--no-initialization", "--disable-gloo-process-groups"]
+    path = [str(ROOT)] + [directory] * (implementation == "transformer_engine" and bool(directory))
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    arguments = map(str, (WORKER, rank, ranks, *chosen, *layout_of(size, stage), *flags))
+    done = run_python(*arguments, environment=environment)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(found: dict[str, Any], memory: bool = True) -> None:
+    # A few bytes more are the loss scale and counters.
+    assert found["state"] == pytest.approx(found["planned_state"], abs=64)
+    if memory:
+        assert found["peak"] == pytest.approx(found["planned_peak"], rel=0.05)
+    sent, planned = found["sent"], found["planned_sent"]
+    assert sent.pop("other", 0) < 1e4
+    for kind in sent.keys() | planned.keys():
+        # Cross entropy and gradient norms send a few numbers for a token, which the plan leaves out.
+        assert sent.get(kind, 0) == pytest.approx(planned[kind], rel=1e-3, abs=64), kind
+
+
+@pytest.mark.slow
+def test_a_step_is_as_planned():
+    check(step("transformer_engine", "neo-2b", 1, 5, 8))
+
+
+@pytest.mark.slow
+def test_a_step_of_the_local_layers_is_as_planned():
+    # Memory of the local layers is planned for the kernels of a CPU.
+    check(step("local", "neo-2b", 2, 3, 8), memory=False)
+
+
+# Ranks of both pipeline stages, where there are two.
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", ["first", "last"])
+@pytest.mark.parametrize("ranks", [8, 1024])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", ["neo-2b", "neo-9b"])
+@pytest.mark.parametrize("implementation", ["transformer_engine", "local"])
+def test_every_layout_is_as_planned(implementation, size, stage, ranks, rank):
+    if rank == "last" and "--pipeline-model-parallel-size" not in layout_of(size, stage):
+        pytest.skip("one stage: all ranks are alike")
+    found = step(implementation, size, stage, 0 if rank == "first" else ranks - 1, ranks)
+    check(found, memory=implementation == "transformer_engine")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 20",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
+        "--recompute-granularity selective --recompute-modules core_attn mlp",
+        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective "
+        "--recompute-modules layernorm",
+        "--tensor-model-parallel-size 2",
+        "--context-parallel-size 2 --cp-comm-type allgather",
+        "--context-parallel-size 8",
+        "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2",
+    ],
+)
+def test_other_layouts_are_as_planned(flags):
+    check(step("transformer_engine", "neo-2b", 1, 0, 8, *flags.split()))
