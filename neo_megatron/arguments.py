@@ -58,7 +58,7 @@ class NeoTrainingArguments:
 
     mixture: str = ""
     """Trains on several directories of packs, in place of --train-data-path: a YAML file with their shares, which may
-    change at given packs of the run (docs/data.md). Default: none."""
+    change at given packs of the run, as may the length of packs (docs/data.md). Default: none."""
 
     max_broken_samples: float = 0.001
     """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when such

@@ -15,7 +15,6 @@ from megatron.training.utils import has_nvrx_checkpointing_async_support
 from neo_megatron import presets
 from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
 from neo_megatron.checkpoint.named_sizes import sizes_of
-from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
@@ -29,9 +28,10 @@ from neo_megatron.run.evaluation import check_evaluation_flags
 from neo_megatron.run.flag_table import given_flags, gpu_refusals, refusals, without_effect
 from neo_megatron.run.help_text import prepare_help
 from neo_megatron.run.learning_rate import WARMUP_FLAGS, fill_schedule, schedule_refusals
+from neo_megatron.run.pack_lengths import check_layouts_of_lengths, take_lengths
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
 from neo_megatron.run.start_checks import check_settings
-from neo_megatron.validation.parallelism import check_layout, context_parallel_way
+from neo_megatron.validation.parallelism import context_parallel_way
 
 
 def parse_arguments() -> Namespace:
@@ -79,9 +79,7 @@ def parse_arguments() -> Namespace:
     sizes = sizes_from_arguments(args, preset)
     args.neo_sizes = dataclasses.asdict(sizes)
     take_mixture(args)
-    paths = args.train_data_path or args.valid_data_path or args.test_data_path
-    if args.seq_length is None and paths:
-        args.seq_length = open_streams(paths[0])[0][0].sequence_length
+    take_lengths(args)
     check_evaluation_flags(args)
     check_rerun_flags(args)
     packs = None
@@ -101,7 +99,7 @@ def parse_arguments() -> Namespace:
             )
     if args.rank == 0:
         say(f"training stage {args.training_stage}, --recipe {recipe}: {presets.RECIPES[recipe].source}; flags win")
-    check_layout(args)
+    check_layouts_of_lengths(args)
     if cpu_platform.on_cpu() and not args.dry_run:
         _raise_first(gpu_refusals(given))
     if args.rank == 0 and (idle := without_effect(given)):
