@@ -23,8 +23,13 @@ LAYOUTS = {
     "dp2-distributed": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }
 SAVED = "--save {room}/saved-{name} --load {room}/saved-{name}"
-# Ends at the border, and within the long packs; the latter goes on with another layout.
-INTERRUPTED = {"border": (BORDER, 1, ""), "within": (BORDER + 1, 2, PP2)}
+# The step at which a run ends, its mixture until then, and the processes and the layout with which it goes on: at the
+# border; within the long packs; and before anyone thought of long packs.
+INTERRUPTED = {
+    "border": (BORDER, "schedule", 1, ""),
+    "within": (BORDER + 1, "schedule", 2, PP2),
+    "extended": (BORDER - 1, "short", 1, ""),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +37,10 @@ def room(tmp_path_factory) -> Path:
     room = tmp_path_factory.mktemp("lengths")
     make_packs(room, repeats=8, seq_length=192).rename(room / "short")
     write_packs([PackInput(str(room / "shards"))], room / "long", 384)
+    short = "- {from: 0, shares: {short: 1}}\n"
+    (room / "short.yaml").write_text(short)
     for name, start in (("schedule", BORDER * BATCH), ("crooked", BORDER * BATCH - 1)):
-        (room / f"{name}.yaml").write_text(
-            f"- {{from: 0, shares: {{short: 1}}}}\n- {{from: {start}, shares: {{long: 1}}}}"
-        )
+        (room / f"{name}.yaml").write_text(f"{short}- {{from: {start}, shares: {{long: 1}}}}")
     (room / "model").mkdir()
     write_random_model(room / "model", SMALL)
     return room
@@ -50,12 +55,12 @@ def runs(room) -> dict[str, Job]:
         return Job(made.directory, words, gradients=True)
 
     alone = [job("one", EVALUATION), job("short", data="short"), job("crooked", data="crooked.yaml")]
-    for name, (end, _, _) in INTERRUPTED.items():
-        alone.append(job(name, f"{SAVED} --exit-interval {end}"))
+    for name, (end, mixture, _, _) in INTERRUPTED.items():
+        alone.append(job(name, f"{SAVED} --exit-interval {end}", f"{mixture}.yaml"))
     on_two = [job(name, flags) for name, flags in LAYOUTS.items()]
     run_jobs(1, alone)
     resumed = {1: [], 2: on_two}
-    for name, (_, processes, layout) in INTERRUPTED.items():
+    for name, (_, _, processes, layout) in INTERRUPTED.items():
         on = job(f"{name}-on", f"{SAVED.replace('{name}', name)} {layout}")
         resumed[processes].append(on)
     for processes, jobs in resumed.items():
@@ -85,7 +90,7 @@ def test_there_is_one_schedule_and_one_loss_curve(runs):
 
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_an_interrupted_run_has_the_losses_of_the_uninterrupted(runs, name):
-    end, processes, _ = INTERRUPTED[name]
+    end, _, processes, _ = INTERRUPTED[name]
     assert runs[name].exit() == 0 and runs[f"{name}-on"].exit() is None
     losses = {**runs[name].scalars("lm loss"), **runs[f"{name}-on"].scalars("lm loss")}
     assert list(runs[name].scalars("lm loss")) == list(range(1, end + 1))
