@@ -10,10 +10,12 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from megatron.training import get_args
 
 from neo_megatron.data.packs.mixture_schedule import longest_packs, open_streams, pack_lengths
 from neo_megatron.errors import ConfigError
+from neo_megatron.model.compiled import GRAPHS
 from neo_megatron.run.console import say
 from neo_megatron.validation.parallelism import check_layout
 
@@ -30,21 +32,23 @@ def take_lengths(args: Namespace) -> None:
         args.seq_length = longest_packs(lengths)[1]
     # Plain lists, because they are saved with the arguments of a checkpoint.
     args.pack_lengths = [[start, length] for start, length in lengths]
-    if len(lengths) == 1:
+    if len(lengths) < 2:
         return
+    # Every length has graphs of its own, and beyond the limit PyTorch continues uncompiled.
+    torch._dynamo.config.recompile_limit = GRAPHS * len({length for _, length in lengths})
     for flag, why in {
         "--step-batch-size-schedule": "counts tokens by one length of packs",
         "--log-progress": "counts tokens by one length of packs",
         "--tp-comm-overlap": "has buffers for one length of packs",
     }.items():
-        if lengths and getattr(args, flag.removeprefix("--").replace("-", "_")):
+        if getattr(args, flag.removeprefix("--").replace("-", "_")):
             raise ConfigError(f"{flag} {why}, and --mixture {paths[0]} has several: leave it out")
 
 
 def check_layouts_of_lengths(args: Namespace) -> None:
     """`check_layout` for every length of packs. Raises ConfigError with the first reason why one cannot train."""
     check_layout(args)
-    for length in {length for _, length in args.pack_lengths} - {args.seq_length}:
+    for length in sorted({length for _, length in args.pack_lengths} - {args.seq_length}):
         of_length = copy.copy(args)
         of_length.seq_length = length
         check_layout(of_length)

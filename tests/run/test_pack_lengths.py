@@ -3,8 +3,10 @@
 from argparse import Namespace
 
 import pytest
+import torch
 
 from neo_megatron.errors import ConfigError
+from neo_megatron.model.compiled import GRAPHS
 from neo_megatron.planning.packs import measure_packs
 from neo_megatron.run.pack_lengths import check_borders, length_at, longest_ahead
 
@@ -54,10 +56,12 @@ def mixture(bench, new_sample) -> str:
     return f"--mixture {file} --train-iters 10"
 
 
-def test_the_sequence_length_is_the_longest(parse, mixture):
+def test_the_sequence_length_is_the_longest(parse, mixture, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     args = parse(mixture)
     assert args.pack_lengths == [[0, 96], [8, 192], [16, 90]] and args.seq_length == 192
     assert measure_packs(args.mixture).sequence_length == 192, "a pipeline is split for these"
+    assert torch._dynamo.config.recompile_limit == 3 * GRAPHS, "PyTorch would stop to compile at the default"
 
 
 @pytest.mark.parametrize(
