@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.cli.renamed_flags import add_old_name
 from neo_megatron.errors import ConfigError
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ELEMENTWISE, NeoSizes
 from neo_megatron.planning.hardware import GPUS, Efficiency, Gpu
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.pipeline_split import UNEVEN_SPLIT_FLAGS, choose_layout
@@ -189,8 +189,8 @@ def parse_arguments() -> argparse.Namespace:
     layout.add_argument(
         "--recompute-modules",
         nargs="+",
-        choices=("core_attn", "layernorm", "mlp", "moe"),
-        help="selective: which modules; moe are router and experts; default: core_attn",
+        choices=("core_attn", "layernorm", "mlp", "moe", *ELEMENTWISE),
+        help="selective: which modules; moe are router and experts, mlp_act is the output of SwiGLU; default: core_attn",
     )
 
     # Flags of Megatron that this command does not have.

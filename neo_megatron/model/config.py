@@ -11,6 +11,10 @@ from neo_megatron.model.attention_forms import FORMS, AttentionForm
 # words these are 1,766 positions, enough for an efficient matrix product.
 LOGIT_BYTES = 1 << 30
 
+# Names in --recompute-modules that are not Megatron's. Both compute elementwise, from what the backward keeps anyway:
+# the output of SwiGLU from its input; queries, keys and values from the projections (norms, rotations, concatenation).
+ELEMENTWISE = ("mlp_act", "qkv_heads")
+
 # More means a broken config.json, and a table of all tensors would fill the memory.
 MAX_LAYERS = 10_000
 MAX_PIXELS = 1 << 27  # of a resized image: as many as are decoded

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ELEMENTWISE, NeoSizes
 
 
 @dataclass
@@ -66,9 +66,18 @@ class NeoConfig(TransformerConfig):
         self.calculate_per_token_loss = True
         if self.transformer_impl == "local":
             self.gradient_accumulation_fusion &= _apex_accumulates()
+        # Megatron refuses names of modules that it does not have.
+        own = [module for module in self.recompute_modules or () if module in ELEMENTWISE]
+        if own:
+            self.recompute_modules = [module for module in self.recompute_modules if module not in own]
         super().__post_init__()
+        self.recompute_modules += own
         # NEO draws all projections from one distribution; Megatron would narrow the output projections by depth.
         self.output_layer_init_method = self.init_method
+
+    def recomputes(self, module: str) -> bool:
+        """Whether a module of every layer is recomputed on its own."""
+        return self.recompute_granularity == "selective" and module in self.recompute_modules
 
     def for_megatron_layers(self) -> "NeoConfig":
         """For Megatron's own linear layers in a model whose others are Transformer Engine's.

@@ -43,6 +43,10 @@ class LayerActivations:
     mlp: float
     """Of the SwiGLU; or of the router and the experts, after the norm in front of them."""
     rest: float
+    heads: float = 0.0
+    """Queries and keys, rotated, which the kernel keeps."""
+    activation: float = 0.0
+    """The output of SwiGLU, a part of `mlp`."""
     held: float = 0.0
     """Kept by Megatron's dispatcher of tokens to experts until it runs again, recomputed or not.
 
@@ -51,14 +55,18 @@ class LayerActivations:
 
     @property
     def total(self) -> float:
-        return self.hidden + self.norm_outputs + self.core_attention + self.mlp + self.rest + self.held
+        return self.hidden + self.norm_outputs + self.core_attention + self.heads + self.mlp + self.rest + self.held
 
     def kept(self, layout: Layout) -> float:
         """Bytes kept of a layer that is not fully recomputed."""
         dropped = self.norm_outputs * layout.recomputes("layernorm")
         dropped += self.core_attention * layout.recomputes("core_attn")
         dropped += self.mlp * layout.recomputes_mlp
-        return self.total - dropped
+        return self.total - dropped - self.dropped_elementwise(layout)
+
+    def dropped_elementwise(self, layout: Layout) -> float:
+        """Bytes that are computed again from what is kept, without a product."""
+        return self.heads * layout.recomputes("qkv_heads") + self.activation * layout.recomputes("mlp_act")
 
 
 def rank_tokens(layout: Layout, workload: Workload) -> tuple[float, float]:
@@ -85,18 +93,20 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
     if e < 4:
         beside_inputs = x * ((n + g) * width + g * d + n * d) * 4 - query_key
     exchanged = _exchanged(sizes, layout, x, trains_output) * (e == 4)
-    norm_inputs, mlp, held = 1 + trained, x * sizes.ffn_hidden_size / tensor * e * (2 + trained), 0.0
+    ffn = x * sizes.ffn_hidden_size / tensor * e
+    norm_inputs, mlp, activation, held = 1 + trained, ffn * (2 + trained), ffn * trained, 0.0
     if sizes.num_experts:  # a frozen router keeps its input too
         norm_inputs, (mlp, held) = 2, _experts(sizes, layout, y, trained, e)
     return LayerActivations(
         hidden=residual,
         norm_outputs=residual * norm_inputs + 2 * y * 4,
         core_attention=beside_inputs + x * n * 4,
+        heads=query_key,
         mlp=mlp,
+        activation=activation,
         held=held,
         rest=residual
         + projections
-        + query_key
         + exchanged
         + norms * x * (n + g) * 4
         + x * n * d * e * trains_output,
@@ -119,7 +129,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     ffn = x * sizes.ffn_hidden_size / tensor
     # The second norm is part of `linear_fc1`: recomputing norms does not reach it, recomputing the MLP does. In front
     # of a router it is a module of its own.
-    second_norm, held = 0.0, 0.0
+    second_norm, held, activation = 0.0, 0.0, ffn * trained * product_input
     mlp = ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4)
     if sizes.num_experts:
         second_norm, (mlp, held) = residual + y * 4, _experts(sizes, layout, y, trained, product_input)
@@ -127,13 +137,14 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
         hidden=residual,
         norm_outputs=shared * (not fused_norm) + second_norm,
         core_attention=x * n * 4,
+        heads=query_key,
         mlp=mlp,
+        activation=activation,
         held=held,
         rest=residual
         + shared * fused_norm
         + y * 4
         + projections
-        + query_key
         + _exchanged(sizes, layout, x, trains_output)
         + norms * x * (n + g) * 4
         + x * n * d * e,

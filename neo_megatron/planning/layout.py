@@ -10,6 +10,7 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.context_parallel_cost import Way
 from neo_megatron.validation.fp8 import check_fp8
+from neo_megatron.validation.recomputation import recomputation_refusals
 
 Precision = Literal["bf16", "fp8", "fp32"]
 
@@ -155,7 +156,7 @@ class Layout:
     @property
     def fp8_recipe(self) -> str:
         """Megatron's default, unless it conflicts with the recomputation."""
-        return "tensorwise" if self.recomputes("layernorm") else "delayed"
+        return "tensorwise" if self.recomputes("layernorm") or self.recomputes("mlp_act") else "delayed"
 
     @property
     def parameter_bytes(self) -> int:
@@ -175,6 +176,11 @@ class Layout:
                     f"--tensor-model-parallel-size {tensor} does not divide the {count} {what} of this model: "
                     "choose a size that does"
                 )
+        if self.recompute_granularity == "selective":
+            fp8_recipe = self.fp8_recipe if self.precision == "fp8" else None
+            rules = recomputation_refusals(self.recompute_modules, bool(sizes.num_experts), context, fp8_recipe)
+            for refusal in rules:
+                return refusal
         if refusal := self._refusal_of_experts(sizes):
             return refusal
         if self.sequence_parallel and tensor == 1:
@@ -203,9 +209,6 @@ class Layout:
 
     def _refusal_of_experts(self, sizes: NeoSizes) -> str | None:
         size, tensor = self.expert_model_parallel_size, self.expert_tensor_ranks
-        wanted, other = mlp_module(bool(sizes.num_experts)), mlp_module(not sizes.num_experts)
-        if self.recomputes(other):
-            return f"--recompute-modules {other} is without effect in this --neo-model: choose {wanted}"
         if not sizes.num_experts:
             given = "model" if size > 1 else "tensor" if self.expert_tensor_parallel_size else None
             return given and f"--expert-{given}-parallel-size is for a --neo-model with experts: leave it out"

@@ -174,7 +174,7 @@ def main() -> None:
     sizes = NeoSizes(**args.neo_sizes)
     packs = draw_packs(sizes, args.seq_length, get_num_microbatches(), seed=0)
     for pack in packs:
-        pack.update(packs=[0], describe=str)
+        pack.update(packs=[0], describe=str, again=lambda: None)
     args.curr_iteration = 0
     with simulation(gpu):
         build = partial(
