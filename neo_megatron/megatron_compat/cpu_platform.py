@@ -292,9 +292,10 @@ def install_training() -> None:
     if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
         raise _changed("dummy_train_step")
     _patch(training, "dummy_train_step", _skip_step)
-    from neo_megatron.megatron_compat import loading, saving
+    from neo_megatron.megatron_compat import loading, optimizer_saves, saving
 
-    for owner, name, value in (*loading.PATCHES, *saving.PATCHES):
+    require_lines(optimizer_saves.PATCHED, optimizer_saves.LINES)
+    for owner, name, value in (*loading.PATCHES, *saving.PATCHES, *optimizer_saves.PATCHES):
         _patch(owner, name, value)
     if not on_cpu():
         return
@@ -362,25 +363,20 @@ def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> N
     _patch(training, "evaluate_and_print_results", evaluate_and_print_results)
 
 
-def take_over_rerun_state_machine(
-    machine: Any, should_checkpoint_and_exit: Callable[[], tuple[bool, bool, int]], validate_result: Callable[..., None]
-) -> tuple[Callable[[], tuple[bool, bool, int]], Callable[..., None]]:
-    """Makes Megatron's rerun state machine check every step, and hooks decide; returns its own two methods.
+def turn_off_rerun_state_machine(machine: Any, validate_result: Callable[..., None]) -> Callable[..., None]:
+    """Turns Megatron's rerun state machine off, on a GPU too, and makes a hook validate; returns its own method."""
+    from megatron.core.rerun_state_machine import RerunMode
 
-    On a GPU too. By itself it skips the first step of a start, because it could not save there, and restores its
-    `RerunState` from a checkpoint.
-    """
-    originals = machine.should_checkpoint_and_exit, machine.validate_result
+    original = machine.validate_result
     for name, value in (
-        ("should_checkpoint_and_exit", should_checkpoint_and_exit),
+        ("mode", RerunMode.DISABLED),
         ("validate_result", validate_result),
-        ("first_iteration_complete", True),
         ("validate_state_dict", lambda state: False),  # there is no state to load
     ):
         if not hasattr(machine, name):
             raise _changed(f"RerunStateMachine.{name}")
         setattr(machine, name, value)
-    return originals
+    return original
 
 
 def _skip_step(data_iterator: Any) -> None:
@@ -412,6 +408,18 @@ def _patch(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         raise _changed(f"{owner.__name__}.{name}")
     setattr(owner, name, value)
+
+
+@cache
+def require_lines(owner: Any, lines: tuple[str, ...]) -> None:
+    """Raises RuntimeError, with the remedy, if a module or class of Megatron lacks a line that a patch relies on."""
+    source = inspect.getsource(owner)
+    for line in lines:
+        if line not in source:
+            raise RuntimeError(
+                f"{owner.__name__} has changed: it lacks {line.strip()!r}, which neo_megatron was written for; "
+                f"pip install 'megatron-core=={MEGATRON_VERSION}'"
+            )
 
 
 def _check_versions() -> None:

@@ -27,12 +27,6 @@ WORKS = (
         """,
     ),
     _works(
-        "tests/distributed/test_bad_numbers.py",
-        """
-        --error-injection-rate
-        """,
-    ),
-    _works(
         "tests/distributed/test_evaluation.py",
         """
         --start-eval-at-iter --skip-train --full-validation --test-data-path
@@ -52,7 +46,7 @@ WORKS = (
         --recompute-activations --no-check-for-nan-in-loss-and-grad --check-for-large-grads --no-bias-swiglu-fusion
         --no-bias-dropout-fusion --dump-param-to-param-group-map --seed --data-parallel-random-init --decoupled-lr
         --save-params-interval --save-wgrads-interval --exit-on-missing-checkpoint --no-ckpt-fully-parallel-save
-        --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo --ckpt-assume-constant-structure
+        --ckpt-fully-parallel-load-exchange-algo --ckpt-assume-constant-structure
         --no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
         --distrib-optim-fully-reshardable-mem-efficient --no-save-rng --no-load-rng --dist-ckpt-workers
         --grad-reduce-in-bf16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis
@@ -186,10 +180,9 @@ WORKS_ON_GPU = (
         """,
     ),
     _on_gpu(
-        "apex or Transformer Engine: optimizer state in few bits, and steps in CUDA graphs",
+        "apex or Transformer Engine: optimizer state in few bits",
         """
         --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
-        --optimizer-cuda-graph
         """,
     ),
     _on_gpu(
@@ -294,7 +287,7 @@ NO_EFFECT = (
         "always so in NEO",
         """
         --qk-layernorm --calculate-per-token-loss --group-query-attention --swiglu --exit-signal-handler
-        --dist-ckpt-optim-fully-reshardable --use-persistent-ckpt-worker
+        --dist-ckpt-optim-fully-reshardable --ckpt-fully-parallel-load --use-persistent-ckpt-worker
         """,
     ),
 )
@@ -394,12 +387,10 @@ ONLY_WITH = (
     _only_with(
         "--load or --pretrained-checkpoint",
         lambda args: args.load or args.pretrained_checkpoint,
-        "--ckpt-step --no-load-optim --no-load-rng --finetune --exit-on-missing-checkpoint",
-    ),
-    _only_with(
-        "--ckpt-fully-parallel-load",
-        lambda args: args.ckpt_fully_parallel_load,
-        "--ckpt-fully-parallel-load-exchange-algo",
+        """
+        --ckpt-step --no-load-optim --no-load-rng --finetune --exit-on-missing-checkpoint
+        --ckpt-fully-parallel-load-exchange-algo
+        """,
     ),
     _only_with(
         "--valid-data-path",

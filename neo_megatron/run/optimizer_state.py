@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
@@ -147,7 +149,10 @@ def _read(
             empty = torch.empty(parameter.shape, dtype=saved.dtype(key), device="cpu")
             wanted[id(parameter)] = make_sharded_optimizer_tensor(entry, empty, "")
             wanted[id(parameter)].key = key
-    loaded = dist_checkpointing.load(wanted, str(saved.directory))
+    # Each data-parallel rank reads a share and gets the rest from the others.
+    ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), ranks)
+    loaded = dist_checkpointing.load(wanted, str(saved.directory), strategy)
     return {p: loaded[id(p)] for p in sharded if id(p) in wanted}  # the checkpoint also has the common state
 
 
@@ -234,7 +239,4 @@ def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
             state["step"] = torch.tensor(float(step))
     else:
         for group in inner.param_groups:
-            # A CUDA graph reads the count on the device.
-            group["step"] = (
-                torch.tensor([step], dtype=torch.int, device="cuda") if optimizer.config.optimizer_cuda_graph else step
-            )
+            group["step"] = step

@@ -122,6 +122,8 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "async_strategy": "nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
         # Optimizer state can then be loaded on another parallel layout.
         "dist_ckpt_optim_fully_reshardable": True,
+        # Otherwise every data-parallel rank reads all of it.
+        "ckpt_fully_parallel_load": True,
         # Chosen by `context_parallel_way`; Megatron's own default does not support NEO's mask.
         "cp_comm_type": None,
         # Megatron has no defaults for these, and fails without them.
