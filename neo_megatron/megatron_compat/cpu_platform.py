@@ -147,7 +147,8 @@ def _cpu_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
 class Adam(torch.optim.Optimizer):
     """AdamW that keeps its state as the FusedAdam of apex and Transformer Engine do: `step` per group, not per tensor.
 
-    Over `torch.optim.AdamW` Megatron's distributed optimizer saves checkpoints that it cannot load.
+    Over `torch.optim.AdamW`, which Megatron takes where neither is installed, its distributed optimizer saves
+    checkpoints that it cannot load.
     """
 
     def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, capturable=False):
@@ -162,7 +163,9 @@ class Adam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             first, second = ([self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq"))
-            steps = [torch.tensor(float(group.get("step", 0))) for _ in parameters]
+            # One tensor each, because torch counts in them, and on their device.
+            step = float(group.get("step", 0))
+            steps = [torch.full((), step, device=p.device) for p in parameters]
             self.update(
                 parameters,
                 [p.grad for p in parameters],
@@ -220,6 +223,7 @@ def install() -> None:
         RuntimeError: another version of torch or Megatron-Core is installed than this module was written for.
     """
     if not on_cpu():
+        _replace_adam_of_torch()
         return
     _check_versions()
     _cuda_means_cpu()
@@ -261,13 +265,21 @@ def install() -> None:
     if random.CheckpointWithoutOutput.__init__.__defaults__ != (False,):
         raise _changed("CheckpointWithoutOutput.__init__'s default")
     random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    _patch(optimizer, "Adam", Adam)
-    _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    _replace_adam_of_torch()
     # Stand-ins for kernels that are fused on a GPU; Megatron's own make several passes over new tensors.
     _patch(optimizer.clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)
     _patch(fused_bias_swiglu, "swiglu_back", _swiglu_back)
+
+
+def _replace_adam_of_torch() -> None:
+    """Makes `Adam` Megatron's optimizer, on a GPU too, where neither apex nor Transformer Engine is installed."""
+    import megatron.core.optimizer as optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        _patch(optimizer, "Adam", Adam)
+        _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
+        _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
 
 
 def require() -> None:

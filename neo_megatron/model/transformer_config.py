@@ -37,6 +37,12 @@ class NeoConfig(TransformerConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
 
+    # FP8 with delayed scaling. The maxima of all data-parallel ranks together would make them wait for one another in
+    # every micro-batch; a long history is Transformer Engine's own default.
+    tp_only_amax_red: bool = True
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: str = "max"
+
     @classmethod
     def from_sizes(cls, sizes: NeoSizes, **settings: Any) -> "NeoConfig":
         """A config without a command line; `settings` are fields of `TransformerConfig`: parallel sizes, dtypes, ..."""

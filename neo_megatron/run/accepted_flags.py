@@ -50,7 +50,7 @@ WORKS = (
         --no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
         --distrib-optim-fully-reshardable-mem-efficient --no-save-rng --no-load-rng --dist-ckpt-workers
         --grad-reduce-in-bf16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis
-        --accumulate-allreduce-grads-in-fp32 --no-align-grad-reduce --disable-gloo-process-groups
+        --accumulate-allreduce-grads-in-fp32 --no-align-grad-reduce
         --distributed-timeout-seconds-after-init --disable-jit-fuser --ddp-num-buckets --ddp-bucket-size
         --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
         --ddp-param-name-patterns-for-fp32-local-accumulation --no-align-param-gather --eval-global-batch-size
@@ -164,7 +164,7 @@ WORKS_ON_GPU = (
         "Transformer Engine: FP8",
         """
         --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --reuse-grad-buf-for-mxfp8-param-ag
-        --no-stream-ckpt-dequant --num-layers-at-start-in-bf16
+        --num-layers-at-start-in-bf16
         """,
     ),
     _on_gpu(
@@ -284,10 +284,17 @@ NO_EFFECT = (
         """,
     ),
     _no_effect(
+        "only --distrib-optim-fully-reshardable-mem-efficient has such groups, and needs them",
+        """
+        --disable-gloo-process-groups
+        """,
+    ),
+    _no_effect(
         "always so in NEO",
         """
         --qk-layernorm --calculate-per-token-loss --group-query-attention --swiglu --exit-signal-handler
         --dist-ckpt-optim-fully-reshardable --ckpt-fully-parallel-load --use-persistent-ckpt-worker
+        --no-stream-ckpt-dequant
         """,
     ),
 )

@@ -48,8 +48,18 @@ _NORM = "the norm of the gradients is NaN or infinite"
 
 @dataclass
 class _MicroBatch:
+    """One that was read for a part of the model.
+
+    Args:
+        chunk: which part, of those that this rank has of the model.
+        again: reads the micro-batch again.
+        loss: on the last pipeline stage.
+    """
+
     packs: Sequence[int]
-    loss: Tensor | None = None  # on the last pipeline stage
+    chunk: int
+    again: Callable[[], dict[str, Any]]
+    loss: Tensor | None = None
 
 
 @dataclass
@@ -94,12 +104,12 @@ class BadNumbers:
         if self._validate is None:
             self._validate = cpu_platform.turn_off_rerun_state_machine(get_rerun_state_machine(), self._look_at_bucket)
 
-    def note(self, packs: Sequence[int], describe: Callable[[Sequence[int]], str]) -> None:
-        """Notes a micro-batch that the step reads, see `MicroBatches`."""
+    def note(self, packs: dict[str, Any], chunk: int) -> None:
+        """Notes a micro-batch of `MicroBatches` that the step reads for one of this rank's parts of the model."""
         if self._complete:
             self._micro_batches, self._complete = [], False
-        self._micro_batches.append(_MicroBatch(packs))
-        self._describe = describe
+        self._micro_batches.append(_MicroBatch(packs["packs"], chunk, packs["again"]))
+        self._describe = packs["describe"]
 
     def note_loss(self, loss: Tensor) -> None:
         """Notes the loss of the last micro-batch noted."""
@@ -120,9 +130,6 @@ class BadNumbers:
 
     def step(self, compute: Callable[[Any], Any], data_iterator: Any, model: list[torch.nn.Module]) -> Any:
         """In place of Megatron's `train_step`; see `steps.patch_steps`."""
-        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        for iterator in iterators:
-            iterator.iterable.begin_step()
         _check_buckets(model, False)
         try:
             result = compute(data_iterator)
@@ -133,9 +140,13 @@ class BadNumbers:
             return result
         reproducible = None
         if get_args().rerun_mode != "disabled":
-            again = [iterator.iterable.again() for iterator in iterators]
+            again = [self._read_again(chunk) for chunk in range(len(model))]
             reproducible = self._compute_again(compute, again if isinstance(data_iterator, list) else again[0], model)
         return self._end_run(reproducible)
+
+    def _read_again(self, chunk: int) -> Iterator[dict[str, Any]]:
+        """The micro-batches of the step for a part of the model."""
+        return (micro_batch.again() for micro_batch in self._micro_batches if micro_batch.chunk == chunk)
 
     def _compute_again(self, compute: Callable[[Any], Any], data_iterator: Any, model: list[torch.nn.Module]) -> bool:
         """Whether the norm is not finite again."""

@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -131,7 +131,6 @@ class MicroBatches:
         report = images == "patches" and ranks_alike == (0, 0)
         self._batches = watch_broken_samples(start_workers(loader), args.max_broken_samples, report)
         self._numbers = enumerate(sampler)
-        self._step: list[list[int]] = []
 
     def __iter__(self) -> "MicroBatches":
         return self
@@ -146,19 +145,14 @@ class MicroBatches:
                 raise
             # Workers take turns.
             raise late(count % self._workers, self._workers, self.describe(numbers), self._seconds) from error
-        self._step.append(numbers)
         return self._named(batch, numbers)
 
-    def begin_step(self) -> None:
-        """Begins to note which packs a step reads, for `again`."""
-        self._step = []
-
-    def again(self) -> Iterator[dict[str, Any]]:
-        """The micro-batches of the step once more, read again in this process."""
-        return (self._named(collate([self._dataset[number] for number in step]), step) for step in self._step[:])
-
     def _named(self, batch: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
-        return {**batch, "packs": numbers, "describe": self.describe}
+        return {**batch, "packs": numbers, "describe": self.describe, "again": partial(self._read_again, numbers)}
+
+    def _read_again(self, numbers: list[int]) -> dict[str, Any]:
+        """The same micro-batch, read in this process."""
+        return self._named(collate([self._dataset[number] for number in numbers]), numbers)
 
     def describe(self, numbers: Sequence[int]) -> str:
         """Describes packs by their numbers and records; of many, the first ones."""

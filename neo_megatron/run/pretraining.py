@@ -145,7 +145,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     packs = next(data_iterator)
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if torch.is_grad_enabled():
-        _bad_numbers.note(packs["packs"], packs["describe"])
+        _bad_numbers.note(packs, vp_stage or 0)
         if not vp_stage:  # virtual stages read the same packs in turn
             _log.note(packs)
     if args.context_parallel_size > 1:

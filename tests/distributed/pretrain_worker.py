@@ -12,7 +12,7 @@ made over gradients: `checks` of a bucket's norm, `scalings` of a buffer. Where 
 last step, before they are clipped, are in `rank<N>.gradients.safetensors`, each part under the name of its tensor.
 `rank<N>.inputs.json` lists what each call of the model was given: the name of every tensor and its first dimension.
 `rank<N>.stored.json` lists the tensors, with the offset of each part, that the rank has `read` from checkpoints, and
-those of the distributed optimizer that it was given to write (`written`).
+those of the distributed optimizer that it was given to write (`written`), and says how often it has `listed` files.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType
 
+from neo_megatron.checkpoint import dcp_metadata
 from neo_megatron.data.dataset import PackDataset
 from neo_megatron.megatron_compat import optimizer_saves, steps
 from neo_megatron.model.loss import WeightedLoss
@@ -133,6 +134,8 @@ class StorageRecorder:
     def __init__(self) -> None:
         self.read: list[str] = []
         self.written: list[str] = []
+        self.listed = 0
+        check = dcp_metadata._checked_ends
         read, state = FileSystemReader.read_data, DistributedOptimizer.sharded_param_state_fully_reshardable
 
         def read_data(reader, plan, planner):
@@ -146,10 +149,16 @@ class StorageRecorder:
                 self.written += [entry.key for entry in nested_values(state_dict or {})]
             return state_dict
 
+        def checked_ends(metadata):
+            self.listed += 1
+            return check(metadata)
+
+        dcp_metadata._checked_ends = checked_ends
         FileSystemReader.read_data = read_data
         DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state
 
         def uninstall() -> None:
+            dcp_metadata._checked_ends = check
             FileSystemReader.read_data = read
             DistributedOptimizer.sharded_param_state_fully_reshardable = state
 
@@ -210,7 +219,7 @@ def run(job: dict) -> None:
         reset()
     (directory / f"rank{os.environ['RANK']}.inputs.json").write_text(json.dumps(inputs.calls))
     (directory / f"rank{os.environ['RANK']}.stored.json").write_text(
-        json.dumps({"read": stored.read, "written": stored.written})
+        json.dumps({"read": stored.read, "written": stored.written, "listed": stored.listed})
     )
     if os.environ["RANK"] == "0":
         (directory / "result.json").write_text(

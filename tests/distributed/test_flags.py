@@ -25,7 +25,7 @@ SAME = (
     "core_attn --use-cpu-initialization --no-initialization --no-check-for-nan-in-loss-and-grad "
     "--check-for-large-grads --rerun-mode disabled --timing-log-level 2 --timing-log-option all "
     "--no-barrier-with-level-1-timing --logging-level 20 --distributed-timeout-seconds-after-init 100 "
-    "--disable-gloo-process-groups --save {directory}/saved --dist-ckpt-workers 1 --no-ckpt-fully-parallel-save "
+    "--save {directory}/saved --dist-ckpt-workers 1 --no-ckpt-fully-parallel-save "
     "--ckpt-assume-constant-structure --no-save-rng --log-progress --exit-interval 2"
 )
 LOADED = (

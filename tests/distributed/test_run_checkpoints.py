@@ -110,6 +110,12 @@ def test_each_rank_reads_and_holds_its_share_of_a_checkpoint(room, chain):
     assert state and sorted(first["written"] + second["written"]) == state
 
 
+def test_one_rank_lists_the_files_of_a_checkpoint(chain):
+    """There are as many as ranks, or twice, and they would be listed by each of thousands several times."""
+    assert all(chain[name].stored(0)["listed"] > 0 for name in LAYOUTS)
+    assert not any(chain[name].stored(1)["listed"] for name in LAYOUTS)
+
+
 def test_old_checkpoints_are_deleted(room, first):
     assert first["limited"].exit() is None
     assert sorted(path.name for path in (room / "limited-saved").iterdir()) == [

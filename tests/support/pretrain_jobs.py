@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -45,8 +46,8 @@ class Job:
         """First dimension of every tensor that each call of the model was given, keyed by argument."""
         return json.loads((self.directory / f"rank{rank}.inputs.json").read_text())
 
-    def stored(self, rank: int) -> dict[str, list[str]]:
-        """The tensors that a rank has ``read`` from checkpoints and held to be ``written`` to them."""
+    def stored(self, rank: int) -> dict[str, Any]:
+        """Tensors that a rank has ``read`` and held to be ``written``, and how often it has ``listed`` a checkpoint."""
         return json.loads((self.directory / f"rank{rank}.stored.json").read_text())
 
     def exit(self) -> str | int | None:
