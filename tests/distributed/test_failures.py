@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.paths import GOLDEN, ROOT
 from support.processes import run_forked
@@ -134,22 +135,15 @@ def test_the_sentence_of_one_machine_ends_all_of_them():
     for number, launcher in enumerate(("neo_megatron.launch", "torch.distributed.run")):
         place = ("--nnodes", "2", "--node-rank", str(number), "--master-addr", "localhost", "--master-port", port)
         words = [sys.executable, "-m", launcher, "--nproc-per-node", "2", *place, str(WORKER), "sentence and hang", "3"]
-        machines.append(
-            subprocess.Popen(
-                words,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        machines.append(subprocess.Popen(words, env=environment(), **output))
     try:
         first, second = (machine.communicate(timeout=100)[0].splitlines() for machine in machines)
     finally:
         for machine in machines:
             if machine.poll() is None:
-                os.killpg(machine.pid, signal.SIGKILL)
+                for process in (*psutil.Process(machine.pid).children(recursive=True), machine):
+                    process.kill()
     assert [machine.returncode for machine in machines] == [1, 1]
     assert first == ["pretrain_neo: a sentence with a remedy"]
     assert sum("a sentence with a remedy" in line for line in second) == 1, second
