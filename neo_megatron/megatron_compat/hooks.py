@@ -4,6 +4,7 @@ Every patch looks for the lines of Megatron that it relies on, so that another v
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, wraps
 from typing import Any, Protocol
 
@@ -46,6 +47,29 @@ class StepLog(Protocol):
     def operations(self, *arguments: Any, **keywords: Any) -> Any: ...
 
     def line(self, text: str) -> str: ...
+
+
+_STEP = (
+    "            ) = train_step(\n",
+    "            seq_length=args.seq_length,\n            micro_batch_size=args.micro_batch_size,\n"
+    "            decoder_seq_length=args.decoder_seq_length,\n            forward_only=False,\n",
+)
+
+
+@cache
+def train_steps_in(context: Callable[[], AbstractContextManager]) -> None:
+    """Makes Megatron enter a context around each training step; inside, it reads `args.seq_length`."""
+    from megatron.training import training
+
+    require_lines(training, _STEP)
+    step = training.train_step
+
+    @wraps(step)
+    def train_step(*arguments, **keywords):
+        with context():
+            return step(*arguments, **keywords)
+
+    training.train_step = train_step
 
 
 @cache

@@ -39,6 +39,7 @@ from neo_megatron.run.loader_workers import describe_ended_worker
 from neo_megatron.run.loaders import check_loader_memory, datasets_provider
 from neo_megatron.run.log_writers import PAIR_RATIO
 from neo_megatron.run.optimizer_state import allocate_moments
+from neo_megatron.run.pack_lengths import StepLengths
 from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
 
@@ -46,6 +47,7 @@ from neo_megatron.run.training_arguments import parse_arguments
 _loss = WeightedLoss()
 _bad_numbers = BadNumbers()
 _log = StepLog()
+_lengths = StepLengths()
 
 
 def train() -> None:
@@ -60,6 +62,7 @@ def train() -> None:
     cpu_platform.call_before_saving(allocate_moments)
     cpu_platform.call_around_evaluation(evaluate_split)
     hooks.log_with(_log)
+    hooks.train_steps_in(_lengths.step)
     steps.patch_steps(_step)
     try:
         args = parse_arguments()

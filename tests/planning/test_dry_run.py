@@ -37,6 +37,8 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
     preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    write_packs([PackInput(str(room / "shards"))], room / "long", 384)
+    (room / "lengths.yaml").write_text("- {from: 0, shares: {packs: 1}}\n- {from: 8, shares: {long: 1}}\n")
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
     shutil.copytree(room / "golden", room / "cut")
     (room / "experts").mkdir()
@@ -48,6 +50,7 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     common = f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --micro-batch-size 1 --train-iters 3 "
     common += f"--tensorboard-dir {room}/events --save {room}/saved --dry-run "
     golden = f"--pretrained-checkpoint {room}/golden "
+    lengths = common.replace(f"--train-data-path {room}/packs", f"--mixture {room}/lengths.yaml")
     large = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
     large += "--use-distributed-optimizer --global-batch-size 256"
     experts = f"{common.replace(f'{GOLDEN}/ckpt_untied', f'{room}/experts')}--transformer-impl local --bf16 "
@@ -63,6 +66,9 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
             experts + "--sequence-parallel --global-batch-size 8 --moe-token-dispatcher-type allgather",
         ),
         "experts that do not divide": (6, experts + "--sequence-parallel --global-batch-size 6"),
+        "two lengths": (1, lengths + "--global-batch-size 4"),
+        "the short ones": (1, lengths + "--global-batch-size 4 --train-iters 2"),
+        "a border within a step": (1, lengths + "--global-batch-size 3"),
         "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
     for number, layout in enumerate(FOUND):
@@ -94,6 +100,17 @@ def test_a_large_layout_is_planned_in_full(ends):
     assert printed.count("pipeline rank 0") == printed.count("pipeline rank 1") == 1
 
 
+def test_the_longest_packs_of_a_run_are_planned(ends):
+    """The first of them are read too, and nothing is planned for those that a run does not come to."""
+    printed, end, _ = ends["two lengths"]
+    assert end is None, end
+    for length in (192, 384):
+        assert re.search(rf"^train .*/lengths.yaml: 4 packs of {length} tokens read, \d+ samples$", printed, re.M)
+    assert re.search(r"^packs +384 tokens; ", printed, re.M)
+    printed, end, _ = ends["the short ones"]
+    assert end is None and "384 tokens" not in printed and re.search(r"^packs +192 tokens; ", printed, re.M)
+
+
 def test_experts_are_planned(ends):
     printed, end, _ = ends["experts"]
     assert end is None, end
@@ -115,6 +132,10 @@ def test_layouts_of_the_search_can_start(number, ends):
     [
         ("damaged checkpoint", r"--pretrained-checkpoint .*/cut: .* bytes instead of \d+: copy or convert it again"),
         ("another model", r"the checkpoint .* is of another model \(ffn_hidden_size \d+ there, 128 here\)"),
+        (
+            "a border within a step",
+            r"--mixture .*: pack 8 begins packs of 384 tokens after those of 192, in the middle",
+        ),
         ("another length", r"--train-data-path .* holds packs of 192 tokens, --seq-length is 128"),
         (
             "experts that do not divide",

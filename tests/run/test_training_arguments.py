@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -141,26 +142,41 @@ def test_help_begins_with_neos_flags():
     assert "--num-experts" not in text and "docs/flags.md" in text, "what a start refuses is in the page"
 
 
-def started_by_train_sh(tmp_path, monkeypatch, told: str, flags: str = "") -> str:
-    """Words that a shell in the place of python prints."""
-    (tmp_path / "python").write_text(f"#!/bin/sh\necho {told}\n")
+@pytest.fixture
+def train_sh(tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
+    """Flags of the command that train.sh starts, told by a python of our own."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("PACKS", "packs")
     monkeypatch.setenv("OUTPUT", "run")
-    words = ["bash", ROOT / "examples" / "train.sh", "neo-2b", "1", *flags.split()]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    def start(flags: str = "", packs: str = "packs") -> dict[str, str]:
+        monkeypatch.setenv("PACKS", packs)
+        words = ["bash", ROOT / "examples" / "train.sh", "neo-2b", "1", *flags.split()]
+        started = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        return {word: value for word, value in zip(started, [*started[1:], ""], strict=True) if word.startswith("--")}
+
+    return start
+
+
+@pytest.mark.parametrize(("packs", "flag"), [("a/b", "train-data-path"), ("a/b.yaml", "mixture"), ("b.yml", "mixture")])
+def test_train_sh_takes_packs_or_a_mixture(train_sh, packs, flag):
+    started = train_sh(packs=packs)
+    assert {name: started[name] for name in ("--train-data-path", "--mixture") if name in started} == {
+        f"--{flag}": packs
+    }
 
 
 @pytest.mark.parametrize(
     ("own", "expected"), [(None, "expandable_segments:True"), ("backend:native", "backend:native")]
 )
-def test_gpu_memory_is_in_segments_that_grow(tmp_path, monkeypatch, own, expected):
+def test_gpu_memory_is_in_segments_that_grow(train_sh, tmp_path, monkeypatch, own, expected):
     """Unless the user says otherwise."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "--memory $PYTORCH_ALLOC_CONF"\n')
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     if own:
         monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
-    assert started_by_train_sh(tmp_path, monkeypatch, '"$PYTORCH_ALLOC_CONF"').strip() == expected
+    assert train_sh() == {"--memory": expected}
 
 
 @pytest.mark.parametrize(
@@ -173,10 +189,9 @@ def test_gpu_memory_is_in_segments_that_grow(tmp_path, monkeypatch, own, expecte
         ("--train-iters 7", "--train-iters 7", "--train-samples"),
     ],
 )
-def test_flags_win_over_what_train_sh_sets(tmp_path, monkeypatch, flags, given, left_out):
-    """The command that train.sh starts, told by a python of our own; the last of two equal flags counts."""
-    started = started_by_train_sh(tmp_path, monkeypatch, '"$*"', flags).split()
-    last = {word: value for word, value in zip(started, [*started[1:], ""], strict=True) if word.startswith("--")}
+def test_flags_win_over_what_train_sh_sets(train_sh, flags, given, left_out):
+    """The last of two equal flags counts."""
+    last = train_sh(flags)
     words = given.split()
     for flag, value in zip(words, [*words[1:], ""], strict=True):
         if flag.startswith("--"):
