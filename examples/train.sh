@@ -41,6 +41,8 @@ esac
 
 # Megatron asks for it where tensor or context parallelism runs on GPUs before Blackwell; CUDA reads it once, at start.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Packs have ever other numbers of patches, which leaves holes in segments of fixed sizes.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 if [[ " $* " == *" --dry-run "* ]]; then  # one process looks for all, on a machine without GPUs too

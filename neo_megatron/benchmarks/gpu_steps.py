@@ -19,20 +19,26 @@ from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.report import Plan
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
+from neo_megatron.validation.fp8 import fp8_format
 
 _BF16 = ("--transformer-impl", "transformer_engine", "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce")
 _BF16 += ("--overlap-param-gather",)
-_FP8 = (*_BF16, "--fp8-format", "hybrid", "--fp8-recipe")
+
+
+def _fp8(recipe: str) -> tuple[str, ...]:
+    return (*_BF16, "--fp8-format", fp8_format(recipe), "--fp8-recipe", recipe)
+
+
 # Flags of pretrain_neo: precision as a user asks for it, the distributed optimizer as examples/train.sh has it.
 PRECISIONS = {
     "float32": (),
     "bf16": _BF16,
-    "delayed": (*_FP8, "delayed"),
-    "tensorwise": (*_FP8, "tensorwise"),
-    "blockwise": (*_FP8, "blockwise"),
+    "delayed": _fp8("delayed"),
+    "tensorwise": _fp8("tensorwise"),
+    "blockwise": _fp8("blockwise"),
     # Delayed scaling has no such layers: it scales all together.
-    "tensorwise-bf16-ends": (*_FP8, "tensorwise", "--first-last-layers-bf16"),
-    "blockwise-bf16-ends": (*_FP8, "blockwise", "--first-last-layers-bf16"),
+    "tensorwise-bf16-ends": (*_fp8("tensorwise"), "--first-last-layers-bf16"),
+    "blockwise-bf16-ends": (*_fp8("blockwise"), "--first-last-layers-bf16"),
 }
 FP8 = tuple(name for name, flags in PRECISIONS.items() if "--fp8-recipe" in flags)
 OURS, PLAIN = "neo_megatron", "transformers"
@@ -187,8 +193,11 @@ def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
 
 
 def keeps_fp8(run: StepRun) -> bool:
-    """Whether parameters are held in FP8; in stage 1 frozen weights would be rounded for good."""
-    return run.precision in FP8 and run.training_stage > 1
+    """Whether parameters are held in FP8.
+
+    In stage 1 frozen weights would be rounded for good, and delayed scaling rounds those of a checkpoint badly.
+    """
+    return run.precision in FP8 and run.precision != "delayed" and run.training_stage > 1
 
 
 def flags(run: StepRun) -> list[str]:

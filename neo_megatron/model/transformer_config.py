@@ -40,6 +40,12 @@ class NeoConfig(TransformerConfig):
     batch_p2p_sync: bool = False
     """Megatron's default lets the host wait for the device after every message of a pipeline: for PyTorch before 2."""
 
+    # FP8 with delayed scaling. The maxima of all data-parallel ranks together would make them wait for one another in
+    # every micro-batch; a long history is Transformer Engine's own default.
+    tp_only_amax_red: bool = True
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: str = "max"
+
     @classmethod
     def from_sizes(cls, sizes: NeoSizes, **settings: Any) -> "NeoConfig":
         """A config without a command line; `settings` are fields of `TransformerConfig`: parallel sizes, dtypes, ..."""

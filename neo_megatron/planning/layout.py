@@ -155,8 +155,9 @@ class Layout:
 
     @property
     def fp8_recipe(self) -> str:
-        """Megatron's default, unless it conflicts with the recomputation."""
-        return "tensorwise" if self.recomputes("layernorm") or self.recomputes("mlp_act") else "delayed"
+        """Megatron's default, unless something conflicts with it."""
+        delayed = not (self.fp8_param_gather or self.recomputes("layernorm") or self.recomputes("mlp_act"))
+        return "delayed" if delayed else "tensorwise"
 
     @property
     def parameter_bytes(self) -> int:

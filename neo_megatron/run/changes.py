@@ -124,7 +124,10 @@ def saved_schedule(args: Namespace, common_state: dict[str, Any]) -> dict[str, A
 
 
 def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
-    """Whether Megatron cannot load the optimizer's state itself, or would load hyperparameters with it.
+    """Whether Megatron cannot load the optimizer's state itself, or would load hyperparameters with it, or too much.
+
+    Of the distributed optimizer it would hold all of its data-parallel group's state in the memory of every process, 12
+    bytes a parameter; by names one kind of state is held at a time.
 
     Raises:
         ConfigError: nor can this package load it.
@@ -140,7 +143,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     if args.optimizer == "sgd":  # Megatron cannot load it
         return True
     if has_moments(saved):
-        return bool(changed or idle_stages or schedule_flags)
+        return bool(changed or idle_stages or schedule_flags or args.use_distributed_optimizer)
     if not is_by_ranks(saved):
         return True
     if {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):

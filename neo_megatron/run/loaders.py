@@ -148,7 +148,14 @@ class MicroBatches:
                 raise
             # Workers take turns.
             raise late(count % self._workers, self._workers, self.describe(numbers), self._seconds) from error
-        return {**batch, "packs": numbers, "describe": self.describe}
+        return self._named(batch, numbers)
+
+    def _named(self, batch: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
+        return {**batch, "packs": numbers, "describe": self.describe, "again": partial(self._read_again, numbers)}
+
+    def _read_again(self, numbers: list[int]) -> dict[str, Any]:
+        """The same micro-batch, read in this process."""
+        return self._named(collate([self._dataset[number] for number in numbers]), numbers)
 
     def describe(self, numbers: Sequence[int]) -> str:
         """Describes packs by their numbers and records; of many, the first ones."""

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import torch
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
@@ -18,7 +19,7 @@ from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.model.transformer_config import megatron_arguments, sizes_from_arguments
+from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.planning.packs import measure_packs
 from neo_megatron.planning.pipeline_split import choose_layout
 from neo_megatron.run.bad_numbers import check_rerun_flags
@@ -70,6 +71,10 @@ def parse_arguments() -> Namespace:
         return parser
 
     args = parse_args(extra_arguments)
+    if not cpu_platform.on_cpu():
+        choose_gpu(args, torch.cuda.device_count())
+    # Their only use; a full mesh of connections between data-parallel ranks.
+    args.use_gloo_process_groups = args.distrib_optim_fully_reshardable_mem_efficient
     if chosen.recipe and chosen.training_stage is None:
         raise ConfigError(
             f"--recipe {recipe} has other numbers for each training stage: add --training-stage 1, 2 or 3"
@@ -83,7 +88,9 @@ def parse_arguments() -> Namespace:
     check_evaluation_flags(args)
     check_rerun_flags(args)
     packs = None
-    if args.train_data_path and args.pipeline_model_parallel_size > 1:
+    # A given split is only described, by rank 0.
+    described = args.rank == 0 or not args.pipeline_model_parallel_layout
+    if args.train_data_path and args.pipeline_model_parallel_size > 1 and described:
         packs = measure_packs(args.train_data_path[0])
     layout, stages = choose_layout(args, sizes, packs)
     if layout != args.pipeline_model_parallel_layout:
@@ -131,6 +138,13 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "async_strategy": "nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
         # Optimizer state can then be loaded on another parallel layout.
         "dist_ckpt_optim_fully_reshardable": True,
+        # Otherwise every data-parallel rank reads all of it.
+        "ckpt_fully_parallel_load": True,
+        # Rounds to FP8 once all of a parameter is there, and not each stored piece with a scale of its own.
+        "stream_ckpt_dequant": False,
+        # As in `NeoConfig`.
+        "fp8_amax_history_len": NeoConfig.fp8_amax_history_len,
+        "fp8_amax_compute_algo": NeoConfig.fp8_amax_compute_algo,
         # Chosen by `context_parallel_way`; Megatron's own default does not support NEO's mask.
         "cp_comm_type": None,
         # Megatron has no defaults for these, and fails without them.
@@ -140,6 +154,21 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "log_throughput": True,
         "log_timers_to_tensorboard": True,
     }
+
+
+def choose_gpu(args: Namespace, gpus: int) -> None:
+    """Sets ``args.local_rank`` to the GPU of this process, one of those that it sees.
+
+    Raises:
+        ConfigError: it sees several, but too few for the processes of this machine.
+    """
+    if gpus == 1:  # the scheduler shows every task a GPU of its own
+        args.local_rank = 0
+    elif args.local_rank >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK={args.local_rank}, but this process sees {gpus} GPUs: start as many processes on a machine, "
+            "or show each a GPU of its own"
+        )
 
 
 def complete_last_step(args: Namespace) -> None:

@@ -58,6 +58,10 @@ def room(tmp_path_factory) -> Path:
         jobs.append(Job(room / "second" / name, command(room, *start, *stage, *flags.split())))
     resume = ["--load", f"{room}/first/plain/saved", "--training-stage", "2", "--train-iters", "4"]
     jobs.append(Job(room / "resumed", command(room, *resume)))
+    for name, flags in (("bf16", "--bf16"), ("distributed-bf16", f"{DISTRIBUTED} --bf16")):
+        start = ["--pretrained-checkpoint", f"{room}/golden", "--training-stage", "2", "--train-iters", "1"]
+        save = ["--save", f"{room}/from-float32/{name}/saved"]
+        jobs.append(Job(room / "from-float32" / name, command(room, *start, *save, *still.split(), *flags.split())))
     run_jobs(2, jobs)
     return room
 
@@ -66,6 +70,17 @@ def master(saved: TorchDistDirectory, parameter: str) -> torch.Tensor:
     """The float32 copy of a bf16 parameter; the distributed optimizer has a name of its own for it."""
     names = (f"optimizer.state.{kind}.{parameter}" for kind in ("fp32_param", "param"))
     return saved.read(next(name for name in names if name in saved.shapes))
+
+
+@pytest.mark.parametrize("name", ["bf16", "distributed-bf16"])
+def test_masters_are_the_weights_of_the_checkpoint_and_not_those_of_the_model(room, name):
+    golden = TorchDistDirectory(room / "golden")
+    after = TorchDistDirectory(room / "from-float32" / name / "saved")
+    for parameter in golden.shapes:
+        weight = golden.read(parameter)
+        torch.testing.assert_close(master(after, parameter), weight, atol=1e-9, rtol=0)
+        assert torch.equal(after.read(parameter), weight.to(torch.bfloat16))
+    assert any((golden.read(parameter).bfloat16() != golden.read(parameter)).any() for parameter in golden.shapes)
 
 
 def step(saved: TorchDistDirectory) -> int:

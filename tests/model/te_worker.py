@@ -130,7 +130,7 @@ def same_training(sizes: NeoSizes, tensor_parallel_size: int, sequence_parallel:
 
 def names_and_shapes(sizes: NeoSizes) -> None:
     local = build(sizes, "local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
-    blockwise = {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
+    blockwise = {"fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
     for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, blockwise, blockwise | RECOMPUTATION):
         with pretended_hopper():
             model = build(sizes, "transformer_engine", torch.bfloat16, fuse=True, **fp8)

@@ -18,7 +18,8 @@ TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "
 CHUNKS, LAYERS_OF_CHUNK = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 FP8 = "--bf16 --transformer-impl transformer_engine --fp8-format hybrid"
-TENSORWISE, BLOCKWISE = (f"{FP8} --fp8-recipe {recipe}" for recipe in ("tensorwise", "blockwise"))
+TENSORWISE = f"{FP8} --fp8-recipe tensorwise"
+BLOCKWISE = f"{FP8.replace('hybrid', 'e4m3')} --fp8-recipe blockwise"
 LAYERNORM = "--recompute-granularity selective --recompute-modules layernorm"
 MOE, EXPERTS = "--recompute-granularity selective --recompute-modules", "--neo-model u1-a3b"
 
@@ -85,8 +86,19 @@ REFUSED = [
     (4, f"{TENSORWISE} {PP} 4 --first-last-layers-bf16 --num-layers-at-end-in-bf16 11", "more than the 10 layers of a"),
     (1, "--first-last-layers-bf16", "add --fp8-format hybrid"),
     (2, "--use-distributed-optimizer --fp8-param-gather", "add --fp8-format hybrid"),
-    (2, f"{FP8} --fp8-param-gather", "needs the float32 weights of --use-distributed-optimizer"),
-    (2, f"{FP8} --fp8-param-gather --use-distributed-optimizer --training-stage 1", "would round the language model"),
+    (1, f"{FP8} --fp8-recipe blockwise", "does not go with --fp8-format hybrid"),
+    (1, f"{TENSORWISE.replace('hybrid', 'e4m3')}", "hybrid's e5m2: choose --fp8-format hybrid"),
+    (
+        2,
+        f"{FP8} --fp8-param-gather --use-distributed-optimizer",
+        "--fp8-param-gather does not go with --fp8-recipe delayed",
+    ),
+    (2, f"{TENSORWISE} --fp8-param-gather", "needs the float32 weights of --use-distributed-optimizer"),
+    (
+        2,
+        f"{TENSORWISE} --fp8-param-gather --use-distributed-optimizer --training-stage 1",
+        "would round the language model",
+    ),
     (
         1,
         f"{FP8} --seq-length 4088",
@@ -123,7 +135,7 @@ ACCEPTED = [
         "--recompute-num-layers 1", None),
     (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", None),
     (1, f"{FP8} --training-stage 1", None),
-    (2, f"{FP8} --fp8-param-gather --use-distributed-optimizer", None),
+    (2, f"{TENSORWISE} --fp8-param-gather --use-distributed-optimizer", None),
     (8, f"{BLOCKWISE} --first-last-layers-bf16 {TP} 8 --sequence-parallel {LAYERNORM}", None),
     (1, f"{TENSORWISE} --seq-length 4088 --micro-batch-size 2 --eval-micro-batch-size 2", None),
 ]  # fmt: skip
