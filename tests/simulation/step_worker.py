@@ -197,15 +197,19 @@ def main() -> None:
         optimizer.zero_grad()
         gpu.stepping = True
         iterators = [iter(packs) for _ in model]
-        get_forward_backward_func()(
-            forward_step_func=pretraining.forward_step,
-            data_iterator=iterators if len(model) > 1 else iterators[0],
-            model=model,
-            num_microbatches=get_num_microbatches(),
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=False,
-        )
+
+        def compute(iterator) -> None:
+            get_forward_backward_func()(
+                forward_step_func=pretraining.forward_step,
+                data_iterator=iterator,
+                model=model,
+                num_microbatches=get_num_microbatches(),
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                forward_only=False,
+            )
+
+        pretraining._bad_numbers.step(compute, iterators if len(model) > 1 else iterators[0], model)
     sent: Counter[str] = Counter()
     for where, kind in kinds().items():
         sent[kind] += gpu.sent[where]

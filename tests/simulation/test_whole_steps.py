@@ -43,7 +43,7 @@ def step(implementation: str, size: str, stage: int, rank: int, ranks: int, *fla
         pytest.skip("Transformer Engine is not at hand; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it")
     chosen: list[Any] = ["--neo-model", size, "--training-stage", stage, "--seq-length", LENGTHS[stage]]
     chosen += ["--micro-batch-size", 1, "--global-batch-size", GLOBAL_BATCH[ranks], "--train-iters", 10, *PRECISION]
-    chosen += ["--transformer-impl", implementation, "--no-initialization", "--disable-gloo-process-groups"]
+    chosen += ["--transformer-impl", implementation, "--no-initialization"]
     path = [str(ROOT)] + [directory] * (implementation == "transformer_engine" and bool(directory))
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     arguments = map(str, (WORKER, rank, ranks, *chosen, *layout_of(size, stage), *flags))
