@@ -7,15 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from support.layout_runs import SMALL, assert_same, layout_job, write_random_model
+from support.layout_runs import EXPERTS, assert_same, layout_job, write_random_model
 from support.pretrain_jobs import Job, run_jobs
 
-MODEL = SMALL.replace(
-    attention_form="in-head",
-    num_experts=8,
-    experts_per_token=2,
-    expert_ffn_hidden_size=32,
-)
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2, CP2, EP2 = (f"--{kind}-parallel-size 2" for kind in ("pipeline-model", "context", "expert-model"))
 UNSPLIT = "--expert-tensor-parallel-size 1"
@@ -66,7 +60,7 @@ CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts i
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("model"), MODEL)
+    return write_random_model(tmp_path_factory.mktemp("model"), EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +79,7 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_losses_and_gradients_of_five_steps(runs, kind, layout):
-    assert_same(MODEL, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+    assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["ep2", "pp2", "ep2-tp2-full"])
@@ -100,7 +94,7 @@ def test_figures_of_routers_are_logged(runs, layout):
     entropy = expected["experts/router entropy/image layer 00"]
     assert len(entropy) == 5 and all(0 < value <= 1 for (value,) in entropy.values())
     loss = expected["experts/balance loss/text"]
-    assert all(value >= MODEL.num_layers for (value,) in loss.values()), "1 a layer where the load is even"
+    assert all(value >= EXPERTS.num_layers for (value,) in loss.values()), "1 a layer where the load is even"
     assert re.search(r"\| expert load imbalance: text \d\.\d\d, image \d\.\d\d \|", runs["balance-one"].printed())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.layout_runs import SMALL, assert_same, layout_job, write_random_model
+from support.layout_runs import IN_HEAD, SMALL, assert_same, layout_job, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
@@ -62,7 +62,6 @@ LOPSIDED = {
     "dp4": (4, ""),
 }
 # The attention of a NEO-unify; mixtures of experts have it too (test_experts.py).
-IN_HEAD = SMALL.replace(attention_form="in-head")
 UNIFY = {
     "plain": {
         "one": (1, ""),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layout_runs import SMALL, write_random_model
+from support.layout_runs import EXPERTS, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
@@ -28,7 +28,6 @@ SECOND = {
     "tp2-bf16": ("distributed-bf16", "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
     "experts-tp2": ("experts", f"--tensor-model-parallel-size 2 --sequence-parallel {DISTRIBUTED}"),
 }
-EXPERTS = SMALL.replace(attention_form="in-head", num_experts=4, experts_per_token=2, expert_ffn_hidden_size=32)
 # Stage 1 -> tensors of a pre-buffer layer, of a post-LLM layer that it trains, of such layers, outside of layers.
 COUNTS = {"plain": (13, 5, 3, 3), "distributed-bf16": (13, 5, 3, 3), "experts": (11, 6, 2, 3)}
 

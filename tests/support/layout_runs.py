@@ -25,6 +25,9 @@ SMALL = SIZES["tiny"].replace(
     image_start_token_id=897,
     image_context_token_id=896,
 )
+# The other variants of the family.
+IN_HEAD = SMALL.replace(attention_form="in-head")
+EXPERTS = IN_HEAD.replace(num_experts=8, experts_per_token=2, expert_ffn_hidden_size=32)
 
 
 def write_random_model(directory: Path, sizes: NeoSizes) -> Path:
