@@ -15,6 +15,7 @@ PP2, CP2, EP2 = (f"--{kind}-parallel-size 2" for kind in ("pipeline-model", "con
 UNSPLIT = "--expert-tensor-parallel-size 1"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+EVALUATION = "--valid-data-path {packs} --eval-interval 5 --eval-iters 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn moe"
 OWN = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1"
 
@@ -22,7 +23,7 @@ OWN = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1"
 # that all ranks read at once, so that there are four of them in each.
 LAYOUTS = {
     "plain": {
-        "one": (1, ""),
+        "one": (1, EVALUATION),
         "tp2": (2, TP2),
         "pp2-selective": (2, f"{PP2} --pre-buffer-pipeline-stages 1 {SELECTIVE}"),
         "cp2-allgather": (2, f"{CP2} --cp-comm-type allgather"),
@@ -32,7 +33,7 @@ LAYOUTS = {
         "ep4": (4, "--expert-model-parallel-size 4"),
         "ep2-tp2": (4, f"{EP2} {TP2}"),
         "ep4-tp2-unsplit": (4, f"{TP2} {UNSPLIT} --expert-model-parallel-size 4"),
-        "ep2-pp2-vp2": (4, f"{EP2} {PP2} --num-virtual-stages-per-pipeline-rank 2"),
+        "ep2-pp2-vp2": (4, f"{EP2} {PP2} --num-virtual-stages-per-pipeline-rank 2 {EVALUATION}"),
         "ep2-cp2-a2a-full": (4, f"{EP2} {CP2} --cp-comm-type a2a {FULL}"),
     },
     "balance": {
@@ -70,7 +71,8 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
     by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
     for kind, layouts in LAYOUTS.items():
         for name, (processes, flags) in layouts.items():
-            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", f"{LOSSES[kind]} {flags}")
+            flags = f"{LOSSES[kind]} {flags}".format(packs=room / "packs")
+            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", flags)
             by_processes[processes].append(job)
     for processes, jobs in by_processes.items():
         run_jobs(processes, jobs)
@@ -80,6 +82,12 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_losses_and_gradients_of_five_steps(runs, kind, layout):
     assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+
+
+def test_evaluation(runs):
+    expected, actual = (runs[f"plain-{name}"].scalars("lm loss validation") for name in ("one", "ep2-pp2-vp2"))
+    assert len(expected[5]) == 1
+    assert actual[5] == pytest.approx(expected[5], abs=2e-6, rel=0)
 
 
 @pytest.mark.parametrize("layout", ["ep2", "pp2", "ep2-tp2-full"])
