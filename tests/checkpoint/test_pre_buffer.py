@@ -126,6 +126,12 @@ def test_an_embedding_that_may_be_missing_is_drawn_around_the_trained_rows(golde
     assert 0.019 < embedding[:896].std() < 0.021 and embedding[:896].abs().max() < 0.2
 
 
+def test_another_attention_form_is_refused(golden, extracted, tokenizer, tmp_path):
+    options = {"tokenizer": tokenizer, "attention_form": "in-head"}
+    with pytest.raises(ValueError, match="attention_form"):
+        init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", pre_buffer=open_pre_buffer(extracted), **options)
+
+
 @pytest.mark.parametrize("key, value", [("rope_theta", 5e6), ("num_attention_heads", 8), ("hidden_size", 128)])
 def test_another_shape_is_refused(golden, extracted, tokenizer, tmp_path, key, value):
     shutil.copytree(golden / "qwen3_untied", tmp_path / "qwen3")
