@@ -256,11 +256,14 @@ def completed_sizes(saved: dict[str, Any]) -> dict[str, Any]:
 def experts_from_qwen3(decoder: dict[str, Any]) -> dict[str, Any]:
     """The fields of `NeoSizes` about experts, from the keys of a Qwen3-MoE; empty for a dense model.
 
+    A Qwen3 that counts one expert is dense, as in the published code.
+
     Raises:
         KeyError: a key is missing. ConfigError: not all layers are alike.
     """
     experts = decoder.get("num_experts") or decoder.get("num_local_experts")  # the latter since transformers 5
-    if not experts:
+    declared = f"{decoder.get('model_type')} {decoder.get('architectures')}".lower()
+    if not experts or (experts == 1 and "moe" not in declared):
         return {}
     step, dense = decoder.get("decoder_sparse_step", 1), decoder.get("mlp_only_layers") or []
     if step != 1 or dense:

@@ -124,7 +124,7 @@ def expert_settings(sizes: NeoSizes, count: str) -> dict[str, Any]:
     """Megatron's settings for the experts of a Qwen3-MoE; ``count`` is its name of their number.
 
     The router computes in float32, no token is dropped. Softmax over the chosen experts alone is softmax over all of
-    them, divided by the sum of the chosen.
+    them, divided by the sum of the chosen. Megatron refuses it for a single one, whose weight is 1: the router divides.
     """
     if not sizes.num_experts:
         return {}
@@ -132,7 +132,7 @@ def expert_settings(sizes: NeoSizes, count: str) -> dict[str, Any]:
         count: sizes.num_experts,
         "moe_router_topk": sizes.experts_per_token,
         "moe_ffn_hidden_size": sizes.expert_ffn_hidden_size,
-        "moe_router_pre_softmax": not sizes.norm_topk_prob,
+        "moe_router_pre_softmax": sizes.experts_per_token == 1 or not sizes.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -111,7 +111,8 @@ def model_provider(
     run_checkpoints.start()  # all ranks can communicate here, and Megatron has not loaded yet
     args = get_args()
     config = config or core_transformer_config_from_args(args, NeoConfig)
-    config.finalize_model_grads_func = partial(finalize_step, run_checkpoints)
+    # Megatron copies a configuration for experts: a function is shared, the arguments of a `partial` are copied.
+    config.finalize_model_grads_func = lambda *given, **groups: finalize_step(run_checkpoints, *given, **groups)
     model = NeoModel(
         config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
     )

@@ -18,6 +18,7 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.planning.report import layout_text, recomputation_text
 from neo_megatron.planning.search import candidates, flags
 from neo_megatron.planning.workload import Workload
+from neo_megatron.presets import SIZES as PRESETS
 
 # Some of the layouts that the search looks at, from all over its list.
 SIZES = sizes_of(str(GOLDEN / "ckpt_untied"))
@@ -26,6 +27,11 @@ FOUND = ALL[len(ALL) // 8 :: len(ALL) // 4]
 FP8 = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "fp8", gpus_per_machine=8))
 FOUND += [layout for layout in FP8 if layout.pipeline_model_parallel_size > 1][:1]
 FOUND += [layout for layout in FP8 if layout.recomputes("layernorm")][:1]
+# The same of a preset with experts, on a part of the layouts, of which there are many.
+HALF = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
+EXPERTS = list(candidates(PRESETS["u1-a3b"], 16, Workload.of_alike_documents(192), 2, 32, "bf16", 8, given=HALF))
+FOUND_EXPERTS = [layout for layout in EXPERTS if layout.expert_model_parallel_size > 1]
+FOUND_EXPERTS = [FOUND_EXPERTS[len(FOUND_EXPERTS) // 2], *(it for it in FOUND_EXPERTS if it.recomputes("moe"))][:2]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +77,12 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
         "a border within a step": (1, lengths + "--global-batch-size 3"),
         "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
-    for number, layout in enumerate(FOUND):
+    preset = common.replace(f"{GOLDEN}/ckpt_untied", "u1-a3b")
+    for number, layout in enumerate(FOUND + FOUND_EXPERTS):
+        model = preset if layout in FOUND_EXPERTS else common + golden
         batch = ["--train-iters", "1", "--global-batch-size", "32"]
         kernels = ["--transformer-impl", layout.transformer_impl]  # without a GPU the default is another
-        jobs[f"found {number}"] = (16, " ".join([common + golden, *batch, *flags(layout), *kernels]))
+        jobs[f"found {number}"] = (16, " ".join([model, *batch, *flags(layout), *kernels]))
     argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
     done = run_forked(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]
@@ -119,12 +127,12 @@ def test_experts_are_planned(ends):
     assert "experts are planned" not in ends["one process"][0]
 
 
-@pytest.mark.parametrize("number", range(len(FOUND)))
+@pytest.mark.parametrize("number", range(len(FOUND + FOUND_EXPERTS)))
 def test_layouts_of_the_search_can_start(number, ends):
-    printed, end, _ = ends[f"found {number}"]
+    layout, (printed, end, _) = (FOUND + FOUND_EXPERTS)[number], ends[f"found {number}"]
     assert end is None, end
-    assert f"16 GPUs: {layout_text(FOUND[number])}; {FOUND[number].micro_batches} micro-batches" in printed
-    assert f"recomputation {recomputation_text(FOUND[number])}" in printed
+    assert f"16 GPUs: {layout_text(layout)}; {layout.micro_batches} micro-batches" in printed
+    assert f"recomputation {recomputation_text(layout)}" in printed
 
 
 @pytest.mark.parametrize(

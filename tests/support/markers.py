@@ -61,6 +61,9 @@ PLACES = {
     ),
 }
 
+# Runs a test with the `checkpoint` of each variant of the family.
+every_variant = pytest.mark.parametrize("checkpoint", ["separate", "in-head", "experts"], indirect=True)
+
 
 def add_markers(items: Iterable[pytest.Item]) -> None:
     """Marks each test by its place; called by `pytest_collection_modifyitems` of tests/conftest.py."""

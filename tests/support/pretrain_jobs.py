@@ -61,12 +61,18 @@ class Job:
 
     def scalars(self, tag: str) -> dict[int, list[float]]:
         """The values logged at each step."""
+        return self.every_scalar()[tag]
+
+    def every_scalar(self) -> dict[str, dict[int, list[float]]]:
+        """By tag, the values logged at each step."""
         events = EventAccumulator(str(self.directory / "events"))
         events.Reload()
-        values = defaultdict(list)
-        for event in events.Scalars(tag):
-            values[event.step].append(event.value)
-        return dict(values)
+        values: dict[str, dict[int, list[float]]] = {}
+        for tag in events.Tags()["scalars"]:
+            of_step = values[tag] = defaultdict(list)
+            for event in events.Scalars(tag):
+                of_step[event.step].append(event.value)
+        return {tag: dict(of_step) for tag, of_step in values.items()}
 
     def read_gradients(self) -> dict[str, Tensor]:
         """Complete tensors under the names of a distributed checkpoint, put together from the parts of all ranks."""

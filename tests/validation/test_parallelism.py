@@ -137,6 +137,9 @@ ACCEPTED = [
     (1, f"{FP8} --training-stage 1", None),
     (2, f"{TENSORWISE} --fp8-param-gather --use-distributed-optimizer", None),
     (8, f"{BLOCKWISE} --first-last-layers-bf16 {TP} 8 --sequence-parallel {LAYERNORM}", None),
+    (4, f"{BLOCKWISE} {TP} 2 --sequence-parallel --expert-model-parallel-size 2 {EXPERTS}", None),
+    (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel --expert-tensor-parallel-size 1 {EXPERTS}", None),
+    (8, f"{BLOCKWISE} {TP} 8 --neo-model u1-8b --kv-channels 64", None),
     (1, f"{TENSORWISE} --seq-length 4088 --micro-batch-size 2 --eval-micro-batch-size 2", None),
 ]  # fmt: skip
 
