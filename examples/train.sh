@@ -19,18 +19,21 @@ shift 2
 # For machines with 8 GPUs of 80 GB and the longest packs of docs/training.md, for U1 of 16k and 32k tokens: the first
 # choices of neo-megatron plan --search --gpus 8 --global-batch-size 128.
 layout=()
+less_kept=(--recompute-granularity selective --recompute-modules mlp_act)
 case $size:$stage in
   neo-2b:1 | neo-ov-2b:1) ;;
-  neo-2b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2) ;;
+  neo-2b:2) layout=(--context-parallel-size 2 "${less_kept[@]}") ;;
+  neo-2b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2 "${less_kept[@]}"
+    --pipeline-model-parallel-layout 'Ettt|ttt|ttt|ttt|ttt|ttt|ttt|tttt|tttt|tttt|tttt|tttL') ;;
   neo-ov-2b:*) layout=(--context-parallel-size 4) ;;
   neo-9b:1 | neo-ov-9b:1) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2
     --pipeline-model-parallel-layout 'Ettt|ttt|tttt|tttt|tttt|ttttt|ttttt|ttttt|ttttt|ttttL') ;;
-  neo-9b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel
-    --pipeline-model-parallel-size 2 --context-parallel-size 2
-    --pipeline-model-parallel-layout 'Ettt|ttt|ttt|ttt|ttt|tttt|tttt|tttt|tttt|tttt|tttt|tttL') ;;
+  neo-9b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 4 "${less_kept[@]}") ;;
   neo-ov-9b:*) layout=(--tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 2) ;;
   u1-8b:1) layout=(--context-parallel-size 2) ;;
-  u1-8b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4) ;;
+  u1-8b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel
+    --pipeline-model-parallel-size 2 --context-parallel-size 2 "${less_kept[@]}"
+    --pipeline-model-parallel-layout 'Ettttt|ttttt|ttttt|ttttt|ttttt|tttttt|tttttt|tttttL') ;;
   u1-a3b:1) layout=(--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 6
     --context-parallel-size 2) ;;
   u1-a3b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel

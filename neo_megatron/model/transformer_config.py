@@ -37,6 +37,9 @@ class NeoConfig(TransformerConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
 
+    recompute_modules: list[str] | None = None
+    """Of Megatron and `ELEMENTWISE`."""
+
     batch_p2p_sync: bool = False
     """Megatron's default lets the host wait for the device after every message of a pipeline: for PyTorch before 2."""
 
@@ -73,17 +76,18 @@ class NeoConfig(TransformerConfig):
         if self.transformer_impl == "local":
             self.gradient_accumulation_fusion &= _apex_accumulates()
         # Megatron refuses names of modules that it does not have.
-        own = [module for module in self.recompute_modules or () if module in ELEMENTWISE]
+        given = self.recompute_modules or []
+        own = [module for module in given if module in ELEMENTWISE]
         if own:
-            self.recompute_modules = [module for module in self.recompute_modules if module not in own]
+            self.recompute_modules = [module for module in given if module not in own]
         super().__post_init__()
-        self.recompute_modules += own
+        self.recompute_modules = [*(self.recompute_modules or ()), *own]
         # NEO draws all projections from one distribution; Megatron would narrow the output projections by depth.
         self.output_layer_init_method = self.init_method
 
     def recomputes(self, module: str) -> bool:
         """Whether a module of every layer is recomputed on its own."""
-        return self.recompute_granularity == "selective" and module in self.recompute_modules
+        return self.recompute_granularity == "selective" and module in (self.recompute_modules or ())
 
     def for_megatron_layers(self) -> "NeoConfig":
         """For Megatron's own linear layers in a model whose others are Transformer Engine's.

@@ -105,11 +105,7 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
         mlp=mlp,
         activation=activation,
         held=held,
-        rest=residual
-        + projections
-        + exchanged
-        + norms * x * (n + g) * 4
-        + x * n * d * e * trains_output,
+        rest=residual + projections + exchanged + norms * x * (n + g) * 4 + x * n * d * e * trains_output,
     )
 
 
@@ -152,7 +148,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
 
 
 def _exchanged(sizes: NeoSizes, layout: Layout, x: float, trains_output: bool) -> float:
-    """What context parallelism keeps in addition: values apart from their projection, and the output as it came back.
+    """Bytes that context parallelism keeps in addition: values apart from their projection, and the output as it came back.
 
     Without it the kernel and the output projection keep the same output; and so they do where keys are gathered.
     """

@@ -26,6 +26,7 @@ from neo_megatron.data.prepare.registry import Source
 TP2, PP2, CP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context"))
 SP, ALLGATHER, A2A = "--sequence-parallel", "--cp-comm-type allgather", "--cp-comm-type a2a"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 EVALUATION = "--valid-data-path {packs} --eval-interval 5 --eval-iters 1"
 
@@ -49,7 +50,7 @@ LAYOUTS = {
     "pp2-cp2": (4, f"{PP2} {CP2} {ALLGATHER}"),
     "pp2-dp2-distributed": (4, f"{PP2} {DISTRIBUTED}"),
     "tp2-pp2-full": (4, f"{TP2} {PP2} {FULL}"),
-    "tp2-pp2-selective": (4, f"{TP2} {PP2} --recompute-granularity selective"),
+    "tp2-pp2-selective": (4, f"{TP2} {PP2} {SELECTIVE} core_attn mlp_act qkv_heads"),
     "tp2-cp2-selective": (4, f"{TP2} {CP2} {ALLGATHER} --recompute-granularity selective"),
 }
 EVALUATED = [name for name, (_, flags) in LAYOUTS.items() if EVALUATION in flags]

@@ -75,7 +75,9 @@ def room(tmp_path_factory) -> Path:
     for name, flags in (("bf16", "--bf16"), ("distributed-bf16", f"{DISTRIBUTED} --bf16")):
         start = ["--pretrained-checkpoint", f"{room}/golden", "--training-stage", "2", "--train-iters", "1"]
         save = ["--save", f"{room}/from-float32/{name}/saved"]
-        jobs.append(Job(room / "from-float32" / name, command(room, "plain", *start, *save, *still.split(), *flags.split())))
+        jobs.append(
+            Job(room / "from-float32" / name, command(room, "plain", *start, *save, *still.split(), *flags.split()))
+        )
     run_jobs(2, jobs)
     return room
 

@@ -27,7 +27,10 @@ LENGTH, IMAGE_TOKENS = 32, 8
 HIDDEN = SIZES["tiny"].hidden_size
 MODELS = {"separate": SIZES["tiny"], "in-head": SIZES["tiny"].replace(attention_form="in-head")}
 EXPERTS = MODELS["in-head"].replace(num_experts=4, experts_per_token=2, expert_ffn_hidden_size=64)
-RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
+RECOMPUTATION = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["layernorm", "core_attn", "mlp_act", "qkv_heads"],
+}
 
 
 def build(

@@ -58,7 +58,15 @@ STAGE_2_OF_EXPERTS: dict[str, dict] = {
     "EP2, TP2 with SP, bf16, full, block": dict(**EP2, **SHARED, **FULL, recompute_method="block", precision="bf16"),
     "EP2, TP2 with SP, undivided experts": dict(**EP2, **SHARED, expert_tensor_parallel_size=1),
 }
-STAGE_1 = ("all kept", "core_attn", "mlp_act and qkv_heads", "TP2 with SP", "TP2 with SP, full, block", "CP2, keys gathered", "bf16")
+STAGE_1 = (
+    "all kept",
+    "core_attn",
+    "mlp_act and qkv_heads",
+    "TP2 with SP",
+    "TP2 with SP, full, block",
+    "CP2, keys gathered",
+    "bf16",
+)
 STAGE_1_OF_EXPERTS = ("all kept", "moe", "bf16", "TP2 with SP", "EP2, TP2 with SP", "EP4, bf16, moe")
 CASES = {
     f"{model}, stage {stage}, {name}": (sizes, stage, layouts[name])

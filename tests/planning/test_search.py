@@ -89,7 +89,12 @@ def test_experts_are_dealt_to_all_numbers_of_ranks_that_divide_them():
     }
     assert found == {(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 2), (2, 2, 2), (2, 4, 2), (2, 1, 1), (2, 2, 1), (2, 4, 1)}
     assert all(layout.sequence_parallel for layout in layouts if layout.tensor_model_parallel_size > 1)
-    assert {word for layout in layouts for word in layout.recompute_modules} == {"core_attn", "layernorm", "moe"}
+    assert {word for layout in layouts for word in layout.recompute_modules} == {
+        "core_attn",
+        "layernorm",
+        "moe",
+        "qkv_heads",
+    }
     given = dict(expert_model_parallel_size=4, expert_tensor_parallel_size=1, tensor_model_parallel_size=2)
     layouts = list(candidates(sizes, 8, Workload.of_alike_documents(1024), 2, 16, "bf16", 8, given=given))
     for layout in layouts:

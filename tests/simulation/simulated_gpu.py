@@ -110,6 +110,7 @@ class Gpu(TorchDispatchMode):
         self.sent: Counter[tuple[str, str]] = Counter()
         self.stepping = False
         self._sizes: dict[int, int] = {}
+        self._shared: dict[int, torch.UntypedStorage] = {}
         self._within = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -136,15 +137,26 @@ class Gpu(TorchDispatchMode):
         for tensor in () if self._within else tree_leaves(made):
             if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
                 storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._sizes:
-                    weakref.finalize(storage, self._free, key)
-                self.bytes += size - self._sizes.get(key, 0)  # it may have been resized
-                self._sizes[key] = size
-                self.peak = max(self.peak, self.bytes)
+                if storage._cdata not in self._sizes:
+                    weakref.finalize(storage, self._free, storage._cdata)
+                    self._sizes[storage._cdata] = 0
+                self.resize(storage)
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Counts the bytes that a storage has now."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._sizes and key not in self._shared:
+            self.bytes += size - self._sizes[key]
+            self._sizes[key] = size
+            self.peak = max(self.peak, self.bytes)
+
+    def share(self, tensor: Tensor, other: Tensor) -> None:
+        """The memory of a tensor that was freed becomes that of another."""
+        self._shared[tensor.untyped_storage()._cdata] = other.untyped_storage()
 
     def _free(self, key: int) -> None:
-        self.bytes -= self._sizes.pop(key, 0)
+        self.bytes -= self._sizes.pop(key)
+        self._shared.pop(key, None)
 
     def as_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that runs as one kernel: only what it returns takes memory."""
@@ -205,6 +217,13 @@ def simulation(gpu: Gpu) -> Iterator[None]:
     Tensor.is_pinned = lambda *_: True
     FakeTensor.is_cuda = property(lambda tensor: tensor.device.type == "cuda")
     FakeTensor.type = lambda tensor: f"torch.cuda.{_TYPES.get(tensor.dtype, tensor.dtype)}"
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage, size):
+        resize(storage, size)
+        gpu.resize(storage)
+
+    torch.UntypedStorage.resize_ = resize_
     torch.UntypedStorage.data_ptr = lambda storage: storage._cdata  # an identity, too
     torch.nn.Module.cuda = lambda module, *_: _move(module, gpu)
     torch.nn.Module.bfloat16 = _round

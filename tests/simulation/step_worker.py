@@ -102,6 +102,7 @@ def stand_in() -> None:
     swiglu.swiglu, swiglu.swiglu_back = map(gpu.as_kernel, (swiglu.swiglu, swiglu.swiglu_back))
     random._set_cuda_rng_state = lambda *_, **__: None
     random.CudaRNGStatesTracker.fork = lambda *_: simulated_gpu.contextlib.nullcontext()
+    random._get_share_storage = lambda: gpu.share
     # Its state is laid out as that of the fused optimizers.
     optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = cpu_platform.Adam, False
     optimizers.distrib_optimizer.HAVE_APEX_OR_TE = optimizers.distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -37,6 +37,10 @@ REFUSED = [
     # Experts; the last of two flags counts.
     (1, f"{MOE} mlp {EXPERTS}", "--recompute-modules mlp is without effect in this --neo-model: choose moe"),
     (1, f"{MOE} moe", "--recompute-modules moe is without effect in this --neo-model: choose mlp"),
+    (1, f"{MOE} mlp_act {EXPERTS}", "--recompute-modules mlp_act is for a --neo-model without experts"),
+    (1, f"{MOE} mlp mlp_act", "--recompute-modules mlp recomputes what mlp_act does"),
+    (1, f"{MOE} mlp_act {FP8} --fp8-recipe delayed", "mlp_act does not go with --fp8-recipe delayed"),
+    (2, f"{MOE} qkv_heads {CP} 2", "qkv_heads frees nothing with --context-parallel-size"),
     (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel {EXPERTS}", "and a rank has 192 channels of an expert"),
     # The sequence.
     (1, "--seq-length 65536", "--seq-length 65536 is more than --max-position-embeddings 40960"),
