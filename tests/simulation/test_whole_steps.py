@@ -15,7 +15,7 @@ from support.paths import ROOT
 from support.processes import run_python
 
 WORKER = Path(__file__).parent / "step_worker.py"
-LENGTHS = {1: 16384, 2: 32768, 3: 34816}
+LENGTHS = {1: 16384, 2: 32768, 3: 34816, "neo-9b:2": 18432}
 GLOBAL_BATCH = {8: 8, 1024: 1024}
 ELEMENTWISE = ["--recompute-granularity", "selective", "--recompute-modules"]
 PRECISION = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
@@ -43,7 +43,7 @@ def step(implementation: str, size: str, stage: int, rank: int, ranks: int, flag
     directory = transformer_engine()
     if implementation == "transformer_engine" and directory is None:
         pytest.skip("Transformer Engine is not at hand; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it")
-    chosen: list[Any] = ["--neo-model", size, "--training-stage", stage, "--seq-length", LENGTHS[stage]]
+    chosen: list[Any] = ["--neo-model", size, "--training-stage", stage, "--seq-length", LENGTHS.get(f"{size}:{stage}", LENGTHS[stage])]
     chosen += ["--micro-batch-size", 1, "--global-batch-size", GLOBAL_BATCH[ranks], "--train-iters", 10, *PRECISION]
     chosen += ["--transformer-impl", implementation, "--no-initialization"]
     path = [str(ROOT)] + [directory] * (implementation == "transformer_engine" and bool(directory))
@@ -55,8 +55,8 @@ def step(implementation: str, size: str, stage: int, rank: int, ranks: int, flag
 
 
 def check(found: dict[str, Any], memory: bool = True) -> None:
-    # A few bytes more are the loss scale and counters.
-    assert found["state"] == pytest.approx(found["planned_state"], abs=64)
+    # The loss scale is not planned, and a rank has up to a bucket's padding less than the first.
+    assert found["state"] == pytest.approx(found["planned_state"], rel=1e-6)
     if memory:
         assert found["peak"] == pytest.approx(found["planned_peak"], rel=0.05)
     sent, planned = found["sent"], found["planned_sent"]
