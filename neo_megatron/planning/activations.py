@@ -2,7 +2,7 @@
 
 | kept by a layer                    | local (CPU)                          | Transformer Engine, FlexAttention (GPU)  |
 |------------------------------------|--------------------------------------|------------------------------------------|
-| norms                              | input, 1/rms                         | input, 1/rms                             |
+| norms                              | input, 1/rms                         | input, 1/rms; of heads only the input    |
 | core attention                     | q, k, output, logsumexp; v as part   | q, k, output, logsumexp; v as part of    |
 |                                    | of its projection; in 16 bits copies | its projection                           |
 |                                    | of all these in float32 instead      |                                          |
@@ -97,7 +97,7 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
 def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
     product_input = 1 if layout.precision == "fp8" else e
-    hidden, (width, d), norms = sizes.hidden_size, sizes.attention_widths, sizes.form.norms
+    hidden, (width, d) = sizes.hidden_size, sizes.attention_widths
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
     projections = x * ((n + g) * width + g * d) * e
@@ -119,7 +119,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
         core_attention=x * n * 4,
         mlp=mlp,
         held=held,
-        rest=residual + shared * fused_norm + y * 4 + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e,
+        rest=residual + shared * fused_norm + y * 4 + projections + query_key + x * n * d * e,
     )
 
 

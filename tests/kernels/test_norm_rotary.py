@@ -120,8 +120,8 @@ def compiled(launch, architecture: str) -> Binary:
     return compile_kernel(kernel, kinds, constants, architecture, num_warps=warps, multiples_of_16=multiples)
 
 
-# As in NEO-2B: 8 key-value heads with 2 query heads each, of 128 channels; in the 9B model 4 each.
-NEO = {"separate": (64, 1, 8, 2, 128), "in-head": (64, 1, 8, 4, 128)}
+# 128 tokens of NEO-2B and of SenseNova-U1-8B: 8 key-value heads with 2 and 4 query heads each, of 128 channels.
+NEO = {"separate": (128, 1, 8, 2, 128), "in-head": (128, 1, 8, 4, 128)}
 
 
 def check_binaries(launches, architecture: str) -> None:
@@ -151,6 +151,19 @@ def test_programs_and_sums_of_a_layer(launched):
     """2,100 tokens of 8 key-value heads: tiles of 16 forward, and eight tiles of 8 in each program backward."""
     forward, backward = launched(Case("separate", (1050, 2, 8, 2, 128), "bfloat16"))
     assert forward[1] == (132 * 8,) and backward[1] == (33 * 8,)
+
+
+@pytest.mark.parametrize(("form", "forward", "backward"), [("separate", 209.7, 348.1), ("in-head", 172.0, 290.5)])
+def test_bytes_moved_by_a_layer(form, forward, backward, launched):
+    """MB for 8,192 tokens, as in docs/gpu.md. All once, but values stay, and sums are written and read by PyTorch."""
+    case = Case(form, NEO[form], "bfloat16")
+    tokens, packs, groups, _, width = case.shape
+    values = tokens * packs * groups * width * 2
+    for launch, moved in zip(launched(case), (forward, backward), strict=True):
+        tensors = {id(x): x for x in launch[2] if isinstance(x, torch.Tensor)}
+        sums = launch[2][7] if moved == backward else torch.empty(0)
+        bytes_moved = sum(x.nbytes for x in tensors.values() if x.dim() > 1) - values + sums.nbytes
+        assert bytes_moved * 8192 / tokens / 1e6 == pytest.approx(moved, abs=0.1)
 
 
 def test_nothing_is_kept_but_inputs_and_values_are_not_copied(monkeypatch):

@@ -57,8 +57,8 @@ class Case:
         """Cosines and sines for t, h and w."""
         tokens, packs, *_ = self.shape
         positions = torch.randint(0, 99, (packs, tokens, 3), generator=torch.Generator().manual_seed(1))
-        rotary = NativeRotary.from_positions(positions.to(device), self.widths()[1], 1e6, 1e4)
-        return [(table.cos, table.sin) for table in rotary.tables]
+        rotary = NativeRotary.from_positions(positions, self.widths()[1], 1e6, 1e4)
+        return [(table.cos.to(device), table.sin.to(device)) for table in rotary.tables]
 
     def towards(self, heads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of heads, as a layer of `dtype` gets them, in the dtype of the heads."""

@@ -7,7 +7,7 @@ projection, values included. So the graph keeps nothing but the projections, and
 A program works on a tile of tokens and on one key-value head with its query heads, which lie next to each other in the
 projections. It reads the tables of its tokens once for all of these heads; the programs of the other key-value heads,
 which run at the same time, find them in the cache. The two channels of a rotation are the same place of two tiles, so
-that they meet in one thread, and a thread reads and writes 16 bytes at a time.
+that they meet in one thread, and a thread reads and writes 16 bytes at a time, for h and w in the backward 8.
 
 A program of the backward takes `TILES` tiles in turn and adds up the gradients of the norms in registers. It writes one
 row of partial sums, and PyTorch adds the rows in a fixed order: no atomics, the same bytes in every run. At 8,192
