@@ -2,7 +2,7 @@
 
 | kept by a layer                    | local (CPU)                          | Transformer Engine, FlexAttention (GPU)  |
 |------------------------------------|--------------------------------------|------------------------------------------|
-| norms                              | input, 1/rms                         | input, 1/rms                             |
+| norms                              | input, 1/rms                         | input, 1/rms; of heads only the input    |
 | core attention                     | q, k, output, logsumexp; v as part   | q, k, output, logsumexp; v as part of    |
 |                                    | of its projection; in 16 bits copies | its projection                           |
 |                                    | of all these in float32 instead      |                                          |
@@ -112,7 +112,7 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
 def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
     product_input = 1 if layout.precision == "fp8" else e
-    hidden, (width, d), norms = sizes.hidden_size, sizes.attention_widths, sizes.form.norms
+    hidden, (width, d) = sizes.hidden_size, sizes.attention_widths
     trains_output = _trains_output(sizes, frozen)
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
@@ -142,7 +142,6 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
         + y * 4
         + projections
         + _exchanged(sizes, layout, x, trains_output)
-        + norms * x * (n + g) * 4
         + x * n * d * e,
     )
 

@@ -3,8 +3,8 @@
     python tests/simulation/step_worker.py RANK RANKS FLAGS_OF_PRETRAIN_NEO
 
 Megatron builds the model with its gradient buffers and the optimizer, and its schedule runs all micro-batches of a
-step, up to the reduced gradients. Stand-ins are the process groups, the kernels of attention and of what is
-compiled, which keep what they keep on a GPU, and Transformer Engine's products and norms. Prints as JSON:
+step, up to the reduced gradients. Stand-ins are the process groups, the kernels of attention, which
+keep what they keep on a GPU, and Transformer Engine's products and norms; our own kernel is not launched. Prints as JSON:
 
     state, peak            bytes of parameters, gradients and optimizer; most bytes in the step
     sent                   bytes that the rank sends, by kind as `planning.communication.Traffic`
@@ -45,8 +45,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from neo_megatron.benchmarks.gpu_packs import draw_packs
 from neo_megatron.megatron_compat import cpu_platform
-from neo_megatron.model import core_attention, qkv_prepare
+from neo_megatron.model import core_attention
 from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.gpu_kernels import norm_rotary
 from neo_megatron.planning.communication import rank_traffic
 from neo_megatron.planning.layout import Layout, precision_of
 from neo_megatron.planning.memory import pipeline_memory
@@ -74,31 +75,10 @@ class Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-class Heads(torch.autograd.Function):
-    """`qkv_prepare.at_once` as one kernel that keeps its inputs."""
-
-    @staticmethod
-    def forward(ctx, counts: tuple[int, int], tables, eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-        first, second = counts[0], sum(counts)
-        ctx.save_for_backward(*tensors)
-        heads = gpu.as_kernel(qkv_prepare.at_once)
-        return heads(tensors[:first], tensors[first:second], tensors[second:], tables, eps)
-
-    @staticmethod
-    def backward(ctx, *_: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
-        return (None, None, None, *(torch.empty_like(tensor) if need else None for tensor, need in needed))
-
-
-def heads(projections, query_norms, key_norms, tables, eps):
-    counts = len(projections), len(query_norms)
-    return Heads.apply(counts, tables, eps, *projections, *query_norms, *key_norms)
-
-
 def stand_in() -> None:
     """Puts stand-ins in place of kernels, of random numbers and of messages between processes."""
     core_attention._compiled_flex_attention = lambda: lambda query, key, value, **_: Attention.apply(query, key, value)
-    qkv_prepare._compiled = lambda: heads
+    norm_rotary.launch_forward = norm_rotary.launch_backward = lambda *_: None
     swiglu.swiglu, swiglu.swiglu_back = map(gpu.as_kernel, (swiglu.swiglu, swiglu.swiglu_back))
     random._set_cuda_rng_state = lambda *_, **__: None
     random.CudaRNGStatesTracker.fork = lambda *_: simulated_gpu.contextlib.nullcontext()
