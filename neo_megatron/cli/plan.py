@@ -190,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
         "--recompute-modules",
         nargs="+",
         choices=("core_attn", "layernorm", "mlp", "moe", *ELEMENTWISE),
-        help="selective: which modules; moe are router and experts, mlp_act is the output of SwiGLU; default: core_attn",
+        help="selective: which modules; moe: router and experts; mlp_act: the output of SwiGLU; default: core_attn",
     )
 
     # Flags of Megatron that this command does not have.

@@ -147,7 +147,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
 
 
 def _exchanged(sizes: NeoSizes, layout: Layout, x: float, trains_output: bool) -> float:
-    """Bytes that context parallelism keeps in addition: values apart from their projection, and the output as it came back.
+    """Bytes that context parallelism keeps in addition: values, and the output as it came back.
 
     Without it the kernel and the output projection keep the same output; and so they do where keys are gathered.
     """

@@ -1,7 +1,7 @@
 """A GPU that is not there: tensors on it have a device, a shape and a size, but no values.
 
-`install()` makes torch.cuda answer for an H100. Within `simulation()` tensors are made as torch's fake tensors, which on
-a machine without a driver have one obstacle: autograd asks the driver for the streams of their device. So to C++ they
+`install()` makes torch.cuda answer for an H100. Within `simulation()` tensors are torch's fake tensors, which on a
+machine without a driver have one obstacle: autograd asks the driver for the streams of their device. So to C++ they
 are on `meta`, to Python on `cuda:0`. Bytes that they take and collectives are counted. Where the host would wait
 for the device, HostSync is raised.
 

@@ -3,8 +3,8 @@
     python tests/simulation/step_worker.py RANK RANKS FLAGS_OF_PRETRAIN_NEO
 
 Megatron builds the model with its gradient buffers and the optimizer, and its schedule runs all micro-batches of a
-step, up to the reduced gradients. Stand-ins are the process groups, the kernels of attention, which
-keep what they keep on a GPU, and Transformer Engine's products and norms; our own kernel is not launched. Prints as JSON:
+step, up to the reduced gradients. Stand-ins are the process groups, the kernels of attention, which keep what they keep
+on a GPU, and Transformer Engine's products and norms; our own kernel is not launched. Prints as JSON:
 
     state, peak            bytes of parameters, gradients and optimizer; most bytes in the step
     sent                   bytes that the rank sends, by kind as `planning.communication.Traffic`
@@ -26,7 +26,7 @@ os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "CUDA_DEVICE_MAX_
 
 import simulated_gpu
 import torch
-from simulated_gpu import CUDA, Gpu, on_host, simulation
+from simulated_gpu import Gpu, on_host, simulation
 
 simulated_gpu.install()
 

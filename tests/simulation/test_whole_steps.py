@@ -6,29 +6,24 @@ Nothing raises, the host never waits for the device, and the plan's bytes are th
 import importlib.util
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.paths import ROOT
 from support.processes import run_python
+from support.train_sh import words_of_train_sh
 
 WORKER = Path(__file__).parent / "step_worker.py"
-LENGTHS = {1: 16384, 2: 32768, 3: 34816, "neo-9b:2": 18432}
+LENGTHS: dict[Any, int] = {1: 16384, 2: 32768, 3: 34816, "neo-9b:2": 18432}
 GLOBAL_BATCH = {8: 8, 1024: 1024}
 ELEMENTWISE = ["--recompute-granularity", "selective", "--recompute-modules"]
 PRECISION = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 
 
 def layout_of(size: str, stage: int, room: Path) -> list[str]:
-    """The flags that examples/train.sh has for a size and stage: what it would start, by a stand-in for python."""
-    for name, script in {"python": "printf '%s\\n' \"$@\"", "nvidia-smi": "seq 8"}.items():
-        (room / name).write_text(f"#!/bin/sh\n{script}\n")
-        (room / name).chmod(0o755)
-    environment = {"PATH": f"{room}:{os.environ['PATH']}", "PACKS": "packs", "OUTPUT": "run"}
-    script = ["bash", str(ROOT / "examples" / "train.sh"), size, str(stage)]
-    words = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    """The flags that examples/train.sh has for a size and stage."""
+    words = words_of_train_sh(size, stage, room)
     return words[words.index("--log-throughput") + 1 : words.index("--bf16")]
 
 
@@ -43,7 +38,8 @@ def step(implementation: str, size: str, stage: int, rank: int, ranks: int, flag
     directory = transformer_engine()
     if implementation == "transformer_engine" and directory is None:
         pytest.skip("Transformer Engine is not at hand; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it")
-    chosen: list[Any] = ["--neo-model", size, "--training-stage", stage, "--seq-length", LENGTHS.get(f"{size}:{stage}", LENGTHS[stage])]
+    length = LENGTHS.get(f"{size}:{stage}", LENGTHS[stage])
+    chosen: list[Any] = ["--neo-model", size, "--training-stage", stage, "--seq-length", length]
     chosen += ["--micro-batch-size", 1, "--global-batch-size", GLOBAL_BATCH[ranks], "--train-iters", 10, *PRECISION]
     chosen += ["--transformer-impl", implementation, "--no-initialization"]
     path = [str(ROOT)] + [directory] * (implementation == "transformer_engine" and bool(directory))
