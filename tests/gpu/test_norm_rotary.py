@@ -18,8 +18,8 @@ def test_against_float64(form, dtype, gpu, poisoned):
         case = Case(form, shape, dtype, frozen, strides=strides)
         poisoned()
         found = [x.cpu() for x in results(NormRotary.apply, case, "cuda")]
-        worst = max(excesses(found, results(at_once, case, dtype=torch.float64)))
-        assert worst < 1, f"{case}: {worst:.2f} of the allowed error"
+        errors = excesses(found, results(at_once, case, dtype=torch.float64))
+        assert all(error < 1 for error in errors), (case, errors)  # NaN is not
 
 
 def test_the_same_bytes_in_every_run(gpu):
