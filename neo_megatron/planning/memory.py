@@ -8,6 +8,7 @@ from operator import ge, mul
 from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
 from neo_megatron.model.context_parallel_cost import buffer_bytes, default_way
 from neo_megatron.planning.activations import chunk_bytes, expert_tokens, layer_activations, rank_tokens
+from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.parameters import chunk_parameters
 from neo_megatron.planning.state import State, rank_state
@@ -38,7 +39,7 @@ class RankMemory:
 def pipeline_memory(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int) -> list[RankMemory]:
     """The memory of each pipeline rank; ranks that differ in anything else hold the same."""
     memory = []
-    working = {head: working_bytes(sizes, layout, workload, head) for head in (False, True)}
+    working = {head: working_bytes(sizes, layout, workload, training_stage, head) for head in (False, True)}
     all_chunks = layout.alike_chunks(sizes)
     kept = {
         chunk: chunk_bytes(sizes, layout, workload, chunk, training_stage)
@@ -102,7 +103,7 @@ def _in_flight(ranks: int, chunks: int, micro_batches: int, pipeline_rank: int) 
     return [counts for counts in sorted(moments) if not exceeded(counts)]
 
 
-def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: bool) -> float:
+def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, training_stage: int, head: bool) -> float:
     """The most that one layer, or the head, needs while it computes, in addition to what is kept."""
     x, _ = rank_tokens(layout, workload)
     e, tensor = layout.parameter_bytes, layout.tensor_model_parallel_size
@@ -130,4 +131,6 @@ def working_bytes(sizes: NeoSizes, layout: Layout, workload: Workload, head: boo
     # their gradient, in 16 bits.
     probabilities = x * workload.trained_share * sizes.vocab_size / tensor * 4 if head else 0
     logits = min(probabilities, LOGIT_BYTES) * ((probabilities > LOGIT_BYTES) + (e / 4 if e < 4 else 0))
-    return max(gradients + again, exchanged + again, logits + x * sizes.hidden_size * e)
+    # The head is Megatron's layer, whose gradient is not added to the buffer by its product (that takes apex).
+    weight = sizes.vocab_size / tensor * sizes.hidden_size * e * (head and not trains_new_parts_only(training_stage))
+    return max(gradients + again, exchanged + again, logits + x * sizes.hidden_size * e + weight)
