@@ -128,7 +128,14 @@ class Gpu(TorchDispatchMode):
                 raise HostSync(name)
         if name == "_to_copy" and target == CUDA and isinstance(args[0], FakeTensor):
             args[0].constant = None  # torch would copy the number it knows
-        out = operation(*args, **kwargs)
+        if name == "detach" and isinstance(args[0], FakeTensor):
+            # What torch remembers of this operation would give a freed storage its size back.
+            mode, freed = args[0].fake_mode, not args[0].untyped_storage().nbytes()
+            mode.cache_enabled = not freed
+            out = operation(*args, **kwargs)
+            mode.cache_enabled = True
+        else:
+            out = operation(*args, **kwargs)
         self.take(out)
         return out
 
