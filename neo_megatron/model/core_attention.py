@@ -28,14 +28,14 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs
 from neo_megatron.model.compiled import compiled
 from neo_megatron.model.cpu_kernels.tiled_attention import TiledAttention, TiledMask
-from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
+from neo_megatron.model.flex_kernel import FLEX_BLOCK, KIB, Widths, kernel_options
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.packages import install
 
 logger = logging.getLogger(__name__)
 
-# Query and key rows of one block of the mask. FlashAttention 4 requires its own on sm_90.
-FLEX_BLOCK, FLASH_BLOCK = (128, 128), (128, 64)
+# Query and key rows of a block of the mask that FlashAttention 4 requires on sm_90.
+FLASH_BLOCK = (128, 64)
 
 
 @dataclass(frozen=True)

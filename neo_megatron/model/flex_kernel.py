@@ -15,6 +15,8 @@ from itertools import product
 from typing import Any
 
 KIB = 1024
+# Query and key rows of a block of the mask; tiles divide them.
+FLEX_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True)
