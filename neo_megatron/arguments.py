@@ -34,8 +34,14 @@ class NeoTrainingArguments:
 
     training_stage: Literal[1, 2, 3] = 2
     """1: pre-training of the patch embedding, the pre-buffer and the h/w parts of the post-LLM; 2: mid-training and 3:
-    SFT of all parameters. Sets learning rate, schedule and AdamW as published; Megatron's flags change single ones.
+    SFT of all parameters. Sets learning rate, schedule and AdamW as in --recipe; Megatron's flags change single ones.
     Default: %(default)s."""
+
+    recipe: Literal["kit", "paper", "neo-ov"] | None = None
+    """Learning rate, schedule and AdamW of --training-stage. kit: AdamW and schedule of the public kit at the peak
+    rates of NEO's paper; paper: table 5 of NEO's paper, with another beta2, lowest rate and warm-up; neo-ov: as far as
+    NEO-ov's paper states them, and --min-lr is asked for (docs/training.md compares all). Default: neo-ov for neo-ov-2b
+    and neo-ov-9b, else kit."""
 
     pretrained_optimizer: bool = False
     """Takes over the optimizer state of --pretrained-checkpoint for all parameters that were trained there, as from
@@ -52,7 +58,7 @@ class NeoTrainingArguments:
 
     mixture: str = ""
     """Trains on several directories of packs, in place of --train-data-path: a YAML file with their shares, which may
-    change at given packs of the run (docs/data.md). Default: none."""
+    change at given packs of the run, as may the length of packs (docs/data.md). Default: none."""
 
     max_broken_samples: float = 0.001
     """A sample whose image cannot be decoded gets the loss weight 0 and is named in the log. The run stops when such

@@ -1,8 +1,6 @@
-"""Presets: named sizes of the released models and of others, and the hyperparameters of the training stages.
+"""Presets: named sizes of the released models and of others, and recipes: hyperparameters of the training stages."""
 
-The stages are the same for every size.
-"""
-
+from dataclasses import dataclass
 from typing import Any
 
 from neo_megatron.model.config import NeoSizes
@@ -86,12 +84,56 @@ SIZES = {
     ),
 }
 
-_ADAMW = dict(adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01, clip_grad=1.0)
+_KIT_ADAMW = dict(adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01, clip_grad=1.0)
+_PAPER_ADAMW = dict(adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, weight_decay=0.01)
 _COSINE = dict(lr_decay_style="cosine")
 
-# Learning rates and schedules of the paper (arXiv 2510.14979, table 1).
-STAGES: dict[int, dict[str, Any]] = {
-    1: dict(lr=8e-4, min_lr=8e-5, lr_warmup_fraction=0.01, **_COSINE, **_ADAMW),
-    2: dict(lr=4e-5, min_lr=8e-6, lr_warmup_fraction=0.03, **_COSINE, **_ADAMW),
-    3: dict(lr=5e-5, min_lr=5e-6, lr_warmup_fraction=0.03, **_COSINE, **_ADAMW),
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters of the training stages.
+
+    Args:
+        source: where the numbers come from, for people.
+        stages: training stage -> arguments of Megatron. Only numbers that the source states: `min_lr` is absent if it
+            does not say how low the rate falls. A warm-up is a fraction of the training, or a number of steps.
+    """
+
+    source: str
+    stages: dict[int, dict[str, Any]]
+
+
+RECIPES = {
+    # AdamW: the defaults of `neo/train/argument.py`. Warm-up and lowest rates: the scripts of its stages, but for the
+    # warm-up of stage 1, which is the paper's share (section 4.1); the script has 1,000 of 200,000 steps. Peak rates:
+    # the paper's; the scripts have 5e-5 in stage 2 and 6e-5 in stage 3.
+    "kit": Recipe(
+        "AdamW and schedule of the public kit, at the peak rates of the paper",
+        {
+            1: dict(lr=8e-4, min_lr=8e-5, lr_warmup_fraction=0.01, **_COSINE, **_KIT_ADAMW),
+            2: dict(lr=4e-5, min_lr=8e-6, lr_warmup_fraction=0.03, **_COSINE, **_KIT_ADAMW),
+            3: dict(lr=5e-5, min_lr=5e-6, lr_warmup_fraction=0.03, **_COSINE, **_KIT_ADAMW),
+        },
+    ),
+    # Table 5. Its SFT has no lowest rate: a cosine to zero. It does not mention clipping.
+    "paper": Recipe(
+        "NEO's paper, arXiv 2510.14979 v2, table 5",
+        {
+            1: dict(lr=8e-4, min_lr=4e-5, lr_warmup_iters=2000, **_COSINE, **_PAPER_ADAMW),
+            2: dict(lr=4e-5, min_lr=4e-6, lr_warmup_iters=200, **_COSINE, **_PAPER_ADAMW),
+            3: dict(lr=5e-5, min_lr=0.0, lr_warmup_iters=200, **_COSINE, **_PAPER_ADAMW),
+        },
+    ),
+    # Section 4.1. It says AdamW without constants, and a cosine without the rate that it falls to.
+    "neo-ov": Recipe(
+        "NEO-ov's paper, arXiv 2605.28820, section 4.1",
+        {
+            1: dict(lr=2e-4, lr_warmup_fraction=0.01, **_COSINE),
+            2: dict(lr=5e-5, lr_warmup_fraction=0.01, **_COSINE),
+            3: dict(lr=5e-5, lr_warmup_fraction=0.01, **_COSINE),
+        },
+    ),
 }
+DEFAULT_RECIPE = "kit"
+# Sizes whose own recipe is another.
+RECIPE_OF_SIZE = {"neo-ov-2b": "neo-ov", "neo-ov-9b": "neo-ov"}

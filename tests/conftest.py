@@ -26,9 +26,23 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model as a third party publishes it: weights, config and tokenizer, nothing else."""
+def checkpoint(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model as a third party publishes it: weights, config and tokenizer, nothing else.
+
+    With `support.markers.every_variant` also exports of small random models.
+    """
     directory = tmp_path_factory.mktemp("checkpoint") / "neo"
+    if (variant := getattr(request, "param", "separate")) != "separate":
+        from support.layout_runs import EXPERTS, IN_HEAD, write_random_model
+
+        from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
+        from neo_megatron.data.chat import load_tokenizer
+
+        sizes = EXPERTS if variant == "experts" else IN_HEAD
+        directory.with_name("random").mkdir()
+        model = write_random_model(directory.with_name("random"), sizes.replace(min_pixels=4096, max_pixels=65536))
+        convert_megatron_to_hf(model / "megatron", directory, load_tokenizer(golden / "tokenizer"))
+        return directory
     shutil.copytree(golden / "ckpt_untied", directory)
     for path in (golden / "tokenizer").iterdir():
         shutil.copy(path, directory)

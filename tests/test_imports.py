@@ -113,6 +113,7 @@ def test_the_model_reads_no_file():
     for name, file in modules().items():
         if name.startswith("neo_megatron.model"):
             calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            calls = [call for call in calls if ast.unparse(call) != "tl.load"]  # Triton's, of memory
             named = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
             assert not named & {"open", "read_text", "read_bytes", "read_json", "load", "safe_open"}, name
 

@@ -1,4 +1,4 @@
-"""Pages of the tools and the quickstart fit a phone, and never show untrusted text as markup.
+"""Pages of the tools and of the examples fit a phone, and never show untrusted text as markup.
 
 The demo's page is tested in `examples/test_demo.py`.
 """
@@ -130,7 +130,27 @@ def learned(room: Path, text: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("write", [inspected, evaluated, learned], ids=lambda write: write.__name__)
+def ablated(room: Path, text: str) -> Path:
+    """The page of the ablations."""
+    sys.path.insert(0, str(TOOLS.parent / "examples" / "ablations"))
+    import arms
+    import page
+    import results
+
+    runs = {
+        arm.name: [
+            results.Run(seed, seed / 4, dict.fromkeys(results.KINDS, 0.9), 0.1, [(5, 3.0), (10, 1.0), (15, 0.02)])
+            for seed in (1, 2, 3)
+        ]
+        for ablation in arms.ABLATIONS
+        for arm in ablation.arms
+    }
+    output = room / "ablations.html"
+    output.write_text(page.page(runs, 15))
+    return output
+
+
+@pytest.mark.parametrize("write", [inspected, evaluated, learned, ablated], ids=lambda write: write.__name__)
 def test_a_page_fits_a_phone(browser, room, write):
     path = write(room, LONG)
     page = browser.new_page(viewport={"width": PHONE, "height": 844})

@@ -19,20 +19,26 @@ from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.report import Plan
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES
+from neo_megatron.validation.fp8 import fp8_format
 
 _BF16 = ("--transformer-impl", "transformer_engine", "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce")
 _BF16 += ("--overlap-param-gather",)
-_FP8 = (*_BF16, "--fp8-format", "hybrid", "--fp8-recipe")
+
+
+def _fp8(recipe: str) -> tuple[str, ...]:
+    return (*_BF16, "--fp8-format", fp8_format(recipe), "--fp8-recipe", recipe)
+
+
 # Flags of pretrain_neo: precision as a user asks for it, the distributed optimizer as examples/train.sh has it.
 PRECISIONS = {
     "float32": (),
     "bf16": _BF16,
-    "delayed": (*_FP8, "delayed"),
-    "tensorwise": (*_FP8, "tensorwise"),
-    "blockwise": (*_FP8, "blockwise"),
+    "delayed": _fp8("delayed"),
+    "tensorwise": _fp8("tensorwise"),
+    "blockwise": _fp8("blockwise"),
     # Delayed scaling has no such layers: it scales all together.
-    "tensorwise-bf16-ends": (*_FP8, "tensorwise", "--first-last-layers-bf16"),
-    "blockwise-bf16-ends": (*_FP8, "blockwise", "--first-last-layers-bf16"),
+    "tensorwise-bf16-ends": (*_fp8("tensorwise"), "--first-last-layers-bf16"),
+    "blockwise-bf16-ends": (*_fp8("blockwise"), "--first-last-layers-bf16"),
 }
 FP8 = tuple(name for name, flags in PRECISIONS.items() if "--fp8-recipe" in flags)
 OURS, PLAIN = "neo_megatron", "transformers"
@@ -157,6 +163,7 @@ def planned(run: StepRun, sizes: NeoSizes, memory: float | None) -> int:
             recompute_method="block" if layers else None,
             recompute_num_layers=layers or 1,
             precision="fp8" if run.precision in FP8 else "bf16",
+            fp8_param_gather=keeps_fp8(run),
         )
         if Plan.make(sizes, layout, workload, run.training_stage, GPUS["h100"].with_memory(memory)).fits:
             break
@@ -185,10 +192,18 @@ def job_of(group: Sequence[StepRun], scale: Scale, scratch: Path) -> Job:
     return Job(name, gpu_train.prepare, gpu_train.run, settings)
 
 
+def keeps_fp8(run: StepRun) -> bool:
+    """Whether parameters are held in FP8.
+
+    In stage 1 frozen weights would be rounded for good, and delayed scaling rounds those of a checkpoint badly.
+    """
+    return run.precision in FP8 and run.precision != "delayed" and run.training_stage > 1
+
+
 def flags(run: StepRun) -> list[str]:
     """Of pretrain_neo, in addition to those that all runs have."""
     chosen: list[Any] = [*PRECISIONS[run.precision]]
-    if run.precision in FP8 and run.training_stage > 1:  # in stage 1 frozen weights would be rounded for good
+    if keeps_fp8(run):
         chosen += ["--fp8-param-gather"]
     if run.recomputed:
         chosen += ["--recompute-granularity", "full", "--recompute-method", "block"]

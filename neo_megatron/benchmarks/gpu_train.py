@@ -19,9 +19,10 @@ def prepare() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # CUDA_DEVICE_MAX_CONNECTIONS as in examples/train.sh; CUDA reads it once.
+    # As in examples/train.sh; CUDA and PyTorch read them once.
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     os.environ |= {"MASTER_PORT": str(port), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from neo_megatron.run import pretraining  # noqa: F401
 
 
@@ -64,10 +65,10 @@ def pinned(pack: dict[str, Any]) -> dict[str, Any]:
     """A micro-batch in pinned memory, as the loader of pretrain_neo returns it."""
     import torch
 
-    pack = {**pack, "packs": [0], "describe": str}
-    if not torch.cuda.is_available():
-        return pack
-    return {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in pack.items()}
+    pack = {**pack, "packs": [0], "describe": str, "again": lambda: pack}
+    if torch.cuda.is_available():
+        pack |= {key: value.pin_memory() for key, value in pack.items() if torch.is_tensor(value)}
+    return pack
 
 
 def arguments(windows: Windows, model: Path) -> list[str]:

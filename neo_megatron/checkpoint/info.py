@@ -145,7 +145,17 @@ def _training(state: dict[str, Any]) -> str:
         raise CheckpointError(f"a checkpoint whose arguments count {packs!r} packs of {length!r} tokens: copy it again")
     if not packs:
         return "none: converted from Hugging Face form"
-    return f"iteration {state.get('iteration')}, {packs:,} packs of {length:,} tokens: {packs * length:,} tokens"
+    lengths = getattr(state["args"], "pack_lengths", None) or [[0, length]]  # runs of earlier versions have one
+    if not isinstance(lengths, list) or not all(
+        isinstance(entry, list) and list(map(type, entry)) == [int, int] for entry in lengths
+    ):
+        raise CheckpointError(f"a checkpoint whose arguments have packs of {lengths!r} tokens: copy it again")
+    ends = [*(start for start, _ in lengths[1:]), packs]
+    parts = [(min(end, packs) - start, length) for (start, length), end in zip(lengths, ends, strict=True)]
+    read = [(count, length) for count, length in parts if count > 0]
+    tokens = sum(count * length for count, length in read)
+    told = " and ".join(f"{count:,} packs of {length:,} tokens" for count, length in read)
+    return f"iteration {state.get('iteration')}, {told}: {tokens:,} tokens"
 
 
 def _type(tensor: StoredTensor) -> str:

@@ -96,7 +96,7 @@ def init_from_qwen3(
         patch_embedding_size = pre_buffer.sizes.patch_embedding_size
     sizes = _neo_sizes(config, qwen3_directory, pre_buffer_layers, patch_embedding_size, tokenizer, vocab_size)
     sizes = sizes.replace(attention_form=attention_form)
-    if key_hw_init != "published" and attention_form != "separate":
+    if key_hw_init != "published" and sizes.form.products == 1:
         raise CheckpointError(
             f"--key-hw-init {key_hw_init}: the attention form {attention_form} has no keys of their own for rows and "
             "columns: leave it out"

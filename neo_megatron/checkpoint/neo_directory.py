@@ -74,7 +74,6 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
     config, said = complete_config(config, source.shapes, directory)
     sizes = sizes_of(config, directory)
     found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
-    if sizes.attention_form == "in-head":
-        found = {name: shape for name, shape in found.items() if not of_generation(name)}
+    found = {name: shape for name, shape in found.items() if not of_generation(name)}
     missing = check_shapes(found, hf_shapes(sizes), str(directory), allow_missing)
     return NeoDirectory(source, config, sizes, said, missing)

@@ -32,13 +32,9 @@ _TENSOR_OF_FORM = {
 }
 # NEO-unify has these keys at the top of `config.json`.
 _MOVED = ("min_pixels", "max_pixels", "patch_size")
-# Values that no tensor determines: key -> value of the published models.
-_PUBLISHED = {
-    "rope_theta": NeoSizes.rope_theta,
-    "rope_theta_hw": NeoSizes.rope_theta_hw,
-    "rms_norm_eps": NeoSizes.norm_epsilon,
-    "max_position_embeddings": NeoSizes.max_positions,
-}
+# Attention form, and whether there are experts -> a published model, for values that no tensor determines.
+_PUBLISHED = {("in-head", False): "u1-8b", ("in-head", True): "u1-a3b"}
+_OTHERWISE = "neo-2b"
 
 
 def is_neo(shapes: dict[str, Shape]) -> bool:
@@ -48,7 +44,7 @@ def is_neo(shapes: dict[str, Shape]) -> bool:
 
 def of_generation(name: str) -> bool:
     """Whether a tensor belongs to the generation branch of a NEO-unify (SenseNova-U1)."""
-    return "_mot_gen." in name or name.startswith("fm_modules.")
+    return "mot_gen" in name or "fm_modules" in name
 
 
 def _form(shapes: dict[str, Shape]) -> str | None:
@@ -91,13 +87,20 @@ def complete_config(
     _check_types(llm, directory)
     _complete_form(llm, shapes, unify, directory, said)
     _complete_layers(llm, shapes, said)
+    _complete_experts(llm, shapes, said)
     _fill(llm, _llm_sizes(shapes), "in the tensors", said)
-    if "rope_parameters" in llm:  # where transformers 5 puts the rotary base
-        llm.setdefault("rope_theta", (llm["rope_parameters"] or {}).get("rope_theta", NeoSizes.rope_theta))
-    _fill(llm, _PUBLISHED, "in the published models", said)
+    _complete_rotation(llm, directory)
+    published = PUBLISHED_SIZES[_PUBLISHED.get((llm.get("attention_form"), bool(llm.get("num_experts"))), _OTHERWISE)]
+    undetermined = {
+        "rope_theta": published.rope_theta,
+        "rope_theta_hw": published.rope_theta_hw,
+        "rms_norm_eps": published.norm_epsilon,
+        "max_position_embeddings": published.max_positions,
+    }
+    _fill(llm, undetermined, "in the published models", said)
     _fill(vision, _vision_sizes(shapes), "in the tensors", said)
-    _fill(vision, {key: top[key] for key in _MOVED if key in top}, "at the top of config.json", said)
-    _fill(vision, {"rope_theta_vision": NeoSizes.rope_theta_patch}, "in the published models", said)
+    _complete_moved(vision, top, said)
+    _fill(vision, {"rope_theta_vision": published.rope_theta_patch}, "in the published models", said)
     _complete_tying(top, llm, LM_HEAD in shapes, said)
     _complete_token_ids(top, llm.get("vocab_size") or 0, directory, said)
     return top, said
@@ -176,6 +179,38 @@ def _complete_layers(llm: dict[str, Any], shapes: dict[str, Shape], said: list[s
         said.append("extra_num_layers is missing: 0, so all layers count as post-LLM; stage 1 needs the right number")
 
 
+def _complete_experts(llm: dict[str, Any], shapes: dict[str, Shape], said: list[str]) -> None:
+    """The tensors tell a mixture of experts from a dense model."""
+    found = _feed_forward_sizes(shapes)
+    if "num_experts" in found:
+        if not llm.get("num_experts"):
+            llm["num_experts"] = llm.get("num_local_experts")  # its name since transformers 5
+        _fill(llm, {"norm_topk_prob": False}, "by default in a Qwen3-MoE", said)
+    elif found and not any(name.startswith(DECODER) and ".mlp.experts." in name for name in shapes):
+        for key in ("num_experts", "num_local_experts"):
+            if experts := llm.pop(key, None):
+                said.append(f"{key} is {experts}, but the tensors have no experts: read as a dense model")
+
+
+def _complete_rotation(llm: dict[str, Any], directory: Path) -> None:
+    """The rotary base, which transformers 5 puts into a dictionary."""
+    base, stored = llm.get("rope_theta"), (llm.get("rope_parameters") or {}).get("rope_theta")
+    if None not in (base, stored) and base != stored:
+        raise CheckpointError(
+            f"{directory}/config.json: llm_config has rope_theta {base!r} and, in rope_parameters, {stored!r}: delete "
+            "the wrong one"
+        )
+    if base is None:
+        llm["rope_theta"] = stored
+
+
+def _complete_moved(vision: dict[str, Any], top: dict[str, Any], said: list[str]) -> None:
+    _fill(vision, {key: top[key] for key in _MOVED if key in top}, "at the top of config.json", said)
+    for key in _MOVED:
+        if top.get(key, vision.get(key)) != vision.get(key):
+            said.append(f"{key} is {top[key]} at the top of config.json: read as {vision[key]}, as in vision_config")
+
+
 def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, said: list[str]) -> None:
     """The top level of the configuration counts; where it contradicts the decoder's, the tensors decide."""
     model, decoder = top.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
@@ -184,6 +219,9 @@ def _complete_tying(top: dict[str, Any], llm: dict[str, Any], has_head: bool, sa
     elif model is False and decoder is True and not has_head:
         top["tie_word_embeddings"] = True
         said.append("tie_word_embeddings is False, but True in llm_config, and there is no head: read as True")
+    elif model is True and not decoder and has_head and llm.get("attention_form") == "in-head":
+        top["tie_word_embeddings"] = False
+        said.append("tie_word_embeddings is True, but a NEO-unify has it in llm_config: read as False")
 
 
 def _llm_sizes(shapes: dict[str, Shape]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.cli.renamed_flags import add_old_name
 from neo_megatron.errors import ConfigError
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ELEMENTWISE, NeoSizes
 from neo_megatron.planning.hardware import GPUS, Efficiency, Gpu
 from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.pipeline_split import UNEVEN_SPLIT_FLAGS, choose_layout
@@ -44,6 +44,7 @@ LAYOUT = {
     "use_distributed_optimizer": False,
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
+    "fp8_param_gather": False,
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": 1,
@@ -170,6 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
         layout.add_argument(f"--{flag}", action="store_true", default=None, help="always on in a search")
     layout.add_argument(
+        "--fp8-param-gather", action="store_true", default=None, help="FP8: the parameters themselves are in 8 bits"
+    )
+    layout.add_argument(
         "--recompute-granularity",
         choices=("full", "selective"),
         help="activations computed again in the backward: all of a layer, or modules of it; default: none",
@@ -185,8 +189,8 @@ def parse_arguments() -> argparse.Namespace:
     layout.add_argument(
         "--recompute-modules",
         nargs="+",
-        choices=("core_attn", "layernorm", "mlp", "moe"),
-        help="selective: which modules; moe are router and experts; default: core_attn",
+        choices=("core_attn", "layernorm", "mlp", "moe", *ELEMENTWISE),
+        help="selective: which modules; moe: router and experts; mlp_act: the output of SwiGLU; default: core_attn",
     )
 
     # Flags of Megatron that this command does not have.
@@ -340,6 +344,6 @@ def layout_of(args: argparse.Namespace, sizes: NeoSizes, workload: Workload) -> 
     args.world_size, args.num_layers = args.gpus, sizes.num_layers
     args.pipeline_model_parallel_layout, _ = choose_layout(args, sizes, workload)
     layout = Layout.from_arguments(args, args.precision)
-    if refusal := layout.refusal(sizes, workload.sequence_length):
+    if refusal := layout.refusal(sizes, workload.sequence_length, args.training_stage):
         raise ConfigError(refusal)
     return layout

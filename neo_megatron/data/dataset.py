@@ -17,7 +17,7 @@ from neo_megatron.data.image import PATCH_VALUES, decode, image_tokens, patches_
 from neo_megatron.data.memory_limit import limited_memory
 from neo_megatron.data.packs.balance import balanced_order
 from neo_megatron.data.packs.index import PackIndex
-from neo_megatron.data.packs.mixture_schedule import open_streams
+from neo_megatron.data.packs.mixture_schedule import open_streams, pack_lengths
 from neo_megatron.data.permutation import key_of
 from neo_megatron.data.shards.reader import ShardSet, StoredSample, patches_of
 from neo_megatron.data.shards.sample_checks import are_sound, what_is_wrong
@@ -67,6 +67,7 @@ class PackDataset(torch.utils.data.Dataset):
     Attributes:
         packs: the directory of packs; of a mixture, the first.
         streams: all directories of packs.
+        lengths: tokens of a pack, see `mixture_schedule.pack_lengths`.
 
     Args:
         location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``; or the file of a mixture, see
@@ -96,6 +97,7 @@ class PackDataset(torch.utils.data.Dataset):
     ) -> None:
         self.streams, self._schedule = open_streams(location)
         self.packs = self.streams[0]
+        self.lengths = pack_lengths(self.streams, self._schedule)
         self._num_samples = sum(map(len, self.streams)) if num_samples is None else num_samples
         self._seed = seed
         self._power = _WEIGHT_POWER[loss_weighting]
@@ -124,7 +126,7 @@ class PackDataset(torch.utils.data.Dataset):
         return self.__dict__ | {"_window": -1, "_window_packs": []}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One pack of T tokens with M targets and C image tokens, as CPU tensors.
+        """One pack of T tokens, see `lengths`, with M targets and C image tokens, as CPU tensors.
 
         ``tokens`` int64 [T]; ``positions_thw`` int32 [T, 3]; ``document`` and ``image`` int32 [T], numbers within the
         pack, -1 for padding and outside images; ``target_index`` int64 [M], positions whose next token is trained;
@@ -144,9 +146,10 @@ class PackDataset(torch.utils.data.Dataset):
 
     def largest(self, first: int, count: int) -> int:
         """Upper bound, in bytes, of the tensors of any of ``count`` items from ``first`` on; no sample is read."""
-        most = int(self._drawn(first, count)[1][:, 1].max())
+        packs, costs = self._drawn(first, count)
+        most = int(costs[:, 1].max())
         # Per token 28 bytes, and 20 more where it is trained; see `pack_tensors`.
-        bytes_of_tokens = self.packs.sequence_length * 48
+        bytes_of_tokens = max(pack.index.sequence_length for pack in packs) * 48
         return bytes_of_tokens + most * (8 + 4 * PATCH_VALUES if self._images == "patches" else 0)
 
     def _pack(self, index: int) -> _Pack:
@@ -189,7 +192,7 @@ class PackDataset(torch.utils.data.Dataset):
     def _assemble(self, pack: _Pack) -> dict[str, Any]:
         """The samples of a pack joined and padded, as ``__getitem__`` returns them."""
         samples, data = pack.samples.tolist(), pack.index.data
-        length, ids = self.packs.sequence_length, data.ids
+        length, ids = pack.index.sequence_length, data.ids
         fetched = data.fetch(samples, images=self._fetch_images)
         joined = self._tokens(pack, fetched)
         tokens = np.full(length, ids.pad, np.int64)
@@ -228,7 +231,7 @@ class PackDataset(torch.utils.data.Dataset):
         Raises:
             DataError: a file is damaged, so a sample cannot be used or the pack would be too long.
         """
-        data, length = pack.index.data, self.packs.sequence_length
+        data, length = pack.index.data, pack.index.sequence_length
         ids, vocabulary = data.ids, data.tokenizer["size"]
         tokens = np.concatenate([stored.tokens for stored, _ in fetched])
         if len(tokens) > length:

@@ -72,7 +72,7 @@ class NEOChatModel(NEOChatMixin, PreTrainedModel, NEOGenerationMixin):
     _no_split_modules = ["NEODecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     # The generation branch of a NEO-unify, which its understanding branch runs without.
-    _keys_to_ignore_on_load_unexpected = [r"_mot_gen\.", r"^fm_modules\."]
+    _keys_to_ignore_on_load_unexpected = ["mot_gen", "fm_modules"]
     # transformers 5 reads the pairs, 4.57 the keys.
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
 

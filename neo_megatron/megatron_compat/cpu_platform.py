@@ -147,7 +147,8 @@ def _cpu_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
 class Adam(torch.optim.Optimizer):
     """AdamW that keeps its state as the FusedAdam of apex and Transformer Engine do: `step` per group, not per tensor.
 
-    Over `torch.optim.AdamW` Megatron's distributed optimizer saves checkpoints that it cannot load.
+    Over `torch.optim.AdamW`, which Megatron takes where neither is installed, its distributed optimizer saves
+    checkpoints that it cannot load.
     """
 
     def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode=True, capturable=False):
@@ -162,7 +163,9 @@ class Adam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             first, second = ([self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq"))
-            steps = [torch.tensor(float(group.get("step", 0))) for _ in parameters]
+            # One tensor each, because torch counts in them, and on their device.
+            step = float(group.get("step", 0))
+            steps = [torch.full((), step, device=p.device) for p in parameters]
             self.update(
                 parameters,
                 [p.grad for p in parameters],
@@ -220,6 +223,7 @@ def install() -> None:
         RuntimeError: another version of torch or Megatron-Core is installed than this module was written for.
     """
     if not on_cpu():
+        _replace_adam_of_torch()
         return
     _check_versions()
     _cuda_means_cpu()
@@ -261,13 +265,21 @@ def install() -> None:
     if random.CheckpointWithoutOutput.__init__.__defaults__ != (False,):
         raise _changed("CheckpointWithoutOutput.__init__'s default")
     random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    _patch(optimizer, "Adam", Adam)
-    _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+    _replace_adam_of_torch()
     # Stand-ins for kernels that are fused on a GPU; Megatron's own make several passes over new tensors.
     _patch(optimizer.clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)
     _patch(fused_bias_swiglu, "swiglu_back", _swiglu_back)
+
+
+def _replace_adam_of_torch() -> None:
+    """Makes `Adam` Megatron's optimizer, on a GPU too, where neither apex nor Transformer Engine is installed."""
+    import megatron.core.optimizer as optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        _patch(optimizer, "Adam", Adam)
+        _patch(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        _patch(optimizer.distrib_optimizer, "HAVE_APEX_OR_TE", True)
+        _patch(optimizer.distrib_optimizer, "USING_APEX_OPTIMIZER", True)
 
 
 def require() -> None:
@@ -292,9 +304,10 @@ def install_training() -> None:
     if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
         raise _changed("dummy_train_step")
     _patch(training, "dummy_train_step", _skip_step)
-    from neo_megatron.megatron_compat import loading, saving
+    from neo_megatron.megatron_compat import loading, optimizer_saves, saving
 
-    for owner, name, value in (*loading.PATCHES, *saving.PATCHES):
+    require_lines(optimizer_saves.PATCHED, optimizer_saves.LINES)
+    for owner, name, value in (*loading.PATCHES, *saving.PATCHES, *optimizer_saves.PATCHES):
         _patch(owner, name, value)
     if not on_cpu():
         return
@@ -362,25 +375,20 @@ def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> N
     _patch(training, "evaluate_and_print_results", evaluate_and_print_results)
 
 
-def take_over_rerun_state_machine(
-    machine: Any, should_checkpoint_and_exit: Callable[[], tuple[bool, bool, int]], validate_result: Callable[..., None]
-) -> tuple[Callable[[], tuple[bool, bool, int]], Callable[..., None]]:
-    """Makes Megatron's rerun state machine check every step, and hooks decide; returns its own two methods.
+def turn_off_rerun_state_machine(machine: Any, validate_result: Callable[..., None]) -> Callable[..., None]:
+    """Turns Megatron's rerun state machine off, on a GPU too, and makes a hook validate; returns its own method."""
+    from megatron.core.rerun_state_machine import RerunMode
 
-    On a GPU too. By itself it skips the first step of a start, because it could not save there, and restores its
-    `RerunState` from a checkpoint.
-    """
-    originals = machine.should_checkpoint_and_exit, machine.validate_result
+    original = machine.validate_result
     for name, value in (
-        ("should_checkpoint_and_exit", should_checkpoint_and_exit),
+        ("mode", RerunMode.DISABLED),
         ("validate_result", validate_result),
-        ("first_iteration_complete", True),
         ("validate_state_dict", lambda state: False),  # there is no state to load
     ):
         if not hasattr(machine, name):
             raise _changed(f"RerunStateMachine.{name}")
         setattr(machine, name, value)
-    return originals
+    return original
 
 
 def _skip_step(data_iterator: Any) -> None:
@@ -412,6 +420,18 @@ def _patch(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         raise _changed(f"{owner.__name__}.{name}")
     setattr(owner, name, value)
+
+
+@cache
+def require_lines(owner: Any, lines: tuple[str, ...]) -> None:
+    """Raises RuntimeError, with the remedy, if a module or class of Megatron lacks a line that a patch relies on."""
+    source = inspect.getsource(owner)
+    for line in lines:
+        if line not in source:
+            raise RuntimeError(
+                f"{owner.__name__} has changed: it lacks {line.strip()!r}, which neo_megatron was written for; "
+                f"pip install 'megatron-core=={MEGATRON_VERSION}'"
+            )
 
 
 def _check_versions() -> None:

@@ -3,12 +3,12 @@
 Every patch looks for the lines of Megatron that it relies on, so that another version ends with one sentence.
 """
 
-import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, wraps
 from typing import Any, Protocol
 
-from neo_megatron.megatron_compat.cpu_platform import MEGATRON_VERSION
+from neo_megatron.megatron_compat.cpu_platform import require_lines
 
 # Lines of megatron/training/training.py that call the replaced functions, or print the lines that are edited.
 _TRAINING = (
@@ -49,12 +49,35 @@ class StepLog(Protocol):
     def line(self, text: str) -> str: ...
 
 
+_STEP = (
+    "            ) = train_step(\n",
+    "            seq_length=args.seq_length,\n            micro_batch_size=args.micro_batch_size,\n"
+    "            decoder_seq_length=args.decoder_seq_length,\n            forward_only=False,\n",
+)
+
+
+@cache
+def train_steps_in(context: Callable[[], AbstractContextManager]) -> None:
+    """Makes Megatron enter a context around each training step; inside, it reads `args.seq_length`."""
+    from megatron.training import training
+
+    require_lines(training, _STEP)
+    step = training.train_step
+
+    @wraps(step)
+    def train_step(*arguments, **keywords):
+        with context():
+            return step(*arguments, **keywords)
+
+    training.train_step = train_step
+
+
 @cache
 def log_with(step_log: StepLog) -> None:
     """Makes Megatron's training loop log through ``step_log``; see there for the reasons."""
     from megatron.training import training
 
-    _require(training, _TRAINING)
+    require_lines(training, _TRAINING)
     log, evaluate = training.training_log, training.evaluate_and_print_results
     print_last, print_first = training.print_rank_last, training.print_rank_0
 
@@ -101,7 +124,7 @@ def use_writers(tensorboard: Any, wandb: Any) -> None:
     """Makes Megatron log scalars through these writers from now on."""
     from megatron.training import global_vars
 
-    _require(global_vars, ("_GLOBAL_TENSORBOARD_WRITER = SummaryWriter(", "_GLOBAL_WANDB_WRITER = wandb\n"))
+    require_lines(global_vars, ("_GLOBAL_TENSORBOARD_WRITER = SummaryWriter(", "_GLOBAL_WANDB_WRITER = wandb\n"))
     global_vars._GLOBAL_TENSORBOARD_WRITER = tensorboard
     global_vars._GLOBAL_WANDB_WRITER = wandb
 
@@ -112,14 +135,3 @@ def _rewritten(show: Callable[[str], None], line: Callable[[str], str]) -> Calla
         show(line(message) if isinstance(message, str) else message)
 
     return shows
-
-
-@cache
-def _require(module: Any, lines: tuple[str, ...]) -> None:
-    source = inspect.getsource(module)
-    for line in lines:
-        if line not in source:
-            raise RuntimeError(
-                f"{module.__name__} has changed: it lacks {line.strip()!r}, which neo_megatron was written for; "
-                f"pip install 'megatron-core=={MEGATRON_VERSION}'"
-            )

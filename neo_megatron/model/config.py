@@ -11,6 +11,10 @@ from neo_megatron.model.attention_forms import FORMS, AttentionForm
 # words these are 1,766 positions, enough for an efficient matrix product.
 LOGIT_BYTES = 1 << 30
 
+# Names in --recompute-modules that are not Megatron's. Both compute elementwise, from what the backward keeps anyway:
+# the output of SwiGLU from its input; queries, keys and values from the projections (norms, rotations, concatenation).
+ELEMENTWISE = ("mlp_act", "qkv_heads")
+
 # More means a broken config.json, and a table of all tensors would fill the memory.
 MAX_LAYERS = 10_000
 MAX_PIXELS = 1 << 27  # of a resized image: as many as are decoded
@@ -252,11 +256,14 @@ def completed_sizes(saved: dict[str, Any]) -> dict[str, Any]:
 def experts_from_qwen3(decoder: dict[str, Any]) -> dict[str, Any]:
     """The fields of `NeoSizes` about experts, from the keys of a Qwen3-MoE; empty for a dense model.
 
+    A Qwen3 that counts one expert is dense, as in the published code.
+
     Raises:
         KeyError: a key is missing. ConfigError: not all layers are alike.
     """
     experts = decoder.get("num_experts") or decoder.get("num_local_experts")  # the latter since transformers 5
-    if not experts:
+    declared = f"{decoder.get('model_type')} {decoder.get('architectures')}".lower()
+    if not experts or (experts == 1 and "moe" not in declared):
         return {}
     step, dense = decoder.get("decoder_sparse_step", 1), decoder.get("mlp_only_layers") or []
     if step != 1 or dense:

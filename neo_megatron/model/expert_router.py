@@ -52,6 +52,8 @@ class ExpertRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights, chosen = super().routing(logits, padding_mask)
+        if self.topk == 1 and self.config.sizes.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         if not (self.training and torch.is_grad_enabled() and self.tokens):
             return weights, chosen
         probability_NE = logits.flatten(0, -2).float().softmax(dim=-1)

@@ -30,6 +30,7 @@ from neo_megatron.model.native_attention import (
     NativeSelfAttentionSubmodules,
     SeparateSelfAttention,
 )
+from neo_megatron.model.recomputed_mlp import RecomputedMLP
 from neo_megatron.model.rms_norm import RMSNorm
 from neo_megatron.model.shared_input_linear import (
     SharedInputColumnParallelLinear,
@@ -74,7 +75,7 @@ def local_layer_spec(config: NeoConfig) -> ModuleSpec:
     if config.num_moe_experts:
         mlp = _experts(partial(SequentialMLP, submodules=submodules))
     else:
-        mlp = partial(MLP.as_mlp_submodule, submodules=submodules)
+        mlp = _dense(config, submodules)
     return _layer_spec(config, attention, mlp, input_norm=RMSNorm, pre_mlp_norm=RMSNorm)
 
 
@@ -103,7 +104,7 @@ def transformer_engine_layer_spec(config: NeoConfig) -> ModuleSpec:
         mlp = _experts(TESpecProvider().grouped_mlp_modules(True))
     else:
         submodules = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
-        mlp = partial(MLP.as_mlp_submodule, submodules=submodules)
+        mlp = _dense(config, submodules)
     return _layer_spec(
         config,
         attention,
@@ -111,6 +112,11 @@ def transformer_engine_layer_spec(config: NeoConfig) -> ModuleSpec:
         input_norm=IdentityOp if fused_norm else TENorm,
         pre_mlp_norm=TENorm if config.num_moe_experts else IdentityOp,
     )
+
+
+def _dense(config: NeoConfig, submodules: MLPSubmodules) -> Callable:
+    mlp = RecomputedMLP if config.recomputes("mlp_act") else MLP
+    return partial(mlp.as_mlp_submodule, submodules=submodules)
 
 
 def _experts(experts: Callable) -> Callable:

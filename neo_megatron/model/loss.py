@@ -30,6 +30,8 @@ class WeightedLoss:
         """
         loss, weight = (weight_M * nll_M).sum(), weight_M.sum()
         if torch.is_grad_enabled():
+            # A loss that is not finite makes the sum NaN, and so the gradients of all ranks: a check of them finds it.
+            weight = weight + 0 * loss.detach()
             self._weight_sum = weight if self._weight_sum is None else self._weight_sum + weight
         # Summed in float64, so that the logged loss does not depend on how the batch was divided. (No part of `loss`,
         # which the schedule scales in place.)

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import divide
@@ -82,9 +83,8 @@ class NativeSelfAttention(MegatronModule, ABC):
         self.groups_per_rank = divide(config.num_query_groups, pg_collection.tp.size())
         self.heads_per_group = divide(config.num_attention_heads, config.num_query_groups)
         # As in megatron.core.transformer.attention: only the core attention is recomputed.
-        self.recompute_core_attention = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        )
+        self.recompute_core_attention = config.recomputes("core_attn")
+        self.recompute_heads = config.recomputes("qkv_heads")
         self.linear_qkv = self._column_parallel(submodules.linear_qkv, self.heads_per_group + 2)
         self.linear_proj = build_module(
             submodules.linear_proj,
@@ -128,8 +128,11 @@ class NativeSelfAttention(MegatronModule, ABC):
         if self.recompute_core_attention and self.training:
             core = partial(tensor_parallel.checkpoint, core, False)
         shared = self.input_of_products(hidden_SBH)
-        query, key, value = self.query_key_value(shared, packs.rotary)
+        heads = CheckpointWithoutOutput(self.config.fp8) if self.recompute_heads and self.training else None
+        query, key, value = self.query_key_value(shared, packs.rotary, heads)
         context = context_parallel_attention(core, query, key, value, self.context_parallel_group, packs.key_order)
+        if heads is not None and context.requires_grad:
+            heads.discard_output_and_register_recompute(context)
         self.free_until_backward(shared, hidden_SBH, context, query)
         return self.linear_proj(context)
 
@@ -144,8 +147,14 @@ class NativeSelfAttention(MegatronModule, ABC):
         """May free what `input_of_products` made, until the backward needs it."""
 
     @abstractmethod
-    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> QueryKeyValue:
-        """``[S, B, G * R, X]``, ``[S, B, G, X]`` and ``[S, B, G, D]``, normalised and rotated."""
+    def query_key_value(
+        self, shared: Tensor, rotary: NativeRotary, heads: CheckpointWithoutOutput | None
+    ) -> QueryKeyValue:
+        """``[S, B, G * R, X]``, ``[S, B, G, X]`` and ``[S, B, G, D]``, normalised and rotated.
+
+        Args:
+            heads: computes them, so that they can be discarded; ``None`` where they are kept.
+        """
 
     def _prepared(
         self,
@@ -153,15 +162,24 @@ class NativeSelfAttention(MegatronModule, ABC):
         query_norms: list[HeadNorm],
         key_norms: list[HeadNorm],
         rotary: NativeRotary,
+        heads: CheckpointWithoutOutput | None,
     ) -> QueryKeyValue:
         shape = self.groups_per_rank, -1, self.head_dim
-        return qkv_prepare.query_key_value(
+        inputs = (
             [projection.unflatten(-1, shape) for projection in projections],
             [norm() for norm in query_norms],
             [norm() for norm in key_norms],
-            rotary,
-            self.config.layernorm_epsilon,
         )
+        first, second = len(projections), len(projections) + len(query_norms)
+
+        def prepare(*tensors: Tensor) -> QueryKeyValue:
+            parts = tensors[:first], tensors[first:second], tensors[second:]
+            query, key, value = qkv_prepare.query_key_value(*parts, rotary, self.config.layernorm_epsilon)
+            # Values may be a part of the projection, which must not be discarded.
+            return query, key, value if heads is None else value.clone()
+
+        tensors = sum(inputs, [])
+        return prepare(*tensors) if heads is None else heads.checkpoint(prepare, *tensors)
 
 
 class SeparateSelfAttention(NativeSelfAttention):
@@ -187,7 +205,9 @@ class SeparateSelfAttention(NativeSelfAttention):
         if self.gather_again:
             gather_again(shared, hidden_SBH, self.tensor_parallel_group, context, query)
 
-    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> QueryKeyValue:
+    def query_key_value(
+        self, shared: Tensor, rotary: NativeRotary, heads: CheckpointWithoutOutput | None
+    ) -> QueryKeyValue:
         qkv, normalised = self.linear_qkv(shared)  # the input normalised by a fused norm, otherwise no bias
         qk_hw, _ = self.linear_qk_hw(shared if normalised is None else normalised)
         return self._prepared(
@@ -195,6 +215,7 @@ class SeparateSelfAttention(NativeSelfAttention):
             [self.q_layernorm, self.q_layernorm_h, self.q_layernorm_w],
             [self.k_layernorm, self.k_layernorm_h, self.k_layernorm_w],
             rotary,
+            heads,
         )
 
 
@@ -207,8 +228,10 @@ class InHeadSelfAttention(NativeSelfAttention):
         self.q_layernorm, self.k_layernorm = self._norm(for_t), self._norm(for_t)
         self.q_layernorm_hw, self.k_layernorm_hw = self._norm(for_h + for_w), self._norm(for_h + for_w)
 
-    def query_key_value(self, shared: Tensor, rotary: NativeRotary) -> QueryKeyValue:
+    def query_key_value(
+        self, shared: Tensor, rotary: NativeRotary, heads: CheckpointWithoutOutput | None
+    ) -> QueryKeyValue:
         qkv, _ = self.linear_qkv(shared)
         return self._prepared(
-            [qkv], [self.q_layernorm, self.q_layernorm_hw], [self.k_layernorm, self.k_layernorm_hw], rotary
+            [qkv], [self.q_layernorm, self.q_layernorm_hw], [self.k_layernorm, self.k_layernorm_hw], rotary, heads
         )

@@ -57,7 +57,8 @@ class NativeRotary:
         """The tables of integer positions ``[B, S, 3]``, for so many channels for t, h and w."""
 
         def table(axis: int, width: int, theta: float) -> RotaryTable:
-            position_SB = positions_BS3[..., axis].t().float()
+            # Contiguous, so that the tables are: the kernel of a GPU would copy them in every layer.
+            position_SB = positions_BS3[..., axis].t().contiguous().float()
             angle = position_SB[..., None] * inverse_frequencies(width, theta, positions_BS3.device)
             return RotaryTable(angle.cos()[:, :, None, None], angle.sin()[:, :, None, None])
 

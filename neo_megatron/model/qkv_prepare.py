@@ -1,20 +1,17 @@
 """Projections -> queries, keys and values: norms, three rotations and their concatenation.
 
-On a GPU they are one compiled function, forward and backward: the projections are read and the heads are written once
-(done one after another, each part makes three passes). On a CPU, where compiling takes minutes, every part has
-functions with a backward of their own.
+On a GPU they are one Triton kernel, forward and backward: the projections are read and the heads are written once. On a
+CPU every part has functions with a backward of their own. `at_once` is the reference of both.
 
 Shape suffixes: S sequence, B packs, G key-value heads of this rank, R query heads per key-value head, X channels of
 queries and keys, D of values.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from neo_megatron.model.compiled import compiled
 from neo_megatron.model.cpu_kernels.rms_norm import CpuRMSNorm
 from neo_megatron.model.native_rope import NativeRotary
 
@@ -38,8 +35,11 @@ def query_key_value(
     """
     if not projections[0].is_cuda:
         return _part_by_part(projections, query_norms, key_norms, rotary, eps)
+    # Not every PyTorch has Triton: those for CPUs come without it.
+    from neo_megatron.model.gpu_kernels.norm_rotary import NormRotary
+
     tables = tuple((table.cos, table.sin) for table in rotary.tables)
-    return _compiled()(tuple(projections), tuple(query_norms), tuple(key_norms), tables, eps)
+    return NormRotary.apply(tables, eps, *projections, *query_norms, *key_norms)
 
 
 def _part_by_part(
@@ -57,11 +57,6 @@ def _part_by_part(
     return heads(query, query_norms), heads(key, key_norms), value.flatten(2, 3)
 
 
-@cache
-def _compiled():
-    return compiled(at_once, fullgraph=True)
-
-
 def at_once(
     projections: Sequence[Tensor],
     query_norms: Sequence[Tensor],
@@ -69,7 +64,7 @@ def at_once(
     tables: Sequence[tuple[Tensor, Tensor]],
     eps: float,
 ) -> QueryKeyValue:
-    """The compiled function: `query_key_value`, in float32 from the projections to the heads.
+    """`query_key_value` written down, in float32 from the projections to the heads.
 
     Args:
         tables: cosine and sine for t, h and w, each ``[S, B, 1, 1, width / 2]``.
@@ -87,8 +82,7 @@ def at_once(
         return torch.cat(halves, dim=-1).to(projections[0].dtype).flatten(2, 3)
 
     query, key, value = _parts(projections)
-    # Values are copied, so that the backward writes the gradient of the entire projection in one go.
-    return heads(query, query_norms), heads(key, key_norms), value.flatten(2, 3).contiguous()
+    return heads(query, query_norms), heads(key, key_norms), value.flatten(2, 3)
 
 
 def _parts(projections: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:

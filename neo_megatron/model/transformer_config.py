@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
-from neo_megatron.model.config import NeoSizes
+from neo_megatron.model.config import ELEMENTWISE, NeoSizes
 
 
 @dataclass
@@ -36,6 +36,18 @@ class NeoConfig(TransformerConfig):
     qk_layernorm: bool = True
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+
+    recompute_modules: list[str] | None = None
+    """Of Megatron and `ELEMENTWISE`."""
+
+    batch_p2p_sync: bool = False
+    """Megatron's default lets the host wait for the device after every message of a pipeline: for PyTorch before 2."""
+
+    # FP8 with delayed scaling. The maxima of all data-parallel ranks together would make them wait for one another in
+    # every micro-batch; a long history is Transformer Engine's own default.
+    tp_only_amax_red: bool = True
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: str = "max"
 
     @classmethod
     def from_sizes(cls, sizes: NeoSizes, **settings: Any) -> "NeoConfig":
@@ -63,9 +75,19 @@ class NeoConfig(TransformerConfig):
         self.calculate_per_token_loss = True
         if self.transformer_impl == "local":
             self.gradient_accumulation_fusion &= _apex_accumulates()
+        # Megatron refuses names of modules that it does not have.
+        given = self.recompute_modules or []
+        own = [module for module in given if module in ELEMENTWISE]
+        if own:
+            self.recompute_modules = [module for module in given if module not in own]
         super().__post_init__()
+        self.recompute_modules = [*(self.recompute_modules or ()), *own]
         # NEO draws all projections from one distribution; Megatron would narrow the output projections by depth.
         self.output_layer_init_method = self.init_method
+
+    def recomputes(self, module: str) -> bool:
+        """Whether a module of every layer is recomputed on its own."""
+        return self.recompute_granularity == "selective" and module in (self.recompute_modules or ())
 
     def for_megatron_layers(self) -> "NeoConfig":
         """For Megatron's own linear layers in a model whose others are Transformer Engine's.
@@ -106,7 +128,7 @@ def expert_settings(sizes: NeoSizes, count: str) -> dict[str, Any]:
     """Megatron's settings for the experts of a Qwen3-MoE; ``count`` is its name of their number.
 
     The router computes in float32, no token is dropped. Softmax over the chosen experts alone is softmax over all of
-    them, divided by the sum of the chosen.
+    them, divided by the sum of the chosen. Megatron refuses it for a single one, whose weight is 1: the router divides.
     """
     if not sizes.num_experts:
         return {}
@@ -114,7 +136,7 @@ def expert_settings(sizes: NeoSizes, count: str) -> dict[str, Any]:
         count: sizes.num_experts,
         "moe_router_topk": sizes.experts_per_token,
         "moe_ffn_hidden_size": sizes.expert_ffn_hidden_size,
-        "moe_router_pre_softmax": not sizes.norm_topk_prob,
+        "moe_router_pre_softmax": sizes.experts_per_token == 1 or not sizes.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -2,18 +2,20 @@
 
 | kept by a layer                    | local (CPU)                          | Transformer Engine, FlexAttention (GPU)  |
 |------------------------------------|--------------------------------------|------------------------------------------|
-| norms                              | input, 1/rms                         | input, 1/rms                             |
+| norms                              | input, 1/rms                         | input, 1/rms; of heads only the input    |
 | core attention                     | q, k, output, logsumexp; v as part   | q, k, output, logsumexp; v as part of    |
 |                                    | of its projection; in 16 bits copies | its projection                           |
 |                                    | of all these in float32 instead      |                                          |
+| context parallelism                | values; and, exchanged by heads, the | the same                                 |
+|                                    | output once more; not in 16 bits     |                                          |
 | inputs of trained projections      | in the dtype of the model            | the same; a byte an element under FP8    |
 | SwiGLU                             | its input                            | its input                                |
 | router                             | its input; indices and weights       | the same                                 |
 | mask, once for each micro-batch    | one of tiles                         | blocks of 128 x 128: 16 bytes each       |
 
 Neither holds a score matrix. A frozen projection keeps no input, a frozen norm no normalised input. This table
-was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU it is read from the source
-of Transformer Engine and of FlexAttention. All experts are assumed to get as many tokens.
+was measured for the local kernels (`tests/planning/test_activations.py`); for the GPU in a simulation that runs all of
+Megatron and Transformer Engine but the kernels (`tests/simulation`). All experts are assumed to get as many tokens.
 
 Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes of an element.
 """
@@ -21,6 +23,7 @@ Symbols: x tokens of this rank, y those of its sequence-parallel part, e bytes o
 from dataclasses import dataclass
 
 from neo_megatron.model.config import LOGIT_BYTES, NeoSizes
+from neo_megatron.model.context_parallel_cost import default_way
 from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
 from neo_megatron.planning.workload import Workload
@@ -40,6 +43,10 @@ class LayerActivations:
     mlp: float
     """Of the SwiGLU; or of the router and the experts, after the norm in front of them."""
     rest: float
+    heads: float = 0.0
+    """Queries and keys, rotated, which the kernel keeps."""
+    activation: float = 0.0
+    """The output of SwiGLU, a part of `mlp`."""
     held: float = 0.0
     """Kept by Megatron's dispatcher of tokens to experts until it runs again, recomputed or not.
 
@@ -48,14 +55,18 @@ class LayerActivations:
 
     @property
     def total(self) -> float:
-        return self.hidden + self.norm_outputs + self.core_attention + self.mlp + self.rest + self.held
+        return self.hidden + self.norm_outputs + self.core_attention + self.heads + self.mlp + self.rest + self.held
 
     def kept(self, layout: Layout) -> float:
         """Bytes kept of a layer that is not fully recomputed."""
         dropped = self.norm_outputs * layout.recomputes("layernorm")
         dropped += self.core_attention * layout.recomputes("core_attn")
         dropped += self.mlp * layout.recomputes_mlp
-        return self.total - dropped
+        return self.total - dropped - self.dropped_elementwise(layout)
+
+    def dropped_elementwise(self, layout: Layout) -> float:
+        """Bytes that are computed again from what is kept, without a product."""
+        return self.heads * layout.recomputes("qkv_heads") + self.activation * layout.recomputes("mlp_act")
 
 
 def rank_tokens(layout: Layout, workload: Workload) -> tuple[float, float]:
@@ -73,7 +84,7 @@ def layer_activations(sizes: NeoSizes, layout: Layout, workload: Workload, froze
 def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
     hidden, (width, d), norms = sizes.hidden_size, sizes.attention_widths, sizes.form.norms
-    trains_output = trained or "self_attention.linear_proj.weight" in sizes.form.trained_in_stage_1
+    trains_output = _trains_output(sizes, frozen)
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
     projections = x * ((n + g) * width + g * d) * e
@@ -81,23 +92,28 @@ def _local_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bo
     beside_inputs = x * n * d * 4 * (not trains_output)  # the output, which a trained projection keeps anyway
     if e < 4:
         beside_inputs = x * ((n + g) * width + g * d + n * d) * 4 - query_key
-    norm_inputs, mlp, held = 1 + trained, x * sizes.ffn_hidden_size / tensor * e * (2 + trained), 0.0
+    exchanged = _exchanged(sizes, layout, x, trains_output) * (e == 4)
+    ffn = x * sizes.ffn_hidden_size / tensor * e
+    norm_inputs, mlp, activation, held = 1 + trained, ffn * (2 + trained), ffn * trained, 0.0
     if sizes.num_experts:  # a frozen router keeps its input too
         norm_inputs, (mlp, held) = 2, _experts(sizes, layout, y, trained, e)
     return LayerActivations(
         hidden=residual,
         norm_outputs=residual * norm_inputs + 2 * y * 4,
         core_attention=beside_inputs + x * n * 4,
+        heads=query_key,
         mlp=mlp,
+        activation=activation,
         held=held,
-        rest=residual + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e * trains_output,
+        rest=residual + projections + exchanged + norms * x * (n + g) * 4 + x * n * d * e * trains_output,
     )
 
 
 def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool) -> LayerActivations:
     e, tensor, trained = layout.parameter_bytes, layout.tensor_model_parallel_size, 1 - frozen
     product_input = 1 if layout.precision == "fp8" else e
-    hidden, (width, d), norms = sizes.hidden_size, sizes.attention_widths, sizes.form.norms
+    hidden, (width, d) = sizes.hidden_size, sizes.attention_widths
+    trains_output = _trains_output(sizes, frozen)
     n, g = sizes.num_attention_heads / tensor, sizes.num_query_groups / tensor
     residual = y * hidden * e
     projections = x * ((n + g) * width + g * d) * e
@@ -109,7 +125,7 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     ffn = x * sizes.ffn_hidden_size / tensor
     # The second norm is part of `linear_fc1`: recomputing norms does not reach it, recomputing the MLP does. In front
     # of a router it is a module of its own.
-    second_norm, held = 0.0, 0.0
+    second_norm, held, activation = 0.0, 0.0, ffn * trained * product_input
     mlp = ffn * (2 * e + trained * product_input) + y * (hidden * product_input * trained + 4)
     if sizes.num_experts:
         second_norm, (mlp, held) = residual + y * 4, _experts(sizes, layout, y, trained, product_input)
@@ -117,10 +133,34 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
         hidden=residual,
         norm_outputs=shared * (not fused_norm) + second_norm,
         core_attention=x * n * 4,
+        heads=query_key,
         mlp=mlp,
+        activation=activation,
         held=held,
-        rest=residual + shared * fused_norm + y * 4 + projections + query_key + norms * x * (n + g) * 4 + x * n * d * e,
+        rest=residual
+        + shared * fused_norm
+        + y * 4
+        + projections
+        + _exchanged(sizes, layout, x, trains_output)
+        + x * n * d * e,
     )
+
+
+def _exchanged(sizes: NeoSizes, layout: Layout, x: float, trains_output: bool) -> float:
+    """Bytes that context parallelism keeps in addition: values, and the output as it came back.
+
+    Without it the kernel and the output projection keep the same output; and so they do where keys are gathered.
+    """
+    if layout.context_parallel_size == 1:
+        return 0.0
+    tensor, (_, d) = layout.tensor_model_parallel_size, sizes.attention_widths
+    heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
+    way = layout.cp_comm_type or default_way(heads, groups, layout.context_parallel_size)
+    return x * d * layout.parameter_bytes * (groups + heads * (way == "a2a" and trains_output))
+
+
+def _trains_output(sizes: NeoSizes, frozen: bool) -> bool:
+    return not frozen or "self_attention.linear_proj.weight" in sizes.form.trained_in_stage_1
 
 
 def _experts(sizes: NeoSizes, layout: Layout, y: float, trained: int, product_input: int) -> tuple[float, float]:

@@ -130,11 +130,13 @@ def _weights_at_work(row: TensorRow, sizes: NeoSizes) -> int:
 def attention_core_flops(sizes: NeoSizes, mean_keys: float) -> Flops:
     """Softmax attention of one query: scores over X channels, values of D, over the keys that it may see.
 
-    It has no weights; both products have two inputs that need gradients. A fused kernel keeps no score matrix and
-    computes the scores once more in its backward.
+    It has no weights; both products have two inputs that need gradients. FlexAttention keeps no score matrix, and its
+    backward has two loops, one for the gradients of queries and one for those of keys and values: both compute the
+    scores again, and both the gradients of the weights, which are a product of values. (Its template in PyTorch 2.11,
+    `flex_backwards.py.jinja`, has these seven products.)
     """
     scores, values = (2 * sizes.num_attention_heads * width * mean_keys for width in sizes.attention_widths)
-    return Flops(forward=scores + values, backward=2 * (scores + values), recomputed=scores)
+    return Flops(forward=scores + values, backward=2 * (scores + values), recomputed=2 * scores + values)
 
 
 def patch_embedding_flops(sizes: NeoSizes) -> Flops:

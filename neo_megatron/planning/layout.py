@@ -10,6 +10,7 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.context_parallel_cost import Way
 from neo_megatron.validation.fp8 import check_fp8
+from neo_megatron.validation.recomputation import recomputation_refusals
 
 Precision = Literal["bf16", "fp8", "fp32"]
 
@@ -62,6 +63,7 @@ class Layout:
     recompute_num_layers: int = 1
     recompute_modules: tuple[str, ...] = ("core_attn",)
     precision: Precision = "bf16"
+    fp8_param_gather: bool = False
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
 
     @classmethod
@@ -153,14 +155,15 @@ class Layout:
 
     @property
     def fp8_recipe(self) -> str:
-        """Megatron's default, unless it conflicts with the recomputation."""
-        return "tensorwise" if self.recomputes("layernorm") else "delayed"
+        """Megatron's default, unless something conflicts with it."""
+        delayed = not (self.fp8_param_gather or self.recomputes("layernorm") or self.recomputes("mlp_act"))
+        return "delayed" if delayed else "tensorwise"
 
     @property
     def parameter_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
 
-    def refusal(self, sizes: NeoSizes, sequence_length: int) -> str | None:
+    def refusal(self, sizes: NeoSizes, sequence_length: int, training_stage: int = 2) -> str | None:
         """Why this layout cannot work, as far as it is known without Megatron; see also `validation.parallelism`."""
         tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
         for what, count in (
@@ -174,6 +177,11 @@ class Layout:
                     f"--tensor-model-parallel-size {tensor} does not divide the {count} {what} of this model: "
                     "choose a size that does"
                 )
+        if self.recompute_granularity == "selective":
+            fp8_recipe = self.fp8_recipe if self.precision == "fp8" else None
+            rules = recomputation_refusals(self.recompute_modules, bool(sizes.num_experts), context, fp8_recipe)
+            for refusal in rules:
+                return refusal
         if refusal := self._refusal_of_experts(sizes):
             return refusal
         if self.sequence_parallel and tensor == 1:
@@ -194,15 +202,14 @@ class Layout:
                 f"{virtual} virtual stages need a pipeline, and micro-batches in multiples of its {pipeline} ranks, "
                 f"not {self.micro_batches}: choose another --global-batch-size"
             )
+        if self.fp8_param_gather and self.precision != "fp8":
+            return "--fp8-param-gather is for FP8: choose --precision fp8, or leave it out"
         if self.precision == "fp8":
-            return next(check_fp8(self._fp8_arguments(sizes, sequence_length)), None)
+            return next(check_fp8(self._fp8_arguments(sizes, sequence_length, training_stage)), None)
         return None
 
     def _refusal_of_experts(self, sizes: NeoSizes) -> str | None:
         size, tensor = self.expert_model_parallel_size, self.expert_tensor_ranks
-        wanted, other = mlp_module(bool(sizes.num_experts)), mlp_module(not sizes.num_experts)
-        if self.recomputes(other):
-            return f"--recompute-modules {other} is without effect in this --neo-model: choose {wanted}"
         if not sizes.num_experts:
             given = "model" if size > 1 else "tensor" if self.expert_tensor_parallel_size else None
             return given and f"--expert-{given}-parallel-size is for a --neo-model with experts: leave it out"
@@ -226,17 +233,17 @@ class Layout:
             return "a mixture of experts with --tensor-model-parallel-size needs --sequence-parallel: add it"
         return None
 
-    def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int) -> Namespace:
+    def _fp8_arguments(self, sizes: NeoSizes, sequence_length: int, training_stage: int) -> Namespace:
         """The settings that `check_fp8` reads, under Megatron's names."""
         return Namespace(
             **vars(self),
             fp8="hybrid",
             bf16=True,
             fp8_recipe=self.fp8_recipe,
-            fp8_param_gather=False,
             first_last_layers_bf16=False,
             eval_micro_batch_size=None,
             seq_length=sequence_length,
+            training_stage=training_stage,
             num_attention_heads=sizes.num_attention_heads,
             num_query_groups=sizes.num_query_groups,
             hidden_size=sizes.hidden_size,

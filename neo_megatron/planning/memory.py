@@ -19,7 +19,8 @@ class RankMemory:
     """Bytes of one pipeline rank.
 
     Attributes:
-        fp8_weights: under FP8, the 8-bit forms of the layers' matrices, as they are and transposed.
+        fp8_weights: under FP8, the 8-bit forms of the layers' matrices, as they are and transposed. With
+            `fp8_param_gather` these two bytes are the parameters themselves, in place of two of bfloat16.
         activations: kept for the backward by all micro-batches in flight, at the worst moment.
         working: in addition, of the layer or head at work: gradients, gathered inputs, what is recomputed.
     """
@@ -45,7 +46,7 @@ def pipeline_memory(sizes: NeoSizes, layout: Layout, workload: Workload, trainin
     }
     for rank, chunks in enumerate(all_chunks):
         fp8_weights = 0.0
-        if layout.precision == "fp8":
+        if layout.precision == "fp8" and not layout.fp8_param_gather:
             parameters = [p for chunk in chunks for p in chunk_parameters(sizes, layout, chunk, training_stage)]
             fp8_weights = 2 * sum(p.total for p in parameters if p.quantized)
         memory.append(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.packs.mixture_schedule import longest_packs
 from neo_megatron.planning.workload import Workload, allowed_pairs
 
 PACKS = 64
@@ -60,9 +61,13 @@ def count_packs(item: dict[str, Any]) -> PackCounts:
 
 
 def measure_packs(location: str | Path, count: int = PACKS) -> Workload:
-    """The mean of the first packs of a directory or a mixture; no image is read."""
+    """The mean of the first packs of a directory or a mixture, or of its longest packs; no image is read."""
     dataset = PackDataset(location, None, seed=0, images="none")
-    return measure_items(dataset[number] for number in range(min(count, len(dataset))))
+    first = longest_packs(dataset.lengths)[0]
+    ends = [start for start, _ in dataset.lengths if start > first]
+    last = min([first + min(count, len(dataset)), *ends])
+    dataset = PackDataset(location, last, seed=0, images="none")
+    return measure_items(dataset[number] for number in range(first, last))
 
 
 def measure_items(items: Iterable[dict[str, Any]]) -> Workload:

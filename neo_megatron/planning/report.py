@@ -16,13 +16,14 @@ from neo_megatron.planning.workload import Workload
 
 
 def recomputations(sizes: NeoSizes) -> dict[str, dict[str, Any]]:
-    """The choices that are compared, by Megatron's --recompute-modules; full is uniform, layer by layer."""
+    """The choices that are compared, by --recompute-modules; full is uniform, layer by layer."""
     mlp = mlp_module(bool(sizes.num_experts))
+    elementwise = [("qkv_heads",)] if sizes.num_experts else [("mlp_act",), ("mlp_act", "qkv_heads")]
     return {
         "none": dict(recompute_granularity=None),
         **{
             " ".join(modules): dict(recompute_granularity="selective", recompute_modules=modules)
-            for modules in (("core_attn",), ("layernorm",), (mlp,), ("layernorm", mlp))
+            for modules in (("core_attn",), ("layernorm",), *elementwise, (mlp,), ("layernorm", mlp))
         },
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     }
@@ -199,6 +200,8 @@ def _recomputation(plan: Plan) -> str:
     rows: list[list[Any]] = [["recomputation", "activations and working, fullest rank", "GB in all", "step"]]
     for name, choice in recomputations(plan.sizes).items():
         layout = dataclasses.replace(plan.layout, **choice)
+        if layout.refusal(plan.sizes, plan.workload.sequence_length, plan.training_stage):
+            continue  # such as heads under context parallelism
         other = Plan.make(plan.sizes, layout, plan.workload, plan.training_stage, plan.gpu, plan.efficiency)
         fullest = max(other.memory, key=lambda memory: memory.total)
         active = fullest.activations + fullest.working

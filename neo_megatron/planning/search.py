@@ -125,6 +125,7 @@ def candidates(
                         overlap_grad_reduce=True,
                         overlap_param_gather=True,
                         precision=precision,
+                        fp8_param_gather=given.get("fp8_param_gather", False),
                         transformer_impl=given.get("transformer_impl", "transformer_engine"),
                         **recomputation,
                     )
@@ -132,7 +133,7 @@ def candidates(
                 except ConfigError as error:  # the flags do not allow such a split
                     refusals.append(str(error))
                     continue
-                if refusal := layout.refusal(sizes, workload.sequence_length):
+                if refusal := layout.refusal(sizes, workload.sequence_length, training_stage):
                     refusals.append(refusal)
                 else:
                     yield layout

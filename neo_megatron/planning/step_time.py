@@ -20,8 +20,8 @@ from neo_megatron.planning.state import MAIN_GRADIENT, MOMENTS, rank_state
 from neo_megatron.planning.workload import Workload
 
 # What a layer keeps is written and read once on the way forward, and twice, with its gradient, on the way back; run
-# again, it is written and read once more.
-MEMORY_PASSES = 6
+# again, it is written and read once more. What is computed again elementwise is made of up to twice as many bytes.
+MEMORY_PASSES, PASSES_AGAIN = 6, 3
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def layer_seconds(
     seconds += max(share * expert_count / rate, weights / (gpu.memory_rate * efficiency.memory))
     seconds += share * core_count / (gpu.peak(_without_fp8(layout)) * efficiency.attention)
     passes = MEMORY_PASSES + 2 * recomputed
-    through_memory = passes * layer_activations(sizes, layout, workload, frozen).total
+    kept = layer_activations(sizes, layout, workload, frozen)
+    through_memory = passes * kept.total + PASSES_AGAIN * kept.dropped_elementwise(layout)
     return seconds + through_memory / (gpu.memory_rate * efficiency.memory)
 
 

@@ -27,12 +27,6 @@ WORKS = (
         """,
     ),
     _works(
-        "tests/distributed/test_bad_numbers.py",
-        """
-        --error-injection-rate
-        """,
-    ),
-    _works(
         "tests/distributed/test_evaluation.py",
         """
         --start-eval-at-iter --skip-train --full-validation --test-data-path
@@ -52,11 +46,11 @@ WORKS = (
         --recompute-activations --no-check-for-nan-in-loss-and-grad --check-for-large-grads --no-bias-swiglu-fusion
         --no-bias-dropout-fusion --dump-param-to-param-group-map --seed --data-parallel-random-init --decoupled-lr
         --save-params-interval --save-wgrads-interval --exit-on-missing-checkpoint --no-ckpt-fully-parallel-save
-        --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo --ckpt-assume-constant-structure
+        --ckpt-fully-parallel-load-exchange-algo --ckpt-assume-constant-structure
         --no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness
         --distrib-optim-fully-reshardable-mem-efficient --no-save-rng --no-load-rng --dist-ckpt-workers
         --grad-reduce-in-bf16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis
-        --accumulate-allreduce-grads-in-fp32 --no-align-grad-reduce --disable-gloo-process-groups
+        --accumulate-allreduce-grads-in-fp32 --no-align-grad-reduce
         --distributed-timeout-seconds-after-init --disable-jit-fuser --ddp-num-buckets --ddp-bucket-size
         --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
         --ddp-param-name-patterns-for-fp32-local-accumulation --no-align-param-gather --eval-global-batch-size
@@ -170,7 +164,7 @@ WORKS_ON_GPU = (
         "Transformer Engine: FP8",
         """
         --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --reuse-grad-buf-for-mxfp8-param-ag
-        --no-stream-ckpt-dequant --num-layers-at-start-in-bf16
+        --num-layers-at-start-in-bf16
         """,
     ),
     _on_gpu(
@@ -186,10 +180,9 @@ WORKS_ON_GPU = (
         """,
     ),
     _on_gpu(
-        "apex or Transformer Engine: optimizer state in few bits, and steps in CUDA graphs",
+        "apex or Transformer Engine: optimizer state in few bits",
         """
         --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
-        --optimizer-cuda-graph
         """,
     ),
     _on_gpu(
@@ -291,10 +284,17 @@ NO_EFFECT = (
         """,
     ),
     _no_effect(
+        "only --distrib-optim-fully-reshardable-mem-efficient has such groups, and needs them",
+        """
+        --disable-gloo-process-groups
+        """,
+    ),
+    _no_effect(
         "always so in NEO",
         """
         --qk-layernorm --calculate-per-token-loss --group-query-attention --swiglu --exit-signal-handler
-        --dist-ckpt-optim-fully-reshardable --use-persistent-ckpt-worker
+        --dist-ckpt-optim-fully-reshardable --ckpt-fully-parallel-load --use-persistent-ckpt-worker
+        --no-stream-ckpt-dequant
         """,
     ),
 )
@@ -394,12 +394,10 @@ ONLY_WITH = (
     _only_with(
         "--load or --pretrained-checkpoint",
         lambda args: args.load or args.pretrained_checkpoint,
-        "--ckpt-step --no-load-optim --no-load-rng --finetune --exit-on-missing-checkpoint",
-    ),
-    _only_with(
-        "--ckpt-fully-parallel-load",
-        lambda args: args.ckpt_fully_parallel_load,
-        "--ckpt-fully-parallel-load-exchange-algo",
+        """
+        --ckpt-step --no-load-optim --no-load-rng --finetune --exit-on-missing-checkpoint
+        --ckpt-fully-parallel-load-exchange-algo
+        """,
     ),
     _only_with(
         "--valid-data-path",

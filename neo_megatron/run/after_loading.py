@@ -8,10 +8,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import get_args
 
-from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.run.changes import saved_schedule
 from neo_megatron.run.console import say
-from neo_megatron.run.optimizer_state import Loaded, load_state, saved_groups
+from neo_megatron.run.optimizer_state import Loaded, load_masters, load_state, read_on_rank_0, saved_groups
 from neo_megatron.run.pretrained_optimizer import take_over_state
 
 # Keys of a saved parameter group that identify it among those of the run.
@@ -25,8 +24,11 @@ def after_loading(
     args = get_args()
     if args.resume_from is not None:
         _resume(args, model, optimizer, scheduler)
-    elif args.pretrained_optimizer and args.started_from and optimizer is not None:
-        _say_on_rank_0(take_over_state(optimizer, model, args.started_from))
+    elif args.started_from and optimizer is not None:
+        if args.pretrained_optimizer:
+            _say_on_rank_0(take_over_state(optimizer, model, args.started_from))
+        elif args.bf16 or args.fp16:
+            load_masters(optimizer, model, args.started_from, args.fp8_param_gather)
 
 
 def packs_to_read(args: Namespace, iteration: int, consumed: int) -> int:
@@ -42,13 +44,15 @@ def _resume(
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
 ) -> None:
-    common_state = TorchDistDirectory(args.resume_from).common_state()
+    _, common_state = read_on_rank_0(args.resume_from)
     if args.load_state_by_names:
         args.no_load_optim = False  # set before to keep Megatron from loading it
         if optimizer is not None:
             _say_on_rank_0(_sentence(args, load_state(optimizer, model, args.resume_from)))
             _place(args, scheduler, optimizer, common_state)
     elif args.no_load_optim and scheduler is not None:
+        if optimizer is not None and (args.bf16 or args.fp16):
+            load_masters(optimizer, model, args.resume_from, args.fp8_param_gather)
         _place(args, scheduler, optimizer, common_state)
         _say_on_rank_0("--no-load-optim: moments start at zero; iteration, consumed packs and schedule continue")
     if args.train_samples:  # earlier iterations may have had another batch size

@@ -25,6 +25,7 @@ from neo_megatron.run.optimizer_state import has_moments, is_by_ranks
 # Flags that change the samples or the update from here on, and what the change means.
 _TOLD = {
     "train_packs": "--train-data-path: the run continues after the same number of packs of the new ones",
+    "recipe": "",
     "seed": "samples come in another order from here on, some again and others not in this epoch",
     "loss_weighting": "",
     "min_jpeg_quality": "",
@@ -102,8 +103,8 @@ def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Pa
     if differences := _differences(saved_schedule(args, common_state), _schedule(args), _SCHEDULE_FLAGS):
         raise ConfigError(
             f"the checkpoint {checkpoint} follows another schedule (in packs: {differences}), as after a change of "
-            "--train-iters, --lr or --weight-decay: add --override-opt-param-scheduler to follow the new one from here "
-            "on, or --use-checkpoint-opt-param-scheduler to keep the old one"
+            "--train-iters, --lr, --weight-decay or --recipe: add --override-opt-param-scheduler to follow the new one "
+            "from here on, or --use-checkpoint-opt-param-scheduler to keep the old one"
         )
 
 
@@ -123,7 +124,10 @@ def saved_schedule(args: Namespace, common_state: dict[str, Any]) -> dict[str, A
 
 
 def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
-    """Whether Megatron cannot load the optimizer's state itself, or would load hyperparameters with it.
+    """Whether Megatron cannot load the optimizer's state itself, or would load hyperparameters with it, or too much.
+
+    Of the distributed optimizer it would hold all of its data-parallel group's state in the memory of every process, 12
+    bytes a parameter; by names one kind of state is held at a time.
 
     Raises:
         ConfigError: nor can this package load it.
@@ -139,7 +143,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     if args.optimizer == "sgd":  # Megatron cannot load it
         return True
     if has_moments(saved):
-        return bool(changed or idle_stages or schedule_flags)
+        return bool(changed or idle_stages or schedule_flags or args.use_distributed_optimizer)
     if not is_by_ranks(saved):
         return True
     if {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):

@@ -14,7 +14,8 @@ from neo_megatron.errors import ConfigError, DamagedCheckpoint
 from neo_megatron.paths import REMOTE
 from neo_megatron.run.console import say
 from neo_megatron.run.output_lock import OutputLock
-from neo_megatron.run.resume import make_way, note_packs, on_rank_0, rank_and_ranks
+from neo_megatron.run.ranks import on_rank_0, rank_and_ranks
+from neo_megatron.run.resume import make_way, note_packs
 from neo_megatron.run.start_checks import check_checkpoint
 
 

@@ -21,6 +21,7 @@ from neo_megatron.planning.workload import Workload
 from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.loaders import check_loader_memory, ended_before, open_packs
+from neo_megatron.run.pack_lengths import check_borders, longest_ahead
 from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint
 
@@ -89,15 +90,21 @@ def _check_checkpoint(args: Namespace) -> tuple[int, int]:
 
 
 def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
-    """Reads the first global batch of training packs, and the first pack of other splits; images are decoded."""
+    """Reads the first global batch of training packs, and the first pack of other splits; images are decoded.
+
+    Of packs of several lengths, it also reads the first global batch of the longest ones, which decide what fits.
+    """
     size = args.global_batch_size
     train = packs_to_read(args, iteration, consumed)
     if sentence := ended_before(args, train, consumed):
         print(sentence)
+    check_borders(args, consumed, train)
+    longest = longest_ahead(args.pack_lengths, consumed, train) if args.train_data_path else consumed
     batch = GlobalBatch(size, args.data_parallel_size, args.micro_batch_size, start=consumed)
     workload = None
     for split, first, count, global_batch in (
         ("train", consumed, train, None if args.step_batch_size_schedule else batch),
+        *([("train", longest, train, batch)] if longest > consumed else []),
         ("valid", 0, 1, None),
         ("test", 0, 1, None),
     ):
@@ -109,7 +116,9 @@ def _check_packs(args: Namespace, iteration: int, consumed: int) -> Workload:
             watch_broken_samples((dataset[n] for n in range(first, last)), args.max_broken_samples, report=True)
         )
         samples = sum(item["samples"] for item in items)
-        print(f"{split:<12} {dataset.packs.location}: {len(items):,} packs read, {samples:,} samples")
+        tokens = f" of {len(items[0]['tokens']):,} tokens" if items and len(dataset.lengths) > 1 else ""
+        location = getattr(args, f"{split}_data_path")[0]
+        print(f"{split:<12} {location}: {len(items):,} packs{tokens} read, {samples:,} samples")
         if split == "train" and items:
             workload = measure_items(items)
     return workload or Workload.of_alike_documents(args.seq_length)

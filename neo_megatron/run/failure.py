@@ -2,7 +2,8 @@
 
 torchrun gives every rank a file for its error. The first rank that fails on a machine claims a file next to these
 and reports its error; the others, which fail for the same reason or because the first one is gone, wait to be ended. A
-rank that hangs, because a rank that it exchanges tensors with is gone, ends by itself.
+rank that hangs, because a rank that it exchanges tensors with is gone, ends by itself. Other machines read the error in
+torchrun's store and report it as their own; NCCL alone would let them wait for --distributed-timeout-minutes.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from neo_megatron.command_line import INTERRUPTED
 from neo_megatron.redaction import redacted
@@ -25,6 +27,9 @@ _CLAIM = "first-failure"
 _SECONDS_TO_BE_ENDED = 15  # by torchrun or srun
 _SECONDS_BEHIND_KILLED = 6  # a busy machine takes that long to see it
 _SECONDS_BEHIND_RANK_0 = 5  # where nobody else says which rank failed first
+_SECONDS_BETWEEN_LOOKS = 5  # of one rank of a machine into torchrun's store
+_SECONDS_BETWEEN_QUESTIONS = 0.5  # whether all machines know
+_SECONDS_TO_BE_SEEN = 12  # by other machines; the store may be gone once this rank has ended
 
 
 class Failure:
@@ -39,6 +44,11 @@ class Failure:
         self._rank = int(os.environ.get("RANK", "0"))
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._error_file = Path(file) if file else None
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._told = _ToldToMachines(machines) if self._error_file is not None and agent and machines > 1 else None
+        self._patience = _SECONDS_TO_BE_SEEN if self._told is not None else 0  # the first rank may take that long
+        self._claimed = False
         self.console: Console | None = None
 
     def watch(self) -> None:
@@ -64,6 +74,12 @@ class Failure:
             time.sleep(_SECONDS_BEHIND_KILLED)
         if not self._is_first():
             self._wait_to_be_ended()
+        if self._told is not None:
+            _be_endable()
+            short = f"{self._name}: rank {self._rank} failed: {type(error).__name__}: {error}"
+            first = self._told.tell(text if sentence else redacted(short))
+            if first is not None:
+                self._end_for_another(first)
         if self._error_file is not None:
             self._write_error_file(text if sentence else None, error)
         if self._error_file is None or not sentence:
@@ -87,6 +103,7 @@ class Failure:
             self._claim.touch(exist_ok=False)
         except FileExistsError:
             return False
+        self._claimed = True
         return True
 
     @property
@@ -95,22 +112,36 @@ class Failure:
 
     def _wait_to_be_ended(self) -> NoReturn:
         _be_endable()
-        time.sleep(_SECONDS_TO_BE_ENDED)
+        time.sleep(_SECONDS_TO_BE_ENDED + self._patience)
         self._end(1)
 
     def _leave_after_another(self) -> None:
+        told = self._told if os.environ.get("LOCAL_RANK") == "0" else None
+        looked = time.monotonic()
         while not self._claim.exists():
             time.sleep(1)
-        time.sleep(_SECONDS_TO_BE_ENDED // 3)  # first torchrun sees which rank failed
+            if told is not None and time.monotonic() - looked >= _SECONDS_BETWEEN_LOOKS:
+                looked = time.monotonic()
+                if (text := told.look()) and self._is_first():
+                    time.sleep(_SECONDS_BETWEEN_QUESTIONS + 1)  # the store may end with this machine
+                    self._end_for_another(text)
+        time.sleep(_SECONDS_TO_BE_ENDED // 3 + self._patience)  # first torchrun sees which rank failed
+        if not self._claimed:  # by the main thread, which reports its error
+            self._end(1)
+
+    def _end_for_another(self, text: str) -> NoReturn:
+        """Reports the error of a rank of another machine."""
+        self._error_file.write_text(json.dumps(_message(text)))
         self._end(1)
 
     def _write_error_file(self, sentence: str | None, error: BaseException) -> None:
         """Writes torch's error file: a sentence is shown as text, a call stack as a bug."""
-        now = str(int(time.time()))
         stack = "".join(traceback.format_exception(error))
-        bug = {"message": f"{type(error).__name__}: {error}", "extraInfo": {"py_callstack": stack, "timestamp": now}}
-        written = {"message": sentence, "timestamp": now} if sentence else {"message": bug}
-        self._error_file.write_text(json.dumps(written))
+        message = _message(sentence or "")
+        bug = {"py_callstack": stack, "timestamp": message["timestamp"]}
+        if not sentence:
+            message = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": bug}}
+        self._error_file.write_text(json.dumps(message))
 
     def _show(self, text: str) -> None:
         if self.console is not None:
@@ -126,6 +157,65 @@ class Failure:
             with contextlib.suppress(OSError, ValueError):  # a closed screen or a full disk
                 stream.flush()
         os._exit(code)
+
+
+class _ToldToMachines:
+    """The error of the rank that failed first, in torchrun's store, which outlives ranks and their process group.
+
+    Args:
+        machines: how many there are.
+    """
+
+    def __init__(self, machines: int) -> None:
+        self._machines = machines
+        self._key = f"neo_megatron/first-failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._store: Any = None
+
+    def tell(self, text: str) -> str | None:
+        """Tells the other machines and waits until they know; the error of another machine, if it was first."""
+        try:
+            store = self._connected()
+            first = store.compare_set(self._key, "", text).decode()
+            if first != text:
+                store.add(f"{self._key}/seen", 1)
+                return first
+            deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
+            while store.add(f"{self._key}/seen", 0) < self._machines - 1 and time.monotonic() < deadline:
+                time.sleep(_SECONDS_BETWEEN_QUESTIONS)
+        except (RuntimeError, OSError, ImportError):
+            pass  # the store is gone, and so is the machine that failed first; this one's error is still reported
+        return None
+
+    def look(self) -> str | None:
+        """The error of another machine."""
+        if not hasattr(sys.modules.get("torch.distributed"), "TCPStore"):
+            return None  # the main thread prepares the import of torch
+        try:
+            store = self._connected()
+            if not store.check([self._key]):
+                return None
+            store.add(f"{self._key}/seen", 1)
+            return store.get(self._key).decode()
+        except (RuntimeError, OSError):
+            return None  # the store's machine is about to end, or busy
+
+    def _connected(self) -> Any:
+        if self._store is None:
+            from torch.distributed import TCPStore
+
+            self._store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=_SECONDS_TO_BE_SEEN),
+                wait_for_workers=False,
+            )
+        return self._store
+
+
+def _message(text: str) -> dict[str, Any]:
+    """The content of torch's error file for a sentence."""
+    return {"message": text, "timestamp": str(int(time.time()))}
 
 
 def _was_told_to_end() -> bool:

@@ -4,15 +4,46 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+# Says how long to warm up: a recipe with a number of steps gives way to any of them.
+WARMUP_FLAGS = ("--lr-warmup-fraction", "--lr-warmup-iters", "--lr-warmup-samples")
 
-def fill_min_lr(args: Namespace, stage: dict[str, Any]) -> None:
-    """Sets ``args.min_lr``, unless given, to the training stage's share of the peak rate.
+
+def fill_schedule(args: Namespace, stage: dict[str, Any], warmup_given: bool) -> Iterator[str]:
+    """Sets ``args.min_lr`` and a warm-up in steps, unless given, as the recipe has them for its training stage.
+
+    `--lr` alone keeps the recipe's ratio of the lowest rate to the peak rate.
 
     Args:
-        stage: `lr` and `min_lr` as published.
+        stage: of `presets.Recipe`; empty for one that does not exist.
+        warmup_given: whether one of `WARMUP_FLAGS` is on the command line.
+
+    Yields:
+        A sentence for every number that the recipe does not have, or that does not fit the run.
     """
     if args.min_lr is None:
-        args.min_lr = args.lr * stage["min_lr"] / stage["lr"] if args.lr is not None else 0.0
+        falls = args.lr is not None and args.lr_decay_style != "constant" and not args.skip_train
+        if stage and "min_lr" not in stage and falls:
+            yield (
+                f"--recipe {args.recipe} does not state how low the learning rate falls: add --min-lr, such as "
+                f"{args.lr / 10:g} (a tenth of --lr) or 0"
+            )
+        share = stage.get("min_lr", 0.0) / stage["lr"] if stage else 0.0
+        args.min_lr = args.lr * share if args.lr is not None else 0.0
+    steps = stage.get("lr_warmup_iters")
+    if steps is None or warmup_given or args.skip_train:
+        return
+    warms_up = f"--recipe {args.recipe} warms up for {steps} steps"
+    if args.train_samples:
+        if args.step_batch_size_schedule or not args.global_batch_size:
+            yield f"{warms_up}, and how many packs these are is not known: add --lr-warmup-samples"
+        else:
+            args.lr_warmup_samples = steps * args.global_batch_size
+        steps_of_run = args.train_samples // (args.global_batch_size or 1)
+    else:
+        args.lr_warmup_iters = steps
+        steps_of_run = args.train_iters
+    if steps_of_run and steps >= steps_of_run:
+        yield f"{warms_up}, and this run has {steps_of_run}: give a shorter --lr-warmup-fraction, or train for longer"
 
 
 def schedule_refusals(args: Namespace) -> Iterator[str]:

@@ -13,6 +13,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
 from neo_megatron.data.dataset import GlobalBatch, Images, PackDataset, collate
+from neo_megatron.data.packs.mixture_schedule import longest_packs
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.run.after_loading import packs_to_read
@@ -20,6 +21,7 @@ from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.console import say
 from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
 from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers
+from neo_megatron.run.pack_lengths import check_borders
 
 _MOST = 4  # the most packs that a sentence lists, files of a pack, and records of a file
 
@@ -62,6 +64,7 @@ def ended_before(args: Namespace, packs: int, consumed: int) -> str:
 
 def _training(args: Namespace, num_samples: int, consumed: int, images: Images) -> "MicroBatches | None":
     """Training packs from number `consumed` on; `None` without packs."""
+    check_borders(args, consumed, num_samples)
     ranks = parallel_state.get_data_parallel_world_size()
     even = GlobalBatch(args.global_batch_size, ranks, args.micro_batch_size, start=consumed)
     # With a batch-size ramp-up, steps differ in size.
@@ -145,7 +148,14 @@ class MicroBatches:
                 raise
             # Workers take turns.
             raise late(count % self._workers, self._workers, self.describe(numbers), self._seconds) from error
-        return {**batch, "packs": numbers, "describe": self.describe}
+        return self._named(batch, numbers)
+
+    def _named(self, batch: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
+        return {**batch, "packs": numbers, "describe": self.describe, "again": partial(self._read_again, numbers)}
+
+    def _read_again(self, numbers: list[int]) -> dict[str, Any]:
+        """The same micro-batch, read in this process."""
+        return self._named(collate([self._dataset[number] for number in numbers]), numbers)
 
     def describe(self, numbers: Sequence[int]) -> str:
         """Describes packs by their numbers and records; of many, the first ones."""
@@ -192,7 +202,8 @@ def check_loader_memory(args: Namespace) -> None:
         dataset = open_packs(args, split, None, "patches") if wanted else None
         if dataset is None:
             continue
-        pack_bytes = max(pack_bytes, dataset.largest(0, min(len(dataset), 256)))
+        for start, _ in dataset.lengths:
+            pack_bytes = max(pack_bytes, dataset.largest(start, min(len(dataset), 256)))
         size = args.micro_batch_size if split == "train" else args.eval_micro_batch_size
         held = step if split == "train" and cpu_platform.on_cpu() else 1
         packs += ranks * size * (2 * args.num_workers + held)
@@ -217,9 +228,10 @@ def open_packs(
         )
     quality = args.min_jpeg_quality if split == "train" else 100
     dataset = PackDataset(paths[0], num_samples, args.seed, args.loss_weighting, images, global_batch, quality)
-    if dataset.packs.sequence_length != args.seq_length:
+    length = longest_packs(dataset.lengths)[1]
+    if length != args.seq_length:
         raise ConfigError(
-            f"{flag} {paths[0]} holds packs of {dataset.packs.sequence_length} tokens, "
+            f"{flag} {paths[0]} holds packs of {length} tokens, "
             f"--seq-length is {args.seq_length}: pack again with neo-megatron pack, which does not tokenize again"
         )
     tokens = dataset.packs.data.tokenizer["size"]

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.run.ranks import on_rank_0
 
 STATE = "optimizer.state."
 # Keyed by Megatron's name of the optimizer.
@@ -80,7 +83,7 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
         model: this rank's chunks.
         checkpoint: one iteration.
     """
-    saved = TorchDistDirectory(checkpoint)
+    saved, common_state = read_on_rank_0(checkpoint)
     sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
     optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
     states = [(one, p, state) for one in optimizers for p, state in _states(one)]
@@ -96,7 +99,7 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
     for one, parameter, state in states:
         if "master" in state.tensors and parameter in masters:
             _fill(one, parameter, state, "master", masters[parameter])
-    common = saved_optimizers(saved.common_state())
+    common = saved_optimizers(common_state)
     step = max((_step(state) for state in common), default=0)
     for one in optimizers:
         _set_step(one, step)
@@ -105,6 +108,33 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
             one.grad_scaler.load_state_dict(scaler)
     known = sum(f"{STATE}{moment}.{entry.key}" in saved.shapes for moment in moments[:1] for entry in sharded.values())
     return Loaded(known, len(sharded) - known if moments else 0, step)
+
+
+@torch.no_grad()
+def load_masters(
+    optimizer: MegatronOptimizer, model: list[torch.nn.Module], checkpoint: str | Path, quantized: bool
+) -> None:
+    """Makes master weights the weights of a checkpoint, bit for bit. Collective: called after the model was loaded.
+
+    Megatron copies them from the model's parameters, which have lost bits where they are kept in FP8, or in bf16 while
+    the checkpoint is in float32.
+
+    Args:
+        model: this rank's chunks.
+        checkpoint: one iteration.
+        quantized: whether the model's parameters are kept in FP8.
+    """
+    saved, _ = read_on_rank_0(checkpoint)
+    stored = {saved.dtype(key) for key in saved.shapes if not key.startswith("optimizer.")}
+    if not quantized and stored <= {optimizer.config.params_dtype}:
+        return
+    sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
+    masters = _read(saved, sharded, ("",))
+    optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
+    for one in optimizers:
+        for parameter, state in list(_states(one)):
+            if "master" in state.tensors and parameter in masters:
+                _fill(one, parameter, state, "master", masters[parameter])
 
 
 def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
@@ -117,6 +147,16 @@ def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
             continue
         if not isinstance(one.optimizer, _TORCH_ADAM):  # which cannot continue from moments without a count of steps
             one.init_state_fn(one.optimizer, one.config)
+
+
+def read_on_rank_0(checkpoint: str | Path) -> tuple[TorchDistDirectory, dict[str, Any]]:
+    """The table of a checkpoint's tensors, and everything in it that is not a tensor. Collective."""
+
+    def read() -> tuple[TorchDistDirectory, dict[str, Any]]:
+        saved = TorchDistDirectory(checkpoint)
+        return saved, saved.common_state()
+
+    return on_rank_0(read)
 
 
 def saved_optimizers(common_state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,7 +187,10 @@ def _read(
             empty = torch.empty(parameter.shape, dtype=saved.dtype(key), device="cpu")
             wanted[id(parameter)] = make_sharded_optimizer_tensor(entry, empty, "")
             wanted[id(parameter)].key = key
-    loaded = dist_checkpointing.load(wanted, str(saved.directory))
+    # Each data-parallel rank reads a share and gets the rest from the others.
+    ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), ranks)
+    loaded = dist_checkpointing.load(wanted, str(saved.directory), strategy)
     return {p: loaded[id(p)] for p in sharded if id(p) in wanted}  # the checkpoint also has the common state
 
 
@@ -234,7 +277,4 @@ def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
             state["step"] = torch.tensor(float(step))
     else:
         for group in inner.param_groups:
-            # A CUDA graph reads the count on the device.
-            group["step"] = (
-                torch.tensor([step], dtype=torch.int, device="cuda") if optimizer.config.optimizer_cuda_graph else step
-            )
+            group["step"] = step

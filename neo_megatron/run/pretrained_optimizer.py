@@ -10,6 +10,7 @@ young moments: with betas of 0.9 and 0.95 their first step is 2.2 times shorter 
 """
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.errors import ConfigError
 from neo_megatron.run.optimizer_state import has_moments, is_by_ranks, load_state
+from neo_megatron.run.ranks import on_rank_0
 
 
 def check_flags(args: Namespace) -> None:
@@ -43,13 +45,18 @@ def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], 
     Raises:
         ConfigError: the checkpoint has no state, or only one that fits its own layout.
     """
-    saved = TorchDistDirectory(checkpoint)
-    check_state(saved)
-    loaded = load_state(optimizer, model, saved.directory)
+    directory = on_rank_0(partial(_directory_with_state, checkpoint))
+    loaded = load_state(optimizer, model, directory)
     return (
-        f"optimizer state of {saved.directory} after {loaded.step} steps, on the first rank: taken over for "
+        f"optimizer state of {directory} after {loaded.step} steps, on the first rank: taken over for "
         f"{loaded.known} parameters, zero for {loaded.fresh} that begin to train"
     )
+
+
+def _directory_with_state(checkpoint: str | Path) -> Path:
+    saved = TorchDistDirectory(checkpoint)
+    check_state(saved)
+    return saved.directory
 
 
 def check_state(saved: TorchDistDirectory) -> None:

@@ -6,6 +6,7 @@ Importing this module prepares torch and Megatron for the machine; `neo_megatron
 import sys
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from neo_megatron.megatron_compat import cpu_platform, hooks
 
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from neo_megatron.command_line import sentence_of
 from neo_megatron.errors import ConfigError, DataError
+from neo_megatron.megatron_compat import steps
 from neo_megatron.model.freeze import describe_trainable, freeze_for_stage
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import context_share, model_inputs, to_device
@@ -37,6 +39,7 @@ from neo_megatron.run.loader_workers import describe_ended_worker
 from neo_megatron.run.loaders import check_loader_memory, datasets_provider
 from neo_megatron.run.log_writers import PAIR_RATIO
 from neo_megatron.run.optimizer_state import allocate_moments
+from neo_megatron.run.pack_lengths import StepLengths
 from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
 
@@ -44,6 +47,7 @@ from neo_megatron.run.training_arguments import parse_arguments
 _loss = WeightedLoss()
 _bad_numbers = BadNumbers()
 _log = StepLog()
+_lengths = StepLengths()
 
 
 def train() -> None:
@@ -58,6 +62,8 @@ def train() -> None:
     cpu_platform.call_before_saving(allocate_moments)
     cpu_platform.call_around_evaluation(evaluate_split)
     hooks.log_with(_log)
+    hooks.train_steps_in(_lengths.step)
+    steps.patch_steps(_step)
     try:
         args = parse_arguments()
         if args.dry_run:
@@ -65,6 +71,9 @@ def train() -> None:
             return
         check_loader_memory(args)
         _log.begin(args)
+        # Gradients that overflow in float16 are found, and those to be written are written, as they will be used.
+        clips = args.clip_grad > 0 and not args.fp16 and args.save_wgrads_interval is None
+        steps.begin(clips, _bad_numbers.look_at_norm)
         with RunCheckpoints(args) as run_checkpoints:
             pretrain(
                 pretrain_cfg_container_from_args(args),
@@ -102,7 +111,8 @@ def model_provider(
     run_checkpoints.start()  # all ranks can communicate here, and Megatron has not loaded yet
     args = get_args()
     config = config or core_transformer_config_from_args(args, NeoConfig)
-    config.finalize_model_grads_func = partial(finalize_step, run_checkpoints)
+    # Megatron copies a configuration for experts: a function is shared, the arguments of a `partial` are copied.
+    config.finalize_model_grads_func = lambda *given, **groups: finalize_step(run_checkpoints, *given, **groups)
     model = NeoModel(
         config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
     )
@@ -115,6 +125,10 @@ def model_provider(
     return model
 
 
+def _step(*step: Any) -> Any:
+    return _bad_numbers.step(*step)
+
+
 def _first_of_its_stage() -> bool:
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return data_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -123,7 +137,7 @@ def _first_of_its_stage() -> bool:
 def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module], num_tokens: Tensor, **groups) -> None:
     """Called by Megatron once per step on all ranks: normalises the gradients, and handles finished saves."""
     run_checkpoints.look()
-    _bad_numbers.look_at_loss()
+    _bad_numbers.end_of_computation()
     _loss.finalize_model_grads(model, num_tokens, **groups)
 
 
@@ -135,7 +149,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     packs = next(data_iterator)
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if torch.is_grad_enabled():
-        _bad_numbers.note(packs["packs"], packs["describe"])
+        _bad_numbers.note(packs, vp_stage or 0)
         if not vp_stage:  # virtual stages read the same packs in turn
             _log.note(packs)
     if args.context_parallel_size > 1:

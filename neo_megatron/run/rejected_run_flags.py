@@ -149,9 +149,17 @@ REJECTED = (
         """,
     ),
     rejected(
-        "only transient errors, the default, are tested: leave it out",
+        "it is for Megatron's rerun state machine, which NEO keeps off; --rerun-mode says what a bad number leads to: "
+        "leave it out",
         """
-        --error-injection-type
+        --error-injection-rate --error-injection-type
+        """,
+    ),
+    rejected(
+        "the norm of the gradients is read before the weights change, to keep bad numbers out of them, and a CUDA "
+        "graph cannot wait for that: leave it out",
+        """
+        --optimizer-cuda-graph
         """,
     ),
     rejected(

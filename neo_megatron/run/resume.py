@@ -5,7 +5,6 @@ from a damaged checkpoint to the one before it, and moves what the run would ove
 """
 
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS, write_checksums
 from neo_megatron.checkpoint.integrity import share_of, stored_pieces, verify_pieces
 from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.errors import ConfigError, DamagedCheckpoint, DataError
+from neo_megatron.errors import ConfigError, DamagedCheckpoint
 from neo_megatron.paths import Kind, Wanted, check_path, kind_of
 from neo_megatron.run.changes import check_model, check_training, identity_of_packs, needs_state_by_names, told_changes
 from neo_megatron.run.console import say
 from neo_megatron.run.pretrained_optimizer import check_state
+from neo_megatron.run.ranks import on_rank_0, rank_and_ranks
 
 
 def choose_checkpoint(args: Namespace, read_tensors: bool = True) -> Path | None:
@@ -106,13 +106,16 @@ def _saves_where_it_loads(args: Namespace) -> bool:
 
 
 def _verify_together(path: Path, read_tensors: bool) -> str | None:
-    """Describes the damage of a checkpoint in a sentence; every rank reads its part of the tensors."""
+    """Describes the damage of a checkpoint in a sentence; rank 0 lists its pieces, every rank reads a part of them."""
+    try:
+        pieces = on_rank_0(partial(stored_pieces, path))
+    except ConfigError as error:
+        return str(error)
     rank, ranks = rank_and_ranks()
     damage = None
     try:
-        pieces = share_of(stored_pieces(path), rank, ranks)
         if read_tensors:
-            verify_pieces(pieces)
+            verify_pieces(share_of(pieces, rank, ranks))
     except (DamagedCheckpoint, OSError) as error:
         damage = str(error)
     if ranks == 1:
@@ -130,12 +133,16 @@ def note_packs(args: Namespace) -> None:
 
 
 def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
-    """Compares the run with the checkpoint that it starts from, see `changes`, and reports what changes.
+    """Compares the run with the checkpoint that it starts from, see `changes`, and reports what changes. Collective.
 
     Raises:
         ConfigError: the checkpoint is of another model, or a resumed run would change what it trains or its
             schedule.
     """
+    on_rank_0(partial(_check_model_and_schedule, args, checkpoint))
+
+
+def _check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     common_state = TorchDistDirectory(checkpoint).common_state()
     goes_on = _loaded_iteration(args, checkpoint) is not None and not args.finetune
     _check_state(common_state, checkpoint, goes_on)
@@ -148,7 +155,7 @@ def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     if not args.no_load_optim:
         needs_state_by_names(args, checkpoint)  # raises if it can be loaded in neither way
     if told := told_changes(args, common_state):
-        _say_on_rank_0(f"resuming from {checkpoint} with changes: {'; '.join(told)}")
+        say(f"resuming from {checkpoint} with changes: {'; '.join(told)}")
 
 
 def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) -> None:
@@ -195,10 +202,9 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
     if loaded is None or args.finetune:
         args.started_from = str(checkpoint.resolve()) if checkpoint is not None else None
     else:
-        saved = TorchDistDirectory(checkpoint).common_state()["args"]
-        args.started_from = getattr(saved, "started_from", None)
+        args.started_from, by_names = on_rank_0(partial(_way_of, args, checkpoint))
         args.resume_from = str(checkpoint)
-        if not args.no_load_optim and needs_state_by_names(args, checkpoint):
+        if by_names:
             args.load_state_by_names = args.no_load_optim = True
     if checkpoint is not None and args.resume_from is None:
         _say_on_rank_0(f"a new run, starting from {checkpoint}")
@@ -208,6 +214,12 @@ def make_way(args: Namespace, checkpoint: Path | None) -> None:
         start = 0 if loaded is None or args.finetune else loaded
         for sentence in on_rank_0(lambda: _clear(RunDirectory(args.save), start, same)):
             _say_on_rank_0(sentence)
+
+
+def _way_of(args: Namespace, checkpoint: Path) -> tuple[str | None, bool]:
+    """The checkpoint that the run of this one started from, and whether optimizer state is to be loaded by names."""
+    saved = TorchDistDirectory(checkpoint).common_state()["args"]
+    return getattr(saved, "started_from", None), not args.no_load_optim and needs_state_by_names(args, checkpoint)
 
 
 def _point_megatron_to(args: Namespace, checkpoint: Path) -> None:
@@ -236,33 +248,6 @@ def _clear(directory: RunDirectory, start: int, starts_here: bool) -> list[str]:
     return sentences
 
 
-def rank_and_ranks() -> tuple[int, int]:
-    """This rank and the number of ranks; (0, 1) without a process group."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def _say_on_rank_0(sentence: str) -> None:
     if rank_and_ranks()[0] == 0:
         say(sentence)
-
-
-def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Runs an action on rank 0 and gives its result or error to all: ranks may see a shared file system differently.
-
-    Raises:
-        ConfigError: as the action raises; also if a file could not be changed.
-    """
-    rank, ranks = rank_and_ranks()
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = action()
-        except (ConfigError, DataError, OSError) as error:
-            outcome[1] = str(error)
-    if ranks > 1:
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise ConfigError(outcome[1])
-    return outcome[0]

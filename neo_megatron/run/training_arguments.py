@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import torch
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
@@ -15,11 +16,10 @@ from megatron.training.utils import has_nvrx_checkpointing_async_support
 from neo_megatron import presets
 from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
 from neo_megatron.checkpoint.named_sizes import sizes_of
-from neo_megatron.data.packs.mixture_schedule import open_streams
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
-from neo_megatron.model.transformer_config import megatron_arguments, sizes_from_arguments
+from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.planning.packs import measure_packs
 from neo_megatron.planning.pipeline_split import choose_layout
 from neo_megatron.run.bad_numbers import check_rerun_flags
@@ -28,10 +28,11 @@ from neo_megatron.run.console import say
 from neo_megatron.run.evaluation import check_evaluation_flags
 from neo_megatron.run.flag_table import given_flags, gpu_refusals, refusals, without_effect
 from neo_megatron.run.help_text import prepare_help
-from neo_megatron.run.learning_rate import fill_min_lr, schedule_refusals
+from neo_megatron.run.learning_rate import WARMUP_FLAGS, fill_schedule, schedule_refusals
+from neo_megatron.run.pack_lengths import check_layouts_of_lengths, take_lengths
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
 from neo_megatron.run.start_checks import check_settings
-from neo_megatron.validation.parallelism import check_layout, context_parallel_way
+from neo_megatron.validation.parallelism import context_parallel_way
 
 
 def parse_arguments() -> Namespace:
@@ -39,22 +40,27 @@ def parse_arguments() -> Namespace:
     early = ArgumentParser(add_help=False, allow_abbrev=False)
     early.error = _refuse_flags
     early.add_argument("--neo-model")
-    early.add_argument("--training-stage", type=int, default=NeoTrainingArguments.training_stage)
-    early.add_argument("--lr-warmup-iters")
-    early.add_argument("--lr-warmup-samples")
+    early.add_argument("--training-stage", type=int)
+    early.add_argument("--recipe")
+    for flag in WARMUP_FLAGS:
+        early.add_argument(flag)
     chosen, _ = early.parse_known_args()
     asks_for_help = bool({"-h", "--help"} & set(sys.argv[1:]))
     if not (chosen.neo_model or asks_for_help):
         raise ConfigError(f"--neo-model is missing: give {', '.join(presets.SIZES)}, or a directory or hub id of a NEO")
     preset = sizes_of(chosen.neo_model or "tiny")
 
-    stage = presets.STAGES.get(chosen.training_stage, {})
+    stage_number = NeoTrainingArguments.training_stage if chosen.training_stage is None else chosen.training_stage
+    recipe = chosen.recipe or presets.RECIPE_OF_SIZE.get(chosen.neo_model, presets.DEFAULT_RECIPE)
+    stage = presets.RECIPES[recipe].stages.get(stage_number, {}) if recipe in presets.RECIPES else {}
+    filled_later = {"min_lr": None, "lr_warmup_iters": 0}  # see `fill_schedule`
+    warmup_given = any((chosen.lr_warmup_fraction, chosen.lr_warmup_iters, chosen.lr_warmup_samples))
     given: dict[str, Any] = {}
 
     def extra_arguments(parser: ArgumentParser) -> ArgumentParser:
         add_neo_arguments(parser)
         parser.error = _refuse_flags
-        parser.set_defaults(**run_defaults(preset), **{**stage, "min_lr": None})  # see `fill_min_lr`
+        parser.set_defaults(**run_defaults(preset), **{**stage, **filled_later}, recipe=recipe)
         if chosen.lr_warmup_iters or chosen.lr_warmup_samples:
             parser.set_defaults(lr_warmup_fraction=None)  # Megatron accepts one of the three
         if asks_for_help:
@@ -65,18 +71,26 @@ def parse_arguments() -> Namespace:
         return parser
 
     args = parse_args(extra_arguments)
-    fill_min_lr(args, stage)
+    if not cpu_platform.on_cpu():
+        choose_gpu(args, torch.cuda.device_count())
+    # Their only use; a full mesh of connections between data-parallel ranks.
+    args.use_gloo_process_groups = args.distrib_optim_fully_reshardable_mem_efficient
+    if chosen.recipe and chosen.training_stage is None:
+        raise ConfigError(
+            f"--recipe {recipe} has other numbers for each training stage: add --training-stage 1, 2 or 3"
+        )
+    _raise_first(fill_schedule(args, stage, warmup_given))
     _raise_first(schedule_refusals(args))
     sizes = sizes_from_arguments(args, preset)
     args.neo_sizes = dataclasses.asdict(sizes)
     take_mixture(args)
-    paths = args.train_data_path or args.valid_data_path or args.test_data_path
-    if args.seq_length is None and paths:
-        args.seq_length = open_streams(paths[0])[0][0].sequence_length
+    take_lengths(args)
     check_evaluation_flags(args)
     check_rerun_flags(args)
     packs = None
-    if args.train_data_path and args.pipeline_model_parallel_size > 1:
+    # A given split is only described, by rank 0.
+    described = args.rank == 0 or not args.pipeline_model_parallel_layout
+    if args.train_data_path and args.pipeline_model_parallel_size > 1 and described:
         packs = measure_packs(args.train_data_path[0])
     layout, stages = choose_layout(args, sizes, packs)
     if layout != args.pipeline_model_parallel_layout:
@@ -90,7 +104,9 @@ def parse_arguments() -> Namespace:
             raise ConfigError(
                 "--async-strategy nvrx needs the package nvidia-resiliency-ext: install it, or choose mcore"
             )
-    check_layout(args)
+    if args.rank == 0:
+        say(f"training stage {args.training_stage}, --recipe {recipe}: {presets.RECIPES[recipe].source}; flags win")
+    check_layouts_of_lengths(args)
     if cpu_platform.on_cpu() and not args.dry_run:
         _raise_first(gpu_refusals(given))
     if args.rank == 0 and (idle := without_effect(given)):
@@ -122,6 +138,13 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "async_strategy": "nvrx" if has_nvrx_checkpointing_async_support() else "mcore",
         # Optimizer state can then be loaded on another parallel layout.
         "dist_ckpt_optim_fully_reshardable": True,
+        # Otherwise every data-parallel rank reads all of it.
+        "ckpt_fully_parallel_load": True,
+        # Rounds to FP8 once all of a parameter is there, and not each stored piece with a scale of its own.
+        "stream_ckpt_dequant": False,
+        # As in `NeoConfig`.
+        "fp8_amax_history_len": NeoConfig.fp8_amax_history_len,
+        "fp8_amax_compute_algo": NeoConfig.fp8_amax_compute_algo,
         # Chosen by `context_parallel_way`; Megatron's own default does not support NEO's mask.
         "cp_comm_type": None,
         # Megatron has no defaults for these, and fails without them.
@@ -131,6 +154,21 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "log_throughput": True,
         "log_timers_to_tensorboard": True,
     }
+
+
+def choose_gpu(args: Namespace, gpus: int) -> None:
+    """Sets ``args.local_rank`` to the GPU of this process, one of those that it sees.
+
+    Raises:
+        ConfigError: it sees several, but too few for the processes of this machine.
+    """
+    if gpus == 1:  # the scheduler shows every task a GPU of its own
+        args.local_rank = 0
+    elif args.local_rank >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK={args.local_rank}, but this process sees {gpus} GPUs: start as many processes on a machine, "
+            "or show each a GPU of its own"
+        )
 
 
 def complete_last_step(args: Namespace) -> None:

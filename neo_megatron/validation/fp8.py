@@ -45,7 +45,17 @@ def feature_alignment(recipe: str) -> int:
     return 128 if recipe == "blockwise" else token_alignment(recipe)
 
 
+def fp8_format(recipe: str) -> str:
+    """The value of ``--fp8-format`` for a recipe: Transformer Engine's own default."""
+    return "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid"
+
+
 def _recipe(args: Namespace) -> Iterator[str]:
+    if args.fp8 != (chosen := fp8_format(args.fp8_recipe)):
+        yield (
+            f"--fp8-recipe {args.fp8_recipe} does not go with --fp8-format {args.fp8}: gradients need the bits of e4m3 "
+            f"where each block has a scale, and elsewhere the range of hybrid's e5m2: choose --fp8-format {chosen}"
+        )
     if args.fp8_recipe == "delayed":
         if args.first_last_layers_bf16:
             yield (
@@ -73,6 +83,11 @@ def _parameters(args: Namespace) -> Iterator[str]:
         return
     if not args.use_distributed_optimizer:
         yield "--fp8-param-gather needs the float32 weights of --use-distributed-optimizer: add it"
+    if args.fp8_recipe == "delayed":
+        yield (
+            "--fp8-param-gather does not go with --fp8-recipe delayed, which would round the weights of a checkpoint "
+            "with a scale of 1, small ones to zero: choose --fp8-recipe tensorwise or blockwise, or leave it out"
+        )
     if args.training_stage == 1:
         yield (
             "--fp8-param-gather would round the language model to FP8 in --training-stage 1, which freezes it and so "

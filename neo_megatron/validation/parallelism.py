@@ -14,6 +14,7 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.context_parallel_cost import WAYS, default_way
 from neo_megatron.model.transformer_config import tensor_parallel_refusals
 from neo_megatron.validation.fp8 import check_fp8
+from neo_megatron.validation.recomputation import recomputation_refusals
 
 
 def check_layout(args: Namespace) -> None:
@@ -69,9 +70,12 @@ def _tensor_parallel(args: Namespace) -> Iterator[str]:
 def _experts(args: Namespace) -> Iterator[str]:
     if args.balance_loss_coeff < 0 or (args.balance_loss_coeff and not args.num_experts):
         yield "--balance-loss-coeff is 0 or more, and for a --neo-model with experts: leave it out"
-    without_effect, instead = ("mlp", "moe") if args.num_experts else ("moe", "mlp")
-    if without_effect in (args.recompute_modules or ()):
-        yield f"--recompute-modules {without_effect} is without effect in this --neo-model: choose {instead}"
+    yield from recomputation_refusals(
+        args.recompute_modules or (),
+        bool(args.num_experts),
+        args.context_parallel_size,
+        args.fp8_recipe if args.fp8 else None,
+    )
     if not args.num_experts:
         return
     size, tensor = args.expert_model_parallel_size, args.tensor_model_parallel_size

@@ -27,6 +27,7 @@ def parsed(flags: list[str]):
 
 start_checks._check_packages = lambda args: {"transformer_engine"}  # a machine with GPUs has it
 training_arguments.set_global_variables = lambda args: None  # of which a process has one set
+training_arguments.take_lengths = lambda args: setattr(args, "pack_lengths", [])  # there are no packs
 cpu_platform.argument_defaults = dict  # a GPU needs none
 arguments.get_device_arch_version = lambda: 9
 

@@ -58,6 +58,7 @@ KERNELS = {
     "Memcpy HtoD (Pinned -> Device)": "copies",
     "triton_red_fused__log_softmax_nll_loss_3": "cross entropy",
     "void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<...>": "norm, rotary",
+    "norm_rotary_backward": "norm, rotary",
     "void transformer_engine::detail::cast_transpose_fused_kernel<...>": "FP8 casts",
     "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": "all else",
 }

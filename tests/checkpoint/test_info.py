@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.golden_models import MODELS
 from support.paths import TOOLS
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -16,6 +17,7 @@ from neo_megatron.checkpoint.info import contents, weights_hash
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.to_hf import convert_megatron_to_hf
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory, write_torch_dist
+from neo_megatron.errors import CheckpointError
 
 TOOL = TOOLS / "convert_checkpoint.py"
 
@@ -26,9 +28,13 @@ def converted(golden, tmp_path) -> Path:
     return tmp_path / "megatron"
 
 
-def test_one_hash_for_either_form_and_any_sharding(golden, converted, tokenizer, tmp_path):
-    convert_megatron_to_hf(converted, tmp_path / "hf", tokenizer, shard_bytes=300_000)
-    hashes = {weights_hash(contents(path)) for path in (golden / "ckpt_untied", converted, tmp_path / "hf")}
+@pytest.mark.parametrize("name", MODELS)
+def test_one_hash_for_either_form_and_any_sharding(tokenizer, tmp_path, name):
+    """Without the generation branch, if there is one."""
+    published = MODELS[name].checkpoint
+    convert_hf_to_megatron(published, tmp_path / "megatron")
+    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", tokenizer, shard_bytes=300_000)
+    hashes = {weights_hash(contents(path)) for path in (published, tmp_path / "megatron", tmp_path / "hf")}
     assert len(hashes) == 1 and len(hashes.pop()) == 64
 
 
@@ -80,19 +86,39 @@ def test_a_mislabelled_checkpoint_is_shown_as_what_it_is(variant):
     assert lines["corrected 1"].startswith("model_type is 'internvl_chat'")
 
 
+def saved_run(directory: Path, start: TorchDistDirectory, tensors: dict[str, torch.Tensor], **arguments) -> Path:
+    """A checkpoint of a run whose arguments are those of its start, but for some."""
+    state = start.common_state()
+    state["args"] = Namespace(**vars(state["args"]) | arguments)
+    directory.mkdir()
+    stored = [StoredTensor(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
+    write_torch_dist(directory, stored, tensors.values(), {**state, "iteration": 8})
+    return directory
+
+
 def test_progress_and_optimizer_state_of_a_run_are_shown(converted, tmp_path):
     saved = TorchDistDirectory(converted)
     tensors = {key: saved.read(key) for key in saved.shapes} | {"optimizer.state.exp_avg.x": torch.ones(250_000)}
-    state = saved.common_state()
-    state["args"] = Namespace(**vars(state["args"]) | {"consumed_train_samples": 64, "seq_length": 192})
-    run = tmp_path / "run"
-    run.mkdir()
-    stored = [StoredTensor(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
-    write_torch_dist(run, stored, tensors.values(), {**state, "iteration": 8})
+    run = saved_run(tmp_path / "run", saved, tensors, consumed_train_samples=64, seq_length=192)
     lines = contents(run).lines
     assert lines["training"] == "iteration 8, 64 packs of 192 tokens: 12,288 tokens"
     assert lines["optimizer state"] == "1.0 MB" and "  patch embedding" in lines
     assert weights_hash(contents(run)) == weights_hash(contents(converted))
+
+
+def test_packs_of_several_lengths_are_counted_apart(converted, tmp_path):
+    saved = TorchDistDirectory(converted)
+    tensors = {key: saved.read(key) for key in saved.shapes}
+    progress = {"consumed_train_samples": 64, "seq_length": 384}
+    lengths = [[0, 192], [40, 384], [80, 96]]
+    run = saved_run(tmp_path / "run", saved, tensors, **progress, pack_lengths=lengths)
+    assert contents(run).lines["training"] == (
+        "iteration 8, 40 packs of 192 tokens and 24 packs of 384 tokens: 16,896 tokens"
+    )
+    for number, wrong in enumerate((7, [7], [[0]], [[0, "x"]])):
+        damaged = saved_run(tmp_path / f"damaged-{number}", saved, tensors, **progress, pack_lengths=wrong)
+        with pytest.raises(CheckpointError, match="whose arguments have packs of .* tokens: copy it again"):
+            contents(damaged)
 
 
 def test_the_command(golden, monkeypatch, capsys):

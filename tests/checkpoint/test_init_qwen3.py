@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -180,24 +179,6 @@ def test_every_tensor_keeps_its_dtype_and_new_ones_get_the_commonest(variant, tm
         kept = neo[f"language_model.{name}".replace("layers.0", "layers.2")]
         assert kept.dtype == old[name].dtype and torch.equal(kept, old[name])
     assert neo["language_model.model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
-
-
-@pytest.fixture(scope="module")
-def qwen3_moe(tmp_path_factory):
-    """A random Qwen3-MoE, as transformers saves it."""
-    directory = tmp_path_factory.mktemp("qwen3-moe")
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        **{"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 32},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
-        **{"moe_intermediate_size": 48, "norm_topk_prob": True, "rope_theta": 1e6, "tie_word_embeddings": False},
-    )
-    model = transformers.Qwen3MoeForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data = torch.rand_like(parameter) + 0.5
-    model.save_pretrained(directory)
-    return directory, model
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer given")

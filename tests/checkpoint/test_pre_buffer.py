@@ -82,13 +82,15 @@ def test_an_invalid_pre_buffer_is_refused(golden, extracted):
         open_pre_buffer(extracted)
 
 
-def test_an_extracted_pre_buffer_fits_back(golden, tokenizer, tmp_path):
+@pytest.mark.parametrize(("form", "experts"), [("separate", False), ("in-head", False), ("in-head", True)])
+def test_an_extracted_pre_buffer_fits_back(golden, qwen3_moe, tokenizer, tmp_path, form, experts):
     """A NEO that was only started: the post-LLM is Qwen3's, so that the same weights come back, byte by byte."""
-    init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", 2, 32, tokenizer=tokenizer, seed=3)
+    qwen3 = qwen3_moe[0] if experts else golden / "qwen3_untied"
+    init_from_qwen3(qwen3, tmp_path / "neo", 2, 32, tokenizer=tokenizer, seed=3, attention_form=form)
     extract_pre_buffer(open_either(tmp_path / "neo"), tmp_path / "front", SHARD_BYTES)
     attached = tmp_path / "attached"
     pre_buffer = open_pre_buffer(tmp_path / "front")
-    init_from_qwen3(golden / "qwen3_untied", attached, tokenizer=tokenizer, pre_buffer=pre_buffer)
+    init_from_qwen3(qwen3, attached, tokenizer=tokenizer, pre_buffer=pre_buffer, attention_form=form)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_neo.py"):
         assert (attached / name).read_bytes() == (tmp_path / "neo" / name).read_bytes(), name
 
@@ -122,6 +124,12 @@ def test_an_embedding_that_may_be_missing_is_drawn_around_the_trained_rows(golde
     rows = load_file(extracted / "model.safetensors")[IMAGE_ROWS]
     assert torch.equal(embedding[[897, 898]], rows)
     assert 0.019 < embedding[:896].std() < 0.021 and embedding[:896].abs().max() < 0.2
+
+
+def test_another_attention_form_is_refused(golden, extracted, tokenizer, tmp_path):
+    options = {"tokenizer": tokenizer, "attention_form": "in-head"}
+    with pytest.raises(ValueError, match="attention_form"):
+        init_from_qwen3(golden / "qwen3_untied", tmp_path / "neo", pre_buffer=open_pre_buffer(extracted), **options)
 
 
 @pytest.mark.parametrize("key, value", [("rope_theta", 5e6), ("num_attention_heads", 8), ("hidden_size", 128)])

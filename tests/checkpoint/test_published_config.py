@@ -308,3 +308,93 @@ def test_a_neo_unify_that_lacks_a_tensor_is_refused(tmp_path, lacking):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"lacks {name}"):
         open_neo(directory)
+
+
+@pytest.fixture
+def unify(tmp_path):
+    """A published NEO-unify with another configuration: ``edit`` changes it in place, the tensors stay."""
+
+    def make(kind: str, edit) -> Path:
+        directory = shutil.copytree(GOLDEN / "u1" / kind, tmp_path / "unify", copy_function=shutil.copyfile)
+        config = json.loads((directory / "config.json").read_text())
+        edit(config["llm_config"], config)
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+def without_rotation(llm, config):
+    del llm["rope_theta"], llm["rope_theta_hw"], llm["max_position_embeddings"]
+
+
+def rotation_in_a_dictionary(llm, config):
+    llm["rope_parameters"] = {"rope_type": "default", "rope_theta": llm["rope_theta"]}
+    llm["rope_theta"] = None
+
+
+def one_expert_of_a_qwen3(llm, config):
+    llm["num_experts"] = 1
+
+
+def experts_of_another_model(llm, config):
+    llm |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "model_type": "qwen3_moe"}
+
+
+def head_tied_at_the_top(llm, config):
+    config["tie_word_embeddings"] = True
+
+
+def limits_at_the_top(llm, config):
+    config["max_pixels"] = 2**24
+
+
+def experts_uncounted(llm, config):
+    del llm["num_experts"], llm["moe_intermediate_size"]
+
+
+def experts_as_transformers_5_names_them(llm, config):
+    llm["num_local_experts"] = llm.pop("num_experts")
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "sentence"),
+    [
+        ("dense", without_rotation, "rope_theta is missing: 5000000.0, as in the published models"),
+        ("moe", without_rotation, "rope_theta is missing: 10000000.0, as in the published models"),
+        ("dense", rotation_in_a_dictionary, None),
+        ("dense", one_expert_of_a_qwen3, "num_experts is 1, but the tensors have no experts: read as a dense model"),
+        ("dense", experts_of_another_model, "num_experts is 8, but the tensors have no experts: read as a dense model"),
+        ("dense", head_tied_at_the_top, "a NEO-unify has it in llm_config: read as False"),
+        ("dense", limits_at_the_top, "max_pixels is 16777216 at the top of config.json: read as 65536"),
+        ("moe", experts_uncounted, "num_experts is missing: 8, as in the tensors"),
+        ("moe", experts_as_transformers_5_names_them, None),
+    ],
+)
+def test_any_configuration_of_a_neo_unify_is_that_of_its_tensors(unify, kind, edit, sentence):
+    published = open_neo(GOLDEN / "u1" / kind)
+    neo = open_neo(unify(kind, edit))
+    assert neo.sizes == published.sizes
+    added = [said for said in neo.said if said not in published.said]
+    assert bool(added) == bool(sentence) and any(sentence in said for said in added) == bool(sentence)
+
+
+def test_experts_are_normalised_only_where_the_configuration_says_so(unify):
+    """The default of a Qwen3-MoE, which no published model has."""
+    neo = open_neo(unify("moe", lambda llm, config: llm.pop("norm_topk_prob")))
+    assert not neo.sizes.norm_topk_prob
+    assert "norm_topk_prob is missing: False, as by default in a Qwen3-MoE" in neo.said
+
+
+def test_two_rotary_bases_are_refused(unify):
+    directory = unify("dense", lambda llm, config: llm.update(rope_parameters={"rope_theta": 1e6}))
+    with pytest.raises(ValueError, match=r"rope_theta 5000000.0 and, in rope_parameters, 1000000.0: delete the wrong"):
+        open_neo(directory)
+
+
+def test_a_qwen3_that_counts_one_expert_is_dense():
+    config = sizes_of("neo-2b").to_hf()
+    config["llm_config"]["num_experts"] = 1
+    assert NeoSizes.from_hf(config) == sizes_of("neo-2b")
+    alone = sizes_of("u1-a3b").replace(num_experts=1, experts_per_token=1)
+    assert NeoSizes.from_hf(alone.to_hf()) == alone

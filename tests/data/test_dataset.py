@@ -99,6 +99,19 @@ def test_directories_of_a_mixture_must_fit_each_other(mixture, bench):
         PackDataset(mixture, 1, seed=0)
 
 
+def test_phases_of_a_mixture_may_differ_in_length(mixture, bench):
+    bench.pack(64, data="other", output="short")
+    mixture.write_text("- {from: 0, shares: {short: 1}}\n- {from: 5, shares: {packs: 1, other-packs: 1}}")
+    mixed = PackDataset(mixture, 20, seed=5)
+    assert mixed.lengths == ((0, 64), (5, 96))
+    assert [len(mixed[number]["tokens"]) for number in range(20)] == [64] * 5 + [96] * 15
+    short = PackDataset(mixture.parent / "short", 5, seed=5)
+    assert all(equal(mixed[number], short[number]) for number in range(5))
+    for first in (0, 5):
+        size = max(sum(t.nbytes for t in mixed[n].values() if torch.is_tensor(t)) for n in range(first, first + 5))
+        assert size <= mixed.largest(first, 5)
+
+
 def documents_of(item: dict) -> list[tuple[int, ...]]:
     """The documents of an item as their tokens."""
     return [tuple(item["tokens"][item["document"] == n].tolist()) for n in range(int(item["document"].max()) + 1)]

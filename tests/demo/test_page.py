@@ -11,6 +11,7 @@ import requests
 import torch
 from PIL import Image
 from support.demo_server import served
+from support.markers import every_variant
 
 from neo_megatron.demo.talk import Talk
 from neo_megatron.demo.words import words_of
@@ -42,6 +43,7 @@ def dense(checkpoint: Path, image: Path) -> tuple[list[Piece], torch.Tensor]:
     return pieces, torch.stack([layer[0].mean(dim=0)[generated_from][:, image_tokens] for layer in weights])
 
 
+@every_variant
 def test_the_rows_of_an_answer_are_those_of_all_weights(checkpoint, image, dense):
     pieces, expected = dense
     talk = Talk(Answerer(checkpoint, device="cpu"))

@@ -21,7 +21,7 @@ OF_A_TRAINING = ("no more room", "kill savers", "kill loader")
 
 def fail() -> None:
     print("the last line before the end")
-    if way == "sentence":
+    if way in ("sentence", "sentence and hang"):
         raise DataError("a sentence with a remedy")
     if way == "bug":
         raise TypeError("a bug")
@@ -60,6 +60,8 @@ def steps_of_collectives() -> None:
     calls: list[None] = []
     while True:
         fail_in_time(calls)
+        if way == "sentence and hang" and len(calls) == 4:  # ranks in a collective of NCCL notice nothing
+            time.sleep(600)
         torch.distributed.all_reduce(torch.ones(1))
 
 

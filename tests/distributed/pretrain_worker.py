@@ -7,9 +7,12 @@ Megatron costs more than most jobs do. Nothing is mocked, but for packs that are
 global is put back as it is on import, but for the default process group, which Megatron takes over as it finds it.
 
 In its directory every rank of a job leaves `rank<N>.log`, all that it printed, and rank 0 `result.json` with `exit`,
-what the job ended with: null, or the code or sentence given to `sys.exit`. Where gradients are asked for, those of the
+what the job ended with: null, or the code or sentence given to `sys.exit`, and how many passes rank 0
+made over gradients: `checks` of a bucket's norm, `scalings` of a buffer. Where gradients are asked for, those of the
 last step, before they are clipped, are in `rank<N>.gradients.safetensors`, each part under the name of its tensor.
 `rank<N>.inputs.json` lists what each call of the model was given: the name of every tensor and its first dimension.
+`rank<N>.stored.json` lists the tensors, with the offset of each part, that the rank has `read` from checkpoints, and
+those of the distributed optimizer that it was given to write (`written`), and says how often it has `listed` files.
 """
 
 import contextlib
@@ -30,12 +33,18 @@ cpu_platform.install_training()
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import async_utils, checkpointing, global_vars, training
 from megatron.training.argument_utils import ArgumentGroupFactory
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.planner import LoadItemType
 
+from neo_megatron.checkpoint import dcp_metadata
 from neo_megatron.data.dataset import PackDataset
+from neo_megatron.megatron_compat import optimizer_saves, steps
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.run import pretraining
@@ -51,7 +60,12 @@ class GradientRecorder:
 
         def finalize_model_grads(loss: WeightedLoss, model: list[torch.nn.Module], num_tokens, **groups) -> None:
             original(loss, model, num_tokens, **groups)
-            self.model, self.gradients = model, [whole_gradients(chunk) for chunk in model]
+            scale = steps.pending_scale()  # left to clipping
+            scale = 1 if scale is None else scale
+            self.model = model
+            self.gradients = [
+                {name: gradient * scale for name, gradient in whole_gradients(chunk).items()} for chunk in model
+            ]
 
         WeightedLoss.finalize_model_grads = finalize_model_grads
         self.uninstall = lambda: setattr(WeightedLoss, "finalize_model_grads", original)
@@ -89,14 +103,79 @@ class InputRecorder:
         self.uninstall = lambda: setattr(NeoModel, "forward", original)
 
 
+class PassRecorder:
+    """Counts the passes over gradients: of each bucket, to look at its norm, and of a buffer, to scale it."""
+
+    def __init__(self) -> None:
+        self.checks = self.scalings = 0
+        check, scale = _ParamAndGradBucketGroup.check_grads, _ParamAndGradBuffer.scale_gradients
+
+        def check_grads(buckets: _ParamAndGradBucketGroup, **checks) -> None:
+            self.checks += 1
+            check(buckets, **checks)
+
+        def scale_gradients(buffer: _ParamAndGradBuffer, factor: torch.Tensor) -> None:
+            self.scalings += 1
+            scale(buffer, factor)
+
+        _ParamAndGradBucketGroup.check_grads = check_grads
+        _ParamAndGradBuffer.scale_gradients = scale_gradients
+
+        def uninstall() -> None:
+            _ParamAndGradBucketGroup.check_grads = check
+            _ParamAndGradBuffer.scale_gradients = scale
+
+        self.uninstall = uninstall
+
+
+class StorageRecorder:
+    """Notes which parts of tensors this rank reads from storage, and which of the optimizer it holds to write."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+        self.written: list[str] = []
+        self.listed = 0
+        check = dcp_metadata._checked_ends
+        read, state = FileSystemReader.read_data, DistributedOptimizer.sharded_param_state_fully_reshardable
+
+        def read_data(reader, plan, planner):
+            tensors = [item.dest_index for item in plan.items if item.type is LoadItemType.TENSOR]
+            self.read += [f"{index.fqn} {tuple(index.offset)}" for index in tensors]
+            return read(reader, plan, planner)
+
+        def sharded_state(optimizer, model_state, is_loading=False, metadata=None):
+            state_dict = state(optimizer, model_state, is_loading, metadata)
+            if not is_loading:
+                self.written += [entry.key for entry in nested_values(state_dict or {})]
+            return state_dict
+
+        def checked_ends(metadata):
+            self.listed += 1
+            return check(metadata)
+
+        dcp_metadata._checked_ends = checked_ends
+        FileSystemReader.read_data = read_data
+        DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state
+
+        def uninstall() -> None:
+            dcp_metadata._checked_ends = check
+            FileSystemReader.read_data = read
+            DistributedOptimizer.sharded_param_state_fully_reshardable = state
+
+        self.uninstall = uninstall
+
+
 @contextlib.contextmanager
-def spoilt_packs(numbers: list[int], weight: float) -> Iterator[None]:
-    """Gives the trained tokens of these packs a weight, such as one that is not a number."""
-    original = PackDataset.__getitem__
+def spoilt_packs(numbers: list[int], weight: float, times: int) -> Iterator[None]:
+    """Gives the trained tokens of these packs a weight, such as NaN, in the first ``times`` that a pack is read."""
+    original, read = PackDataset.__getitem__, dict.fromkeys(numbers, 0)
 
     def get(dataset: PackDataset, number: int) -> dict:
         item = original(dataset, number)
-        return {**item, "target_weight": torch.full_like(item["target_weight"], weight)} if number in numbers else item
+        if number not in read or read[number] == times:
+            return item
+        read[number] += 1
+        return {**item, "target_weight": torch.full_like(item["target_weight"], weight)}
 
     PackDataset.__getitem__ = get
     yield
@@ -121,6 +200,7 @@ def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
 def run(job: dict) -> None:
     directory = Path(job["directory"])
     recorder, inputs = GradientRecorder() if job["gradients"] else None, InputRecorder()
+    stored, passes = StorageRecorder(), PassRecorder()
     sys.argv = ["pretrain_neo", *job["argv"]]
     code = None
     spoilt = spoilt_packs(*job["spoilt"]) if job["spoilt"] else contextlib.nullcontext()
@@ -134,10 +214,17 @@ def run(job: dict) -> None:
         if recorder:
             recorder.uninstall()
         inputs.uninstall()
+        stored.uninstall()
+        passes.uninstall()
         reset()
     (directory / f"rank{os.environ['RANK']}.inputs.json").write_text(json.dumps(inputs.calls))
+    (directory / f"rank{os.environ['RANK']}.stored.json").write_text(
+        json.dumps({"read": stored.read, "written": stored.written, "listed": stored.listed})
+    )
     if os.environ["RANK"] == "0":
-        (directory / "result.json").write_text(json.dumps({"exit": code}))
+        (directory / "result.json").write_text(
+            json.dumps({"exit": code, "checks": passes.checks, "scalings": passes.scalings})
+        )
 
 
 def reset() -> None:
@@ -194,6 +281,7 @@ def remember_help_texts() -> None:
 
 if __name__ == "__main__":
     remember_help_texts()
+    optimizer_saves._MOST = 1000  # small models are gathered in several parts, too
     gc.freeze()  # imported objects are not garbage between jobs
     for next_job in json.loads(Path(sys.argv[1]).read_text()):
         run(next_job)

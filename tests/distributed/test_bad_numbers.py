@@ -49,8 +49,8 @@ def spoilt_checkpoint(own) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(room, own, spoilt_checkpoint) -> dict[str, Job]:
-    def job(name: str, flags: str = "", saved: str = "", pack: int = 0, value: float = math.nan) -> Job:
-        spoilt = ([pack], value) if pack else None
+    def job(name: str, flags: str = "", saved: str = "", pack: int = 0, value: float = math.nan, times: int = 9) -> Job:
+        spoilt = ([pack], value, times) if pack else None
         return Job(own / name, command(room, flags, own / saved if saved else None), spoilt=spoilt)
 
     skip = "--iterations-to-skip 3"
@@ -67,7 +67,7 @@ def runs(room, own, spoilt_checkpoint) -> dict[str, Job]:
         job("disabled", "--rerun-mode disabled", pack=FIRST),
         job("diverging", "--lr 1e30 --min-lr 1e30"),
         job("checkpoint", f"--pretrained-checkpoint {spoilt_checkpoint}"),
-        job("transient", "--error-injection-rate 1"),
+        job("transient", pack=FIRST, times=1),
         job("report", "--rerun-mode report_stats"),
     ]
     two = [
@@ -131,8 +131,14 @@ def test_a_spoilt_checkpoint_is_not_blamed_on_the_packs(runs):
     assert "--ckpt-step" in sentence and "--iterations-to-skip" not in sentence
 
 
+def test_gradients_are_looked_at_once_in_a_step(runs):
+    """By their norm; Megatron's look at every bucket, within the backward, is for the second computation alone."""
+    assert all(runs[name].passes()["checks"] == 0 for name in ("clean", "pp2", "disabled"))
+    assert runs["first"].passes()["checks"] > 0
+
+
 def test_a_machine_that_computes_another_number_is_suspect(runs):
-    """By the error that Megatron can inject."""
+    """As if, for it is the pack that is another one when it is read again."""
     assert "and not when the step was computed a second time" in runs["transient"].exit()
     assert "the machine is suspect" in runs["transient"].exit()
 

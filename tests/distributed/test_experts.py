@@ -7,38 +7,34 @@ import re
 from pathlib import Path
 
 import pytest
-from support.layout_runs import SMALL, assert_same, layout_job, write_random_model
+from support.layout_runs import EXPERTS, assert_same, layout_job, write_random_model
 from support.pretrain_jobs import Job, run_jobs
 
-MODEL = SMALL.replace(
-    attention_form="in-head",
-    num_experts=8,
-    experts_per_token=2,
-    expert_ffn_hidden_size=32,
-)
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2, CP2, EP2 = (f"--{kind}-parallel-size 2" for kind in ("pipeline-model", "context", "expert-model"))
 UNSPLIT = "--expert-tensor-parallel-size 1"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+EVALUATION = "--valid-data-path {packs} --eval-interval 5 --eval-iters 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn moe"
 OWN = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1"
 
 # Kind -> layout -> processes and flags; the first of a kind is compared with. The balance loss is that of the packs
 # that all ranks read at once, so that there are four of them in each.
 LAYOUTS = {
     "plain": {
-        "one": (1, ""),
+        "one": (1, EVALUATION),
         "tp2": (2, TP2),
-        "pp2": (2, PP2),
-        "cp2": (2, CP2),
+        "pp2-selective": (2, f"{PP2} --pre-buffer-pipeline-stages 1 {SELECTIVE}"),
+        "cp2-allgather": (2, f"{CP2} --cp-comm-type allgather"),
         "ep2": (2, EP2),
         "ep2-allgather": (2, f"{EP2} --moe-token-dispatcher-type allgather"),
         "ep2-distributed": (2, f"{EP2} {DISTRIBUTED}"),
         "ep4": (4, "--expert-model-parallel-size 4"),
         "ep2-tp2": (4, f"{EP2} {TP2}"),
         "ep4-tp2-unsplit": (4, f"{TP2} {UNSPLIT} --expert-model-parallel-size 4"),
-        "ep2-pp2": (4, f"{EP2} {PP2}"),
-        "ep2-cp2-full": (4, f"{EP2} {CP2} {FULL}"),
+        "ep2-pp2-vp2": (4, f"{EP2} {PP2} --num-virtual-stages-per-pipeline-rank 2 {EVALUATION}"),
+        "ep2-cp2-a2a-full": (4, f"{EP2} {CP2} --cp-comm-type a2a {FULL}"),
     },
     "balance": {
         "one": (1, "--micro-batch-size 4"),
@@ -53,14 +49,19 @@ LAYOUTS = {
         "ep2": (2, EP2),
         "ep2-tp2": (4, f"{EP2} {TP2}"),
     },
+    "stage-1": {
+        "one": (1, ""),
+        "tp2": (2, TP2),
+        "ep2-pp2-distributed": (4, f"{EP2} {PP2} {DISTRIBUTED}"),
+    },
 }
-LOSSES = {"plain": "", "balance": "--balance-loss-coeff 0.5", "own": OWN}
+LOSSES = {"plain": "", "balance": "--balance-loss-coeff 0.5", "own": OWN, "stage-1": "--training-stage 1"}
 CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if name != "one"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("model"), MODEL)
+    return write_random_model(tmp_path_factory.mktemp("model"), EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
     by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
     for kind, layouts in LAYOUTS.items():
         for name, (processes, flags) in layouts.items():
-            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", f"{LOSSES[kind]} {flags}")
+            flags = f"{LOSSES[kind]} {flags}".format(packs=room / "packs")
+            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", flags)
             by_processes[processes].append(job)
     for processes, jobs in by_processes.items():
         run_jobs(processes, jobs)
@@ -79,28 +81,34 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_losses_and_gradients_of_five_steps(runs, kind, layout):
-    assert_same(MODEL, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+    assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+
+
+def test_evaluation(runs):
+    expected, actual = (runs[f"plain-{name}"].scalars("lm loss validation") for name in ("one", "ep2-pp2-vp2"))
+    assert len(expected[5]) == 1
+    assert actual[5] == pytest.approx(expected[5], abs=2e-6, rel=0)
 
 
 @pytest.mark.parametrize("layout", ["ep2", "pp2", "ep2-tp2-full"])
 def test_figures_of_routers_are_logged(runs, layout):
     """Of every layer and modality, and the same however ranks share the work."""
-    actual, expected = runs[f"balance-{layout}"], runs["balance-one"]
+    actual, expected = (runs[f"balance-{name}"].every_scalar() for name in (layout, "one"))
     for figure in ("load imbalance", "router entropy", "dead experts", "balance loss"):
         for modality in ("text", "image"):
             for tag in (f"experts/{figure}/{modality}", f"experts/{figure}/{modality} layer 03"):
-                for step, values in expected.scalars(tag).items():
-                    assert actual.scalars(tag)[step] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
-    entropy = expected.scalars("experts/router entropy/image layer 00")
+                for step, values in expected[tag].items():
+                    assert actual[tag][step] == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    entropy = expected["experts/router entropy/image layer 00"]
     assert len(entropy) == 5 and all(0 < value <= 1 for (value,) in entropy.values())
-    loss = expected.scalars("experts/balance loss/text")
-    assert all(value >= MODEL.num_layers for (value,) in loss.values()), "1 a layer where the load is even"
-    assert re.search(r"\| expert load imbalance: text \d\.\d\d, image \d\.\d\d \|", expected.printed())
+    loss = expected["experts/balance loss/text"]
+    assert all(value >= EXPERTS.num_layers for (value,) in loss.values()), "1 a layer where the load is even"
+    assert re.search(r"\| expert load imbalance: text \d\.\d\d, image \d\.\d\d \|", runs["balance-one"].printed())
 
 
 def test_balance_losses_act_on_routers(runs):
     """Else the layouts above would be alike without them."""
     router = "decoder.layers.3.mlp.router.weight"
-    plain, balance, own = (runs[f"{kind}-one"].read_gradients()[router] for kind in LAYOUTS)
+    plain, balance, own = (runs[f"{kind}-one"].read_gradients()[router] for kind in ("plain", "balance", "own"))
     for changed in (balance, own):
         assert (changed - plain).norm() > 0.1 * plain.norm()

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.paths import GOLDEN, ROOT
 from support.processes import run_forked
@@ -122,6 +124,30 @@ def test_the_report_of_torchrun_has_the_sentence(room, tmp_path):
     said = [line for line in lines if "a sentence with a remedy" in line]
     assert code == 1 and said == ["  traceback : pretrain_neo: a sentence with a remedy"]
     assert lines.index(said[0]) == len(lines) - 2, "before the lower edge of the report"
+
+
+def test_the_sentence_of_one_machine_ends_all_of_them():
+    """Two machines of two ranks; the other three ranks hang, as in a collective of NCCL, which notices nothing."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    machines = []
+    for number, launcher in enumerate(("neo_megatron.launch", "torch.distributed.run")):
+        place = ("--nnodes", "2", "--node-rank", str(number), "--master-addr", "localhost", "--master-port", port)
+        words = [sys.executable, "-m", launcher, "--nproc-per-node", "2", *place, str(WORKER), "sentence and hang", "3"]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        machines.append(subprocess.Popen(words, env=environment(), **output))
+    try:
+        first, second = (machine.communicate(timeout=100)[0].splitlines() for machine in machines)
+    finally:
+        for machine in machines:
+            if machine.poll() is None:
+                for process in (*psutil.Process(machine.pid).children(recursive=True), machine):
+                    process.kill()
+    assert [machine.returncode for machine in machines] == [1, 1]
+    assert first == ["pretrain_neo: a sentence with a remedy"]
+    assert sum("a sentence with a remedy" in line for line in second) == 1, second
+    assert not any("recvValue failed" in line for line in second), "the store was there until the machines had seen it"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -25,11 +25,11 @@ SAME = (
     "core_attn --use-cpu-initialization --no-initialization --no-check-for-nan-in-loss-and-grad "
     "--check-for-large-grads --rerun-mode disabled --timing-log-level 2 --timing-log-option all "
     "--no-barrier-with-level-1-timing --logging-level 20 --distributed-timeout-seconds-after-init 100 "
-    "--disable-gloo-process-groups --save {directory}/saved --dist-ckpt-workers 1 --no-ckpt-fully-parallel-save "
+    "--save {directory}/saved --dist-ckpt-workers 1 --no-ckpt-fully-parallel-save "
     "--ckpt-assume-constant-structure --no-save-rng --log-progress --exit-interval 2"
 )
 LOADED = (
-    "--load {room}/flags/same/saved --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo gather_rounds "
+    "--load {room}/flags/same/saved --ckpt-fully-parallel-load-exchange-algo gather_rounds "
     "--no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness log_all --exit-on-missing-checkpoint "
     "--no-load-rng --recompute-activations"
 )
@@ -140,6 +140,13 @@ def test_what_only_changes_how_a_run_computes_leaves_its_losses(runs):
     assert "Weight hashes match after 3 iterations" in runs["distributed"].printed()
     progress = (runs["same"].directory / "saved" / "progress.txt").read_text()
     assert "Saved checkpoint" in progress and "Iteration: 2" in progress
+
+
+def test_gradients_are_scaled_where_they_are_clipped(runs):
+    """Without a pass of their own, but for those that are not clipped, or are looked at or written before."""
+    passes = {name: run.passes()["scalings"] for name, run in runs.items()}
+    assert all(passes[name] == 0 for name in ("plain", "bf16", "distributed", "bf16-gradients", "local-fp32"))
+    assert all(passes[name] > 0 for name in ("adam", "written", "fp16", "fp16-constant"))
 
 
 def test_what_is_logged(runs, room):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.layout_runs import SMALL, assert_same, layout_job, write_random_model
+from support.layout_runs import IN_HEAD, SMALL, assert_same, layout_job, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
@@ -26,6 +26,7 @@ from neo_megatron.data.prepare.registry import Source
 TP2, PP2, CP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context"))
 SP, ALLGATHER, A2A = "--sequence-parallel", "--cp-comm-type allgather", "--cp-comm-type a2a"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 EVALUATION = "--valid-data-path {packs} --eval-interval 5 --eval-iters 1"
 
@@ -49,7 +50,7 @@ LAYOUTS = {
     "pp2-cp2": (4, f"{PP2} {CP2} {ALLGATHER}"),
     "pp2-dp2-distributed": (4, f"{PP2} {DISTRIBUTED}"),
     "tp2-pp2-full": (4, f"{TP2} {PP2} {FULL}"),
-    "tp2-pp2-selective": (4, f"{TP2} {PP2} --recompute-granularity selective"),
+    "tp2-pp2-selective": (4, f"{TP2} {PP2} {SELECTIVE} core_attn mlp_act qkv_heads"),
     "tp2-cp2-selective": (4, f"{TP2} {CP2} {ALLGATHER} --recompute-granularity selective"),
 }
 EVALUATED = [name for name, (_, flags) in LAYOUTS.items() if EVALUATION in flags]
@@ -61,11 +62,30 @@ LOPSIDED = {
     "cp2": (2, f"{CP2} {A2A}"),
     "dp4": (4, ""),
 }
+# The attention of a NEO-unify; mixtures of experts have it too (test_experts.py).
+UNIFY = {
+    "plain": {
+        "one": (1, ""),
+        "tp2-sp-full": (2, f"{TP2} {SP} {FULL}"),
+        "pp2-vp2": (2, f"{PP2} --num-virtual-stages-per-pipeline-rank 2"),
+        "cp2-allgather-selective": (2, f"{CP2} {ALLGATHER} --recompute-granularity selective"),
+    },
+    "stage-1": {
+        "one": (1, ""),
+        "tp2-sp": (2, f"{TP2} {SP}"),
+        "pp2-distributed": (2, f"{PP2} --pre-buffer-pipeline-stages 1 {DISTRIBUTED}"),
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def unify(tmp_path_factory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("unify"), IN_HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +120,7 @@ def lopsided(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
+def runs(room, model, unify, lopsided, tmp_path_factory) -> dict[str, Job]:
     """All runs, in one launch for each number of processes."""
     directory = tmp_path_factory.mktemp("layouts")
 
@@ -115,6 +135,11 @@ def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
             by_processes[processes].append(job("bfloat16", name, room / "packs", f"{flags} --bf16"))
     for name, (processes, flags) in LOPSIDED.items():
         by_processes[processes].append(job("lopsided", name, lopsided, flags, iterations=2))
+    for kind, layouts in UNIFY.items():
+        for name, (processes, flags) in layouts.items():
+            flags = f"{flags} --training-stage {1 if kind == 'stage-1' else 2}"
+            unified = layout_job(directory / f"unify-{kind}-{name}", unify, room / "packs", flags, iterations=3)
+            by_processes[processes].append(unified)
     saving = f"{TP2} {PP2} --save {directory}/saved --lr 0 --min-lr 0"
     by_processes[4].append(job("saved", "tp2-pp2", room / "packs", saving, iterations=1))
     for processes, jobs in by_processes.items():
@@ -125,6 +150,13 @@ def runs(room, model, lopsided, tmp_path_factory) -> dict[str, Job]:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_losses_and_gradients_of_five_steps(runs, layout):
     assert_same(SMALL, runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [(kind, name) for kind, layouts in UNIFY.items() for name in layouts if name != "one"]
+)
+def test_the_attention_of_a_neo_unify(runs, kind, layout):
+    assert_same(IN_HEAD, runs[f"unify-{kind}-{layout}"], runs[f"unify-{kind}-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", [name for name in EVALUATED if name != "one"])

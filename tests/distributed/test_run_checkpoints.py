@@ -98,6 +98,24 @@ def test_any_layout_goes_on_from_any_other(first, chain, number, layout):
     assert_goes_on(chain[layout], first["reference"], range(before + 1, before + EVERY + 1), 2e-6)
 
 
+def test_each_rank_reads_and_holds_its_share_of_a_checkpoint(room, chain):
+    """No tensor is read by both, the optimizer's state of another layout included, or held by both to be written."""
+    first, second = (chain["dp2-distributed"].stored(rank) for rank in (0, 1))
+    for does in ("read", "written"):
+        assert first[does] and second[does] and not set(first[does]) & set(second[does])
+    assert any(key.startswith("optimizer.state.exp_avg.") for key in first["read"] + second["read"])
+    steps = (list(LAYOUTS).index("dp2-distributed") + 2) * EVERY
+    stored = TorchDistDirectory(room / "chain-saved" / f"iter_{steps:07d}").shapes
+    state = sorted(key for key in stored if key.startswith("optimizer.state."))
+    assert state and sorted(first["written"] + second["written"]) == state
+
+
+def test_one_rank_lists_the_files_of_a_checkpoint(chain):
+    """There are as many as ranks, or twice, and they would be listed by each of thousands several times."""
+    assert all(chain[name].stored(0)["listed"] > 0 for name in LAYOUTS)
+    assert not any(chain[name].stored(1)["listed"] for name in LAYOUTS)
+
+
 def test_old_checkpoints_are_deleted(room, first):
     assert first["limited"].exit() is None
     assert sorted(path.name for path in (room / "limited-saved").iterdir()) == [

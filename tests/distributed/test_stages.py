@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.layout_runs import EXPERTS, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
@@ -14,21 +15,27 @@ from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.run.optimizer_state import saved_optimizers
 
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-# Stage 1 twice, each way of keeping the optimizer's state once; stage 2 from both, on the same layout and on others.
-FIRST = {"plain": "", "distributed-bf16": f"{DISTRIBUTED} --bf16"}
+# Stage 1 with each way of keeping the optimizer's state, and of experts; stage 2 from all, on other layouts too.
+EP2 = f"--expert-model-parallel-size 2 {DISTRIBUTED}"
+FIRST = {"plain": "", "distributed-bf16": f"{DISTRIBUTED} --bf16", "experts": EP2}
 SECOND = {
     "plain": ("plain", ""),
     "pp2": ("plain", "--pipeline-model-parallel-size 2"),  # five layers: Megatron alone would refuse
     "distributed-bf16": ("distributed-bf16", f"{DISTRIBUTED} --bf16"),
     "tp2-bf16": ("distributed-bf16", "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+    "experts-tp2": ("experts", f"--tensor-model-parallel-size 2 --sequence-parallel {DISTRIBUTED}"),
 }
+# Stage 1 -> tensors of a pre-buffer layer, of a post-LLM layer that it trains, of such layers, outside of layers.
+COUNTS = {"plain": (13, 5, 3, 3), "distributed-bf16": (13, 5, 3, 3), "experts": (11, 6, 2, 3)}
 
 
-def command(room: Path, *flags: str) -> list[str]:
+def command(room: Path, first: str, *flags: str) -> list[str]:
+    model = room / "experts" if first == "experts" else GOLDEN / "ckpt_untied"
     return [
-        *("--neo-model", f"{GOLDEN}/ckpt_untied", "--train-data-path", f"{room}/packs"),
+        *("--neo-model", f"{model}", "--train-data-path", f"{room}/packs"),
         *("--micro-batch-size", "1", "--global-batch-size", "4", "--lr-warmup-iters", "0"),
         *("--num-workers", "0", "--log-interval", "1"),
         *flags,
@@ -46,18 +53,31 @@ def room(tmp_path_factory) -> Path:
     preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
+    (room / "experts").mkdir()
+    write_random_model(room / "experts", EXPERTS)
     still = "--lr 1e-12 --min-lr 1e-12 --weight-decay 0 --adam-beta1 0.999999 --adam-beta2 0.999999 --clip-grad 1e-3"
     jobs = []
     for name, flags in FIRST.items():
-        start = ["--pretrained-checkpoint", f"{room}/golden", "--training-stage", "1", "--train-iters", "2"]
+        begun = room / "experts" / "megatron" if name == "experts" else room / "golden"
+        start = ["--pretrained-checkpoint", f"{begun}", "--training-stage", "1", "--train-iters", "2"]
         save = ["--save", f"{room}/first/{name}/saved"]
-        jobs.append(Job(room / "first" / name, command(room, *start, *save, *flags.split(), "--lr", "1e-3")))
+        jobs.append(Job(room / "first" / name, command(room, name, *start, *save, *flags.split(), "--lr", "1e-3")))
     for name, (first, flags) in SECOND.items():
         start = ["--pretrained-checkpoint", f"{room}/first/{first}/saved", "--pretrained-optimizer"]
         stage = ["--training-stage", "2", "--train-iters", "1", "--save", f"{room}/second/{name}/saved", *still.split()]
-        jobs.append(Job(room / "second" / name, command(room, *start, *stage, *flags.split())))
+        jobs.append(Job(room / "second" / name, command(room, first, *start, *stage, *flags.split())))
     resume = ["--load", f"{room}/first/plain/saved", "--training-stage", "2", "--train-iters", "4"]
-    jobs.append(Job(room / "resumed", command(room, *resume)))
+    jobs.append(Job(room / "resumed", command(room, "plain", *resume)))
+    longer = "--training-stage 1 --lr 1e-3 --train-iters 4 --override-opt-param-scheduler"
+    for name, flags in (("same", EP2), ("pp2", f"--pipeline-model-parallel-size 2 {DISTRIBUTED}")):
+        resume = ["--load", f"{room}/first/experts/saved", *longer.split(), *flags.split()]
+        jobs.append(Job(room / "experts-resumed" / name, command(room, "experts", *resume)))
+    for name, flags in (("bf16", "--bf16"), ("distributed-bf16", f"{DISTRIBUTED} --bf16")):
+        start = ["--pretrained-checkpoint", f"{room}/golden", "--training-stage", "2", "--train-iters", "1"]
+        save = ["--save", f"{room}/from-float32/{name}/saved"]
+        jobs.append(
+            Job(room / "from-float32" / name, command(room, "plain", *start, *save, *still.split(), *flags.split()))
+        )
     run_jobs(2, jobs)
     return room
 
@@ -68,9 +88,21 @@ def master(saved: TorchDistDirectory, parameter: str) -> torch.Tensor:
     return saved.read(next(name for name in names if name in saved.shapes))
 
 
+@pytest.mark.parametrize("name", ["bf16", "distributed-bf16"])
+def test_masters_are_the_weights_of_the_checkpoint_and_not_those_of_the_model(room, name):
+    golden = TorchDistDirectory(room / "golden")
+    after = TorchDistDirectory(room / "from-float32" / name / "saved")
+    for parameter in golden.shapes:
+        weight = golden.read(parameter)
+        torch.testing.assert_close(master(after, parameter), weight, atol=1e-9, rtol=0)
+        assert torch.equal(after.read(parameter), weight.to(torch.bfloat16))
+    assert any((golden.read(parameter).bfloat16() != golden.read(parameter)).any() for parameter in golden.shapes)
+
+
 def step(saved: TorchDistDirectory) -> int:
-    state = saved.common_state()["optimizer"]
-    return state.get("optimizer", state)["param_groups"][0]["step"]
+    states = saved_optimizers(saved.common_state())
+    (count,) = {state.get("optimizer", state)["param_groups"][0]["step"] for state in states}
+    return count
 
 
 @pytest.mark.parametrize("name", SECOND)
@@ -79,9 +111,11 @@ def test_moments_and_masters_arrive(room, name):
     second = TorchDistDirectory(room / "second" / name / "saved")
     trained = {key.removeprefix("optimizer.state.exp_avg.") for key in first.shapes if ".exp_avg." in key}
     every = {key.removeprefix("optimizer.state.exp_avg.") for key in second.shapes if ".exp_avg." in key}
-    # Saved is the state of what trains alone: 4 tensors of the patch embedding, 13 of a pre-buffer layer, 5 of a
+    # Saved is the state of what trains alone: 4 tensors of the patch embedding, all of a pre-buffer layer, some of a
     # post-LLM layer; and of every tensor in stage 2.
-    assert len(trained) == 4 + 2 * 13 + 3 * 5 and len(every) == 4 + 5 * 13 + 3
+    of_layer, in_post_llm, layers, others = COUNTS[SECOND[name][0]]
+    assert len(trained) == 4 + 2 * of_layer + layers * in_post_llm
+    assert len(every) == 4 + (2 + layers) * of_layer + others
     for parameter in sorted(every):
         for kind, added in (("exp_avg", 1e-9), ("exp_avg_sq", 1e-12)):  # by a gradient of at most 1e-3
             key = f"optimizer.state.{kind}.{parameter}"
@@ -97,7 +131,7 @@ def test_moments_and_masters_arrive(room, name):
     run = second.common_state()
     assert run["iteration"] == 1 and run["args"].consumed_train_samples == 4
     printed = Job(room / "second" / name, []).printed()
-    if "pp2" not in name:  # whose ranks have a part of the model each
+    if name not in ("pp2", "experts-tp2"):  # whose ranks have a part of the model each
         assert f"taken over for {len(trained)} parameters, zero for {len(every - trained)} that" in printed
 
 
@@ -111,3 +145,11 @@ def test_a_run_cannot_go_on_in_another_stage(room):
     assert (
         "is of --training-stage 1 and this run, which resumes from it, of 2: to begin a stage, give it as" in sentence
     )
+
+
+def test_a_mixture_of_experts_goes_on_on_another_layout(room):
+    """With its moments: a step at a rate of 1e-3 moves the loss."""
+    same, other = (Job(room / "experts-resumed" / name, []).scalars("lm loss") for name in ("same", "pp2"))
+    assert same.keys() == other.keys() == {3, 4}
+    for step, values in same.items():
+        assert other[step] == pytest.approx(values, abs=2e-6, rel=0)

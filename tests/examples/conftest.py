@@ -4,4 +4,5 @@ import sys
 
 from support.paths import ROOT
 
-sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
+for name in ("quickstart", "ablations"):
+    sys.path.insert(0, str(ROOT / "examples" / name))

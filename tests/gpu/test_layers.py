@@ -9,6 +9,7 @@ from torch import Tensor
 
 from neo_megatron.benchmarks.gpu_packs import draw_packs
 from neo_megatron.presets import SIZES
+from neo_megatron.validation.fp8 import fp8_format
 
 # Features that all recipes take: multiples of 128.
 TRAINED = SIZES["tiny"].replace(
@@ -131,7 +132,7 @@ def in_bf16(transformer_engine, checkpoint):
 
 
 def test_fp8_against_bf16(recipe, checkpoint, in_bf16, poisoned):
-    model = loaded(checkpoint, "transformer_engine", torch.bfloat16, fp8="hybrid", fp8_recipe=recipe)
+    model = loaded(checkpoint, "transformer_engine", torch.bfloat16, fp8=fp8_format(recipe), fp8_recipe=recipe)
     poisoned()
     check(outputs_and_gradients(model, pack(), passes=3), in_bf16, FP8_BOUNDS)
 
@@ -139,7 +140,7 @@ def test_fp8_against_bf16(recipe, checkpoint, in_bf16, poisoned):
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"], indirect=True)
 def test_fp8_with_first_and_last_layers_in_bf16(recipe, checkpoint, in_bf16, poisoned):
     """Delayed scaling has no such layers."""
-    settings = {"fp8": "hybrid", "fp8_recipe": recipe, "first_last_layers_bf16": True}
+    settings = {"fp8": fp8_format(recipe), "fp8_recipe": recipe, "first_last_layers_bf16": True}
     model = loaded(checkpoint, "transformer_engine", torch.bfloat16, **settings)
     poisoned()
     check(outputs_and_gradients(model, pack()), in_bf16, FP8_INSIDE_BOUNDS)

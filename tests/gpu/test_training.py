@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
+
+from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.validation.fp8 import fp8_format
 
 STEPS, HALF = 20, 10
 
@@ -26,7 +30,9 @@ def command(packs: Path, *flags: str) -> list[str]:
 
 
 def fp8(recipe: str) -> list[str]:
-    return ["--fp8-format", "hybrid", "--fp8-recipe", recipe, "--fp8-param-gather"]
+    """Parameters are kept in FP8 where the recipe loads them as well as others."""
+    gather = [] if recipe == "delayed" else ["--fp8-param-gather"]
+    return ["--fp8-format", fp8_format(recipe), "--fp8-recipe", recipe, *gather]
 
 
 def losses(job: Job) -> list[float]:
@@ -93,3 +99,16 @@ def test_fp8_losses_follow_those_of_bf16(recipe, bf16, packs, visible, tmp_path,
         job = Job(tmp_path / "run", command(packs, *fp8(recipe)))
         run([job], visible)
     assert losses(job) == pytest.approx(losses(bf16[0]), rel=1e-2)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"], indirect=True)
+def test_masters_are_the_weights_of_the_checkpoint(recipe, bf16, packs, visible, tmp_path):
+    """Though the model's own are rounded to FP8; a step that changes next to nothing is taken before they are saved."""
+    start = bf16[0].directory.parent / "saved"
+    still = ["--train-iters", "1", "--lr", "1e-12", "--min-lr", "1e-12", "--lr-warmup-iters", "0"]
+    paths = ["--pretrained-checkpoint", f"{start}", "--save", f"{tmp_path}/saved"]
+    run([Job(tmp_path / "run", command(packs, *fp8(recipe), *still, *paths))], visible)
+    before, after = TorchDistDirectory(start), TorchDistDirectory(tmp_path / "saved")
+    for parameter in (key for key in before.shapes if not key.startswith("optimizer.")):
+        master = after.read(f"optimizer.state.param.{parameter}")
+        torch.testing.assert_close(master, before.read(parameter).float(), atol=1e-9, rtol=0)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.golden_packs import flattened, load, packed
+from support.markers import every_variant
 
 from neo_megatron.hf.modeling_neo import NEOChatModel
 
@@ -22,10 +23,12 @@ def with_kernel(model: NEOChatModel, implementation: str) -> NEOChatModel:
     return other
 
 
+@every_variant
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 @torch.no_grad()
-def test_kernels_agree(model, document, implementation):
+def test_kernels_agree(checkpoint, document, implementation):
     """A document with images, padded in front: prefill, then tokens over the cache."""
+    model = NEOChatModel.from_pretrained(checkpoint, dtype=torch.float32).eval()
     ids = torch.nn.functional.pad(document["input_ids"], (9, 0), value=870)
     mask = (torch.arange(ids.shape[1]) >= 9).long()[None]
     images = {key: document[key] for key in ("pixel_values", "grid_hw")}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.markers import every_variant
 
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.conversation import Turn
@@ -84,6 +85,7 @@ def test_a_tag_can_be_a_word(answerer, golden):
         answerer.prompt("What happens in <video>?")
 
 
+@every_variant
 def test_answers_follow_from_a_full_forward(answerer, prompts):
     """Greedy: each token is the one that the model, shown all before it at once, finds most likely."""
     answers = answerer.answer(prompts, LIMIT)

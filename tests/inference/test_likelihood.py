@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.markers import every_variant
 
 from neo_megatron.data.chat import ChatEncoder, special_ids
 from neo_megatron.data.conversation import Turn
@@ -17,6 +18,7 @@ def prompts(answerer, golden):
     return [answerer.prompt("What is this?", [a]), answerer.prompt("Hi"), answerer.prompt("Same?", [b, d])]
 
 
+@every_variant
 def test_likelihoods_equal_those_of_a_full_forward(answerer, prompts):
     encoder = ChatEncoder(answerer.tokenizer.backend_tokenizer.to_str(), special_ids(answerer.tokenizer))
     found = answer_likelihoods(answerer, prompts, *zip(*ANSWERS, strict=True))

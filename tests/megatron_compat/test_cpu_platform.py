@@ -1,5 +1,8 @@
 """Replacements for a GPU: placements on cuda, the fused optimizer, the gradient of SwiGLU."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +58,25 @@ def test_gradient_of_swiglu(megatron):
 
     x = torch.randn(3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: SwiGLUFunction.apply(x, False, False), (x,))
+
+
+def test_a_gpu_without_fused_optimizers_has_the_same_adam():
+    """Megatron's distributed optimizer cannot load what it saves over torch's own."""
+    lines = (
+        "from neo_megatron.megatron_compat import cpu_platform",
+        "cpu_platform.on_cpu = lambda: False",
+        "cpu_platform.install()",
+        "from megatron.core import optimizer",
+        "assert optimizer.Adam is cpu_platform.Adam and not optimizer.USING_PYTORCH_OPTIMIZER",
+        "assert optimizer.distrib_optimizer.HAVE_APEX_OR_TE and optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_patch_notices_that_megatron_has_changed(megatron):
+    from megatron.core import optimizer
+
+    cpu_platform.require_lines(optimizer, ("    USING_PYTORCH_OPTIMIZER = False\n",))
+    with pytest.raises(RuntimeError, match="megatron.core.optimizer has changed: it lacks 'such a line'.*pip install"):
+        cpu_platform.require_lines(optimizer, ("such a line\n",))

@@ -14,7 +14,7 @@ import transformer_engine.pytorch as te
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from te_on_cpu import plain_arithmetic, pretended_hopper
+from support.te_on_cpu import plain_arithmetic, pretended_hopper
 
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.freeze import freeze_for_stage
@@ -27,7 +27,10 @@ LENGTH, IMAGE_TOKENS = 32, 8
 HIDDEN = SIZES["tiny"].hidden_size
 MODELS = {"separate": SIZES["tiny"], "in-head": SIZES["tiny"].replace(attention_form="in-head")}
 EXPERTS = MODELS["in-head"].replace(num_experts=4, experts_per_token=2, expert_ffn_hidden_size=64)
-RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]}
+RECOMPUTATION = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["layernorm", "core_attn", "mlp_act", "qkv_heads"],
+}
 
 
 def build(
@@ -130,7 +133,7 @@ def same_training(sizes: NeoSizes, tensor_parallel_size: int, sequence_parallel:
 
 def names_and_shapes(sizes: NeoSizes) -> None:
     local = build(sizes, "local", torch.bfloat16, fuse=True)  # without apex, whose kernel that would be
-    blockwise = {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
+    blockwise = {"fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}
     for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, blockwise, blockwise | RECOMPUTATION):
         with pretended_hopper():
             model = build(sizes, "transformer_engine", torch.bfloat16, fuse=True, **fp8)

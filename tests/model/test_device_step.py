@@ -2,7 +2,7 @@
 
 Tensors on `meta` have a device and a shape and no values. Whatever asks for a value, or for a shape that depends on
 values, raises there, and this is what a GPU would have to be waited for. The model is told that they are on a GPU, so
-that it takes that path; the attention kernel itself is a stand-in.
+that it takes that path; the kernels themselves are stand-ins.
 """
 
 from contextlib import contextmanager
@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neo_megatron.model import core_attention, qkv_prepare
+from neo_megatron.model import core_attention
+from neo_megatron.model.gpu_kernels import norm_rotary
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.micro_batch import to_device
 from neo_megatron.model.patch_embedding import normalise
@@ -52,7 +53,8 @@ def on_device(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: kernel)
     monkeypatch.setattr(core_attention, "_options_of", lambda *_: {})
-    monkeypatch.setattr(qkv_prepare, "_compiled", lambda: qkv_prepare.at_once)
+    for launch in ("launch_forward", "launch_backward"):
+        monkeypatch.setattr(norm_rotary, launch, lambda *_: None)
 
     @contextmanager
     def both():

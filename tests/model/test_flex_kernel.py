@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.model import core_attention
+from neo_megatron.model.attention_forms import FORMS
 from neo_megatron.model.core_attention import FlexMask, attend, attention_pairs, build_mask, check_backend
 from neo_megatron.model.flex_kernel import KIB, Backward, Forward, Widths, all_that_fit, kernel_options
 
@@ -21,8 +22,9 @@ DEVICES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 
 
 @pytest.mark.parametrize("capability", DEVICES)
 @pytest.mark.parametrize("number_bytes", [2, 4])
-def test_every_device_gets_tiles_that_it_holds(capability, number_bytes):
-    widths, limit = Widths(256, 128, number_bytes), DEVICES[capability] * KIB
+@pytest.mark.parametrize("form", FORMS)
+def test_every_device_gets_tiles_that_it_holds(capability, number_bytes, form):
+    widths, limit = Widths(FORMS[form].query_key_widths * 128, 128, number_bytes), DEVICES[capability] * KIB
     options = kernel_options(widths, capability, limit)
     forward = Forward(*(options[f"fwd_{name}"] for name in ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")))
     backward = Backward(*(options[f"bwd_{name}"] for name in ("BLOCK_M1", "BLOCK_N1", "num_stages", "num_warps")))

@@ -15,15 +15,20 @@ NATIVE = {
     "separate": r"self_attention\.(linear_qk_hw|[qk]_layernorm_[hw])\.weight",
     "in-head": r"self_attention\.(linear_qkv|linear_proj|[qk]_layernorm(_hw)?)\.weight",
 }
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "expert_ffn_hidden_size": 16}
 
 
 def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize(("form", "in_layer", "trained"), [("separate", 13, 5), ("in-head", 10, 6)])
-def test_stage_1_trains_the_front_end_and_the_native_parts_of_the_post_llm(build, form, in_layer, trained):
-    model = build(attention_form=form)
+@pytest.mark.parametrize(
+    ("form", "experts", "in_layer", "trained"),
+    [("separate", {}, 13, 5), ("in-head", {}, 10, 6), ("in-head", EXPERTS, 8 + 1 + 2 * 4, 6)],
+)
+def test_stage_1_trains_the_front_end_and_the_native_parts_of_the_post_llm(build, form, experts, in_layer, trained):
+    """Routers and experts only in the pre-buffer."""
+    model = build(attention_form=form, **experts)
     freeze_for_stage(model, 1)
     expected = {
         name

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 from support.processes import torchrun
 
 from neo_megatron.model import layer_specs
@@ -16,7 +17,7 @@ def test_transformer_engine_layers_match_the_local_ones():
         pytest.skip(
             "Transformer Engine is not installed; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it"
         )
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), directory)))
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT / "tests"), directory)))
     done = torchrun(2, Path(__file__).parent / "te_worker.py", environment={"PYTHONPATH": path})
     assert "same names, shapes, losses and gradients" in done
 

@@ -59,7 +59,7 @@ def test_a_bfloat16_model_keeps_float32_tables(build, text_inputs):
     seen = []
     attention = model.decoder.layers[0].self_attention
     original = attention.query_key_value
-    attention.query_key_value = lambda hidden, rotary: seen.append(rotary) or original(hidden, rotary)
+    attention.query_key_value = lambda hidden, rotary, *heads: seen.append(rotary) or original(hidden, rotary, *heads)
     model(**text_inputs([1, 2, 3, 4], positions=12345))
     (rotary,) = seen
     exact = NativeRotary.from_positions(torch.full((1, 4, 3), 12345), (16, 8, 8), 1e6, 1e4)

@@ -25,6 +25,8 @@ STAGE_2: dict[str, dict] = {
     "all kept": dict(),
     "core_attn": dict(**SELECTIVE, recompute_modules=("core_attn",)),
     "mlp": dict(**SELECTIVE, recompute_modules=("mlp",)),
+    "mlp_act and qkv_heads": dict(**SELECTIVE, recompute_modules=("mlp_act", "qkv_heads")),
+    "qkv_heads": dict(**SELECTIVE, recompute_modules=("qkv_heads",)),
     "layernorm and core_attn": dict(**SELECTIVE, recompute_modules=("layernorm", "core_attn")),
     "full, uniform": dict(**FULL, recompute_method="uniform"),
     "TP2": dict(tensor_model_parallel_size=2),
@@ -41,6 +43,7 @@ EP2 = dict(expert_model_parallel_size=2)
 STAGE_2_OF_EXPERTS: dict[str, dict] = {
     "all kept": dict(),
     "moe": dict(**SELECTIVE, recompute_modules=("moe",)),
+    "qkv_heads": STAGE_2["qkv_heads"],
     "layernorm and core_attn": STAGE_2["layernorm and core_attn"],
     "full, uniform": STAGE_2["full, uniform"],
     "bf16": dict(precision="bf16"),
@@ -55,7 +58,15 @@ STAGE_2_OF_EXPERTS: dict[str, dict] = {
     "EP2, TP2 with SP, bf16, full, block": dict(**EP2, **SHARED, **FULL, recompute_method="block", precision="bf16"),
     "EP2, TP2 with SP, undivided experts": dict(**EP2, **SHARED, expert_tensor_parallel_size=1),
 }
-STAGE_1 = ("all kept", "core_attn", "TP2 with SP", "TP2 with SP, full, block", "CP2, keys gathered", "bf16")
+STAGE_1 = (
+    "all kept",
+    "core_attn",
+    "mlp_act and qkv_heads",
+    "TP2 with SP",
+    "TP2 with SP, full, block",
+    "CP2, keys gathered",
+    "bf16",
+)
 STAGE_1_OF_EXPERTS = ("all kept", "moe", "bf16", "TP2 with SP", "EP2, TP2 with SP", "EP4, bf16, moe")
 CASES = {
     f"{model}, stage {stage}, {name}": (sizes, stage, layouts[name])

@@ -18,6 +18,7 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.planning.report import layout_text, recomputation_text
 from neo_megatron.planning.search import candidates, flags
 from neo_megatron.planning.workload import Workload
+from neo_megatron.presets import SIZES as PRESETS
 
 # Some of the layouts that the search looks at, from all over its list.
 SIZES = sizes_of(str(GOLDEN / "ckpt_untied"))
@@ -26,6 +27,11 @@ FOUND = ALL[len(ALL) // 8 :: len(ALL) // 4]
 FP8 = list(candidates(SIZES, 16, Workload.of_alike_documents(192), 2, 32, "fp8", gpus_per_machine=8))
 FOUND += [layout for layout in FP8 if layout.pipeline_model_parallel_size > 1][:1]
 FOUND += [layout for layout in FP8 if layout.recomputes("layernorm")][:1]
+# The same of a preset with experts, on a part of the layouts, of which there are many.
+HALF = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
+EXPERTS = list(candidates(PRESETS["u1-a3b"], 16, Workload.of_alike_documents(192), 2, 32, "bf16", 8, given=HALF))
+FOUND_EXPERTS = [layout for layout in EXPERTS if layout.expert_model_parallel_size > 1]
+FOUND_EXPERTS = [FOUND_EXPERTS[len(FOUND_EXPERTS) // 2], *(it for it in FOUND_EXPERTS if it.recomputes("moe"))][:2]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +43,8 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
     preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    write_packs([PackInput(str(room / "shards"))], room / "long", 384)
+    (room / "lengths.yaml").write_text("- {from: 0, shares: {packs: 1}}\n- {from: 8, shares: {long: 1}}\n")
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
     shutil.copytree(room / "golden", room / "cut")
     (room / "experts").mkdir()
@@ -48,6 +56,7 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     common = f"--neo-model {GOLDEN}/ckpt_untied --train-data-path {room}/packs --micro-batch-size 1 --train-iters 3 "
     common += f"--tensorboard-dir {room}/events --save {room}/saved --dry-run "
     golden = f"--pretrained-checkpoint {room}/golden "
+    lengths = common.replace(f"--train-data-path {room}/packs", f"--mixture {room}/lengths.yaml")
     large = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
     large += "--use-distributed-optimizer --global-batch-size 256"
     experts = f"{common.replace(f'{GOLDEN}/ckpt_untied', f'{room}/experts')}--transformer-impl local --bf16 "
@@ -63,12 +72,17 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
             experts + "--sequence-parallel --global-batch-size 8 --moe-token-dispatcher-type allgather",
         ),
         "experts that do not divide": (6, experts + "--sequence-parallel --global-batch-size 6"),
+        "two lengths": (1, lengths + "--global-batch-size 4"),
+        "the short ones": (1, lengths + "--global-batch-size 4 --train-iters 2"),
+        "a border within a step": (1, lengths + "--global-batch-size 3"),
         "no such layout": (6, common + golden + "--global-batch-size 4 --tensor-model-parallel-size 4"),
     }
-    for number, layout in enumerate(FOUND):
+    preset = common.replace(f"{GOLDEN}/ckpt_untied", "u1-a3b")
+    for number, layout in enumerate(FOUND + FOUND_EXPERTS):
+        model = preset if layout in FOUND_EXPERTS else common + golden
         batch = ["--train-iters", "1", "--global-batch-size", "32"]
         kernels = ["--transformer-impl", layout.transformer_impl]  # without a GPU the default is another
-        jobs[f"found {number}"] = (16, " ".join([common + golden, *batch, *flags(layout), *kernels]))
+        jobs[f"found {number}"] = (16, " ".join([model, *batch, *flags(layout), *kernels]))
     argv = [{"argv": line.split(), "world_size": world_size} for world_size, line in jobs.values()]
     done = run_forked(Path(__file__).parent / "dry_run_worker.py", json.dumps(argv))
     assert done.returncode == 0, done.stdout[-6000:]
@@ -94,6 +108,17 @@ def test_a_large_layout_is_planned_in_full(ends):
     assert printed.count("pipeline rank 0") == printed.count("pipeline rank 1") == 1
 
 
+def test_the_longest_packs_of_a_run_are_planned(ends):
+    """The first of them are read too, and nothing is planned for those that a run does not come to."""
+    printed, end, _ = ends["two lengths"]
+    assert end is None, end
+    for length in (192, 384):
+        assert re.search(rf"^train .*/lengths.yaml: 4 packs of {length} tokens read, \d+ samples$", printed, re.M)
+    assert re.search(r"^packs +384 tokens; ", printed, re.M)
+    printed, end, _ = ends["the short ones"]
+    assert end is None and "384 tokens" not in printed and re.search(r"^packs +192 tokens; ", printed, re.M)
+
+
 def test_experts_are_planned(ends):
     printed, end, _ = ends["experts"]
     assert end is None, end
@@ -102,12 +127,12 @@ def test_experts_are_planned(ends):
     assert "experts are planned" not in ends["one process"][0]
 
 
-@pytest.mark.parametrize("number", range(len(FOUND)))
+@pytest.mark.parametrize("number", range(len(FOUND + FOUND_EXPERTS)))
 def test_layouts_of_the_search_can_start(number, ends):
-    printed, end, _ = ends[f"found {number}"]
+    layout, (printed, end, _) = (FOUND + FOUND_EXPERTS)[number], ends[f"found {number}"]
     assert end is None, end
-    assert f"16 GPUs: {layout_text(FOUND[number])}; {FOUND[number].micro_batches} micro-batches" in printed
-    assert f"recomputation {recomputation_text(FOUND[number])}" in printed
+    assert f"16 GPUs: {layout_text(layout)}; {layout.micro_batches} micro-batches" in printed
+    assert f"recomputation {recomputation_text(layout)}" in printed
 
 
 @pytest.mark.parametrize(
@@ -115,6 +140,10 @@ def test_layouts_of_the_search_can_start(number, ends):
     [
         ("damaged checkpoint", r"--pretrained-checkpoint .*/cut: .* bytes instead of \d+: copy or convert it again"),
         ("another model", r"the checkpoint .* is of another model \(ffn_hidden_size \d+ there, 128 here\)"),
+        (
+            "a border within a step",
+            r"--mixture .*: pack 8 begins packs of 384 tokens after those of 192, in the middle",
+        ),
         ("another length", r"--train-data-path .* holds packs of 192 tokens, --seq-length is 128"),
         (
             "experts that do not divide",

@@ -82,10 +82,14 @@ def test_only_the_experts_of_a_token_work_on_it():
     assert layer.backward - frozen_layer.backward == 2 * experts
 
 
-def test_scores_are_twice_as_wide_as_values_and_computed_once_more_in_the_backward():
+def test_the_backward_of_attention_has_seven_products():
     core = attention_core_flops(SIZES["neo-2b"], mean_keys=1)
-    assert core.forward == 2 * 16 * (256 + 128)
-    assert core.training == 2 * 16 * (3 * (256 + 128) + 256)
+    scores, values = 256, 128
+    assert core.forward == 2 * 16 * (scores + values)
+    # The products of the kernel's template, by the width that they add up or write.
+    for_queries, for_keys_and_values = [scores, values, scores], [scores, values, values, scores]
+    assert core.training == core.forward + 2 * 16 * sum(for_queries + for_keys_and_values)
+    assert core.model == 3 * core.forward  # MFU is not counted from what is computed twice
 
 
 def test_mean_keys_counts_the_pairs_of_the_mask():

@@ -10,7 +10,7 @@ from support.processes import run_forked, run_python
 from neo_megatron.planning.communication import rank_traffic
 from neo_megatron.planning.hardware import GPUS, Efficiency, gpu_named
 from neo_megatron.planning.layout import Layout
-from neo_megatron.planning.memory import peak_in_flight
+from neo_megatron.planning.memory import peak_in_flight, pipeline_memory
 from neo_megatron.planning.report import Plan
 from neo_megatron.planning.search import candidates, search
 from neo_megatron.planning.workload import Workload
@@ -201,3 +201,16 @@ def test_a_search_ranks_what_fits():
 def test_rates_of_a_device_are_stated_or_unknown(device, name):
     gpu = gpu_named(device)
     assert (gpu and gpu.name) == name
+
+
+def test_parameters_in_8_bits_take_the_place_of_those_in_16():
+    """--fp8-param-gather: a byte as it is and one transposed, instead of these next to two of bfloat16."""
+    given = Layout(precision="fp8", use_distributed_optimizer=True)
+    kept = replace(given, fp8_param_gather=True)
+    # 40 layers: SwiGLU; query heads and their output; keys, values; queries and keys for h and w.
+    matrices = 40 * 2048 * (3 * 6144 + (2 * 16 + 2 * 8 + 16 + 8) * 128)
+    both, fp8 = (pipeline_memory(SIZES["neo-2b"], one, WORKLOAD, 2)[0] for one in (given, kept))
+    assert both.total - fp8.total == both.fp8_weights == 2 * matrices and fp8.fp8_weights == 0
+    assert kept.refusal(SIZES["neo-2b"], 8192) is None
+    assert "would round the language model" in kept.refusal(SIZES["neo-2b"], 8192, training_stage=1)
+    assert "--fp8-param-gather is for FP8" in replace(kept, precision="bf16").refusal(SIZES["neo-2b"], 8192)

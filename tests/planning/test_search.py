@@ -1,6 +1,5 @@
 """Output of a search: flags for a shell, given flags, no near-duplicates; train.sh has its first choices."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -8,6 +7,7 @@ import subprocess
 import pytest
 from support.paths import ROOT
 from support.processes import run_forked
+from support.train_sh import words_of_train_sh
 
 from neo_megatron.planning.hardware import GPUS
 from neo_megatron.planning.report import Plan
@@ -89,7 +89,12 @@ def test_experts_are_dealt_to_all_numbers_of_ranks_that_divide_them():
     }
     assert found == {(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 2), (2, 2, 2), (2, 4, 2), (2, 1, 1), (2, 2, 1), (2, 4, 1)}
     assert all(layout.sequence_parallel for layout in layouts if layout.tensor_model_parallel_size > 1)
-    assert {word for layout in layouts for word in layout.recompute_modules} == {"core_attn", "layernorm", "moe"}
+    assert {word for layout in layouts for word in layout.recompute_modules} == {
+        "core_attn",
+        "layernorm",
+        "moe",
+        "qkv_heads",
+    }
     given = dict(expert_model_parallel_size=4, expert_tensor_parallel_size=1, tensor_model_parallel_size=2)
     layouts = list(candidates(sizes, 8, Workload.of_alike_documents(1024), 2, 16, "bf16", 8, given=given))
     for layout in layouts:
@@ -134,16 +139,18 @@ def test_near_duplicates_are_left_out():
 
 @pytest.mark.parametrize(
     ("size", "stage", "length"),
-    [("neo-2b", 1, 16384), ("neo-2b", 2, 32768), ("neo-2b", 3, 34816), ("neo-9b", 1, 16384), ("neo-9b", 2, 18432)],
+    [("neo-2b", 2, 32768), ("neo-9b", 2, 18432), ("u1-a3b", 2, 32768)]
+    + [
+        pytest.param(*preset, marks=pytest.mark.thorough)
+        for preset in [
+            *(("neo-2b", 1, 16384), ("neo-2b", 3, 34816), ("neo-9b", 1, 16384)),
+            *(("neo-ov-2b", 1, 16384), ("neo-ov-2b", 2, 36864), ("neo-ov-9b", 1, 16384), ("neo-ov-9b", 2, 36864)),
+            *(("u1-8b", 1, 16384), ("u1-8b", 2, 32768), ("u1-a3b", 1, 16384)),
+        ]
+    ],
 )
 def test_presets_of_train_sh_are_first_choices(size, stage, length, tmp_path):
-    """With a stand-in for python that prints what it is given, on a machine that says it has eight GPUs."""
-    for name, script in {"python": "printf '%s\\n' \"$@\"", "nvidia-smi": "seq 8"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PACKS": "packs", "OUTPUT": "run"}
-    script = ["bash", str(ROOT / "examples" / "train.sh"), size, str(stage)]
-    started = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    started = words_of_train_sh(size, stage, tmp_path)
     workload = Workload.of_alike_documents(length)
     plans, _ = search(SIZES[size], 8, workload, stage, GPUS["h100"], global_batch_size=128)
     first = flags(plans[0].layout)

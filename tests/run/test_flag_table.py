@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
         # Megatron parses its own source for the texts of --help, which takes a second.
         patch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
         parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
-    parser.set_defaults(**run_defaults(presets.SIZES["neo-2b"]), **presets.STAGES[2])
+    parser.set_defaults(**run_defaults(presets.SIZES["neo-2b"]), **presets.RECIPES["kit"].stages[2])
     return parser
 
 

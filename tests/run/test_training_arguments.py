@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -10,6 +12,7 @@ from support.paths import ROOT
 from support.processes import run_forked
 
 from neo_megatron.errors import ConfigError
+from neo_megatron.run.training_arguments import choose_gpu
 
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
@@ -46,6 +49,36 @@ def test_embedding_and_head_have_a_schedule_of_their_own(parse):
 
     _, overrides = get_megatron_optimizer_config(parse("--decoupled-lr 1e-2 --decoupled-min-lr 1e-3"))
     assert {"max_lr": 1e-2, "min_lr": 1e-3} in overrides.values()
+
+
+def test_maxima_of_fp8_make_no_data_parallel_rank_wait(parse):
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from neo_megatron.model.transformer_config import NeoConfig
+
+    args = parse("")
+    config = core_transformer_config_from_args(args, NeoConfig)
+    assert config.tp_only_amax_red
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
+    assert not args.stream_ckpt_dequant, "a scale of its own for each piece of a stored parameter"
+
+
+def test_gloo_groups_are_for_the_flag_that_uses_them(parse):
+    assert not parse("").use_gloo_process_groups
+    flags = "--use-distributed-optimizer --distrib-optim-fully-reshardable-mem-efficient"
+    assert parse(flags).use_gloo_process_groups
+
+
+@pytest.mark.parametrize(("rank", "gpus", "chosen"), [(3, 1, 0), (3, 8, 3), (0, 1, 0)])
+def test_a_process_that_sees_one_gpu_takes_it(rank, gpus, chosen):
+    args = Namespace(local_rank=rank)
+    choose_gpu(args, gpus)
+    assert args.local_rank == chosen
+
+
+def test_too_few_gpus_for_the_processes_of_a_machine_end_in_a_sentence():
+    with pytest.raises(ConfigError, match="LOCAL_RANK=3, but this process sees 2 GPUs"):
+        choose_gpu(Namespace(local_rank=3), 2)
 
 
 def test_weights_and_biases(parse, monkeypatch, tmp_path):
@@ -109,6 +142,43 @@ def test_help_begins_with_neos_flags():
     assert "--num-experts" not in text and "docs/flags.md" in text, "what a start refuses is in the page"
 
 
+@pytest.fixture
+def train_sh(tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
+    """Flags of the command that train.sh starts, told by a python of our own."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("OUTPUT", "run")
+
+    def start(flags: str = "", packs: str = "packs") -> dict[str, str]:
+        monkeypatch.setenv("PACKS", packs)
+        words = ["bash", ROOT / "examples" / "train.sh", "neo-2b", "1", *flags.split()]
+        started = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        return {word: value for word, value in zip(started, [*started[1:], ""], strict=True) if word.startswith("--")}
+
+    return start
+
+
+@pytest.mark.parametrize(("packs", "flag"), [("a/b", "train-data-path"), ("a/b.yaml", "mixture"), ("b.yml", "mixture")])
+def test_train_sh_takes_packs_or_a_mixture(train_sh, packs, flag):
+    started = train_sh(packs=packs)
+    assert {name: started[name] for name in ("--train-data-path", "--mixture") if name in started} == {
+        f"--{flag}": packs
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [(None, "expandable_segments:True"), ("backend:native", "backend:native")]
+)
+def test_gpu_memory_is_in_segments_that_grow(train_sh, tmp_path, monkeypatch, own, expected):
+    """Unless the user says otherwise."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "--memory $PYTORCH_ALLOC_CONF"\n')
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if own:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
+    assert train_sh() == {"--memory": expected}
+
+
 @pytest.mark.parametrize(
     ("flags", "given", "left_out"),
     [
@@ -119,16 +189,9 @@ def test_help_begins_with_neos_flags():
         ("--train-iters 7", "--train-iters 7", "--train-samples"),
     ],
 )
-def test_flags_win_over_what_train_sh_sets(tmp_path, monkeypatch, flags, given, left_out):
-    """The command that train.sh starts, told by a python of our own; the last of two equal flags counts."""
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("PACKS", "packs")
-    monkeypatch.setenv("OUTPUT", "run")
-    words = ["bash", ROOT / "examples" / "train.sh", "neo-2b", "1", *flags.split()]
-    started = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-    last = {word: value for word, value in zip(started, [*started[1:], ""], strict=True) if word.startswith("--")}
+def test_flags_win_over_what_train_sh_sets(train_sh, flags, given, left_out):
+    """The last of two equal flags counts."""
+    last = train_sh(flags)
     words = given.split()
     for flag, value in zip(words, [*words[1:], ""], strict=True):
         if flag.startswith("--"):

@@ -36,11 +36,12 @@ PLACES = {
         "tests/hf/test_transformers_",
         "tests/hf/test_trl",
         "tests/inference/test_evaluate",
+        "tests/kernels/",
         "tests/lmms_eval_plugin/",
         "tests/megatron_compat/test_saving",
+        "tests/model/test_compiled",
         "tests/model/test_context_parallel",
         "tests/model/test_layer_specs",
-        "tests/model/test_qkv_prepare",
         "tests/parity/",
         "tests/planning/test_activations",
         "tests/planning/test_dry_run",
@@ -60,6 +61,9 @@ PLACES = {
         "tests/test_signals",
     ),
 }
+
+# Runs a test with the `checkpoint` of each variant of the family.
+every_variant = pytest.mark.parametrize("checkpoint", ["separate", "in-head", "experts"], indirect=True)
 
 
 def add_markers(items: Iterable[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,14 +29,14 @@ class Job:
         directory: where it logs; made by the run.
         flags: the command line of `pretrain_neo`; a TensorBoard directory is added.
         gradients: whether to keep the gradients of the last step.
-        spoilt: numbers of packs, and the weight that their tokens get.
+        spoilt: numbers of packs, the weight that their tokens get, and how often they do, from the first reading on.
         tensorboard: whether to add one.
     """
 
     directory: Path
     flags: Sequence[str]
     gradients: bool = False
-    spoilt: tuple[Sequence[int], float] | None = None
+    spoilt: tuple[Sequence[int], float, int] | None = None
     tensorboard: bool = True
 
     def printed(self, rank: int = 0) -> str:
@@ -45,18 +46,33 @@ class Job:
         """First dimension of every tensor that each call of the model was given, keyed by argument."""
         return json.loads((self.directory / f"rank{rank}.inputs.json").read_text())
 
+    def stored(self, rank: int) -> dict[str, Any]:
+        """Tensors that a rank has ``read`` and held to be ``written``, and how often it has ``listed`` a checkpoint."""
+        return json.loads((self.directory / f"rank{rank}.stored.json").read_text())
+
     def exit(self) -> str | int | None:
         """The argument of `sys.exit`: a sentence for a mistake; `None` where it ended by itself."""
         return json.loads((self.directory / "result.json").read_text())["exit"]
 
+    def passes(self) -> dict[str, int]:
+        """Passes over gradients: ``checks`` of the norm of a bucket, and ``scalings`` of a buffer."""
+        result = json.loads((self.directory / "result.json").read_text())
+        return {kind: result[kind] for kind in ("checks", "scalings")}
+
     def scalars(self, tag: str) -> dict[int, list[float]]:
         """The values logged at each step."""
+        return self.every_scalar()[tag]
+
+    def every_scalar(self) -> dict[str, dict[int, list[float]]]:
+        """By tag, the values logged at each step."""
         events = EventAccumulator(str(self.directory / "events"))
         events.Reload()
-        values = defaultdict(list)
-        for event in events.Scalars(tag):
-            values[event.step].append(event.value)
-        return dict(values)
+        values: dict[str, dict[int, list[float]]] = {}
+        for tag in events.Tags()["scalars"]:
+            of_step = values[tag] = defaultdict(list)
+            for event in events.Scalars(tag):
+                of_step[event.step].append(event.value)
+        return {tag: dict(of_step) for tag, of_step in values.items()}
 
     def read_gradients(self) -> dict[str, Tensor]:
         """Complete tensors under the names of a distributed checkpoint, put together from the parts of all ranks."""

@@ -18,7 +18,8 @@ TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "
 CHUNKS, LAYERS_OF_CHUNK = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 FP8 = "--bf16 --transformer-impl transformer_engine --fp8-format hybrid"
-TENSORWISE, BLOCKWISE = (f"{FP8} --fp8-recipe {recipe}" for recipe in ("tensorwise", "blockwise"))
+TENSORWISE = f"{FP8} --fp8-recipe tensorwise"
+BLOCKWISE = f"{FP8.replace('hybrid', 'e4m3')} --fp8-recipe blockwise"
 LAYERNORM = "--recompute-granularity selective --recompute-modules layernorm"
 MOE, EXPERTS = "--recompute-granularity selective --recompute-modules", "--neo-model u1-a3b"
 
@@ -36,6 +37,10 @@ REFUSED = [
     # Experts; the last of two flags counts.
     (1, f"{MOE} mlp {EXPERTS}", "--recompute-modules mlp is without effect in this --neo-model: choose moe"),
     (1, f"{MOE} moe", "--recompute-modules moe is without effect in this --neo-model: choose mlp"),
+    (1, f"{MOE} mlp_act {EXPERTS}", "--recompute-modules mlp_act is for a --neo-model without experts"),
+    (1, f"{MOE} mlp mlp_act", "--recompute-modules mlp recomputes what mlp_act does"),
+    (1, f"{MOE} mlp_act {FP8} --fp8-recipe delayed", "mlp_act does not go with --fp8-recipe delayed"),
+    (2, f"{MOE} qkv_heads {CP} 2", "qkv_heads frees nothing with --context-parallel-size"),
     (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel {EXPERTS}", "and a rank has 192 channels of an expert"),
     # The sequence.
     (1, "--seq-length 65536", "--seq-length 65536 is more than --max-position-embeddings 40960"),
@@ -85,8 +90,19 @@ REFUSED = [
     (4, f"{TENSORWISE} {PP} 4 --first-last-layers-bf16 --num-layers-at-end-in-bf16 11", "more than the 10 layers of a"),
     (1, "--first-last-layers-bf16", "add --fp8-format hybrid"),
     (2, "--use-distributed-optimizer --fp8-param-gather", "add --fp8-format hybrid"),
-    (2, f"{FP8} --fp8-param-gather", "needs the float32 weights of --use-distributed-optimizer"),
-    (2, f"{FP8} --fp8-param-gather --use-distributed-optimizer --training-stage 1", "would round the language model"),
+    (1, f"{FP8} --fp8-recipe blockwise", "does not go with --fp8-format hybrid"),
+    (1, f"{TENSORWISE.replace('hybrid', 'e4m3')}", "hybrid's e5m2: choose --fp8-format hybrid"),
+    (
+        2,
+        f"{FP8} --fp8-param-gather --use-distributed-optimizer",
+        "--fp8-param-gather does not go with --fp8-recipe delayed",
+    ),
+    (2, f"{TENSORWISE} --fp8-param-gather", "needs the float32 weights of --use-distributed-optimizer"),
+    (
+        2,
+        f"{TENSORWISE} --fp8-param-gather --use-distributed-optimizer --training-stage 1",
+        "would round the language model",
+    ),
     (
         1,
         f"{FP8} --seq-length 4088",
@@ -123,8 +139,11 @@ ACCEPTED = [
         "--recompute-num-layers 1", None),
     (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", None),
     (1, f"{FP8} --training-stage 1", None),
-    (2, f"{FP8} --fp8-param-gather --use-distributed-optimizer", None),
+    (2, f"{TENSORWISE} --fp8-param-gather --use-distributed-optimizer", None),
     (8, f"{BLOCKWISE} --first-last-layers-bf16 {TP} 8 --sequence-parallel {LAYERNORM}", None),
+    (4, f"{BLOCKWISE} {TP} 2 --sequence-parallel --expert-model-parallel-size 2 {EXPERTS}", None),
+    (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel --expert-tensor-parallel-size 1 {EXPERTS}", None),
+    (8, f"{BLOCKWISE} {TP} 8 --neo-model u1-8b --kv-channels 64", None),
     (1, f"{TENSORWISE} --seq-length 4088 --micro-batch-size 2 --eval-micro-batch-size 2", None),
 ]  # fmt: skip
 

@@ -9,8 +9,9 @@ A schedule is a YAML file; relative paths in it count from its own directory:
 
 Each directory is a stream of its own: pack after pack of its epochs. The schedule only says from which stream a pack of
 the run comes, so a stream goes on where it was when shares change or directories are added: no sample is repeated or
-left out before its epoch ends. A phase is a row of blocks of as many packs as its shares, in whole numbers, add up to:
-each stream has exactly its share of a block, in an order drawn from the phase and the block alone.
+left out before its epoch ends. Packs of a phase have one length; another phase may have another. A phase is a row of
+blocks of as many packs as its shares, in whole numbers, add up to: each stream has exactly its share of a block, in an
+order drawn from the phase and the block alone.
 """
 
 import os
@@ -187,19 +188,24 @@ def open_streams(location: str | Path) -> tuple[list[PackIndex], MixtureSchedule
     """The packs at a location: of one directory, or of a schedule, which is a ``.yaml`` or ``.yml`` file.
 
     Raises:
-        DataError: packs cannot be opened, or those of a schedule differ in length, tokenizer or chat layout.
+        DataError: packs cannot be opened, those of a schedule differ in tokenizer or chat layout, or those of a phase
+            differ in length.
     """
     if not str(location).endswith((".yaml", ".yml")):
         return [PackIndex.open(location)], None
     schedule = read_schedule(location)
     streams = [PackIndex.open(place) for place in schedule.locations]
     first = streams[0]
+    for number, phase in enumerate(schedule.phases, start=1):
+        one, *others = _of_phase(streams, phase)
+        for other in others:
+            if other.sequence_length != one.sequence_length:
+                raise DataError(
+                    f"--mixture {location}: phase {number}: {one.location} has packs of {one.sequence_length} tokens, "
+                    f"{other.location} of {other.sequence_length}: pack one of them again, which does not tokenize "
+                    "again, or give it a phase of its own"
+                )
     for other in streams[1:]:
-        if other.sequence_length != first.sequence_length:
-            raise DataError(
-                f"--mixture {location}: {first.location} has packs of {first.sequence_length} tokens, {other.location} "
-                f"of {other.sequence_length}: pack one of them again, which does not tokenize again"
-            )
         if other.data.tokenizer != first.data.tokenizer:
             raise DataError(
                 f"--mixture {location}: {first.location} and {other.location} were made with different tokenizers; "
@@ -207,3 +213,28 @@ def open_streams(location: str | Path) -> tuple[list[PackIndex], MixtureSchedule
             )
     check_layouts([stream.data for stream in streams], f"--mixture {location}: ")
     return streams, schedule
+
+
+def pack_lengths(streams: Sequence[PackIndex], schedule: MixtureSchedule | None) -> tuple[tuple[int, int], ...]:
+    """(first pack of the run, tokens of a pack) for the first packs and for every change of the length, in order.
+
+    Args:
+        streams, schedule: of `open_streams`.
+    """
+    if schedule is None:
+        return ((0, streams[0].sequence_length),)
+    lengths: list[tuple[int, int]] = []
+    for phase in schedule.phases:
+        length = _of_phase(streams, phase)[0].sequence_length
+        if not lengths or lengths[-1][1] != length:
+            lengths.append((phase.start, length))
+    return tuple(lengths)
+
+
+def longest_packs(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The first of `pack_lengths` with the most tokens."""
+    return max(lengths, key=lambda entry: entry[1])
+
+
+def _of_phase(streams: Sequence[PackIndex], phase: Phase) -> list[PackIndex]:
+    return [stream for stream, count in zip(streams, phase.counts, strict=True) if count]
