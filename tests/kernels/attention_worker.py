@@ -1,24 +1,23 @@
 """Runs kernels that Inductor generated for a GPU in Triton's interpreter, on a CPU, against the definition in float64.
 
-Started by `test_attention_numbers.py`: a directory with forward.py, backward.py and case.json. Prints relative errors.
+Started by `test_attention.py`: a directory with forward.py, backward.py and case.json. Prints relative errors.
 """
 
 import json
 import math
-import os
 import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-import numpy as np
+from support import triton_interpreter  # first: sets a variable that Triton reads on import
+
+triton_interpreter.install()
+
 import torch
 import torch._inductor.runtime.triton_helpers as triton_helpers
 import torch._inductor.runtime.triton_heuristics as triton_heuristics
 import triton
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
 from support.random_packs import random_pack
 
 from neo_megatron.model.block_mask import SeenKeys
@@ -26,34 +25,6 @@ from neo_megatron.model.flex_kernel import FLEX_BLOCK
 from neo_megatron.model.mask import AttentionRule
 
 XBLOCK = 64
-
-
-def teach_interpreter() -> None:
-    """Triton 3.6 takes arrays of one element as numbers, which NumPy 2.4 refuses, and bfloat16 in a product as integers."""
-    patch_tensor = interpreter._patch_lang_tensor
-    builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def patch(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def rounded(self, source, kind):
-        """As a GPU rounds, to the nearest; the interpreter cuts off."""
-        if source.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
-            numbers = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-            return interpreter.TensorHandle(numbers.view(torch.uint16).numpy(), kind.scalar)
-        return cast(self, source, kind)
-
-    interpreter._patch_lang_tensor = patch
-    builder.create_dot = lambda self, a, b, *others: dot(self, widened(a), widened(b), *others)
-    builder.cast_impl = rounded
 
 
 class Interpreted:
@@ -127,7 +98,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def main(directory: Path) -> None:
     case = json.loads((directory / "case.json").read_text())
-    teach_interpreter()
     triton_helpers.set_driver_to_gpu = lambda: None
     for name in ("template", "persistent_reduction", "reduction", "pointwise"):
         setattr(
