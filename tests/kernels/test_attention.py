@@ -51,7 +51,7 @@ def check_binary(case: AttentionCase, kernels: AttentionKernels) -> None:
     for direction in ("forward", "backward"):
         binary = getattr(kernels, direction)
         assert 0 < binary.shared <= limit, (case, binary)
-        accepted = ACCEPTED_SPILLS.get((case.architecture, case.dtype, direction), 0)
+        accepted = ACCEPTED_SPILLS.get((case.architecture, case.query_key, case.dtype, direction), 0)
         assert binary.spilled <= accepted, (case, binary)
 
 
