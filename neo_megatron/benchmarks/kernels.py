@@ -25,6 +25,9 @@ ACCEPTED_SPILLS = {
     **{(architecture, 256, "float32", "backward"): 8 for architecture in ("8.0", "8.9", "12.0")},
     ("9.0", 128, "float32", "forward"): 208,
     ("10.0", 128, "float32", "forward"): 248,
+    ("12.0", 128, "float32", "forward"): 248,
+    ("12.0", 128, "float32", "backward"): 8,
+    **{(architecture, 32, "float32", "backward"): 16 for architecture in ("8.0", "8.9")},
 }
 PREFIX = {"forward": "fwd", "backward": "bwd"}
 TILES = {"forward": ("BLOCK_M", "BLOCK_N"), "backward": ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")}

@@ -43,7 +43,8 @@ def check_numbers(case: AttentionCase, kernels: AttentionKernels, directory: Pat
     bounds = [BOUNDS[case.dtype][0], *[BOUNDS[case.dtype][1]] * 3]
     for name, bound in zip(("out", "dQ", "dK", "dV"), bounds, strict=True):
         assert found["errors"][name] < bound, (case, found)  # NaN is not
-    assert found["full blocks"] and found["partial blocks"], case
+    # The last queries of a pack, of a context-parallel rank, see short documents only.
+    assert found["partial blocks"] and (found["full blocks"] or case.queries < case.keys), case
 
 
 def check_binary(case: AttentionCase, kernels: AttentionKernels) -> None:
