@@ -80,15 +80,15 @@ def _ours(
 ) -> dict[str, Any]:
     query, key, value = tensors = inputs.query, inputs.key, inputs.value
     kernel = f"ours, --attention-backend {backend.name}"
-    try:
-        check_backend(backend)
-    except ConfigError as error:
-        return _refused(inputs, kernel, name, error)
 
     def build() -> AttentionMask:
         return build_mask(rule, query.dtype, inputs.sizes.attention_widths, backend)
 
-    mask = build()
+    try:
+        check_backend(backend)
+        mask = build()
+    except ConfigError as error:
+        return _refused(inputs, kernel, name, error)
     try:
         forward, both = _forward_and_both(
             lambda: attend(query, key, value, mask, inputs.scale), tensors, inputs.gradient

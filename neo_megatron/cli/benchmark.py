@@ -2,6 +2,7 @@
 
 neo-megatron benchmark data|train|convert [--only packing loader ...] [--scratch DIR]
 neo-megatron benchmark gpu [--only attention steps] [--scratch DIR] [--out FILE.json]
+neo-megatron benchmark kernels [--only 9.0 10.0 ...]
 """
 
 import argparse
@@ -21,6 +22,7 @@ SUITES = {
     "train": ["train", "stage_one"],
     "convert": ["convert"],
     "gpu": ["attention", "steps"],
+    "kernels": ["8.0", "8.9", "9.0", "10.0", "12.0"],  # compute capabilities
 }
 
 
@@ -49,6 +51,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs a suite, or parts of it, and prints its table."""
     arguments = parse_arguments()
+    if arguments.suite == "kernels":
+        from neo_megatron.benchmarks import kernels
+
+        print(kernels.measure(arguments.only or SUITES["kernels"]))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(arguments.scratch or temporary)
         scratch.mkdir(parents=True, exist_ok=True)

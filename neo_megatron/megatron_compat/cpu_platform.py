@@ -17,14 +17,18 @@ from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any
 
-# Megatron decorates small functions with torch.compile; on a CPU each costs a minute of C++ building. Read on import.
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.utils._device import _device_constructors
+
+# Megatron decorates small functions with torch.compile when it is imported; on a CPU each costs a minute of C++
+# building. PyTorch is asked, because a GPU has other device files under WSL2, and may be hidden.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Processes that compile kernels: PyTorch would start up to 32 for each of a machine's eight ranks. Read when it first
+# compiles.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
 MEGATRON_VERSION = "0.19.2"
 TORCH_VERSION = "2.11"

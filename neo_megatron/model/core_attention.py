@@ -6,7 +6,7 @@ wider than values, which all kernels take as they are.
 On a GPU `--attention-backend` chooses, a flag of Megatron's:
 
     auto      FlexAttention in block sizes that the device holds; SDPA where there are none (the default)
-    flash     FlexAttention over FlashAttention 4, which must be installed
+    flash     FlexAttention over FlashAttention 4, which must be installed; compute capability 9.0 only
     unfused   SDPA with a dense mask: memory and work grow with the square of the pack
 
 Shape suffixes: S sequence, B packs, N query heads, G key-value heads, X channels of queries and keys, D of values.
@@ -28,19 +28,21 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs
 from neo_megatron.model.compiled import compiled
 from neo_megatron.model.cpu_kernels.tiled_attention import TiledAttention, TiledMask
-from neo_megatron.model.flex_kernel import KIB, Widths, kernel_options
+from neo_megatron.model.flex_kernel import FLEX_BLOCK, KIB, Widths, kernel_options
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.packages import install
 
 logger = logging.getLogger(__name__)
 
-# Query and key rows of one block of the mask. FlashAttention 4 requires its own on sm_90.
-FLEX_BLOCK, FLASH_BLOCK = (128, 128), (128, 64)
-
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Blocks for FlexAttention, and its ``kernel_options``; FlashAttention 4 needs key heads ``repeated``."""
+    """Blocks for FlexAttention, and its ``kernel_options``.
+
+    Args:
+        repeated: whether the kernel needs key heads repeated for query heads, as FlashAttention 4 does in its backward
+            where values are narrower than keys.
+    """
 
     seen: SeenKeys
     blocks: BlockMask
@@ -76,20 +78,24 @@ def build_mask(
     Args:
         widths: channels of a query or key head, and of a value head: they decide what a GPU can hold.
         backend: see above; a CPU has one kernel.
+
+    Raises:
+        ConfigError: FlashAttention 4 has no kernel for these heads on this device.
     """
     device = rule.document_BT.device
     if not rule.document_BT.is_cuda:
         return TiledMask.from_rule(rule, torch.promote_types(dtype, torch.float32))
     keys = rule.document_BT.shape[1]
     if backend == AttnBackend.flash:
-        options, block_size = {"BACKEND": "FLASH"}, FLASH_BLOCK
+        options, block_size = {"BACKEND": "FLASH"}, _flash_block(device, widths)
     else:
         options = None if backend == AttnBackend.unfused else _options_of(device, widths, dtype.itemsize)
         block_size = FLEX_BLOCK
     if options is None:
         return rule.dense()[:, None]
     seen = SeenKeys.of(rule)
-    return FlexMask(seen, seen.blocks(keys, block_size), options, repeated=backend == AttnBackend.flash)
+    repeated = backend == AttnBackend.flash and widths[0] != widths[1]
+    return FlexMask(seen, seen.blocks(keys, block_size), options, repeated)
 
 
 def attention_pairs(mask: AttentionMask) -> Tensor:
@@ -147,6 +153,24 @@ def _options_of(device: torch.device, widths: tuple[int, int], number_bytes: int
             widths[0],
         )
     return options
+
+
+@cache
+def _flash_block(device: torch.device, widths: tuple[int, int]) -> tuple[int, int]:
+    """Query and key rows of a block of the mask for FlashAttention 4 4.0.0b36: its backward's tiles divide them.
+
+    With blocks it has, for heads of 256 and 128, kernels of both directions on sm_90 only: on sm_100 wider heads than
+    128 are those of DeepSeek or of 256 both, on sm_120 the backward takes no mask, and on sm_8x there is none.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if capability != (9, 0) or max(widths) > 256 or 128 < widths[0] <= 192:
+        raise ConfigError(
+            f"--attention-backend flash: FlashAttention 4 has no kernel for NEO's mask with heads of {widths[0]} and "
+            f"{widths[1]} on {properties.name} (compute capability {properties.major}.{properties.minor}; it needs "
+            "9.0): choose --attention-backend auto"
+        )
+    return (128, 64) if widths[0] > 128 else (128, 128)
 
 
 def _flash_attention_4() -> bool:

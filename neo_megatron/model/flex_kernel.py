@@ -6,8 +6,8 @@ it compiles. So an upper bound of the memory of each choice is estimated, and th
 
 The estimate is that of the kernels' tiles: what stays for the entire loop, what is loaded ahead, once per stage, and
 the scores that are laid out again for the second product. Triton often needs less: it keeps some of them in registers.
-The order of preference for a device is that of PyTorch 2.11 for heads of 256, the width of queries and keys; it has not
-been timed for values of 128. `tools/sweep_flex_attention.py` times all choices that fit.
+The order of preference comes from the kernels' machine code: largest tiles first, of those that spill no registers
+(`tests/kernels/test_attention.py`); nothing has been timed. `tools/sweep_flex_attention.py` times all choices that fit.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from itertools import product
 from typing import Any
 
 KIB = 1024
+# Query and key rows of a block of the mask; tiles divide them.
+FLEX_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True)
@@ -57,46 +59,61 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Of the two loops of the backward, each holds tiles of ``stays`` rows and loads tiles of ``moves`` rows.
+    """Tiles of the two loops of the backward, whose four sizes are independent but for what PyTorch's kernel asks.
 
-    The first holds keys and values and loads queries, the second the other way around. PyTorch's kernel wants the
-    first to be a multiple of the second.
+    Args:
+        queries_1, keys_1: the first loop holds ``keys_1`` keys and values and loads ``queries_1`` queries and gradients
+            of the output, which divides it.
+        queries_2, keys_2: the second holds ``queries_2`` queries and loads ``keys_2`` keys, which divides it.
     """
 
-    moves: int
-    stays: int
+    queries_1: int
+    keys_1: int
+    queries_2: int
+    keys_2: int
     stages: int
     warps: int
 
     def shared_memory(self, widths: Widths) -> int:
-        """Bytes at most; weights and gradients of the scores are both laid out again."""
-        return (self.stays + self.stages * self.moves) * widths.row + 2 * self.stays * self.moves * widths.bytes
+        """Bytes at most, of the larger loop; weights and gradients of the scores are both laid out again."""
+        return max(
+            (stays + self.stages * moves) * widths.row + 2 * stays * moves * widths.bytes
+            for stays, moves in ((self.keys_1, self.queries_1), (self.queries_2, self.keys_2))
+        )
 
     @property
     def options(self) -> dict[str, int]:
-        blocks = {"BLOCK_M1": self.moves, "BLOCK_N1": self.stays, "BLOCK_M2": self.stays, "BLOCK_N2": self.moves}
-        chosen = blocks | {"num_stages": self.stages, "num_warps": self.warps}
-        return {f"bwd_{name}": value for name, value in chosen.items()}
+        names = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps")
+        return {f"bwd_{name}": value for name, value in zip(names, self._values, strict=True)}
+
+    @property
+    def _values(self) -> tuple[int, ...]:
+        return self.queries_1, self.keys_1, self.queries_2, self.keys_2, self.stages, self.warps
 
 
-# By major compute capability; what follows them is for smaller memories, down to the smallest tiles there are.
-_FORWARD_FIRST = {8: Forward(32, 64, 3, 4), 9: Forward(64, 32, 3, 4), 10: Forward(64, 32, 3, 4)}
+# By major compute capability, of numbers of 16 bits; what follows them is for smaller memories, down to the smallest
+# tiles there are. Of 255 registers a thread, sums of 64 keys in the backward take 96 in eight warps.
+_FORWARD_FIRST = {8: Forward(128, 64, 2, 8), 9: Forward(128, 64, 2, 8), 10: Forward(128, 64, 2, 8)}
 _FORWARD = (
     Forward(64, 64, 2, 4),
-    Forward(64, 32, 3, 4),
     Forward(64, 32, 2, 4),
     Forward(32, 32, 2, 4),
     Forward(32, 16, 2, 4),
     Forward(16, 16, 1, 4),
 )
-_BACKWARD_FIRST = {8: Backward(64, 64, 2, 4), 9: Backward(64, 64, 2, 4), 10: Backward(64, 64, 1, 4)}
+_BACKWARD_FIRST = {
+    8: Backward(16, 64, 64, 16, 2, 8),
+    9: Backward(32, 64, 128, 64, 2, 8),
+    10: Backward(32, 64, 128, 64, 2, 8),  # spills 16 bytes of a thread; tiles half as large would not
+}
 _BACKWARD = (
-    Backward(64, 64, 1, 4),
-    Backward(32, 64, 1, 4),
-    Backward(32, 32, 2, 4),
-    Backward(32, 32, 1, 4),
-    Backward(16, 16, 1, 4),
+    Backward(32, 32, 32, 32, 2, 8),
+    Backward(32, 32, 32, 32, 1, 8),
+    Backward(16, 16, 16, 16, 1, 4),
 )
+# Products in float32 have no tensor cores and are unrolled: larger tiles compile for minutes and spill kilobytes.
+_FORWARD_FLOAT32 = (Forward(32, 32, 2, 8), Forward(32, 16, 2, 8), Forward(16, 16, 1, 4))
+_BACKWARD_FLOAT32 = (Backward(16, 16, 16, 16, 1, 8),)
 
 
 def kernel_options(widths: Widths, capability: tuple[int, int], shared_memory: int) -> dict[str, Any] | None:
@@ -106,9 +123,9 @@ def kernel_options(widths: Widths, capability: tuple[int, int], shared_memory: i
         capability: such as (9, 0).
         shared_memory: bytes that one block of threads may have, `shared_memory_per_block_optin` of the device.
     """
-    major = capability[0]
-    forward = _first_that_fits((_FORWARD_FIRST.get(major), *_FORWARD), widths, shared_memory)
-    backward = _first_that_fits((_BACKWARD_FIRST.get(major), *_BACKWARD), widths, shared_memory)
+    forwards, backwards = _choices(widths, capability[0])
+    forward = _first_that_fits(forwards, widths, shared_memory)
+    backward = _first_that_fits(backwards, widths, shared_memory)
     return None if forward is None or backward is None else forward.options | backward.options
 
 
@@ -116,17 +133,30 @@ def all_that_fit(widths: Widths, shared_memory: int) -> tuple[list[Forward], lis
     """Every choice worth timing on a device with this much shared memory."""
     sizes, stages, warps = (32, 64, 128), (1, 2, 3, 4), (4, 8)
     forward = [Forward(*choice) for choice in product(sizes, sizes, stages, warps)]
-    backward = [Backward(*choice) for choice in product(sizes, sizes, stages, warps) if choice[1] % choice[0] == 0]
+    backward = [
+        Backward(*choice)
+        for choice in product(sizes, sizes, sizes, sizes, (1, 2, 3), (8,))
+        if choice[1] % choice[0] == choice[2] % choice[3] == 0
+    ]
     return (
         [choice for choice in forward if choice.shared_memory(widths) <= shared_memory],
         [choice for choice in backward if choice.shared_memory(widths) <= shared_memory],
     )
 
 
+def _choices(widths: Widths, major: int) -> tuple[tuple[Forward, ...], tuple[Backward, ...]]:
+    """Tiles in order of preference."""
+    if widths.bytes > 2:
+        return _FORWARD_FLOAT32, _BACKWARD_FLOAT32
+    if major not in _FORWARD_FIRST:
+        return _FORWARD, _BACKWARD
+    return (_FORWARD_FIRST[major], *_FORWARD), (_BACKWARD_FIRST[major], *_BACKWARD)
+
+
 def _first_that_fits[Tiles: (Forward, Backward)](
-    choices: tuple[Tiles | None, ...], widths: Widths, shared_memory: int
+    choices: tuple[Tiles, ...], widths: Widths, shared_memory: int
 ) -> Tiles | None:
-    fitting = (choice for choice in choices if choice and choice.shared_memory(widths) <= shared_memory)
+    fitting = (choice for choice in choices if choice.shared_memory(widths) <= shared_memory)
     return next(fitting, None)
 
 

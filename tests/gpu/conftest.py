@@ -15,6 +15,22 @@ HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 RECIPES = ("delayed", "tensorwise", "blockwise")
 
 
+# Files in this order: what decides most comes first, in case a machine is lent for a short time.
+ORDER = ("attention", "norm_rotary", "layers", "training", "golden", "generate")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the tests of this directory, which keep their places among all others."""
+    here = Path(__file__).parent
+    places = [place for place, item in enumerate(items) if item.path.parent == here]
+    tests = sorted(
+        (items[place] for place in places), key=lambda item: ORDER.index(item.path.stem.removeprefix("test_"))
+    )
+    for place, item in zip(places, tests, strict=True):
+        items[place] = item
+
+
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> torch.device:
     if not torch.cuda.is_available():

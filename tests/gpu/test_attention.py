@@ -12,7 +12,7 @@ from neo_megatron.model.mask import AttentionRule
 
 LENGTH, PACKS, HEADS, GROUPS = 1024, 2, 4, 2
 # Relative error of the output and of gradients.
-BOUNDS = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2)}
+BOUNDS = {torch.bfloat16: (1e-2, 2e-2), torch.float32: (1e-5, 2e-5)}
 
 
 @pytest.fixture
@@ -89,6 +89,8 @@ def test_flash_attention_4_equals_the_definition(rule, poisoned):
 
     if not _flash_attention_4():
         pytest.skip("FlashAttention 4 is not installed")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("FlashAttention 4 has NEO's heads on sm_90 only")
     inputs = draw(torch.bfloat16, 128)
     mask = build(rule, torch.bfloat16, 128, "flash")
     poisoned()

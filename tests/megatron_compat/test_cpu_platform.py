@@ -1,5 +1,6 @@
 """Replacements for a GPU: placements on cuda, the fused optimizer, the gradient of SwiGLU."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,23 @@ import torch
 from neo_megatron.megatron_compat import cpu_platform
 
 pytestmark = pytest.mark.skipif(not cpu_platform.on_cpu(), reason="with a GPU nothing is patched")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "own", "expected"),
+    [(True, {}, "4 None"), (False, {}, "4 1"), (True, {"TORCHINDUCTOR_COMPILE_THREADS": "8"}, "8 None")],
+)
+def test_compiling_is_switched_off_without_a_gpu_only_and_has_few_processes(gpu, own, expected):
+    """PyTorch alone says whether there is a GPU: device files differ between systems."""
+    code = (
+        f"import os, torch; torch.cuda.is_available = lambda: {gpu}; import neo_megatron.megatron_compat.cpu_platform; "
+        "import torch._inductor.config as inductor; "
+        "print(inductor.compile_threads, os.environ.get('TORCHDYNAMO_DISABLE'))"
+    )
+    names = ("TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_COMPILE_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", code], env=environment | own, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_cuda_means_cpu(megatron):

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from neo_megatron.model.block_mask import SeenKeys
+from neo_megatron.model.compiled import GRAPHS, compiled
 from neo_megatron.model.mask import AttentionRule
 
 attention = torch.compile(flex_attention, dynamic=False, backend="eager", fullgraph=True)
@@ -21,3 +22,12 @@ for document_length, image_tokens in ((128, 0), (30, 7), (1, 0), (64, 64)):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 assert counters["stats"]["unique_graphs"] == 1, counters
 print("one graph")
+
+torch._dynamo.reset()
+double = compiled(lambda x: 2 * x, backend="eager")
+for length in range(2, 2 + GRAPHS):
+    assert double(torch.ones(length)).sum() == 2 * length
+try:
+    double(torch.ones(2 + GRAPHS))
+except torch._dynamo.exc.FailOnRecompileLimitHit:
+    print("never uncompiled")

@@ -27,7 +27,8 @@ def test_every_device_gets_tiles_that_it_holds(capability, number_bytes, form):
     widths, limit = Widths(FORMS[form].query_key_widths * 128, 128, number_bytes), DEVICES[capability] * KIB
     options = kernel_options(widths, capability, limit)
     forward = Forward(*(options[f"fwd_{name}"] for name in ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")))
-    backward = Backward(*(options[f"bwd_{name}"] for name in ("BLOCK_M1", "BLOCK_N1", "num_stages", "num_warps")))
+    sizes = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps")
+    backward = Backward(*(options[f"bwd_{name}"] for name in sizes))
     assert forward.shared_memory(widths) <= limit and backward.shared_memory(widths) <= limit
     # Requirements of PyTorch's kernel: its blocks divide those of the mask, and its two loops fit into one another.
     assert not any(128 % size for name, size in options.items() if "BLOCK" in name)
@@ -39,16 +40,18 @@ def test_memory_of_known_tiles():
     """Counted by hand in rows of 256 + 128 numbers of 2 bytes, 768 bytes."""
     # 64 queries of 512 bytes; 3 x 32 keys and values; 64 x 32 weights.
     assert Forward(64, 32, 3, 4).shared_memory(NEO) == 64 * 512 + 3 * 32 * 768 + 64 * 32 * 2
-    # 64 keys and values stay, 2 x 64 queries and gradients move; weights and their gradients.
-    assert Backward(64, 64, 2, 4).shared_memory(NEO) == (64 + 2 * 64) * 768 + 2 * 64 * 64 * 2
+    # 128 queries and gradients stay, 2 x 32 keys and values move; weights and their gradients.
+    assert Backward(32, 64, 128, 32, 2, 8).shared_memory(NEO) == (128 + 2 * 32) * 768 + 2 * 128 * 32 * 2
+    assert Backward(32, 128, 64, 32, 2, 8).shared_memory(NEO) == Backward(32, 64, 128, 32, 2, 8).shared_memory(NEO)
     assert Forward(64, 32, 3, 4).shared_memory(Widths(96, 48)) == Forward(64, 32, 3, 4).shared_memory(Widths(128, 64))
 
 
-def test_what_fails_on_sm_89_is_not_chosen_there():
-    """PyTorch's own choice for heads of 256 on sm_8x: users report that it does not compile on an L40S or a 4090."""
-    assert Backward(64, 64, 2, 4).shared_memory(NEO) > 99 * KIB
-    assert kernel_options(NEO, (8, 0), 163 * KIB)["bwd_num_stages"] == 2
-    assert kernel_options(NEO, (8, 9), 99 * KIB)["bwd_BLOCK_M1"] == 32
+def test_float32_gets_tiles_that_compile_in_seconds():
+    """Larger ones are unrolled into products without tensor cores, for minutes."""
+    for capability, memory in DEVICES.items():
+        options = kernel_options(Widths(256, 128, 4), capability, memory * KIB)
+        assert {size for name, size in options.items() if name.startswith("bwd_BLOCK")} == {16}
+        assert max(options["fwd_BLOCK_M"], options["fwd_BLOCK_N"]) <= 32
 
 
 def test_a_sweep_stays_within_the_device():
@@ -61,14 +64,18 @@ def test_a_sweep_stays_within_the_device():
 def gpu(monkeypatch):
     """Pretends a GPU with as much shared memory as a test says."""
 
-    def pretend(memory: int) -> None:
-        properties = SimpleNamespace(name="A small GPU", major=8, minor=9, shared_memory_per_block_optin=memory)
+    def pretend(memory: int, major: int = 8, minor: int = 9) -> None:
+        properties = SimpleNamespace(name="A small GPU", major=major, minor=minor, shared_memory_per_block_optin=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+        forget()
+
+    def forget() -> None:
         core_attention._options_of.cache_clear()
+        core_attention._flash_block.cache_clear()
 
     yield pretend
-    core_attention._options_of.cache_clear()
+    forget()
 
 
 def test_too_little_memory_ends_in_sdpa_and_one_sentence(gpu, caplog):
@@ -102,6 +109,21 @@ def test_kernels_that_neo_cannot_use_are_refused(monkeypatch):
         check_backend(AttnBackend.flash)
 
 
+@pytest.mark.parametrize(
+    ("capability", "widths", "block"),
+    [((9, 0), (256, 128), 64), ((9, 0), (128, 128), 128), ((9, 0), (192, 128), None), ((10, 0), (256, 128), None)],
+)
+def test_blocks_of_flash_attention_4(capability, widths, block, gpu):
+    """Its backward shares key heads between query heads where keys and values are equally wide, else not."""
+    gpu(227 * KIB, *capability)
+    if block is None:
+        with pytest.raises(ConfigError, match=f"heads of {widths[0]} and 128 on A small GPU .*choose"):
+            build_mask(random_packs(256, 1), torch.bfloat16, widths, AttnBackend.flash)
+        return
+    mask = build_mask(random_packs(256, 1), torch.bfloat16, widths, AttnBackend.flash)
+    assert (128, block) == mask.blocks.BLOCK_SIZE and mask.repeated == (widths[0] != widths[1])
+
+
 @pytest.mark.parametrize("kernel", ["auto", "flash", "unfused"])
 def test_every_kernel_gives_what_the_tiles_give(kernel, gpu, monkeypatch):
     """Values, on a CPU: FlexAttention uncompiled; key heads are shared by query heads, or repeated for them."""
@@ -116,7 +138,7 @@ def test_every_kernel_gives_what_the_tiles_give(kernel, gpu, monkeypatch):
         seen.append((key.shape[1], kernel_options.get("BACKEND", "AUTO")))
         return flex_attention(query, key, value, enable_gqa=enable_gqa, **given)
 
-    gpu(99 * KIB)
+    gpu(227 * KIB, 9, 0)
     mask = build_mask(rule, torch.float32, widths=(32, 16), backend=AttnBackend[kernel])
     monkeypatch.undo()
     monkeypatch.setattr(core_attention, "_compiled_flex_attention", lambda: plain)
@@ -124,10 +146,10 @@ def test_every_kernel_gives_what_the_tiles_give(kernel, gpu, monkeypatch):
     assert seen == {"auto": [(2, "AUTO")], "flash": [(4, "FLASH")], "unfused": []}[kernel]
 
 
-@pytest.mark.parametrize(("kernel", "block"), [("auto", (128, 128)), ("flash", (128, 64)), ("unfused", (512, 512))])
+@pytest.mark.parametrize(("kernel", "block"), [("auto", (128, 128)), ("flash", (128, 128)), ("unfused", (512, 512))])
 def test_pairs_of_every_kernel_are_counted(kernel, block, gpu):
     """Computed are those of all blocks in which the dense mask allows a pair; without blocks, all."""
-    gpu(99 * KIB)
+    gpu(227 * KIB, 9, 0)
     rule = random_packs(512, 2)
     dense = rule.dense()
     blocks = dense.unflatten(2, (-1, block[1])).unflatten(1, (-1, block[0])).any(dim=4).any(dim=2)

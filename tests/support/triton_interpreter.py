@@ -12,9 +12,10 @@ import triton.runtime.interpreter as interpreter
 def install() -> None:
     """Triton 3.6 takes arrays of one element as numbers, which NumPy 2.4 refuses, and cuts bfloat16 off.
 
-    A GPU rounds to the nearest.
+    A GPU rounds to the nearest. In products it takes the bits of bfloat16 for integers.
     """
-    patch_tensor, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
+    patch_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
 
     def patch(tensor, scope):
         patch_tensor(tensor, scope)
@@ -26,5 +27,11 @@ def install() -> None:
             return interpreter.TensorHandle(numbers.view(torch.uint16).numpy(), kind.scalar)
         return cast(self, source, kind)
 
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
     interpreter._patch_lang_tensor = patch
-    interpreter.InterpreterBuilder.cast_impl = rounded
+    builder.cast_impl = rounded
+    builder.create_dot = lambda self, a, b, *others: dot(self, widened(a), widened(b), *others)

@@ -35,7 +35,7 @@ def test_the_current_choice_comes_first_then_the_fastest(sweep, monkeypatch, cap
     timed = []
 
     def attend(query, key, value, mask, scale):
-        if mask.options["fwd_BLOCK_M"] == 128:
+        if mask.options["fwd_BLOCK_M"] == 32:
             raise RuntimeError("out of resource: shared memory")
         timed.append(mask.options)
         return query * 1
@@ -58,7 +58,7 @@ def test_the_current_choice_comes_first_then_the_fastest(sweep, monkeypatch, cap
     assert "blocks compute 1.49 times the allowed pairs" in out
     forward = out.split("forward: ")[1].splitlines()
     assert "of" in forward[0] and not forward[0].startswith("0 ")
-    assert "fwd_BLOCK_M=64 fwd_BLOCK_N=32 fwd_num_stages=3 fwd_num_warps=4" in forward[1]  # what is in use
+    assert "fwd_BLOCK_M=128 fwd_BLOCK_N=64 fwd_num_stages=2 fwd_num_warps=8" in forward[1]  # what is in use
     assert "fwd_BLOCK_N=128" in forward[2] and "fwd_num_warps=8" in forward[2]
     rows = json.loads((tmp_path / "times.json").read_text())
     assert any(row["seconds"] is None for row in rows["forward"]) and all(row["seconds"] for row in rows["backward"])
