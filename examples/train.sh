@@ -18,28 +18,30 @@ shift 2
 
 # For machines with 8 GPUs of 80 GB and the longest packs of docs/training.md, for U1 of 16k and 32k tokens: the first
 # choices of neo-megatron plan --search --gpus 8 --global-batch-size 128.
-layout=()
-less_kept=(--recompute-granularity selective --recompute-modules mlp_act)
+layout=() recomputed=()
+elementwise=(--recompute-granularity selective --recompute-modules mlp_act)
 case $size:$stage in
   neo-2b:1 | neo-ov-2b:1) ;;
-  neo-2b:2) layout=(--context-parallel-size 2 "${less_kept[@]}") ;;
-  neo-2b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2 "${less_kept[@]}"
-    --pipeline-model-parallel-layout 'Ettt|ttt|ttt|ttt|ttt|ttt|ttt|tttt|tttt|tttt|tttt|tttL') ;;
+  neo-2b:2) layout=(--context-parallel-size 2) recomputed=("${elementwise[@]}") ;;
+  neo-2b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2
+    --pipeline-model-parallel-layout 'Ettt|ttt|ttt|ttt|ttt|ttt|ttt|tttt|tttt|tttt|tttt|tttL')
+    recomputed=("${elementwise[@]}") ;;
   neo-ov-2b:*) layout=(--context-parallel-size 4) ;;
   neo-9b:1 | neo-ov-9b:1) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 2
     --pipeline-model-parallel-layout 'Ettt|ttt|tttt|tttt|tttt|ttttt|ttttt|ttttt|ttttt|ttttL') ;;
-  neo-9b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 4 "${less_kept[@]}") ;;
+  neo-9b:*) layout=(--pipeline-model-parallel-size 2 --context-parallel-size 4) recomputed=("${elementwise[@]}") ;;
   neo-ov-9b:*) layout=(--tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 2) ;;
   u1-8b:1) layout=(--context-parallel-size 2) ;;
   u1-8b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel
-    --pipeline-model-parallel-size 2 --context-parallel-size 2 "${less_kept[@]}"
-    --pipeline-model-parallel-layout 'Ettttt|ttttt|ttttt|ttttt|ttttt|tttttt|tttttt|tttttL') ;;
+    --pipeline-model-parallel-size 2 --context-parallel-size 2
+    --pipeline-model-parallel-layout 'Ettttt|ttttt|ttttt|ttttt|ttttt|tttttt|tttttt|tttttL')
+    recomputed=("${elementwise[@]}") ;;
   u1-a3b:1) layout=(--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 6
     --context-parallel-size 2) ;;
   u1-a3b:*) layout=(--tensor-model-parallel-size 2 --sequence-parallel
     --pipeline-model-parallel-size 2 --context-parallel-size 2
-    --expert-model-parallel-size 4 --expert-tensor-parallel-size 1
-    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+    --expert-model-parallel-size 4 --expert-tensor-parallel-size 1)
+    recomputed=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
 esac
 
 # Megatron asks for it where tensor or context parallelism runs on GPUs before Blackwell; CUDA reads it once, at start.
@@ -63,6 +65,7 @@ length=(--train-iters "${ITERATIONS:-10000}")
 ! given --train-samples || length=()
 batch=(--global-batch-size "${GLOBAL_BATCH:-128}")
 ! given --step-batch-size-schedule || batch=()
+! { given --recompute-granularity || given --recompute-activations; } || recomputed=()
 
 packs=(--train-data-path "$PACKS")
 case $PACKS in *.yaml | *.yml) packs=(--mixture "$PACKS") ;; esac
@@ -81,4 +84,4 @@ exec "${start[@]}" -m neo_megatron.pretrain_neo \
   --micro-batch-size 1 ${batch[@]+"${batch[@]}"} ${length[@]+"${length[@]}"} \
   ${CHECKPOINT:+--pretrained-checkpoint "$CHECKPOINT"} --save "$OUTPUT" --load "$OUTPUT" \
   --tensorboard-dir "$OUTPUT/tensorboard" --log-interval 10 --log-throughput \
-  ${layout[@]+"${layout[@]}"} ${precision[@]+"${precision[@]}"} "$@"
+  ${layout[@]+"${layout[@]}"} ${recomputed[@]+"${recomputed[@]}"} ${precision[@]+"${precision[@]}"} "$@"

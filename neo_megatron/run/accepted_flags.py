@@ -376,6 +376,11 @@ ONLY_WITH = (
         lambda args: args.fp16 and not args.loss_scale,
         "--min-loss-scale --loss-scale-window --hysteresis",
     ),
+    _only_with(
+        "--recompute-granularity selective",
+        lambda args: args.recompute_granularity == "selective" or args.recompute_activations,
+        "--recompute-modules",
+    ),
     _only_with("--bf16", lambda args: args.bf16, "--grad-reduce-in-bf16"),
     _only_with(
         "--save",

@@ -164,3 +164,11 @@ def test_presets_of_train_sh_are_first_choices(size, stage, length, tmp_path):
         if not started[started.index(word) + 1].startswith("--")
     }
     assert values == {word: first[first.index(word) + 1] for word in values}
+
+
+def test_a_given_recomputation_takes_the_place_of_that_of_train_sh(tmp_path):
+    given = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    words = words_of_train_sh("neo-9b", 2, tmp_path, *given)
+    assert [word for word in words if word.startswith("--recompute")] == given[::2]
+    words = words_of_train_sh("u1-a3b", 2, tmp_path, "--recompute-granularity", "selective")
+    assert [word for word in words if word.startswith("--recompute")] == ["--recompute-granularity"]
