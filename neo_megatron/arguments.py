@@ -13,8 +13,8 @@ class NeoModelArguments:
 
     neo_model: str = ""
     """Required. A preset (neo-2b, neo-9b, neo-ov-2b, neo-ov-9b, u1-8b, u1-a3b, tiny), or a directory or hub id with the
-    config.json of a NEO in Hugging Face form: the sizes of the model. Megatron's size flags (--hidden-size,
-    --num-layers, ...) change single ones."""
+    config.json of a NEO in Hugging Face form, or a Megatron checkpoint: the sizes of the model. Megatron's size flags
+    (--hidden-size, --num-layers, ...) change single ones."""
 
     pre_buffer_num_layers: int = 0
     """How many of --num-layers form the pre-buffer, 0 to all. Default: as in --neo-model."""

@@ -82,7 +82,7 @@ class Wanted(Enum):
         "a run to resume",
         {Kind.MISSING, Kind.EMPTY, Kind.MEGATRON, Kind.UNFINISHED_SAVE, Kind.IMAGES, Kind.DIRECTORY},
     )
-    SIZES = "a preset or the config.json of a NEO", {Kind.NEO, Kind.OTHER_MODEL}
+    SIZES = "a preset or a NEO", {Kind.NEO, Kind.OTHER_MODEL, Kind.MEGATRON, Kind.ITERATION}
     PRE_BUFFER = "a pre-buffer", {Kind.PRE_BUFFER}
     TOKENIZER = "a tokenizer", {Kind.TOKENIZER, *_MODELS}
     ANNOTATIONS = "an annotation file", {Kind.ANNOTATIONS, Kind.FILE}
@@ -141,11 +141,7 @@ _REMEDIES: dict[Wanted, dict[Kind, str]] = {
     Wanted.TOKENIZER: {
         kind: "give the --tokenizer that neo-megatron preprocess was given" for kind in (Kind.MEGATRON, Kind.ITERATION)
     },
-    Wanted.SIZES: {
-        kind: "give the Hugging Face checkpoint that it was converted from, or a preset"
-        for kind in (Kind.MEGATRON, Kind.ITERATION)
-    }
-    | {Kind.QWEN3: _MAKE_NEO},
+    Wanted.SIZES: {Kind.QWEN3: _MAKE_NEO},
     Wanted.ANNOTATIONS: {Kind.YAML: "give a registry with --registry and --datasets"},
     Wanted.ANNOTATION_FILES: {Kind.YAML: "give a registry with --registry and --datasets"},
     Wanted.REGISTRY: {Kind.ANNOTATIONS: "give an annotation file with --input"},
@@ -172,7 +168,7 @@ _GIVE = {
     Wanted.EITHER_FORM: "give the directory of a checkpoint, or its hub id",
     Wanted.START: "give a directory that neo-megatron convert has written or --save has filled",
     Wanted.RUN: "give the --save directory of the run",
-    Wanted.SIZES: "give a preset (neo-2b, neo-9b, tiny), a directory with the config.json of a NEO, or a hub id",
+    Wanted.SIZES: "give a preset (neo-2b, neo-9b, tiny), the directory of a NEO in either form, or a hub id",
     Wanted.PRE_BUFFER: "give a directory that extract-pre-buffer has written",
     Wanted.TOKENIZER: "give a directory with a tokenizer, or its hub id",
     Wanted.ANNOTATIONS: "give a JSON or JSONL file of records, Parquet, Arrow or a WebDataset tar",

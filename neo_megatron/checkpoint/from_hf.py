@@ -16,6 +16,7 @@ from neo_megatron.checkpoint.initialization import StartValues, missing_starts
 from neo_megatron.checkpoint.names import Start, hf_tensors, tensor_table
 from neo_megatron.checkpoint.neo_directory import open_neo
 from neo_megatron.checkpoint.streaming import StoredTensor, one_ahead
+from neo_megatron.checkpoint.to_hf import check_tokenizer
 from neo_megatron.checkpoint.torch_dist import TRACKER, write_torch_dist
 from neo_megatron.errors import CheckpointError
 from neo_megatron.model.config import NeoSizes
@@ -27,6 +28,7 @@ def convert_hf_to_megatron(
     allow_pickle: bool = False,
     dtype: torch.dtype | None = None,
     allow_missing: Sequence[str] = (),
+    tokenizer: Any | None = None,
 ) -> dict[str, Start]:
     """Writes ``output/release`` and the tracker file that names it.
 
@@ -34,14 +36,21 @@ def convert_hf_to_megatron(
         dtype: of all tensors; by default each keeps its own, and every bit.
         allow_missing: patterns of Hugging Face names that may be missing; such a tensor starts as in a NEO made from a
             Qwen3, drawn from seed 0.
+        tokenizer: the transformers tokenizer of the model, with NEO's tokens: for a ``hf_directory`` that does not tell
+            the ids of the image tokens.
 
     Returns:
         The missing tensors, and what they start as.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape; ``output`` exists; a file is broken.
+        CheckpointError: a tensor is missing, unexpected or of another shape; the tokenizer is not the model's;
+            ``output`` exists; a file is broken.
     """
-    neo = open_neo(hf_directory, allow_pickle, allow_missing)
+    tokens = () if tokenizer is None else ("<img>", "<IMG_CONTEXT>")
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    neo = open_neo(hf_directory, allow_pickle, allow_missing, ids)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, neo.sizes)
     for sentence in neo.said:
         warnings.warn(f"{hf_directory}/config.json: {sentence}", stacklevel=2)
     sizes, source, missing = neo.sizes, neo.source, neo.missing

@@ -42,7 +42,7 @@ class GenerationBranch:
     """
 
     def __init__(self, directory: str | Path, sizes: NeoSizes) -> None:
-        neo = open_neo(directory)
+        neo = open_neo(directory, token_ids=sizes.image_token_ids)
         names = [name for name in neo.source.shapes if of_generation(name)]
         if not names:
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Opens a NEO in Hugging Face form and checks that it is complete: sizes, tensors, and corrections of its config."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,18 @@ def sizes_of(config: dict[str, Any], directory: Path) -> NeoSizes:
         raise ConfigError(f"{directory / 'config.json'}: {error}") from error
 
 
-def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: Sequence[str] = ()) -> NeoDirectory:
+def open_neo(
+    directory: str | Path,
+    allow_pickle: bool = False,
+    allow_missing: Sequence[str] = (),
+    token_ids: Mapping[str, int] | None = None,
+) -> NeoDirectory:
     """Reads headers and JSON only.
 
     Args:
         allow_pickle: take pickled weights where there are no safetensors, see `pickled_directory.py`.
         allow_missing: patterns of names that may be missing.
+        token_ids: of image tokens, for a directory that does not tell.
 
     Raises:
         CheckpointError: not a NEO, or a tensor is missing, unexpected or of another shape; a file is broken.
@@ -71,7 +77,7 @@ def open_neo(directory: str | Path, allow_pickle: bool = False, allow_missing: S
     check_path(directory, Wanted.NEO)
     config = read_json(directory / "config.json")
     source = open_weights(directory, allow_pickle)
-    config, said = complete_config(config, source.shapes, directory)
+    config, said = complete_config(config, source.shapes, directory, token_ids)
     sizes = sizes_of(config, directory)
     found = source.shapes_with_tied_head(LM_HEAD, WORD_EMBEDDING, sizes.tie_word_embeddings)
     found = {name: shape for name, shape in found.items() if not of_generation(name)}

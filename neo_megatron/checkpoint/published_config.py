@@ -6,7 +6,7 @@ rotary base, are those of the published models. Every addition and correction is
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def _form(shapes: dict[str, Shape]) -> str | None:
 
 
 def complete_config(
-    config: dict[str, Any], shapes: dict[str, Shape], directory: Path
+    config: dict[str, Any], shapes: dict[str, Shape], directory: Path, token_ids: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration with all keys that `NeoSizes.from_hf` reads, and a sentence for every correction.
 
@@ -63,6 +63,7 @@ def complete_config(
         config: `config.json` as it is; not changed.
         shapes: of the tensors in ``directory``.
         directory: whose tokenizer, if it has one, knows the ids of the image tokens.
+        token_ids: of image tokens, for a directory that does not tell.
 
     Raises:
         CheckpointError: the tensors are not those of a NEO; a mixture of experts, a quantised checkpoint, an unknown
@@ -102,7 +103,7 @@ def complete_config(
     _complete_moved(vision, top, said)
     _fill(vision, {"rope_theta_vision": published.rope_theta_patch}, "in the published models", said)
     _complete_tying(top, llm, LM_HEAD in shapes, said)
-    _complete_token_ids(top, llm.get("vocab_size") or 0, directory, said)
+    _complete_token_ids(top, llm.get("vocab_size") or 0, directory, token_ids or {}, said)
     return top, said
 
 
@@ -267,7 +268,9 @@ def _width(shapes: dict[str, Shape]) -> int:
     return embedding[1] if len(embedding) == 2 else 0
 
 
-def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path, said: list[str]) -> None:
+def _complete_token_ids(
+    config: dict[str, Any], vocab_size: int, directory: Path, token_ids: Mapping[str, int], said: list[str]
+) -> None:
     keys = {
         "img_start_token_id": ("<img>", NeoSizes.image_start_token_id),
         "img_context_token_id": ("<IMG_CONTEXT>", NeoSizes.image_context_token_id),
@@ -278,12 +281,15 @@ def _complete_token_ids(config: dict[str, Any], vocab_size: int, directory: Path
     for key, (token, qwen3_id) in keys.items():
         if token in ids:
             _fill(config, {key: ids[token]}, "in the tokenizer", said)
+        elif token in token_ids:
+            _fill(config, {key: token_ids[token]}, "given", said)
         elif qwen3_id < vocab_size:
             _fill(config, {key: qwen3_id}, "on Qwen3's tokenizer", said)
         elif config.get(key) is None:
             raise CheckpointError(
                 f"{directory}/config.json lacks {key}, and no tokenizer there knows {token}: "
-                "write the id into config.json, or put the model's tokenizer.json next to it"
+                "write the id into config.json, put the model's tokenizer.json next to it, or convert it with "
+                "hf-to-megatron --tokenizer"
             )
 
 

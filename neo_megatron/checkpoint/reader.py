@@ -69,7 +69,7 @@ def open_megatron(directory: str | Path, allow_missing: Sequence[str] = ()) -> M
         CheckpointError: not a NEO in Megatron's form; a tensor is missing, unexpected or of another shape.
     """
     source = TorchDistDirectory(directory)
-    sizes = _saved_sizes(source)
+    sizes = saved_sizes(source)
     found = {key: shape for key, shape in source.shapes.items() if key.startswith(_MODEL_PREFIXES)}
     if not found:
         raise CheckpointError(f"{source.directory}: no tensor of a NEO in it: give a checkpoint saved by pretrain_neo")
@@ -77,7 +77,7 @@ def open_megatron(directory: str | Path, allow_missing: Sequence[str] = ()) -> M
     return MegatronNeo(source, sizes, found, check_shapes(found, expected, str(source.directory), allow_missing))
 
 
-def _saved_sizes(source: TorchDistDirectory) -> NeoSizes:
+def saved_sizes(source: TorchDistDirectory) -> NeoSizes:
     """The sizes that a run or a conversion wrote into a Megatron checkpoint.
 
     Raises:

@@ -139,7 +139,7 @@ def write_companions(directory: Path, sizes: NeoSizes, dtype: torch.dtype, token
 
 def check_tokenizer(tokenizer: Any, sizes: NeoSizes) -> None:
     """Refuses a tokenizer whose image tokens are not the model's or whose ids the embedding does not hold."""
-    for token, expected in (("<img>", sizes.image_start_token_id), ("<IMG_CONTEXT>", sizes.image_context_token_id)):
+    for token, expected in sizes.image_token_ids.items():
         found = tokenizer.convert_tokens_to_ids(token)
         if found != expected:
             raise CheckpointError(

@@ -133,6 +133,12 @@ def add_hf_to_megatron(commands: Any) -> None:
         "hf-to-megatron", help="write a checkpoint for --load or --pretrained-checkpoint, on any parallel layout"
     )
     add_hf(command, "--hf", metavar="NEO_HF_DIR")
+    command.add_argument(
+        "--tokenizer",
+        metavar="HF_DIR",
+        help="the model's tokenizer, which gets NEO's tokens; it tells the ids of <img> and <IMG_CONTEXT> where "
+        "NEO_HF_DIR does not; default: the ids there, else those on Qwen3's tokenizer",
+    )
     add_output(command)
     add_tensors(command)
     command.set_defaults(run=hf_to_megatron)
@@ -141,7 +147,10 @@ def add_hf_to_megatron(commands: Any) -> None:
 def hf_to_megatron(args: argparse.Namespace) -> None:
     """Writes a Megatron checkpoint and lists the tensors that were missing."""
     source = model_directory(args.hf, args.allow_pickle)
-    say_missing(convert_hf_to_megatron(source, args.output, args.allow_pickle, dtype_of(args), args.allow_missing))
+    missing = convert_hf_to_megatron(
+        source, args.output, args.allow_pickle, dtype_of(args), args.allow_missing, tokenizer_of(args)
+    )
+    say_missing(missing)
 
 
 def add_megatron_to_hf(commands: Any) -> None:

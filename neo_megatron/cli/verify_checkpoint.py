@@ -48,7 +48,8 @@ def main() -> None:
 def verify(args: argparse.Namespace) -> bool:
     """Compares both forms on one pack and prints the result; returns whether they agree."""
     directory = model_directory(args.hf, args.allow_pickle)
-    neo, megatron = open_neo(directory, args.allow_pickle), open_megatron(args.megatron)
+    megatron = open_megatron(args.megatron)
+    neo = open_neo(directory, args.allow_pickle, token_ids=megatron.sizes.image_token_ids)
     check_same_sizes(neo, megatron)
     sizes, saved = megatron.sizes, megatron.source.directory
     verify_pieces(stored_pieces(saved))

@@ -115,6 +115,11 @@ class NeoSizes:
         return FORMS[self.attention_form]
 
     @property
+    def image_token_ids(self) -> dict[str, int]:
+        """Ids by token."""
+        return {"<img>": self.image_start_token_id, "<IMG_CONTEXT>": self.image_context_token_id}
+
+    @property
     def query_key_dim(self) -> int:
         """Width of a query or key head."""
         return self.form.query_key_widths * self.head_dim

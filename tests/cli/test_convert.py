@@ -3,12 +3,15 @@
 import json
 import resource
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.paths import TOOLS
+
+from neo_megatron.checkpoint.named_sizes import sizes_of
 
 TOOL = TOOLS / "convert_checkpoint.py"
 
@@ -39,6 +42,33 @@ def test_from_qwen3_to_megatron_and_back(convert, golden, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     for name in ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json"):
         assert json.loads((neo / name).read_text()) == json.loads((back / name).read_text()), name
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_neo_unify_that_does_not_tell_its_image_tokens_is_converted_with_a_tokenizer(convert, golden, tmp_path, kind):
+    """As U1 may be published: no ids in config.json, a tokenizer without NEO's tokens. Both branches come back."""
+    unify, megatron, back, out = (tmp_path / name for name in ("unify", "megatron", "back", "out"))
+    shutil.copytree(golden / "u1" / kind, unify, copy_function=shutil.copyfile)
+    (unify / "added_tokens.json").unlink()
+    shutil.copyfile(golden / "tokenizer" / "tokenizer.json", unify / "tokenizer.json")
+    with pytest.raises(SystemExit, match="no tokenizer there knows <img>: .* hf-to-megatron --tokenizer"):
+        convert("hf-to-megatron", "--hf", unify, "--output", out)
+    tokenizer = ("--tokenizer", golden / "tokenizer")
+    convert("hf-to-megatron", "--hf", unify, "--output", megatron, *tokenizer)
+    sizes = sizes_of(str(megatron))  # which a run takes as --neo-model
+    assert sizes.image_token_ids == {"<img>": 897, "<IMG_CONTEXT>": 896} and sizes.num_layers == 5
+    convert("megatron-to-hf", "--megatron", megatron, "--output", back, *tokenizer, "--generation-branch", unify)
+    before, after = (
+        {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for directory in (unify, back)
+    )
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    # Where the directory tells the ids, a tokenizer that has others is another model's.
+    (unify / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": 5, "<img>": 6, "</img>": 7}))
+    with pytest.raises(SystemExit, match="<img> has the id 897, the model was trained with 6"):
+        convert("hf-to-megatron", "--hf", unify, "--output", out, *tokenizer)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
