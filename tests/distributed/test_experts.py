@@ -1,6 +1,10 @@
 """A mixture of experts trains alike on every layout, with its balance losses; and ends with what it began with.
 
 Losses within 2e-6 and the last gradients, each complete tensor, within 1e-5 relative of the run on one process.
+In bfloat16, products are rounded as in `test_layouts.py` (losses 2e-3, gradients 5e-2), and rounding turns choices: of
+eight router logits the second and the third are within 2**-9 of their spread for half a percent of the tokens. Each of
+these takes its gradient from one expert to another, sqrt(2 * 0.005) = 0.1 of a tensor, and moves its loss by tenths:
+gradients within 0.1 and losses within 5e-3.
 """
 
 import re
@@ -54,8 +58,19 @@ LAYOUTS = {
         "tp2": (2, TP2),
         "ep2-pp2-distributed": (4, f"{EP2} {PP2} {DISTRIBUTED}"),
     },
+    "bfloat16": {
+        "one": (1, ""),
+        "tp2": (2, TP2),
+        "ep2-distributed": (2, f"{EP2} {DISTRIBUTED}"),
+    },
 }
-LOSSES = {"plain": "", "balance": "--balance-loss-coeff 0.5", "own": OWN, "stage-1": "--training-stage 1"}
+LOSSES = {
+    "plain": "",
+    "balance": "--balance-loss-coeff 0.5",
+    "own": OWN,
+    "stage-1": "--training-stage 1",
+    "bfloat16": "--bf16",
+}
 CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if name != "one"]
 
 
@@ -81,7 +96,8 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_losses_and_gradients_of_five_steps(runs, kind, layout):
-    assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+    loss, gradient = (5e-3, 1e-1) if kind == "bfloat16" else (2e-6, 1e-5)
+    assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=loss, gradient=gradient)
 
 
 def test_evaluation(runs):
