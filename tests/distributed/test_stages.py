@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layout_runs import EXPERTS, write_random_model
+from support.layout_runs import EXPERTS, IN_HEAD, write_random_model
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
@@ -18,22 +18,36 @@ from neo_megatron.data.prepare.registry import Source
 from neo_megatron.run.optimizer_state import saved_optimizers
 
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-# Stage 1 with each way of keeping the optimizer's state, and of experts; stage 2 from all, on other layouts too.
+TP2, PP2 = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"
+# Stage 1 with each way of keeping the optimizer's state, and of the other variants; stage 2 from all, on other layouts
+# too.
 EP2 = f"--expert-model-parallel-size 2 {DISTRIBUTED}"
-FIRST = {"plain": "", "distributed-bf16": f"{DISTRIBUTED} --bf16", "experts": EP2}
+FIRST = {"plain": "", "distributed-bf16": f"{DISTRIBUTED} --bf16", "in-head": "", "experts": EP2}
 SECOND = {
     "plain": ("plain", ""),
-    "pp2": ("plain", "--pipeline-model-parallel-size 2"),  # five layers: Megatron alone would refuse
+    "pp2": ("plain", PP2),  # five layers: Megatron alone would refuse
     "distributed-bf16": ("distributed-bf16", f"{DISTRIBUTED} --bf16"),
-    "tp2-bf16": ("distributed-bf16", "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
-    "experts-tp2": ("experts", f"--tensor-model-parallel-size 2 --sequence-parallel {DISTRIBUTED}"),
+    "tp2-bf16": ("distributed-bf16", f"{TP2} --bf16"),
+    "in-head-tp2": ("in-head", TP2),
+    "experts-tp2": ("experts", f"{TP2} {DISTRIBUTED}"),
+}
+# Stage 1 goes on on the same layout and on others.
+RESUMED = {
+    "in-head": {"same": "", "tp2": TP2, "pp2": PP2},
+    "experts": {"same": EP2, "tp2": f"{TP2} {DISTRIBUTED}", "pp2": f"{PP2} {DISTRIBUTED}"},
 }
 # Stage 1 -> tensors of a pre-buffer layer, of a post-LLM layer that it trains, of such layers, outside of layers.
-COUNTS = {"plain": (13, 5, 3, 3), "distributed-bf16": (13, 5, 3, 3), "experts": (11, 6, 2, 3)}
+COUNTS = {
+    "plain": (13, 5, 3, 3),
+    "distributed-bf16": (13, 5, 3, 3),
+    "in-head": (10, 6, 2, 3),
+    "experts": (11, 6, 2, 3),
+}
+VARIANTS = {"in-head": IN_HEAD, "experts": EXPERTS}
 
 
 def command(room: Path, first: str, *flags: str) -> list[str]:
-    model = room / "experts" if first == "experts" else GOLDEN / "ckpt_untied"
+    model = room / first / "megatron" if first in VARIANTS else GOLDEN / "ckpt_untied"
     return [
         *("--neo-model", f"{model}", "--train-data-path", f"{room}/packs"),
         *("--micro-batch-size", "1", "--global-batch-size", "4", "--lr-warmup-iters", "0"),
@@ -53,12 +67,13 @@ def room(tmp_path_factory) -> Path:
     preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
     write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
-    (room / "experts").mkdir()
-    write_random_model(room / "experts", EXPERTS)
+    for name, sizes in VARIANTS.items():
+        (room / name).mkdir()
+        write_random_model(room / name, sizes)
     still = "--lr 1e-12 --min-lr 1e-12 --weight-decay 0 --adam-beta1 0.999999 --adam-beta2 0.999999 --clip-grad 1e-3"
     jobs = []
     for name, flags in FIRST.items():
-        begun = room / "experts" / "megatron" if name == "experts" else room / "golden"
+        begun = room / name / "megatron" if name in VARIANTS else room / "golden"
         start = ["--pretrained-checkpoint", f"{begun}", "--training-stage", "1", "--train-iters", "2"]
         save = ["--save", f"{room}/first/{name}/saved"]
         jobs.append(Job(room / "first" / name, command(room, name, *start, *save, *flags.split(), "--lr", "1e-3")))
@@ -69,9 +84,10 @@ def room(tmp_path_factory) -> Path:
     resume = ["--load", f"{room}/first/plain/saved", "--training-stage", "2", "--train-iters", "4"]
     jobs.append(Job(room / "resumed", command(room, "plain", *resume)))
     longer = "--training-stage 1 --lr 1e-3 --train-iters 4 --override-opt-param-scheduler"
-    for name, flags in (("same", EP2), ("pp2", f"--pipeline-model-parallel-size 2 {DISTRIBUTED}")):
-        resume = ["--load", f"{room}/first/experts/saved", *longer.split(), *flags.split()]
-        jobs.append(Job(room / "experts-resumed" / name, command(room, "experts", *resume)))
+    for first, layouts in RESUMED.items():
+        for name, flags in layouts.items():
+            resume = ["--load", f"{room}/first/{first}/saved", *longer.split(), *flags.split()]
+            jobs.append(Job(room / f"{first}-resumed" / name, command(room, first, *resume)))
     for name, flags in (("bf16", "--bf16"), ("distributed-bf16", f"{DISTRIBUTED} --bf16")):
         start = ["--pretrained-checkpoint", f"{room}/golden", "--training-stage", "2", "--train-iters", "1"]
         save = ["--save", f"{room}/from-float32/{name}/saved"]
@@ -147,9 +163,12 @@ def test_a_run_cannot_go_on_in_another_stage(room):
     )
 
 
-def test_a_mixture_of_experts_goes_on_on_another_layout(room):
+@pytest.mark.parametrize(
+    ("first", "layout"), [(first, name) for first, layouts in RESUMED.items() for name in layouts if name != "same"]
+)
+def test_a_neo_unify_goes_on_on_another_layout(room, first, layout):
     """With its moments: a step at a rate of 1e-3 moves the loss."""
-    same, other = (Job(room / "experts-resumed" / name, []).scalars("lm loss") for name in ("same", "pp2"))
+    same, other = (Job(room / f"{first}-resumed" / name, []).scalars("lm loss") for name in ("same", layout))
     assert same.keys() == other.keys() == {3, 4}
     for step, values in same.items():
         assert other[step] == pytest.approx(values, abs=2e-6, rel=0)
