@@ -29,17 +29,24 @@ def record(case: dict[str, Any], answered: bool) -> dict[str, Any]:
     return {"image": case["images"], "conversations": turns}
 
 
-@pytest.fixture(params=["dense", "moe"])
-def asked(request, tmp_path, monkeypatch):
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def export(request, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """An exported model, and what its published `chat` was asked."""
+    room = tmp_path_factory.mktemp(request.param)
+    convert_hf_to_megatron(MODELS[f"u1-{request.param}"].checkpoint, room / "megatron")
+    convert_megatron_to_hf(room / "megatron", room / "hf", load_tokenizer(GOLDEN / "tokenizer"))
+    return room / "hf", CASES[request.param]
+
+
+@pytest.fixture
+def asked(export, monkeypatch):
     """The cases of a model, and a function that runs a command on its export in this process."""
-    golden, cases = MODELS[f"u1-{request.param}"], CASES[request.param]
-    convert_hf_to_megatron(golden.checkpoint, tmp_path / "megatron")
-    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", load_tokenizer(GOLDEN / "tokenizer"))
+    model, cases = export
 
     def run(command, *flags: object) -> None:
         limits = [f"--{name}-pixels={cases[0][f'{name}_pixels']}" for name in ("min", "max")]
         limits += [f"--max-new-tokens={cases[0]['max_new_tokens']}"]
-        monkeypatch.setattr(sys, "argv", ["neo-megatron", "--model", f"{tmp_path}/hf", *limits, *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", ["neo-megatron", "--model", str(model), *limits, *map(str, flags)])
         command.main()
 
     return cases, run
