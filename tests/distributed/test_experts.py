@@ -2,15 +2,16 @@
 
 Losses within 2e-6 and the last gradients, each complete tensor, within 1e-5 relative of the run on one process.
 In bfloat16, products are rounded as in `test_layouts.py` (losses 2e-3, gradients 5e-2), and rounding turns choices: of
-eight router logits the second and the third are within 2**-9 of their spread for half a percent of the tokens. Each of
-these takes its gradient from one expert to another, sqrt(2 * 0.005) = 0.1 of a tensor, and moves its loss by tenths:
-gradients within 0.1 and losses within 5e-3.
+eight router logits the second and the third are within 2**-9 of their spread for half a percent of the tokens. These
+move their losses by tenths, the mean by up to 3e-3. One of them can be a tenth of a small tensor's gradient, so that
+gradients are compared as one vector.
 """
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from support.layout_runs import EXPERTS, assert_same, layout_job, write_random_model
 from support.pretrain_jobs import Job, run_jobs
 
@@ -71,7 +72,7 @@ LOSSES = {
     "stage-1": "--training-stage 1",
     "bfloat16": "--bf16",
 }
-CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if name != "one"]
+CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if name != "one" and kind != "bfloat16"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
     for kind, layouts in LAYOUTS.items():
         for name, (processes, flags) in layouts.items():
             flags = f"{LOSSES[kind]} {flags}".format(packs=room / "packs")
-            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", flags)
+            steps = 2 if kind == "bfloat16" else 5
+            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", flags, iterations=steps)
             by_processes[processes].append(job)
     for processes, jobs in by_processes.items():
         run_jobs(processes, jobs)
@@ -96,8 +98,21 @@ def runs(room, model, tmp_path_factory) -> dict[str, Job]:
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_losses_and_gradients_of_five_steps(runs, kind, layout):
-    loss, gradient = (5e-3, 1e-1) if kind == "bfloat16" else (2e-6, 1e-5)
-    assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=loss, gradient=gradient)
+    assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS["bfloat16"] if name != "one"])
+def test_bfloat16(runs, layout):
+    one, other = runs["bfloat16-one"], runs[f"bfloat16-{layout}"]
+    losses, gradients = other.scalars("lm loss"), other.read_gradients()
+    for step, values in one.scalars("lm loss").items():
+        assert losses[step] == pytest.approx(values, abs=5e-3, rel=0)
+    expected = one.read_gradients()
+    error, size = (
+        torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        for tensors in ([gradients[name] - value for name, value in expected.items()], expected.values())
+    )
+    assert error <= 5e-2 * size
 
 
 def test_evaluation(runs):
