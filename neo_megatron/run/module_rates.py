@@ -86,7 +86,7 @@ def stage_at_work(args: Namespace) -> int:
 
 
 def group_overrides(args: Namespace, config: OptimizerConfig) -> dict[ParamKey, dict[str, Any]]:
-    """What parameter groups of marked parameters have in place of the optimizer's own numbers."""
+    """Entries of the parameter groups of marked parameters, in place of the optimizer's own numbers."""
     keys = {}
     for factor in set(scales(args.lr_scale).values()) - {1.0}:
         rates = {"max_lr": config.lr * factor, "min_lr": config.min_lr * factor, "lr_mult": factor}
