@@ -48,6 +48,16 @@ class NeoTrainingArguments:
     stage 1 to stage 2; others start with moments of zero. The schedule and the number of consumed packs restart.
     Default: off."""
 
+    lr_scale: str = ""
+    """Multiplies the learning rate of modules, as in "patch_embedding=2 post_llm=0.1". Names, and parts of them up to a
+    dot, are those of the list of trained parameters that a start prints; of several that fit, the longest counts.
+    Default: none."""
+
+    unfreeze: str = ""
+    """Trains modules that --training-stage 1 leaves frozen from a step on, as in "post_llm@2000": the first 2,000 steps
+    do not change them. They take memory and time as if they trained from the beginning. Names are those of --lr-scale.
+    Default: none."""
+
     balance_loss_coeff: float = 0.0
     """Coefficient, 0 or more, of SenseNova-U1's balance loss of experts, which counts image tokens and text apart and
     is a sum over layers; the cross entropy has the coefficient 1. As published: 0.05. Megatron's own losses are chosen

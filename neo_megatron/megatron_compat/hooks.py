@@ -72,6 +72,43 @@ def train_steps_in(context: Callable[[], AbstractContextManager]) -> None:
     training.train_step = train_step
 
 
+_OPTIMIZER = (
+    "        config, config_overrides = get_megatron_optimizer_config(args)\n",
+    "            config_overrides=config_overrides,\n",
+    "        opt_param_scheduler = get_optimizer_param_scheduler(optimizer)\n",
+)
+
+
+@cache
+def group_parameters_by(
+    overrides: Callable[[Any, Any], dict[Any, dict[str, Any]]], take: Callable[[Any, Any], None]
+) -> None:
+    """Makes Megatron build its optimizer with further parameter groups.
+
+    Args:
+        overrides: from the arguments and Megatron's configuration of the optimizer, what groups of parameters have.
+        take: is given the optimizer and the scheduler once both are built.
+    """
+    from megatron.training import training
+
+    require_lines(training, _OPTIMIZER)
+    configure, schedule = training.get_megatron_optimizer_config, training.get_optimizer_param_scheduler
+
+    @wraps(configure)
+    def get_megatron_optimizer_config(args):
+        config, megatrons = configure(args)
+        return config, {**megatrons, **overrides(args, config)}
+
+    @wraps(schedule)
+    def get_optimizer_param_scheduler(optimizer):
+        scheduler = schedule(optimizer)
+        take(optimizer, scheduler)
+        return scheduler
+
+    training.get_megatron_optimizer_config = get_megatron_optimizer_config
+    training.get_optimizer_param_scheduler = get_optimizer_param_scheduler
+
+
 @cache
 def log_with(step_log: StepLog) -> None:
     """Makes Megatron's training loop log through ``step_log``; see there for the reasons."""

@@ -5,7 +5,10 @@ pre-buffer train, and of the post-LLM only the list in `attention_forms.py`. Sta
 NEO (arXiv 2510.14979), 3.3.
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch.nn import Parameter
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.model.transformer_config import NeoConfig
@@ -49,19 +52,30 @@ def _unfreeze(parent: torch.nn.Module, name: str) -> None:
         parameter.requires_grad_(True)
 
 
-def describe_trainable(model: torch.nn.Module) -> str:
-    """Counts of trained and of all parameters on this rank per kind of module, layers folded together."""
-    rows: dict[str, list[int]] = {}
+def module_names(model: torch.nn.Module) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter of this rank under the name that users give, which several share.
+
+    Layers have no numbers: their names begin with `pre_buffer` or `post_llm`. The last pipeline stage's copy of tied
+    word embeddings has the name of the embeddings.
+    """
+    sizes = model.config.sizes
     for name, parameter in model.named_parameters():
-        kind, first_layer = name, None
         if name.startswith("decoder.layers."):
-            _, _, index, kind = name.split(".", 3)
+            _, _, index, rest = name.split(".", 3)
             number = model.decoder.layers[int(index)].layer_number
-            first_layer = "pre-buffer" if number <= model.config.sizes.pre_buffer_layers else "post-LLM"
-        label = f"{first_layer} {kind}" if first_layer else kind
-        row = rows.setdefault(label, [0, 0])
+            name = f"{'pre_buffer' if number <= sizes.pre_buffer_layers else 'post_llm'}.{rest}"
+        elif name == "output_layer.weight" and sizes.tie_word_embeddings:
+            name = "embedding.word_embeddings.weight"
+        yield name, parameter
+
+
+def describe_trainable(model: torch.nn.Module) -> str:
+    """Counts of trained and of all parameters on this rank by `module_names`."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in module_names(model):
+        row = rows.setdefault(name, [0, 0])
         row[0] += parameter.numel() if parameter.requires_grad else 0
         row[1] += parameter.numel()
     total = [sum(column) for column in zip(*rows.values(), strict=True)]
-    lines = [f"  {trained:>14,} of {all_:>14,}  {label}" for label, (trained, all_) in rows.items()]
+    lines = [f"  {trained:>14,} of {all_:>14,}  {name}" for name, (trained, all_) in rows.items()]
     return "\n".join(["trainable parameters on this rank:", *lines, f"  {total[0]:>14,} of {total[1]:>14,}  all"])

@@ -10,11 +10,12 @@ from megatron.training import get_args
 
 from neo_megatron.run.changes import saved_schedule
 from neo_megatron.run.console import say
+from neo_megatron.run.module_rates import START
 from neo_megatron.run.optimizer_state import Loaded, load_masters, load_state, read_on_rank_0, saved_groups
 from neo_megatron.run.pretrained_optimizer import take_over_state
 
 # Keys of a saved parameter group that identify it among those of the run.
-_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_GROUP = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", START)
 
 
 def after_loading(

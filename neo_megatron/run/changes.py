@@ -98,7 +98,16 @@ def check_training(args: Namespace, common_state: dict[str, Any], checkpoint: Pa
             f"the checkpoint {checkpoint} holds the state of --optimizer {saved.optimizer}, this run has "
             f"{args.optimizer}: add --no-load-optim to resume with the weights and the schedule alone"
         )
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if args.override_opt_param_scheduler:
+        return
+    for name, flag in (("lr_scale", "--lr-scale"), ("unfreeze", "--unfreeze")):
+        there = getattr(saved, name, "")
+        if there != getattr(args, name):
+            raise ConfigError(
+                f"the checkpoint {checkpoint} is of a run with {flag} {there!r}, not {getattr(args, name)!r}: give it "
+                "the same, or add --override-opt-param-scheduler to follow the new one from here on"
+            )
+    if args.use_checkpoint_opt_param_scheduler:
         return
     if differences := _differences(saved_schedule(args, common_state), _schedule(args), _SCHEDULE_FLAGS):
         raise ConfigError(
@@ -142,14 +151,17 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     schedule_flags = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if args.optimizer == "sgd":  # Megatron cannot load it
         return True
+    # Megatron finds parameter groups by a few of their numbers, which do not tell all of these apart.
+    groups = any(getattr(one, name, "") for one in (there, args) for name in ("lr_scale", "unfreeze"))
     if has_moments(saved):
-        return bool(changed or idle_stages or schedule_flags or args.use_distributed_optimizer)
+        return bool(changed or idle_stages or schedule_flags or groups or args.use_distributed_optimizer)
     if not is_by_ranks(saved):
         return True
-    if {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):
+    if groups or {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):
         raise ConfigError(
             f"the checkpoint {checkpoint} holds its optimizer state by ranks, not by parameters: resume with the "
-            "precision and the optimizer that it was saved with, or add --no-load-optim"
+            "precision and the optimizer that it was saved with, without --lr-scale and --unfreeze, or add "
+            "--no-load-optim"
         )
     return False
 

@@ -21,6 +21,7 @@ from neo_megatron.planning.workload import Workload
 from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.loaders import check_loader_memory, ended_before, open_packs
+from neo_megatron.run.module_rates import stage_at_work
 from neo_megatron.run.pack_lengths import check_borders, longest_ahead
 from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint
@@ -60,7 +61,7 @@ def dry_run(args: Namespace) -> None:
 def plan_of(args: Namespace, workload: Workload) -> Plan:
     """The plan of a run, for the GPU of this machine or, without one, an H100."""
     layout = Layout.from_arguments(args, precision_of(args))
-    return Plan.make(NeoSizes(**args.neo_sizes), layout, workload, args.training_stage, _gpu())
+    return Plan.make(NeoSizes(**args.neo_sizes), layout, workload, stage_at_work(args), _gpu())
 
 
 def _gpu() -> Gpu:

@@ -5,6 +5,7 @@ Importing this module prepares torch and Megatron for the machine; `neo_megatron
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ cpu_platform.install_training()
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
@@ -38,6 +41,7 @@ from neo_megatron.run.evaluation import evaluate_split
 from neo_megatron.run.loader_workers import describe_ended_worker
 from neo_megatron.run.loaders import check_loader_memory, datasets_provider
 from neo_megatron.run.log_writers import PAIR_RATIO
+from neo_megatron.run.module_rates import ModuleRates, group_overrides
 from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.pack_lengths import StepLengths
 from neo_megatron.run.step_log import StepLog
@@ -48,6 +52,7 @@ _loss = WeightedLoss()
 _bad_numbers = BadNumbers()
 _log = StepLog()
 _lengths = StepLengths()
+_rates: ModuleRates
 
 
 def train() -> None:
@@ -56,13 +61,14 @@ def train() -> None:
     Raises:
         SystemExit: with a sentence, for errors that the user can remedy.
     """
-    global _bad_numbers
+    global _bad_numbers, _rates
     _bad_numbers = BadNumbers()
     cpu_platform.call_after_loading(after_loading)
     cpu_platform.call_before_saving(allocate_moments)
     cpu_platform.call_around_evaluation(evaluate_split)
     hooks.log_with(_log)
-    hooks.train_steps_in(_lengths.step)
+    hooks.train_steps_in(_around_step)
+    hooks.group_parameters_by(group_overrides, _take_groups)
     steps.patch_steps(_step)
     try:
         args = parse_arguments()
@@ -71,6 +77,7 @@ def train() -> None:
             return
         check_loader_memory(args)
         _log.begin(args)
+        _rates = ModuleRates(args)
         # Gradients that overflow in float16 are found, and those to be written are written, as they will be used.
         clips = args.clip_grad > 0 and not args.fp16 and args.save_wgrads_interval is None
         steps.begin(clips, _bad_numbers.look_at_norm)
@@ -117,12 +124,25 @@ def model_provider(
         config, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection, vp_stage=vp_stage
     )
     freeze_for_stage(model, args.training_stage)
+    _rates.mark(model)
     _bad_numbers.watch(model)
     _log.watch(model)
     if _first_of_its_stage():
         stage = parallel_state.get_pipeline_model_parallel_rank()
         print(f"training stage {args.training_stage}, pipeline stage {stage}: {describe_trainable(model)}", flush=True)
     return model
+
+
+@contextmanager
+def _around_step() -> Iterator[None]:
+    _rates.begin_step()
+    with _lengths.step():
+        yield
+
+
+def _take_groups(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
+    _rates.take(optimizer, scheduler)
+    _log.take_rates(_rates.scalars)
 
 
 def _step(*step: Any) -> Any:
@@ -139,6 +159,7 @@ def finalize_step(run_checkpoints: RunCheckpoints, model: list[torch.nn.Module],
     run_checkpoints.look()
     _bad_numbers.end_of_computation()
     _loss.finalize_model_grads(model, num_tokens, **groups)
+    _rates.hold_gradients()
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, partial]:

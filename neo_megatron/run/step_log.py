@@ -8,7 +8,7 @@ without loss weight, and logs the last validation twice; `megatron_compat.hooks.
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from neo_megatron.planning.packs import PackCounts, count_packs
 from neo_megatron.run.console import say
 from neo_megatron.run.expert_log import ExpertLog
 from neo_megatron.run.log_writers import LogWriters
+from neo_megatron.run.module_rates import stage_at_work
 
 LOSS = "lm loss"
 _STEP = re.compile(r" \[[^]]*\] iteration +\d+/ *\d+ \|")
@@ -71,6 +72,11 @@ class StepLog:
     def __init__(self) -> None:
         self._writers: LogWriters | None = None
         self._experts = ExpertLog(0, 0)
+        self._rates: Callable[[], Mapping[str, float]] = dict
+
+    def take_rates(self, rates: Callable[[], Mapping[str, float]]) -> None:
+        """Adds scaled learning rates to the scalars that are written."""
+        self._rates = rates
 
     def begin(self, args: Namespace) -> None:
         """To be called when Megatron has its arguments and its writers, before it trains."""
@@ -112,7 +118,7 @@ class StepLog:
         return self._flops(packs) / packs.packs * batch_size if packs.packs else 0.0
 
     def _flops(self, packs: PackCounts) -> float:
-        workload, stage = packs.workload(), self._args.training_stage
+        workload, stage = packs.workload(), stage_at_work(self._args)
         return model_flops(self._sizes, stage, workload).total(self._sizes).model * packs.tokens
 
     def training_log(
@@ -143,7 +149,12 @@ class StepLog:
         if writes:
             counts = self._unwritten
             self._writers.write(
-                {"data/padding fraction": _padding(counts), "data/broken samples": counts.broken}, iteration
+                {
+                    "data/padding fraction": _padding(counts),
+                    "data/broken samples": counts.broken,
+                    **self._rates(),
+                },
+                iteration,
             )
             self._unwritten = Counted()
         if ends_interval:

@@ -29,6 +29,7 @@ from neo_megatron.run.evaluation import check_evaluation_flags
 from neo_megatron.run.flag_table import given_flags, gpu_refusals, refusals, without_effect
 from neo_megatron.run.help_text import prepare_help
 from neo_megatron.run.learning_rate import WARMUP_FLAGS, fill_schedule, schedule_refusals
+from neo_megatron.run.module_rates import rate_refusals
 from neo_megatron.run.pack_lengths import check_layouts_of_lengths, take_lengths
 from neo_megatron.run.pretrained_optimizer import check_flags as check_optimizer_flags
 from neo_megatron.run.start_checks import check_settings
@@ -83,6 +84,7 @@ def parse_arguments() -> Namespace:
     _raise_first(schedule_refusals(args))
     sizes = sizes_from_arguments(args, preset)
     args.neo_sizes = dataclasses.asdict(sizes)
+    _raise_first(rate_refusals(args, sizes))
     take_mixture(args)
     take_lengths(args)
     check_evaluation_flags(args)

@@ -67,7 +67,7 @@ def test_the_list_counts_what_trains(build):
     every = sum(p.numel() for p in model.parameters())
     some = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert re.search(rf"{some:,} of +{every:,}  all", text)
-    assert re.search(r" 0 of +[\d,]+  post-LLM mlp.linear_fc1.weight", text)
+    assert re.search(r" 0 of +[\d,]+  post_llm.mlp.linear_fc1.weight", text)
 
 
 def test_frozen_parameters_get_no_gradient(build, text_inputs):
