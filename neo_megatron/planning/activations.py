@@ -165,6 +165,11 @@ def _exchanged(sizes: NeoSizes, layout: Layout, x: float, trains_output: bool) -
     return x * d * layout.parameter_bytes * (groups + heads * (way == "a2a" and trains_output))
 
 
+def repeats_keys(sizes: NeoSizes, layout: Layout) -> bool:
+    """Whether the kernel keeps copies of keys and values, one for each query head."""
+    return layout.attention_backend == "flash" and len(set(sizes.attention_widths)) > 1
+
+
 def _repeated(sizes: NeoSizes, layout: Layout, x: float) -> float:
     """Bytes of keys and values that FlashAttention 4 takes once for each query head, less those kept no longer.
 
@@ -172,7 +177,7 @@ def _repeated(sizes: NeoSizes, layout: Layout, x: float) -> float:
     and gathered, this rank's part is kept.
     """
     (width, d), tensor = sizes.attention_widths, layout.tensor_model_parallel_size
-    if layout.attention_backend != "flash" or width == d:
+    if not repeats_keys(sizes, layout):
         return 0.0
     heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
     ranks, e = layout.context_parallel_size, layout.parameter_bytes

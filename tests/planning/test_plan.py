@@ -225,6 +225,17 @@ def test_keys_that_flash_attention_4_takes_repeated_are_planned():
         found = more("neo-2b", context_parallel_size=2, cp_comm_type=way)
         assert found == pytest.approx(ranks * 16 * (keys + values) / 2)
 
+    def sent(backend: str, **changes) -> float:
+        layout = Layout(
+            context_parallel_size=2, cp_comm_type="allgather", attention_backend=backend, global_batch_size=2, **changes
+        )
+        return rank_traffic(sizes, layout, workload, 2, pipeline_rank=0).context
+
+    # Gathered keys are gathered again in the backward, their copies are there; gradients are sent in any case.
+    assert 3 * sent("flash") == pytest.approx(2 * sent("auto"))
+    recomputed = dict(**selective, recompute_modules=("core_attn",))
+    assert sent("flash", **recomputed) == sent("auto", **recomputed)
+
 
 def test_parameters_in_8_bits_take_the_place_of_those_in_16():
     """--fp8-param-gather: a byte as it is and one transposed, instead of these next to two of bfloat16."""
