@@ -81,6 +81,17 @@ class NeoTrainingArguments:
 
 
 @dataclass
+class NeoKernelArguments:
+    """Kernels of a GPU."""
+
+    attention_tiles: Literal["timed", "table"] = "timed"
+    """Tiles of FlexAttention on a GPU, which decide its speed and the last bits of its results. timed: where several
+    are worth it, rank 0 times them at the first start on such a GPU, in 1 to 3 minutes, and keeps the fastest in
+    neo-megatron-tiles of XDG_CACHE_HOME or ~/.cache. table: those of docs/gpu.md, the same for every run; always so
+    with --deterministic-mode. Default: %(default)s."""
+
+
+@dataclass
 class NeoDryRunArguments:
     """A check of the run without training."""
 
@@ -112,6 +123,7 @@ def add_neo_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds a group of flags for each dataclass above."""
     ArgumentGroupFactory(NeoModelArguments).build_group(parser, "NEO model")
     ArgumentGroupFactory(NeoTrainingArguments).build_group(parser, "NEO training")
+    ArgumentGroupFactory(NeoKernelArguments).build_group(parser, "NEO kernels")
     ArgumentGroupFactory(NeoCheckpointArguments).build_group(parser, "NEO checkpoints")
     ArgumentGroupFactory(NeoLogArguments).build_group(parser, "NEO log")
     ArgumentGroupFactory(NeoDryRunArguments).build_group(parser, "NEO dry run")

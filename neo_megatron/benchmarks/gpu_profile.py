@@ -1,6 +1,7 @@
 """Profiles a step on the GPU: shares of time by kind of kernel, and of idle time."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ KINDS = {
     "norm, rotary": r"rmsnorm|rms_norm|layernorm|layer_norm|rsqrt|rotary|rope|_norm_|ln_fwd|ln_bwd|_cos_|_sin_",
     "SwiGLU": r"silu|swiglu|gated_act|geglu",
 }
+# Calls of the host that end when the GPU has done what they wait for; not those of `torch.cuda.synchronize`, which
+# begin and end a measurement.
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 OTHER, IDLE = "all else", "idle"
 
 
@@ -55,9 +59,15 @@ def share_by_kind(kernels: Iterable[tuple[str, float, float]]) -> dict[str, floa
 
 @dataclass
 class Measured:
-    """Filled when the profile ends."""
+    """Filled when the profile ends.
+
+    Attributes:
+        kinds: shares of time.
+        waits: how often the host called each of `WAITS`.
+    """
 
     kinds: dict[str, float] = field(default_factory=dict)
+    waits: Counter[str] = field(default_factory=Counter)
 
 
 @contextmanager
@@ -66,9 +76,11 @@ def profiled() -> Iterator[Measured]:
     measured = Measured()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         yield measured
+    events = profiler.events()
+    measured.waits = Counter(event.name for event in events if event.name in WAITS)
     kernels = [
         (event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
+        for event in events
         # Annotations of regions stand next to the kernels in them.
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]

@@ -116,6 +116,7 @@ def _profiles(steps: Sequence[dict[str, Any]], on_gpu: bool) -> str:
     header = ("where the time goes", *[f"{step['precision']}, {step['length']:,}" for step in profiled])
     kinds = list(dict.fromkeys(kind for step in profiled for kind in step["kinds"]))
     rows = [(kind, *[f"{step['kinds'].get(kind, 0.0):.1%}" for step in profiled]) for kind in kinds]
+    rows.append(("waits of the host in a step", *[f"{step['waits']:g}" for step in profiled]))
     return _table(header, rows)
 
 

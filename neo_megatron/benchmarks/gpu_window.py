@@ -65,12 +65,12 @@ class Meter:
             yield from inputs
             synchronise()
             seconds = (time.perf_counter() - start) / len(inputs)
-            kinds = None
+            kinds = waits = None
             if windows.profiled:
                 with profiled() as measured:
                     yield from inputs[:2]
                     synchronise()
-                kinds = measured.kinds
+                kinds, waits = measured.kinds, measured.waits.total() / 2
             workload = measure_items(packs)
             flops = model_flops(windows.sizes, windows.training_stage, workload).total(windows.sizes)
             on_gpu = torch.cuda.is_available()
@@ -85,6 +85,7 @@ class Meter:
                     "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
                     "loss": float(self.losses[-1]),
                     "kinds": kinds,
+                    "waits": waits,
                 }
             )
 

@@ -50,6 +50,7 @@ LAYOUT = {
     "recompute_num_layers": 1,
     "recompute_modules": ["core_attn"],
     "transformer_impl": "transformer_engine",
+    "attention_backend": "auto",
 }
 
 
@@ -82,6 +83,11 @@ def parse_arguments() -> argparse.Namespace:
         "--transformer-impl",
         choices=("transformer_engine", "local"),
         help="transformer_engine: the kernels of a GPU; local: those of a CPU; default: transformer_engine",
+    )
+    run.add_argument(
+        "--attention-backend",
+        choices=("auto", "flash"),
+        help="auto: FlexAttention; flash: FlashAttention 4, h100 and h200 only; default: auto",
     )
 
     machine = parser.add_argument_group("machine")

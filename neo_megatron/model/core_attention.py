@@ -25,10 +25,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from neo_megatron.errors import ConfigError
+from neo_megatron.model import flex_kernel
 from neo_megatron.model.block_mask import SeenKeys, computed_pairs
 from neo_megatron.model.compiled import compiled
 from neo_megatron.model.cpu_kernels.tiled_attention import TiledAttention, TiledMask
-from neo_megatron.model.flex_kernel import FLEX_BLOCK, KIB, Widths, kernel_options
+from neo_megatron.model.flex_kernel import FLEX_BLOCK, KIB, Widths
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.packages import install
 
@@ -72,12 +73,14 @@ def build_mask(
     dtype: torch.dtype,
     widths: tuple[int, int] = (256, 128),
     backend: AttnBackend = AttnBackend.auto,
+    kernel_options: dict[str, int] | None = None,
 ) -> AttentionMask:
     """The mask of a micro-batch in the form that its device's kernel takes, for queries and keys of this type.
 
     Args:
         widths: channels of a query or key head, and of a value head: they decide what a GPU can hold.
         backend: see above; a CPU has one kernel.
+        kernel_options: of FlexAttention, in place of those that `flex_kernel` chooses for the device.
 
     Raises:
         ConfigError: FlashAttention 4 has no kernel for these heads on this device.
@@ -86,11 +89,12 @@ def build_mask(
     if not rule.document_BT.is_cuda:
         return TiledMask.from_rule(rule, torch.promote_types(dtype, torch.float32))
     keys = rule.document_BT.shape[1]
+    options: dict[str, Any] | None = None
+    block_size = FLEX_BLOCK
     if backend == AttnBackend.flash:
         options, block_size = {"BACKEND": "FLASH"}, _flash_block(device, widths)
-    else:
-        options = None if backend == AttnBackend.unfused else _options_of(device, widths, dtype.itemsize)
-        block_size = FLEX_BLOCK
+    elif backend == AttnBackend.auto:
+        options = kernel_options or _options_of(device, widths, dtype.itemsize)
     if options is None:
         return rule.dense()[:, None]
     seen = SeenKeys.of(rule)
@@ -143,7 +147,7 @@ def _options_of(device: torch.device, widths: tuple[int, int], number_bytes: int
     """Kernel options of FlexAttention on this device; None, and a warning in the log, if it cannot run there."""
     properties = torch.cuda.get_device_properties(device)
     memory = properties.shared_memory_per_block_optin
-    options = kernel_options(Widths(*widths, number_bytes), (properties.major, properties.minor), memory)
+    options = flex_kernel.kernel_options(Widths(*widths, number_bytes), (properties.major, properties.minor), memory)
     if options is None:
         logger.warning(
             "%s has %d KiB of shared memory for a block of threads, too little for FlexAttention with heads of %d: "

@@ -6,6 +6,9 @@ it compiles. So an upper bound of the memory of each choice is estimated, and th
 
 The estimate is that of the kernels' tiles: what stays for the entire loop, what is loaded ahead, once per stage, and
 the scores that are laid out again for the second product. Triton often needs less: it keeps some of them in registers.
+On sm_100 it may need more, for operands of products that are in tensor memory elsewhere: of the tiles below up to
+17.3 KiB in a backward (32, 64, 64, 32: 121.2 KiB, estimated 104) and 1.6 KiB in the largest, which holds 225.6 of 227.
+No bound would leave these their place, so those of sm_100 are known to fit because they were compiled.
 The order of preference comes from the kernels' machine code: largest tiles first, of those that spill no registers
 (`tests/kernels/test_attention.py`); nothing has been timed. `tools/sweep_flex_attention.py` times all choices that fit.
 """
@@ -114,6 +117,21 @@ _BACKWARD = (
 # Products in float32 have no tensor cores and are unrolled: larger tiles compile for minutes and spill kilobytes.
 _FORWARD_FLOAT32 = (Forward(32, 32, 2, 8), Forward(32, 16, 2, 8), Forward(16, 16, 1, 4))
 _BACKWARD_FLOAT32 = (Backward(16, 16, 16, 16, 1, 8),)
+# Worth timing in addition to the first choice, by compute capability and channels of a key and a value, in 16 bits:
+# compiled, they spill nothing (`tests/kernels/test_attention.py`). Each pair takes a compilation of up to 40 s.
+_TIMED = {
+    ((8, 0), 256, 128): ((Forward(128, 32, 2, 8), Backward(32, 32, 32, 32, 2, 8)),),
+    ((8, 0), 128, 128): ((Forward(64, 64, 2, 4), Backward(32, 32, 32, 32, 2, 8)),),
+    ((9, 0), 256, 128): (
+        (Forward(128, 64, 3, 8), Backward(32, 64, 128, 32, 2, 8)),
+        (Forward(64, 64, 2, 4), Backward(32, 64, 64, 32, 2, 8)),
+    ),
+    ((9, 0), 128, 128): (
+        (Forward(128, 64, 3, 8), Backward(32, 64, 128, 32, 2, 8)),
+        (Forward(128, 128, 2, 8), Backward(64, 64, 64, 64, 2, 8)),
+    ),
+    ((10, 0), 128, 128): ((Forward(128, 64, 3, 8), Backward(64, 64, 64, 64, 2, 8)),),
+}
 
 
 def kernel_options(widths: Widths, capability: tuple[int, int], shared_memory: int) -> dict[str, Any] | None:
@@ -127,6 +145,33 @@ def kernel_options(widths: Widths, capability: tuple[int, int], shared_memory: i
     forward = _first_that_fits(forwards, widths, shared_memory)
     backward = _first_that_fits(backwards, widths, shared_memory)
     return None if forward is None or backward is None else forward.options | backward.options
+
+
+def choices_to_time(widths: Widths, capability: tuple[int, int], shared_memory: int) -> list[dict[str, int]]:
+    """`kernel_options` worth timing on a device, that of the table first: pairs of both directions, compiled together.
+
+    One at most where nothing else is known to spill no more than the table's choice.
+    """
+    first = kernel_options(widths, capability, shared_memory)
+    if first is None:
+        return []
+    others = _TIMED.get((capability, widths.query_key, widths.value), ()) if widths.bytes == 2 else ()
+    fitting = [pair for pair in others if all(tiles.shared_memory(widths) <= shared_memory for tiles in pair)]
+    return [first, *(forward.options | backward.options for forward, backward in fitting)]
+
+
+def one_direction(options: dict[str, int], prefix: str) -> dict[str, int]:
+    """The options of the forward, ``fwd``, or of the backward, ``bwd``."""
+    return {name: value for name, value in options.items() if name.startswith(f"{prefix}_")}
+
+
+def describe_options(options: dict[str, int]) -> str:
+    """Tiles; stages and warps of both directions in a few words."""
+    words = []
+    for direction, prefix in (("forward", "fwd"), ("backward", "bwd")):
+        *sizes, stages, warps = one_direction(options, prefix).values()
+        words.append(f"{direction} {', '.join(map(str, sizes))}; {stages}, {warps}")
+    return " and ".join(words)
 
 
 def all_that_fit(widths: Widths, shared_memory: int) -> tuple[list[Forward], list[Backward]]:

@@ -141,7 +141,13 @@ class NeoModel(LanguageModule):
         hidden = self._embed(tokens, patches, image_token_index, image_token_position) if self.pre_process else None
         config = self.config
         rule = AttentionRule(document, image, query_rows)
-        mask = build_mask(rule, config.params_dtype, config.sizes.attention_widths, config.attention_backend)
+        mask = build_mask(
+            rule,
+            config.params_dtype,
+            config.sizes.attention_widths,
+            config.attention_backend,
+            config.attention_kernel_options,
+        )
         self.attention_pairs = attention_pairs(mask) if self.post_process and self.training else None
         context = PackContext(
             rotary=NativeRotary.from_positions(

@@ -29,6 +29,9 @@ class NeoConfig(TransformerConfig):
     balance_loss_coeff: float = 0.0
     """Of the loss in `expert_router.py`, in addition to the cross entropy."""
 
+    attention_kernel_options: dict[str, int] | None = None
+    """Of FlexAttention on a GPU; by default `flex_kernel.kernel_options`."""
+
     normalization: str = "RMSNorm"
     activation_func: Callable = silu
     gated_linear_unit: bool = True

@@ -6,6 +6,8 @@
 | core attention                     | q, k, output, logsumexp; v as part   | q, k, output, logsumexp; v as part of    |
 |                                    | of its projection; in 16 bits copies | its projection                           |
 |                                    | of all these in float32 instead      |                                          |
+| the same with                      |                                      | in addition keys and values repeated for |
+| `--attention-backend flash`        |                                      | query heads, where they differ in width  |
 | context parallelism                | values; and, exchanged by heads, the | the same                                 |
 |                                    | output once more; not in 16 bits     |                                          |
 | inputs of trained projections      | in the dtype of the model            | the same; a byte an element under FP8    |
@@ -118,6 +120,9 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     residual = y * hidden * e
     projections = x * ((n + g) * width + g * d) * e
     query_key = x * (n + g) * width * e
+    repeated = _repeated(sizes, layout, x)
+    # With repeated keys `qkv_heads` drops the queries alone: the kernel holds copies of the keys.
+    own_keys = x * g * width * e if repeated else 0.0
     # Attention's input is kept as it is, but for a norm that is part of `linear_qkv`: there all products quantize it
     # for themselves, a frozen one too. So they do under delayed scaling, which is not counted apart.
     fused_norm = tensor == 1 or sizes.form.products == 1
@@ -132,12 +137,13 @@ def _gpu_layer(sizes: NeoSizes, layout: Layout, x: float, y: float, frozen: bool
     return LayerActivations(
         hidden=residual,
         norm_outputs=shared * (not fused_norm) + second_norm,
-        core_attention=x * n * 4,
-        heads=query_key,
+        core_attention=x * n * 4 + repeated,
+        heads=query_key - own_keys,
         mlp=mlp,
         activation=activation,
         held=held,
         rest=residual
+        + own_keys
         + shared * fused_norm
         + y * 4
         + projections
@@ -157,6 +163,28 @@ def _exchanged(sizes: NeoSizes, layout: Layout, x: float, trains_output: bool) -
     heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
     way = layout.cp_comm_type or default_way(heads, groups, layout.context_parallel_size)
     return x * d * layout.parameter_bytes * (groups + heads * (way == "a2a" and trains_output))
+
+
+def repeats_keys(sizes: NeoSizes, layout: Layout) -> bool:
+    """Whether the kernel keeps copies of keys and values, one for each query head."""
+    return layout.attention_backend == "flash" and len(set(sizes.attention_widths)) > 1
+
+
+def _repeated(sizes: NeoSizes, layout: Layout, x: float) -> float:
+    """Bytes of keys and values that FlashAttention 4 takes once for each query head, less those kept no longer.
+
+    The keys as they were are freed, but under context parallelism: exchanged, they share their memory with the queries,
+    and gathered, this rank's part is kept.
+    """
+    (width, d), tensor = sizes.attention_widths, layout.tensor_model_parallel_size
+    if not repeats_keys(sizes, layout):
+        return 0.0
+    heads, groups = sizes.num_attention_heads // tensor, sizes.num_query_groups // tensor
+    ranks, e = layout.context_parallel_size, layout.parameter_bytes
+    if ranks == 1:
+        return x * ((heads - groups) * width + heads * d) * e
+    way = layout.cp_comm_type or default_way(heads, groups, ranks)
+    return x * heads * (width + d) * e * (ranks if way == "allgather" else 1)
 
 
 def _trains_output(sizes: NeoSizes, frozen: bool) -> bool:

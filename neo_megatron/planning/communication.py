@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.context_parallel_cost import default_way, sent_bytes
-from neo_megatron.planning.activations import layers_by_kind, rank_tokens
+from neo_megatron.planning.activations import layers_by_kind, rank_tokens, repeats_keys
 from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
 from neo_megatron.planning.parameters import chunk_parameters
@@ -158,6 +158,8 @@ def _context_parallel(sizes: NeoSizes, layout: Layout, workload: Workload, chunk
     ranks = layout.context_parallel_size
     way = layout.cp_comm_type or default_way(heads, groups, ranks)
     forward, backward = sent_bytes(way, int(x), heads, groups, sizes.attention_widths, ranks, layout.parameter_bytes)
+    if way == "allgather" and repeats_keys(sizes, layout) and not layout.recomputes("core_attn"):
+        backward -= forward  # the kernel has copies of what would be gathered once more
     again = chunk.layers if layout.recomputes("core_attn") else layout.recomputed_layers(range(chunk.layers))
     return chunk.layers * (forward + backward) + again * forward
 

@@ -21,6 +21,8 @@ class Gpu:
     """Between GPUs of one machine."""
     network_rate: float
     """To other machines."""
+    capability: tuple[int, int]
+    """Compute capability, such as (9, 0)."""
     gpus_per_machine: int = 8
 
     def describe(self, precision: Precision) -> str:
@@ -48,10 +50,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 312e12, 0, 19.5e12, 80e9, 2.04e12, 300e9, 25e9),
-        Gpu("h100", 989e12, 1979e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 989e12, 1979e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
-        Gpu("b200", 2250e12, 4500e12, 75e12, 180e9, 8e12, 900e9, 50e9),
+        Gpu("a100", 312e12, 0, 19.5e12, 80e9, 2.04e12, 300e9, 25e9, (8, 0)),
+        Gpu("h100", 989e12, 1979e12, 67e12, 80e9, 3.35e12, 450e9, 50e9, (9, 0)),
+        Gpu("h200", 989e12, 1979e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, (9, 0)),
+        Gpu("b200", 2250e12, 4500e12, 75e12, 180e9, 8e12, 900e9, 50e9, (10, 0)),
     )
 }
 

@@ -65,6 +65,8 @@ class Layout:
     precision: Precision = "bf16"
     fp8_param_gather: bool = False
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
+    attention_backend: Literal["auto", "flash"] = "auto"
+    """`unfused` is planned as `auto`, see `run.dry_run`."""
 
     @classmethod
     def from_arguments(cls, args: Namespace, precision: Precision) -> "Layout":
@@ -76,8 +78,11 @@ class Layout:
         taken = {
             field.name: getattr(args, field.name)
             for field in fields(cls)
-            if getattr(args, field.name, None) is not None and field.name != "recompute_modules"
+            if getattr(args, field.name, None) is not None
+            and field.name not in ("recompute_modules", "attention_backend")
         }
+        if getattr(args.attention_backend, "name", args.attention_backend) == "flash":  # Megatron's is an enum
+            taken["attention_backend"] = "flash"
         if isinstance(args.cp_comm_type, list):  # Megatron allows one per layer
             taken["cp_comm_type"] = args.cp_comm_type[0]
         if args.recompute_modules:

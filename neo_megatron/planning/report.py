@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import attention_core_flops, layer_products, model_flops
 from neo_megatron.planning.hardware import Efficiency, Gpu
@@ -53,7 +54,12 @@ class Plan:
         efficiency: Efficiency | None = None,
         memory: list[RankMemory] | None = None,
     ) -> "Plan":
-        """Plans. Raises ConfigError if the layers cannot be divided like this, or the GPU lacks the precision."""
+        """Plans. Raises ConfigError if the layers cannot be divided like this, or the GPU lacks precision or kernel."""
+        if layout.attention_backend == "flash" and gpu.capability != (9, 0):
+            raise ConfigError(
+                f"--attention-backend flash: FlashAttention 4 has NEO's mask on compute capability 9.0 only, and "
+                f"{gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}: choose auto"
+            )
         efficiency = efficiency or Efficiency()
         memory = memory or pipeline_memory(sizes, layout, workload, training_stage)
         time = step_time(sizes, layout, workload, training_stage, gpu, efficiency)

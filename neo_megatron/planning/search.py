@@ -127,6 +127,7 @@ def candidates(
                         precision=precision,
                         fp8_param_gather=given.get("fp8_param_gather", False),
                         transformer_impl=given.get("transformer_impl", "transformer_engine"),
+                        attention_backend=given.get("attention_backend", "auto"),
                         **recomputation,
                     )
                     layout.chunks(sizes)

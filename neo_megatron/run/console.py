@@ -20,7 +20,7 @@ _SAVED = re.compile(r" *\[[^]]*\] successfully saved checkpoint from iteration +
 _LOADED = re.compile(r" *successfully loaded checkpoint from (.*?)(?: \[.*\])? at iteration ([1-9]\d*)")
 _STAGE = re.compile(r"(training stage \d+, pipeline stage \d+): trainable parameters on this rank:")
 _TRAINABLE = re.compile(r" *([\d,]+) of +([\d,]+)  all")
-_OURS = re.compile(r"broken sample|.*exiting program |.*scheduled an async checkpoint save ")
+_OURS = re.compile(r"attention tiles: |broken sample|.*exiting program |.*scheduled an async checkpoint save ")
 # Megatron warns of its own plans and of packages that NEO does not use, in every run.
 _WARNING = re.compile(r"WARNING(?!.*(?:rerun_state_machine|one_logger|is deprecated))[: ]")
 # Megatron's name of a quantity of a step -> its name in the short line.

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.dataset import GlobalBatch
@@ -54,6 +55,8 @@ def dry_run(args: Namespace) -> None:
     else:
         if args.num_experts and args.moe_token_dispatcher_type != "alltoall":
             print("memory and traffic of experts are planned for --moe-token-dispatcher-type alltoall")
+        if args.attention_backend == AttnBackend.unfused:
+            print("attention is planned for auto: unfused needs more, which grows with the square of the pack")
         print(describe(plan_of(args, workload)))
     print("dry run: nothing was found that would stop this run before its first step", flush=True)
 

@@ -34,6 +34,7 @@ from neo_megatron.model.micro_batch import context_share, model_inputs, to_devic
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.model.transformer_config import NeoConfig
 from neo_megatron.run.after_loading import after_loading
+from neo_megatron.run.attention_tiles import AttentionTiles
 from neo_megatron.run.bad_numbers import BadNumbers
 from neo_megatron.run.checkpoints import RunCheckpoints
 from neo_megatron.run.dry_run import dry_run
@@ -87,7 +88,7 @@ def train() -> None:
                 datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,
-                model_provider=partial(model_provider, run_checkpoints=run_checkpoints),
+                model_provider=partial(model_provider, run_checkpoints=run_checkpoints, tiles=AttentionTiles(args)),
             )
     except (ConfigError, DataError) as error:
         sys.exit(f"pretrain_neo: {error}")
@@ -113,11 +114,13 @@ def model_provider(
     pg_collection: ProcessGroupCollection | None = None,
     *,
     run_checkpoints: RunCheckpoints,
+    tiles: AttentionTiles,
 ) -> NeoModel:
     """Builds this rank's part of the model, frozen for the training stage, and prints what trains."""
     run_checkpoints.start()  # all ranks can communicate here, and Megatron has not loaded yet
     args = get_args()
     config = config or core_transformer_config_from_args(args, NeoConfig)
+    config.attention_kernel_options = tiles.options
     # Megatron copies a configuration for experts: a function is shared, the arguments of a `partial` are copied.
     config.finalize_model_grads_func = lambda *given, **groups: finalize_step(run_checkpoints, *given, **groups)
     model = NeoModel(

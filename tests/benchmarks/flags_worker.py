@@ -12,7 +12,7 @@ from neo_megatron.megatron_compat import cpu_platform
 
 cpu_platform.install_training()
 
-from gpu import test_training
+from gpu import test_fp8_load, test_training
 from megatron.training import arguments
 
 from neo_megatron.benchmarks import gpu_steps, gpu_train
@@ -42,7 +42,8 @@ for run in gpu_steps.runs(scale):
         assert args.first_last_layers_bf16 == run.precision.endswith("-bf16-ends")
         assert args.recompute_num_layers in (None, run.recomputed)
         count += 1
-for flags in ([], *map(test_training.fp8, ("delayed", "tensorwise", "blockwise"))):
+still = [[*flags, *test_fp8_load.STILL] for flags in ([], test_training.fp8("tensorwise"))]
+for flags in ([], *map(test_training.fp8, ("delayed", "tensorwise", "blockwise")), *still):
     args = parsed([*test_training.command(directory, *flags), "--seq-length", "256"])
     # Defaults of a machine with a GPU.
     assert args.transformer_impl == "transformer_engine" and args.distributed_backend == "nccl"

@@ -2,12 +2,16 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.paths import TOOLS
 from support.processes import run_forked, run_python
 
+from neo_megatron.benchmarks import gpu_profile
 from neo_megatron.benchmarks.gpu_profile import busy, kind_of, share_by_kind
 from neo_megatron.benchmarks.gpu_steps import (
     ON_GPU,
@@ -45,7 +49,7 @@ def test_the_command_lines_on_a_gpu_are_accepted(tmp_path):
     """As Megatron and neo_megatron check them at start, with a GPU's defaults."""
     paths = os.pathsep.join([str(TOOL.parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = run_python(Path(__file__).parent / "flags_worker.py", tmp_path, environment={"PYTHONPATH": paths})
-    assert done.returncode == 0 and "22 command lines" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "24 command lines" in done.stdout, done.stdout[-3000:]
 
 
 KERNELS = {
@@ -90,3 +94,29 @@ def test_after_running_out_of_memory_more_layers_are_recomputed_until_all_are():
         tried.append(following)
     assert [run.recomputed for run in tried] == [20, 30, 40]
     assert with_more_recomputed(StepRun(PLAIN, "bf16", 2, 8192), ON_GPU.sizes).recomputed == 40
+
+
+def test_a_profile_counts_kernels_by_kind_and_waits_of_the_host(monkeypatch):
+    def event(name, start, end, device="CUDA", annotation=False):
+        kind = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start, end=end), device_type=kind, is_user_annotation=annotation
+        )
+
+    class Profiler(nullcontext):
+        def events(self):
+            return [
+                event("cudaLaunchKernel", 0, 1, "CPU"),
+                event("nvjet_tst_128x256", 10, 40),
+                event("ProfilerStep*", 0, 1000, annotation=True),
+                event("cudaStreamSynchronize", 5, 45, "CPU"),
+                event("triton_tem_fused_flex_attention_1", 50, 110),
+                event("cudaStreamSynchronize", 100, 110, "CPU"),
+                event("cudaDeviceSynchronize", 110, 111, "CPU"),
+            ]
+
+    monkeypatch.setattr(gpu_profile, "profile", lambda **_: Profiler(Profiler()))
+    with gpu_profile.profiled() as measured:
+        pass
+    assert measured.kinds == pytest.approx({"attention": 0.6, "products": 0.3, "idle": 0.1})
+    assert measured.waits == {"cudaStreamSynchronize": 2}

@@ -16,16 +16,17 @@ RECIPES = ("delayed", "tensorwise", "blockwise")
 
 
 # Files in this order: what decides most comes first, in case a machine is lent for a short time.
-ORDER = ("attention", "norm_rotary", "layers", "training", "golden", "generate")
+ORDER = ("tiles", "attention", "profile", "fp8_load", "norm_rotary", "layers", "training", "golden", "generate")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests of this directory, which keep their places among all others."""
+    """Sorts the tests of this directory, which keep their places among all others; float32 is for references."""
     here = Path(__file__).parent
     places = [place for place, item in enumerate(items) if item.path.parent == here]
     tests = sorted(
-        (items[place] for place in places), key=lambda item: ORDER.index(item.path.stem.removeprefix("test_"))
+        (items[place] for place in places),
+        key=lambda item: ("torch.float32" in item.name, ORDER.index(item.path.stem.removeprefix("test_"))),
     )
     for place, item in zip(places, tests, strict=True):
         items[place] = item
@@ -44,12 +45,16 @@ def transformer_engine(gpu) -> None:
         pytest.skip("Transformer Engine is not installed")
 
 
+def has_recipe(recipe: str) -> bool:
+    """Whether this GPU has an FP8 recipe."""
+    return torch.cuda.get_device_capability() >= ((9, 0) if recipe == "blockwise" else (8, 9))
+
+
 @pytest.fixture(params=RECIPES)
 def recipe(request, transformer_engine) -> str:
     """An FP8 recipe that this GPU has."""
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 9) or (request.param == "blockwise" and capability < (9, 0)):
-        pytest.skip(f"FP8 with the recipe {request.param} needs a newer GPU than sm_{capability[0]}{capability[1]}")
+    if not has_recipe(request.param):
+        pytest.skip(f"FP8 with the recipe {request.param} needs a newer GPU than {torch.cuda.get_device_name()}")
     return request.param
 
 

@@ -58,8 +58,8 @@ def build(rule: AttentionRule, dtype: torch.dtype, head_dim: int, backend: str =
     return build_mask(rule, dtype, (2 * head_dim, head_dim), AttnBackend[backend])
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+# Heads of NEO; float32 compiles for longer, and tests/kernels has its numbers for NEO's heads.
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float32, 64)], ids=str)
 def test_forward_and_backward_equal_the_definition(rule, poisoned, dtype, head_dim):
     mask = build(rule, dtype, head_dim)
     for seed in range(3):  # the first call compiles

@@ -18,6 +18,7 @@ from neo_megatron.benchmarks import kernels as kernels_table
 from neo_megatron.benchmarks.kernel_binaries import DEVICES, Binary
 from neo_megatron.benchmarks.kernel_cases import AttentionCase, AttentionKernels, attention_case, compiled
 from neo_megatron.benchmarks.kernels import ACCEPTED_SPILLS, CASES
+from neo_megatron.model.flex_kernel import Widths, choices_to_time
 
 # Relative errors of the output and of gradients: rounding of the result, and of weights and their gradients.
 BOUNDS = {"float32": (1e-5, 2e-5), "bfloat16": (1e-2, 2e-2)}
@@ -70,6 +71,18 @@ def test_compiled_for_any_architecture_it_fits_and_spills_no_more_than_is_accept
     cases = [case for case in CASES if case.architecture == architecture]
     for case, kernels in zip(cases, compiled(cases), strict=True):
         check_binary(case, kernels)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("widths", [(256, 128), (128, 128)])
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_choices_that_are_timed_on_a_gpu_spill_nothing(architecture, widths):
+    device = DEVICES[architecture]
+    _, *others = choices_to_time(Widths(*widths), device.capability, device.shared)
+    cases = [attention_case(architecture, widths, options=options) for options in others]
+    for case, kernels in zip(cases, compiled(cases), strict=True):
+        for binary in (kernels.forward, kernels.backward):
+            assert binary.spilled == 0 and 0 < binary.shared <= device.shared, (case, binary)
 
 
 @pytest.mark.thorough

@@ -13,7 +13,17 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model import core_attention
 from neo_megatron.model.attention_forms import FORMS
 from neo_megatron.model.core_attention import FlexMask, attend, attention_pairs, build_mask, check_backend
-from neo_megatron.model.flex_kernel import KIB, Backward, Forward, Widths, all_that_fit, kernel_options
+from neo_megatron.model.flex_kernel import (
+    KIB,
+    Backward,
+    Forward,
+    Widths,
+    all_that_fit,
+    choices_to_time,
+    describe_options,
+    kernel_options,
+    one_direction,
+)
 
 NEO = Widths(query_key=256, value=128)
 # Shared memory that a block of threads may have, KiB (CUDA C++ Programming Guide, table of compute capabilities).
@@ -25,7 +35,10 @@ DEVICES = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_device_gets_tiles_that_it_holds(capability, number_bytes, form):
     widths, limit = Widths(FORMS[form].query_key_widths * 128, 128, number_bytes), DEVICES[capability] * KIB
-    options = kernel_options(widths, capability, limit)
+    check_tiles(kernel_options(widths, capability, limit), widths, capability, limit)
+
+
+def check_tiles(options: dict[str, int], widths: Widths, capability: tuple[int, int], limit: int) -> None:
     forward = Forward(*(options[f"fwd_{name}"] for name in ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")))
     sizes = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps")
     backward = Backward(*(options[f"bwd_{name}"] for name in sizes))
@@ -52,6 +65,24 @@ def test_float32_gets_tiles_that_compile_in_seconds():
         options = kernel_options(Widths(256, 128, 4), capability, memory * KIB)
         assert {size for name, size in options.items() if name.startswith("bwd_BLOCK")} == {16}
         assert max(options["fwd_BLOCK_M"], options["fwd_BLOCK_N"]) <= 32
+
+
+@pytest.mark.parametrize("widths", [(256, 128), (128, 128), (32, 16)])
+@pytest.mark.parametrize("capability", DEVICES)
+def test_a_few_choices_are_worth_timing(capability, widths):
+    """The first is the table's; others fit, differ from it in both directions, and are what PyTorch's kernel asks."""
+    for number_bytes in (2, 4):
+        given = Widths(*widths, number_bytes), capability, DEVICES[capability] * KIB
+        first, *others = choices_to_time(*given)
+        assert first == kernel_options(*given) and len(others) <= 2
+        if number_bytes == 4 or widths[0] == 32:  # nothing is known of those
+            assert not others
+        for options in others:
+            check_tiles(options, *given)
+            assert list(options) == list(first)
+            for prefix in ("fwd", "bwd"):
+                assert one_direction(options, prefix) != one_direction(first, prefix)
+    assert not choices_to_time(NEO, capability, 8 * KIB)
 
 
 def test_a_sweep_stays_within_the_device():
@@ -93,6 +124,15 @@ def test_enough_memory_is_flex_attention(gpu):
     mask = build_mask(random_packs(64, 1), torch.bfloat16)
     assert isinstance(mask, FlexMask) and mask.options["fwd_BLOCK_M"] == 64 and not mask.repeated
     assert torch.is_tensor(build_mask(random_packs(64, 1), torch.bfloat16, backend=AttnBackend.unfused))
+
+
+def test_timed_tiles_take_the_place_of_the_table(gpu):
+    gpu(227 * KIB, 9, 0)
+    _, timed, _ = choices_to_time(NEO, (9, 0), 227 * KIB)
+    for backend, expected in (("auto", timed), ("flash", {"BACKEND": "FLASH"})):
+        mask = build_mask(random_packs(256, 1), torch.bfloat16, backend=AttnBackend[backend], kernel_options=timed)
+        assert mask.options == expected
+    assert describe_options(timed) == "forward 128, 64; 3, 8 and backward 32, 64, 128, 32; 2, 8"
 
 
 def test_kernels_that_neo_cannot_use_are_refused(monkeypatch):

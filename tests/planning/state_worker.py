@@ -49,8 +49,9 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
         create_gloo_process_groups=False,
     )
     with torch.device("meta"):
-        no_checkpoints = SimpleNamespace(start=lambda: None)
-        chunks = training.get_model(partial(pretraining.model_provider, run_checkpoints=no_checkpoints))
+        no_checkpoints, no_tiles = SimpleNamespace(start=lambda: None), SimpleNamespace(options=None)
+        build = partial(pretraining.model_provider, run_checkpoints=no_checkpoints, tiles=no_tiles)
+        chunks = training.get_model(build)
         config, _ = training.get_megatron_optimizer_config(args)
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
         parts = getattr(optimizer, "chained_optimizers", [optimizer])

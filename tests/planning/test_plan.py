@@ -47,6 +47,7 @@ def test_the_tool_prints_a_plan_without_torch():
         ("--context-parallel-size 3 --gpus 24 --global-batch-size 24", "--seq-length 16384 cannot be divided over"),
         ("--tensor-model-parallel-size 8 --gpus 4", "is 8 GPUs, and 4 is not a multiple"),
         ("--gpu a100 --precision fp8", "--gpu a100 has no fp8"),
+        ("--gpu b200 --attention-backend flash", "capability 9.0 only, and b200 has 10.0: choose auto"),
         ("--gpu-memory 1 --search --gpus 1 --global-batch-size 4", "none of the"),
         ("--seq-length -5", "argument --seq-length: -5 is not a whole number of 1 or more"),
         ("--micro-batch-size 0", "argument --micro-batch-size: 0 is not a whole number of 1 or more"),
@@ -201,6 +202,39 @@ def test_a_search_ranks_what_fits():
 def test_rates_of_a_device_are_stated_or_unknown(device, name):
     gpu = gpu_named(device)
     assert (gpu and gpu.name) == name
+
+
+def test_keys_that_flash_attention_4_takes_repeated_are_planned():
+    """In its backward 16 query heads have a key and a value each, where keys are wider: 67 MB a layer at 8k."""
+    workload, selective = Workload.of_alike_documents(8192), dict(**SELECTIVE)
+
+    def more(size: str, **changes) -> float:
+        layouts = (Layout(attention_backend=backend, **changes) for backend in ("auto", "flash"))
+        auto, flash = (pipeline_memory(SIZES[size], layout, workload, 2)[0] for layout in layouts)
+        assert flash.working == auto.working or "recompute_granularity" in changes
+        return (flash.activations - auto.activations) / sizes.num_layers / 8192
+
+    sizes, keys, values = SIZES["neo-2b"], 256 * 2, 128 * 2
+    assert more("neo-2b") == pytest.approx(8 * keys + 16 * values)
+    assert more("u1-8b") == 0  # keys and values are equally wide
+    # Recomputed, attention keeps queries and keys as they were; without those, the copies of keys are left.
+    assert more("neo-2b", **selective, recompute_modules=("core_attn",)) == pytest.approx(0)
+    assert more("neo-2b", **selective, recompute_modules=("qkv_heads",)) == pytest.approx(16 * (keys + values))
+    # Exchanged keys stay in memory with the queries; gathered ones are copied for complete packs.
+    for way, ranks in (("a2a", 1), ("allgather", 2)):
+        found = more("neo-2b", context_parallel_size=2, cp_comm_type=way)
+        assert found == pytest.approx(ranks * 16 * (keys + values) / 2)
+
+    def sent(backend: str, **changes) -> float:
+        layout = Layout(
+            context_parallel_size=2, cp_comm_type="allgather", attention_backend=backend, global_batch_size=2, **changes
+        )
+        return rank_traffic(sizes, layout, workload, 2, pipeline_rank=0).context
+
+    # Gathered keys are gathered again in the backward, their copies are there; gradients are sent in any case.
+    assert 3 * sent("flash") == pytest.approx(2 * sent("auto"))
+    recomputed = dict(**selective, recompute_modules=("core_attn",))
+    assert sent("flash", **recomputed) == sent("auto", **recomputed)
 
 
 def test_parameters_in_8_bits_take_the_place_of_those_in_16():

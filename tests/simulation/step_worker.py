@@ -159,7 +159,9 @@ def main() -> None:
     args.curr_iteration = 0
     with simulation(gpu):
         build = partial(
-            pretraining.model_provider, run_checkpoints=SimpleNamespace(start=lambda: None, look=lambda: None)
+            pretraining.model_provider,
+            run_checkpoints=SimpleNamespace(start=lambda: None, look=lambda: None),
+            tiles=SimpleNamespace(options=None),
         )
         model, optimizer, _ = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder, build, pg_collection=ProcessGroupCollection.use_mpu_process_groups()

@@ -33,8 +33,10 @@ def transformer_engine() -> str | None:
     return directory if directory or importlib.util.find_spec("transformer_engine") is not None else None
 
 
-def step(implementation: str, size: str, stage: int, rank: int, ranks: int, flags: list[str]) -> dict[str, Any]:
-    """One step, and its plan."""
+def step(
+    implementation: str, size: str, stage: int, rank: int, ranks: int, flags: list[str], packages: Path | None = None
+) -> dict[str, Any]:
+    """One step, and its plan; `packages` is a directory of further packages."""
     directory = transformer_engine()
     if implementation == "transformer_engine" and directory is None:
         pytest.skip("Transformer Engine is not at hand; NEO_TEST_TRANSFORMER_ENGINE may name a directory that holds it")
@@ -43,7 +45,7 @@ def step(implementation: str, size: str, stage: int, rank: int, ranks: int, flag
     chosen += ["--micro-batch-size", 1, "--global-batch-size", GLOBAL_BATCH[ranks], "--train-iters", 10, *PRECISION]
     chosen += ["--transformer-impl", implementation, "--no-initialization"]
     path = [str(ROOT)] + [directory] * (implementation == "transformer_engine" and bool(directory))
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, map(str, [*path, packages or ""])))}
     arguments = map(str, (WORKER, rank, ranks, *chosen, *flags))
     done = run_python(*arguments, environment=environment)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -108,3 +110,22 @@ def test_every_layout_is_as_planned(implementation, size, stage, ranks, rank, tm
 )
 def test_other_layouts_are_as_planned(flags):
     check(step("transformer_engine", "neo-2b", 2, 0, 8, flags.split()))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--context-parallel-size 2 --cp-comm-type a2a",
+        "--context-parallel-size 2 --cp-comm-type allgather",
+        "--recompute-granularity selective --recompute-modules qkv_heads",
+        "--recompute-granularity selective --recompute-modules core_attn",
+    ],
+)
+def test_keys_repeated_for_flash_attention_4_are_as_planned(flags, tmp_path):
+    package = tmp_path / "flash_attn" / "cute"  # there is none without a GPU, and its kernel has a stand-in
+    package.mkdir(parents=True)
+    for directory in (package, package.parent):
+        (directory / "__init__.py").touch()
+    check(step("transformer_engine", "neo-2b", 2, 0, 8, ["--attention-backend", "flash", *flags.split()], tmp_path))
