@@ -58,6 +58,8 @@ fi
 # Of two ways to say the same thing Megatron takes one, so that a flag takes the place of what is set here.
 flags=" $* "
 given() { [[ "$flags" == *" $1 "* || "$flags" == *" $1="* ]]; }
+# Megatron-FSDP wants several connections instead.
+if given --use-megatron-fsdp && [ "$CUDA_DEVICE_MAX_CONNECTIONS" = 1 ]; then unset CUDA_DEVICE_MAX_CONNECTIONS; fi
 precision=()
 [ "$gpus" -eq 0 ] || precision=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 ! given --fp16 || precision=("${precision[@]:1}")

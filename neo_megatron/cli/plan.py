@@ -44,6 +44,8 @@ LAYOUT = {
     "use_distributed_optimizer": False,
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
+    "use_megatron_fsdp": False,
+    "data_parallel_sharding_strategy": "no_shard",
     "fp8_param_gather": False,
     "recompute_granularity": None,
     "recompute_method": None,
@@ -177,6 +179,14 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
         layout.add_argument(f"--{flag}", action="store_true", default=None, help="always on in a search")
     layout.add_argument(
+        "--use-megatron-fsdp", action="store_true", default=None, help="Megatron-FSDP; never in a search"
+    )
+    layout.add_argument(
+        "--data-parallel-sharding-strategy",
+        choices=("optim", "optim_grads", "optim_grads_params"),
+        help="what Megatron-FSDP shards: ZeRO-1, 2 or 3; no default",
+    )
+    layout.add_argument(
         "--fp8-param-gather", action="store_true", default=None, help="FP8: the parameters themselves are in 8 bits"
     )
     layout.add_argument(
@@ -254,10 +264,12 @@ def main() -> None:
     check_recomputation(given)
     sizes, workload, gpu = sizes_of(args.neo_model), workload_of(args), gpu_of(args)
     efficiency = Efficiency(reserved_bytes=args.reserve * 1e9)
+    check_fully_sharded(args)
     if args.search:
         show_search(args, given, sizes, workload, gpu, efficiency)
         return
     vars(args).update(LAYOUT | given)
+    args.overlap_grad_reduce |= args.use_megatron_fsdp  # always
     args.seq_length = workload.sequence_length
     plan = Plan.make(sizes, layout_of(args, sizes, workload), workload, args.training_stage, gpu, efficiency)
     print(json.dumps(plan.as_json(), indent=2) if args.json else describe(plan))
@@ -272,6 +284,14 @@ def check_recomputation(given: dict[str, Any]) -> None:
         if f"recompute_{name}" in given and granularity != wanted:
             flag = f"--recompute-{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is for --recompute-granularity {wanted}: add that, or leave {flag} out")
+
+
+def check_fully_sharded(args: argparse.Namespace) -> None:
+    """Raises ConfigError if flags of Megatron-FSDP have no effect."""
+    if args.data_parallel_sharding_strategy and not args.use_megatron_fsdp:
+        raise ConfigError("--data-parallel-sharding-strategy is for --use-megatron-fsdp: add it, or leave it out")
+    if args.search and args.use_megatron_fsdp:
+        raise ConfigError("--search never tries --use-megatron-fsdp: leave one of them out")
 
 
 def show_search(

@@ -131,6 +131,16 @@ class _PastEvent:
     def synchronize(self) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
+
+class _Cpu(str):
+    """The current device: "cpu" where tensors are placed, number 0 in names such as f"cuda:{device}"."""
+
+    def __format__(self, _: str) -> str:
+        return "0"
+
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(factory)
@@ -234,7 +244,8 @@ def install() -> None:
     _keep_freed_memory()
     # torch.cpu is torch's own stand-in: current_device() is "cpu", streams do nothing. Wrapped, because torch refuses
     # one function object under two names.
-    for name in ("current_device", "device_count", "set_device", "synchronize", "current_stream", "stream"):
+    _patch(torch.cuda, "current_device", lambda: _Cpu(torch.cpu.current_device()))
+    for name in ("device_count", "set_device", "synchronize", "current_stream", "stream"):
         stand_in = getattr(torch.cpu, name)
         _patch(torch.cuda, name, lambda *args, _stand_in=stand_in, **kwargs: _stand_in(*args, **kwargs))
     # A class, because libraries annotate with it; the experts' dispatcher waits for an event.
@@ -308,13 +319,17 @@ def install_training() -> None:
     if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
         raise _changed("dummy_train_step")
     _patch(training, "dummy_train_step", _skip_step)
-    from neo_megatron.megatron_compat import loading, optimizer_saves, saving
+    from neo_megatron.megatron_compat import fsdp, loading, optimizer_saves, saving
 
     require_lines(optimizer_saves.PATCHED, optimizer_saves.LINES)
-    for owner, name, value in (*loading.PATCHES, *saving.PATCHES, *optimizer_saves.PATCHES):
+    for patched, lines in fsdp.LINES.items():
+        require_lines(patched, lines)
+    for owner, name, value in (*loading.PATCHES, *saving.PATCHES, *optimizer_saves.PATCHES, *fsdp.PATCHES):
         _patch(owner, name, value)
     if not on_cpu():
         return
+    # Its mesh is of GPUs, whatever the machine has.
+    _patch(fsdp.mcore_fsdp_adapter, "DeviceMesh", fsdp.CpuMesh)
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     # Copies from the GPU before training continues; on a CPU it copies nothing, and later steps would be saved.

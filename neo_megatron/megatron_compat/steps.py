@@ -19,6 +19,7 @@ from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import dist_signal_handler, training
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from neo_megatron.megatron_compat.cpu_platform import require_lines
 
@@ -144,11 +145,16 @@ def _clip(
     """
     name = "decoupled_grad" if use_decoupled_grad else "grad"
     gradients = [getattr(parameter, name, None) for parameter in parameters]
-    gradients = [gradient.detach() for gradient in gradients if gradient is not None]
+    gradients = [local_part(gradient).detach() for gradient in gradients if gradient is not None]
     factor = _gradients.factor * min(1.0, max_norm / (total_norm + 1.0e-6))
     if gradients and factor != 1.0:
         overflow = torch.zeros(1, dtype=torch.int, device="cuda")
         clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, overflow, [gradients, gradients], factor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor of Megatron-FSDP, and any other tensor itself; without communication."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _signals_received(handler: dist_signal_handler.DistributedSignalHandler) -> list[bool]:

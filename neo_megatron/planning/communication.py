@@ -15,7 +15,7 @@ from neo_megatron.planning.activations import layers_by_kind, rank_tokens, repea
 from neo_megatron.planning.flops import trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
 from neo_megatron.planning.parameters import chunk_parameters
-from neo_megatron.planning.state import MAIN_GRADIENT, divided_state
+from neo_megatron.planning.state import MAIN_GRADIENT, divided_state, fully_sharded_elements
 from neo_megatron.planning.workload import Workload
 
 
@@ -31,7 +31,8 @@ class Traffic:
         pipeline: hidden states to the next stage, their gradients to the one before.
         gradients: reduce-scatter or all-reduce over the ranks with the same parameters; of experts, which may be on
             fewer, and all others.
-        parameters: all-gather after the step of the distributed optimizer.
+        parameters: all-gather after the step of the distributed optimizer; with parameters sharded by Megatron-FSDP,
+            of each layer in every forward and backward.
         embedding: all-reduce between the two copies of a tied embedding.
     """
 
@@ -65,16 +66,10 @@ def rank_traffic(
     tensor, context, experts, pipeline = (
         layout.micro_batches * sum(kind) for kind in zip(*per_micro_batch, strict=True)
     )
-    states = divided_state(sizes, layout, training_stage, pipeline_rank)
-    elements = sum(
-        state.buffer_elements * (ranks - 1) / ranks
-        for state, ranks in zip(states, (layout.state_ranks, layout.expert_state_ranks), strict=True)
-    )
-    gradients = elements * MAIN_GRADIENT
-    if layout.use_distributed_optimizer:
-        parameters = elements * layout.parameter_bytes
+    if layout.use_megatron_fsdp:
+        gradients, parameters = _fully_sharded(sizes, layout, training_stage)
     else:
-        gradients, parameters = 2 * gradients, 0.0
+        gradients, parameters = _data_parallel(sizes, layout, training_stage, pipeline_rank)
     embedding = 4.0 * sum(
         parameter.total
         for chunk in chunks
@@ -83,6 +78,30 @@ def rank_traffic(
         if parameter.shared_embedding and parameter.trained
     )
     return Traffic(tensor, context, experts, pipeline, gradients, parameters, embedding)
+
+
+def _data_parallel(sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int) -> tuple[float, float]:
+    """Bytes of gradients, and of parameters."""
+    states = divided_state(sizes, layout, training_stage, pipeline_rank)
+    elements = sum(
+        state.buffer_elements * (ranks - 1) / ranks
+        for state, ranks in zip(states, (layout.state_ranks, layout.expert_state_ranks), strict=True)
+    )
+    if layout.use_distributed_optimizer:
+        return elements * MAIN_GRADIENT, elements * layout.parameter_bytes
+    return 2 * elements * MAIN_GRADIENT, 0.0
+
+
+def _fully_sharded(sizes: NeoSizes, layout: Layout, training_stage: int) -> tuple[float, float]:
+    """The same of Megatron-FSDP, which also gathers frozen parameters.
+
+    Shards of gradients are summed over micro-batches; without them, complete gradients are, and reduced once.
+    """
+    elements = fully_sharded_elements(sizes, layout, training_stage)
+    share = (layout.state_ranks - 1) / layout.state_ranks
+    reduced = elements.trained * (layout.micro_batches if layout.shards_gradients else 1)
+    gathered = elements.others + elements.layers * (2 * layout.micro_batches if layout.shards_parameters else 1)
+    return share * reduced * MAIN_GRADIENT, share * gathered * layout.parameter_bytes
 
 
 def layer_collectives(sizes: NeoSizes, layout: Layout, frozen: bool, recomputed: bool) -> int:

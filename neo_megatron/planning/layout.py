@@ -10,6 +10,7 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.context_parallel_cost import Way
 from neo_megatron.validation.fp8 import check_fp8
+from neo_megatron.validation.fully_sharded import fully_sharded_refusals
 from neo_megatron.validation.recomputation import recomputation_refusals
 
 Precision = Literal["bf16", "fp8", "fp32"]
@@ -58,6 +59,10 @@ class Layout:
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    use_megatron_fsdp: bool = False
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = "no_shard"
+    suggested_communication_unit_size: int = 10**9
+    """Elements; Megatron's default."""
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int = 1
@@ -128,6 +133,16 @@ class Layout:
         return self.data_parallel_size * self.context_parallel_size
 
     @property
+    def shards_gradients(self) -> bool:
+        """Whether gradients of every micro-batch are reduced to shards (ZeRO-2 and 3)."""
+        return self.use_megatron_fsdp and self.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params")
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters are gathered for each layer, in forward and backward (ZeRO-3)."""
+        return self.use_megatron_fsdp and self.data_parallel_sharding_strategy == "optim_grads_params"
+
+    @property
     def expert_tensor_ranks(self) -> int:
         """Ranks that share each matrix of an expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
@@ -186,6 +201,12 @@ class Layout:
             fp8_recipe = self.fp8_recipe if self.precision == "fp8" else None
             rules = recomputation_refusals(self.recompute_modules, bool(sizes.num_experts), context, fp8_recipe)
             for refusal in rules:
+                return refusal
+        if self.use_megatron_fsdp:
+            for refusal in fully_sharded_refusals(
+                *(self.data_parallel_sharding_strategy, self.pipeline_model_parallel_size, tensor),
+                *(bool(sizes.num_experts), self.precision == "fp8"),
+            ):
                 return refusal
         if refusal := self._refusal_of_experts(sizes):
             return refusal
@@ -309,6 +330,7 @@ _OF_STATE = (
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
     *("use_distributed_optimizer", "overlap_grad_reduce", "precision", "transformer_impl"),
+    *("use_megatron_fsdp", "data_parallel_sharding_strategy", "suggested_communication_unit_size"),
 )
 
 

@@ -119,6 +119,9 @@ def layout_text(layout: Layout) -> str:
         if layout.expert_tensor_ranks != layout.tensor_model_parallel_size:
             words[-1] += f" x ETP {layout.expert_tensor_ranks}"
     words.append(f"DP {layout.data_parallel_size}")
+    if layout.use_megatron_fsdp:
+        zero = 3 if layout.shards_parameters else 2 if layout.shards_gradients else 1
+        words[-1] += f" with ZeRO-{zero}"
     return ", ".join(words)
 
 

@@ -5,6 +5,9 @@ the distributed optimizer it pads parameters and buckets (megatron.core.optimize
 themselves in a buffer of the same layout, and gives each rank an equal part of every bucket, to hold optimizer state
 for. Frozen parameters are in none of these. Experts that are divided otherwise than the rest of the model have buffers
 of their own, which belong to the ranks that hold the same experts.
+
+Megatron-FSDP shards what its strategy says; what it gathers, and gradients that wait to be reduced, are counted at
+their most, without padding.
 """
 
 from collections import Counter
@@ -93,6 +96,8 @@ def _divided_state(
     sizes: NeoSizes, layout: Layout, training_stage: int, pipeline_rank: int, state_rank: int
 ) -> tuple[State, State]:
     chunks, division = layout.alike_chunks(sizes)[pipeline_rank], Division.of(layout)
+    if layout.use_megatron_fsdp:
+        return _fully_sharded_state(layout, fully_sharded_elements(sizes, layout, training_stage)), State()
 
     def state(experts: bool | None, ranks: int, rank: int) -> State:
         first, others = (_bucket_limit(layout, pipeline_rank, number) for number in (0, 1))
@@ -107,6 +112,48 @@ def _divided_state(
     # Ranks are numbered tensor first; those with different experts follow each other, and then these again.
     expert_rank = state_rank * layout.expert_state_ranks // layout.state_ranks
     return state(False, layout.state_ranks, state_rank), state(True, layout.expert_state_ranks, expert_rank)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of the parameters that Megatron-FSDP divides over its ranks.
+
+    Attributes:
+        trained: those that train.
+        layers: of all layers, which are gathered and freed one by one; `layer` of them is one.
+        others: which stay gathered from their first use to the end of a step.
+    """
+
+    trained: int
+    layers: int
+    layer: int
+    others: int
+
+
+def fully_sharded_elements(sizes: NeoSizes, layout: Layout, training_stage: int) -> Elements:
+    """See `Elements`."""
+    ((chunk,),) = layout.alike_chunks(sizes)
+    division = Division.of(layout)
+    parameters = parameters_of(sizes, chunk, training_stage, division)
+    others = sum(p.total for p in parameters_of(sizes, replace(chunk, layers=0), training_stage, division))
+    layers = sum(p.total for p in parameters) - others
+    return Elements(sum(p.total for p in parameters if p.trained), layers, layers // chunk.layers, others)
+
+
+def _fully_sharded_state(layout: Layout, elements: Elements) -> State:
+    def shard(count: int) -> int:
+        return -(-count // layout.state_ranks)
+
+    at_once = layout.suggested_communication_unit_size
+    parameters, gradients = elements.layers + elements.others, elements.trained
+    if layout.shards_parameters:
+        gathered = min(elements.layers, at_once // 2 + elements.layer)
+        parameters = shard(parameters) + elements.others + gathered
+    if layout.shards_gradients:
+        gradients = shard(gradients) + min(gradients, at_once + elements.layer)
+    element = layout.parameter_bytes
+    master = MOMENTS + (MAIN_PARAMETER if element < 4 else 0)
+    return State(element * parameters, MAIN_GRADIENT * gradients, master * shard(elements.trained))
 
 
 @cache

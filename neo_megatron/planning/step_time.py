@@ -188,12 +188,16 @@ def _exposed_seconds(
     gpu: Gpu,
     efficiency: Efficiency,
 ) -> float:
-    """Gradients, parameters and the optimizer; one micro-batch hides overlapped traffic."""
+    """Gradients, parameters and the optimizer; overlapped traffic is hidden by the micro-batches that send it."""
     reach = layout.tensor_model_parallel_size * layout.state_ranks
     rate = (gpu.link_rate if reach <= gpu.gpus_per_machine else gpu.network_rate) * efficiency.links
     # About a third of a micro-batch is forward.
     hidden_backward = micro_batch_seconds * 2 / 3 if layout.overlap_grad_reduce else 0.0
     hidden_forward = micro_batch_seconds / 3 if layout.overlap_param_gather else 0.0
+    if layout.shards_gradients:
+        hidden_backward *= layout.micro_batches
+    if layout.shards_parameters:
+        hidden_forward = micro_batch_seconds * layout.micro_batches
     state = rank_state(sizes, layout, training_stage, pipeline_rank)
     optimizer = 2 * state.optimizer + state.optimizer / MOMENTS * 4
     return (

@@ -72,6 +72,12 @@ WORKS = (
         """,
     ),
     _works(
+        "tests/distributed/test_fsdp.py",
+        """
+        --use-megatron-fsdp --data-parallel-sharding-strategy --suggested-communication-unit-size
+        """,
+    ),
+    _works(
         "tests/distributed/test_experts.py",
         """
         --expert-model-parallel-size --expert-tensor-parallel-size --moe-router-load-balancing-type
@@ -432,6 +438,11 @@ ONLY_WITH = (
         --ddp-reduce-scatter-with-fp32-accumulation
         """,
     ),
+    _only_with(
+        "--use-megatron-fsdp",
+        lambda args: args.use_megatron_fsdp,
+        "--data-parallel-sharding-strategy --suggested-communication-unit-size",
+    ),
     _only_with("--fp8-format", lambda args: args.fp8, "--fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo"),
     _only_with("--log-straggler", lambda args: args.log_straggler, "--straggler-ctrlr-port --straggler-minmax-count"),
     _only_with("--use-sharp", lambda args: args.use_sharp, "--sharp-enabled-group"),
@@ -440,4 +451,21 @@ ONLY_WITH = (
         lambda args: args.use_precision_aware_optimizer,
         "--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
     ),
+)
+
+
+def _flags(flags: str) -> tuple[str, ...]:
+    return tuple(flags.split())
+
+
+# Flags of other ways to shard, and flags that read gradients or weights where --use-megatron-fsdp has none.
+NOT_WITH_FSDP = _flags(
+    """
+    --ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation
+    --ddp-param-name-patterns-for-fp32-local-accumulation --distrib-optim-fully-reshardable-mem-efficient
+    --grad-reduce-in-bf16 --check-for-large-grads --check-weight-hash-across-dp-replicas-interval
+    --save-params-interval --save-wgrads-interval --save-dgrads-interval --log-params-norm --log-num-zeros-in-grad
+    --data-parallel-random-init --dump-param-to-param-group-map --use-precision-aware-optimizer --use-nccl-ub
+    --lr-scale --unfreeze
+    """
 )

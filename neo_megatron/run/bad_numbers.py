@@ -25,6 +25,7 @@ from torch import Tensor
 
 from neo_megatron.errors import ConfigError, DataError
 from neo_megatron.megatron_compat import cpu_platform, steps
+from neo_megatron.megatron_compat.steps import local_part
 
 
 def check_rerun_flags(args: Namespace) -> None:
@@ -185,7 +186,7 @@ class BadNumbers:
     def _finding(self) -> _Finding:
         bad = [m for m in self._micro_batches if m.loss is not None and not bool(torch.isfinite(m.loss).all())]
         packs = sorted({number for micro_batch in bad or self._micro_batches for number in micro_batch.packs})
-        place = f"node {os.uname().nodename}, device {torch.cuda.current_device()}"
+        place = f"node {os.uname().nodename}, device {torch.cuda.current_device()!s}"
         parameter = next(self._bad_parameters(), "")
         return _Finding(
             torch.distributed.get_rank(), place, self._rejected, self._describe(packs), bool(bad), parameter
@@ -193,7 +194,7 @@ class BadNumbers:
 
     def _bad_parameters(self) -> Iterator[str]:
         for model in self._models:
-            yield from (name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all()))
+            yield from (name for name, p in model.named_parameters() if not bool(torch.isfinite(local_part(p)).all()))
 
     def _sentence(self, finding: _Finding, reproducible: bool | None, saved: bool) -> str:
         args = get_args()

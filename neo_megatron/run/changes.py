@@ -157,7 +157,7 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
         return bool(changed or idle_stages or schedule_flags or groups or args.use_distributed_optimizer)
     if not is_by_ranks(saved):
         return True
-    if groups or {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):
+    if groups or args.use_megatron_fsdp or {"use_distributed_optimizer", "bf16", "fp16"} & set(changed):
         raise ConfigError(
             f"the checkpoint {checkpoint} holds its optimizer state by ranks, not by parameters: resume with the "
             "precision and the optimizer that it was saved with, without --lr-scale and --unfreeze, or add "

@@ -58,6 +58,9 @@ def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
     for only in accepted_flags.ONLY_VALUES:
         if only.flag in given and _text(given[only.flag]) not in only.values:
             yield f"{as_written(only.flag, given[only.flag])}: {only.remedy}"
+    for flag in accepted_flags.NOT_WITH_FSDP if args.use_megatron_fsdp else ():
+        if flag in given:
+            yield f"{as_written(flag, given[flag])} is not for --use-megatron-fsdp: leave one of them out"
     for pair in accepted_flags.ONLY_WITH:
         for flag in pair.flags:
             if flag in given and not pair.where(args):

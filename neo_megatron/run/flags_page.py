@@ -3,7 +3,7 @@
 python -m neo_megatron.run.flags_page > docs/flags.md
 """
 
-from neo_megatron.run.accepted_flags import ONLY_VALUES, ONLY_WITH
+from neo_megatron.run.accepted_flags import NOT_WITH_FSDP, ONLY_VALUES, ONLY_WITH
 from neo_megatron.run.flag_status import Status, Verdict
 from neo_megatron.run.flag_table import verdicts
 
@@ -40,6 +40,8 @@ def _row(flag: str, verdict: Verdict) -> str:
     for needed in ONLY_WITH:
         if flag in needed.flags:
             why += f"; only with `{needed.needed}`"
+    if flag in NOT_WITH_FSDP:
+        why += "; not with `--use-megatron-fsdp`"
     return f"{verdict.status.value} | {why.replace('|', chr(92) + '|')}"
 
 

@@ -19,13 +19,16 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
+from neo_megatron.megatron_compat import fsdp
 from neo_megatron.run.ranks import on_rank_0
 
 STATE = "optimizer.state."
@@ -93,12 +96,11 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
         for one, parameter, state in states:
             _fill(one, parameter, state, moment, values.get(parameter))
     masters = _read(saved, sharded, _MASTERS)
+    _fill_masters(states, masters)
     for parameter, value in masters.items():
-        if parameter.dtype == torch.float32:
+        if parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
             parameter.copy_(value)
-    for one, parameter, state in states:
-        if "master" in state.tensors and parameter in masters:
-            _fill(one, parameter, state, "master", masters[parameter])
+    _install(model)
     common = saved_optimizers(common_state)
     step = max((_step(state) for state in common), default=0)
     for one in optimizers:
@@ -131,10 +133,8 @@ def load_masters(
     sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
     masters = _read(saved, sharded, ("",))
     optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
-    for one in optimizers:
-        for parameter, state in list(_states(one)):
-            if "master" in state.tensors and parameter in masters:
-                _fill(one, parameter, state, "master", masters[parameter])
+    _fill_masters([(one, p, state) for one in optimizers for p, state in _states(one)], masters)
+    _install(model)
 
 
 def allocate_moments(optimizer: MegatronOptimizer | None) -> None:
@@ -184,7 +184,7 @@ def _read(
         prefix = next((prefix for prefix in prefixes if f"{prefix}{entry.key}" in saved.shapes), None)
         if prefix is not None:
             key = f"{prefix}{entry.key}"
-            empty = torch.empty(parameter.shape, dtype=saved.dtype(key), device="cpu")
+            empty = torch.empty(entry.data.shape, dtype=saved.dtype(key), device="cpu")
             wanted[id(parameter)] = make_sharded_optimizer_tensor(entry, empty, "")
             wanted[id(parameter)].key = key
     # Each data-parallel rank reads a share and gets the rest from the others.
@@ -200,17 +200,33 @@ def _fill(optimizer: MegatronOptimizer, parameter: Parameter, state: _State, kin
         target.zero_()
     else:
         target.copy_(value.flatten()[state.part].view_as(target))
-    if isinstance(optimizer, DistributedOptimizer):
+    if isinstance(optimizer, DistributedOptimizer) and not optimizer.ddp_config.use_megatron_fsdp:
         # Moments may be stored in a low precision; `_states` returned copies of them then.
         tensors = dict(state.tensors)
         optimizer._set_main_param_and_optimizer_states(parameter, {"param": tensors.pop("master"), **tensors})
 
 
+def _fill_masters(states: list[tuple[MegatronOptimizer, Parameter, _State]], masters: dict[Parameter, Tensor]) -> None:
+    for one, parameter, state in states:
+        if "master" in state.tensors and parameter in masters:
+            _fill(one, parameter, state, "master", masters[parameter])
+
+
+def _install(model: list[torch.nn.Module]) -> None:
+    """Makes the weights of Megatron-FSDP those of its optimizer; other optimizers share or keep both."""
+    for chunk in model:
+        if isinstance(chunk, FullyShardedDataParallel):
+            fsdp.install_weights(chunk)
+
+
 def _sharded_parameters(
     model: list[torch.nn.Module],
 ) -> Iterator[tuple[Parameter, ShardedTensor | ShardedTensorFactory]]:
-    """Every parameter with its name and its split in a checkpoint."""
-    for chunk in unwrap_model(model):
+    """Every parameter with its name and its split in a checkpoint; with FSDP those that this rank holds rows of."""
+    for wrapped, chunk in zip(model, unwrap_model(model), strict=True):
+        if isinstance(wrapped, FullyShardedDataParallel):
+            yield from fsdp.sharded_parameters(wrapped).items()
+            continue
         state, _ = extract_sharded_tensors_and_factories(chunk.sharded_state_dict())
         for entry in nested_values(state):
             if isinstance(entry.data, Parameter):
@@ -221,7 +237,11 @@ def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, _State]]:
     """This rank's state of every parameter that it updates; missing moments are allocated."""
     _allocate(optimizer)
     all_of_it = slice(None)
-    if isinstance(optimizer, DistributedOptimizer):
+    if isinstance(optimizer, DistributedOptimizer) and optimizer.ddp_config.use_megatron_fsdp:
+        for parameter in optimizer.get_parameters():
+            moments = {name: tensor.to_local() for name, tensor in _held(optimizer, parameter).items()}
+            yield parameter, _State({"master": parameter.data.to_local(), **moments}, all_of_it)
+    elif isinstance(optimizer, DistributedOptimizer):
         for parameter in optimizer.model_param_group_index_map:
             tensors = dict(optimizer._get_main_param_and_optimizer_states(parameter))
             held = optimizer._get_model_param_range_map(parameter)["param"]

@@ -38,14 +38,23 @@ REJECTED = (
         """,
     ),
     rejected(
-        "FSDP is not for NEO: use --use-distributed-optimizer, and --tensor-model-parallel-size or "
-        "--pipeline-model-parallel-size where that is not enough",
+        "PyTorch's FSDP is not for NEO: use --use-megatron-fsdp with --data-parallel-sharding-strategy",
         """
-        --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward --megatron-fsdp-main-params-dtype
-        --megatron-fsdp-main-grads-dtype --megatron-fsdp-grad-comm-dtype
+        --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward
+        """,
+    ),
+    rejected(
+        "--use-megatron-fsdp keeps float32 weights and sums gradients in float32, as runs without it do: leave it out",
+        """
+        --megatron-fsdp-main-params-dtype --megatron-fsdp-main-grads-dtype --megatron-fsdp-grad-comm-dtype
+        """,
+    ),
+    rejected(
+        "no run of NEO with --use-megatron-fsdp has tried it: leave it out",
+        """
         --megatron-fsdp-enable-fine-grained-param-gather --megatron-fsdp-max-pool-double-buffer
         --fsdp-manual-registration --fsdp-double-buffer --fsdp-db-use-persist-buf-on-alloc-fail
-        --data-parallel-sharding-strategy --outer-dp-sharding-strategy --suggested-communication-unit-size
+        --outer-dp-sharding-strategy
         --keep-fp8-transpose-cache --enable-full-sharding-in-hsdp --create-all-gather-group
         --init-model-with-meta-device --no-gradient-reduce-div-fusion --no-strict-fsdp-dtensor-load
         --disable-symmetric-registration

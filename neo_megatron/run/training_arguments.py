@@ -17,7 +17,7 @@ from neo_megatron import presets
 from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
 from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.errors import ConfigError
-from neo_megatron.megatron_compat import cpu_platform
+from neo_megatron.megatron_compat import cpu_platform, fsdp
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.planning.packs import measure_packs
@@ -108,6 +108,8 @@ def parse_arguments() -> Namespace:
             )
     if args.rank == 0:
         say(f"training stage {args.training_stage}, --recipe {recipe}: {presets.RECIPES[recipe].source}; flags win")
+    if args.use_megatron_fsdp:
+        fsdp.complete(args)
     check_layouts_of_lengths(args)
     if cpu_platform.on_cpu() and not args.dry_run:
         _raise_first(gpu_refusals(given))
@@ -115,7 +117,8 @@ def parse_arguments() -> Namespace:
         say(idle)
     args.cp_comm_type = [context_parallel_way(args)]
     try:
-        validate_args(args)
+        with fsdp.saved_as_torch_dist(args):
+            validate_args(args)
         complete_last_step(args)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(_sentence(error)) from error
@@ -142,6 +145,8 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "dist_ckpt_optim_fully_reshardable": True,
         # Otherwise every data-parallel rank reads all of it.
         "ckpt_fully_parallel_load": True,
+        # As without FSDP; Megatron would sum gradients in the precision of the weights.
+        "megatron_fsdp_main_grads_dtype": "fp32",
         # Rounds to FP8 once all of a parameter is there, and not each stored piece with a scale of its own.
         "stream_ckpt_dequant": False,
         # As in `NeoConfig`.

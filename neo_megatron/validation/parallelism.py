@@ -14,6 +14,7 @@ from neo_megatron.errors import ConfigError
 from neo_megatron.model.context_parallel_cost import WAYS, default_way
 from neo_megatron.model.transformer_config import tensor_parallel_refusals
 from neo_megatron.validation.fp8 import check_fp8
+from neo_megatron.validation.fully_sharded import fully_sharded_refusals
 from neo_megatron.validation.recomputation import recomputation_refusals
 
 
@@ -246,6 +247,19 @@ def _optimizer(args: Namespace) -> Iterator[str]:
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add them"
 
 
+def _fully_sharded(args: Namespace) -> Iterator[str]:
+    if args.use_megatron_fsdp:
+        yield from fully_sharded_refusals(
+            args.data_parallel_sharding_strategy,
+            args.pipeline_model_parallel_size,
+            args.tensor_model_parallel_size,
+            bool(args.num_experts),
+            bool(args.fp8),
+            args.fp16,
+            args.optimizer == "sgd",
+        )
+
+
 def _recomputation(args: Namespace) -> Iterator[str]:
     granularity = "selective" if args.recompute_activations else args.recompute_granularity
     if granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
@@ -290,6 +304,7 @@ CHECKS = (
     _batch,
     _pipeline,
     _optimizer,
+    _fully_sharded,
     _recomputation,
     check_fp8,
 )

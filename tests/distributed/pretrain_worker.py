@@ -33,6 +33,7 @@ cpu_platform.install_training()
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
@@ -44,7 +45,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 
 from neo_megatron.checkpoint import dcp_metadata
 from neo_megatron.data.dataset import PackDataset
-from neo_megatron.megatron_compat import optimizer_saves, steps
+from neo_megatron.megatron_compat import fsdp, optimizer_saves, steps
 from neo_megatron.model.loss import WeightedLoss
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.run import pretraining
@@ -75,8 +76,12 @@ class GradientRecorder:
         parts, places = {}, {}
         for chunk, gradients in zip(self.model, self.gradients, strict=True):
             module = unwrap_model(chunk)
-            for name, parameter in module.named_parameters():
-                parameter.data = gradients.get(name, torch.zeros_like(parameter))
+            if isinstance(chunk, FullyShardedDataParallel):
+                for shard in fsdp.shards(chunk).values():
+                    shard.model.copy_(gradients.get(shard.main, torch.zeros_like(shard.model)))
+            else:
+                for name, parameter in module.named_parameters():
+                    parameter.data = gradients.get(name, torch.zeros_like(parameter))
             state = module.sharded_state_dict()
             apply_factories(state)
             for tensor in nested_values(state):
@@ -185,8 +190,12 @@ def spoilt_packs(numbers: list[int], weight: float, times: int) -> Iterator[None
 def whole_gradients(chunk: DistributedDataParallel) -> dict[str, torch.Tensor]:
     """Gradients keyed by parameter.
 
-    Under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered.
+    Under the distributed optimizer a rank holds a reduced shard of every bucket, so they are gathered. Under FSDP it
+    holds rows of every parameter, which are kept, keyed by the optimizer's parameter.
     """
+    if isinstance(chunk, FullyShardedDataParallel):
+        mains = [shard.main for shard in fsdp.shards(chunk).values()]
+        return {main: main.grad.to_local().flatten().clone() for main in mains if main.grad is not None}
     if chunk.ddp_config.use_distributed_optimizer:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group

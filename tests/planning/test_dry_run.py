@@ -33,6 +33,8 @@ EXPERTS = list(candidates(PRESETS["u1-a3b"], 16, Workload.of_alike_documents(192
 FOUND_EXPERTS = [layout for layout in EXPERTS if layout.expert_model_parallel_size > 1]
 FOUND_EXPERTS = [FOUND_EXPERTS[len(FOUND_EXPERTS) // 2], *(it for it in FOUND_EXPERTS if it.recomputes("moe"))][:2]
 
+ZERO_3 = "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --bf16"
+
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
@@ -64,6 +66,7 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
     jobs = {
         "one process": (1, common + golden + "--global-batch-size 4"),
         "1,024 processes": (1024, common + golden + large),
+        "sharded data parallelism": (64, f"{common}{golden}{ZERO_3} --global-batch-size 64"),
         "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
         "another model": (1, common + golden + "--global-batch-size 4 --ffn-hidden-size 128"),
         "another length": (1, common + golden + "--global-batch-size 4 --seq-length 128"),
@@ -100,6 +103,12 @@ def test_a_run_that_can_start_is_planned(case, ends):
     assert f"measured on {packs} packs" in printed and re.search(r"^fits: rank \d needs", printed, re.M)
     assert "nothing was found that would stop this run" in printed
     assert not (room / "events").exists() and not (room / "saved").exists()
+
+
+def test_sharded_data_parallelism_is_planned(ends):
+    printed, end, _ = ends["sharded data parallelism"]
+    assert end is None, end
+    assert "64 GPUs: TP 1, PP 1, CP 1, DP 64 with ZeRO-3; 1 micro-batches" in printed
 
 
 def test_a_large_layout_is_planned_in_full(ends):

@@ -162,3 +162,32 @@ def test_layers_that_do_not_divide_are_refused():
         Layout(pipeline_model_parallel_size=4).chunks(SIZES["neo-9b"])
     with pytest.raises(ConfigError, match=r"--pipeline-model-parallel-layout Et\|tL: needs 2 stages"):
         Layout(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|tL").chunks(SIZES["neo-9b"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stage", "expected"),
+    [
+        # Two bytes of all parameters, four of all gradients, twelve of this rank's part of both moments and float32.
+        ("optim", 2, lambda a, t, n: (2 * a, 4 * t, 12 * n(t))),
+        ("optim_grads", 2, lambda a, t, n: (2 * a, 4 * (n(t) + t), 12 * n(t))),
+        ("optim_grads_params", 2, lambda a, t, n: (2 * (n(a) + a), 4 * (n(t) + t), 12 * n(t))),
+        ("optim_grads_params", 1, lambda a, t, n: (2 * (n(a) + a), 4 * (n(t) + t), 12 * n(t))),
+    ],
+)
+def test_megatron_fsdp_shards_what_its_strategy_says(strategy, stage, expected):
+    """Of a model smaller than what is gathered, and waits to be reduced, at once."""
+    layout = Layout(data_parallel_size=3, use_megatron_fsdp=True, data_parallel_sharding_strategy=strategy)
+    parameters = chunk_parameters(SIZES["tiny"], layout, Chunk(0, SIZES["tiny"].num_layers, True, True), stage)
+    complete, trained = (sum(p.total for p in parameters if p.trained or frozen_too) for frozen_too in (True, False))
+    state = rank_state(SIZES["tiny"], layout, stage, 0)
+    expected = expected(complete, trained, lambda count: -(-count // 3))
+    assert (state.parameters, state.gradients, state.optimizer) == expected
+    assert (trained < complete) == (stage == 1)
+
+
+def test_megatron_fsdp_gathers_some_layers_of_a_large_model_at_once():
+    layout = Layout(data_parallel_size=64, use_megatron_fsdp=True, data_parallel_sharding_strategy="optim_grads_params")
+    large = rank_state(SIZES["neo-9b"], layout, 2, 0)
+    small = rank_state(SIZES["neo-9b"], replace(layout, suggested_communication_unit_size=10**8), 2, 0)
+    assert large.parameters - small.parameters == 2 * (10**9 - 10**8) // 2
+    assert large.gradients - small.gradients == 4 * (10**9 - 10**8)

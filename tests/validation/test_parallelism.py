@@ -22,6 +22,7 @@ TENSORWISE = f"{FP8} --fp8-recipe tensorwise"
 BLOCKWISE = f"{FP8.replace('hybrid', 'e4m3')} --fp8-recipe blockwise"
 LAYERNORM = "--recompute-granularity selective --recompute-modules layernorm"
 MOE, EXPERTS = "--recompute-granularity selective --recompute-modules", "--neo-model u1-a3b"
+ZERO_3 = "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params"
 
 REFUSED = [
     # Ranks.
@@ -42,6 +43,15 @@ REFUSED = [
     (1, f"{MOE} mlp_act {FP8} --fp8-recipe delayed", "mlp_act does not go with --fp8-recipe delayed"),
     (2, f"{MOE} qkv_heads {CP} 2", "qkv_heads frees nothing with --context-parallel-size"),
     (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel {EXPERTS}", "and a rank has 192 channels of an expert"),
+    # Megatron-FSDP; the last of two flags counts.
+    (2, "--use-megatron-fsdp", "shards nothing without --data-parallel-sharding-strategy: add it with optim"),
+    (4, f"{ZERO_3} {PP} 2", "--use-megatron-fsdp does not go with --pipeline-model-parallel-size"),
+    (4, f"{ZERO_3} {TP} 2", "--use-megatron-fsdp does not go with --tensor-model-parallel-size"),
+    (2, f"{ZERO_3} {EXPERTS}", "--use-megatron-fsdp does not go with a mixture of experts"),
+    (2, f"{ZERO_3} {TENSORWISE}", "--use-megatron-fsdp does not go with FP8"),
+    (2, f"{ZERO_3} --fp16", "--use-megatron-fsdp does not go with --fp16: choose --bf16"),
+    (2, f"{ZERO_3} --optimizer sgd", "--use-megatron-fsdp does not go with --optimizer sgd: choose --optimizer adam"),
+    (2, f"{ZERO_3} --log-params-norm", "--log-params-norm is not for --use-megatron-fsdp: leave one of them out"),
     # The sequence.
     (1, "--seq-length 65536", "--seq-length 65536 is more than --max-position-embeddings 40960"),
     (4, f"{CP} 4 --seq-length 4100", "needs a --seq-length that is a multiple of 8, not 4100"),
