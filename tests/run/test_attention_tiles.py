@@ -149,9 +149,11 @@ def arguments(size: str = "neo-2b", **changes) -> Namespace:
 
 def test_a_run_times_once_for_all_chunks_of_its_model(run_on_gpu, home):
     tiles, timer = run_on_gpu()
-    assert tiles.options == FASTEST == tiles.options and timer.asked == [0, 1, 2]
+    assert tiles.options == FASTEST
     (file,) = home.rglob("*.json")
     assert file.name.startswith("NVIDIA-H100-9.0-256-128-bfloat16-")
+    file.unlink()
+    assert tiles.options == FASTEST and timer.asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
