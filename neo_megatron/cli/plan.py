@@ -45,7 +45,7 @@ LAYOUT = {
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
     "use_megatron_fsdp": False,
-    "data_parallel_sharding_strategy": "no_shard",
+    "data_parallel_sharding_strategy": "optim_grads_params",
     "fp8_param_gather": False,
     "recompute_granularity": None,
     "recompute_method": None,
@@ -184,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     layout.add_argument(
         "--data-parallel-sharding-strategy",
         choices=("optim", "optim_grads", "optim_grads_params"),
-        help="what Megatron-FSDP shards: ZeRO-1, 2 or 3; no default",
+        help="what Megatron-FSDP shards: ZeRO-1, 2 or 3; default: optim_grads_params",
     )
     layout.add_argument(
         "--fp8-param-gather", action="store_true", default=None, help="FP8: the parameters themselves are in 8 bits"

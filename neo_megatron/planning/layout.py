@@ -60,7 +60,9 @@ class Layout:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     use_megatron_fsdp: bool = False
-    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = "no_shard"
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = (
+        "optim_grads_params"
+    )
     suggested_communication_unit_size: int = 10**9
     """Elements; Megatron's default."""
     recompute_granularity: Literal["full", "selective"] | None = None

@@ -17,8 +17,8 @@ def fully_sharded_refusals(
     """
     if strategy == "no_shard":
         yield (
-            "--use-megatron-fsdp shards nothing without --data-parallel-sharding-strategy: add it with optim, "
-            "optim_grads or optim_grads_params (ZeRO-1, 2 or 3)"
+            "--data-parallel-sharding-strategy no_shard shards nothing: choose optim, optim_grads or "
+            "optim_grads_params (ZeRO-1, 2 or 3), or leave out --use-megatron-fsdp"
         )
     for given, what, instead in (
         (pipeline > 1, "--pipeline-model-parallel-size", "--use-distributed-optimizer with it"),

@@ -44,7 +44,7 @@ REFUSED = [
     (2, f"{MOE} qkv_heads {CP} 2", "qkv_heads frees nothing with --context-parallel-size"),
     (4, f"{BLOCKWISE} {TP} 4 --sequence-parallel {EXPERTS}", "and a rank has 192 channels of an expert"),
     # Megatron-FSDP; the last of two flags counts.
-    (2, "--use-megatron-fsdp", "shards nothing without --data-parallel-sharding-strategy: add it with optim"),
+    (2, f"{ZERO_3.replace('optim_grads_params', 'no_shard')}", "no_shard shards nothing: choose optim, optim_grads or"),
     (4, f"{ZERO_3} {PP} 2", "--use-megatron-fsdp does not go with --pipeline-model-parallel-size"),
     (4, f"{ZERO_3} {TP} 2", "--use-megatron-fsdp does not go with --tensor-model-parallel-size"),
     (2, f"{ZERO_3} {EXPERTS}", "--use-megatron-fsdp does not go with a mixture of experts"),
