@@ -20,7 +20,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import dist_signal_handler, training
 from torch import Tensor
 
-from neo_megatron.megatron_compat.cpu_platform import require_lines
+from neo_megatron.megatron_compat.hooks import require_lines
 
 _LINES = {
     training: (
