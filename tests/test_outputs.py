@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.golden_packs import TOOLS, make_packs
 from support.paths import GOLDEN
+from support.processes import run_forked
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.cli import inspect as inspect_data
@@ -54,10 +55,8 @@ def put(directory: Path, kind: str) -> Path:
 
 
 def run(tool: str, flags: str, output: Path, room: Path) -> subprocess.CompletedProcess[str]:
-    words = [*flags.format(room=room, golden=GOLDEN).split(), "--output", str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TOOLS / f"{tool}.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = flags.format(room=room, golden=GOLDEN).split()
+    return run_forked(TOOLS / f"{tool}.py", *words, "--output", output, separate=True)
 
 
 def files(directory: Path) -> dict[str, bytes | str]:

@@ -3,15 +3,16 @@
 The demo's page is tested in `examples/test_demo.py`.
 """
 
+import contextlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.golden_packs import TOOLS, make_packs
 from support.paths import GOLDEN
+from support.processes import run_forked
 
 from neo_megatron.inference.evaluation import Evaluation, Scores
 from neo_megatron.inference.report_page import page as answers_page
@@ -66,19 +67,25 @@ def marked_room(tmp_path_factory) -> Path:
         for image in (f"{NAME}.png", MARKUP)
     ]
     (room / f"{NAME}.json").write_text(json.dumps(records))
-    for tool, *words in (
-        ("preprocess_data.py", "--input", f"{NAME}.json", "--image-root", ".", "--tokenizer", GOLDEN / "tokenizer")
-        + ("--output", "shards", "--min-pixels", 4096, "--max-pixels", 65536, "--workers", 1, "--max-rejected", 99),
-        ("pack_data.py", "--data", "shards", "--output", "packs", "--seq-length", 2048),
-    ):
-        subprocess.run([sys.executable, TOOLS / tool, *map(str, words)], check=True, cwd=room)
+    with contextlib.chdir(room):
+        for tool, *words in (
+            ("preprocess_data.py", "--input", f"{NAME}.json", "--image-root", ".", "--tokenizer", GOLDEN / "tokenizer")
+            + ("--output", "shards", "--min-pixels", 4096, "--max-pixels", 65536, "--workers", 1, "--max-rejected", 99),
+            ("pack_data.py", "--data", "shards", "--output", "packs", "--seq-length", 2048),
+        ):
+            run(tool, *words)
     return room
+
+
+def run(tool: str, *words: object) -> None:
+    done = run_forked(TOOLS / tool, *words)
+    assert done.returncode == 0, done.stdout
 
 
 def inspected(room: Path, text: str) -> Path:
     output = room / "inspect.html"
-    words = [TOOLS / "inspect_data.py", "--packs", room / "packs", "--tokenizer", GOLDEN / "tokenizer"]
-    subprocess.run([sys.executable, *map(str, words), "--output", str(output)], check=True)
+    words = ("--packs", room / "packs", "--tokenizer", GOLDEN / "tokenizer")
+    run("inspect_data.py", *words, "--output", output)
     return output
 
 

@@ -1,12 +1,10 @@
 """Credentials are never printed or written."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from support.paths import GOLDEN, TOOLS
+from support.processes import run_forked
 
 from neo_megatron.command_line import sentence_of
 from neo_megatron.errors import DataError, Reason, RejectedSample
@@ -56,13 +54,8 @@ def test_outputs_of_tools_have_no_secrets(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"image": image, "conversations": talk} for image in images]))
     words = ["--input", tmp_path / "a.json", "--image-root", tmp_path, "--tokenizer", GOLDEN / "tokenizer"]
     secrets = {"AWS_SECRET_ACCESS_KEY": "SECRET1", "HF_TOKEN": "SECRET2", "WANDB_API_KEY": "SECRET3"}
-    done = subprocess.run(
-        [sys.executable, TOOLS / "preprocess_data.py", *words, "--output", tmp_path / "out", "--max-rejected", "100"],
-        env={**os.environ, **secrets, "PYTHONPATH": str(TOOLS.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words += ["--output", tmp_path / "out", "--max-rejected", "100"]
+    done = run_forked(TOOLS / "preprocess_data.py", *words, environment=secrets)
     left = [done.stdout, *(path.read_bytes().decode("latin-1") for path in (tmp_path / "out").iterdir())]
     assert "rejected 3" in done.stdout and len(left) > 2
     assert not any(secret in text for text in left for secret in (*SECRETS, TOKEN))

@@ -9,7 +9,6 @@ one sentence instead of training wrongly. `tests/distributed` checks that the pa
 
 import ctypes
 import importlib.metadata
-import inspect
 import logging
 import os
 import warnings
@@ -22,6 +21,8 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.utils._device import _device_constructors
 
+from neo_megatron.megatron_compat.hooks import MEGATRON_VERSION, require_lines
+
 # Megatron decorates small functions with torch.compile when it is imported; on a CPU each costs a minute of C++
 # building. PyTorch is asked, because a GPU has other device files under WSL2, and may be hidden.
 if not torch.cuda.is_available():
@@ -30,7 +31,6 @@ if not torch.cuda.is_available():
 # compiles.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
-MEGATRON_VERSION = "0.19.2"
 TORCH_VERSION = "2.11"
 
 
@@ -315,10 +315,6 @@ def install_training() -> None:
     _patch(dataset_utils, "compile_helpers", lambda: None)
     from megatron.training import arguments, training
 
-    # On a GPU too: it broadcasts the tensors of a GPT between tensor-parallel ranks, and knows one data iterator.
-    if list(inspect.signature(training.dummy_train_step).parameters) != ["data_iterator"]:
-        raise _changed("dummy_train_step")
-    _patch(training, "dummy_train_step", _skip_step)
     from neo_megatron.megatron_compat import fsdp, loading, optimizer_saves, saving
 
     require_lines(optimizer_saves.PATCHED, optimizer_saves.LINES)
@@ -341,86 +337,6 @@ def install_training() -> None:
     _patch(training, "initialize_megatron", partial(training.initialize_megatron, allow_no_cuda=True))
 
 
-@cache
-def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
-    """Makes Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint, on a GPU too.
-
-    Megatron has no hook of its own after loading that knows the optimizer.
-    """
-    from megatron.training import training
-
-    load = training.load_checkpoint
-
-    def load_checkpoint(model, optimizer, scheduler, *arguments, **keywords):
-        loaded = load(model, optimizer, scheduler, *arguments, **keywords)
-        hook(model, optimizer, scheduler)
-        return loaded
-
-    _patch(training, "load_checkpoint", load_checkpoint)
-
-
-@cache
-def call_before_saving(hook: Callable[[Any], None]) -> None:
-    """Makes Megatron call ``hook(optimizer)`` before it saves a checkpoint, on a GPU too."""
-    from megatron.training import training
-
-    save = training.save_checkpoint
-    if list(inspect.signature(save).parameters)[:3] != ["iteration", "model", "optimizer"]:
-        raise _changed("training.save_checkpoint")
-
-    @wraps(save)
-    def save_checkpoint(iteration, model, optimizer, *arguments, **keywords):
-        hook(optimizer)
-        return save(iteration, model, optimizer, *arguments, **keywords)
-
-    _patch(training, "save_checkpoint", save_checkpoint)
-
-
-@cache
-def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
-    """Makes Megatron evaluate a split by ``hook(evaluate, data_iterator)``, on a GPU too.
-
-    Megatron also evaluates splits without data, and all splits with one number of iterations.
-    """
-    from megatron.training import training
-
-    original = training.evaluate_and_print_results
-    if list(inspect.signature(original).parameters)[:3] != ["prefix", "forward_step_func", "data_iterator"]:
-        raise _changed("evaluate_and_print_results")
-
-    def evaluate_and_print_results(prefix, forward_step_func, data_iterator, *arguments, **keywords):
-        hook(partial(original, prefix, forward_step_func, data_iterator, *arguments, **keywords), data_iterator)
-
-    _patch(training, "evaluate_and_print_results", evaluate_and_print_results)
-
-
-def turn_off_rerun_state_machine(machine: Any, validate_result: Callable[..., None]) -> Callable[..., None]:
-    """Turns Megatron's rerun state machine off, on a GPU too, and makes a hook validate; returns its own method."""
-    from megatron.core.rerun_state_machine import RerunMode
-
-    original = machine.validate_result
-    for name, value in (
-        ("mode", RerunMode.DISABLED),
-        ("validate_result", validate_result),
-        ("validate_state_dict", lambda state: False),  # there is no state to load
-    ):
-        if not hasattr(machine, name):
-            raise _changed(f"RerunStateMachine.{name}")
-        setattr(machine, name, value)
-    return original
-
-
-def _skip_step(data_iterator: Any) -> None:
-    """Reads the micro-batches of a step, of every virtual pipeline stage, for `--iterations-to-skip`."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
-        for iterator in data_iterator if isinstance(data_iterator, list) else [data_iterator]:
-            for _ in range(get_num_microbatches()):
-                next(iterator)
-
-
 def copy_before_writing(write_buckets: list, non_blocking: bool = True) -> list:
     """Copies for an asynchronous save, which no later step changes. Public, so that its process finds it."""
     return [
@@ -439,18 +355,6 @@ def _patch(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         raise _changed(f"{owner.__name__}.{name}")
     setattr(owner, name, value)
-
-
-@cache
-def require_lines(owner: Any, lines: tuple[str, ...]) -> None:
-    """Raises RuntimeError, with the remedy, if a module or class of Megatron lacks a line that a patch relies on."""
-    source = inspect.getsource(owner)
-    for line in lines:
-        if line not in source:
-            raise RuntimeError(
-                f"{owner.__name__} has changed: it lacks {line.strip()!r}, which neo_megatron was written for; "
-                f"pip install 'megatron-core=={MEGATRON_VERSION}'"
-            )
 
 
 def _check_versions() -> None:

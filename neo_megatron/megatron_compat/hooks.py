@@ -1,14 +1,15 @@
-"""Replaces parts of Megatron on any machine, so that its log is NEO's; `cpu_platform.py` has what a CPU needs.
+"""Hooks in Megatron's training loop, on any machine: log, evaluation, loading, saving and skipped steps are NEO's.
 
 Every patch looks for the lines of Megatron that it relies on, so that another version ends with one sentence.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, Protocol
 
-from neo_megatron.megatron_compat.cpu_platform import require_lines
+MEGATRON_VERSION = "0.19.2"
 
 # Lines of megatron/training/training.py that call the replaced functions, or print the lines that are edited.
 _TRAINING = (
@@ -164,6 +165,127 @@ def use_writers(tensorboard: Any, wandb: Any) -> None:
     require_lines(global_vars, ("_GLOBAL_TENSORBOARD_WRITER = SummaryWriter(", "_GLOBAL_WANDB_WRITER = wandb\n"))
     global_vars._GLOBAL_TENSORBOARD_WRITER = tensorboard
     global_vars._GLOBAL_WANDB_WRITER = wandb
+
+
+# Calls of the functions that are replaced, with the arguments that a hook is given.
+_LOADING = (" = load_checkpoint(\n            model,\n            optimizer,\n            opt_param_scheduler,\n",)
+_SAVING = (
+    "    save_checkpoint(\n        iteration,\n        model,\n        optimizer,\n",
+    "        save_checkpoint(\n            args.iteration,\n            model,\n            optimizer,\n",
+)
+_EVALUATION = (
+    "            evaluate_and_print_results(\n                prefix, forward_step_func,\n"
+    "                valid_data_iterator, model,\n",
+    "        evaluate_and_print_results(\n            prefix,\n            forward_step_func,\n"
+    "            test_data_iterator,\n",
+    "                evaluate_and_print_results(prefix, forward_step_func,\n"
+    "                                       valid_data_iterator, model,\n",
+)
+_RERUNS = (
+    "            if self.mode == RerunMode.DISABLED:\n",
+    "    def validate_result(\n        self,\n",
+    "    def validate_state_dict(self, state_dict",
+)
+
+
+@cache
+def call_after_loading(hook: Callable[[Any, Any, Any], None]) -> None:
+    """Makes Megatron call ``hook(model, optimizer, scheduler)`` whenever it has loaded a checkpoint.
+
+    Megatron has no hook of its own after loading that knows the optimizer.
+    """
+    from megatron.training import training
+
+    require_lines(training, _LOADING)
+    load = training.load_checkpoint
+
+    @wraps(load)
+    def load_checkpoint(model, optimizer, scheduler, *arguments, **keywords):
+        loaded = load(model, optimizer, scheduler, *arguments, **keywords)
+        hook(model, optimizer, scheduler)
+        return loaded
+
+    training.load_checkpoint = load_checkpoint
+
+
+@cache
+def call_before_saving(hook: Callable[[Any], None]) -> None:
+    """Makes Megatron call ``hook(optimizer)`` before it saves a checkpoint."""
+    from megatron.training import training
+
+    require_lines(training, _SAVING)
+    save = training.save_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(iteration, model, optimizer, *arguments, **keywords):
+        hook(optimizer)
+        return save(iteration, model, optimizer, *arguments, **keywords)
+
+    training.save_checkpoint = save_checkpoint
+
+
+@cache
+def call_around_evaluation(hook: Callable[[Callable[[], None], Any], None]) -> None:
+    """Makes Megatron evaluate a split by ``hook(evaluate, data_iterator)``.
+
+    Megatron also evaluates splits without data, and all splits with one number of iterations.
+    """
+    from megatron.training import training
+
+    require_lines(training, _EVALUATION)
+    evaluate = training.evaluate_and_print_results
+
+    @wraps(evaluate)
+    def evaluate_and_print_results(prefix, forward_step_func, data_iterator, *arguments, **keywords):
+        hook(partial(evaluate, prefix, forward_step_func, data_iterator, *arguments, **keywords), data_iterator)
+
+    training.evaluate_and_print_results = evaluate_and_print_results
+
+
+def turn_off_rerun_state_machine(machine: Any, validate_result: Callable[..., None]) -> Callable[..., None]:
+    """Turns Megatron's rerun state machine off and makes a hook validate; returns its own method."""
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    require_lines(RerunStateMachine, _RERUNS)
+    original = machine.validate_result
+    machine.mode = RerunMode.DISABLED
+    machine.validate_result = validate_result
+    machine.validate_state_dict = lambda state: False  # there is no state to load
+    return original
+
+
+def read_skipped_steps() -> None:
+    """Makes Megatron skip a step of `--iterations-to-skip` by reading its micro-batches.
+
+    Megatron broadcasts the tensors of a GPT between tensor-parallel ranks, and knows one data iterator.
+    """
+    from megatron.training import training
+
+    require_lines(training, ("            dummy_train_step(train_data_iterator)\n",))
+    training.dummy_train_step = _skip_step
+
+
+def _skip_step(data_iterator: Any) -> None:
+    """Reads the micro-batches of every virtual pipeline stage."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        for iterator in data_iterator if isinstance(data_iterator, list) else [data_iterator]:
+            for _ in range(get_num_microbatches()):
+                next(iterator)
+
+
+@cache
+def require_lines(owner: Any, lines: tuple[str, ...]) -> None:
+    """Raises RuntimeError, with the remedy, if a module or class of Megatron lacks a line that a patch relies on."""
+    source = inspect.getsource(owner)
+    for line in lines:
+        if line not in source:
+            raise RuntimeError(
+                f"{owner.__name__} has changed: it lacks {line.strip()!r}, which neo_megatron was written for; "
+                f"pip install 'megatron-core=={MEGATRON_VERSION}'"
+            )
 
 
 def _rewritten(show: Callable[[str], None], line: Callable[[str], str]) -> Callable[[str], None]:

@@ -21,7 +21,7 @@ from megatron.training import dist_signal_handler, training
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from neo_megatron.megatron_compat.cpu_platform import require_lines
+from neo_megatron.megatron_compat.hooks import require_lines
 
 _LINES = {
     training: (

@@ -24,7 +24,7 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from neo_megatron.errors import ConfigError, DataError
-from neo_megatron.megatron_compat import cpu_platform, steps
+from neo_megatron.megatron_compat import hooks, steps
 from neo_megatron.megatron_compat.steps import local_part
 
 
@@ -103,7 +103,7 @@ class BadNumbers:
         """Called for each part of the model, after Megatron has made its rerun machine and before it loads."""
         self._models.append(model)
         if self._validate is None:
-            self._validate = cpu_platform.turn_off_rerun_state_machine(get_rerun_state_machine(), self._look_at_bucket)
+            self._validate = hooks.turn_off_rerun_state_machine(get_rerun_state_machine(), self._look_at_bucket)
 
     def note(self, packs: dict[str, Any], chunk: int) -> None:
         """Notes a micro-batch of `MicroBatches` that the step reads for one of this rank's parts of the model."""

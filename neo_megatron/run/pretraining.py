@@ -64,9 +64,10 @@ def train() -> None:
     """
     global _bad_numbers, _rates
     _bad_numbers = BadNumbers()
-    cpu_platform.call_after_loading(after_loading)
-    cpu_platform.call_before_saving(allocate_moments)
-    cpu_platform.call_around_evaluation(evaluate_split)
+    hooks.call_after_loading(after_loading)
+    hooks.call_before_saving(allocate_moments)
+    hooks.call_around_evaluation(evaluate_split)
+    hooks.read_skipped_steps()
     hooks.log_with(_log)
     hooks.train_steps_in(_around_step)
     hooks.group_parameters_by(group_overrides, _take_groups)

@@ -39,7 +39,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import async_utils, checkpointing, global_vars, training
-from megatron.training.argument_utils import ArgumentGroupFactory
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType
 
@@ -276,20 +275,7 @@ def printing_to(path: Path) -> Iterator[None]:
             print(f"{path} ends with:\n{path.read_text()[-4000:]}", flush=True)
 
 
-def remember_help_texts() -> None:
-    """Megatron parses its own source for the help text of every flag, twice a job: most of a short job's time."""
-    original, known = ArgumentGroupFactory._get_field_docstrings, {}
-
-    def get_field_docstrings(factory: ArgumentGroupFactory, dataclass: type) -> dict[str, str]:
-        if dataclass not in known:
-            known[dataclass] = original(factory, dataclass)
-        return known[dataclass]
-
-    ArgumentGroupFactory._get_field_docstrings = get_field_docstrings
-
-
 if __name__ == "__main__":
-    remember_help_texts()
     optimizer_saves._MOST = 1000  # small models are gathered in several parts, too
     gc.freeze()  # imported objects are not garbage between jobs
     for next_job in json.loads(Path(sys.argv[1]).read_text()):

@@ -22,7 +22,7 @@ import pytest
 import torch
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
-from support.processes import run_ranks
+from support.processes import run_forked, run_ranks
 
 from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
@@ -317,14 +317,7 @@ def killed_run(room: Path, name: str, moments: list, flags: str, steps: int = ST
     job = {"argv": argv, "directory": str(directory), "root": str(saved), "moments": moments}
     (directory / "job.json").write_text(json.dumps(job))
     worker = Path(__file__).parent / "kill_worker.py"
-    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, worker, directory / "job.json"],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    done = run_forked(worker, directory / "job.json")
     assert done.returncode == 0, done.stdout[-5000:]
     starts = (directory / "log").read_text().split("start\n")[1:]
     return [[line.split(" ", 1) for line in start.splitlines()] for start in starts]

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,15 @@ from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.data.shards.reader import ShardSet
 from support.paths import TOOLS
+from support.processes import run_forked
 
 
 @pytest.fixture(scope="session")
 def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command line of ``tools/`` as a user does."""
+    """Runs a command line of ``tools/``; stdout and stderr come back apart."""
 
     def run(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        return run_forked(TOOLS / name, *arguments, separate=True)
 
     return run
 

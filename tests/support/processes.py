@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -53,9 +54,12 @@ def run_python(
 
 
 def run_forked(
-    *command: str | Path, environment: dict[str, str] | None = None, ranks: int = 0
+    *command: str | Path, environment: dict[str, str] | None = None, ranks: int = 0, separate: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """As `run_python`, with Megatron imported before: a script, or `-m` and a module, as so many ranks (0: none)."""
+    """As `run_python`, with Megatron imported before: a script, or `-m` and a module, as so many ranks (0: none).
+
+    With ``separate``, stderr comes back as a text of its own.
+    """
     request = {
         "command": [str(word) for word in command],
         "environment": {**os.environ, **VARIABLES, **(environment or {})},
@@ -64,14 +68,18 @@ def run_forked(
     }
     reads, output = os.pipe()
     ended, status = os.pipe()
-    socket.send_fds(_server(), [json.dumps(request).encode()], [output, status])
-    os.close(output)
-    os.close(status)
-    with os.fdopen(reads, errors="replace") as text, os.fdopen(ended) as code:
-        printed = text.read()
-        written = code.read()
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        descriptors = [output, errors.fileno() if separate else output, status]
+        socket.send_fds(_server(), [json.dumps(request).encode()], descriptors)
+        os.close(output)
+        os.close(status)
+        with os.fdopen(reads, errors="replace") as text, os.fdopen(ended) as code:
+            printed = text.read()
+            written = code.read()
+        errors.seek(0)
+        said = errors.read() if separate else None
     assert written, f"the fork server has ended\n{printed[-3000:]}"
-    return subprocess.CompletedProcess(request["command"], int(written), printed)
+    return subprocess.CompletedProcess(request["command"], int(written), printed, said)
 
 
 @cache
