@@ -10,11 +10,14 @@ import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.training import get_timers
+from megatron.training.utils import is_last_rank
+from torch import Tensor
 
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
@@ -26,6 +29,9 @@ from neo_megatron.planning.packs import PackCounts, count_packs
 from neo_megatron.run.console import say
 from neo_megatron.run.expert_log import ExpertLog
 from neo_megatron.run.log_writers import LogWriters
+from neo_megatron.run.looking import LookingLog
+from neo_megatron.run.loss_sums import Losses, LossSums
+from neo_megatron.run.scalar_file import ScalarFile
 
 LOSS = "lm loss"
 _STEP = re.compile(r" \[[^]]*\] iteration +\d+/ *\d+ \|")
@@ -71,13 +77,17 @@ class StepLog:
     def __init__(self) -> None:
         self._writers: LogWriters | None = None
         self._experts = ExpertLog(0, 0)
+        self._looking = LookingLog(0)
+        self._step_losses, self._interval_losses = LossSums(), LossSums()
 
     def begin(self, args: Namespace) -> None:
         """To be called when Megatron has its arguments and its writers, before it trains."""
         self._args = args
         self._sizes = NeoSizes(**args.neo_sizes)
         self._peak = _peak(args)
-        self._writers = LogWriters.take_over()
+        # Opened when the run has loaded its checkpoint, and knows its step.
+        has_file = args.save and args.rank == args.world_size - 1
+        self._writers = LogWriters.take_over(partial(_open_file, args) if has_file else None)
         self._reading = Counted()  # of the step that is at work
         self._step = Counted()  # the last one
         self._interval = Counted()  # since the last line
@@ -87,14 +97,27 @@ class StepLog:
         self._in_line = False
         self._validated: int | None = None
         self._experts = ExpertLog(self._sizes.num_layers, self._sizes.num_experts)
+        self._looking = LookingLog(self._sizes.num_layers)
+        self._step_losses, self._interval_losses = LossSums(), LossSums()
+        self._losses: Losses | None = None  # of the interval that ends
 
     def watch(self, model: NeoModel) -> None:
         """To be called with each chunk of the model."""
         self._experts.watch(model)
+        self._looking.watch(model)
 
     def note(self, micro_batch: dict[str, Any]) -> None:
         """Counts a micro-batch of a training step, before it is split over context-parallel ranks."""
         self._reading += Counted.of(micro_batch)
+
+    def note_loss(self, data_sets: tuple[str, ...], group_M: Tensor, weight_M: Tensor, nll_M: Tensor) -> None:
+        """Adds the losses of a micro-batch of a step or of an evaluation; see `LossSums.add`."""
+        sums = self._step_losses if torch.is_grad_enabled() else self._looking.losses
+        sums.add(data_sets, group_M, weight_M, nll_M)
+
+    def note_evaluation(self, packs: dict[str, Any]) -> None:
+        """Counts a micro-batch of an evaluation."""
+        self._looking.note(packs)
 
     def end_step(self) -> tuple[None, None]:
         """In place of Megatron's statistics of packed sequences, which it collects once in a step, on all ranks."""
@@ -136,6 +159,10 @@ class StepLog:
         loss_dict, sums = self._leave_out_weightless(loss_dict, total_loss_dict, skipped, ends_interval or first)
         writes = iteration % self._args.tensorboard_log_interval == 0
         experts = self._experts.gather() if writes or ends_interval else {}
+        if skipped:  # nor does Megatron count its loss
+            self._step_losses = LossSums()
+        self._interval_losses.take(self._step_losses)
+        self._losses = self._interval_losses.reduce()[0] if ends_interval else None
         self._in_line = True
         result = log(loss_dict, first)
         self._in_line = False
@@ -143,16 +170,23 @@ class StepLog:
         if writes:
             counts = self._unwritten
             self._writers.write(
-                {"data/padding fraction": _padding(counts), "data/broken samples": counts.broken}, iteration
+                {
+                    "data/padding fraction": _padding(counts),
+                    "data/broken samples": counts.broken,
+                    "packs vs steps": self._args.consumed_train_samples,
+                },
+                iteration,
             )
             self._unwritten = Counted()
         if ends_interval:
             performance = {f"performance/{name}": value for name, value in self._performance().items()}
             self._writers.write(performance, iteration)
+            self._writers.write(self._losses.scalars(LOSS), iteration)
             self._interval, self._weightless = Counted(), 0
             self._seconds = _training_seconds()
         else:
             total_loss_dict.update(sums)
+        self._writers.flush()
         return result
 
     def _leave_out_weightless(
@@ -187,7 +221,7 @@ class StepLog:
         if self._writers is None:  # of a dry run
             return message
         if message.startswith("Evaluating on "):
-            return message.removesuffix(" samples") + " packs"
+            return f"Evaluating on {int(message.split()[2]) // self._args.evaluation_views} packs"
         if self._writers.split == "test":
             message = message.replace(" validation loss at ", " test loss at ")
         if not (self._in_line and _STEP.match(message)):
@@ -196,6 +230,7 @@ class StepLog:
             message = message.replace(f" {kind} samples:", f" {kind} packs:")
         figures = [f"{name}: {value:.1f}" for name, value in self._performance().items()]
         figures += [
+            *(self._losses.line() if self._losses else []),
             *self._experts.line,
             f"padding fraction: {_padding(self._interval):.4f}",
             f"samples with a broken image: {self._interval.broken}",
@@ -216,6 +251,14 @@ class StepLog:
                 return
             self._validated = iteration
         evaluate()
+        looking, split = self._looking.gather(), self._writers.split
+        if self._args.evaluation_cut_short:  # after views of different packs; the run ends
+            return
+        self._writers.write(looking.losses.scalars(f"{LOSS} {split}") | looking.scalars(split), iteration)
+        if is_last_rank():
+            for line in (*looking.losses.line(), *looking.line()):
+                say(f"iteration {iteration} | {split} {line}")
+        self._writers.flush()
         self._writers.split = "validation"
 
     def _performance(self) -> dict[str, float]:
@@ -228,6 +271,10 @@ class StepLog:
         if self._peak:
             figures["MFU (%)"] = 100 * self._flops(packs) / (gpu_seconds * self._peak)
         return figures
+
+
+def _open_file(args: Namespace) -> ScalarFile:
+    return ScalarFile(args.save, args.iteration)
 
 
 def _padding(counts: Counted) -> float:
