@@ -192,12 +192,11 @@ def check_loader_memory(args: Namespace) -> None:
     """Raises DataError if the packs that workers prefetch do not fit into the shared memory of this machine.
 
     Called before any rank starts workers. PyTorch's workers prefetch two micro-batches each, and a rank holds one more;
-    without a GPU, to which they would be copied at once, it holds those of a step.
+    without a GPU, to which they would be copied at once, it holds those of a step, or of an iteration of an evaluation.
     """
     if not args.num_workers:
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     pack_bytes = packs = 0
     for split in ("train", "valid", "test"):
         wanted = not args.skip_train if split == "train" else args.eval_iters
@@ -207,7 +206,8 @@ def check_loader_memory(args: Namespace) -> None:
         for start, _ in dataset.lengths:
             pack_bytes = max(pack_bytes, dataset.largest(start, min(len(dataset), 256)))
         size = args.micro_batch_size if split == "train" else args.eval_micro_batch_size
-        held = step if split == "train" and cpu_platform.on_cpu() else 1
+        batch = args.global_batch_size if split == "train" else args.eval_global_batch_size
+        held = batch // (size * args.data_parallel_size) if cpu_platform.on_cpu() else 1
         packs += ranks * size * (2 * args.num_workers + held)
     check_room(pack_bytes, packs)
 

@@ -2,7 +2,7 @@
 
 Megatron logs to Weights & Biases only where it also logs to TensorBoard, calls packs samples, and logs the test set as
 the validation set. Its writers are replaced by these: whichever of them is given a scalar, TensorBoard gets it at once,
-and Weights & Biases and the run's own file get all scalars of a step together.
+and Weights & Biases, MLflow and the run's own file get all scalars of a step together.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from torch.utils.tensorboard import SummaryWriter
 
 from neo_megatron.megatron_compat import hooks
+from neo_megatron.run.mlflow_run import MlflowRun
 from neo_megatron.run.scalar_file import ScalarFile
 
 PAIR_RATIO = "computed-to-allowed attention pair ratio"  # in Megatron's line of a step, which is also its tag
@@ -33,29 +34,52 @@ class LogWriters:
 
     Args:
         open_file: opens the run's own file when the first scalar is written; ``None`` for a rank or run without one.
+        mlflow: ``None`` for a rank or run without it.
     """
 
-    def __init__(self, tensorboard: Any, wandb: Any, open_file: Callable[[], ScalarFile] | None = None) -> None:
+    def __init__(
+        self,
+        tensorboard: Any,
+        wandb: Any,
+        open_file: Callable[[], ScalarFile] | None = None,
+        mlflow: MlflowRun | None = None,
+    ) -> None:
         self.split = "validation"
         self._open_file = open_file
         self._file: ScalarFile | None = None
         self._step = 0
         self._scalars: dict[str, float] = {}  # of the step
-        self._wandb = wandb
+        self._wandb, self._mlflow = wandb, mlflow
         self.wandb = wandb and _Wandb(wandb, self)
         self._to_tensorboard = tensorboard and tensorboard.add_scalar
-        self.tensorboard = tensorboard or ((wandb or open_file) and _Nowhere())
+        self.tensorboard = tensorboard or ((wandb or open_file or mlflow) and _Nowhere())
         if self.tensorboard:  # stays a SummaryWriter, which Megatron's timers check for
             self.tensorboard.add_scalar = lambda tag, scalar_value, global_step: self._add(
                 self.named(tag), scalar_value, global_step
             )
 
     @classmethod
-    def take_over(cls, open_file: Callable[[], ScalarFile] | None = None) -> "LogWriters":
+    def take_over(
+        cls, open_file: Callable[[], ScalarFile] | None = None, mlflow: MlflowRun | None = None
+    ) -> "LogWriters":
         """Replaces Megatron's writers of this process."""
-        writers = cls(get_tensorboard_writer(), get_wandb_writer(), open_file)
+        writers = cls(get_tensorboard_writer(), get_wandb_writer(), open_file, mlflow)
         hooks.use_writers(writers.tensorboard, writers.wandb)
         return writers
+
+    def keep(self, facts: Mapping[str, str]) -> None:
+        """Gives the facts of the run to TensorBoard and Weights & Biases, in addition to its arguments."""
+        if self._to_tensorboard:
+            for name, text in facts.items():
+                self.tensorboard.add_text(name, text)
+        if self._wandb:
+            self._wandb.config.update(dict(facts))
+
+    def end(self) -> None:
+        """Writes what is left and ends the run of MLflow; Megatron ends the others."""
+        self.flush()
+        if self._mlflow:
+            self._mlflow.end()
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         """Logs scalars under tags of ours."""
@@ -88,6 +112,8 @@ class LogWriters:
         scalars, self._scalars = self._scalars, {}
         if self._wandb:
             self._wandb.log(scalars, self._step)
+        if self._mlflow:
+            self._mlflow.write(self._step, scalars)
         if self._open_file:
             self._file = self._file or self._open_file()
             self._file.write(self._step, scalars)

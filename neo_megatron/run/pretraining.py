@@ -94,6 +94,7 @@ def train() -> None:
             raise
         sys.exit(f"pretrain_neo: {sentence}")
     finally:
+        _log.end()
         if writer := get_tensorboard_writer():
             writer.close()  # Megatron does not, and the last records would be lost
 

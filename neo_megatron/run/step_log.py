@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from neo_megatron.run.expert_log import ExpertLog
 from neo_megatron.run.log_writers import LogWriters
 from neo_megatron.run.looking import LookingLog
 from neo_megatron.run.loss_sums import Losses, LossSums
+from neo_megatron.run.mlflow_run import MlflowRun
+from neo_megatron.run.run_facts import facts_of
 from neo_megatron.run.scalar_file import ScalarFile
 
 LOSS = "lm loss"
@@ -85,9 +88,7 @@ class StepLog:
         self._args = args
         self._sizes = NeoSizes(**args.neo_sizes)
         self._peak = _peak(args)
-        # Opened when the run has loaded its checkpoint, and knows its step.
-        has_file = args.save and args.rank == args.world_size - 1
-        self._writers = LogWriters.take_over(partial(_open_file, args) if has_file else None)
+        self._writers = _take_over_writers(args)
         self._reading = Counted()  # of the step that is at work
         self._step = Counted()  # the last one
         self._interval = Counted()  # since the last line
@@ -100,6 +101,11 @@ class StepLog:
         self._looking = LookingLog(self._sizes.num_layers)
         self._step_losses, self._interval_losses = LossSums(), LossSums()
         self._losses: Losses | None = None  # of the interval that ends
+
+    def end(self) -> None:
+        """To be called when the run ends, however it does."""
+        if self._writers:
+            self._writers.end()
 
     def watch(self, model: NeoModel) -> None:
         """To be called with each chunk of the model."""
@@ -271,6 +277,21 @@ class StepLog:
         if self._peak:
             figures["MFU (%)"] = 100 * self._flops(packs) / (gpu_seconds * self._peak)
         return figures
+
+
+def _take_over_writers(args: Namespace) -> LogWriters:
+    """The writers of this rank; the last one has some."""
+    if args.rank < args.world_size - 1:
+        return LogWriters.take_over()
+    facts = facts_of(args) if args.mlflow_dir or args.wandb_project or args.tensorboard_dir else {}
+    mlflow = None
+    if args.mlflow_dir:
+        name = args.wandb_exp_name or Path(args.save or args.mlflow_dir).name
+        mlflow = MlflowRun(args.mlflow_dir, name, vars(args), facts)
+    # The file is opened when the run has loaded its checkpoint, and knows its step.
+    writers = LogWriters.take_over(partial(_open_file, args) if args.save else None, mlflow)
+    writers.keep(facts)
+    return writers
 
 
 def _open_file(args: Namespace) -> ScalarFile:
