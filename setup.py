@@ -33,6 +33,7 @@ DEMO = [
     *("semantic-version~=2.10", "starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1"),
     *("typing-extensions~=4.12", "uvicorn>=0.30"),
 ]
+TRACKERS = ["wandb>=0.31,<1", "mlflow-skinny>=3,<4"]
 # mkdocstrings formats signatures with ruff.
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8.2,<10", "mkdocstrings[python]>=1.0.8,<2", "ruff>=0.17,<0.18"]
 BENCHMARK = ["scikit-image==0.26.0", "scikit-learn==1.9.1", "dashscope==2.0.2", "moto[server]>=5.1", *S3]
@@ -102,6 +103,7 @@ setup(
         "ray": RAY,
         "parquet": PARQUET,
         "demo": DEMO,
+        "trackers": TRACKERS,
         "benchmark": BENCHMARK,
         "docs": DOCS,
         "test": [

@@ -103,11 +103,15 @@ class NeoDryRunArguments:
 
 @dataclass
 class NeoLogArguments:
-    """Output on the screen."""
+    """Output on the screen, and a tracker in addition to those of Megatron."""
 
     console_log: Literal["short", "full"] = "short"
     """short: the screen shows steps, validation, checkpoints and warnings, and all output of every rank is appended to
     logs/rank_NNNNN.log in --save. full, or without --save: the screen shows all output. Default: %(default)s."""
+
+    mlflow_dir: str = ""
+    """Directory of a local file store of MLflow, which gets all scalars as metrics, the arguments as parameters, and
+    commit, versions, packs and layout as tags of a run in the experiment neo_megatron. Default: none."""
 
 
 @dataclass

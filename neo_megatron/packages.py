@@ -10,6 +10,8 @@ OPTIONAL = {
     "lmms_eval": "lmms-eval==0.7.3",
     "av": "av>=19,<20",
     "multistorageclient": "multi-storage-client[boto3]>=1.3",
+    "wandb": "wandb>=0.31,<1",
+    "mlflow": "mlflow-skinny>=3,<4",
     "ray": "ray>=2.40,<2.61",
     "pyarrow": "pyarrow>=18,<27",
 }

@@ -17,7 +17,7 @@ from string import Template
 import yaml
 from questions import IMAGE_TAG, Question, Score, read_questions, scores, text_only_answers
 from safetensors import safe_open
-from training_runs import TrainingRun, loss_curves
+from training_runs import TrainingRun, looking_curves, loss_curves
 
 SHOWN, SHOWN_WRONG = 60, 24
 RUNS = {"shapes": "train-shapes", "questions": "train-questions"}
@@ -142,6 +142,14 @@ def setting_rows(runs: Sequence[TrainingRun]) -> str:
     return "\n".join(rows)
 
 
+def figures(runs: Sequence[TrainingRun], curves: Sequence[str]) -> str:
+    """The curves of runs with captions, as HTML."""
+    return "\n".join(
+        f"<figure>{svg}<figcaption>steps of the run on {escape(run.name)}</figcaption></figure>"
+        for run, svg in zip(runs, curves, strict=True)
+    )
+
+
 def page(
     answers: Sequence[Answer],
     images: Path,
@@ -162,10 +170,7 @@ def page(
     shown = drawn(answers)
     training = sum(took for title, took in seconds if title.startswith("Training"))
     processes = int(runs[-1].settings["world_size"])
-    curves = [
-        f"<figure>{svg}<figcaption>steps of the run on {escape(run.name)}</figcaption></figure>"
-        for run, svg in zip(runs, loss_curves(runs), strict=True)
-    ]
+    looking = [run for run in runs if any(run.deltas)]
     return Template((Path(__file__).parent / "page.html").read_text()).substitute(
         accuracy=f"{everything.right / everything.total:.1%}",
         total=f"{everything.total:,}",
@@ -175,7 +180,8 @@ def page(
         training_time=f"{training // 60} min {training % 60} s",
         processes=f"{processes} process{'es' if processes > 1 else ''}",
         score_rows="\n".join(map(score_row, (everything, *kinds))),
-        curves="\n".join(curves),
+        curves=figures(runs, loss_curves(runs)),
+        looking=figures(looking, looking_curves(looking)),
         shown_right=sum(answer.right for answer in shown),
         shown_wrong=sum(not answer.right for answer in shown),
         cards="\n".join(card(answer, images) for answer in shown),

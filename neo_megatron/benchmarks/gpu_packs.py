@@ -89,7 +89,8 @@ def _item(sizes: NeoSizes, samples: list[Sample], length: int, random: np.random
     targets, patch_count = np.flatnonzero(weight), int(grids.prod(axis=1).sum())
     patches = np.resize(pixels, (patch_count, 4, PATCH_VALUES))
     tensors = pack_tensors(tokens, document, 2 * grids, ids, targets, weight[targets], patches)
-    return {**tensors, "samples": len(samples), "broken": []}
+    group = torch.zeros(len(targets), dtype=torch.int32)
+    return {**tensors, "target_group": group, "samples": len(samples), "broken": []}
 
 
 def _normalised(patches: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def pinned(pack: dict[str, Any]) -> dict[str, Any]:
     """A micro-batch in pinned memory, as the loader of pretrain_neo returns it."""
     import torch
 
-    pack = {**pack, "packs": [0], "describe": str, "again": lambda: pack}
+    pack = {**pack, "packs": [0], "describe": str, "again": lambda: pack, "data_sets": ("drawn",)}
     if torch.cuda.is_available():
         pack |= {key: value.pin_memory() for key, value in pack.items() if torch.is_tensor(value)}
     return pack

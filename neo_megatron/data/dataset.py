@@ -3,6 +3,7 @@
 For a mixture, "packs" includes the phases of its schedule up to that item.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from neo_megatron.data.packs.balance import balanced_order
 from neo_megatron.data.packs.index import PackIndex
 from neo_megatron.data.packs.mixture_schedule import open_streams, pack_lengths
 from neo_megatron.data.permutation import key_of
-from neo_megatron.data.shards.reader import ShardSet, StoredSample, patches_of
+from neo_megatron.data.shards.reader import SAMPLE_MODALITIES, ShardSet, StoredSample, patches_of
 from neo_megatron.data.shards.sample_checks import are_sound, what_is_wrong
 from neo_megatron.errors import DataError, RejectedSample
 
@@ -68,6 +69,8 @@ class PackDataset(torch.utils.data.Dataset):
         packs: the directory of packs; of a mixture, the first.
         streams: all directories of packs.
         lengths: tokens of a pack, see `mixture_schedule.pack_lengths`.
+        data_sets: names of the data sets of all streams, sorted; those of one name are one data set.
+        has_images: whether any sample has an image.
 
     Args:
         location: written by ``neo-megatron pack``: a directory or ``s3://bucket/prefix``; or the file of a mixture, see
@@ -98,6 +101,8 @@ class PackDataset(torch.utils.data.Dataset):
         self.streams, self._schedule = open_streams(location)
         self.packs = self.streams[0]
         self.lengths = pack_lengths(self.streams, self._schedule)
+        shard_sets = [shards for stream in self.streams for shards in stream.data.sets]
+        self.data_sets = tuple(sorted(set().union(*(shards.data_sets for shards in shard_sets))))
         self._num_samples = sum(map(len, self.streams)) if num_samples is None else num_samples
         self._seed = seed
         self._power = _WEIGHT_POWER[loss_weighting]
@@ -108,7 +113,8 @@ class PackDataset(torch.utils.data.Dataset):
             raise DataError(
                 f"--min-jpeg-quality must be from 1 to 100, not {min_jpeg_quality}; 100 leaves images alone"
             )
-        stores = {shards.image_store for stream in self.streams for shards in stream.data.sets}
+        self.has_images = any(shards.manifest["counts"]["pictures"] for shards in shard_sets)
+        stores = {shards.image_store for shards in shard_sets}
         if min_jpeg_quality < 100 and "patches" in stores:
             raise DataError(
                 f"{location} keeps images as patches, which cannot be compressed as JPEG; "
@@ -131,6 +137,7 @@ class PackDataset(torch.utils.data.Dataset):
         ``tokens`` int64 [T]; ``positions_thw`` int32 [T, 3]; ``document`` and ``image`` int32 [T], numbers within the
         pack, -1 for padding and outside images; ``target_index`` int64 [M], positions whose next token is trained;
         ``targets`` int64 [M], those next tokens; ``target_weight`` float32 [M], 0 in samples with a broken image;
+        ``target_group`` int32 [M], (index in ``data_sets``) * 4 + (index in `SAMPLE_MODALITIES`) of their samples;
         ``image_token_index`` int64 [C], positions of the ``<IMG_CONTEXT>`` tokens; ``patches`` uint8 [C, 4, 768], 0
         for a broken image. In addition ``samples``, the number of samples, and ``broken``, a sentence for each broken
         one.
@@ -221,9 +228,14 @@ class PackDataset(torch.utils.data.Dataset):
                 patches[first:last] = 0
                 file, record = data.describe(sample)
                 broken.append(f"{file}, record {record}: {rejected.sentence}")
+        groups = np.array([self._group(*data.data_set(sample)) for sample in samples], np.int32)
         targets = np.flatnonzero(trained)  # never the first token of a document, which is a turn's header
         tensors = pack_tensors(tokens, document, grids, ids, targets, weight[targets], patches)
-        return {**tensors, "samples": len(samples), "broken": broken}
+        group = torch.from_numpy(groups[document[targets]])
+        return {**tensors, "target_group": group, "samples": len(samples), "broken": broken}
+
+    def _group(self, data_set: str, modality: int) -> int:
+        return bisect_left(self.data_sets, data_set) * len(SAMPLE_MODALITIES) + modality
 
     def _tokens(self, pack: _Pack, fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
         """The tokens of the samples of a pack, int32 [n], once the files of the samples are known to be consistent.
@@ -356,7 +368,9 @@ def collate(packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     for key in ("target_index", "image_token_index"):
         batch[key] = torch.cat([pack[key] + row * length for row, pack in enumerate(packs)])
-    for key in ("targets", "target_weight", "patches"):
+    for key in ("targets", "target_weight", "target_group", "patches"):
+        if key not in packs[0]:  # packs that were not read from shards have no groups
+            continue
         batch[key] = packs[0][key] if len(packs) == 1 else torch.cat([pack[key] for pack in packs])
     batch["samples"] = sum(pack["samples"] for pack in packs)
     batch["broken"] = [sentence for pack in packs for sentence in pack["broken"]]

@@ -32,7 +32,11 @@ def context_share(packs: dict[str, Tensor], rank: int, ranks: int, gather_keys: 
     place[rows] = arange(len(rows))
     share = {**packs, "tokens": packs["tokens"][:, rows], "positions_thw": packs["positions_thw"][:, rows]}
     share["modality"] = modality_of(packs)[:, rows]
-    for index, belonging in (("image_token_index", ("patches",)), ("target_index", ("targets", "target_weight"))):
+    of_target = tuple(name for name in ("targets", "target_weight", "target_group") if name in packs)
+    indices: dict[str, tuple[str, ...]] = {"image_token_index": ("patches",), "target_index": of_target}
+    if gather_keys and "measured_index" in packs:  # otherwise attention sees the rows of complete packs
+        indices["measured_index"] = ()
+    for index, belonging in indices.items():
         local = place[packs[index] % length]
         here = local >= 0
         share[index] = (packs[index] // length * len(rows) + local)[here]
@@ -73,6 +77,9 @@ def model_inputs(
     if experts:
         modality = packs["modality"] if "modality" in packs else modality_of(packs)
         inputs["modality"] = modality.t().chunk(sequence_ranks)[sequence_rank].flatten()
+    if len(packs.get("measured_index", ())):
+        rows = packs["tokens" if "query_rows" in packs else "document"].shape[1]
+        inputs["measured_rows"] = packs["measured_index"] % rows * count + packs["measured_index"] // rows
     if first_stage:
         inputs["tokens"] = packs["tokens"]
         pack, token = packs["image_token_index"] // length, packs["image_token_index"] % length

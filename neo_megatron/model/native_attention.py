@@ -23,9 +23,10 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from neo_megatron.model import qkv_prepare
-from neo_megatron.model.context_parallel import context_parallel_attention
+from neo_megatron.model.context_parallel import CoreAttention, context_parallel_attention
 from neo_megatron.model.core_attention import AttentionMask, attend
 from neo_megatron.model.expert_router import Tokens
+from neo_megatron.model.image_attention import MeasuredRows
 from neo_megatron.model.native_rope import NativeRotary
 from neo_megatron.model.rms_norm import HeadNorm
 from neo_megatron.model.shared_input_linear import gather_again, keeps_input, share_input
@@ -48,6 +49,8 @@ class PackContext:
     """See `context_parallel_attention`."""
     tokens: Tokens | None = None
     """For the routers of experts."""
+    measured: MeasuredRows | None = None
+    """Rows whose attention to image tokens is measured."""
 
 
 @dataclass
@@ -63,7 +66,12 @@ class NativeSelfAttention(MegatronModule, ABC):
     """Self-attention over ``[S, B, H]`` with tensor-parallel heads, of either form.
 
     `linear_qkv` keeps Megatron's layout: per key-value head its R query heads, then the key, then the value.
+
+    Attributes:
+        image_attention: sums of `MeasuredRows.share_of_images` since it was last ``None``.
     """
+
+    image_attention: Tensor | None = None
 
     def __init__(
         self,
@@ -127,6 +135,8 @@ class NativeSelfAttention(MegatronModule, ABC):
         core = partial(attend, mask=packs.mask, scale=1 / sqrt(self.head_dim))
         if self.recompute_core_attention and self.training:
             core = partial(tensor_parallel.checkpoint, core, False)
+        if packs.measured is not None:
+            core = partial(self._measure, packs.measured, core)
         shared = self.input_of_products(hidden_SBH)
         heads = CheckpointWithoutOutput(self.config.fp8) if self.recompute_heads and self.training else None
         query, key, value = self.query_key_value(shared, packs.rotary, heads)
@@ -135,6 +145,13 @@ class NativeSelfAttention(MegatronModule, ABC):
             heads.discard_output_and_register_recompute(context)
         self.free_until_backward(shared, hidden_SBH, context, query)
         return self.linear_proj(context)
+
+    def _measure(
+        self, measured: MeasuredRows, core: CoreAttention, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        share = measured.share_of_images(query, key, 1 / sqrt(self.head_dim))
+        self.image_attention = share if self.image_attention is None else self.image_attention + share
+        return core(query, key, value)
 
     def set_for_recompute_input_layernorm(self) -> None:
         """Does nothing; Megatron calls it under FP8. `TESharedInputColumnParallelLinear` keeps the norm's output."""

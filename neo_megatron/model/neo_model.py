@@ -16,6 +16,7 @@ from torch import Tensor
 from neo_megatron.model.core_attention import attention_pairs, build_mask, check_backend
 from neo_megatron.model.expert_router import Tokens
 from neo_megatron.model.head_loss import in_chunks
+from neo_megatron.model.image_attention import MeasuredRows
 from neo_megatron.model.layer_specs import decoder_spec
 from neo_megatron.model.mask import AttentionRule
 from neo_megatron.model.native_attention import PackContext
@@ -118,6 +119,7 @@ class NeoModel(LanguageModule):
         targets: Tensor | None = None,
         modality: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        measured_rows: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch through this pipeline stage.
 
@@ -133,6 +135,7 @@ class NeoModel(LanguageModule):
             target_index: int64 ``[M]``, rows of the flattened ``[R * B]`` hidden states whose next token is trained.
             targets: int64 ``[M]``, those next tokens.
             modality, loss_weights: for experts, see `expert_router.Tokens`: int8 ``[S * B]`` and float32 ``[2]``.
+            measured_rows: int64, see `image_attention.MeasuredRows`; ``None`` where attention is not measured.
 
         Returns:
             Last stage: cross entropy float32 ``[M]``, or without targets the logits ``[R * B, V / tp]``.
@@ -156,6 +159,7 @@ class NeoModel(LanguageModule):
             mask=mask,
             key_order=key_order,
             tokens=None if modality is None else Tokens(modality, loss_weights),
+            measured=None if measured_rows is None else MeasuredRows(rule, measured_rows),
         )
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:

@@ -417,7 +417,7 @@ ONLY_WITH = (
     ),
     _only_with(
         "--tensorboard-dir",
-        lambda args: args.tensorboard_dir or args.wandb_project,
+        lambda args: args.tensorboard_dir or args.wandb_project or args.mlflow_dir or args.save,
         """
         --tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard
         --no-log-loss-scale-to-tensorboard --log-world-size-to-tensorboard

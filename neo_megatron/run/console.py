@@ -26,6 +26,7 @@ _WARNING = re.compile(r"WARNING(?!.*(?:rerun_state_machine|one_logger|is depreca
 # Megatron's name of a quantity of a step -> its name in the short line.
 _QUANTITIES = {
     "lm loss": "loss",
+    "loss by modality": "loss by modality",
     "grad norm": "grad norm",
     "learning rate": "lr",
     "throughput per GPU (TFLOP/s/GPU)": "TFLOP/s/GPU",

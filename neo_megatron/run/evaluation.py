@@ -50,6 +50,7 @@ def check_evaluation_flags(args: Namespace) -> None:
         args.eval_iters = 0  # otherwise Megatron evaluates zero packs after the last step
     # Megatron's own full validation fails on one validation set, and weighs packs by micro-batch.
     args.evaluates_all_packs, args.full_validation = args.full_validation, False
+    args.evaluation_views, args.evaluation_cut_short = 1, False  # see `evaluate_split`
     if args.evaluates_all_packs:
         args.eval_iters = max(args.eval_iters, 1)
 
@@ -108,7 +109,7 @@ class EvaluationPacks(torch.utils.data.Dataset):
     """Packs of a split, followed by packs of loss weight 0 that fill the last batch of a round."""
 
     def __init__(self, packs: PackDataset) -> None:
-        self.packs = packs
+        self.packs, self.data_sets, self.has_images = packs, packs.data_sets, packs.has_images
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         if number < len(self.packs):
@@ -129,16 +130,23 @@ def evaluate_split(
     Args:
         evaluate: Megatron's evaluation of this split; it knows one number of iterations for all splits.
         data_iterator: one, or one for each virtual pipeline stage.
+
+    Sets ``args.evaluation_views``, how often each pack is read, and ``args.evaluation_cut_short``.
     """
     first = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     if first is None:
         return
     args = get_args()
-    before, args.eval_iters = args.eval_iters, first.iterable.iterations
+    args.evaluation_views = views = first.iterable.views
+    before, args.eval_iters = args.eval_iters, first.iterable.iterations * views
+    consumed = args.consumed_valid_samples
     try:
         evaluate()
     finally:
         args.eval_iters = before
+    # Megatron counts the packs of an iteration in each view.
+    args.consumed_valid_samples = consumed + (args.consumed_valid_samples - consumed) // views
     timer = get_timers()("evaluate", log_level=0)
+    args.evaluation_cut_short = timer._started
     if timer._started:  # --exit-duration-in-mins has ended the evaluation; the next one would fail on a running timer
         timer.stop()

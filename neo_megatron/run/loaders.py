@@ -20,6 +20,7 @@ from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.console import say
 from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
+from neo_megatron.run.image_views import ViewedBatches
 from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers
 from neo_megatron.run.pack_lengths import check_borders
 
@@ -28,7 +29,7 @@ _MOST = 4  # the most packs that a sentence lists, files of a pack, and records 
 
 def datasets_provider(
     num_samples: tuple[int, int | None, int], vp_stage: int | None = None
-) -> tuple["MicroBatches | None", "MicroBatches | None", "MicroBatches | None"]:
+) -> tuple["MicroBatches | None", ViewedBatches | None, ViewedBatches | None]:
     """Iterators over micro-batches of packs, for training, validation and test.
 
     Every rank reads for itself what it needs of a pack, so nothing is broadcast. The state of training and of
@@ -81,25 +82,23 @@ def _training(args: Namespace, num_samples: int, consumed: int, images: Images) 
     return MicroBatches(args, dataset, sampler, images)
 
 
-def _evaluation(args: Namespace, split: str, consumed: int, images: Images) -> "MicroBatches | None":
+def _evaluation(args: Namespace, split: str, consumed: int, images: Images) -> ViewedBatches | None:
     """Evaluation packs without end, after `consumed` packs; `None` without packs, or if none are to be evaluated."""
     dataset = open_packs(args, split, None, images) if args.eval_iters else None
     if dataset is None:
         return None
     order = EvaluationRound(len(dataset), args.eval_global_batch_size, args.evaluates_all_packs, args.eval_iters)
-    sampler = order.sampler(
-        consumed,
-        args.eval_micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
-    return MicroBatches(args, EvaluationPacks(dataset), sampler, images, order.iterations_of_an_evaluation)
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    sampler = order.sampler(consumed, args.eval_micro_batch_size, rank, ranks)
+    batches = MicroBatches(args, EvaluationPacks(dataset), sampler, images, order.iterations_of_an_evaluation)
+    micro_batches = args.eval_global_batch_size // (args.eval_micro_batch_size * ranks)
+    return ViewedBatches(batches, micro_batches, rank, ranks)
 
 
 class MicroBatches:
     """Micro-batches of packs for this rank, as `dataset.collate` makes them.
 
-    Each also has the numbers of its ``packs``, and a function to ``describe`` numbers.
+    Each also has the numbers of its ``packs``, a function to ``describe`` numbers, and the names of all ``data_sets``.
 
     Args:
         dataset: the packs.
@@ -117,6 +116,7 @@ class MicroBatches:
         iterations: int = 0,
     ) -> None:
         self.iterations = iterations
+        self.has_images = dataset.has_images
         self._dataset = dataset
         self._workers, self._seconds = args.num_workers, seconds_to_wait(args)
         loader = DataLoader(
@@ -151,7 +151,9 @@ class MicroBatches:
         return self._named(batch, numbers)
 
     def _named(self, batch: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
-        return {**batch, "packs": numbers, "describe": self.describe, "again": partial(self._read_again, numbers)}
+        again = partial(self._read_again, numbers)
+        data_sets = self._dataset.data_sets
+        return {**batch, "packs": numbers, "describe": self.describe, "again": again, "data_sets": data_sets}
 
     def _read_again(self, numbers: list[int]) -> dict[str, Any]:
         """The same micro-batch, read in this process."""
@@ -190,12 +192,11 @@ def check_loader_memory(args: Namespace) -> None:
     """Raises DataError if the packs that workers prefetch do not fit into the shared memory of this machine.
 
     Called before any rank starts workers. PyTorch's workers prefetch two micro-batches each, and a rank holds one more;
-    without a GPU, to which they would be copied at once, it holds those of a step.
+    without a GPU, to which they would be copied at once, it holds those of a step, or of an iteration of an evaluation.
     """
     if not args.num_workers:
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     pack_bytes = packs = 0
     for split in ("train", "valid", "test"):
         wanted = not args.skip_train if split == "train" else args.eval_iters
@@ -205,7 +206,8 @@ def check_loader_memory(args: Namespace) -> None:
         for start, _ in dataset.lengths:
             pack_bytes = max(pack_bytes, dataset.largest(start, min(len(dataset), 256)))
         size = args.micro_batch_size if split == "train" else args.eval_micro_batch_size
-        held = step if split == "train" and cpu_platform.on_cpu() else 1
+        batch = args.global_batch_size if split == "train" else args.eval_global_batch_size
+        held = batch // (size * args.data_parallel_size) if cpu_platform.on_cpu() else 1
         packs += ranks * size * (2 * args.num_workers + held)
     check_room(pack_bytes, packs)
 

@@ -103,6 +103,7 @@ def train() -> None:
             raise
         sys.exit(f"pretrain_neo: {sentence}")
     finally:
+        _log.end()
         if writer := get_tensorboard_writer():
             writer.close()  # Megatron does not, and the last records would be lost
 
@@ -177,6 +178,8 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         _bad_numbers.note(packs, vp_stage or 0)
         if not vp_stage:  # virtual stages read the same packs in turn
             _log.note(packs)
+    elif not vp_stage:
+        _log.note_evaluation(packs)
     if args.context_parallel_size > 1:
         packs = context_share(
             packs,
@@ -194,12 +197,13 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         experts=bool(args.num_experts),
     )
     device = torch.device("cpu" if cpu_platform.on_cpu() else "cuda")
-    weights = {"target_weight": packs["target_weight"]} if last_stage else {}
-    inputs, weights = to_device(inputs, device), to_device(weights, device)
+    trained = {name: packs[name] for name in ("target_weight", "target_group")} if last_stage else {}
+    inputs, trained = to_device(inputs, device), to_device(trained, device)
     if args.num_experts and torch.is_grad_enabled():
         inputs["loss_weights"] = loss_weights(packs["target_weight"].sum().to(device))
     timers("batch-generator").stop()
-    return model(**inputs), partial(loss_and_report, model, weights.get("target_weight"))
+    view = packs.get("view", 0)
+    return model(**inputs), partial(loss_and_report, model, packs["data_sets"], trained, view)
 
 
 def loss_weights(weight: Tensor) -> Tensor:
@@ -212,15 +216,23 @@ def loss_weights(weight: Tensor) -> Tensor:
 
 
 def loss_and_report(
-    model: torch.nn.Module, weight_M: Tensor, nll_M: Tensor
+    model: torch.nn.Module, data_sets: tuple[str, ...], trained: dict[str, Tensor], view: int, nll_M: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """`WeightedLoss` of the micro-batch that has just gone through ``model``, with further figures to log.
 
     Megatron sums both numbers of an entry over the global batch and logs their quotient.
+
+    Args:
+        trained: ``target_weight`` and ``target_group`` of the trained positions, see `PackDataset.__getitem__`.
+        view: see `image_views.ViewedBatches`; Megatron logs the loss of the own images alone.
     """
+    weight_M = trained["target_weight"]
     loss, count, report = _loss(weight_M, nll_M)
+    _log.note_loss(data_sets, trained["target_group"], weight_M, nll_M)
     if torch.is_grad_enabled():
         _bad_numbers.note_loss(loss)
+    if view:
+        return loss, count, {}
     pairs = get_attr_wrapped_model(model, "attention_pairs")
     if pairs is not None:
         report[PAIR_RATIO] = pairs

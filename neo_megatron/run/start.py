@@ -24,6 +24,7 @@ PATHS = {
     "--neo-model": Wanted.SIZES,
     "--save": Wanted.OUTPUT,
     "--tensorboard-dir": Wanted.OUTPUT,
+    "--mlflow-dir": Wanted.OUTPUT,
 }
 
 

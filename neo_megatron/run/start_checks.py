@@ -76,6 +76,8 @@ def _needed(args: Namespace) -> Iterator[tuple[str, str, bool]]:
     """(flag, package, whether only machines with GPUs have the package) for every package that the run needs."""
     if args.wandb_project:
         yield "--wandb-project", "wandb", False
+    if args.mlflow_dir:
+        yield "--mlflow-dir", "mlflow", False
     if args.tensorboard_dir:
         yield "--tensorboard-dir", "tensorboard", False
     if args.transformer_impl == "transformer_engine":

@@ -10,11 +10,15 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.training import get_timers
+from megatron.training.utils import is_last_rank
+from torch import Tensor
 
 from neo_megatron.megatron_compat import cpu_platform
 from neo_megatron.model.config import NeoSizes
@@ -27,6 +31,11 @@ from neo_megatron.run.console import say
 from neo_megatron.run.expert_log import ExpertLog
 from neo_megatron.run.log_writers import LogWriters
 from neo_megatron.run.module_rates import stage_at_work
+from neo_megatron.run.looking import LookingLog
+from neo_megatron.run.loss_sums import Losses, LossSums
+from neo_megatron.run.mlflow_run import MlflowRun
+from neo_megatron.run.run_facts import facts_of
+from neo_megatron.run.scalar_file import ScalarFile
 
 LOSS = "lm loss"
 _STEP = re.compile(r" \[[^]]*\] iteration +\d+/ *\d+ \|")
@@ -72,6 +81,8 @@ class StepLog:
     def __init__(self) -> None:
         self._writers: LogWriters | None = None
         self._experts = ExpertLog(0, 0)
+        self._looking = LookingLog(0)
+        self._step_losses, self._interval_losses = LossSums(), LossSums()
         self._rates: Callable[[], Mapping[str, float]] = dict
 
     def take_rates(self, rates: Callable[[], Mapping[str, float]]) -> None:
@@ -83,7 +94,7 @@ class StepLog:
         self._args = args
         self._sizes = NeoSizes(**args.neo_sizes)
         self._peak = _peak(args)
-        self._writers = LogWriters.take_over()
+        self._writers = _take_over_writers(args)
         self._reading = Counted()  # of the step that is at work
         self._step = Counted()  # the last one
         self._interval = Counted()  # since the last line
@@ -93,14 +104,32 @@ class StepLog:
         self._in_line = False
         self._validated: int | None = None
         self._experts = ExpertLog(self._sizes.num_layers, self._sizes.num_experts)
+        self._looking = LookingLog(self._sizes.num_layers)
+        self._step_losses, self._interval_losses = LossSums(), LossSums()
+        self._losses: Losses | None = None  # of the interval that ends
+
+    def end(self) -> None:
+        """To be called when the run ends, however it does."""
+        if self._writers:
+            self._writers.end()
 
     def watch(self, model: NeoModel) -> None:
         """To be called with each chunk of the model."""
         self._experts.watch(model)
+        self._looking.watch(model)
 
     def note(self, micro_batch: dict[str, Any]) -> None:
         """Counts a micro-batch of a training step, before it is split over context-parallel ranks."""
         self._reading += Counted.of(micro_batch)
+
+    def note_loss(self, data_sets: tuple[str, ...], group_M: Tensor, weight_M: Tensor, nll_M: Tensor) -> None:
+        """Adds the losses of a micro-batch of a step or of an evaluation; see `LossSums.add`."""
+        sums = self._step_losses if torch.is_grad_enabled() else self._looking.losses
+        sums.add(data_sets, group_M, weight_M, nll_M)
+
+    def note_evaluation(self, packs: dict[str, Any]) -> None:
+        """Counts a micro-batch of an evaluation."""
+        self._looking.note(packs)
 
     def end_step(self) -> tuple[None, None]:
         """In place of Megatron's statistics of packed sequences, which it collects once in a step, on all ranks."""
@@ -142,6 +171,10 @@ class StepLog:
         loss_dict, sums = self._leave_out_weightless(loss_dict, total_loss_dict, skipped, ends_interval or first)
         writes = iteration % self._args.tensorboard_log_interval == 0
         experts = self._experts.gather() if writes or ends_interval else {}
+        if skipped:  # nor does Megatron count its loss
+            self._step_losses = LossSums()
+        self._interval_losses.take(self._step_losses)
+        self._losses = self._interval_losses.reduce()[0] if ends_interval else None
         self._in_line = True
         result = log(loss_dict, first)
         self._in_line = False
@@ -153,6 +186,7 @@ class StepLog:
                     "data/padding fraction": _padding(counts),
                     "data/broken samples": counts.broken,
                     **self._rates(),
+                    "packs vs steps": self._args.consumed_train_samples,
                 },
                 iteration,
             )
@@ -160,10 +194,12 @@ class StepLog:
         if ends_interval:
             performance = {f"performance/{name}": value for name, value in self._performance().items()}
             self._writers.write(performance, iteration)
+            self._writers.write(self._losses.scalars(LOSS), iteration)
             self._interval, self._weightless = Counted(), 0
             self._seconds = _training_seconds()
         else:
             total_loss_dict.update(sums)
+        self._writers.flush()
         return result
 
     def _leave_out_weightless(
@@ -198,7 +234,7 @@ class StepLog:
         if self._writers is None:  # of a dry run
             return message
         if message.startswith("Evaluating on "):
-            return message.removesuffix(" samples") + " packs"
+            return f"Evaluating on {int(message.split()[2]) // self._args.evaluation_views} packs"
         if self._writers.split == "test":
             message = message.replace(" validation loss at ", " test loss at ")
         if not (self._in_line and _STEP.match(message)):
@@ -207,6 +243,7 @@ class StepLog:
             message = message.replace(f" {kind} samples:", f" {kind} packs:")
         figures = [f"{name}: {value:.1f}" for name, value in self._performance().items()]
         figures += [
+            *(self._losses.line() if self._losses else []),
             *self._experts.line,
             f"padding fraction: {_padding(self._interval):.4f}",
             f"samples with a broken image: {self._interval.broken}",
@@ -227,6 +264,14 @@ class StepLog:
                 return
             self._validated = iteration
         evaluate()
+        looking, split = self._looking.gather(), self._writers.split
+        if self._args.evaluation_cut_short:  # after views of different packs; the run ends
+            return
+        self._writers.write(looking.losses.scalars(f"{LOSS} {split}") | looking.scalars(split), iteration)
+        if is_last_rank():
+            for line in (*looking.losses.line(), *looking.line()):
+                say(f"iteration {iteration} | {split} {line}")
+        self._writers.flush()
         self._writers.split = "validation"
 
     def _performance(self) -> dict[str, float]:
@@ -239,6 +284,25 @@ class StepLog:
         if self._peak:
             figures["MFU (%)"] = 100 * self._flops(packs) / (gpu_seconds * self._peak)
         return figures
+
+
+def _take_over_writers(args: Namespace) -> LogWriters:
+    """The writers of this rank; the last one has some."""
+    if args.rank < args.world_size - 1:
+        return LogWriters.take_over()
+    facts = facts_of(args) if args.mlflow_dir or args.wandb_project or args.tensorboard_dir else {}
+    mlflow = None
+    if args.mlflow_dir:
+        name = args.wandb_exp_name or Path(args.save or args.mlflow_dir).name
+        mlflow = MlflowRun(args.mlflow_dir, name, vars(args), facts)
+    # The file is opened when the run has loaded its checkpoint, and knows its step.
+    writers = LogWriters.take_over(partial(_open_file, args) if args.save else None, mlflow)
+    writers.keep(facts)
+    return writers
+
+
+def _open_file(args: Namespace) -> ScalarFile:
+    return ScalarFile(args.save, args.iteration)
 
 
 def _padding(counts: Counted) -> float:

@@ -126,7 +126,7 @@ def parse_arguments() -> Namespace:
     check_optimizer_flags(args)
     check_settings(args)
     if args.dry_run:
-        args.tensorboard_dir = args.wandb_project = None  # a dry run leaves no file
+        args.tensorboard_dir = args.wandb_project = args.mlflow_dir = None  # a dry run leaves no file
     set_global_variables(args)
     return args
 

@@ -4,6 +4,7 @@ With a learning rate of 0 every loss is that of the golden model. A run with one
 pack, and the weights are in the packs: what every evaluation has to give follows by hand.
 """
 
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -156,7 +157,10 @@ def test_a_finished_run_is_evaluated_and_left_alone(runs):
         "iter_0000004",
         "iter_0000006",
         "latest_checkpointed_iteration.txt",
+        "scalars.jsonl",
     ]
+    last = json.loads((saved / "scalars.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and "lm loss validation" in last, "of training"
     assert "\ntraining ..." not in runs["skip"].printed()
     assert runs["skip-samples"].exit() is None and list(reported(runs["skip-samples"], "valid")) == [0]
 

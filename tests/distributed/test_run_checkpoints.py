@@ -28,6 +28,7 @@ from neo_megatron.checkpoint.dcp_metadata import CHECKSUMS
 from neo_megatron.checkpoint.integrity import stored_pieces, verify_pieces
 from neo_megatron.checkpoint.streaming import StoredTensor
 from neo_megatron.checkpoint.torch_dist import TRACKER, TorchDistDirectory, write_torch_dist
+from neo_megatron.run.scalar_file import NAME as SCALARS
 
 STEPS, EVERY = 20, 2
 # Each goes on where the one before it stopped, in the same directory: a chain of pairs.
@@ -122,6 +123,7 @@ def test_old_checkpoints_are_deleted(room, first):
         "iter_0000006",
         "iter_0000008",
         TRACKER,
+        SCALARS,
     ]
     for path in (room / "limited-saved").glob("iter_*"):
         assert (path / CHECKSUMS).exists()
@@ -274,7 +276,7 @@ def test_finetune_does_not_save_over_what_it_starts_from(second):
 def test_the_directory_of_another_run_is_only_read(room, first, second):
     assert_goes_on(second["elsewhere"], first["reference"], range(STEPS - EVERY + 1, STEPS + 1))
     assert (room / "elsewhere-saved" / TRACKER).read_text() == str(STEPS)
-    assert {path.name for path in (room / "elsewhere-saved").iterdir()} == {LAST, BEFORE, TRACKER}
+    assert {path.name for path in (room / "elsewhere-saved").iterdir()} == {LAST, BEFORE, TRACKER, SCALARS}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -352,7 +354,9 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_with_the_same_batches_and_
     assert logged == first["reference"].scalars("lm loss")  # which TensorBoard keeps as float32
     assert sorted(batches) == list(range(4 * STEPS)) and all(len(seen) == 1 for seen in batches.values())
     left = sorted(path.name for path in (room / f"{name}-saved").iterdir() if ".set-aside" not in path.name)
-    assert left == [LAST, TRACKER]
+    assert left == [LAST, TRACKER, SCALARS]
+    lines = [json.loads(line) for line in (room / f"{name}-saved" / SCALARS).read_text().splitlines()]
+    assert [line["step"] for line in lines if "lm loss" in line] == list(range(1, STEPS + 1)), "each once"
 
 
 @pytest.mark.thorough

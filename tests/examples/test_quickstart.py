@@ -1,5 +1,6 @@
 """What the quickstart's numbers rest on: its annotations, its tokenizer, its scores, and its page."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import report
 from questions import COLOURS, KINDS, SHAPES, Question, kind_of_question, read_questions, scores, text_only_answers
 from torch.utils.tensorboard import SummaryWriter
-from training_runs import TrainingRun, loss_curves, thinned
+from training_runs import TrainingRun, looking_curves, loss_curves, thinned
 from transformers import AutoTokenizer
 
 from neo_megatron.checkpoint.neo_directory import read_sizes
@@ -164,6 +165,8 @@ def run(tmp_path) -> TrainingRun:
         writer.add_scalar("lm loss", 1 / step, step)
     for step in (500, 1000):
         writer.add_scalar("lm loss validation", 2 / step, step)
+        writer.add_scalar("looking/delta-permuted validation", step / 1000 - 0.6, step)
+        writer.add_scalar("looking/delta-blank validation", step / 500, step)
     writer.close()
     return TrainingRun.read("questions", tmp_path / "tensorboard")
 
@@ -172,6 +175,7 @@ def test_training_run_is_read_whole(run):
     assert run.settings["lr"] == "2"
     assert [step for step, _ in run.loss] == list(range(1, 1001))
     assert dict(run.held_out) == pytest.approx({500: 0.004, 1000: 0.002})
+    assert list(map(dict, run.deltas)) == [pytest.approx({500: -0.1, 1000: 0.4}), pytest.approx({500: 1.0, 1000: 2.0})]
 
 
 def test_loss_curve(run):
@@ -183,6 +187,18 @@ def test_loss_curve(run):
     assert heights == sorted(heights)
     assert svg.count("<circle") == 2
     assert thinned([(1, 1.0), (2, 3.0), (3, 5.0), (4, 7.0)], points=2) == [(1.5, 2.0), (3.5, 6.0)]
+
+
+def test_looking_curves(run):
+    """The higher a delta the higher it is on the page; 0 is marked; a run on text has none."""
+    (svg,) = looking_curves([run, dataclasses.replace(run, deltas=([], []))])
+    drawn = {
+        kind: re.search(f'class="{kind}" points="([^"]*)"', svg).group(1).split() for kind in ("held-out", "blank")
+    }
+    heights = [float(point.split(",")[1]) for kind in ("blank", "held-out") for point in reversed(drawn[kind])]
+    assert heights == sorted(heights) and heights[-1] == 250 - 34, "the lowest stands on the axis"
+    assert ">0</text>" in svg and ">2</text>" in svg
+    assert svg.count("<circle") == 4
 
 
 def test_the_answers_are_those_of_the_evaluation(tmp_path):

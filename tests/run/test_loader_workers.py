@@ -34,6 +34,8 @@ FAULTY = 5
 class Packs(Dataset):
     """Packs of one token, one of which a worker cannot deliver."""
 
+    data_sets, has_images = ("a",), False
+
     def __init__(self, fault) -> None:
         self._fault = fault
 

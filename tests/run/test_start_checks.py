@@ -33,7 +33,7 @@ REFUSED = {
     ),
     "package for W&B": (
         f"{BEGIN} --wandb-project neo --wandb-exp-name one --wandb-save-dir {{room}}/wandb",
-        "--wandb-project needs the package wandb, which is not installed: pip install wandb",
+        "--wandb-project needs the package wandb, which is not installed: pip install 'wandb>=0.31,<1'",
     ),
 }
 CHANGE = "--load {room}/saved --save {room}/changed"

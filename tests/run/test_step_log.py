@@ -182,7 +182,9 @@ def test_mfu_uses_the_stated_rate_of_the_gpu(room, megatron, monkeypatch):
     """On four GPUs of 1 GFLOP/s that take 10 seconds for a step of two micro-batches; and what the screen shows."""
     monkeypatch.setattr(step_log, "_peak", lambda args: 1e9)
     monkeypatch.setattr(step_log, "_training_seconds", lambda: clock)
-    args = Namespace(neo_sizes=asdict(SIZES), training_stage=1, world_size=4)
+    args = Namespace(neo_sizes=asdict(SIZES), training_stage=1, unfreeze="", world_size=4, rank=0, save=None)
+    args.mlflow_dir = args.wandb_project = args.tensorboard_dir = None
+    args.consumed_train_samples = 4
     args.log_interval = args.tensorboard_log_interval = 1
     clock, log = 0.0, StepLog()
     log.begin(args)

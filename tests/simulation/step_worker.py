@@ -155,7 +155,7 @@ def main() -> None:
     sizes = NeoSizes(**args.neo_sizes)
     packs = draw_packs(sizes, args.seq_length, get_num_microbatches(), seed=0)
     for pack in packs:
-        pack.update(packs=[0], describe=str, again=lambda: None)
+        pack.update(packs=[0], describe=str, again=lambda: None, data_sets=("drawn",))
     args.curr_iteration = 0
     with simulation(gpu):
         build = partial(

@@ -70,6 +70,11 @@ class Mixture:
         number = self._owner(sample)
         return self.sets[number].describe(sample - self.starts[number])
 
+    def data_set(self, sample: int) -> tuple[str, int]:
+        """See `ShardSet.data_set`."""
+        number = self._owner(sample)
+        return self.sets[number].data_set(sample - self.starts[number])
+
     def _owner(self, sample: int) -> int:
         return bisect_right(self.starts, sample) - 1
 

@@ -33,7 +33,8 @@ FORMAT, VERSION = "neo-shards", 3
 READABLE = (2, VERSION)  # version 2 has no ``media.npy``
 SAMPLE = np.dtype([("source", "<i4"), ("record", "<i8"), ("trained", "<i4"), ("pictures", "<i4"), ("key", "<u8")])
 MEDIA = np.dtype([("sample", "<i4"), ("path", "<u8"), ("content", "<u8")])
-_MAPPED_FILES = ("tokens.idx", "spans.idx", "spans.bin", "pictures.idx", "grids.npy")  # needed for any sample
+# Needed for any sample; shards of version 2 have no media.npy.
+_MAPPED_FILES = ("tokens.idx", "spans.idx", "spans.bin", "pictures.idx", "grids.npy", "samples.npy", "media.npy")
 _FILES_OF_A_SHARD = 9
 # A process may have 65,530 maps (Linux, vm.max_map_count), and each holds a file descriptor.
 _MOST_MAPS = 32768
@@ -41,6 +42,8 @@ _SPAN_BYTES = 8
 _MAX_GRID = 1 << 16  # patches along a side: a million pixels
 _AGAIN = "preprocess again"
 _DOCUMENT_SCHEMAS = ("text", "interleaved")
+# Of samples. A sample with a video of several frames counts as video, whatever else it has.
+SAMPLE_MODALITIES = ("text", "image", "several images", "video")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,19 @@ class Shard:
         if len(rows) and (owners[0] < 0 or owners[-1] >= self._samples or (owners[1:] < owners[:-1]).any()):
             raise self._damaged("media.npy", "its samples are not in order, or not those of the shard")
         return rows
+
+    @cached_property
+    def modalities(self) -> np.ndarray:
+        """The index in `SAMPLE_MODALITIES` of each sample, int8 [samples].
+
+        Shards of version 2 do not tell frames of a video from images.
+        """
+        images = self.samples["pictures"]
+        modalities = np.minimum(images, 2).astype(np.int8)
+        if f"{self.name}.media.npy" in self._sizes:
+            files = np.bincount(self.media["sample"], minlength=self._samples)
+            modalities[images > files] = SAMPLE_MODALITIES.index("video")
+        return modalities
 
     @property
     def image_tokens(self) -> np.ndarray:
@@ -256,7 +272,7 @@ class ShardSet:
         """Fetches the files of shards that are about to be opened, all at the same time."""
         entries = (self.entries[number] for number in numbers if number not in self._opened)
         files = ((f"{entry.name}.{kind}", entry.sizes) for entry in entries for kind in _MAPPED_FILES)
-        self.storage.prepare((name, sizes[name]) for name, sizes in files)
+        self.storage.prepare((name, sizes[name]) for name, sizes in files if name in sizes)
 
     def describe(self, sample: int) -> tuple[str, int]:
         """(annotation file, record number) that a sample came from."""
@@ -272,6 +288,16 @@ class ShardSet:
             path = f"{self.location}/{shard.name}.samples.npy"
             raise damaged_file(path, f"sample {local} comes from a source that is not in the manifest", _AGAIN)
         return sources[source], record
+
+    def data_set(self, sample: int) -> tuple[str, int]:
+        """(name of the data set, index in `SAMPLE_MODALITIES`) of a sample."""
+        shard, local = self.locate(sample)
+        return self.source(sample)[0]["name"], int(shard.modalities[local])
+
+    @property
+    def data_sets(self) -> set[str]:
+        """Names of the data sets."""
+        return {source["name"] for source in self.manifest["sources"]}
 
 
 def _chat_layout(manifest: dict[str, Any]) -> ChatLayout | None:
