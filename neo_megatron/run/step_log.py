@@ -30,10 +30,10 @@ from neo_megatron.planning.packs import PackCounts, count_packs
 from neo_megatron.run.console import say
 from neo_megatron.run.expert_log import ExpertLog
 from neo_megatron.run.log_writers import LogWriters
-from neo_megatron.run.module_rates import stage_at_work
 from neo_megatron.run.looking import LookingLog
 from neo_megatron.run.loss_sums import Losses, LossSums
 from neo_megatron.run.mlflow_run import MlflowRun
+from neo_megatron.run.module_rates import stage_at_work
 from neo_megatron.run.run_facts import facts_of
 from neo_megatron.run.scalar_file import ScalarFile
 

@@ -31,6 +31,7 @@ def parser() -> ArgumentParser:
         patch.setattr(ArgumentGroupFactory, "_get_field_docstrings", lambda factory, dataclass: defaultdict(str))
         parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
     parser.set_defaults(**run_defaults(presets.SIZES["neo-2b"]), **presets.RECIPES["kit"].stages[2])
+    parser.set_defaults(mlflow_dir="")  # of NEO's own flags, the one that decides about Megatron's
     return parser
 
 
