@@ -116,7 +116,8 @@ def learned(room: Path, text: str) -> Path:
 
     settings = dict.fromkeys(report.SETTINGS.values(), "hybrid_transformer_engine") | {"world_size": "2"}
     loss = [(step, 1 / step) for step in range(1, 200)]
-    runs = [TrainingRun(name, settings, loss, [(100, 0.01)]) for name in ("shapes", "questions")]
+    deltas = [(100, 0.5)], [(100, 0.4)]
+    runs = [TrainingRun(name, settings, loss, [(100, 0.01)], deltas) for name in ("shapes", "questions")]
     images = room / "images"
     images.mkdir(exist_ok=True)
     kinds = [

@@ -4,6 +4,7 @@ Importing this module prepares torch and Megatron for the machine; `neo_megatron
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,7 +54,7 @@ _loss = WeightedLoss()
 _bad_numbers = BadNumbers()
 _log = StepLog()
 _lengths = StepLengths()
-_rates: ModuleRates
+_rates = ModuleRates(Namespace(lr_scale="", unfreeze=""))  # of no run
 
 
 def train() -> None:

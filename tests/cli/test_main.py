@@ -87,7 +87,7 @@ def installed(tmp_path_factory) -> Path:
         sysconfig.get_path("purelib") + "\n"
     )
     (wheel,) = room.glob("*.whl")
-    install = [*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    install = [*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel]
     subprocess.run(list(map(str, install)), check=True)
     return python.with_name("neo-megatron")
 

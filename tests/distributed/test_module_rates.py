@@ -4,20 +4,17 @@ The first update of AdamW without weight decay is the learning rate, in the dire
 checkpoint before and one after a module's first step show its rate, whatever the model.
 """
 
-import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from support.golden_packs import make_packs
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
-from neo_megatron.data.config import PreprocessConfig
-from neo_megatron.data.packs.writer import PackInput, write_packs
-from neo_megatron.data.prepare.preprocess import preprocess
-from neo_megatron.data.prepare.registry import Source
 
 RATE = 1e-4
 LAYOUTS = {
@@ -45,12 +42,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def room(tmp_path_factory) -> Path:
     room = tmp_path_factory.mktemp("module-rates")
-    (room / "annotations.json").write_text(
-        json.dumps(json.loads((GOLDEN / "meta.json").read_text())["untied_pack1"]["docs"] * 8)
-    )
-    source = Source("golden", str(room / "annotations.json"), str(GOLDEN))
-    preprocess([source], GOLDEN / "tokenizer", room / "shards", PreprocessConfig(min_pixels=4096, max_pixels=65536))
-    write_packs([PackInput(str(room / "shards"))], room / "packs", 192)
+    make_packs(room, repeats=8, seq_length=192)
     convert_hf_to_megatron(GOLDEN / "ckpt_untied", room / "golden")
     jobs = [run(room, name, f"{LATE} --train-iters 4 {flags}") for name, flags in LAYOUTS.items()]
     jobs.append(run(room, "stage-1", "--training-stage 1 --train-iters 4"))
@@ -81,6 +73,7 @@ def run(room: Path, name: str, flags: str) -> Job:
     )
 
 
+@cache
 def weights(room: Path, name: str, step: int) -> dict[str, torch.Tensor]:
     """Weights after a step, by the name of their tensor with the part of the model in place of a layer's number."""
     saved = (
@@ -103,6 +96,7 @@ def moved(room: Path, name: str, start: int, end: int) -> dict[str, float]:
     return {key: ((after[key] - before[key]).abs().median() / RATE).item() for key in before}
 
 
+@cache
 def frozen_in_stage_1(room: Path) -> set[str]:
     return {key for key, change in moved(room, "stage-1", 0, 4).items() if change == 0}
 
