@@ -466,6 +466,5 @@ NOT_WITH_FSDP = _flags(
     --grad-reduce-in-bf16 --check-for-large-grads --check-weight-hash-across-dp-replicas-interval
     --save-params-interval --save-wgrads-interval --save-dgrads-interval --log-params-norm --log-num-zeros-in-grad
     --data-parallel-random-init --dump-param-to-param-group-map --use-precision-aware-optimizer --use-nccl-ub
-    --lr-scale --unfreeze
     """
 )

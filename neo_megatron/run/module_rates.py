@@ -67,6 +67,10 @@ def rate_refusals(args: Namespace, sizes: NeoSizes) -> Iterator[str]:
             if name.split(".")[0] not in parts:
                 why = " (tied to embedding)" if name.startswith("output_layer") else ""
                 yield f"{flag} {name}: this model has no such module{why}; its parts are {', '.join(parts)}"
+    if (factors or late) and args.skip_train:
+        yield "--lr-scale and --unfreeze are for training, and --skip-train only evaluates: leave them out"
+    if (factors or late) and args.use_megatron_fsdp:
+        yield "--lr-scale and --unfreeze are not for --use-megatron-fsdp, which has other parameters: leave one out"
     if factors and args.decoupled_lr is not None:
         yield "--lr-scale and --decoupled-lr both set the rate of embeddings: give embedding and output_layer a scale"
     if factors and args.lr_warmup_init:

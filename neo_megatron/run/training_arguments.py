@@ -14,7 +14,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import has_nvrx_checkpointing_async_support
 
 from neo_megatron import presets
-from neo_megatron.arguments import NeoTrainingArguments, add_neo_arguments
+from neo_megatron.arguments import NeoKernelArguments, NeoTrainingArguments, add_neo_arguments
 from neo_megatron.checkpoint.named_sizes import sizes_of
 from neo_megatron.errors import ConfigError
 from neo_megatron.megatron_compat import cpu_platform, fsdp
@@ -113,6 +113,8 @@ def parse_arguments() -> Namespace:
     check_layouts_of_lengths(args)
     if cpu_platform.on_cpu() and not args.dry_run:
         _raise_first(gpu_refusals(given))
+        if args.attention_tiles != NeoKernelArguments.attention_tiles:
+            raise ConfigError("--attention-tiles chooses a kernel of a GPU, and this machine has none: leave it out")
     if args.rank == 0 and (idle := without_effect(given)):
         say(idle)
     args.cp_comm_type = [context_parallel_way(args)]

@@ -11,6 +11,9 @@ from neo_megatron.run.module_rates import ModuleRates, scales, starts
 # Megatron builds flags in a way that argparse is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:DeprecationWarning")
 
+EVALUATES = "--skip-train --valid-data-path x --eval-iters 1 --load x"
+SHARDED = "--use-megatron-fsdp --data-parallel-sharding-strategy optim"
+
 
 def test_entries_are_read():
     assert scales("patch_embedding=2 post_llm=0.1, post_llm.mlp=1e-3") == {
@@ -34,6 +37,10 @@ def test_entries_are_read():
         ("--lr-scale postllm=2", "--lr-scale postllm: this model has no such module; its parts are patch_embedding"),
         ("--lr-scale pre_buffer=2 --pre-buffer-num-layers 0", "--lr-scale pre_buffer: this model has no such module"),
         ("--lr-scale embedding=2 --decoupled-lr 1e-4", "--lr-scale and --decoupled-lr"),
+        (f"--lr-scale embedding=2 {EVALUATES}", "--skip-train only evaluates"),
+        (f"--lr-scale embedding=2 {SHARDED}", "--lr-scale and --unfreeze are not for --use-megatron-fsdp"),
+        (f"--training-stage 1 --unfreeze post_llm@5 {SHARDED}", "are not for --use-megatron-fsdp"),
+        ("--attention-tiles table", "--attention-tiles chooses a kernel of a GPU, and this machine has none"),
         ("--lr-scale post_llm=2 --lr-warmup-init 1e-6 --lr-warmup-iters 5", "leave --lr-warmup-init out"),
         ("--training-stage 2 --unfreeze post_llm@5", "--training-stage 2 trains everything from its first step"),
         ("--training-stage 1 --unfreeze post_llm=5", "is not of the form post_llm@2000"),
