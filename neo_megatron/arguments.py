@@ -63,6 +63,15 @@ class NeoTrainingArguments:
     is a sum over layers; the cross entropy has the coefficient 1. As published: 0.05. Megatron's own losses are chosen
     by --moe-router-load-balancing-type. Default: 0, none."""
 
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """Rule for a step whose loss or gradients are NaN or infinite, or whose loss jumps (--loss-jump). stop: the run
+    ends before the weights change. skip: the step changes nothing, is named in the log and counted, and the run goes
+    on; after ten such steps in a row it ends. Default: %(default)s."""
+
+    loss_jump: float = 0.0
+    """A loss is bad, too, if it lies more than this many standard deviations above the mean of the last 128 steps; 6
+    finds spikes alone. Default: 0, no such limit."""
+
     loss_weighting: Literal["square", "sample", "token"] = "square"
     """Weight of each of the n trained tokens of a sample: 1/sqrt(n), 1/n or 1. Default: %(default)s."""
 

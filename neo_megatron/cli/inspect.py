@@ -5,7 +5,6 @@ neo-megatron inspect --data shards --output page.html        # a data set that i
 """
 
 import argparse
-import sys
 from bisect import bisect_right
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from neo_megatron.inspection.token_text import Decode
 from neo_megatron.paths import output_place
 from neo_megatron.storage.open import open_directory
 
+_MOST_PACKS = 1 << 48
 _HEAD = 1024  # bytes of a page that contain the name of its generator
 
 
@@ -29,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parses the command line; negative numbers end with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--packs", metavar="DIR", help="directory written by neo-megatron pack")
+    inputs.add_argument(
+        "--packs", metavar="DIR", help="directory written by neo-megatron pack, or the YAML file of a --mixture"
+    )
     inputs.add_argument(
         "--data", metavar="DIR", help="directory written by neo-megatron preprocess, to see it without a pack"
     )
@@ -38,10 +40,15 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         metavar="N",
         default=0,
-        help="number of the pack in its epoch, in the order drawn, from 0; default: %(default)s",
+        help="number of the pack, in the order drawn, from 0, as training names it: it counts on through epochs, and "
+        "through the streams of a mixture; default: %(default)s",
     )
     parser.add_argument(
-        "--epoch", type=int, metavar="N", default=0, help="number of the epoch, from 0; default: %(default)s"
+        "--epoch",
+        type=int,
+        metavar="N",
+        default=0,
+        help="number of the epoch in which --pack counts, from 0; default: %(default)s",
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", default=1234, help="--seed of the training; default: %(default)s"
@@ -86,22 +93,30 @@ def refuse_others(output: Path) -> None:
 
 
 def packs_page(location: str, number: int, epoch: int, seed: int, tokenizer: str | None) -> str:
-    """The page of a directory of packs, with one of them.
+    """The page of a directory of packs or of a mixture, with one of its packs.
+
+    Args:
+        number: of the pack in the epoch, or in those from there on.
 
     Raises:
-        DataError: there is no such pack, or the tokenizer is not that of the packs.
+        DataError: a mixture is asked for an epoch, or the tokenizer is not that of the packs, or a number is too large.
     """
-    data_set = PackDataset(location, sys.maxsize, seed)
-    index = data_set.packs
-    if number >= len(index):
-        raise DataError(f"{location} has {len(index)} packs; give a --pack below that")
-    decode = open_tokenizer(tokenizer, location, index.data.tokenizer["sha256"]) if tokenizer else None
-    pack = Pack.of_item(data_set[epoch * len(index) + number])
-    origins = [origin(index.data, sample) for sample in index.samples(seed, epoch, number).tolist()]
+    data_set = PackDataset(location, _MOST_PACKS, seed)
+    if epoch and len(data_set.streams) > 1:
+        raise DataError(f"{location}: the streams of a mixture have epochs of their own; leave out --epoch")
+    item = epoch * len(data_set.packs) + number
+    if item >= _MOST_PACKS:
+        raise DataError(f"--pack {number} of --epoch {epoch}: no run has that many packs; give smaller numbers")
+    drawn = data_set.pack(item)
+    index = drawn.index
+    decode = open_tokenizer(tokenizer, index.location, index.data.tokenizer["sha256"]) if tokenizer else None
+    pack = Pack.of_item(data_set[drawn.number])
+    origins = [origin(index.data, sample) for sample in drawn.samples.tolist()]
     parts = pack_parts(pack, origins, decode)
-    shown = pack_part(pack, parts, number, len(index), epoch, seed)
-    statistics = count_packs(index, open_directory(location))
-    return page(f"Pack {number} of {location}", shown, statistics, index.manifest, parts["token_facts"])
+    shown = pack_part(pack, parts, drawn.number, drawn.epoch, seed)
+    statistics = count_packs(index, open_directory(index.location))
+    title = f"Pack {drawn.number} of {location}"
+    return page(title, shown, statistics, index.manifest, parts["token_facts"])
 
 
 def open_tokenizer(directory: str, location: str, fingerprint: str) -> Decode:

@@ -48,18 +48,24 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class _Pack:
+class DrawnPack:
     """The samples of an item.
 
     Args:
         index: that they are numbered in.
         epoch: of the index.
+        number: of the pack in the run, in the order drawn: the same however a global batch is dealt to ranks.
         samples: int64 [n].
     """
 
     index: PackIndex
     epoch: int
+    number: int
     samples: np.ndarray
+
+    def records(self) -> list[tuple[str, int]]:
+        """Annotation file and record of each sample."""
+        return list(map(self.index.data.describe, self.samples.tolist()))
 
 
 class PackDataset(torch.utils.data.Dataset):
@@ -123,7 +129,7 @@ class PackDataset(torch.utils.data.Dataset):
         # To check patches there is nothing to read: any bytes are pixels.
         self._fetch_images = images == "patches" or (images == "check" and stores != {"patches"})
         self._window = -1
-        self._window_packs: list[_Pack] = []
+        self._window_packs: list[DrawnPack] = []
 
     def __len__(self) -> int:
         return self._num_samples
@@ -144,12 +150,11 @@ class PackDataset(torch.utils.data.Dataset):
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"item {index} is outside a data set of {self._num_samples} items")
-        return self._assemble(self._pack(index))
+        return self._assemble(self.pack(index))
 
     def describe(self, index: int) -> list[tuple[str, int]]:
         """Annotation file and record of each sample of an item."""
-        pack = self._pack(index)
-        return list(map(pack.index.data.describe, pack.samples.tolist()))
+        return self.pack(index).records()
 
     def largest(self, first: int, count: int) -> int:
         """Upper bound, in bytes, of the tensors of any of ``count`` items from ``first`` on; no sample is read."""
@@ -159,8 +164,9 @@ class PackDataset(torch.utils.data.Dataset):
         bytes_of_tokens = max(pack.index.sequence_length for pack in packs) * 48
         return bytes_of_tokens + most * (8 + 4 * PATCH_VALUES if self._images == "patches" else 0)
 
-    def _pack(self, index: int) -> _Pack:
-        """The pack of an item. Complete global batches are looked up, because balancing needs them."""
+    def pack(self, index: int) -> DrawnPack:
+        """The pack of an item; no sample is read."""
+        # Complete global batches are looked up, because balancing needs them.
         size = self._batch.size if self._batch else 64
         start = self._batch.start % size if self._batch else 0
         window, place = divmod(index - start, size)
@@ -168,7 +174,7 @@ class PackDataset(torch.utils.data.Dataset):
             self._window, self._window_packs = window, self._draw(window * size + start, size)
         return self._window_packs[place]
 
-    def _draw(self, first: int, count: int) -> list[_Pack]:
+    def _draw(self, first: int, count: int) -> list[DrawnPack]:
         """The packs of ``count`` consecutive items."""
         packs, costs = self._drawn(first, count)
         if self._batch is None:
@@ -176,14 +182,14 @@ class PackDataset(torch.utils.data.Dataset):
         order = balanced_order(costs, self._batch.ranks, self._batch.micro_batch_size)
         return [packs[number] for number in order.tolist()]
 
-    def _drawn(self, first: int, count: int) -> tuple[list[_Pack], np.ndarray]:
+    def _drawn(self, first: int, count: int) -> tuple[list[DrawnPack], np.ndarray]:
         """The packs of ``count`` consecutive numbers, before balancing, and their costs: int64 [count, 2]."""
         if self._schedule is None:
             streams, numbers = np.zeros(count, np.int64), np.arange(first, first + count)
         else:
             streams, numbers = self._schedule.places(first, count)
         epochs = numbers // np.array(list(map(len, self.streams)))[streams]
-        packs: dict[int, _Pack] = {}
+        packs: dict[int, DrawnPack] = {}
         costs = np.empty((count, 2), np.int64)
         for stream, epoch in sorted(set(zip(streams.tolist(), epochs.tolist(), strict=True))):
             index = self.streams[stream]
@@ -193,10 +199,10 @@ class PackDataset(torch.utils.data.Dataset):
             costs[places] = index.table.costs(drawn)
             ends = drawn.offsets.tolist()
             for place, start, end in zip(places.tolist(), ends, ends[1:], strict=False):
-                packs[place] = _Pack(index, epoch, index.table.samples(drawn.units[start:end]))
+                packs[place] = DrawnPack(index, epoch, first + place, index.table.samples(drawn.units[start:end]))
         return [packs[place] for place in range(count)], costs
 
-    def _assemble(self, pack: _Pack) -> dict[str, Any]:
+    def _assemble(self, pack: DrawnPack) -> dict[str, Any]:
         """The samples of a pack joined and padded, as ``__getitem__`` returns them."""
         samples, data = pack.samples.tolist(), pack.index.data
         length, ids = pack.index.sequence_length, data.ids
@@ -237,7 +243,7 @@ class PackDataset(torch.utils.data.Dataset):
     def _group(self, data_set: str, modality: int) -> int:
         return bisect_left(self.data_sets, data_set) * len(SAMPLE_MODALITIES) + modality
 
-    def _tokens(self, pack: _Pack, fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
+    def _tokens(self, pack: DrawnPack, fetched: Sequence[tuple[StoredSample, ShardSet]]) -> np.ndarray:
         """The tokens of the samples of a pack, int32 [n], once the files of the samples are known to be consistent.
 
         Raises:

@@ -49,7 +49,7 @@ def page(title: str, pack: str, statistics: Statistics, manifest: dict[str, Any]
     )
 
 
-def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch: int, seed: int) -> str:
+def pack_part(pack: Pack, parts: dict[str, str], number: int, epoch: int, seed: int) -> str:
     """The part of the page that shows a pack, from the result of `pack_parts`."""
     length, used = len(pack.tokens), len(pack.tokens) - pack.count(PADDING)
     documents, images = int(pack.document.max()) + 1, int(pack.image.max()) + 1
@@ -68,7 +68,6 @@ def pack_part(pack: Pack, parts: dict[str, str], number: int, packs: int, epoch:
         if images
         else f"{trained:,} are trained on.",
         number=number,
-        packs=f"{packs:,}",
         epoch=epoch,
         seed=seed,
         mask_text=mask_text,

@@ -71,8 +71,8 @@ _gradients = _Gradients()
 def patch_steps(step: Callable[..., Any]) -> None:
     """Makes Megatron take its training steps by ``step(compute, data_iterator, model)``.
 
-    ``compute(data_iterator)`` is Megatron's step, with what it returns. `end_of_run` is what ``step`` returns instead
-    to end the run.
+    ``compute(data_iterator)`` is Megatron's step, with what it returns. Instead of that, ``step`` returns `end_of_run`
+    to end the run, or `skipped_step`.
     """
     for owner, lines in _LINES.items():
         require_lines(owner, lines)
@@ -101,6 +101,11 @@ def begin(clips: bool, look: Callable[[float], None]) -> None:
 def end_of_run(save: bool) -> tuple[Any, ...]:
     """The result of Megatron's step that tells it to end the run with exit code 1 before the weights change."""
     return {}, True, save, True, 1, None, None, 0
+
+
+def skipped_step() -> tuple[Any, ...]:
+    """The result of Megatron's step that tells it to count the step as skipped, after which training goes on."""
+    return {}, 1, False, False, 0, None, None, None
 
 
 def pending_scale() -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args, get_timers
 
-from neo_megatron.data.dataset import PackDataset
+from neo_megatron.data.dataset import DrawnPack, PackDataset
 from neo_megatron.errors import ConfigError
 
 
@@ -117,9 +117,9 @@ class EvaluationPacks(torch.utils.data.Dataset):
         item = self.packs[number % len(self.packs)]
         return {**item, "target_weight": torch.zeros_like(item["target_weight"]), "samples": 0, "broken": []}
 
-    def describe(self, number: int) -> list[tuple[str, int]]:
-        """See `PackDataset.describe`."""
-        return self.packs.describe(number % len(self.packs))
+    def pack(self, number: int) -> DrawnPack:
+        """See `PackDataset.pack`."""
+        return self.packs.pack(number % len(self.packs))
 
 
 def evaluate_split(

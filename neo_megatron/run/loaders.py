@@ -160,8 +160,9 @@ class MicroBatches:
         return self._named(collate([self._dataset[number] for number in numbers]), numbers)
 
     def describe(self, numbers: Sequence[int]) -> str:
-        """Describes packs by their numbers and records; of many, the first ones."""
-        return describe_packs({number: self._dataset.describe(number) for number in numbers[:_MOST]}, len(numbers))
+        """Describes packs by their numbers in the order drawn and by their records; of many, the first ones."""
+        packs = map(self._dataset.pack, numbers[:_MOST])
+        return describe_packs({pack.number: pack.records() for pack in packs}, len(numbers))
 
 
 def describe_packs(records: dict[int, list[tuple[str, int]]], count: int) -> str:

@@ -177,7 +177,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if torch.is_grad_enabled():
         _bad_numbers.note(packs, vp_stage or 0)
-        if not vp_stage:  # virtual stages read the same packs in turn
+        if not (vp_stage or _bad_numbers.again):  # virtual stages read the same packs in turn
             _log.note(packs)
     elif not vp_stage:
         _log.note_evaluation(packs)
@@ -231,7 +231,7 @@ def loss_and_report(
     loss, count, report = _loss(weight_M, nll_M)
     _log.note_loss(data_sets, trained["target_group"], weight_M, nll_M)
     if torch.is_grad_enabled():
-        _bad_numbers.note_loss(loss)
+        _bad_numbers.note_loss(loss, weight_M.sum())
     if view:
         return loss, count, {}
     pairs = get_attr_wrapped_model(model, "attention_pairs")

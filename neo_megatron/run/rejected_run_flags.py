@@ -337,7 +337,7 @@ REJECTED = (
         """,
     ),
     rejected(
-        "NEO's loss is not compared with earlier ones: leave it out, and watch the loss in TensorBoard",
+        "it compares losses with the largest of the first 100: give --loss-jump, which compares with the last 128",
         """
         --check-for-spiky-loss
         """,

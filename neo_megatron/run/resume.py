@@ -17,6 +17,7 @@ from neo_megatron.checkpoint.run_directory import RunDirectory
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.errors import ConfigError, DamagedCheckpoint
 from neo_megatron.paths import Kind, Wanted, check_path, kind_of
+from neo_megatron.run import bad_loss_rule
 from neo_megatron.run.changes import check_model, check_training, identity_of_packs, needs_state_by_names, told_changes
 from neo_megatron.run.console import say
 from neo_megatron.run.pretrained_optimizer import check_state
@@ -135,14 +136,17 @@ def note_packs(args: Namespace) -> None:
 def check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     """Compares the run with the checkpoint that it starts from, see `changes`, and reports what changes. Collective.
 
+    Takes over the state of `bad_loss_rule` if the run goes on.
+
     Raises:
         ConfigError: the checkpoint is of another model, or a resumed run would change what it trains or its
             schedule.
     """
-    on_rank_0(partial(_check_model_and_schedule, args, checkpoint))
+    vars(args).update(on_rank_0(partial(_check_model_and_schedule, args, checkpoint)))
 
 
-def _check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
+def _check_model_and_schedule(args: Namespace, checkpoint: Path) -> dict[str, Any]:
+    """Returns the arguments that the run takes over."""
     common_state = TorchDistDirectory(checkpoint).common_state()
     goes_on = _loaded_iteration(args, checkpoint) is not None and not args.finetune
     _check_state(common_state, checkpoint, goes_on)
@@ -150,12 +154,13 @@ def _check_model_and_schedule(args: Namespace, checkpoint: Path) -> None:
     if not goes_on:
         if args.pretrained_optimizer:
             check_state(TorchDistDirectory(checkpoint))
-        return
+        return {}
     check_training(args, common_state, checkpoint)
     if not args.no_load_optim:
         needs_state_by_names(args, checkpoint)  # raises if it can be loaded in neither way
     if told := told_changes(args, common_state):
         say(f"resuming from {checkpoint} with changes: {'; '.join(told)}")
+    return bad_loss_rule.state_of(common_state["args"])
 
 
 def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) -> None:
@@ -165,6 +170,7 @@ def _check_state(common_state: dict[str, Any], checkpoint: Path, goes_on: bool) 
     numbers["iteration"] = common_state.get("iteration")
     wrong = [name for name, number in numbers.items() if goes_on and (type(number) is not int or number < 0)]
     wrong += [] if isinstance(getattr(saved, "neo_sizes", None), dict) else ["neo_sizes"]
+    wrong += [] if bad_loss_rule.is_sound(saved) else ["recent_losses"]
     if wrong:
         raise ConfigError(
             f"the checkpoint {checkpoint} says nothing of {', '.join(wrong)}: give one that pretrain_neo or "

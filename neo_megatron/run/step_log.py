@@ -170,9 +170,9 @@ class StepLog:
         first = first and not ends_interval  # else the first step would be in the next line, too
         loss_dict, sums = self._leave_out_weightless(loss_dict, total_loss_dict, skipped, ends_interval or first)
         writes = iteration % self._args.tensorboard_log_interval == 0
-        experts = self._experts.gather() if writes or ends_interval else {}
+        experts = self._experts.gather() if writes or ends_interval or skipped else {}
         if skipped:  # nor does Megatron count its loss
-            self._step_losses = LossSums()
+            experts, self._step_losses = {}, LossSums()
         self._interval_losses.take(self._step_losses)
         self._losses = self._interval_losses.reduce()[0] if ends_interval else None
         self._in_line = True

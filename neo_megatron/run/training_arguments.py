@@ -22,6 +22,7 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.model.transformer_config import NeoConfig, megatron_arguments, sizes_from_arguments
 from neo_megatron.planning.packs import measure_packs
 from neo_megatron.planning.pipeline_split import choose_layout
+from neo_megatron.run import bad_loss_rule
 from neo_megatron.run.bad_numbers import check_rerun_flags
 from neo_megatron.run.checkpoints import check_save_flags
 from neo_megatron.run.console import say
@@ -89,6 +90,8 @@ def parse_arguments() -> Namespace:
     take_lengths(args)
     check_evaluation_flags(args)
     check_rerun_flags(args)
+    _raise_first(bad_loss_rule.rule_refusals(args))
+    vars(args).update(bad_loss_rule.state_of(None))
     packs = None
     # A given split is only described, by rank 0.
     described = args.rank == 0 or not args.pipeline_model_parallel_layout

@@ -370,6 +370,16 @@ def test_positions_restart_in_every_document(bench, new_sample):
     assert image.max() == 2
 
 
+def test_a_pack_has_its_number_however_it_is_dealt(mixture):
+    """The number that a training names, with which it is found again."""
+    plain, dealt = (PackDataset(mixture, 24, 5, global_batch=batch) for batch in (None, GlobalBatch(12, 3, 2)))
+    numbers = [dealt.pack(item).number for item in range(24)]
+    assert sorted(numbers) == list(range(24)) != numbers
+    for item, number in enumerate(numbers):
+        assert plain.pack(number).number == number and plain.describe(number) == dealt.describe(item)
+        assert equal(plain[number], dealt[item])
+
+
 def test_jpeg_augmentation_does_not_depend_on_how_packs_are_dealt(packs):
     plain = PackDataset(packs, 24, seed=5, min_jpeg_quality=20)
     dealt = PackDataset(packs, 24, seed=5, min_jpeg_quality=20, global_batch=GlobalBatch(12, 3, 2))

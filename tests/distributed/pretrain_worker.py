@@ -175,7 +175,7 @@ def spoilt_packs(numbers: list[int], weight: float, times: int) -> Iterator[None
     original, read = PackDataset.__getitem__, dict.fromkeys(numbers, 0)
 
     def get(dataset: PackDataset, number: int) -> dict:
-        item = original(dataset, number)
+        item, number = original(dataset, number), dataset.pack(number).number
         if number not in read or read[number] == times:
             return item
         read[number] += 1

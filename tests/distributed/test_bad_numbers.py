@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from neo_megatron.data.dataset import PackDataset
 
 STEPS, PACKS = 5, 4  # packs of a step
 FIRST, LATER = 1, 2 * PACKS + 1  # packs of steps 1 and 3
+JUMPING, SAVED = 76, 70  # steps of a run with losses that jump, and of its checkpoint
 WEIGHT = "decoder.final_layernorm.weight"
 
 
@@ -69,17 +71,34 @@ def runs(room, own, spoilt_checkpoint) -> dict[str, Job]:
         job("checkpoint", f"--pretrained-checkpoint {spoilt_checkpoint}"),
         job("transient", pack=FIRST, times=1),
         job("report", "--rerun-mode report_stats"),
+        job("skipped", "--on-bad-loss skip", saved="skipped-saved", pack=LATER),
+        job("skipped-at-once", "--on-bad-loss skip --rerun-mode disabled", pack=LATER),
+        job("skipped-in-a-row", "--on-bad-loss skip --lr 1e30 --min-lr 1e30 --train-iters 14"),
+    ]
+    # The weights hardly change, so the loss of a pack is always the same; steps have two packs.
+    still = f"--lr 1e-12 --min-lr 1e-12 --global-batch-size 2 --train-iters {JUMPING} --on-bad-loss skip --loss-jump 1"
+    from_there = f"--load {own}/jumps-saved --ckpt-step {SAVED}"
+    jumping = [
+        job("packs", f"--lr 1e-12 --min-lr 1e-12 --global-batch-size 1 --train-iters {2 * JUMPING}"),
+        job("jumps", f"{still} --exit-interval {SAVED} --save-interval {SAVED}", saved="jumps-saved"),
+        job("jumps-on", still, saved="jumps-saved"),
+        job("replayed", f"{still} --on-bad-loss stop {from_there}"),
     ]
     two = [
+        job("dp2-jumps", f"{dp2} {still} {from_there}"),
+        job("pp2-jumps", f"{pp2} {still} {from_there}"),
         job("dp2", dp2, saved="dp2-saved", pack=LATER),
         job("dp2-on", f"{dp2} {skip}", saved="dp2-saved", pack=LATER),
+        job("dp2-skipped", f"{dp2} --on-bad-loss skip", pack=LATER),
+        job("pp2-skipped", f"{pp2} --num-virtual-stages-per-pipeline-rank 2 --on-bad-loss skip", pack=LATER),
+        job("tp2-skipped", "--tensor-model-parallel-size 2 --on-bad-loss skip", pack=LATER),
         job("pp2-first", f"{pp2} --num-virtual-stages-per-pipeline-rank 2", pack=FIRST),
         job("pp2", f"{pp2} --num-virtual-stages-per-pipeline-rank 2 {skip}"),
         job("tp2", f"--tensor-model-parallel-size 2 {skip}"),
     ]
-    run_jobs(1, one)
+    run_jobs(1, [*one, *jumping])
     run_jobs(2, two)
-    return {run.directory.name: run for run in (*one, *two)}
+    return {run.directory.name: run for run in (*one, *jumping, *two)}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +142,66 @@ def test_the_run_goes_on_without_the_step(runs, name):
     assert list(actual) == ([4, 5] if "on" in name else [1, 2, 4, 5])
     for step, values in actual.items():
         assert values == pytest.approx(expected[step], rel=0 if name == "on" else 2e-6), step
+
+
+@pytest.mark.parametrize("name", ["skipped", "skipped-at-once", "dp2-skipped", "pp2-skipped", "tp2-skipped"])
+def test_a_skipped_step_changes_nothing(room, runs, name):
+    """The run has the losses of one that left the step out, and names it."""
+    expected, actual = runs["clean"].scalars("lm loss"), runs[name].scalars("lm loss")
+    assert runs[name].exit() is None and list(actual) == [1, 2, 4, 5]
+    for step, values in actual.items():
+        assert values == pytest.approx(expected[step], rel=0 if name.startswith("skipped") else 2e-6), step
+    (line,) = [line for line in runs[name].printed().splitlines() if "the step is skipped" in line]
+    assert "step 3: the loss is NaN or infinite on rank" in line and f"; it comes from pack {LATER} (" in line
+    assert f"neo-megatron inspect --packs {room}/packs --seed 1234 --pack N shows a pack" in line
+    assert ("and again when the step was computed a second time" in line) == (name != "skipped-at-once")
+    assert (
+        runs[name].printed(len(list(runs[name].directory.glob("rank*.log"))) - 1).count("skipped iterations:   1") == 1
+    )
+
+
+def test_ten_steps_in_a_row_are_skipped(runs):
+    run = runs["skipped-in-a-row"]
+    assert run.printed().count("the step is skipped") == 10
+    assert run.exit().startswith("pretrain_neo: step 12: ") and "10 steps in a row were skipped before" in run.exit()
+
+
+@pytest.fixture(scope="module")
+def jumps(room, runs) -> dict[int, tuple[float, int]]:
+    """Steps that jump, with their losses and the pack with the highest one, by a count over the packs."""
+    data = PackDataset(room / "packs", 1000, seed=1234)
+    of_packs = [values[0] for _, values in sorted(runs["packs"].scalars("lm loss").items())]
+    recent: list[float] = []
+    found = {}
+    for step in range(1, JUMPING + 1):
+        packs = [2 * step - 2, 2 * step - 1]
+        weights = [data[pack]["target_weight"].sum().item() for pack in packs]
+        loss = float(np.average([of_packs[pack] for pack in packs], weights=weights))
+        if len(recent) >= 64 and loss > np.mean(recent[-128:]) + np.std(recent[-128:]):
+            found[step] = loss, max(packs, key=of_packs.__getitem__)
+        else:
+            recent.append(loss)
+    return found
+
+
+def test_steps_whose_loss_jumps_are_skipped(runs, jumps):
+    """Also in a run that resumes, which has read few losses itself."""
+    assert min(jumps) <= SAVED < max(jumps) and len(jumps) < JUMPING - 64
+    for name in ("jumps", "jumps-on", "dp2-jumps", "pp2-jumps"):
+        steps = range(1, SAVED + 1) if name == "jumps" else range(SAVED + 1, JUMPING + 1)
+        assert list(runs[name].scalars("lm loss")) == [step for step in steps if step not in jumps], name
+        lines = [line for line in runs[name].printed().splitlines() if "the step is skipped" in line]
+        for line, step in zip(lines, [step for step in jumps if step in steps], strict=True):
+            loss, pack = jumps[step]
+            assert f"step {step}: the loss jumps to {loss:.4g}, more than 1 standard deviations above the" in line
+            assert f"; most of it comes from pack {pack} (" in line and "again when the step was computed" in line
+
+
+def test_a_jump_is_replayed_from_the_checkpoint_before(runs, jumps):
+    step = min(step for step in jumps if step > SAVED)
+    loss, pack = jumps[step]
+    assert f"pretrain_neo: step {step}: the loss jumps to {loss:.4g}" in runs["replayed"].exit()
+    assert f"; most of it comes from pack {pack} (" in runs["replayed"].exit()
 
 
 def test_a_spoilt_checkpoint_is_not_blamed_on_the_packs(runs):

@@ -126,7 +126,7 @@ def test_hostile_names_stay_text(item):
     )
     origins = [Origin(HOSTILE, HOSTILE, 0)] * item["samples"]
     parts = pack_parts(Pack.of_item(item | {"broken": [HOSTILE]}), origins, None)
-    shown = pack_part(Pack.of_item(item), parts, 0, 1, 0, 0)
+    shown = pack_part(Pack.of_item(item), parts, 0, 0, 0)
     elements = Elements(page(HOSTILE, shown, statistics, None, ""))
     assert elements.tags["script"] == 0 and elements.tags["img"] == 1 + 4
     assert elements.text.count("<script>alert(1)</script>") == 6 + item["samples"]
@@ -284,13 +284,35 @@ def test_a_data_set_that_is_not_packed_and_ids_without_a_tokenizer(bench, new_sa
 
 
 def test_invalid_requests_end_in_one_sentence(packs, bench, run_tool, tmp_path):
-    with pytest.raises(DataError, match="has 1 packs"):
-        packs_page(str(packs), 1, 0, 0, None)
+    for number, epoch in ((10**19, 0), (0, 10**19)):
+        with pytest.raises(DataError, match="no run has that many packs"):
+            packs_page(str(packs), number, epoch, 0, None)
     with pytest.raises(DataError, match="is a directory of other files, not packs"):
         packs_page(str(bench.path), 0, 0, 0, None)
     done = run_tool("inspect_data.py", "--packs", bench.path / "shards", "--output", tmp_path / "page.html")
     assert done.returncode == 1 and "holds shards, not packs" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_packs_of_later_epochs_and_of_mixtures_are_shown(packs, bench, new_sample):
+    """By the number that a training names."""
+    bench.preprocess([new_sample(f"Question {number}?", "Yes!") for number in range(9)], "other")
+    bench.pack(40, data="other", output="other-packs")
+    (bench.path / "mixture.yaml").write_text(
+        f"- {{from: 0, shares: {{{packs}: 1}}}}\n- {{from: 2, shares: {{other-packs: 1}}}}\n"
+    )
+    for location in (packs, bench.path / "other-packs", bench.path / "mixture.yaml"):
+        data_set = PackDataset(location, 100, seed=3)
+        for number in (1, 2, 40):
+            elements = Elements(packs_page(str(location), number, 0, 3, None))
+            places = [f"record {record} · " in elements.text for _, record in data_set.describe(number)]
+            assert f"Pack {number} of {location}" in elements.text and places and all(places)
+            facts = json.loads(elements.scripts[0])
+            assert facts["id"] == data_set[number]["tokens"].tolist()
+        if location == packs:  # one pack: its number is that of the epoch
+            assert facts["id"] == json.loads(Elements(packs_page(str(location), 0, 40, 3, None)).scripts[0])["id"]
+    with pytest.raises(DataError, match="leave out --epoch"):
+        packs_page(str(bench.path / "mixture.yaml"), 0, 1, 3, None)
 
 
 def test_another_tokenizer_is_refused(packs, bench, tmp_path):
