@@ -13,12 +13,11 @@ They are of all training tokens of all ranks since they were last written. Tags 
 
 import math
 
-import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from neo_megatron.model.expert_router import MODALITIES, ExpertRouter, balance_of
 from neo_megatron.model.neo_model import NeoModel
+from neo_megatron.run.ranks import sums_of_layers
 
 
 class ExpertLog:
@@ -38,16 +37,10 @@ class ExpertLog:
         """The scalars since the last call; all ranks must call it."""
         if not self._experts:
             return {}
-        sums = torch.zeros(self._layers, 2, 2 * self._experts + 2, dtype=torch.float64, device="cuda")
-        for number, router in self._routers.items():
-            if router.counted is not None:
-                sums[number] = router.counted
+        counted = {number: router.counted for number, router in self._routers.items()}
+        for router in self._routers.values():
             router.counted = None
-        for group in (
-            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_pipeline_model_parallel_group(),
-        ):
-            torch.distributed.all_reduce(sums, group=group)
+        sums = sums_of_layers(counted, self._layers, 2, 2 * self._experts + 2)
         scalars: dict[str, float] = {}
         for name, figures in balance_of(sums, self._experts).items():
             for modality, of_layers in zip(MODALITIES, figures.unbind(dim=1), strict=True):

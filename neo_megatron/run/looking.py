@@ -21,6 +21,7 @@ from neo_megatron.model.native_attention import NativeSelfAttention
 from neo_megatron.model.neo_model import NeoModel
 from neo_megatron.run.image_views import VIEWS
 from neo_megatron.run.loss_sums import Losses, LossSums
+from neo_megatron.run.ranks import sums_of_layers
 
 
 class LookingLog:
@@ -56,16 +57,10 @@ class LookingLog:
 
     def _image_attention(self) -> list[float]:
         """Of each layer; not a number where no row was measured."""
-        sums = torch.zeros(self._layers, 2, dtype=torch.float64, device="cuda")
-        for number, attention in self._attentions.items():
-            if attention.image_attention is not None:
-                sums[number] = attention.image_attention
+        measured = {number: attention.image_attention for number, attention in self._attentions.items()}
+        for attention in self._attentions.values():
             attention.image_attention = None
-        for group in (
-            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_pipeline_model_parallel_group(),
-        ):
-            torch.distributed.all_reduce(sums, group=group)
+        sums = sums_of_layers(measured, self._layers, 2)
         total, count = sums.unbind(dim=1)
         return (total / count).tolist()
 

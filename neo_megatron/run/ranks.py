@@ -1,9 +1,11 @@
-"""Work that one rank does for all: reading metadata on each of thousands would keep a shared file system busy."""
+"""One rank reads for all (metadata read by thousands would keep a file system busy), and sums over all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from torch import Tensor
 
 from neo_megatron.errors import ConfigError, NeoError
 
@@ -33,3 +35,22 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
     if outcome[1]:
         raise ConfigError(outcome[1])
     return outcome[0]
+
+
+def sums_of_layers(of_layers: Mapping[int, Tensor | None], *shape: int) -> Tensor:
+    """Sums of the tables of all ranks of a model: float64 ``[layers, ...]``. Collective.
+
+    Args:
+        of_layers: by the number of the layer, the table of this rank, or ``None`` for one of zeros.
+        shape: of the result.
+    """
+    sums = torch.zeros(*shape, dtype=torch.float64, device="cuda")
+    for number, table in of_layers.items():
+        if table is not None:
+            sums[number] = table
+    for group in (
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        torch.distributed.all_reduce(sums, group=group)
+    return sums

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+from megatron.core.transformer.enums import AttnBackend
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import has_nvrx_checkpointing_async_support
@@ -114,6 +115,12 @@ def parse_arguments() -> Namespace:
     if args.use_megatron_fsdp:
         fsdp.complete(args)
     check_layouts_of_lengths(args)
+    own_tiles = {AttnBackend.flash, AttnBackend.unfused}
+    if args.attention_tiles != NeoKernelArguments.attention_tiles and args.attention_backend in own_tiles:
+        backend = args.attention_backend.name
+        raise ConfigError(
+            f"--attention-tiles is for FlexAttention, not for --attention-backend {backend}: leave one out"
+        )
     if cpu_platform.on_cpu() and not args.dry_run:
         _raise_first(gpu_refusals(given))
         if args.attention_tiles != NeoKernelArguments.attention_tiles:

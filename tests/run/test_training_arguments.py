@@ -114,6 +114,14 @@ def test_weights_and_biases(parse, monkeypatch, tmp_path):
             "--optimizer sgd --use-distributed-optimizer",
             "--use-distributed-optimizer shards the state of --optimizer adam alone: leave one of them out",
         ),
+        ("--attention-tiles table", "--attention-tiles chooses a kernel of a GPU"),
+        *(
+            (
+                f"--attention-tiles table --attention-backend {one}",
+                f"for FlexAttention, not for --attention-backend {one}",
+            )
+            for one in ("flash", "unfused")
+        ),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists all flags"),
     ],
 )
