@@ -119,7 +119,7 @@ setup(
             ),
             # tests/lint.sh
             *("ruff>=0.17,<0.18", "codespell>=2.4,<3", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7"),
-            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *PARQUET, *DEMO),
+            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *PARQUET, *TRACKERS, *DEMO),
         ],
     },
     entry_points={

@@ -139,7 +139,7 @@ def parse_arguments() -> Namespace:
     check_settings(args)
     if args.dry_run:
         args.tensorboard_dir = args.wandb_project = args.mlflow_dir = None  # a dry run leaves no file
-    set_global_variables(args)
+    _set_global_variables(args)
     return args
 
 
@@ -218,6 +218,19 @@ def take_mixture(args: Namespace) -> None:
         )
     if args.mixture:
         args.train_data_path = [args.mixture]
+
+
+def _set_global_variables(args: Namespace) -> None:
+    """Megatron's, with its writers. Raises ConfigError if Weights & Biases refuses the run."""
+    if not args.wandb_project:
+        set_global_variables(args)
+        return
+    import wandb
+
+    try:
+        set_global_variables(args)
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--wandb-project: {error} Or set WANDB_MODE=offline and upload later.") from error
 
 
 def _raise_first(sentences: Iterable[str]) -> None:

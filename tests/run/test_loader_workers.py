@@ -51,8 +51,9 @@ class Packs(Dataset):
             **{"positions_thw": rows, "samples": 1, "broken": []},
         }
 
-    def describe(self, number: int) -> list[tuple[str, int]]:
-        return [("a.json", 10 * number), ("a.json", 10 * number + 1), ("b.json", number)]
+    def pack(self, number: int) -> SimpleNamespace:
+        records = [("a.json", 10 * number), ("a.json", 10 * number + 1), ("b.json", number)]
+        return SimpleNamespace(number=number, records=lambda: records)
 
 
 def kill() -> None:

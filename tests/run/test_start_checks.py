@@ -31,10 +31,6 @@ REFUSED = {
         f"{BEGIN} --wandb-project neo --wandb-exp-name one",
         "--wandb-project needs a directory for its files: add --wandb-save-dir, or --save",
     ),
-    "package for W&B": (
-        f"{BEGIN} --wandb-project neo --wandb-exp-name one --wandb-save-dir {{room}}/wandb",
-        "--wandb-project needs the package wandb, which is not installed: pip install 'wandb>=0.31,<1'",
-    ),
 }
 CHANGE = "--load {room}/saved --save {room}/changed"
 VALIDATE = "--valid-data-path {room}/packs --eval-interval 1"

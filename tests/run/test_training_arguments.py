@@ -1,5 +1,7 @@
 """The command line of a training: sizes and choices reach the run, Megatron's refusals are sentences, --help helps."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,6 +14,7 @@ from support.paths import ROOT
 from support.processes import run_forked
 
 from neo_megatron.errors import ConfigError
+from neo_megatron.run import training_arguments
 from neo_megatron.run.training_arguments import choose_gpu
 
 # Megatron builds flags in a way that argparse is about to drop.
@@ -94,6 +97,34 @@ def test_weights_and_biases(parse, monkeypatch, tmp_path):
     global_vars._set_wandb_writer(args)
     assert (told["project"], told["name"], told["entity"]) == ("neo", "first", "us")
     assert told["dir"] == f"{tmp_path}/wandb" and told["config"]["lr"] == 4e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "bounds"),
+    [
+        ("--wandb-project neo --wandb-exp-name first --wandb-save-dir x", "wandb", ">=0.31,<1"),
+        ("--mlflow-dir x", "mlflow", "-skinny>=3,<4"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_named(parse, monkeypatch, flags, package, bounds):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    remedy = re.escape(f"needs the package {package}, which is not installed: pip install '{package}{bounds}'")
+    with pytest.raises(ConfigError, match=remedy):
+        parse(flags)
+
+
+def test_a_tracker_that_nobody_has_logged_in_to_is_refused(parse, monkeypatch, tmp_path):
+    """By its package itself, without a network."""
+    pytest.importorskip("wandb")
+    from megatron.training import global_vars
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(training_arguments, "set_global_variables", global_vars._set_wandb_writer)
+    with pytest.raises(ConfigError, match="--wandb-project: No API key configured.*WANDB_MODE=offline"):
+        parse(f"--wandb-project neo --wandb-exp-name first --wandb-save-dir {tmp_path}")
 
 
 @pytest.mark.parametrize(
