@@ -7,31 +7,20 @@ read as a run reads them, the checkpoint to start from, and the plan of every pi
 from argparse import Namespace
 from pathlib import Path
 
-import torch
 from megatron.core.transformer.enums import AttnBackend
 
 from neo_megatron.checkpoint.torch_dist import TorchDistDirectory
 from neo_megatron.data.dataset import GlobalBatch
-from neo_megatron.megatron_compat import cpu_platform
-from neo_megatron.model.config import NeoSizes
-from neo_megatron.planning.hardware import GPUS, Gpu, gpu_named
-from neo_megatron.planning.layout import Layout, precision_of
 from neo_megatron.planning.packs import measure_items
-from neo_megatron.planning.report import Plan, describe
+from neo_megatron.planning.report import describe
 from neo_megatron.planning.workload import Workload
 from neo_megatron.run.after_loading import packs_to_read
 from neo_megatron.run.broken_samples import watch_broken_samples
 from neo_megatron.run.loaders import check_loader_memory, ended_before, open_packs
-from neo_megatron.run.module_rates import stage_at_work
 from neo_megatron.run.pack_lengths import check_borders, longest_ahead
+from neo_megatron.run.planned import can_plan, gpu_to_plan_for, plan_of
 from neo_megatron.run.resume import note_packs
 from neo_megatron.run.start_checks import check_checkpoint
-
-# Flags of pipeline splits that only Megatron can compute.
-_UNPLANNED = (
-    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-)
 
 
 def dry_run(args: Namespace) -> None:
@@ -50,33 +39,18 @@ def dry_run(args: Namespace) -> None:
         check_loader_memory(args)
     iteration, consumed = _check_checkpoint(args)
     workload = _check_packs(args, iteration, consumed)
-    if any(getattr(args, flag) for flag in _UNPLANNED):
+    if not can_plan(args):
         print("no plan: Megatron alone knows this split; write it as --pipeline-model-parallel-layout to see one")
     else:
         if args.num_experts and args.moe_token_dispatcher_type != "alltoall":
             print("memory and traffic of experts are planned for --moe-token-dispatcher-type alltoall")
         if args.attention_backend == AttnBackend.unfused:
             print("attention is planned for auto: unfused needs more, which grows with the square of the pack")
-        print(describe(plan_of(args, workload)))
+        gpu, note = gpu_to_plan_for()
+        if note:
+            print(note)
+        print(describe(plan_of(args, workload, gpu)))
     print("dry run: nothing was found that would stop this run before its first step", flush=True)
-
-
-def plan_of(args: Namespace, workload: Workload) -> Plan:
-    """The plan of a run, for the GPU of this machine or, without one, an H100."""
-    layout = Layout.from_arguments(args, precision_of(args))
-    return Plan.make(NeoSizes(**args.neo_sizes), layout, workload, stage_at_work(args), _gpu())
-
-
-def _gpu() -> Gpu:
-    if cpu_platform.on_cpu():
-        print("no GPU here: planned for h100")
-        return GPUS["h100"]
-    device = torch.cuda.get_device_properties(0)
-    gpu = gpu_named(device.name)
-    if gpu is None:
-        print(f"{device.name} has no stated rates: time is planned for h100")
-        gpu = GPUS["h100"]
-    return gpu.with_memory(device.total_memory)
 
 
 def _check_checkpoint(args: Namespace) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Facts of a run that trackers keep with its scalars: commit, versions, packs and parallel layout.
+"""Facts of a run that trackers keep with its scalars: commit, versions, packs, parallel layout and plan.
 
 The arguments of the run are not among them: Megatron gives them to TensorBoard and Weights & Biases itself.
 """
@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from neo_megatron.planning.layout import Layout, precision_of
+from neo_megatron.planning.packs import measure_packs
 from neo_megatron.run.changes import identity_of_packs
+from neo_megatron.run.planned import can_plan, gpu_to_plan_for, plan_of
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 _SECONDS = 10
@@ -31,7 +33,23 @@ def facts_of(args: Namespace) -> dict[str, str]:
         if paths := getattr(args, f"{split}_data_path"):
             identity = identity_of_packs(paths[0])
             facts[f"packs/{split}"] = identity if isinstance(identity, str) else json.dumps(identity)
+    if args.train_data_path and can_plan(args):
+        facts["plan"] = json.dumps(_planned(args))
     return facts
+
+
+def _planned(args: Namespace) -> dict[str, str | float | bool]:
+    """Needs of the run, to compare with its scalars."""
+    gpu, _ = gpu_to_plan_for()
+    plan = plan_of(args, measure_packs(args.train_data_path[0]), gpu)
+    return {
+        "gpu": gpu.name,
+        "memory of the fullest rank (GB)": round(plan.needed / 1e9, 3),
+        "fits": plan.fits,
+        "seconds per step": float(f"{plan.time.seconds:.4g}"),
+        "tokens per second per GPU": float(f"{plan.time.tokens_per_second:.4g}"),
+        "MFU (%)": round(100 * plan.time.mfu, 1),
+    }
 
 
 def git_commit(directory: Path) -> str:

@@ -12,6 +12,7 @@ import pytest
 from support.golden_packs import make_packs
 from support.paths import GOLDEN
 from support.pretrain_jobs import Job, run_jobs
+from support.processes import run_forked
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
 from neo_megatron.run.changes import identity_of_packs
@@ -67,6 +68,36 @@ def facts(run: Job) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def planned(run) -> dict[str, float]:
+    """Numbers of `neo-megatron plan` for the run."""
+    done = run_forked(
+        *(
+            "-m",
+            "neo_megatron",
+            "plan",
+            "--neo-model",
+            GOLDEN / "ckpt_untied",
+            "--packs",
+            f"{run.directory.parent}/packs",
+        ),
+        *("--precision", "fp32", "--transformer-impl", "local", "--gpu", "h100", "--gpus", "1", "--json"),
+        *("--micro-batch-size", "1", "--global-batch-size", "2"),
+        separate=True,
+    )
+    plan = json.loads(done.stdout)
+    return {"memory": plan["needed"] / 1e9, "seconds": plan["time"]["seconds"], "mfu": 100 * plan["time"]["mfu"]}
+
+
+def check_plan(fact: str, planned: dict[str, float]) -> None:
+    """Of a tracker; there is no GPU here."""
+    told = json.loads(fact)
+    assert (told["gpu"], told["fits"]) == ("h100", True)
+    assert told["memory of the fullest rank (GB)"] == round(planned["memory"], 3)
+    assert told["seconds per step"] == pytest.approx(planned["seconds"], rel=1e-3)
+    assert told["MFU (%)"] == round(planned["mfu"], 1)
+
+
 def records(file: bytes) -> Iterator[bytes]:
     """The records of an offline run: a head of 7 bytes, then LevelDB's log format, which cuts records at blocks."""
     place, record = 7, b""
@@ -83,7 +114,7 @@ def records(file: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_weights_and_biases(run, expected):
+def test_weights_and_biases(run, expected, planned):
     from wandb.proto import wandb_internal_pb2
 
     (file,) = (run.directory.parent / "wandb").glob("**/*.wandb")
@@ -99,9 +130,10 @@ def test_weights_and_biases(run, expected):
                 scalars[tag][items["_step"]] = value
     assert scalars == expected
     assert config["train_iters"] == 2 and facts(run).items() <= config.items()
+    check_plan(config["plan"], planned)
 
 
-def test_mlflow(run, expected, monkeypatch):
+def test_mlflow(run, expected, planned, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # as its file store asks of everyone who reads one
     from mlflow.tracking import MlflowClient
 
@@ -110,19 +142,22 @@ def test_mlflow(run, expected, monkeypatch):
     assert found.info.status == "FINISHED" and found.info.run_name == "one"
     assert found.data.params["train_iters"] == "2"
     assert {named(name): value for name, value in facts(run).items()}.items() <= found.data.tags.items()
+    check_plan(found.data.tags["plan"], planned)
     for tag, of_step in expected.items():
         history = client.get_metric_history(found.info.run_id, named(tag))
         assert {point.step: point.value for point in history} == pytest.approx(of_step), tag
     assert found.data.metrics.keys() == set(map(named, expected))
 
 
-def test_tensorboard_keeps_the_facts(run):
+def test_tensorboard_keeps_the_facts(run, planned):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.directory / "events")).Reload()
     for name, value in facts(run).items():
         (text,) = events.Tensors(f"{name}/text_summary")
         assert text.tensor_proto.string_val[0].decode() == value
+    (plan,) = events.Tensors("plan/text_summary")
+    check_plan(plan.tensor_proto.string_val[0].decode(), planned)
 
 
 def test_names_that_mlflow_refuses():
