@@ -153,7 +153,7 @@ def _check_model_and_schedule(args: Namespace, checkpoint: Path) -> dict[str, An
     check_model(args, common_state, checkpoint)
     if not goes_on:
         if args.pretrained_optimizer:
-            check_state(TorchDistDirectory(checkpoint))
+            check_state(TorchDistDirectory(checkpoint), args.optimizer)
         return {}
     check_training(args, common_state, checkpoint)
     if not args.no_load_optim:
