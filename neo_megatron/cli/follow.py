@@ -12,7 +12,6 @@ It ends when the last step of the run is evaluated. It may be stopped at any tim
 """
 
 import argparse
-import signal
 from pathlib import Path
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
@@ -99,7 +98,6 @@ def main() -> None:
     def task_of_export(export: Path) -> tuple[Task, int]:
         return task_of(argparse.Namespace(**vars(arguments), model=str(export), allow_pickle=False), {})
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with FollowOutput(arguments.output) as output:
         evaluator = Evaluator(tokenizer, sources, task_of_export, arguments.batch_size)
         Follower(WatchedRun(arguments.run), output, evaluator, arguments.keep_best).follow(

@@ -19,7 +19,7 @@ from neo_megatron.inspection.token_text import visible
 CHANGES = 60
 TABLE_SETS = 4
 """Most data sets that have columns in the table; the charts have all."""
-_HEAT = [(210, 40, 20, round(200 * level / 255)) for level in range(256)]
+_HEAT = [(210, 40, 20, round(150 * level / 255)) for level in range(256)]
 
 Line = dict[str, Any]
 """A line of ``answers.jsonl``."""

@@ -104,7 +104,7 @@ def curves(steps: Sequence[int], values: Mapping[str, Sequence[float]], width: i
         values: name of a CSS class -> the line, of which each step has a value.
         width: in units; text has 11 of them.
     """
-    left, right, top, bottom = 34, width - 14, 8, height - 20
+    left, right, top, bottom = 28, width - 14, 8, height - 20
     first, last = steps[0], steps[-1]
 
     def place(step: int) -> float:
@@ -114,12 +114,12 @@ def curves(steps: Sequence[int], values: Mapping[str, Sequence[float]], width: i
     for share in (0.0, 0.5, 1.0):
         y = bottom - share * (bottom - top)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="end">{share:.0%}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="end">{share:g}</text>')
     for name, line in values.items():
         points = [(place(step), bottom - value * (bottom - top)) for step, value in zip(steps, line, strict=True)]
         parts.append(f'<path class="curve {name}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in points)}"/>')
         parts += [
-            f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>step {step:,}: {value:.1%}</title></circle>'
+            f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>step {step:,}: {value:.3f}</title></circle>'
             for (x, y), step, value in zip(points, steps, line, strict=True)
         ]
     for step, anchor in {last: "end", first: "middle" if first == last else ""}.items():
