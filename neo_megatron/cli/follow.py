@@ -12,6 +12,8 @@ It ends when the last step of the run is evaluated. It may be stopped at any tim
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from neo_megatron.checkpoint.hub import tokenizer_directory
@@ -21,6 +23,7 @@ from neo_megatron.cli.source_options import add_sources, check_sources, chosen_s
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.errors import ConfigError
 from neo_megatron.follow.following import Evaluator, Follower
+from neo_megatron.follow.lmms_eval import LmmsEval
 from neo_megatron.follow.output import FollowOutput
 from neo_megatron.follow.watched_run import WatchedRun
 from neo_megatron.inference.batches import Task
@@ -60,6 +63,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--once", action="store_true", help="evaluate the checkpoints that are there, then end; default: wait for more"
     )
+    parser.add_argument(
+        "--lmms-eval-tasks",
+        nargs="+",
+        metavar="TASK",
+        default=[],
+        help="tasks of lmms-eval to run on each export, such as mme; default: none",
+    )
+    parser.add_argument(
+        "--lmms-eval-command",
+        metavar="COMMAND",
+        help="the beginning of lmms-eval's command line, such as 'venv/bin/python -m lmms_eval --include_path tasks'; "
+        "it may be installed elsewhere, with neo_megatron; default: this Python with -m lmms_eval",
+    )
     add_prompts(parser)
     add_batches(parser)
     add_answers(parser.add_argument_group("model"), max_new_tokens=128)
@@ -68,6 +84,9 @@ def parse_arguments() -> argparse.Namespace:
     check_sources(parser, arguments)
     if arguments.keep_best < 0:
         parser.error("--keep-best must be at least 0")
+    command = arguments.lmms_eval_command
+    if command is not None and not (arguments.lmms_eval_tasks and command.strip()):
+        parser.error("--lmms-eval-command is a command, and goes with --lmms-eval-tasks")
     if not 0 < arguments.poll < float("inf"):
         parser.error("--poll must be above 0")
     return arguments
@@ -87,6 +106,14 @@ def check_places(run: str, output: Path, once: bool) -> None:
         raise ConfigError(f"--output {output} is in the directory of the run, which is only read: choose another")
 
 
+def lmms_eval_of(arguments: argparse.Namespace) -> LmmsEval | None:
+    """The tasks of lmms-eval, if there are any."""
+    if not arguments.lmms_eval_tasks:
+        return None
+    command = shlex.split(arguments.lmms_eval_command or "") or [sys.executable, "-m", "lmms_eval"]
+    return LmmsEval(command, arguments.lmms_eval_tasks, arguments.batch_size)
+
+
 def main() -> None:
     """Follows the run until it is finished."""
     arguments = parse_arguments()
@@ -99,7 +126,8 @@ def main() -> None:
         return task_of(argparse.Namespace(**vars(arguments), model=str(export), allow_pickle=False), {})
 
     with FollowOutput(arguments.output) as output:
-        evaluator = Evaluator(tokenizer, sources, task_of_export, arguments.batch_size)
+        lmms_eval = lmms_eval_of(arguments)
+        evaluator = Evaluator(tokenizer, sources, task_of_export, arguments.batch_size, lmms_eval)
         Follower(WatchedRun(arguments.run), output, evaluator, arguments.keep_best).follow(
             arguments.once, arguments.poll
         )

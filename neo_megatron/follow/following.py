@@ -13,6 +13,7 @@ from neo_megatron.command_line import sentence_of
 from neo_megatron.data.prepare.registry import Source
 from neo_megatron.errors import NeoError
 from neo_megatron.follow.attention import attention_maps
+from neo_megatron.follow.lmms_eval import LmmsEval
 from neo_megatron.follow.output import PAGE, SCORES, FollowOutput, best_steps
 from neo_megatron.follow.page import page
 from neo_megatron.follow.trackers import record
@@ -31,12 +32,14 @@ class Evaluator:
         sources: annotation files with their schemas.
         task_of: the directory of an export -> the task of each worker, and the number of workers.
         batch_size: questions answered together.
+        lmms_eval: further tasks; ``None`` for none of them.
     """
 
     tokenizer: Any
     sources: Sequence[Source]
     task_of: Callable[[Path], tuple[Task, int]]
     batch_size: int
+    lmms_eval: LmmsEval | None
 
 
 class Follower:
@@ -103,7 +106,9 @@ class Follower:
         task, workers = evaluator.task_of(export)
         plan = plan_of(task, evaluator.sources, "every answer")
         del plan["--model"]  # differs between checkpoints, and an evaluation checks its own
-        output.claim({"RUN": str(self._run.root.absolute()), **plan})
+        lmms_eval = evaluator.lmms_eval
+        tasks = list(lmms_eval.tasks) if lmms_eval else []
+        output.claim({"RUN": str(self._run.root.absolute()), "--lmms-eval-tasks": tasks, **plan})
         if self._questions is None:
             self._questions = read_questions(evaluator.sources, task.settings, "every answer")
             for sentence in self._questions.noticed.sentences():
@@ -111,6 +116,8 @@ class Follower:
         if not output.attention_of(step).exists():
             samples = attention_maps(task, self._questions.questions)
             write_atomically(output.attention_of(step), json_line({"stamp": stamp, "samples": samples}))
+        if lmms_eval and not output.lmms_eval_of(step).exists():
+            lmms_eval.run(task, output.lmms_eval_of(step))
         evaluate(
             task,
             evaluator.sources,

@@ -15,6 +15,7 @@ from typing import Any
 
 from neo_megatron.atomic_files import is_partial, json_line, write_atomically
 from neo_megatron.errors import DataError
+from neo_megatron.follow.lmms_eval import lmms_eval_results
 from neo_megatron.inference.answer_run import ANSWERS, PROGRESS
 from neo_megatron.inference.evaluate import SCORES as EVALUATION_SCORES
 from neo_megatron.locks import lock
@@ -94,6 +95,9 @@ class FollowOutput:
     def evaluation_of(self, step: int) -> Path:
         return self.directory / "evaluations" / f"step-{step}"
 
+    def lmms_eval_of(self, step: int) -> Path:
+        return self.directory / "lmms-eval" / f"step-{step}"
+
     def attention_of(self, step: int) -> Path:
         return self.directory / "attention" / f"step-{step}.json"
 
@@ -121,10 +125,13 @@ class FollowOutput:
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of ``scores.jsonl``, one for each step in ascending order."""
-        return [
-            score_row(step, json.loads((self.evaluation_of(step) / EVALUATION_SCORES).read_bytes()))
-            for step in self.evaluated()
-        ]
+        rows = []
+        for step in self.evaluated():
+            row = score_row(step, json.loads((self.evaluation_of(step) / EVALUATION_SCORES).read_bytes()))
+            if self.lmms_eval_of(step).exists():
+                row["lmms_eval"] = lmms_eval_results(self.lmms_eval_of(step))
+            rows.append(row)
+        return rows
 
     def delete_exports(self, kept: set[int]) -> None:
         """Deletes the exports of other evaluated steps; renames first, so that a kill leaves no part."""

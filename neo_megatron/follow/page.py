@@ -55,10 +55,11 @@ def page(
         checkpoints=f"{len(rows):,} checkpoint{'s' * (len(rows) != 1)}",
         best=f"{best:,}",
         best_match=f"{max(row['exact_match'] for row in rows):.1%}",
-        mean_chart=_chart(steps, rows, 1000, 240, "mean over data sets"),
+        mean_chart=_chart(steps, rows, "mean over data sets"),
         set_charts=_set_charts(steps, rows, names),
         set_heads="".join(f'<th class="number">{escape(visible(name))}</th>' for name in _columns(names)),
         rows="\n".join(_row(row, names, exported, newest["step"], best) for row in reversed(rows)),
+        lmms_eval=_lmms_eval(rows[-2:]),
         changes_text=_changes_text(len(changed), steps),
         changes="\n".join(_cards(changed[:CHANGES], steps[-2:])),
         maps_text=_maps_text(attention),
@@ -85,9 +86,9 @@ def _plain(prediction: str) -> str:
     return normalised(without_thinking(prediction))
 
 
-def _chart(steps: Sequence[int], scores: Sequence[Mapping[str, Any]], width: int, height: int, label: str) -> str:
+def _chart(steps: Sequence[int], scores: Sequence[Mapping[str, Any]], label: str) -> str:
     lines = {"near": [one["anls"] for one in scores], "match": [one["exact_match"] for one in scores]}
-    return curves(steps, lines, width, height, f"exact match and ANLS over steps, {label}")
+    return curves(steps, lines, f"exact match and ANLS over steps, {label}")
 
 
 def _set_charts(steps: Sequence[int], rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -95,11 +96,25 @@ def _set_charts(steps: Sequence[int], rows: Sequence[Mapping[str, Any]], names: 
     if len(names) == 1:
         return ""
     charts = [
-        f"<div><h3>{escape(visible(name))}</h3>"
-        f"{_chart(steps, [row['data_sets'][name] for row in rows], 400, 150, name)}</div>"
+        f"<div><h3>{escape(visible(name))}</h3>{_chart(steps, [row['data_sets'][name] for row in rows], name)}</div>"
         for name in names
     ]
     return f'<div class="sets">{"".join(charts)}</div>'
+
+
+def _lmms_eval(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The scores of lmms-eval at the last two steps, if there are any."""
+    newest = rows[-1].get("lmms_eval", {})
+    if not newest:
+        return ""
+    heads = "".join(f'<th class="number">step {row["step"]:,}</th>' for row in rows)
+    lines = []
+    for task, metrics in newest.items():
+        for metric in metrics:
+            values = [row.get("lmms_eval", {}).get(task, {}).get(metric) for row in rows]
+            cells = "".join(f'<td class="number">{"" if value is None else f"{value:.4g}"}</td>' for value in values)
+            lines.append(f"<tr><td>{escape(visible(task))}</td><td>{escape(visible(metric))}</td>{cells}</tr>")
+    return f"<h2>lmms-eval</h2>\n<table><tr><th>task</th><th>metric</th>{heads}</tr>{''.join(lines)}</table>"
 
 
 def _columns(names: Sequence[str]) -> Sequence[str]:

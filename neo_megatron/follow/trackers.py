@@ -49,6 +49,8 @@ def scalars_of(row: Mapping[str, Any]) -> Scalars:
     for name, scores in row["data_sets"].items():
         tag = name.encode(errors="backslashreplace").decode()  # a name may hold bytes that are not Unicode
         found |= {f"scores/{label} by data set/{tag}": scores[key] for key, label in _METRICS.items()}
+    for task, metrics in row.get("lmms_eval", {}).items():
+        found |= {f"lmms-eval/{task}/{metric}": value for metric, value in metrics.items()}
     return found
 
 
@@ -170,7 +172,8 @@ class WandbScores:
             mode="shared", x_primary=False, x_label="neo-megatron follow", x_update_finish_state=False
         )
         with TemporaryDirectory() as room, self._wandb.init(**self._run, dir=room, settings=settings) as run:
-            run.define_metric("scores/*", step_metric=_WANDB_STEP)
+            for tags in ("scores/*", "lmms-eval/*"):
+                run.define_metric(tags, step_metric=_WANDB_STEP)
             for step, values in scalars.items():
                 run.log({**values, _WANDB_STEP: step})
 

@@ -97,13 +97,13 @@ def histogram(lengths: np.ndarray, limit: int | None) -> str:
     return _svg(height + 24, parts, "number of samples by their tokens")
 
 
-def curves(steps: Sequence[int], values: Mapping[str, Sequence[float]], width: int, height: int, label: str) -> str:
+def curves(steps: Sequence[int], values: Mapping[str, Sequence[float]], label: str) -> str:
     """Lines over steps, from 0 to 1, with a point at each step.
 
     Args:
         values: name of a CSS class -> the line, of which each step has a value.
-        width: in units; text has 11 of them.
     """
+    width, height = 400, 150
     left, right, top, bottom = 28, width - 14, 8, height - 20
     first, last = steps[0], steps[-1]
 
