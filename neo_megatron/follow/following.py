@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from neo_megatron.atomic_files import json_line, write_atomically
 from neo_megatron.checkpoint.reader import open_megatron
 from neo_megatron.checkpoint.to_hf import check_tokenizer, convert_megatron_to_hf
@@ -80,9 +82,9 @@ class Follower:
         self._say_result()
 
     def _next(self) -> int | None:
-        """The oldest complete checkpoint that is neither evaluated nor known to be damaged."""
-        done = set(self._output.evaluated())
-        for step in self._run.steps():
+        """The oldest checkpoint that is neither evaluated nor known to be damaged; exported ones need not be there."""
+        done, exported = set(self._output.evaluated()), set(self._output.exported())
+        for step in sorted({*self._run.steps(), *exported}):
             stamp = self._run.stamp(step)
             if step in done:
                 if step not in self._stamps:
@@ -93,7 +95,7 @@ class Follower:
                         f"{self._output.evaluation_of(step)}, {self._output.attention_of(step)} and "
                         f"{self._output.export_of(step)}, then start again"
                     )
-            elif stamp is not None and self._damaged.get(step) != stamp:
+            elif step in exported or (stamp is not None and self._damaged.get(step) != stamp):
                 return step
         return None
 
@@ -116,6 +118,7 @@ class Follower:
         if not output.attention_of(step).exists():
             samples = attention_maps(task, self._questions.questions)
             write_atomically(output.attention_of(step), json_line({"stamp": stamp, "samples": samples}))
+            torch.cuda.empty_cache()  # for the processes that follow
         if lmms_eval and not output.lmms_eval_of(step).exists():
             lmms_eval.run(task, output.lmms_eval_of(step))
         evaluate(
@@ -127,6 +130,7 @@ class Follower:
             f"step {step}",
             self._questions,
         )
+        torch.cuda.empty_cache()
         (row,) = (row for row in output.rows() if row["step"] == step)
         sets = len(row["data_sets"])
         means = f"exact match {row['exact_match']:.2%}, ANLS {row['anls']:.4f}"
@@ -201,8 +205,8 @@ class Follower:
 
     def _say_result(self) -> None:
         rows = self._output.rows()
-        skipped = f"{self._vanished:,} deleted while read, {len(self._damaged):,} damaged"
-        print(f"{len(rows):,} checkpoints evaluated; skipped: {skipped}")
+        skipped = f"{self._vanished:,} deleted while they were read, {len(self._damaged):,} damaged"
+        print(f"checkpoints evaluated: {len(rows):,}; skipped: {skipped}")
         if rows:
             (best,) = best_steps(rows, 1)
             print(f"the best by mean exact match over data sets: {self._output.export_of(best)}")

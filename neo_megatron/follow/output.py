@@ -19,6 +19,7 @@ from neo_megatron.follow.lmms_eval import lmms_eval_results
 from neo_megatron.inference.answer_run import ANSWERS, PROGRESS
 from neo_megatron.inference.evaluate import SCORES as EVALUATION_SCORES
 from neo_megatron.locks import lock
+from neo_megatron.paths import output_place
 
 STATE, SCORES, PAGE = "follow.json", "scores.jsonl", "page.html"
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -32,11 +33,11 @@ class FollowOutput:
         directory: new, or one that this command has written before.
 
     Raises:
-        DataError: another process writes to it; it holds other files.
+        DataError: another process writes to it; it holds other files; it is a link that leads nowhere.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = directory = output_place(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(directory, directory, os.O_RDONLY | os.O_DIRECTORY)
         try:

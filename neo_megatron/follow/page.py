@@ -140,7 +140,7 @@ def _changes_text(count: int, steps: Sequence[int]) -> str:
     between = f"from step {steps[-2]:,} to step {steps[-1]:,}"
     if not count:
         return f"No answer changed {between}."
-    shown = f"The first {CHANGES:,} of {count:,} answers" if count > CHANGES else f"{count:,} answers"
+    shown = f"The first {CHANGES:,} of {count:,}" if count > CHANGES else f"{count:,}"
     return f"{shown} that changed {between}: first those that became wrong, then those that became right, then others."
 
 

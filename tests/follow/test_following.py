@@ -120,6 +120,7 @@ def check_kills(trained, source, followed, follow, output: Path, first: int, bef
         first: start n is killed at step ``first + n % 5``; 12 renames and removals may be those of work done again.
     """
     shutil.rmtree(trained.events / "scores", ignore_errors=True)
+    complete = listing(followed / "exports" / f"step-{STEPS[-1]}").keys()
     for starts in range(100):
 
         def start(step: int) -> None:
@@ -129,7 +130,9 @@ def check_kills(trained, source, followed, follow, output: Path, first: int, bef
         if (status := in_child(partial(start, first + starts % 5))) == 0:
             break
         assert status == signal.SIGKILL, "an error of a start after a kill"
-    assert starts > 3 and status == 0
+        for export in (output / "exports").glob("step-*"):
+            assert export.suffix or listing(export).keys() == complete
+    assert starts > 3 and status == 0, "killed several times"
     assert listing(output) == listing(followed)
     assert recorded(trained.events) == expected_events(output)
 
@@ -140,9 +143,21 @@ def test_a_kill_at_any_stage_loses_nothing(trained, source, followed, follow, tm
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("first", range(13, 30, 3))
+@pytest.mark.parametrize("first", range(1, 100, 10))
 def test_a_kill_at_every_stage_loses_nothing(trained, source, followed, follow, tmp_path, first, before):
-    check_kills(trained, source, followed, follow, tmp_path / "out", first, before)
+    """One kill, at each of all renames and removals: with three checkpoints there are fewer than a hundred."""
+    for step in range(first, first + 10):
+        shutil.rmtree(trained.events / "scores", ignore_errors=True)
+        output = tmp_path / str(step)
+
+        def start(step: int, output: Path) -> None:
+            kill_at_step(step, before)
+            follow(source, output)
+
+        assert in_child(partial(start, step, output)) in (0, signal.SIGKILL)
+        follow(source, output)
+        assert listing(output) == listing(followed)
+        assert recorded(trained.events) == expected_events(output)
 
 
 def test_a_kill_between_a_tracker_and_all_that_follows(trained, source, followed, follow, tmp_path):
@@ -191,6 +206,21 @@ def test_an_evaluation_is_continued(source, follow, tmp_path, monkeypatch):
     assert worked == ["iter_0000004", "step-4", "iter_0000006", "step-6"] and steps_of(tmp_path / "out") == STEPS
 
 
+def test_an_export_is_evaluated_though_its_checkpoint_is_gone(run, follow, tmp_path):
+    """The run deleted it while this command was stopped."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(following, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            follow(run, tmp_path / "out")
+    RunDirectory(run).delete(2)
+    follow(run, tmp_path / "out")
+    assert steps_of(tmp_path / "out") == STEPS
+
+
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_skipped(run, follow, tmp_path, monkeypatch, capsys):
     """As --save-total-limit does: renamed, then removed. One that went before is not there at all."""
     RunDirectory(run).delete(2)
@@ -206,7 +236,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_skipped(run, follow, t
     assert steps_of(tmp_path / "out") == [6] and [p.name for p in (tmp_path / "out/exports").iterdir()] == ["step-6"]
     printed = capsys.readouterr().out
     assert "step 4: its checkpoint was deleted while it was read; skipped" in printed
-    assert "1 checkpoints evaluated; skipped: 1 deleted while read, 0 damaged" in printed
+    assert "checkpoints evaluated: 1; skipped: 1 deleted while they were read, 0 damaged" in printed
 
 
 def test_a_checkpoint_that_is_deleted_before_its_weights_are_read(run, follow, tmp_path, monkeypatch, capsys):
@@ -218,7 +248,7 @@ def test_a_checkpoint_that_is_deleted_before_its_weights_are_read(run, follow, t
 
     monkeypatch.setattr(following, "open_megatron", deleting)
     follow(run, tmp_path / "out")
-    assert "0 checkpoints evaluated; skipped: 3 deleted while read, 0 damaged" in capsys.readouterr().out
+    assert "checkpoints evaluated: 0; skipped: 3 deleted while they were read, 0 damaged" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_skipped_until_it_is_another(trained, run, follow, tmp_path, capsys):
@@ -227,7 +257,7 @@ def test_a_damaged_checkpoint_is_skipped_until_it_is_another(trained, run, follo
     follow(run, tmp_path / "out")
     assert steps_of(tmp_path / "out") == [2, 6]
     printed = capsys.readouterr().out
-    assert f"step 4: {part}: has" in printed and "0 deleted while read, 1 damaged" in printed
+    assert f"step 4: {part}: has" in printed and "0 deleted while they were read, 1 damaged" in printed
     shutil.copy(trained.saved / "iter_0000004" / "__0_0.distcp", part)
     follow(run, tmp_path / "out")
     assert steps_of(tmp_path / "out") == STEPS
@@ -246,7 +276,7 @@ def test_unfinished_checkpoints_and_other_files_are_left_alone(run, follow, tmp_
     for named in ("", "release", "no number"):
         (run / TRACKER).write_text(named)
         follow(run, tmp_path / f"none-{len(named)}")
-        assert "0 checkpoints evaluated" in capsys.readouterr().out
+        assert "checkpoints evaluated: 0;" in capsys.readouterr().out
     (run / TRACKER).unlink()
     os.mkfifo(run / TRACKER)
     with pytest.raises(DataError, match=f"{TRACKER}: a FIFO, not a file"):
@@ -276,6 +306,14 @@ def test_it_follows_until_the_last_step(trained, tmp_path, follow, monkeypatch, 
 def test_one_process_writes_to_an_output(run, follow, tmp_path):
     with FollowOutput(tmp_path / "out"), pytest.raises(DataError, match="another run is writing to .*out"):
         follow(run, tmp_path / "out")
+
+
+def test_an_output_that_is_a_link_is_followed(run, follow, tmp_path):
+    (run / TRACKER).write_text("0")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    follow(run, tmp_path / "out")
+    assert (tmp_path / "elsewhere" / "follow.json").exists() and (tmp_path / "out").is_symlink()
 
 
 def test_what_is_in_the_way(run, follow, followed, source, tmp_path):

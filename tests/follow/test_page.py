@@ -52,7 +52,7 @@ def test_the_page(tmp_path):
     assert re.search(r"best of 3 checkpoints\s+is step <b>1,000</b> with 75.0%", html)
     assert html.count("exports/step-") == 2 and html.count("not kept") == 1
     assert html.count("<svg") == 3 and html.count("<title>step 1,000: 0.750</title>") == 6
-    assert "1 answers that changed from step 1,000 to step 2,000" in html
+    assert "1 that changed from step 1,000 to step 2,000" in html
     assert 'class="right">yes<' in html and 'class="wrong">no<' in html and "expected: yes" in html
     assert html.count('src="data:image/jpeg') == 1 and "and 1 more images" in html
     assert "No question is about one image." in html
@@ -67,7 +67,7 @@ def test_many_changes_are_cut():
     count = CHANGES + 3
     answers = [[line(number, said, False) for number in range(count)] for said in ("a", "b")]
     html = page("run", [row(1, 0.0), row(2, 0.0)], [], answers, {1: [], 2: []})
-    assert f"The first {CHANGES} of {count} answers that changed" in html and html.count('class="case"') == CHANGES
+    assert f"The first {CHANGES} of {count} that changed" in html and html.count('class="case"') == CHANGES
 
 
 def test_everything_is_escaped():
