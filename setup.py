@@ -77,6 +77,7 @@ setup(
         "neo_megatron.hf": ["*.jinja"],
         "neo_megatron.inspection": ["*.html", "*.css", "*.js"],
         "neo_megatron.inference": ["*.html"],
+        "neo_megatron.follow": ["*.html"],
         "neo_megatron.demo": ["*.js", "*.css"],
     },
     # megatron_compat patches functions of exactly these two; it refuses to run on others.
