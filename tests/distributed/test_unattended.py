@@ -80,6 +80,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(room, tmp_path, expected):
     assert "failing_worker.py" in (save / "stacks" / "rank_00001.txt").read_text()
 
 
+@pytest.mark.thorough
 def test_the_loss_of_a_machine_is_survived(room, tmp_path, expected):
     """Two machines of one rank; the second one, with its launcher, is killed in the second step."""
     save = tmp_path / "run"
