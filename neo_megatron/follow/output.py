@@ -58,6 +58,8 @@ class FollowOutput:
         names = [name for name in os.listdir(self.directory) if not is_partial(name)]
         if names and not state.exists():
             raise DataError(f"{self.directory} is not empty; choose another --output")
+        if not state.exists():  # first, so that the directory is known again after a kill
+            write_atomically(state, json_line({}))
         for folder in (self.directory, self.directory / "attention"):
             for left in folder.glob(f"*{_PARTIAL}"):
                 left.unlink()
@@ -66,8 +68,6 @@ class FollowOutput:
                 shutil.rmtree(left)
         for name in ("exports", "evaluations", "attention"):
             (self.directory / name).mkdir(exist_ok=True)
-        if not state.exists():
-            write_atomically(state, json_line({}))
 
     def claim(self, plan: dict[str, Any]) -> None:
         """Records what decides the answers, so that the scores of all steps can be compared.

@@ -45,9 +45,10 @@ def steps_of(output: Path) -> list[int]:
 
 
 def recorded(events: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> (step, value) of every event, as TensorBoard's reader gives them."""
+    """Tag -> (step, value) of every event; files of one second are read in the order of process ids."""
     reader = EventAccumulator(str(events / "scores"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    tags = reader.Tags()["scalars"]
+    return {tag: sorted((event.step, event.value) for event in reader.Scalars(tag)) for tag in tags}
 
 
 def expected_events(output: Path) -> dict[str, list]:
