@@ -142,6 +142,20 @@ def test_a_kill_at_any_stage_loses_nothing(trained, source, followed, follow, tm
     check_kills(trained, source, followed, follow, tmp_path / "out", 13, True)
 
 
+def test_a_start_that_is_killed_at_its_first_file_can_be_repeated(run, follow, tmp_path):
+    (run / TRACKER).write_text("0")
+    for step, before in ((1, True), (1, False)):
+        output = tmp_path / f"out-{before}"
+
+        def start(step: int, before: bool, output: Path) -> None:
+            kill_at_step(step, before)
+            follow(run, output)
+
+        assert in_child(partial(start, step, before, output)) == signal.SIGKILL
+        follow(run, output)
+        assert sorted(os.listdir(output)) == ["attention", "evaluations", "exports", "follow.json"]
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("first", range(1, 100, 10))
@@ -155,7 +169,8 @@ def test_a_kill_at_every_stage_loses_nothing(trained, source, followed, follow, 
             kill_at_step(step, before)
             follow(source, output)
 
-        assert in_child(partial(start, step, output)) in (0, signal.SIGKILL)
+        status = in_child(partial(start, step, output))
+        assert status in (0, signal.SIGKILL) and (status == 0 or step < 100)
         follow(source, output)
         assert listing(output) == listing(followed)
         assert recorded(trained.events) == expected_events(output)
