@@ -120,7 +120,8 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(room, tmp_path, expected):
 @pytest.mark.thorough
 def test_a_loader_worker_that_hangs_leaves_its_stack(room, tmp_path, expected):
     save = tmp_path / "run"
-    code, lines = run("deadlock loader", "1", *flags(room, save), "--num-workers", "1")
+    longer = ("--distributed-timeout-seconds-after-init", "200")  # else the step is found to hang before the loader
+    code, lines = run("deadlock loader", "1", *flags(room, save), "--num-workers", "1", *longer)
     assert code == 0 and any("worker 0 of 1 of the data loader has not delivered pack" in line for line in lines), lines
     stacks = (save / "stacks" / "rank_00001.txt").read_text()
     assert stacks.count("no micro-batch within 60 s") == 2 and "in deadlocked" in stacks
