@@ -92,8 +92,12 @@ case $VARIANT in
 esac
 start_ranks=(--standalone)
 case $NNODES in
-  1) [ "$gpus" -ne 1 ] || { processes=1 layout=() LAYOUT="one GPU"; } ;;
+  1)
+    [ "$NODE_RANK" = 0 ] || { echo "NODE_RANK=$NODE_RANK is for NNODES=2: give both" >&2 && exit 2; }
+    [ "$gpus" -ne 1 ] || { processes=1 layout=() LAYOUT="one GPU"; }
+    ;;
   2)
+    case $NODE_RANK in 0 | 1) ;; *) echo "NODE_RANK=$NODE_RANK: must be 0 or 1" >&2 && exit 2 ;; esac
     processes=1
     start_ranks=(--nnodes 2 --node-rank "$NODE_RANK")
     start_ranks+=(--master-addr "${MASTER_ADDR:?of machine 0}" --master-port "${MASTER_PORT:-6000}")
