@@ -51,7 +51,8 @@ def _launch() -> None:
         logger.setLevel(level)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
     args = run.parse_args(None)
-    if args.max_restarts or ":" in args.nnodes:
+    fewest, most = run.parse_min_max_nnodes(args.nnodes)  # torchrun's default is 1:1
+    if args.max_restarts or fewest < most:
         if args.rdzv_backend == "static" and not args.standalone:
             raise ValueError(
                 "--max-restarts and --nnodes MIN:MAX need a rendezvous that starts again: give --standalone on one "

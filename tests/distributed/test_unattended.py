@@ -11,8 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed.run
 from support.paths import GOLDEN, ROOT
 from support.processes import run_forked
+
+from neo_megatron import launch
+from neo_megatron.run.start import OWN_STORE
 
 WORKER = Path(__file__).parent / "failing_worker.py"
 STEPS = 4
@@ -132,6 +136,20 @@ def test_a_loader_worker_that_hangs_leaves_its_stack(room, tmp_path, expected):
 def test_restarts_need_a_rendezvous_that_starts_again(tmp_path):
     launcher = start("--nproc-per-node", "1", "--max-restarts", "1", str(WORKER), "sentence", "all")
     assert printed(launcher)[-1].startswith("pretrain_neo: --max-restarts and --nnodes MIN:MAX need a rendezvous that")
+
+
+@pytest.mark.parametrize("words", [(), ("--standalone",), ("--nnodes", "1"), ("--nnodes", "1:1")])
+def test_a_start_that_nothing_follows_keeps_torchruns_store(words, monkeypatch):
+    """Its own store would be on a port that was free a moment ago, and another process may take it."""
+    asked = []
+    monkeypatch.setattr(torch.distributed.run, "run", lambda args: asked.append(os.environ.get(OWN_STORE)))
+    monkeypatch.setenv(OWN_STORE, "")  # so that what the launcher sets is taken back
+    for further, own in (((), None), (("--max-restarts", "1", "--rdzv-backend", "c10d"), "1")):
+        monkeypatch.delenv(OWN_STORE)
+        monkeypatch.setattr(sys, "argv", ["launch", *words, *further, "worker.py"])
+        launch.main()
+        assert asked.pop() == own
+        os.environ[OWN_STORE] = ""
 
 
 def test_torchrun_with_the_store_of_ended_ranks_is_refused():
