@@ -33,7 +33,7 @@ def test_ctrl_c_while_a_process_starts_is_not_lost():
     class Interrupted(SPAWN.Process):
         @staticmethod
         def _Popen(process):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: another would take it at a later moment
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted(target=print).start()
