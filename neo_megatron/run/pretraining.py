@@ -20,7 +20,7 @@ from megatron.core.enums import ModelType
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, pretrain
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from torch import Tensor
@@ -56,6 +56,7 @@ _bad_numbers = BadNumbers()
 _log = StepLog()
 _lengths = StepLengths()
 _rates = ModuleRates(Namespace(lr_scale="", unfreeze=""))  # of no run
+_megatrons_detector = StragglerDetector()  # Megatron's own, of --log-straggler: off without it
 
 
 def train() -> None:
@@ -189,7 +190,8 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     args = get_args()
-    packs = next(data_iterator)
+    with _megatrons_detector(bdata=True), _log.stragglers.waiting():
+        packs = next(data_iterator)
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if torch.is_grad_enabled():
         _bad_numbers.note(packs, vp_stage or 0)
@@ -221,7 +223,9 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         inputs["loss_weights"] = loss_weights(packs["target_weight"].sum().to(device))
     timers("batch-generator").stop()
     view = packs.get("view", 0)
-    return model(**inputs), partial(loss_and_report, model, packs["data_sets"], trained, view)
+    with _megatrons_detector, _log.stragglers.forward():
+        output = model(**inputs)
+    return output, partial(loss_and_report, model, packs["data_sets"], trained, view)
 
 
 def loss_weights(weight: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from neo_megatron.run.mlflow_run import MlflowRun
 from neo_megatron.run.module_rates import stage_at_work
 from neo_megatron.run.run_facts import facts_of
 from neo_megatron.run.scalar_file import ScalarFile
+from neo_megatron.run.stragglers import Stragglers, compare, default_store
 
 LOSS = "lm loss"
 _STEP = re.compile(r" \[[^]]*\] iteration +\d+/ *\d+ \|")
@@ -76,7 +77,11 @@ class Counted:
 
 
 class StepLog:
-    """The log of a run: one per process, begun for each run."""
+    """The log of a run: one per process, begun for each run.
+
+    Attributes:
+        stragglers: measures this rank's own time.
+    """
 
     def __init__(self) -> None:
         self._writers: LogWriters | None = None
@@ -84,6 +89,7 @@ class StepLog:
         self._looking = LookingLog(0)
         self._step_losses, self._interval_losses = LossSums(), LossSums()
         self._rates: Callable[[], Mapping[str, float]] = dict
+        self.stragglers = Stragglers(0, 1)
 
     def take_rates(self, rates: Callable[[], Mapping[str, float]]) -> None:
         """Adds scaled learning rates to the scalars that are written."""
@@ -107,6 +113,7 @@ class StepLog:
         self._looking = LookingLog(self._sizes.num_layers)
         self._step_losses, self._interval_losses = LossSums(), LossSums()
         self._losses: Losses | None = None  # of the interval that ends
+        self.stragglers = Stragglers(args.rank, args.world_size)
 
     def end(self) -> None:
         """To be called when the run ends, however it does."""
@@ -199,8 +206,16 @@ class StepLog:
             self._seconds = _training_seconds()
         else:
             total_loss_dict.update(sums)
+        self._name_straggler(iteration)
         self._writers.flush()
         return result
+
+    def _name_straggler(self, iteration: int) -> None:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        scalars, sentence = compare(self.stragglers.end_step(iteration, stage, default_store()))
+        self._writers.write(scalars, iteration)
+        if sentence:
+            say(sentence)
 
     def _leave_out_weightless(
         self, loss_dict: dict[str, torch.Tensor], total_loss_dict: dict[str, Any], skipped: int, prints: bool

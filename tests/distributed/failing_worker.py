@@ -1,5 +1,7 @@
 """Runs `python -m neo_megatron.pretrain_neo` of which one rank, or all, fail in the second step in a given way.
 
+In the way "slow" it is slow from the first step on.
+
 Arguments: the way, the rank or "all", then the flags of pretrain_neo. What needs no model, but for ranks that wait for
 one another, fails in a loop of collectives instead of a training, which starts several times sooner.
 """
@@ -19,6 +21,7 @@ from neo_megatron.pretrain_neo import main
 
 OF_A_TRAINING = (
     *("no more room", "kill savers", "kill loader", "stop", "kill a training", "kill machine", "deadlock loader"),
+    "slow",
 )
 
 
@@ -67,6 +70,26 @@ def deadlocked(*_: object) -> None:
     lock.acquire()
 
 
+def be_slow() -> None:
+    """Each forward pass of one rank takes longer; ranks are compared every ten steps, so that the test is short."""
+    from neo_megatron.model.neo_model import NeoModel
+    from neo_megatron.run import stragglers
+
+    stragglers.STEPS = 10
+    if who != os.environ["RANK"]:
+        return
+
+    forward = NeoModel.forward
+
+    def slow_forward(*arguments, **inputs):
+        begun = time.perf_counter()
+        output = forward(*arguments, **inputs)
+        time.sleep(4 * (time.perf_counter() - begun))
+        return output
+
+    NeoModel.forward = slow_forward
+
+
 def steps_of_collectives() -> None:
     import torch
 
@@ -92,6 +115,8 @@ if __name__ == "__main__":
             return forward_step(*arguments)
 
         pretraining.forward_step = failing_step
+        if way == "slow":
+            be_slow()
         if way == "deadlock loader" and who == os.environ["RANK"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             collate, read = loaders.collate, []
 

@@ -84,6 +84,16 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(room, tmp_path, expected):
     assert "failing_worker.py" in (save / "stacks" / "rank_00001.txt").read_text()
 
 
+def test_a_slow_rank_is_named(room, tmp_path):
+    steps = ("--train-iters", "12", "--global-batch-size", "2", "--save-interval", "12")
+    code, lines = run("slow", "1", *flags(room, tmp_path), *steps)
+    named = [line for line in lines if line.startswith("steps 1 to 10: ")]
+    assert code == 0 and len(named) == 1, lines
+    assert re.match(r"steps 1 to 10: rank 1 \(process \d+ on \S+\) is slow: ", named[0])
+    scalars = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert [it["step"] for it in scalars if it.get("performance/slowest rank over median", 0) > 1.2] == [11]
+
+
 @pytest.mark.thorough
 def test_the_loss_of_a_machine_is_survived(room, tmp_path, expected):
     """Two machines of one rank; the second one, with its launcher, is killed in the second step."""
