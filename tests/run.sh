@@ -28,4 +28,4 @@ done
 [ -n "${NEO_VERSIONS:-}" ] || LINT_PYTHON=$PYTHON bash tests/lint.sh
 
 # Tests of a file share what is costly to make, so a file stays with one worker.
-OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -86,7 +86,7 @@ def long_pack(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     document, image = random_pack(tail, seed)
     head = length - tail
     first_image = torch.full((head,), -1, dtype=torch.int32)
-    first_image[head // 8 : head // 2] = 1000
+    first_image[head // 8 : 3 * head // 4] = 1000  # over the border of blocks of 128
     inside = document >= 0
     documents = torch.cat((torch.zeros(head, dtype=torch.int32), torch.where(inside, document + 1, -1)))
     return documents.int(), torch.cat((first_image, image))
