@@ -26,7 +26,7 @@ def root(tmp_path_factory):
         file = io.BytesIO()
         Image.fromarray(pixels.integers(0, 256, (height, width, 3), np.uint8)).save(file, "JPEG")
         images.append(file.getvalue())
-    peers.write_inputs(images, root, PAIRS)
+    peers.write_inputs(images, root, PAIRS, LENGTH)
     return root
 
 
@@ -35,7 +35,7 @@ def test_a_way_reads_each_pair_once_as_the_same_inputs(root, name):
     way = WAYS[name]
     if not way.installed:
         pytest.skip(f"needs {way.package}")
-    work = Work(root / "tokenizer.json", LENGTH)
+    work = Work(root / "tokenizer.json")
     assert child.prepare(way, name, root, work)["seconds"] >= 0
     found = child.epoch(way, name, root, work)
     assert sorted(number for pack in found["packs"] for number in pack) == list(range(PAIRS))
@@ -68,5 +68,6 @@ def test_the_table_names_what_is_not_installed(root):
     table = peers.compare(root, {"encoded": OURS["encoded"], "absent": absent}, repeats=1)
     heading, _, ours, _, sentence = table.split("\n")
     assert ours.startswith("| ours, `encoded` | ") and ours.count("|") == heading.count("|")
+    assert 50 < float(ours.split(" | ")[3].rstrip("%")) <= 100, "filled"
     assert "the same packs" in ours and json.loads((root / "pairs.json").read_text()) == PAIRS
     assert sentence.startswith("Another loader was not run, because another-loader is not installed")

@@ -37,13 +37,13 @@ def measure(scratch: Path) -> str:
     return compare(root, WAYS, REPEATS)
 
 
-def write_inputs(images: Sequence[bytes], root: Path, pairs: int) -> None:
-    """Writes tars of JPEG images and the tokenizer into a directory."""
+def write_inputs(images: Sequence[bytes], root: Path, pairs: int, length: int = LENGTH) -> None:
+    """Writes tars of JPEG images and the tokenizer into a directory, for packs of ``length`` tokens."""
     shutil.rmtree(root, ignore_errors=True)
     write_tars(images, root / "tars", pairs)
     (root / "pairs.json").write_text(json.dumps(pairs))
     parts = load_parts(write_tokenizer(root / "tokenizer"))
-    Work.write(root / "tokenizer.json", parts.json, parts.ids)
+    Work.write(root / "tokenizer.json", parts.json, parts.ids, length)
 
 
 def compare(root: Path, ways: dict[str, Way], repeats: int) -> str:
@@ -119,7 +119,10 @@ def row(way: Way, found: dict[str, list[dict[str, Any]]], form: Path, with_tars:
         prepared += f" ({header:.2f} with `--check header`)"
     return [
         *(way.described, prepared, f"{read / middle('epoch', 'seconds'):.1f}"),
-        *(f"{first['tokens'] / (len(first['packs']) * LENGTH):.2%}", str(pairs - len(_numbers(first["packs"])))),
+        *(
+            f"{first['tokens'] / (len(first['packs']) * first['length']):.2%}",
+            str(pairs - len(_numbers(first["packs"]))),
+        ),
         f"{middle('resume', 'seconds'):.2f} ({middle('resume', 'cpu_seconds'):.2f})",
         what_follows(first, found["resume"][0]["packs"]),
         *(f"{sum(sizes) / pairs:,.0f}", str(len(sizes)), f"{middle('epoch', 'memory') / 1e6:,.0f}"),

@@ -96,7 +96,7 @@ def epoch(way: Way, name: str, root: Path, work: Work) -> dict[str, Any]:
             (root / f"{name}.rest").unlink(missing_ok=True)
     return {
         **{"seconds": seconds, "packs": contents, "middle": middle, "tokens": tokens, "checksum": checksum},
-        "memory": most - before,
+        **{"memory": most - before, "length": work.length},
     }
 
 

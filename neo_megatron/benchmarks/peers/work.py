@@ -44,14 +44,16 @@ class Sample:
 class Work:
     """Turns pairs into samples, and samples into the tensors of a pack.
 
-    Args:
-        tokenizer: written by `write`.
+    Attributes:
         length: of a pack, in tokens.
+
+    Args:
+        written: by `write`.
     """
 
-    def __init__(self, tokenizer: Path, length: int = LENGTH) -> None:
-        self.length = length
-        parts = json.loads(tokenizer.read_text())
+    def __init__(self, written: Path) -> None:
+        parts = json.loads(written.read_text())
+        self.length: int = parts["length"]
         self.ids = SpecialIds(**parts["ids"])
         self.tokenizer_json: str = parts["json"]
         self._tokenizer = Tokenizer.from_str(self.tokenizer_json)
@@ -59,9 +61,9 @@ class Work:
         self._end = self._tokenizer.token_to_id("<|endoftext|>")
 
     @staticmethod
-    def write(path: Path, tokenizer_json: str, ids: SpecialIds) -> Path:
+    def write(path: Path, tokenizer_json: str, ids: SpecialIds, length: int) -> Path:
         """Writes the file that the constructor reads; returns its path."""
-        path.write_text(json.dumps({"json": tokenizer_json, "ids": vars(ids)}))
+        path.write_text(json.dumps({"json": tokenizer_json, "ids": vars(ids), "length": length}))
         return path
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
