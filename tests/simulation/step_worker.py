@@ -54,6 +54,7 @@ from neo_megatron.planning.memory import pipeline_memory
 from neo_megatron.planning.workload import Workload, mean_keys
 from neo_megatron.run import pretraining
 from neo_megatron.run.loss_sums import LossSums
+from neo_megatron.run.stragglers import Stragglers
 from neo_megatron.run.training_arguments import parse_arguments
 
 gpu = Gpu()
@@ -94,7 +95,9 @@ def stand_in() -> None:
     pretraining.model_inputs, pretraining.context_share = map(
         on_host, (pretraining.model_inputs, pretraining.context_share)
     )
-    pretraining._log = SimpleNamespace(note=lambda _: None, watch=lambda _: None, note_loss=LossSums().add)
+    pretraining._log = SimpleNamespace(
+        note=lambda _: None, watch=lambda _: None, note_loss=LossSums().add, stragglers=Stragglers(0, 1)
+    )
 
 
 def stand_in_for_transformer_engine() -> None:
