@@ -87,11 +87,12 @@ class Job:
     def _train(self, name: str, steps: int, more: list[object]) -> None:
         directory = self.directory / name
         flags = [
-            *(*more, *self.arm.flags, "--train-data-path", self._packs(name), "--seq-length", SEQUENCE),
+            *(*more, "--train-data-path", self._packs(name), "--seq-length", SEQUENCE),
             *("--micro-batch-size", 8, "--global-batch-size", 8, "--num-workers", 0, "--train-iters", steps),
             *("--lr", 5e-4, "--min-lr", 5e-5, "--lr-warmup-fraction", 0.05, "--seed", self.seed),
             *("--log-interval", 5, "--eval-iters", 1, "--eval-interval", steps + 1),
             *("--save", directory, "--save-interval", steps, "--tensorboard-dir", directory / "tensorboard"),
+            *self.arm.flags,  # they may replace those above
         ]
         partial, log = self.directory / "answers.partial", self.directory / f"{name}.log"
         command = [sys.executable, Path(__file__).with_name("run.py"), partial, self.arm.mask, self.arm.positions]
