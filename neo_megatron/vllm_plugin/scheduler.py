@@ -1,0 +1,39 @@
+"""vLLM's schedulers, which compute an image's tokens in one step, also where prefix caching has some of them."""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+
+class UncutImages:
+    """Waits for a step with room for the rest of an image.
+
+    `--disable-chunked-mm-input` makes vLLM wait with an image of which no token is computed. One whose first tokens
+    come from the prefix cache it would still cut, and its tokens would not see those of the next step.
+    """
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Any,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        after = num_computed_tokens + num_new_tokens
+        for feature in request.mm_features or ():
+            start = feature.mm_position.offset
+            if start < num_computed_tokens and num_computed_tokens < start + feature.mm_position.length > after:
+                return [], 0, encoder_compute_budget, [], []
+        return super()._try_schedule_encoder_inputs(  # type: ignore[misc]
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
+        )
+
+
+class NEOScheduler(UncutImages, Scheduler):
+    """For a platform that runs a step after the other."""
+
+
+class NEOAsyncScheduler(UncutImages, AsyncScheduler):
+    """For a platform that prepares a step while the one before it runs."""
