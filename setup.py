@@ -33,6 +33,7 @@ DEMO = [
     *("semantic-version~=2.10", "starlette>=1.0.1,<2", "tomlkit>=0.12,<0.15", "typer>=0.12,<1"),
     *("typing-extensions~=4.12", "uvicorn>=0.30"),
 ]
+MUON = ["emerging-optimizers>=0.3,<0.4"]
 TRACKERS = ["wandb>=0.31,<1", "mlflow-skinny>=3,<4"]
 # mkdocstrings formats signatures with ruff.
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8.2,<10", "mkdocstrings[python]>=1.0.8,<2", "ruff>=0.17,<0.18"]
@@ -76,6 +77,7 @@ setup(
         "neo_megatron.hf": ["*.jinja"],
         "neo_megatron.inspection": ["*.html", "*.css", "*.js"],
         "neo_megatron.inference": ["*.html"],
+        "neo_megatron.follow": ["*.html"],
         "neo_megatron.demo": ["*.js", "*.css"],
     },
     # megatron_compat patches functions of exactly these two; it refuses to run on others.
@@ -103,6 +105,7 @@ setup(
         "ray": RAY,
         "parquet": PARQUET,
         "demo": DEMO,
+        "muon": MUON,
         "trackers": TRACKERS,
         "benchmark": BENCHMARK,
         "docs": DOCS,
@@ -119,7 +122,7 @@ setup(
             ),
             # tests/lint.sh
             *("ruff>=0.17,<0.18", "codespell>=2.4,<3", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7"),
-            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *PARQUET, *TRACKERS, *DEMO),
+            *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *PARQUET, *TRACKERS, *MUON, *DEMO),
         ],
     },
     entry_points={

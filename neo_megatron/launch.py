@@ -14,7 +14,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 from neo_megatron.command_line import INTERRUPTED, end_interrupted, sentence_of
-from neo_megatron.run.start import PROGRAM, check_paths, log_file
+from neo_megatron.run.start import OWN_STORE, PROGRAM, check_paths, log_file
 
 _TRAINING = "neo_megatron.pretrain_neo"
 
@@ -27,7 +27,7 @@ def main() -> None:
         _launch()
     except KeyboardInterrupt:
         end_interrupted(PROGRAM)
-    except ValueError as error:  # a path, a preset
+    except ValueError as error:  # a path, a preset, a rendezvous
         sys.exit(f"{PROGRAM}: {error}")
     except ModuleNotFoundError as error:
         sentence = sentence_of(error)
@@ -44,8 +44,21 @@ def _launch() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # they report at length what is reported below
+    restarts = _Restarts()
+    for name, level in restarts.LOGGERS.items():
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [restarts], False
+        logger.setLevel(level)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
     args = run.parse_args(None)
+    fewest, most = run.parse_min_max_nnodes(args.nnodes)  # torchrun's default is 1:1
+    if args.max_restarts or fewest < most:
+        if args.rdzv_backend == "static" and not args.standalone:
+            raise ValueError(
+                "--max-restarts and --nnodes MIN:MAX need a rendezvous that starts again: give --standalone on one "
+                "machine, or --rdzv-backend c10d --rdzv-endpoint HOST:PORT in place of --master-addr and --master-port"
+            )
+        os.environ.setdefault(OWN_STORE, "1")
     try:
         run.run(args)
     except ChildFailedError as error:
@@ -61,6 +74,35 @@ def _launch() -> None:
             end_interrupted(PROGRAM)
         print(f"{PROGRAM}: ended by {error.sigval.name}", file=sys.stderr)
         sys.exit(128 + error.sigval)
+
+
+class _Restarts(logging.Handler):
+    """Prints one line before torchrun starts all ranks again, from its own records of the failure and the restart."""
+
+    LOGGERS = {
+        "torch.distributed.elastic.multiprocessing.api": logging.ERROR,
+        "torch.distributed.elastic.agent.server.api": logging.INFO,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed = "a rank of another machine failed"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes a record of torchrun."""
+        arguments: tuple[Any, ...] = record.args if isinstance(record.args, tuple) else ()
+        if record.msg.startswith("failed (exitcode: "):
+            code, local_rank = arguments[:2]
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            self._failed = f"local rank {local_rank} {how}"
+        elif "attempts left;" in record.msg:
+            self._say(f"{self._failed}; starting all ranks again ({arguments[2]} of {arguments[3]} restarts are left)")
+        elif "new nodes from group_rank" in record.msg:
+            self._say("another machine joins; starting all ranks again")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(f"{PROGRAM}: {text}", flush=True)
 
 
 def describe(rank: int, failure: Any, arguments: list[str]) -> str:

@@ -10,6 +10,7 @@ OPTIONAL = {
     "lmms_eval": "lmms-eval==0.7.3",
     "av": "av>=19,<20",
     "multistorageclient": "multi-storage-client[boto3]>=1.3",
+    "emerging_optimizers": "emerging-optimizers>=0.3,<0.4",
     "wandb": "wandb>=0.31,<1",
     "mlflow": "mlflow-skinny>=3,<4",
     "ray": "ray>=2.40,<2.61",

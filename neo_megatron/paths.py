@@ -82,6 +82,7 @@ class Wanted(Enum):
         "a run to resume",
         {Kind.MISSING, Kind.EMPTY, Kind.MEGATRON, Kind.UNFINISHED_SAVE, Kind.IMAGES, Kind.DIRECTORY},
     )
+    FOLLOWED = "the directory of a run", {Kind.MISSING, Kind.EMPTY, Kind.MEGATRON, Kind.UNFINISHED_SAVE, Kind.DIRECTORY}
     SIZES = "a preset or a NEO", {Kind.NEO, Kind.OTHER_MODEL, Kind.MEGATRON, Kind.ITERATION}
     PRE_BUFFER = "a pre-buffer", {Kind.PRE_BUFFER}
     TOKENIZER = "a tokenizer", {Kind.TOKENIZER, *_MODELS}
@@ -156,6 +157,7 @@ _REMEDIES[Wanted.START] = _REMEDIES[Wanted.MEGATRON] | {Kind.ITERATION: _PARENT}
 _REMEDIES[Wanted.RUN] = {
     kind: f"{remedy} and give it as --pretrained-checkpoint" for kind, remedy in _REMEDIES[Wanted.MEGATRON].items()
 } | {Kind.ITERATION: _PARENT}
+_REMEDIES[Wanted.FOLLOWED] = {Kind.ITERATION: "give the directory that contains it"}
 
 # For all other kinds.
 _GIVE = {
@@ -168,6 +170,7 @@ _GIVE = {
     Wanted.EITHER_FORM: "give the directory of a checkpoint, or its hub id",
     Wanted.START: "give a directory that neo-megatron convert has written or --save has filled",
     Wanted.RUN: "give the --save directory of the run",
+    Wanted.FOLLOWED: "give the --save directory of the run",
     Wanted.SIZES: "give a preset (neo-2b, neo-9b, tiny), the directory of a NEO in either form, or a hub id",
     Wanted.PRE_BUFFER: "give a directory that extract-pre-buffer has written",
     Wanted.TOKENIZER: "give a directory with a tokenizer, or its hub id",

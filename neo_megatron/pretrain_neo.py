@@ -10,8 +10,9 @@ flags of torchrun, which can be used instead; a single process needs no launcher
 import sys
 
 from neo_megatron.command_line import sentence_of
-from neo_megatron.errors import ConfigError
+from neo_megatron.errors import ConfigError, DataError
 from neo_megatron.run.failure import Failure
+from neo_megatron.run.progress import progress
 from neo_megatron.run.start import PROGRAM, check_paths, open_console, stand_alone
 
 
@@ -27,6 +28,7 @@ def main() -> None:
         check_paths(arguments)
         failure.console = open_console(arguments)
         failure.watch()
+        progress.end_by(lambda sentence: failure.tell(DataError(sentence), sentence))
         from neo_megatron.run.pretraining import train  # takes seconds, and prepares torch and Megatron for the machine
 
         train()

@@ -11,7 +11,7 @@ WORDS=(
   CHANGELOG.md CITATION.cff CONTRIBUTING.md SECURITY.md .github .pre-commit-config.yaml docker docs/containers.md
   README.md docs mkdocs.yml pyproject.toml setup.py tests/lint.sh neo_megatron tools examples
   tests/{benchmarks,checkpoint,cli,data,demo,gpu,hf,inference,inspection,lmms_eval_plugin,megatron_compat,model,parity}
-  tests/{distributed,planning,run,storage,support,tools,validation} tests/conftest.py tests/test_[!h]*.py # test_habits.py quotes such words
+  tests/{distributed,follow,planning,run,storage,support,tools,validation} tests/conftest.py tests/test_[!h]*.py # test_habits.py quotes such words
 )
 TYPES=(neo_megatron tests/check_words.py tests/support/markers.py)
 

@@ -3,6 +3,7 @@
 The demo's page is tested in `examples/test_demo.py`.
 """
 
+import base64
 import contextlib
 import json
 import shutil
@@ -14,11 +15,15 @@ from support.golden_packs import TOOLS, make_packs
 from support.paths import GOLDEN
 from support.processes import run_forked
 
+from neo_megatron.follow.page import page as followed_page
 from neo_megatron.inference.evaluation import Evaluation, Scores
 from neo_megatron.inference.report_page import page as answers_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = 390  # CSS pixels
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # a PNG of one
+)
 LONG = "a_name_without_any_place_to_break_it_" * 4
 NAME = "<img src=x onerror=window.ran=1>"  # a file may be called so
 MARKUP = " ".join(
@@ -107,6 +112,27 @@ def evaluated(room: Path, text: str) -> Path:
     return output
 
 
+def followed(room: Path, text: str) -> Path:
+    def line(number: int, prediction: str) -> dict:
+        return {
+            **{"data_set": text, "file": f"/data/{text}.json", "record": number, "element": None, "turn": 1},
+            **{"question": f"What is in the image? {text}", "prediction": prediction, "references": ["b", text]},
+            **{"pictures": [str(GOLDEN / "images" / "c.png")], "finished": True, "exact_match": False, "anls": 0.1},
+        }
+
+    scores = {"questions": 6, "exact_match": 0.5, "anls": 0.7, "cut": 0}
+    steps = range(1_000_000, 1_900_000, 100_000)
+    names = (text, "docvqa", "chartqa")
+    rows = [{"step": step, **scores, "data_sets": dict.fromkeys(names, scores)} for step in steps]
+    sample = {"data_set": text, "question": text, "answer": text, "references": [text], "grid": [2, 3], "share": 0.25}
+    sample |= {"levels": base64.b64encode(bytes(range(0, 240, 40))).decode(), "image": f"data:image/png;base64,{PIXEL}"}
+    answers = [[line(number, said) for number in range(6)] for said in (text, f"{text} again")]
+    output = room / "followed.html"
+    attention = dict.fromkeys((steps[0], steps[-1]), [sample] * 3)
+    output.write_text(followed_page(f"runs/{text}", rows, [steps[-1]], answers, attention))
+    return output
+
+
 def learned(room: Path, text: str) -> Path:
     """The report of the quickstart."""
     sys.path.insert(0, str(TOOLS.parent / "examples" / "quickstart"))
@@ -158,7 +184,7 @@ def ablated(room: Path, text: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("write", [inspected, evaluated, learned, ablated], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", [inspected, evaluated, followed, learned, ablated], ids=lambda write: write.__name__)
 def test_a_page_fits_a_phone(browser, room, write):
     path = write(room, LONG)
     page = browser.new_page(viewport={"width": PHONE, "height": 844})
@@ -170,7 +196,7 @@ def test_a_page_fits_a_phone(browser, room, write):
     page.close()
 
 
-@pytest.mark.parametrize("write", [inspected, evaluated, learned], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", [inspected, evaluated, followed, learned], ids=lambda write: write.__name__)
 def test_untrusted_text_is_escaped(browser, marked_room, write):
     page = browser.new_page(java_script_enabled=True)
     said = []

@@ -30,6 +30,8 @@ WORK = {
     "verify_checkpoint": "{golden}/ckpt_untied {room}/megatron",
     "generate": "--model {golden}/ckpt_untied --input {room}/many.json --image-root {golden} --output {output}",
     "evaluate": "--model {golden}/ckpt_untied --input {room}/many.json --image-root {golden} --output {output}",
+    "follow": "{room}/megatron --input {room}/many.json --image-root {golden} --tokenizer {golden}/tokenizer "
+    "--output {output}",  # waits for the first checkpoint
     "plan": "--neo-model neo-9b --search --gpus 16",
     "benchmark": "data --only packing",
 }
@@ -95,6 +97,7 @@ def check_end(tool: str, number: signal.Signals, to_group: bool, seconds: float,
         ("verify_data", signal.SIGQUIT, False, 4),
         ("verify_data", signal.SIGTERM, True, 3),
         ("evaluate", signal.SIGINT, False, 1),
+        ("follow", signal.SIGTERM, False, 8),
     ],
 )
 def test_a_tool_ends_when_it_is_told_to(room, tmp_path, tool, number, to_group, seconds):
@@ -140,7 +143,7 @@ def test_a_full_device_is_a_sentence(room, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("tool", [name for name in WORK if name not in ("benchmark", "generate", "evaluate")])
+@pytest.mark.parametrize("tool", [name for name in WORK if name not in ("benchmark", "generate", "evaluate", "follow")])
 @pytest.mark.parametrize("check", [check_reader_that_leaves, check_full_device])
 def test_no_tool_minds_its_reader(room, tmp_path, tool, check):
     if tool == "preprocess_data":

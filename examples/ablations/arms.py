@@ -51,6 +51,7 @@ class Ablation:
 
 NEO = Arm("NEO 1.0")
 EXPERTS = dict(num_experts=8, experts_per_token=2, expert_ffn_hidden_size=128)
+MUON = ("--optimizer", "muon", "--muon-momentum", "0.95", "--muon-nesterov", "--muon-extra-scale-factor", "0.6")
 
 ABLATIONS = (
     Ablation(
@@ -94,5 +95,12 @@ ABLATIONS = (
         "",
         (),
         (NEO, Arm("experts", sizes=EXPERTS, flags=("--balance-loss-coeff", "0.05"))),
+    ),
+    Ablation(
+        "optimizer",
+        "AdamW, or Muon for matrices and AdamW for the rest",
+        "",
+        (),
+        (NEO, Arm("Muon", flags=MUON)),
     ),
 )

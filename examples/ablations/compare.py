@@ -4,9 +4,9 @@
     python examples/ablations/compare.py --output out --steps 40 --seeds 1   to see that it works
     python examples/ablations/compare.py --output out --only mask positions
 
-Needs the extra quickstart, whose data and sizes it uses. Finished runs in the output are kept, so the same command
-continues after an interruption, and further seeds are added to those that exist. Writes `ablations.html`, and prints
-its tables as Markdown.
+Needs the extras quickstart, whose data and sizes it uses, and muon. Finished runs in the output are kept, so the same
+command continues after an interruption, and further seeds are added to those that exist. Writes `ablations.html`, and
+prints its tables as Markdown.
 """
 
 from neo_megatron import command_line

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from neo_megatron.benchmarks.train_step import SEED, Clock, Step, StopTraining, grown, settings
+from neo_megatron.benchmarks.train_step import BY_DATA_SET, SEED, Clock, Step, StopTraining, grown, settings
 
 
 def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, training_stage: int = 2) -> None:
@@ -60,6 +60,11 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, 
         model.config.finalize_model_grads_func = finalize_model_grads
         return model
 
+    def note_loss(*given):
+        clock.mark("forward")
+        original_note(*given)
+        clock.mark(BY_DATA_SET)
+
     def forward_step(*given):
         output, loss_function = original["forward_step"](*given)
 
@@ -73,7 +78,8 @@ def run(connection: Connection, inputs: Path, vocabulary: int, recompute: bool, 
         return output, reduce
 
     datasets_provider.is_distributed = True
-    original = dict(vars(pretraining))
+    original, original_note = dict(vars(pretraining)), pretraining._log.note_loss
+    pretraining._log.note_loss = note_loss
     vars(pretraining).update(
         datasets_provider=datasets_provider, model_provider=model_provider, forward_step=forward_step
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 1
+BY_DATA_SET = "losses by data set and modality"
 settings = {"lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "clip": 1.0}
 
 

@@ -87,6 +87,12 @@ COMMANDS = {
         {**_ANNOTATIONS, "--registry": Wanted.REGISTRY, "--model": Wanted.NEO},
         _CONTINUES,
     ),
+    "follow": Command(
+        "neo_megatron.cli.follow",
+        "export and evaluate every checkpoint of a run while it trains",
+        {**_ANNOTATIONS, "--registry": Wanted.REGISTRY, "--tokenizer": Wanted.TOKENIZER},
+        _CONTINUES,
+    ),
     "demo": Command(
         "neo_megatron.cli.demo", "serve a page to query a checkpoint and see its attention", {"--model": Wanted.NEO}
     ),

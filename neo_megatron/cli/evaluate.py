@@ -14,16 +14,12 @@ The same command continues an interrupted run, also with another --batch-size or
 import argparse
 from pathlib import Path
 
-from neo_megatron.atomic_files import json_line
 from neo_megatron.cli.model_options import add_batches, add_model, check_arguments, quiet, task_of
 from neo_megatron.cli.prompt_options import add_prompts
 from neo_megatron.cli.source_options import add_sources, check_sources, chosen_sources
 from neo_megatron.data.manifest import REJECTS
-from neo_megatron.inference.answer_run import ANSWERS, AnswerRun
-from neo_megatron.inference.batches import answer_all, plan_of
-from neo_megatron.inference.evaluation import Evaluation, evaluate_answers
-from neo_megatron.inference.questions import read_questions
-from neo_megatron.inference.report_page import page
+from neo_megatron.inference.evaluate import REPORT, evaluate
+from neo_megatron.inference.evaluation import Evaluation
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,22 +48,11 @@ def main() -> None:
     quiet()
     sources = chosen_sources(arguments)
     task, workers = task_of(arguments, {})
-    with AnswerRun(arguments.output, plan_of(task, sources, "every answer")) as run:
-        listed = read_questions(sources, task.settings, "every answer")
-        answer_all(listed.questions, task, run, arguments.batch_size, workers)
-        evaluation = evaluate_answers(listed, run.done)
-        run.finish(
-            {
-                ANSWERS: b"".join(map(json_line, evaluation.lines)),
-                REJECTS: b"".join(map(json_line, evaluation.rejects)),
-                "scores.json": json_line(evaluation.summary(), indent=1),
-                "report.html": page(evaluation, str(arguments.model)).encode(errors="backslashreplace"),
-            }
-        )
+    listed, evaluation = evaluate(task, sources, arguments.output, arguments.batch_size, workers, str(arguments.model))
     for sentence in listed.noticed.sentences():
         print(sentence)
     print_scores(evaluation)
-    print(f"the page to look at: {(arguments.output / 'report.html').resolve()}")
+    print(f"the page to look at: {(arguments.output / REPORT).resolve()}")
 
 
 def print_scores(evaluation: Evaluation) -> None:

@@ -19,6 +19,11 @@ def add_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, metavar="HF_DIR", help="a NEO in Hugging Face form, or its hub id")
     model.add_argument("--allow-pickle", action="store_true", help="read pickled weights if there are no safetensors")
+    add_answers(model, max_new_tokens)
+
+
+def add_answers(model: argparse._ActionsContainer, max_new_tokens: int) -> None:
+    """Adds the options of image sizes and of the length of answers."""
     model.add_argument(
         "--dtype",
         default="auto",

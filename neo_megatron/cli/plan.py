@@ -44,6 +44,7 @@ LAYOUT = {
     "use_distributed_optimizer": False,
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
+    "optimizer": "adam",
     "use_megatron_fsdp": False,
     "data_parallel_sharding_strategy": "optim_grads_params",
     "fp8_param_gather": False,
@@ -178,6 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for flag in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
         layout.add_argument(f"--{flag}", action="store_true", default=None, help="always on in a search")
+    layout.add_argument("--optimizer", choices=("adam", "muon"), help="AdamW, or Muon for matrices; default: adam")
     layout.add_argument(
         "--use-megatron-fsdp", action="store_true", default=None, help="Megatron-FSDP; never in a search"
     )

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from neo_megatron.data.image import IMAGE_TOKEN_SIDE, decode, image_grid, read_image, resize_to_grid
 from neo_megatron.data.memory_limit import limited_memory
-from neo_megatron.demo.attention_rows import AttentionRows, AttentionWatch
 from neo_megatron.demo.words import words_of
 from neo_megatron.inference.answering import Answerer, Piece
+from neo_megatron.inference.attention_rows import AttentionRows, AttentionWatch
 
 # A page needs no more pixels than a screen has.
 LONGEST_SIDE_SHOWN = 1600

@@ -88,7 +88,7 @@ def _cases_text(shown: int, wrong: int) -> str:
 
 def _cases(lines: Sequence[dict[str, Any]]) -> list[str]:
     """All cards; their images share one limit of bytes."""
-    images = [[_pixels(path) for path in line["pictures"][:IMAGES_PER_CASE]] for line in lines]
+    images = [[thumbnail(path) for path in line["pictures"][:IMAGES_PER_CASE]] for line in lines]
     found = [ShownImage(pixels, 0) for of_line in images for pixels in of_line if isinstance(pixels, np.ndarray)]
     addresses = iter(jpeg_addresses(found))
     cards = []
@@ -106,22 +106,32 @@ def _cases(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _card(line: dict[str, Any], images: str) -> str:
-    pieces = enumerate(split_tags(line["question"]))
-    question = "".join(piece for number, piece in pieces if number % 2 == 0 or piece != IMAGE_TAG).strip()
     said = escape(visible(line["prediction"])) or "(nothing)"
     cut = "" if line["finished"] else " … (cut)"
     right = " · ".join(dict.fromkeys(escape(visible(reference)) for reference in line["references"]))
-    where = f"{line['data_set']}: {PurePath(line['file']).name}, record {line['record']:,}"
-    where += "" if line["element"] is None else f", sample {line['element']}"
     names = ", ".join(PurePath(path).name for path in line["pictures"][:IMAGES_PER_CASE])
     return (
-        f'<div class="case">{images}<p>{escape(visible(question))}</p><p class="said">{said}{cut}</p>'
-        f"<p>right: {right}</p><small>ANLS {line['anls']:.2f} · {escape(where)}, turn {line['turn']}"
+        f'<div class="case">{images}<p>{question_text(line)}</p><p class="said">{said}{cut}</p>'
+        f"<p>right: {right}</p><small>ANLS {line['anls']:.2f} · {place_text(line)}"
         f"{' · ' + escape(names) if names else ''}</small></div>"
     )
 
 
-def _pixels(path: str) -> np.ndarray | str:
+def question_text(line: dict[str, Any]) -> str:
+    """The question of a line as HTML, without the tags of its images."""
+    pieces = enumerate(split_tags(line["question"]))
+    question = "".join(piece for number, piece in pieces if number % 2 == 0 or piece != IMAGE_TAG).strip()
+    return escape(visible(question))
+
+
+def place_text(line: dict[str, Any]) -> str:
+    """The place of a line's question in the data, as HTML."""
+    place = f"{line['data_set']}: {PurePath(line['file']).name}, record {line['record']:,}"
+    place += "" if line["element"] is None else f", sample {line['element']}"
+    return f"{escape(place)}, turn {line['turn']}"
+
+
+def thumbnail(path: str) -> np.ndarray | str:
     """A thumbnail of an image, or why it cannot be shown: the file may be gone by now."""
     try:
         with warnings.catch_warnings():

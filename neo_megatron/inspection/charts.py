@@ -1,6 +1,6 @@
 """Figures of the page as inline SVG; their colours are those of the style sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -97,12 +97,42 @@ def histogram(lengths: np.ndarray, limit: int | None) -> str:
     return _svg(height + 24, parts, "number of samples by their tokens")
 
 
+def curves(steps: Sequence[int], values: Mapping[str, Sequence[float]], label: str) -> str:
+    """Lines over steps, from 0 to 1, with a point at each step.
+
+    Args:
+        values: name of a CSS class -> the line, of which each step has a value.
+    """
+    width, height = 400, 150
+    left, right, top, bottom = 28, width - 14, 8, height - 20
+    first, last = steps[0], steps[-1]
+
+    def place(step: int) -> float:
+        return (left + right) / 2 if first == last else left + (right - left) * (step - first) / (last - first)
+
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        y = bottom - share * (bottom - top)
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="end">{share:g}</text>')
+    for name, line in values.items():
+        points = [(place(step), bottom - value * (bottom - top)) for step, value in zip(steps, line, strict=True)]
+        parts.append(f'<path class="curve {name}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in points)}"/>')
+        parts += [
+            f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>step {step:,}: {value:.3f}</title></circle>'
+            for (x, y), step, value in zip(points, steps, line, strict=True)
+        ]
+    for step, anchor in {last: "end", first: "middle" if first == last else ""}.items():
+        parts.append(f'<text x="{place(step):.1f}" y="{height - 4}" class="{anchor}">step {step:,}</text>')
+    return _svg(height, parts, label, width)
+
+
 def _rectangle(left: float, right: float, top: float, height: float, kind: str) -> str:
     """A rectangle at least half a pixel wide, so that a single token stays visible."""
     width = max(right - left, 0.5)
     return f'<rect class="{kind}" x="{left:.2f}" y="{top:.2f}" width="{width:.2f}" height="{height:.2f}"/>'
 
 
-def _svg(height: int, parts: Sequence[str], label: str) -> str:
+def _svg(height: int, parts: Sequence[str], label: str, width: int = WIDTH) -> str:
     body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'

@@ -41,11 +41,16 @@ def images_of(image: np.ndarray, positions: np.ndarray, patches: np.ndarray) -> 
     for number in range(image.max() + 1):
         tokens = np.flatnonzero(image == number)
         rows, columns = (positions[tokens, 1:].max(axis=0) + 1).tolist()
-        blocks = patches[first : first + len(tokens)].reshape(rows, columns, 2, 2, 3, 16, 16)
-        pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * 32, columns * 32, 3)
+        pixels = pixels_of(patches[first : first + len(tokens)], rows, columns)
         images.append(ShownImage(pixels, int(tokens[0])))
         first += len(tokens)
     return images
+
+
+def pixels_of(patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """uint8 [32 rows, 32 columns, 3] of one image, from patches uint8 [rows * columns, 4, 768]."""
+    blocks = patches.reshape(rows, columns, 2, 2, 3, 16, 16)
+    return blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * 32, columns * 32, 3)
 
 
 def jpeg_addresses(images: Sequence[ShownImage], limit: int = MAX_IMAGE_BYTES) -> list[str]:

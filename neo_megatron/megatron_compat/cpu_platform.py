@@ -315,13 +315,14 @@ def install_training() -> None:
     _patch(dataset_utils, "compile_helpers", lambda: None)
     from megatron.training import arguments, training
 
-    from neo_megatron.megatron_compat import fsdp, loading, optimizer_saves, saving
+    from neo_megatron.megatron_compat import fsdp, layer_wise, loading, optimizer_saves, saving
 
     require_lines(optimizer_saves.PATCHED, optimizer_saves.LINES)
-    for patched, lines in fsdp.LINES.items():
+    for patched, lines in (fsdp.LINES | layer_wise.LINES).items():
         require_lines(patched, lines)
-    for owner, name, value in (*loading.PATCHES, *saving.PATCHES, *optimizer_saves.PATCHES, *fsdp.PATCHES):
-        _patch(owner, name, value)
+    for module in (loading, saving, optimizer_saves, fsdp, layer_wise):
+        for owner, name, value in module.PATCHES:
+            _patch(owner, name, value)
     if not on_cpu():
         return
     # Its mesh is of GPUs, whatever the machine has.

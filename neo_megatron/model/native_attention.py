@@ -210,6 +210,9 @@ class SeparateSelfAttention(NativeSelfAttention):
         super().__init__(config, submodules, *args, **kwargs)
         self.gather_again = config.sequence_parallel and keeps_input(config)
         self.linear_qk_hw = self._column_parallel(submodules.linear_qk_hw, self.heads_per_group + 1)
+        # Megatron's Muon orthogonalizes queries and keys apart, and knows of `linear_qkv` alone.
+        self.linear_qk_hw.weight.is_qkv = True
+        self.linear_qk_hw.weight.qkv_split_shapes = [self.heads_per_group * self.head_dim, self.head_dim]
         for_t, for_h, for_w = config.sizes.axis_widths
         self.q_layernorm, self.k_layernorm = self._norm(for_t), self._norm(for_t)
         self.q_layernorm_h, self.k_layernorm_h = self._norm(for_h), self._norm(for_h)

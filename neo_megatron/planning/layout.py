@@ -59,6 +59,8 @@ class Layout:
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    optimizer: Literal["adam", "muon", "sgd"] = "adam"
+    """SGD is planned as AdamW, which keeps more."""
     use_megatron_fsdp: bool = False
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = (
         "optim_grads_params"
@@ -88,6 +90,8 @@ class Layout:
             if getattr(args, field.name, None) is not None
             and field.name not in ("recompute_modules", "attention_backend")
         }
+        if getattr(args, "use_layer_wise_distributed_optimizer", False):  # Megatron's name of it for Muon
+            taken["use_distributed_optimizer"] = True
         if getattr(args.attention_backend, "name", args.attention_backend) == "flash":  # Megatron's is an enum
             taken["attention_backend"] = "flash"
         if isinstance(args.cp_comm_type, list):  # Megatron allows one per layer
@@ -204,6 +208,9 @@ class Layout:
             rules = recomputation_refusals(self.recompute_modules, bool(sizes.num_experts), context, fp8_recipe)
             for refusal in rules:
                 return refusal
+        if self.optimizer == "muon" and (self.use_megatron_fsdp or self.precision == "fp8"):
+            what = "--use-megatron-fsdp" if self.use_megatron_fsdp else "FP8"
+            return f"{what} is not for --optimizer muon: leave one of them out"
         if self.use_megatron_fsdp:
             for refusal in fully_sharded_refusals(
                 *(self.data_parallel_sharding_strategy, self.pipeline_model_parallel_size, tensor),
@@ -331,7 +338,7 @@ _OF_STATE = (
     *("tensor_model_parallel_size", "context_parallel_size", "data_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
-    *("use_distributed_optimizer", "overlap_grad_reduce", "precision", "transformer_impl"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "precision", "transformer_impl", "optimizer"),
     *("use_megatron_fsdp", "data_parallel_sharding_strategy", "suggested_communication_unit_size"),
 )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import batched, groupby
 
-from neo_megatron.checkpoint.names import WORD_EMBEDDING, TensorRow, tensor_table
+from neo_megatron.checkpoint.names import LM_HEAD, WORD_EMBEDDING, TensorRow, tensor_table
 from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.flops import ROUTER, trains_new_parts_only
 from neo_megatron.planning.layout import Chunk, Layout
@@ -26,6 +26,7 @@ class Parameter:
         shared_embedding: it is one of two copies of a tied embedding.
         quantized: FP8 keeps a second form: matrices of a decoder layer, but for the router.
         expert: they belong to experts.
+        matrix: Muon updates them.
     """
 
     elements: int
@@ -34,6 +35,7 @@ class Parameter:
     shared_embedding: bool = False
     quantized: bool = False
     expert: bool = False
+    matrix: bool = False
 
     @property
     def total(self) -> int:
@@ -94,7 +96,14 @@ def parameters_of(sizes: NeoSizes, chunk: Chunk, training_stage: int, division: 
             experts, *shape = row.megatron_shape
             elements = math.prod(shape) // division.expert_tensor
             parameters.append(
-                Parameter(elements, trained, count=experts // division.experts, quantized=True, expert=True)
+                Parameter(
+                    elements,
+                    trained,
+                    count=experts // division.experts,
+                    quantized=True,
+                    expert=True,
+                    matrix=True,
+                )
             )
             continue
         parameters.append(
@@ -103,6 +112,7 @@ def parameters_of(sizes: NeoSizes, chunk: Chunk, training_stage: int, division: 
                 trained=trained,
                 shared_embedding=not shared.isdisjoint(row.hf),
                 quantized=row.layer is not None and len(row.megatron_shape) == 2 and not row.megatron.endswith(ROUTER),
+                matrix=len(row.megatron_shape) == 2 and {WORD_EMBEDDING, LM_HEAD}.isdisjoint(row.hf),
             )
         )
     return tuple(parameters if division.grouped else _expert_by_expert(parameters))

@@ -124,6 +124,7 @@ def candidates(
                         use_distributed_optimizer=True,
                         overlap_grad_reduce=True,
                         overlap_param_gather=True,
+                        optimizer=given.get("optimizer", "adam"),
                         precision=precision,
                         fp8_param_gather=given.get("fp8_param_gather", False),
                         transformer_impl=given.get("transformer_impl", "transformer_engine"),

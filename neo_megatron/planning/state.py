@@ -3,13 +3,15 @@
 Megatron lays the trained parameters of a chunk consecutively into a gradient buffer, last first, in buckets. Under
 the distributed optimizer it pads parameters and buckets (megatron.core.optimizer.param_layout), keeps the parameters
 themselves in a buffer of the same layout, and gives each rank an equal part of every bucket, to hold optimizer state
-for. Frozen parameters are in none of these. Experts that are divided otherwise than the rest of the model have buffers
-of their own, which belong to the ranks that hold the same experts.
+for. With Muon, matrices have a buffer of their own, in which each lies in the part of one rank, and one momentum in
+place of two moments. Frozen parameters are in none of these. Experts that are divided otherwise than the rest of the
+model have buffers of their own, which belong to the ranks that hold the same experts.
 
 Megatron-FSDP shards what its strategy says; what it gathers, and gradients that wait to be reduced, are counted at
 their most, without padding.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +22,11 @@ from neo_megatron.model.config import NeoSizes
 from neo_megatron.planning.layout import Chunk, Layout
 from neo_megatron.planning.parameters import Division, Parameter, parameters_of
 
-# Adam's two moments, and the float32 parameters of a 16-bit model.
-MOMENTS, MAIN_PARAMETER, MAIN_GRADIENT = 2 * 4, 4, 4
+# Adam's two moments, Muon's momentum, and the float32 parameters of a 16-bit model.
+MOMENTS, MOMENTUM, MAIN_PARAMETER, MAIN_GRADIENT = 2 * 4, 4, 4, 4
+
+
+_FILL = 0.9  # of a bucket of matrices, as Megatron fills it before it begins the next one
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _divided_state(
 
     def state(experts: bool | None, ranks: int, rank: int) -> State:
         first, others = (_bucket_limit(layout, pipeline_rank, number) for number in (0, 1))
-        settings = (layout.parameter_bytes, layout.use_distributed_optimizer, ranks)
+        settings = (layout.parameter_bytes, layout.use_distributed_optimizer, layout.optimizer == "muon", ranks)
         state = _chunk_state(sizes, chunks[0], training_stage, division, experts, *settings, first, rank)
         for chunk, count in Counter(chunks[1:]).items():
             state += _chunk_state(sizes, chunk, training_stage, division, experts, *settings, others, rank) * count
@@ -165,6 +170,7 @@ def _chunk_state(
     experts: bool | None,
     element: int,
     distributed: bool,
+    muon: bool,
     ranks: int,
     bucket_limit: int | None,
     state_rank: int,
@@ -175,14 +181,18 @@ def _chunk_state(
         parameters = tuple(parameter for parameter in parameters if parameter.expert == experts)
     trained = [parameter for parameter in parameters if parameter.trained]
     frozen = sum(parameter.total for parameter in parameters if not parameter.trained)
-    if distributed:
-        buckets = gradient_buckets(trained, ranks, bucket_limit)
-        buffer = sum(bucket.size for bucket in buckets)
-        owned = sum(bucket.owned(state_rank, ranks) for bucket in buckets)
-    else:
-        buffer = owned = sum(parameter.total for parameter in trained)
-    master = MOMENTS + (MAIN_PARAMETER if element < 4 else 0)
-    return State(element * (frozen + buffer), MAIN_GRADIENT * buffer, master * owned)
+    state = State(element * frozen)
+    for is_matrix, moments in ((False, MOMENTS), (True, MOMENTUM)) if muon else ((None, MOMENTS),):
+        held = [parameter for parameter in trained if is_matrix is None or parameter.matrix == is_matrix]
+        if distributed:
+            buckets = (matrix_buckets if is_matrix else gradient_buckets)(held, ranks, bucket_limit)
+            buffer = sum(bucket.size for bucket in buckets)
+            owned = sum(bucket.owned(state_rank, ranks) for bucket in buckets)
+        else:
+            buffer = owned = sum(parameter.total for parameter in held)
+        master = moments + (MAIN_PARAMETER if element < 4 else 0)
+        state += State(element * buffer, MAIN_GRADIENT * buffer, master * owned)
+    return state
 
 
 def _bucket_limit(layout: Layout, pipeline_rank: int, chunk: int) -> int | None:
@@ -217,6 +227,40 @@ def gradient_buckets(trained: Sequence[Parameter], ranks: int, limit: int | None
             close(ranges[-1][1])
     if ranges:
         close(ranges[-1][1])
+    return buckets
+
+
+def matrix_buckets(matrices: Sequence[Parameter], ranks: int, limit: int | None) -> list[Bucket]:
+    """As `gradient_buckets`, of the matrices that Muon updates, none of which is cut between two ranks.
+
+    Of a bucket's matrices the largest goes first, each to the rank with the least so far.
+    """
+    buckets: list[Bucket] = []
+    waiting: list[int] = []
+
+    def close() -> None:
+        ends = [(0, rank) for rank in range(ranks)]
+        places = []
+        for elements in sorted(waiting, reverse=True):
+            end, rank = heapq.heappop(ends)
+            start = _round_up(end, 64)
+            places.append((rank, start, start + elements))
+            heapq.heappush(ends, (start + elements, rank))
+        part = _round_up(max(ends)[0], lcm(64, lcm(ranks, 128) // ranks))
+        ranges = tuple((rank * part + start, rank * part + end) for rank, start, end in places)
+        buckets.append(Bucket(part * ranks, ranges))
+        waiting.clear()
+
+    total = largest = 0
+    for matrix in reversed(matrices):
+        for _ in range(matrix.count):
+            waiting.append(matrix.elements)
+            total, largest = total + matrix.elements, max(largest, matrix.elements)
+            if limit is not None and total >= max(limit, int(ranks * largest * _FILL)):
+                close()
+                total = largest = 0
+    if waiting:
+        close()
     return buckets
 
 

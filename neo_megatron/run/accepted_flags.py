@@ -85,6 +85,13 @@ WORKS = (
         """,
     ),
     _works(
+        "tests/distributed/test_muon.py",
+        """
+        --muon-momentum --muon-nesterov --muon-no-split-qkv --muon-scale-mode --muon-extra-scale-factor
+        --muon-coefficient-type --muon-num-ns-steps --muon-fp32-matmul-prec --muon-tp-mode
+        """,
+    ),
+    _works(
         "tests/distributed/test_pretrain.py",
         """
         --seq-length
@@ -306,7 +313,23 @@ NO_EFFECT = (
 )
 
 ONLY_VALUES = (
-    OnlyValues("--optimizer", ("adam", "sgd"), "NEO has AdamW and SGD: choose --optimizer adam or sgd"),
+    OnlyValues(
+        "--optimizer",
+        ("adam", "muon", "sgd"),
+        "NEO has AdamW, Muon and SGD: choose --optimizer adam, muon or sgd; --use-distributed-optimizer shards",
+    ),
+    OnlyValues(
+        "--muon-tp-mode",
+        ("duplicated", "distributed"),
+        "it would orthogonalize the part of a matrix that a rank holds, so that another --tensor-model-parallel-size "
+        "trains otherwise: choose duplicated or distributed",
+    ),
+    OnlyValues("--muon-fp32-matmul-prec", ("medium", "high"), "PyTorch does not know it: choose medium or high"),
+    OnlyValues(
+        "--muon-coefficient-type",
+        ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"),
+        "Emerging-Optimizers has no such coefficients: choose simple, quintic, polar_express, cans, aol or deepseekv4",
+    ),
     OnlyValues(
         "--dataloader-type",
         ("external",),
@@ -368,7 +391,19 @@ ONLY_WITH = (
         """,
     ),
     _only_with("--optimizer sgd", lambda args: args.optimizer == "sgd", "--sgd-momentum"),
-    _only_with("--optimizer adam", lambda args: args.optimizer == "adam", "--adam-beta1 --adam-beta2 --adam-eps"),
+    _only_with(
+        "--optimizer adam or muon",
+        lambda args: args.optimizer in ("adam", "muon"),
+        "--adam-beta1 --adam-beta2 --adam-eps",
+    ),
+    _only_with(
+        "--optimizer muon",
+        lambda args: args.optimizer == "muon",
+        """
+        --muon-momentum --muon-nesterov --muon-no-split-qkv --muon-scale-mode --muon-extra-scale-factor
+        --muon-coefficient-type --muon-num-ns-steps --muon-fp32-matmul-prec --muon-tp-mode
+        """,
+    ),
     _only_with(
         "--lr-decay-style WSD",
         lambda args: args.lr_decay_style == "WSD",
@@ -466,5 +501,13 @@ NOT_WITH_FSDP = _flags(
     --grad-reduce-in-bf16 --check-for-large-grads --check-weight-hash-across-dp-replicas-interval
     --save-params-interval --save-wgrads-interval --save-dgrads-interval --log-params-norm --log-num-zeros-in-grad
     --data-parallel-random-init --dump-param-to-param-group-map --use-precision-aware-optimizer --use-nccl-ub
+    """
+)
+
+# What Megatron builds for its other optimizers alone.
+NOT_WITH_MUON = _flags(
+    """
+    --fp16 --fp8-format --use-megatron-fsdp --use-precision-aware-optimizer --dump-param-to-param-group-map
+    --distrib-optim-fully-reshardable-mem-efficient
     """
 )

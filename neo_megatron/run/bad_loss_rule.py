@@ -62,6 +62,8 @@ def took(args: Any, loss: float) -> None:
 
 
 def may_skip(args: Any) -> bool:
-    """Whether the rule skips a bad step; it is noted."""
+    """Whether the rule skips a bad step; if it is one that skips, the step is noted."""
+    if args.on_bad_loss != "skip":
+        return False
     args.skipped_in_a_row += 1
-    return args.on_bad_loss == "skip" and args.skipped_in_a_row <= MOST_SKIPPED
+    return args.skipped_in_a_row <= MOST_SKIPPED

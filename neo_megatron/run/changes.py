@@ -34,6 +34,14 @@ _TOLD = {
     "adam_beta2": "",
     "adam_eps": "",
     "sgd_momentum": "",
+    "muon_momentum": "",
+    "muon_nesterov": "",
+    "muon_split_qkv": "--muon-no-split-qkv",
+    "muon_scale_mode": "",
+    "muon_extra_scale_factor": "",
+    "muon_coefficient_type": "",
+    "muon_num_ns_steps": "",
+    "muon_fp32_matmul_prec": "",
     "clip_grad": "",
     "bf16": "",
     "fp16": "",
@@ -149,7 +157,8 @@ def needs_state_by_names(args: Namespace, checkpoint: Path) -> bool:
     # A pipeline stage may hold nothing that trains in stage 1; Megatron looks for its state all the same.
     idle_stages = args.training_stage == 1 and args.pipeline_model_parallel_size > 1
     schedule_flags = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if args.optimizer == "sgd":  # Megatron cannot load it
+    # Megatron cannot load that of SGD, and that of Muon on the data-parallel ranks alone that saved it.
+    if args.optimizer in ("sgd", "muon"):
         return True
     # Megatron finds parameter groups by a few of their numbers, which do not tell all of these apart.
     groups = any(getattr(one, name, "") for one in (there, args) for name in ("lr_scale", "unfreeze"))

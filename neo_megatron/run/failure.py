@@ -3,7 +3,7 @@
 torchrun gives every rank a file for its error. The first rank that fails on a machine claims a file next to these
 and reports its error; the others, which fail for the same reason or because the first one is gone, wait to be ended. A
 rank that hangs, because a rank that it exchanges tensors with is gone, ends by itself. Other machines read the error in
-torchrun's store and report it as their own; NCCL alone would let them wait for --distributed-timeout-minutes.
+the ranks' store and report it as their own; NCCL alone would let them wait for --distributed-timeout-minutes.
 """
 
 import contextlib
@@ -45,8 +45,7 @@ class Failure:
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._error_file = Path(file) if file else None
         machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._told = _ToldToMachines(machines) if self._error_file is not None and agent and machines > 1 else None
+        self._told = _ToldToMachines(machines) if self._error_file is not None and machines > 1 else None
         self._patience = _SECONDS_TO_BE_SEEN if self._told is not None else 0  # the first rank may take that long
         self._claimed = False
         self.console: Console | None = None
@@ -82,8 +81,8 @@ class Failure:
                 self._end_for_another(first)
         if self._error_file is not None:
             self._write_error_file(text if sentence else None, error)
-        if self._error_file is None or not sentence:
-            self._show(text)
+        if self._error_file is None or not sentence or _restarts_left():
+            self._show(text)  # the launcher shows the sentence of the last start alone
         self._end(1)
 
     def interrupted(self) -> NoReturn:
@@ -160,7 +159,9 @@ class Failure:
 
 
 class _ToldToMachines:
-    """The error of the rank that failed first, in torchrun's store, which outlives ranks and their process group.
+    """The error of the rank that failed first, in the store of the process group, which outlives the group.
+
+    It is torchrun's, or, where ranks may be started again, that of rank 0.
 
     Args:
         machines: how many there are.
@@ -168,7 +169,7 @@ class _ToldToMachines:
 
     def __init__(self, machines: int) -> None:
         self._machines = machines
-        self._key = f"neo_megatron/first-failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._key = "neo_megatron/first-failure"
         self._store: Any = None
 
     def tell(self, text: str) -> str | None:
@@ -218,6 +219,12 @@ def _message(text: str) -> dict[str, Any]:
     return {"message": text, "timestamp": str(int(time.time()))}
 
 
+def _restarts_left() -> bool:
+    """Whether torchrun starts all ranks again when this one has failed."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return count < most
+
+
 def _was_told_to_end() -> bool:
     """Whether SIGTERM arrived while Megatron's handler was installed, which only records it."""
     variables = sys.modules.get("megatron.training.global_vars")
@@ -229,4 +236,5 @@ def _be_endable() -> None:
     """Kills child processes, which would outlive this one, and lets SIGTERM end it; Megatron would save first."""
     for child in multiprocessing.active_children():
         child.kill()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():  # which hangs otherwise: torchrun follows with SIGKILL
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

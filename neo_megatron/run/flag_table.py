@@ -61,6 +61,9 @@ def refusals(given: dict[str, Any], args: Namespace) -> Iterator[str]:
     for flag in accepted_flags.NOT_WITH_FSDP if args.use_megatron_fsdp else ():
         if flag in given:
             yield f"{as_written(flag, given[flag])} is not for --use-megatron-fsdp: leave one of them out"
+    for flag in accepted_flags.NOT_WITH_MUON if args.optimizer == "muon" else ():
+        if flag in given:
+            yield f"{as_written(flag, given[flag])} is not for --optimizer muon: leave one of them out"
     for pair in accepted_flags.ONLY_WITH:
         for flag in pair.flags:
             if flag in given and not pair.where(args):

@@ -23,6 +23,7 @@ from neo_megatron.run.evaluation import EvaluationPacks, EvaluationRound
 from neo_megatron.run.image_views import ViewedBatches
 from neo_megatron.run.loader_workers import begin_worker, check_room, late, seconds_to_wait, start_workers
 from neo_megatron.run.pack_lengths import check_borders
+from neo_megatron.run.progress import progress
 
 _MOST = 4  # the most packs that a sentence lists, files of a pack, and records of a file
 
@@ -146,6 +147,7 @@ class MicroBatches:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out"):
                 raise
+            progress.write_stacks(f"no micro-batch within {self._seconds:g} s")
             # Workers take turns.
             raise late(count % self._workers, self._workers, self.describe(numbers), self._seconds) from error
         return self._named(batch, numbers)

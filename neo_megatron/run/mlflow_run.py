@@ -27,14 +27,9 @@ class MlflowRun:
     """
 
     def __init__(self, directory: str | Path, name: str, config: Mapping[str, Any], facts: Mapping[str, str]) -> None:
-        # MLflow maintains the file store, but no longer develops it, and since 3.17 asks for a word that it is meant. A
-        # database needs more packages than the client of MLflow.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
+        from mlflow.entities import Param
 
-        self._metric = Metric
-        self._client = MlflowClient(tracking_uri=Path(directory).absolute().as_uri())
+        self._client = client_of(directory)
         found = self._client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
         tags = {named(key): value for key, value in facts.items()}
@@ -45,14 +40,31 @@ class MlflowRun:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs the scalars of a step."""
-        now = int(1000 * time.time())
-        metrics = [self._metric(named(tag), value, now, step) for tag, value in scalars.items()]
-        for first in range(0, len(metrics), _METRICS):
-            self._client.log_batch(self._run, metrics=metrics[first : first + _METRICS])
+        write_metrics(self._client, self._run, step, scalars)
 
     def end(self) -> None:
         """Marks the run as ended."""
         self._client.set_terminated(self._run)
+
+
+def client_of(directory: str | Path) -> Any:
+    """A client of the file store in a directory."""
+    # MLflow maintains the file store, but no longer develops it, and since 3.17 asks for a word that it is meant. A
+    # database needs more packages than the client of MLflow.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=Path(directory).absolute().as_uri())
+
+
+def write_metrics(client: Any, run: str, step: int, scalars: Mapping[str, float]) -> None:
+    """Logs the scalars of a step to a run, given its id."""
+    from mlflow.entities import Metric
+
+    now = int(1000 * time.time())
+    metrics = [Metric(named(tag), value, now, step) for tag, value in scalars.items()]
+    for first in range(0, len(metrics), _METRICS):
+        client.log_batch(run, metrics=metrics[first : first + _METRICS])
 
 
 def named(tag: str) -> str:

@@ -157,12 +157,12 @@ class ModuleRates:
         for group in self._optimizer.param_groups:
             if (start := group.get(START)) is None:
                 continue
-            factor = self._factor(start)
+            factor = self._factor(start, group.get("optimizer", self._args.optimizer))
             rate, decay = self._scheduler.get_lr(group), self._scheduler.get_wd(group) * group["wd_mult"]
             group["lr"] = rate * factor
             group["weight_decay"] = decay / factor if factor else 0.0
 
-    def _factor(self, start: int) -> float:
+    def _factor(self, start: int, optimizer: str) -> float:
         """Of the learning rate: 0 before the step, then Adam's correction of moments that began there.
 
         Megatron counts Adam's steps once for all parameters and so corrects these as if their moments had run for
@@ -173,7 +173,7 @@ class ModuleRates:
         done = args.curr_iteration
         if done < start:
             return 0.0
-        if args.optimizer != "adam":
+        if optimizer != "adam":
             return 1.0
         fresh = args.iteration if args.no_load_optim else 0  # where all moments began
         steps, own = done - fresh + 1, done - max(start, fresh) + 1

@@ -3,7 +3,8 @@
 Megatron loads the state that its own optimizer of the same wrapper and precision has saved, together with its
 hyperparameters, and fails or loads wrongly otherwise; it cannot load that of SGD. Here every parameter gets its moments
 and, where the optimizer keeps a float32 copy apart from the model (the master weight), exactly that copy: of the
-checkpoint's optimizer, or of the weights of a model in float32. Hyperparameters stay those of the command line.
+checkpoint's optimizer, or of the weights of a model in float32. Hyperparameters stay those of the command line. Muon
+keeps one moment of each matrix, and AdamW keeps two of each other parameter.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -32,8 +35,9 @@ from neo_megatron.megatron_compat import fsdp
 from neo_megatron.run.ranks import on_rank_0
 
 STATE = "optimizer.state."
-# Keyed by Megatron's name of the optimizer.
-MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+_ADAM = ("exp_avg", "exp_avg_sq")
+_MOMENTUM = ("momentum_buffer",)
+_MOMENTS = (*_ADAM, *_MOMENTUM)
 _TORCH_ADAM = (torch.optim.AdamW, torch.optim.Adam)
 # The plain and the distributed optimizer name a master weight differently; the last one is the model's own weight.
 _MASTERS = (f"{STATE}fp32_param.", f"{STATE}param.", "")
@@ -66,9 +70,9 @@ class _State:
     part: slice
 
 
-def has_moments(saved: TorchDistDirectory, optimizer: str = "adam") -> bool:
-    """Whether a checkpoint has state of this kind of optimizer by the names of parameters."""
-    return any(key.startswith(f"{STATE}{MOMENTS[optimizer][0]}.") for key in saved.shapes)
+def has_moments(saved: TorchDistDirectory) -> bool:
+    """Whether a checkpoint has state of an optimizer by the names of parameters."""
+    return any(key.startswith(f"{STATE}{moment}.") for moment in _MOMENTS for key in saved.shapes)
 
 
 def is_by_ranks(saved: TorchDistDirectory) -> bool:
@@ -88,13 +92,14 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
     """
     saved, common_state = read_on_rank_0(checkpoint)
     sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
-    optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
+    optimizers = list(_single(optimizer))
     states = [(one, p, state) for one in optimizers for p, state in _states(one)]
-    moments = _moments(optimizers[0]) if optimizers else ()
-    for moment in moments:
+    kept = _kept(optimizer.config)
+    for moment in kept:
         values = _read(saved, sharded, (f"{STATE}{moment}.",))
         for one, parameter, state in states:
-            _fill(one, parameter, state, moment, values.get(parameter))
+            if moment in state.tensors:
+                _fill(one, parameter, state, moment, values.get(parameter))
     masters = _read(saved, sharded, _MASTERS)
     _fill_masters(states, masters)
     for parameter, value in masters.items():
@@ -108,8 +113,8 @@ def load_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], check
         scaler = next((state["grad_scaler"] for state in common if "grad_scaler" in state), None)
         if scaler is not None and getattr(one, "grad_scaler", None) is not None:
             one.grad_scaler.load_state_dict(scaler)
-    known = sum(f"{STATE}{moment}.{entry.key}" in saved.shapes for moment in moments[:1] for entry in sharded.values())
-    return Loaded(known, len(sharded) - known if moments else 0, step)
+    known = sum(any(f"{STATE}{moment}.{entry.key}" in saved.shapes for moment in kept) for entry in sharded.values())
+    return Loaded(known, len(sharded) - known if kept else 0, step)
 
 
 @torch.no_grad()
@@ -132,8 +137,7 @@ def load_masters(
         return
     sharded = {p: entry for p, entry in _sharded_parameters(model) if p.requires_grad}
     masters = _read(saved, sharded, ("",))
-    optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
-    _fill_masters([(one, p, state) for one in optimizers for p, state in _states(one)], masters)
+    _fill_masters([(one, p, state) for one in _single(optimizer) for p, state in _states(one)], masters)
     _install(model)
 
 
@@ -259,10 +263,27 @@ def _states(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, _State]]:
             yield parameter, _State(_held(optimizer, parameter), all_of_it)
 
 
+def _single(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """The optimizers of a chain, which may be one of chains, that update anything."""
+    if isinstance(optimizer, ChainedOptimizer):
+        for one in optimizer.chained_optimizers:
+            yield from _single(one)
+    elif not optimizer.is_stub_optimizer:
+        yield optimizer
+
+
+def _kept(config: OptimizerConfig) -> tuple[str, ...]:
+    """The moments that a run keeps, each of some parameters; SGD without momentum keeps none."""
+    if config.optimizer == "sgd":
+        return _MOMENTUM if config.sgd_momentum else ()
+    return _MOMENTS if config.optimizer == "muon" else _ADAM
+
+
 def _moments(optimizer: MegatronOptimizer) -> tuple[str, ...]:
-    """The moments that an optimizer keeps of each parameter; SGD without momentum keeps none."""
-    kind = optimizer.config.optimizer
-    return () if kind == "sgd" and not optimizer.config.sgd_momentum else MOMENTS[kind]
+    """The moments that one optimizer keeps of each of its parameters."""
+    if optimizer.config.optimizer == "muon":
+        return _MOMENTUM if isinstance(optimizer.optimizer, TensorParallelMuon) else _ADAM
+    return _kept(optimizer.config)
 
 
 def _held(optimizer: MegatronOptimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -290,7 +311,7 @@ def _step(state: dict[str, Any]) -> int:
 
 def _set_step(optimizer: MegatronOptimizer, step: int) -> None:
     inner = optimizer.optimizer
-    if optimizer.config.optimizer == "sgd":  # SGD does not count steps
+    if "exp_avg" not in _moments(optimizer):  # Adam alone counts steps
         return
     if isinstance(inner, _TORCH_ADAM):
         for state in inner.state.values():

@@ -28,8 +28,8 @@ def check_flags(args: Namespace) -> None:
         return
     if not args.pretrained_checkpoint:
         raise ConfigError("--pretrained-optimizer needs --pretrained-checkpoint, whose optimizer state it takes over")
-    if args.optimizer != "adam":
-        raise ConfigError("--pretrained-optimizer takes over the state of --optimizer adam: leave it out")
+    if args.optimizer == "sgd":
+        raise ConfigError("--pretrained-optimizer takes over the state of --optimizer adam or muon: leave it out")
 
 
 def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], checkpoint: str | Path) -> str:
@@ -43,9 +43,9 @@ def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], 
         A sentence that counts the parameters of this rank's chunks.
 
     Raises:
-        ConfigError: the checkpoint has no state, or only one that fits its own layout.
+        ConfigError: the checkpoint has no state, one of another optimizer, or only one that fits its own layout.
     """
-    directory = on_rank_0(partial(_directory_with_state, checkpoint))
+    directory = on_rank_0(partial(_directory_with_state, checkpoint, optimizer.config.optimizer))
     loaded = load_state(optimizer, model, directory)
     return (
         f"optimizer state of {directory} after {loaded.step} steps, on the first rank: taken over for "
@@ -53,15 +53,21 @@ def take_over_state(optimizer: MegatronOptimizer, model: list[torch.nn.Module], 
     )
 
 
-def _directory_with_state(checkpoint: str | Path) -> Path:
+def _directory_with_state(checkpoint: str | Path, optimizer: str) -> Path:
     saved = TorchDistDirectory(checkpoint)
-    check_state(saved)
+    check_state(saved, optimizer)
     return saved.directory
 
 
-def check_state(saved: TorchDistDirectory) -> None:
-    """Raises ConfigError where a checkpoint has no state to take over."""
+def check_state(saved: TorchDistDirectory, optimizer: str) -> None:
+    """Raises ConfigError where a checkpoint has no state of this optimizer to take over."""
     if has_moments(saved):
+        there = getattr(saved.common_state()["args"], "optimizer", optimizer)
+        if there != optimizer:
+            raise ConfigError(
+                f"--pretrained-optimizer: {saved.directory} holds the state of --optimizer {there}, and this run has "
+                f"{optimizer}: choose --optimizer {there}, or leave the flag out"
+            )
         return
     if is_by_ranks(saved):
         raise ConfigError(

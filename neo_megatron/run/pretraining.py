@@ -46,6 +46,7 @@ from neo_megatron.run.log_writers import PAIR_RATIO
 from neo_megatron.run.module_rates import ModuleRates, group_overrides
 from neo_megatron.run.optimizer_state import allocate_moments
 from neo_megatron.run.pack_lengths import StepLengths
+from neo_megatron.run.progress import progress
 from neo_megatron.run.step_log import StepLog
 from neo_megatron.run.training_arguments import parse_arguments
 
@@ -65,8 +66,8 @@ def train() -> None:
     """
     global _bad_numbers, _rates
     _bad_numbers = BadNumbers()
-    hooks.call_after_loading(after_loading)
-    hooks.call_before_saving(allocate_moments)
+    hooks.call_after_loading(_after_loading)
+    hooks.call_before_saving(_before_saving)
     hooks.call_around_evaluation(evaluate_split)
     hooks.read_skipped_steps()
     hooks.log_with(_log)
@@ -78,6 +79,7 @@ def train() -> None:
         if args.dry_run:
             dry_run(args)
             return
+        progress.watch(args)
         check_loader_memory(args)
         _log.begin(args)
         _rates = ModuleRates(args)
@@ -104,6 +106,7 @@ def train() -> None:
             raise
         sys.exit(f"pretrain_neo: {sentence}")
     finally:
+        progress.end()
         _log.end()
         if writer := get_tensorboard_writer():
             writer.close()  # Megatron does not, and the last records would be lost
@@ -141,9 +144,22 @@ def model_provider(
 
 @contextmanager
 def _around_step() -> Iterator[None]:
+    progress.note(f"step {get_args().curr_iteration + 1}")
     _rates.begin_step()
     with _lengths.step():
         yield
+    progress.end_start()
+
+
+def _after_loading(*loaded: Any) -> None:
+    progress.note("the start")
+    after_loading(*loaded)
+    progress.note("the start")
+
+
+def _before_saving(optimizer: MegatronOptimizer | None) -> None:
+    progress.note("a save")
+    allocate_moments(optimizer)
 
 
 def _take_groups(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
@@ -180,6 +196,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         if not (vp_stage or _bad_numbers.again):  # virtual stages read the same packs in turn
             _log.note(packs)
     elif not vp_stage:
+        progress.note("an evaluation")
         _log.note_evaluation(packs)
     if args.context_parallel_size > 1:
         packs = context_share(

@@ -30,11 +30,15 @@ REJECTED = (
         """,
     ),
     rejected(
-        "it is for --optimizer muon, lion or soap, and NEO has AdamW and SGD: leave it out",
+        "NEO has AdamW, Muon and SGD, and --optimizer muon has AdamW for all but matrices: leave it out",
         """
-        --muon-momentum --muon-no-split-qkv --muon-nesterov --muon-scale-mode --muon-fp32-matmul-prec
-        --muon-coefficient-type --muon-num-ns-steps --muon-tp-mode --muon-extra-scale-factor --muon-scalar-optimizer
-        --lion-beta1 --lion-beta2 --no-use-layer-wise-param-layout
+        --muon-scalar-optimizer --lion-beta1 --lion-beta2
+        """,
+    ),
+    rejected(
+        "it is for an earlier way to shard Muon, of which no run of NEO has been tried: leave it out",
+        """
+        --no-use-layer-wise-param-layout
         """,
     ),
     rejected(

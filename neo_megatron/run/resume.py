@@ -6,6 +6,8 @@ from a damaged checkpoint to the one before it, and moves what the run would ove
 
 from argparse import Namespace
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from neo_megatron.run import bad_loss_rule
 from neo_megatron.run.changes import check_model, check_training, identity_of_packs, needs_state_by_names, told_changes
 from neo_megatron.run.console import say
 from neo_megatron.run.pretrained_optimizer import check_state
+from neo_megatron.run.progress import progress
 from neo_megatron.run.ranks import on_rank_0, rank_and_ranks
 
 
@@ -116,7 +119,9 @@ def _verify_together(path: Path, read_tensors: bool) -> str | None:
     damage = None
     try:
         if read_tensors:
-            verify_pieces(share_of(pieces, rank, ranks))
+            for _, of_file in groupby(share_of(pieces, rank, ranks), attrgetter("path")):
+                progress.note(f"the check of {path}")
+                verify_pieces(list(of_file))
     except (DamagedCheckpoint, OSError) as error:
         damage = str(error)
     if ranks == 1:
@@ -153,7 +158,7 @@ def _check_model_and_schedule(args: Namespace, checkpoint: Path) -> dict[str, An
     check_model(args, common_state, checkpoint)
     if not goes_on:
         if args.pretrained_optimizer:
-            check_state(TorchDistDirectory(checkpoint))
+            check_state(TorchDistDirectory(checkpoint), args.optimizer)
         return {}
     check_training(args, common_state, checkpoint)
     if not args.no_load_optim:

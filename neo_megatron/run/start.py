@@ -14,6 +14,8 @@ from neo_megatron.run.output_lock import OutputLock
 
 PROGRAM = "pretrain_neo"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Without it torchrun gives every start the same store, in which ranks find the addresses of those that have ended.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 PATHS = {
     "--train-data-path": Wanted.PACKS,
     "--mixture": Wanted.MIXTURE,
@@ -63,6 +65,11 @@ def stand_alone(arguments: Sequence[str]) -> None:
             "start them with python -m neo_megatron.launch --nproc-per-node N, which sets all five, or unset RANK and "
             "WORLD_SIZE to train on one process"
         )
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get(OWN_STORE) != "1":
+        raise ConfigError(
+            "torchrun has started the ranks again with the store of those that have ended, and they would wait for "
+            f"these: start with python -m neo_megatron.launch in place of torchrun, or with {OWN_STORE}=1"
+        )
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank >= ranks:
         raise ConfigError(f"RANK={rank} is not one of the WORLD_SIZE={ranks} processes: they are counted from 0")
@@ -99,7 +106,10 @@ def open_console(arguments: Sequence[str]) -> Console | None:
     rank = int(os.environ.get("RANK", "0"))
     console = Console(log_file(given.save, rank), ShortLines(warnings=rank == 0))
     if rank == 0:
-        console.show(f"starting, which takes some seconds; the full log of every rank is in {console.log.parent}")
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        again = f" (restart {restart} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')})" if restart != "0" else ""
+        told = f"starting{again}, which takes some seconds; the full log of every rank is in {console.log.parent}"
+        console.show(told)
     return console
 
 

@@ -5,6 +5,7 @@
 
 import copy
 import importlib.util
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def check_settings(args: Namespace) -> None:
         raise ConfigError(
             "--use-distributed-optimizer shards the state of --optimizer adam alone: leave one of them out"
         )
+    if args.optimizer == "muon":
+        _check_muon(args)
     absent = _check_packages(args)
     if args.attention_backend != AttnBackend.flash:  # otherwise Megatron looks for a package, see above
         check_backend(args.attention_backend)
@@ -63,6 +66,15 @@ def check_checkpoint(args: Namespace, read_tensors: bool) -> Path | None:
     return checkpoint
 
 
+def _check_muon(args: Namespace) -> None:
+    if not 0 <= args.muon_momentum < 1:
+        raise ConfigError(f"--muon-momentum {args.muon_momentum}: give a number from 0 to below 1")
+    if args.muon_num_ns_steps < 1:
+        raise ConfigError(f"--muon-num-ns-steps {args.muon_num_ns_steps}: give 1 or more")
+    if not 0 < args.muon_extra_scale_factor < math.inf:
+        raise ConfigError(f"--muon-extra-scale-factor {args.muon_extra_scale_factor}: give a number above 0")
+
+
 def _check_wandb(args: Namespace) -> None:
     if not args.wandb_project:
         return
@@ -78,6 +90,8 @@ def _needed(args: Namespace) -> Iterator[tuple[str, str, bool]]:
         yield "--wandb-project", "wandb", False
     if args.mlflow_dir:
         yield "--mlflow-dir", "mlflow", False
+    if args.optimizer == "muon":
+        yield "--optimizer muon", "emerging_optimizers", False
     if args.tensorboard_dir:
         yield "--tensorboard-dir", "tensorboard", False
     if args.transformer_impl == "transformer_engine":

@@ -157,6 +157,8 @@ def run_defaults(sizes: NeoSizes) -> dict[str, Any]:
         "dist_ckpt_optim_fully_reshardable": True,
         # Otherwise every data-parallel rank reads all of it.
         "ckpt_fully_parallel_load": True,
+        # Megatron's own default orthogonalizes the part of a matrix that a tensor-parallel rank holds.
+        "muon_tp_mode": "duplicated",
         # As without FSDP; Megatron would sum gradients in the precision of the weights.
         "megatron_fsdp_main_grads_dtype": "fp32",
         # Rounds to FP8 once all of a parameter is there, and not each stored piece with a scale of its own.

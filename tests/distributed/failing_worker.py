@@ -10,13 +10,16 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import types
 
 from neo_megatron.errors import DataError
 from neo_megatron.pretrain_neo import main
 
-OF_A_TRAINING = ("no more room", "kill savers", "kill loader")
+OF_A_TRAINING = (
+    *("no more room", "kill savers", "kill loader", "stop", "kill a training", "kill machine", "deadlock loader"),
+)
 
 
 def fail() -> None:
@@ -29,7 +32,9 @@ def fail() -> None:
         raise RuntimeError("a library's words") from OSError(errno.ENOSPC, "No space left on device", "/some/file")
     if way == "package":
         import no_such_package  # noqa: F401
-    if way == "kill":
+    if way == "kill machine":
+        os.kill(os.getppid(), signal.SIGKILL)
+    if way in ("kill", "kill a training", "kill machine"):
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "no more room":  # no file may grow beyond a megabyte, as if the disk were full
         for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
@@ -41,6 +46,8 @@ def fail() -> None:
         for worker in multiprocessing.active_children():
             worker.kill()
         time.sleep(60)
+    if way == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if way == "hang":
         os.write(2, b"words of C++\n")
         time.sleep(600)
@@ -49,8 +56,15 @@ def fail() -> None:
 def fail_in_time(calls: list[None]) -> None:
     """Each step has two micro-batches a rank."""
     calls.append(None)
-    if len(calls) == 4 and who in ("all", os.environ["RANK"]):
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if len(calls) == 4 and who in ("all", os.environ["RANK"]) and not restarted:
         fail()
+
+
+def deadlocked(*_: object) -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
 
 
 def steps_of_collectives() -> None:
@@ -69,7 +83,7 @@ if __name__ == "__main__":
     way, who = sys.argv[1:3]
     sys.argv[1:3] = []
     if way in OF_A_TRAINING:
-        from neo_megatron.run import pretraining
+        from neo_megatron.run import loaders, pretraining
 
         forward_step, calls = pretraining.forward_step, []
 
@@ -78,6 +92,14 @@ if __name__ == "__main__":
             return forward_step(*arguments)
 
         pretraining.forward_step = failing_step
+        if way == "deadlock loader" and who == os.environ["RANK"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            collate, read = loaders.collate, []
+
+            def collate_or_hang(packs):
+                read.append(None)
+                return deadlocked() if len(read) > 3 else collate(packs)
+
+            loaders.collate = collate_or_hang
     else:
         stub = types.ModuleType("neo_megatron.run.pretraining")
         stub.train = steps_of_collectives

@@ -1,4 +1,4 @@
-"""Every layout trains the same model: from one checkpoint, on real packs with images, five steps, in float32.
+"""Every layout trains the same model: from one checkpoint, on real packs with images, three steps, in float32.
 
 Losses within 2e-6 and the last gradients, each complete tensor, within 1e-5 relative of the run on one process.
 In bfloat16 every product is rounded to 8 bits (2e-3 relative), wherever a layout cuts it: losses are averages over
@@ -28,7 +28,7 @@ SP, ALLGATHER, A2A = "--sequence-parallel", "--cp-comm-type allgather", "--cp-co
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-EVALUATION = "--valid-data-path {packs} --eval-interval 5 --eval-iters 1"
+EVALUATION = "--valid-data-path {packs} --eval-interval 3 --eval-iters 1"
 
 # Processes, then flags; every step has four packs.
 LAYOUTS = {
@@ -130,7 +130,7 @@ def runs(room, model, unify, lopsided, tmp_path_factory) -> dict[str, Job]:
     """All runs, in one launch for each number of processes."""
     directory = tmp_path_factory.mktemp("layouts")
 
-    def job(kind: str, name: str, packs: Path, flags: str, iterations: int = 5) -> Job:
+    def job(kind: str, name: str, packs: Path, flags: str, iterations: int = 3) -> Job:
         flags = f"--max-broken-samples 0.5 {flags.format(packs=packs)}"
         return layout_job(directory / f"{kind}-{name}", model, packs, flags, iterations)
 
@@ -154,7 +154,7 @@ def runs(room, model, unify, lopsided, tmp_path_factory) -> dict[str, Job]:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
-def test_losses_and_gradients_of_five_steps(runs, layout):
+def test_losses_and_gradients_of_three_steps(runs, layout):
     assert_same(SMALL, runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_the_attention_of_a_neo_unify(runs, kind, layout):
 
 @pytest.mark.parametrize(
     ("kind", "layout", "step"),
-    [*(("float32", name, 5) for name in EVALUATED if name != "one"), ("unify-plain", "cp2-a2a", 3)],
+    [*(("float32", name, 3) for name in EVALUATED if name != "one"), ("unify-plain", "cp2-a2a", 3)],
 )
 def test_evaluation(runs, kind, layout, step):
     expected, actual = (runs[f"{kind}-{name}"].scalars("lm loss validation") for name in ("one", layout))
@@ -190,7 +190,7 @@ def test_ranks_with_few_trained_tokens_or_none(runs, spread):
 @pytest.mark.parametrize("layout", ["pp2-cp2", "tp2-pp2-sp"])
 def test_images_go_to_who_embeds_them_and_labels_to_who_has_the_loss(runs, layout):
     """Two ranks a stage. Parts of a sequence embed their own images; tensor-parallel ranks share the loss out."""
-    alone = runs["float32-one"].inputs(0)[: 5 * 4]  # it evaluates afterwards
+    alone = runs["float32-one"].inputs(0)[: 3 * 4]  # it evaluates afterwards
     first, last = ([runs[f"float32-{layout}"].inputs(rank) for rank in stage] for stage in ((0, 1), (2, 3)))
     to_embed, labels = {"tokens", "patches", "image_token_index", "image_token_position"}, {"targets", "target_index"}
     assert any(call["patches"] for call in alone)

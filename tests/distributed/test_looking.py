@@ -63,10 +63,6 @@ def packs(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(room / f"{number}.png")
     write_video(room / "clip.mov")
 
-    def record(question: str, answer: str, **media: object) -> dict:
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        return {"conversations": turns, **media}
-
     few = ("Red.", "It is blue, I say.", "A cat and a dog", "No")
     records = {
         "words": [record("What is it?", few[number % 4] * (1 + number % 3)) for number in range(8)],
@@ -79,6 +75,16 @@ def packs(tmp_path_factory) -> Path:
             *(record("<image>\nWho?", answer, image="1.png") for answer in few),
         ],
     }
+    return pack(room, records)
+
+
+def record(question: str, answer: str, **media: object) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, **media}
+
+
+def pack(room: Path, records: dict[str, list[dict]]) -> Path:
+    """Packs of the records of data sets."""
     sources = []
     for name, listed in records.items():
         (room / f"{name}.json").write_text(json.dumps(listed))
@@ -87,6 +93,32 @@ def packs(tmp_path_factory) -> Path:
     preprocess(sources, GOLDEN / "tokenizer", room / "shards", settings)
     write_packs([PackInput(str(room / "shards"), share=Fraction(1))], room / "packs", LENGTH)
     return room / "packs"
+
+
+@pytest.fixture(scope="module")
+def learnt(model, tmp_path_factory) -> dict[str, Job]:
+    """Two runs that learn the same words by heart: which are said is told by the image, or by the question."""
+    jobs = []
+    for name in ("looks", "reads"):
+        room = tmp_path_factory.mktemp(name)
+        for number in range(2):
+            Image.new("RGB", (64, 64), (0, 0, 0) if number else (255, 255, 255)).save(room / f"{number}.png")
+        told = [
+            record(f"<image>\n{'Which?' if name == 'looks' else question}", answer, image=f"{image}.png")
+            for image in (0, 1)
+            for question, answer in (("First?", "AB"), ("Other?", "BA"))
+            if name == "reads" or image == (answer == "AB")
+        ]
+        packs = pack(room, {name: told * 12})
+        command = [
+            *("--neo-model", model, "--pretrained-checkpoint", model / "megatron", "--seed", SEED, "--num-workers", 0),
+            *("--train-data-path", packs, "--valid-data-path", packs, "--eval-interval", 40, "--eval-iters", 2),
+            *("--micro-batch-size", 2, "--global-batch-size", 2, "--train-iters", 40, "--log-interval", 10),
+            *("--lr", 2e-3, "--lr-decay-style", "constant", "--lr-warmup-iters", 0),
+        ]
+        jobs.append(Job(room / "run", list(map(str, command))))
+    run_jobs(1, jobs)
+    return {"looks": jobs[0], "reads": jobs[1]}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +160,17 @@ def runs(packs, model, tmp_path_factory) -> dict[str, Job]:
     for processes, jobs in by_processes.items():
         run_jobs(processes, jobs)
     return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
+
+
+@pytest.mark.thorough
+def test_a_model_that_has_learnt_to_look_is_told_from_one_that_reads(learnt):
+    """Both answer; images of other samples make the first one wrong, and make no difference to the second."""
+    for name, job in learnt.items():
+        assert job.exit() is None
+        (loss,) = job.scalars("lm loss validation")[40]
+        (permuted,) = job.scalars("looking/delta-permuted validation")[40]
+        assert loss < 0.3, name
+        assert (permuted > 1) if name == "looks" else (0 < abs(permuted) < 0.1)
 
 
 @pytest.fixture(scope="module")

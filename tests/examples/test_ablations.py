@@ -48,6 +48,7 @@ def test_arms_change_one_thing_each():
             *(["mask"] if arm.mask != "mixed" else []),
             *(["positions"] if arm.positions != "native" else []),
             *(["pre_buffer"] if arm.pre_buffer is not None else []),
+            *(["optimizer"] if "--optimizer" in arm.flags else []),
         }
     assert changed.pop("NEO 1.0") == set()
     assert changed.pop("experts") == {"num_experts", "experts_per_token", "expert_ffn_hidden_size"}
@@ -195,7 +196,7 @@ def test_runs_that_exist_are_kept_and_those_of_another_length_refused(output):
     waiting = compare.jobs([arms.ABLATIONS[0]], 4, output, 40)
     assert [(job.arm.name, job.seed) for job in waiting] == [("NEO 1.0", 1237), ("causal mask", 1237)]
     every = compare.jobs(list(arms.ABLATIONS), 1, output, 40)
-    assert len(every) == len({job.directory for job in every}) == 10  # 12 arms, of which two are finished
+    assert len(every) == len({job.directory for job in every}) == 11  # 13 arms, of which two are finished
     compare.check_steps(output, 40)
     compare.check_steps(output, 40)
     with pytest.raises(ConfigError, match="has runs of 40 steps: give another --output, or these --steps"):

@@ -13,6 +13,7 @@ from PIL import Image
 from support.processes import run_python
 
 from neo_megatron.data.conversation import Turn
+from neo_megatron.follow.lmms_eval import lmms_eval_results
 from neo_megatron.inference.answering import Answerer
 from neo_megatron.inference.likelihood import answer_likelihoods
 from neo_megatron.inference.prompt_forms import ImageText
@@ -70,13 +71,17 @@ class Document:
 
 @dataclass
 class Run:
-    """The model's answers without lmms-eval, one document at a time, and what lmms-eval wrote and printed."""
+    """The model's answers without lmms-eval, one document at a time, and what lmms-eval wrote and printed.
+
+    ``kept`` are the scores that `neo-megatron follow` reads.
+    """
 
     answers: dict[str, list[str]]
     losses: list[list[float]]
     results: dict[str, dict[str, float]]
     samples: dict[str, list[dict]]
     printed: str
+    kept: dict[str, dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def run(checkpoint, documents, tmp_path_factory) -> Run:
         path.stem.split("samples_")[1]: sorted(map(json.loads, path.open()), key=lambda sample: sample["doc_id"])
         for path in (directory / "out").rglob("*.jsonl")
     }
-    return Run(answers, losses, results[0] | results[1], samples, done.stdout)
+    return Run(answers, losses, results[0] | results[1], samples, done.stdout, lmms_eval_results(directory / "out"))
 
 
 def answer_of(answerer: Answerer, document: Document, text: str, image_text: ImageText = "written") -> str:
@@ -182,6 +187,15 @@ def test_the_likeliest_choice_is_chosen(run):
     np.testing.assert_allclose(losses, run.losses, atol=1e-4)
     assert len({int(np.argmin(row)) for row in losses}) > 1
     assert run.results["neo_choice"]["acc,none"] == pytest.approx(len(RIGHT) / 5)
+
+
+def test_the_scores_are_found_by_follow(run):
+    share = pytest.approx(len(RIGHT) / 5)
+    assert run.kept == {
+        "neo_chat": {"exact_match": share},
+        "neo_simple": {"exact_match": share},
+        "neo_choice": {"acc": share},
+    }
 
 
 def test_rejected_documents_and_ignored_arguments_are_reported(run):

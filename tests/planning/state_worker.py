@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ cpu_platform.install_training()
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.training import training
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -37,6 +39,15 @@ def storage_bytes(tensors) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def single(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """The optimizers of a chain, which may be one of chains."""
+    if isinstance(optimizer, ChainedOptimizer):
+        for part in optimizer.chained_optimizers:
+            yield from single(part)
+    else:
+        yield optimizer
+
+
 def rank_bytes(args: Namespace, rank: int) -> list[int]:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.world_size)
     parallel_state.initialize_model_parallel(
@@ -54,7 +65,7 @@ def rank_bytes(args: Namespace, rank: int) -> list[int]:
         chunks = training.get_model(build)
         config, _ = training.get_megatron_optimizer_config(args)
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
-        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        parts = list(single(optimizer))
         for part in parts:
             part.init_state_fn(part.optimizer, part.config)
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from neo_megatron.data.config import PreprocessConfig
 from neo_megatron.data.packs.writer import PackInput, write_packs
 from neo_megatron.data.prepare.preprocess import preprocess
 from neo_megatron.data.prepare.registry import Source
+from neo_megatron.planning.layout import Layout
 from neo_megatron.planning.report import layout_text, recomputation_text
 from neo_megatron.planning.search import candidates, flags
+from neo_megatron.planning.state import rank_state
 from neo_megatron.planning.workload import Workload
 from neo_megatron.presets import SIZES as PRESETS
 
@@ -67,6 +70,11 @@ def ends(tmp_path_factory) -> dict[str, tuple[str, str | None, Path]]:
         "one process": (1, common + golden + "--global-batch-size 4"),
         "1,024 processes": (1024, common + golden + large),
         "sharded data parallelism": (64, f"{common}{golden}{ZERO_3} --global-batch-size 64"),
+        "Muon": (
+            8,
+            f"{common.replace(f'{GOLDEN}/ckpt_untied', 'neo-2b')} --training-stage 2 --bf16 --global-batch-size 8 "
+            "--use-distributed-optimizer --optimizer muon",
+        ),
         "damaged checkpoint": (1, common + f"--pretrained-checkpoint {room}/cut --global-batch-size 4"),
         "another model": (1, common + golden + "--global-batch-size 4 --ffn-hidden-size 128"),
         "another length": (1, common + golden + "--global-batch-size 4 --seq-length 128"),
@@ -115,6 +123,16 @@ def test_a_large_layout_is_planned_in_full(ends):
     printed, _, _ = ends["1,024 processes"]
     assert "1,024 GPUs: TP 2 with SP, PP 2, CP 1, DP 256; 1 micro-batches" in printed
     assert printed.count("pipeline rank 0") == printed.count("pipeline rank 1") == 1
+
+
+def test_muon_is_planned_with_one_momentum(ends):
+    printed, end, _ = ends["Muon"]
+    assert end is None, end
+    layout = Layout(data_parallel_size=8, use_distributed_optimizer=True, optimizer="muon")
+    state = rank_state(PRESETS["neo-2b"], layout, 2, 0)
+    assert state.optimizer < 0.8 * rank_state(PRESETS["neo-2b"], replace(layout, optimizer="adam"), 2, 0).optimizer
+    (row,) = re.findall(r"^0 +embeddings .*", printed, re.M)
+    assert row.split()[-4] == f"{state.optimizer / 1e9:.2f}"
 
 
 def test_the_longest_packs_of_a_run_are_planned(ends):

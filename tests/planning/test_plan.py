@@ -103,6 +103,9 @@ def test_what_is_not_of_the_model_is_refused():
         sentence = Layout(data_parallel_size=2, **{name: 2}).refusal(SIZES["u1-8b"], 4096)
         assert sentence == f"--{name.replace('_', '-')} is for a --neo-model with experts: leave it out"
     width = SIZES["u1-a3b"].replace(expert_ffn_hidden_size=24)
+    for refused in (dict(precision="fp8"), dict(use_megatron_fsdp=True)):
+        sentence = Layout(optimizer="muon", **refused).refusal(SIZES["u1-8b"], 4096)
+        assert sentence.endswith("is not for --optimizer muon: leave one of them out")
     assert "and a rank has 24 channels of an expert" in Layout(precision="fp8").refusal(width, 4096)
 
 

@@ -39,6 +39,7 @@ MODELS = SIZES | {
         attention_form="in-head", num_experts=6, experts_per_token=2, expert_ffn_hidden_size=22, hidden_size=132
     )
 }
+MUON = dict(optimizer="muon")
 LOCAL = dict(transformer_impl="local")
 DISTRIBUTED = dict(use_distributed_optimizer=True, **LOCAL)
 TP2, EP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True), dict(expert_model_parallel_size=2)
@@ -79,6 +80,13 @@ CASES = [
     ("u1-a3b", 2, LARGE_EXPERTS, [(0, 0, 0), (96, 3, 0), (124, 3, 7)]),
     ("u1-a3b", 1, LARGE_EXPERTS, [(0, 0, 0), (127, 3, 7)]),
     *(("experts", stage, layout, ranks) for layout, ranks in EXPERTS for stage in (1, 2)),
+    # Matrices in buffers of their own, none of which is cut.
+    ("neo-9b", 2, replace(LARGE, **MUON), [(0, 0, 0), (256, 1, 0), (1023, 3, 31)]),
+    ("neo-2b", 3, replace(INTERLEAVED, **MUON), [(0, 0, 0), (39, 3, 4)]),
+    ("tiny", 1, replace(TWO_STAGES, **MUON), [(0, 0, 0), (5, 1, 2)]),
+    ("tiny", 2, Layout(precision="fp32", data_parallel_size=7, **DISTRIBUTED, **MUON), [(0, 0, 0), (6, 0, 6)]),
+    ("experts", 1, replace(EXPERTS[5][0], **MUON), [(0, 0, 0), (11, 1, 5)]),
+    ("experts", 2, replace(EXPERTS[3][0], **MUON), [(0, 0, 0), (2, 0, 1)]),
 ]
 
 
@@ -94,6 +102,7 @@ def flags(model: str, stage: int, layout: Layout, directory: Path) -> list[str]:
         "--train-iters",
         1,
     ]
+    flags += ["--optimizer", layout.optimizer]
     flags += ["--micro-batch-size", 1, "--global-batch-size", layout.data_parallel_size * 4]
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         flags += [f"--{name.replace('_', '-')}", getattr(layout, name)]

@@ -53,7 +53,8 @@ def test_so_many_steps_are_skipped_in_a_row():
     assert [may_skip(args) for _ in range(MOST_SKIPPED + 2)] == [True] * MOST_SKIPPED + [False] * 2
     took(args, 1.0)
     assert may_skip(args)
-    assert not may_skip(rule(on_bad_loss="stop"))
+    stopping = rule(on_bad_loss="stop")
+    assert not may_skip(stopping) and stopping.skipped_in_a_row == 0
 
 
 @pytest.mark.parametrize(

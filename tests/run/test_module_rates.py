@@ -96,3 +96,17 @@ def test_a_late_start_is_that_of_a_fresh_optimizer(beta2, start):
             fresh.grad = gradient.clone()
             reference.step()
             torch.testing.assert_close(late, fresh, atol=1e-12, rtol=1e-9)
+
+
+def test_a_late_start_of_muon_needs_no_correction():
+    """Newton-Schulz gives the direction of a momentum whatever its length; AdamW has the rest of the parameters."""
+    args = Namespace(lr_scale="", unfreeze="post_llm@5", optimizer="muon", adam_beta1=0.9, adam_beta2=0.999)
+    args.no_load_optim, args.curr_iteration = False, 5
+    rates = ModuleRates(args)
+    muon, adam = dict(unfreeze_step=5, wd_mult=1.0), dict(unfreeze_step=5, wd_mult=1.0, optimizer="adam")
+    rates._optimizer = Namespace(param_groups=[muon, adam])
+    rates._scheduler = Namespace(get_lr=lambda group: 1e-2, get_wd=lambda group: 0.1)
+    rates.begin_step()
+    assert (muon["lr"], muon["weight_decay"]) == (1e-2, 0.1)
+    corrections = [(1 - 0.999**steps) ** 0.5 / (1 - 0.9**steps) for steps in (1, 6)]
+    assert adam["lr"] == pytest.approx(1e-2 * corrections[0] / corrections[1])

@@ -1,5 +1,7 @@
 """Optimizer state that cannot be taken over is refused in a sentence; `test_stages.py` takes it over."""
 
+from argparse import Namespace
+
 import pytest
 
 from neo_megatron.checkpoint.from_hf import convert_hf_to_megatron
@@ -10,14 +12,14 @@ from neo_megatron.run.pretrained_optimizer import take_over_state
 def test_a_checkpoint_without_state_ends_in_a_sentence(golden, tmp_path):
     convert_hf_to_megatron(golden / "ckpt_untied", tmp_path / "converted")
     with pytest.raises(ConfigError, match="has no optimizer state .converted, or saved with --no-save-optim"):
-        take_over_state(None, [], tmp_path / "converted")
+        take_over_state(Namespace(config=Namespace(optimizer="adam")), [], tmp_path / "converted")
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ("", "needs --pretrained-checkpoint"),
-        ("--pretrained-checkpoint {start} --optimizer sgd", "takes over the state of --optimizer adam"),
+        ("--pretrained-checkpoint {start} --optimizer sgd", "takes over the state of --optimizer adam or muon"),
     ],
 )
 def test_flags_that_leave_nothing_to_take_over_are_refused(parse, golden, tmp_path, flags, sentence):

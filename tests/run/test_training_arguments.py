@@ -153,6 +153,14 @@ def test_a_tracker_that_nobody_has_logged_in_to_is_refused(parse, monkeypatch, t
             )
             for one in ("flash", "unfused")
         ),
+        ("--optimizer muon --muon-num-ns-steps 0", "--muon-num-ns-steps 0: give 1 or more"),
+        ("--optimizer muon --muon-momentum 1", "--muon-momentum 1.0: give a number from 0 to below 1"),
+        ("--optimizer muon --muon-extra-scale-factor 0", "--muon-extra-scale-factor 0.0: give a number above 0"),
+        (
+            "--optimizer muon --bf16 --fp8-format hybrid",
+            "--fp8-format hybrid is not for --optimizer muon: leave one of",
+        ),
+        ("--optimizer muon --use-megatron-fsdp", "--use-megatron-fsdp is not for --optimizer muon: leave one of them"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists all flags"),
     ],
 )
@@ -160,6 +168,15 @@ def test_invalid_command_lines_end_in_one_sentence(parse, flags, sentence):
     with pytest.raises(ConfigError) as refused:
         parse(flags)
     assert str(refused.value).startswith(sentence) or sentence in str(refused.value)
+
+
+def test_muon_needs_its_package(parse, monkeypatch):
+    assert parse("--optimizer muon").muon_tp_mode == "duplicated"
+    monkeypatch.setitem(sys.modules, "emerging_optimizers", None)
+    with pytest.raises(
+        ConfigError, match="--optimizer muon needs the package emerging_optimizers, which is not installed"
+    ):
+        parse("--optimizer muon")
 
 
 def test_flags_without_effect_are_reported(parse, capsys):

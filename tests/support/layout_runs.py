@@ -42,7 +42,7 @@ def write_random_model(directory: Path, sizes: NeoSizes) -> Path:
     return directory
 
 
-def layout_job(directory: Path, model: Path, packs: Path, flags: str, iterations: int = 5) -> Job:
+def layout_job(directory: Path, model: Path, packs: Path, flags: str, iterations: int = 3) -> Job:
     """A short run from a model of `write_random_model`, four packs a step, whose last gradients are kept."""
     command = [
         *("--neo-model", model, "--pretrained-checkpoint", model / "megatron", "--train-data-path", packs),
