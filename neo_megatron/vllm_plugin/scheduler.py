@@ -24,7 +24,7 @@ class UncutImages:
         after = num_computed_tokens + num_new_tokens
         for feature in request.mm_features or ():
             start = feature.mm_position.offset
-            if start < num_computed_tokens and num_computed_tokens < start + feature.mm_position.length > after:
+            if start <= num_computed_tokens and num_computed_tokens < start + feature.mm_position.length > after:
                 return [], 0, encoder_compute_budget, [], []
         return super()._try_schedule_encoder_inputs(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
