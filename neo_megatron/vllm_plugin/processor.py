@@ -85,10 +85,11 @@ class NEOMultiModalProcessor(BaseMultiModalProcessor[NEOProcessingInfo]):
         """As in vLLM; several images of a prompt share the limit of pixels, so their number is one of the settings."""
         limits = checked_limits(inputs.hf_processor_mm_kwargs)
         allowed = self.info.get_image_processor().max_pixels
-        if limits.get("max_pixels", 0) > allowed:
-            raise VLLMValidationError(
-                f"max_pixels of {limits['max_pixels']}: the server takes {allowed} at most, as it kept memory for that"
-            )
+        for name, limit in limits.items():
+            if limit > allowed:
+                raise VLLMValidationError(
+                    f"{name} of {limit}: the server takes {allowed} at most, as it kept memory for that"
+                )
         together = {_TOGETHER: inputs.mm_data_items.get_count("image", strict=False)}
         return super().apply(replace(inputs, hf_processor_mm_kwargs={**limits, **together}), timing_ctx)
 

@@ -2,17 +2,29 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import BatchEncoding
 from transformers.utils.chat_template_utils import render_jinja_template
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import CachedHfTokenizer
 
-from neo_megatron.hf.messages_neo import checked_messages
+from neo_megatron.hf.messages_neo import checked_messages, images_of, template_has_variable
 from neo_megatron.hf.rows_neo import EncodedText, Layout, PromptEncoder
 from neo_megatron.hf.tags_neo import IMAGE_TAG
+
+# What vLLM passes on to every template; its server always adds the last one.
+_TEMPLATE_SETTINGS = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+    "tokenize",
+    "tools",
+    "cohere_format",
+}
 
 
 class NEOTokenizer:
@@ -101,7 +113,48 @@ def in_pieces(tokenizer: Any) -> Any:
 
 
 class NEORenderer(HfRenderer):
-    """vLLM's renderer, which compares the images of a prompt with their places."""
+    """vLLM's renderer, which refuses what vLLM would drop, and compares the images of a prompt with their places."""
+
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], params: ChatParams) -> Any:
+        return super().render_messages(*self._checked(messages, params))
+
+    async def render_messages_async(self, messages: Sequence[Mapping[str, Any]], params: ChatParams) -> Any:
+        return await super().render_messages_async(*self._checked(messages, params))
+
+    def _checked(
+        self, messages: Sequence[Mapping[str, Any]], params: ChatParams
+    ) -> tuple[list[dict[str, Any]], ChatParams]:
+        """Messages and settings of a request, to be rendered to token ids.
+
+        Raises:
+            VLLMValidationError: a message, a part or a variable of the template that NEO does not know; a local file
+                where none is allowed.
+        """
+        template = params.chat_template or self.get_tokenizer().chat_template
+        # Of a request, contents are iterators that can be read once.
+        messages = [
+            {
+                key: value if key != "content" or isinstance(value, str) or value is None else list(value)
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+        try:
+            images = images_of(checked_messages(_without_vllms_types(messages), template))
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+        for image in images:
+            if isinstance(image, str) and image.startswith("file:") and not self.model_config.allowed_local_media_path:
+                raise VLLMValidationError(
+                    f"the image {image:.200} is a local file: start the server with --allowed-local-media-path, or "
+                    "send the image as a data URI"
+                )
+        for name, value in params.chat_template_kwargs.items():
+            if value is not None and name not in _TEMPLATE_SETTINGS and not template_has_variable(template, name):
+                raise VLLMValidationError(f"NEO's template does not know the variable {name!r}: leave it out")
+        # vLLM would render a string, in which typed control tokens are no longer told from the template's.
+        settings = {**params.chat_template_kwargs, "tokenize": True}
+        return messages, replace(params, chat_template_kwargs=settings, chat_template_content_format="openai")
 
     def _process_tokens(self, prompt: Any, **kwargs: Any) -> Any:
         self._check_images(prompt)
@@ -136,6 +189,24 @@ class NEORenderer(HfRenderer):
 def _encoded(encoder: PromptEncoder, layout: Layout) -> EncodedText:
     """The ids with one token for each image."""
     return encoder.encode([layout], [1] * layout.images)[0]
+
+
+def _without_vllms_types(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the image of vLLM's type `image_pil` under its usual name."""
+    return [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": part["image_pil"]}
+                if isinstance(part, Mapping) and part.keys() == {"type", "image_pil"}
+                else part
+                for part in message["content"]
+            ],
+        }
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def _without_vllms_keys(conversation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
