@@ -237,12 +237,13 @@ class NEOChatModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         columns of images are therefore stored as -1, -2, ..., and what is not negative is text.
         """
         positions = torch.zeros(3, len(input_tokens), dtype=torch.int64)
-        advance = torch.ones(len(input_tokens), dtype=torch.int64)
+        tokens = torch.tensor(input_tokens)
+        advance = (tokens != self.config.img_context_token_id).long()
+        advance[1:] += tokens[:-1] == self.config.img_start_token_id
         merge = self.vision_model.embeddings.merge
         for feature in mm_features:
             rows, columns = (feature.data["grid_hw"].data // merge).tolist()
             start, end = feature.mm_position.offset, feature.mm_position.offset + rows * columns
-            advance[start + 1 : end] = 0
             positions[1, start:end] = -1 - torch.arange(rows).repeat_interleave(columns)
             positions[2, start:end] = -1 - torch.arange(columns).repeat(rows)
         positions[0] = advance.cumsum(0) - 1

@@ -30,7 +30,7 @@ def answer(engine: LLM, batch: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    engine = LLM(**job["engine"])
+    engine = LLM(**job["engine"], disable_log_stats=False)
     answers = [answer(engine, batch) for batch in job["batches"]]
     metrics = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
     Path(sys.argv[2]).write_text(json.dumps({"batches": answers, "metrics": metrics}))
