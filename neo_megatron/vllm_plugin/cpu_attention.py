@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-Span = tuple[int, int, bool]
-"""Queries of one kind: where they begin and end in their request, and whether they are causal."""
+from neo_megatron.vllm_plugin.spans import spans_of
 
 
 class NEOCPUAttentionBackend(CPUAttentionBackend):
@@ -59,26 +58,3 @@ class NEOCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             causal=torch.tensor(causal, dtype=torch.int32),
         )
         return super().build(common_prefix_len, cut, fast_build)
-
-
-def spans_of(computed: int, total: int, images: list[tuple[int, int]] | tuple) -> list[Span]:
-    """The queries from ``computed`` to ``total``, cut at images, which are given by their first and last token.
-
-    Raises:
-        RuntimeError: an image of which a later step would compute the end, so that its tokens would not see it.
-    """
-    spans: list[Span] = []
-    place = computed
-    for first, last in sorted(images):
-        start, end = max(first, computed), last + 1
-        if end <= computed or first >= total:
-            continue
-        if end > total:
-            raise RuntimeError(f"the image of tokens {first} to {last} is cut at {total}: run NEO's own scheduler")
-        if place < start:
-            spans.append((place, start, True))
-        spans.append((start, end, False))
-        place = end
-    if place < total:
-        spans.append((place, total, True))
-    return spans

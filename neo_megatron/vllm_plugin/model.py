@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 
 from neo_megatron.hf.tags_neo import IMAGE_TAG
 from neo_megatron.hf.vision_neo import NEOVisionModel
+from neo_megatron.vllm_plugin.positions import in_image, prompt_positions
 from neo_megatron.vllm_plugin.processor import NEODummyInputsBuilder, NEOMultiModalProcessor, NEOProcessingInfo
 
 CosSin = tuple[Tensor, Tensor]
@@ -149,14 +150,14 @@ class NEODecoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_TH: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states `[T, H]` after the final norm; ``positions [3, T]`` as `get_mrope_input_positions` has them."""
+        """Hidden states `[T, H]` after the final norm; ``positions [3, T]`` as `prompt_positions` has them."""
         t, h, w = positions
         width = self.config.head_dim // (1 if self.config.attention_form == "separate" else 2)
         theta_hw = self.config.rope_theta_hw
         rotary = (
             _cos_sin(t, width, self.config.rope_theta),
-            _cos_sin(_in_image(h), width // 2, theta_hw),
-            _cos_sin(_in_image(w), width // 2, theta_hw),
+            _cos_sin(in_image(h), width // 2, theta_hw),
+            _cos_sin(in_image(w), width // 2, theta_hw),
         )
         residual_TH = None
         for layer in self.layers:
@@ -231,23 +232,13 @@ class NEOChatModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         return self.vision_model(pixels, grids).split((grids.prod(dim=-1) // merge**2).tolist())
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Positions `[3, tokens]` of a prompt, and what to add to the number of a later token to get its t.
-
-        vLLM gives a generated token the same number on all axes, and NEO a text's token the row and column 0. Rows and
-        columns of images are therefore stored as -1, -2, ..., and what is not negative is text.
-        """
-        positions = torch.zeros(3, len(input_tokens), dtype=torch.int64)
-        tokens = torch.tensor(input_tokens)
-        advance = (tokens != self.config.img_context_token_id).long()
-        advance[1:] += tokens[:-1] == self.config.img_start_token_id
+        """See `prompt_positions`."""
         merge = self.vision_model.embeddings.merge
-        for feature in mm_features:
-            rows, columns = (feature.data["grid_hw"].data // merge).tolist()
-            start, end = feature.mm_position.offset, feature.mm_position.offset + rows * columns
-            positions[1, start:end] = -1 - torch.arange(rows).repeat_interleave(columns)
-            positions[2, start:end] = -1 - torch.arange(columns).repeat(rows)
-        positions[0] = advance.cumsum(0) - 1
-        return positions, int(positions[0, -1]) + 1 - len(input_tokens)
+        images = [
+            (feature.mm_position.offset, *(feature.data["grid_hw"].data // merge).tolist()) for feature in mm_features
+        ]
+        config = self.config
+        return prompt_positions(input_tokens, images, config.img_start_token_id, config.img_context_token_id)
 
     def forward(
         self,
@@ -276,11 +267,6 @@ def _cpu_backend(width: int) -> type:
             f"{', '.join(map(str, NEOCPUAttentionBackend.get_supported_head_sizes()))}"
         )
     return NEOCPUAttentionBackend
-
-
-def _in_image(position: Tensor) -> Tensor:
-    """Row or column of an image's token, from its stored form; 0 for text."""
-    return torch.where(position < 0, -1 - position, 0)
 
 
 def _cos_sin(position_T: Tensor, width: int, theta: float) -> CosSin:

@@ -19,8 +19,8 @@ from neo_megatron.data.image import IMAGE_TOKEN_SIDE
 from neo_megatron.hf.image_processing_neo import MERGE_SIZE, NEOImageProcessor
 from neo_megatron.hf.images_neo import pixel_limit
 from neo_megatron.hf.tags_neo import IMAGE_TAG
+from neo_megatron.vllm_plugin.limits import LIMITS, checked_limits, most_tokens
 
-_LIMITS = ("min_pixels", "max_pixels")
 _TOGETHER = "images_of_prompt"  # how many images share the limit of pixels; it is part of the key of vLLM's caches
 
 
@@ -83,7 +83,10 @@ class NEOMultiModalProcessor(BaseMultiModalProcessor[NEOProcessingInfo]):
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """As in vLLM; several images of a prompt share the limit of pixels, so their number is one of the settings."""
-        limits = checked_limits(inputs.hf_processor_mm_kwargs)
+        try:
+            limits = checked_limits(inputs.hf_processor_mm_kwargs)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
         allowed = self.info.get_image_processor().max_pixels
         for name, limit in limits.items():
             if limit > allowed:
@@ -95,7 +98,7 @@ class NEOMultiModalProcessor(BaseMultiModalProcessor[NEOProcessingInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         processor, images = self.info.get_image_processor(), hf_data["images"]
-        low, high = (hf_kwargs.get(name) or getattr(processor, name) for name in _LIMITS)
+        low, high = (hf_kwargs.get(name) or getattr(processor, name) for name in LIMITS)
         limit = pixel_limit(low, high, hf_kwargs[_TOGETHER])
         try:
             return processor(images, [1] * len(images), low, limit)
@@ -124,25 +127,3 @@ class NEOMultiModalProcessor(BaseMultiModalProcessor[NEOProcessingInfo]):
             return [token] * (int(grid.prod()) // MERGE_SIZE**2)
 
         return [PromptReplacement(modality="image", target=[token], replacement=tokens)]
-
-
-def checked_limits(settings: Mapping[str, Any]) -> dict[str, int]:
-    """The limits of pixels among the settings of a server or a request.
-
-    Raises:
-        VLLMValidationError: another setting, or a limit that is not a number.
-    """
-    for name, value in settings.items():
-        if name not in _LIMITS:
-            raise VLLMValidationError(f"mm_processor_kwargs has {name!r}: NEO knows {' and '.join(_LIMITS)}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise VLLMValidationError(f"{name} of {value!r} in mm_processor_kwargs: must be a number of pixels")
-    return dict(settings)
-
-
-def most_tokens(min_pixels: int, max_pixels: int) -> int:
-    """No image takes more tokens: one that is 200 times as long as wide exceeds the limits the most."""
-    unit, longest = IMAGE_TOKEN_SIDE, 200
-    shrunk = max(max_pixels // unit**2, math.isqrt(longest * max_pixels) // unit)
-    grown = math.prod(math.ceil(math.sqrt(min_pixels * ratio) / unit) + 1 for ratio in (longest, 1 / longest))
-    return max(shrunk, grown)

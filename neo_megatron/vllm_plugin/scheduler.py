@@ -5,12 +5,14 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from neo_megatron.vllm_plugin.spans import begins_in_an_image_that_is_cut
+
 
 class UncutImages:
     """Waits for a step with room for the rest of an image.
 
-    `--disable-chunked-mm-input` makes vLLM wait with an image of which no token is computed. One whose first tokens
-    come from the prefix cache it would still cut, and its tokens would not see those of the next step.
+    `--disable-chunked-mm-input` makes vLLM end a step in front of an image that would be cut. An image with which the
+    step begins it would still cut, and its first tokens may also come from the prefix cache.
     """
 
     def _try_schedule_encoder_inputs(
@@ -21,11 +23,12 @@ class UncutImages:
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        after = num_computed_tokens + num_new_tokens
-        for feature in request.mm_features or ():
-            start = feature.mm_position.offset
-            if start <= num_computed_tokens and num_computed_tokens < start + feature.mm_position.length > after:
-                return [], 0, encoder_compute_budget, [], []
+        images = [
+            (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length - 1)
+            for feature in request.mm_features or ()
+        ]
+        if begins_in_an_image_that_is_cut(num_computed_tokens, num_computed_tokens + num_new_tokens, images):
+            return [], 0, encoder_compute_budget, [], []
         return super()._try_schedule_encoder_inputs(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
         )
