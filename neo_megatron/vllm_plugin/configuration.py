@@ -3,13 +3,12 @@
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.platforms import current_platform
 
 from neo_megatron.errors import ConfigError
 from neo_megatron.hf.configuration_neo import NEOChatConfig
 from neo_megatron.vllm_plugin import MODE
 
-_SCHEDULERS = "neo_megatron.vllm_plugin.scheduler"
+_SCHEDULER = "neo_megatron.vllm_plugin.scheduler.scheduler"
 
 
 class NEOServedConfig(NEOChatConfig):
@@ -57,6 +56,8 @@ class NEOServing(VerifyAndUpdateConfig):
             )
         if vllm_config.speculative_config is not None:
             raise ConfigError("--speculative-config: NEO was never run with a draft in vLLM; leave the flag out")
+        if vllm_config.model_config.enable_prompt_embeds:
+            raise ConfigError("--enable-prompt-embeds: NEO takes texts and images, not embeddings; leave the flag out")
         if multimodal is not None and multimodal.enable_mm_embeds:
             raise ConfigError("--enable-mm-embeds: NEO takes images, not embeddings of them; leave the flag out")
         parallel, heads = vllm_config.parallel_config, vllm_config.model_config.hf_text_config.num_key_value_heads
@@ -65,5 +66,4 @@ class NEOServing(VerifyAndUpdateConfig):
                 f"--tensor-parallel-size {parallel.tensor_parallel_size}: must divide NEO's {heads} key-value heads"
             )
         scheduler.disable_chunked_mm_input = True
-        kind = "NEOScheduler" if current_platform.is_cpu() else "NEOAsyncScheduler"
-        scheduler.scheduler_cls = f"{_SCHEDULERS}.{kind}"
+        scheduler.scheduler_cls = _SCHEDULER

@@ -35,8 +35,14 @@ class UncutImages:
 
 
 class NEOScheduler(UncutImages, Scheduler):
-    """For a platform that runs a step after the other."""
+    """For an engine that runs a step after the other."""
 
 
 class NEOAsyncScheduler(UncutImages, AsyncScheduler):
-    """For a platform that prepares a step while the one before it runs."""
+    """For an engine that prepares a step while the one before it runs."""
+
+
+def scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Scheduler:
+    """The scheduler of an engine: of which kind, vLLM decides after it has asked for the settings that NEO needs."""
+    kind = NEOAsyncScheduler if vllm_config.scheduler_config.async_scheduling else NEOScheduler
+    return kind(vllm_config, *args, **kwargs)

@@ -100,7 +100,6 @@ def _environment(directory: Path) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CACHE_ROOT": str(directory / "cache"),
     }
 
 
