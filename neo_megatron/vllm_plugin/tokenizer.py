@@ -128,11 +128,11 @@ class NEORenderer(HfRenderer):
 
         Raises:
             VLLMValidationError: a message, a part or a variable of the template that NEO does not know; a local file
-                where none is allowed.
+                that the server does not allow.
         """
         template = params.chat_template or self.get_tokenizer().chat_template
         # Of a request, contents are iterators that can be read once.
-        messages = [
+        read = [
             {
                 key: value if key != "content" or isinstance(value, str) or value is None else list(value)
                 for key, value in message.items()
@@ -140,7 +140,7 @@ class NEORenderer(HfRenderer):
             for message in messages
         ]
         try:
-            images = images_of(checked_messages(_without_vllms_types(messages), template))
+            images = images_of(checked_messages(_without_vllms_types(read), template))
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
         for image in images:
@@ -154,7 +154,7 @@ class NEORenderer(HfRenderer):
                 raise VLLMValidationError(f"NEO's template does not know the variable {name!r}: leave it out")
         # vLLM would render a string, in which typed control tokens are no longer told from the template's.
         settings = {**params.chat_template_kwargs, "tokenize": True}
-        return messages, replace(params, chat_template_kwargs=settings, chat_template_content_format="openai")
+        return read, replace(params, chat_template_kwargs=settings, chat_template_content_format="openai")
 
     def _process_tokens(self, prompt: Any, **kwargs: Any) -> Any:
         self._check_images(prompt)

@@ -39,7 +39,7 @@ def run_vllm(*command: str | Path, directory: Path) -> str:
 
 
 def engine_answers(engine: Mapping[str, Any], batches: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
-    """What `engine.py` writes for a job, in which each of the batches is one call of `LLM.chat`."""
+    """The answers that `engine.py` writes; each of the batches is one call of `LLM.chat`."""
     job, answers = directory / "job.json", directory / "answers.json"
     job.write_text(json.dumps({"engine": dict(engine), "batches": batches}))
     run_vllm(SCRIPTS / "engine.py", job, answers, directory=directory)

@@ -16,7 +16,7 @@ SETTINGS = {
         "--scheduler-cls: NEO has its own scheduler, which cuts no image",
     ),
     "long prefill": (
-        {"long_prefill_token_threshold": 64, "max_num_partial_prefills": 2},
+        {"long_prefill_token_threshold": 64},
         "--long-prefill-token-threshold 64: an image of more tokens would never be scheduled",
     ),
     "embeddings of prompts": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds: NEO takes texts and images"),
