@@ -9,7 +9,7 @@ from support.vllm import engine_answers, needs_vllm
 
 pytestmark = needs_vllm
 
-LENGTH, IMAGES = 60, "abcde"
+LENGTH, IMAGES = 40, "abcde"
 # Prompts are longer than a step, and fewer requests than are given fit into the cache.
 TIGHT = {"block_size": 32, "max_num_batched_tokens": 128, "max_model_len": 320, "num_gpu_blocks_override": 14}
 ENGINE = {
@@ -32,6 +32,10 @@ def part_of(part: str) -> dict[str, Any]:
 
 
 CHATS = [
+    # The first step ends in front of both images. The second one has room for the first image, and for a part of the
+    # other one.
+    chat("a word and another " * 12, "c", " and again" * 15),
+    chat("c", "What?"),
     chat("Hi, what is this?"),
     chat("a", "What is it?"),
     chat("a", "is the same as", "b", "?"),
