@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from support.vllm import SCRIPTS, needs_vllm, run_vllm
+from support.paths import ROOT
+from support.processes import run_python
+from support.vllm import SCRIPTS, VLLM, needs_vllm, run_vllm
 
 pytestmark = [needs_vllm, pytest.mark.thorough]
 
@@ -50,3 +52,12 @@ def test_settings(errors, name):
         assert errors[name] is None
     else:
         assert expected in errors[name]
+
+
+def test_another_version_of_vllm_is_refused():
+    code = (
+        "import vllm; vllm.__version__ = '0.33.1'; from neo_megatron.vllm_plugin import registration as r; r.register()"
+    )
+    done = run_python("-c", code, environment={"PYTHONPATH": str(ROOT)}, python=VLLM)
+    assert done.returncode == 1
+    assert "vLLM 0.33.1: the plug-in of neo_megatron is written for 0.32; install that version" in done.stdout

@@ -79,6 +79,22 @@ def test_answers_are_those_of_transformers(reference_of, name, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"tensor_parallel_size": 2}, id="two ranks"),
+        pytest.param({"mm_processor_cache_gb": 0, "enable_prefix_caching": False}, id="without caches"),
+    ],
+)
+def test_other_settings(reference_of, settings, tmp_path):
+    reference = reference_of("ckpt_untied")
+    batch = {"chats": CHATS, "sampling": {"max_tokens": LENGTH, "ignore_eos": True}}
+    engine = {"model": str(reference.directory), **ENGINE, "max_num_batched_tokens": 128, "max_model_len": 320}
+    written = engine_answers(engine | settings, [batch], tmp_path)
+    assert_same(reference, written["batches"][0], [reference.answer(chat, LENGTH) for chat in CHATS])
+
+
+@pytest.mark.thorough
 def test_two_hundred_requests_at_once(reference_of, tmp_path):
     draw, reference = random.Random(0), reference_of("ckpt_untied")
     words = ["what", "is", "the", "colour", "of", "this", "shape", "circle", "Zürich", "42", "?"]
