@@ -15,7 +15,8 @@ def prompt_positions(
     """Positions int64 `[3, tokens]` of a prompt, and what to add to the number of a later token to get its t.
 
     vLLM gives a generated token the same number on all axes, and NEO a text's token the row and column 0. Rows and
-    columns of images are therefore stored as -1, -2, ..., and what is not negative is text.
+    columns of images are therefore stored as -1, -2, ..., and what is not negative is text. It also counts a generated
+    token as one, whatever it is: after `<img>` or `<IMG_CONTEXT>` in an answer, t is not that of training.
 
     Args:
         image_start, image_context: the ids of `<img>` and `<IMG_CONTEXT>`.

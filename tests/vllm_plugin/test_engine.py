@@ -1,6 +1,7 @@
 """vLLM's engine answers as transformers does: the same greedy tokens in float32."""
 
 import random
+import shutil
 from typing import Any
 
 import pytest
@@ -92,6 +93,16 @@ def test_other_settings(reference_of, settings, tmp_path):
     engine = {"model": str(reference.directory), **ENGINE, "max_num_batched_tokens": 128, "max_model_len": 320}
     written = engine_answers(engine | settings, [batch], tmp_path)
     assert_same(reference, written["batches"][0], [reference.answer(chat, LENGTH) for chat in CHATS])
+
+
+@pytest.mark.thorough
+def test_a_generation_branch_is_left_out(reference_of, golden, tmp_path):
+    reference = reference_of("u1/dense")
+    shutil.copytree(reference.directory, tmp_path / "neo")
+    shutil.copy(golden / "u1" / "dense" / "model.safetensors", tmp_path / "neo")
+    batch = {"chats": CHATS[-2:], "sampling": {"max_tokens": LENGTH, "ignore_eos": True}}
+    written = engine_answers({"model": str(tmp_path / "neo"), **ENGINE, "max_model_len": 320}, [batch], tmp_path)
+    assert_same(reference, written["batches"][0], [reference.answer(chat, LENGTH) for chat in CHATS[-2:]])
 
 
 @pytest.mark.thorough
