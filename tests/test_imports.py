@@ -25,7 +25,7 @@ LAYERS = [
     ["planning"],
     ["inspection", "parity", "run"],
     ["inference", "pretrain_neo"],
-    ["demo", "follow", "lmms_eval_plugin", "launch"],
+    ["demo", "follow", "lmms_eval_plugin", "vllm_plugin", "launch"],
     ["benchmarks"],
     ["cli"],
     ["__main__"],

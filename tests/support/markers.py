@@ -53,6 +53,8 @@ PLACES = {
         "tests/run/test_start_checks",
         "tests/run/test_step_log",
         "tests/storage/test_storage",
+        "tests/vllm_plugin/test_engine",
+        "tests/vllm_plugin/test_server",
         "tests/test_command_line",
         "tests/test_outputs",
         "tests/test_pages",
