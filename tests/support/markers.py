@@ -33,6 +33,7 @@ PLACES = {
         "tests/hf/test_graphs",
         "tests/hf/test_processor_calls",
         "tests/hf/test_remote_code",
+        "tests/hf/test_serving",
         "tests/hf/test_transformers_",
         "tests/hf/test_trl",
         "tests/inference/test_evaluate",
