@@ -12,6 +12,7 @@ PLACES = {
     "gpu": ("tests/gpu/",),
     "slow": (
         "tests/benchmarks/test_gpu",
+        "tests/benchmarks/test_serve",
         "tests/checkpoint/test_convert",
         "tests/checkpoint/test_mutations",
         "tests/cli/test_commands_page",
