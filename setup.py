@@ -132,5 +132,6 @@ setup(
             "pretrain-neo = neo_megatron.pretrain_neo:main",
         ],
         "lmms_eval.models": ["neo = neo_megatron.lmms_eval_plugin:manifest"],
+        "vllm.general_plugins": ["neo = neo_megatron.vllm_plugin.registration:register"],
     },
 )

@@ -142,7 +142,8 @@ def _served(part: str, model: Path, registry: Path, count: int, vllm_python: Pat
     if part == "transformers":
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model, "--trust-remote-code"]
     else:
-        command = [vllm_python, "-m", "vllm.entrypoints.cli.main", "serve", model, "--max-model-len", "1024"]
+        # `vllm serve` fails in builds for CPUs, which are a package of another name.
+        command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--max-model-len", "1024"]
         settings += ["--max-num-seqs", str(CLIENTS), "--kv-cache-memory-bytes", str(_VLLM_CACHE), "--enforce-eager"]
         # vLLM's default computes a float32 checkpoint in bfloat16.
         settings += ["--dtype", json.loads((model / "config.json").read_text())["dtype"]]
