@@ -120,6 +120,7 @@ setup(
                 "moto[server]>=5.1",
                 "dashscope==2.0.2",
             ),
+            "openai>=2.25",  # asked for by `transformers serve`, next to what the demo has
             # tests/lint.sh
             *("ruff>=0.17,<0.18", "codespell>=2.4,<3", "mypy>=2.4,<3", "types-PyYAML>=6.0.12,<7"),
             *("easy-vqa==1.0", "playwright>=1.50", *VIDEO, *S3, *RAY, *PARQUET, *TRACKERS, *MUON, *DEMO),
@@ -131,5 +132,6 @@ setup(
             "pretrain-neo = neo_megatron.pretrain_neo:main",
         ],
         "lmms_eval.models": ["neo = neo_megatron.lmms_eval_plugin:manifest"],
+        "vllm.general_plugins": ["neo = neo_megatron.vllm_plugin.registration:register"],
     },
 )

@@ -7,11 +7,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in --newest | --oldest) export NEO_VERSIONS=${1#--} && shift ;; esac
 
-# lmms-eval wants other versions, so it has an environment of its own.
+# lmms-eval and vLLM want other versions, so they have environments of their own.
 . tools/environment.sh lmms-eval
 NEO_TEST_LMMS_EVAL=$PYTHON
+. tools/environment.sh vllm
+NEO_TEST_VLLM=$PYTHON
 . tools/environment.sh test
-export NEO_TEST_LMMS_EVAL
+export NEO_TEST_LMMS_EVAL NEO_TEST_VLLM
 
 # Exported checkpoints must load with every generation of transformers: directories in front of the environment.
 for version in 4.57 5.23; do

@@ -1,7 +1,8 @@
 # Sourced by run.sh of the quickstart, the demo and the tests: makes an environment of this repository once, with exactly
 # the versions of its lock, and leaves its Python in $PYTHON.     usage: . tools/environment.sh NAME
 #
-# NAME is a lock of tools/locks: quickstart, demo and test share .venv and their versions; lmms-eval has .venv-lmms-eval.
+# NAME is a lock of tools/locks: quickstart, demo and test share .venv and their versions; lmms-eval has .venv-lmms-eval
+# and vllm, which wants another torch, .venv-vllm.
 # NEO_VERSIONS=newest or oldest takes the highest or lowest versions that the ranges of setup.py allow today, in
 # environments of their own.
 
@@ -16,7 +17,7 @@ install_lock() {
 # usage: make_environment NAME
 make_environment() {
   local locks=$repository/tools/locks directory=$repository/.venv resolution stamp
-  [ "$1" != lmms-eval ] || directory+=-lmms-eval
+  case $1 in lmms-eval | vllm) directory+=-$1 ;; esac
   case ${NEO_VERSIONS:-locked} in
     locked) ;;
     newest | oldest)

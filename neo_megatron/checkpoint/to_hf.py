@@ -41,7 +41,7 @@ PROCESSOR_MAP = {
 CODE = (
     *("attention_neo.py", "chat_neo.py", "configuration_neo.py", "decoder_neo.py", "generation_neo.py"),
     *("image_processing_neo.py", "kinds_neo.py", "loss_neo.py", "messages_neo.py", "modeling_neo.py"),
-    *("positions_neo.py", "processing_neo.py", "rows_neo.py", "vision_neo.py"),
+    *("positions_neo.py", "processing_neo.py", "rows_neo.py", "serving_neo.py", "vision_neo.py"),
 )
 # Training and exports share these files; only the import of a sibling changes.
 SHARED_CODE = {

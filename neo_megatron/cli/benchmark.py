@@ -3,6 +3,7 @@
 neo-megatron benchmark data|train|convert [--only packing loader ...] [--scratch DIR]
 neo-megatron benchmark gpu [--only attention steps] [--scratch DIR] [--out FILE.json]
 neo-megatron benchmark kernels [--only 9.0 10.0 ...]
+neo-megatron benchmark serve [--only batches ...] [--quickstart DIR] [--questions N] [--vllm-python FILE]
 """
 
 import argparse
@@ -23,6 +24,7 @@ SUITES = {
     "convert": ["convert"],
     "gpu": ["attention", "steps"],
     "kernels": ["8.0", "8.9", "9.0", "10.0", "12.0"],  # compute capabilities
+    "serve": ["batches", "transformers", "vllm"],
 }
 
 
@@ -40,11 +42,30 @@ def parse_arguments() -> argparse.Namespace:
         "--scratch", metavar="DIR", help="for inputs and outputs, kept for the next run; default: temporary"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="gpu: file for the figures as JSON; default: none")
+    serving = parser.add_argument_group("serve")
+    serving.add_argument(
+        "--quickstart",
+        type=Path,
+        metavar="DIR",
+        help="output of the quickstart, with the model and the questions; default: examples/quickstart/out",
+    )
+    serving.add_argument("--questions", type=int, metavar="N", help="test questions to ask; default: 500")
+    serving.add_argument(
+        "--vllm-python",
+        type=Path,
+        metavar="FILE",
+        help="Python of an environment with vLLM, such as .venv-vllm/bin/python; default: vLLM is not measured",
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.only or []) - set(SUITES[arguments.suite]):
         parser.error(f"{arguments.suite} has no part {', '.join(sorted(unknown))}")
     if arguments.out and arguments.suite != "gpu":
         parser.error("--out is for gpu")
+    for flag in ("quickstart", "questions", "vllm_python"):
+        if getattr(arguments, flag) is not None and arguments.suite != "serve":
+            parser.error(f"--{flag.replace('_', '-')} is for serve")
+    if arguments.questions is not None and arguments.questions < 1:
+        parser.error("--questions must be at least 1")
     return arguments
 
 
@@ -63,6 +84,13 @@ def main() -> None:
             from neo_megatron.benchmarks import gpu
 
             print(gpu.measure(scratch, arguments.only or SUITES["gpu"], arguments.out))
+            return
+        if arguments.suite == "serve":
+            from neo_megatron.benchmarks import serve
+
+            quickstart = arguments.quickstart or Path("examples/quickstart/out")
+            parts, count = arguments.only or SUITES["serve"], arguments.questions or 500
+            print(serve.measure(quickstart, parts, count, arguments.vllm_python, scratch))
             return
         rows, tables = [], []
         for part in arguments.only or SUITES[arguments.suite]:

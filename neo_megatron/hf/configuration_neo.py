@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from .kinds_neo import refuse_generation, refuse_other_kinds
+from .serving_neo import register_with_server
 
 logger = logging.get_logger(__name__)
 
@@ -190,3 +191,6 @@ class NEOChatConfig(PretrainedConfig):
         others.pop("auto_map", None)  # it refers to the other model's code
         others["architectures"] = ["NEOChatModel"]
         logger.warning(f"config.json calls this NEO {name!r}: read as {cls.model_type!r}, its auto_map is not used")
+
+
+register_with_server(NEOChatConfig.model_type, "NEOChatModel")

@@ -59,6 +59,7 @@ class NEOGenerationMixin(GenerationMixin):
         next_sequence_length: int | None = None,
         is_first_iteration: bool = False,
         labels: Tensor | None = None,
+        tokenizer: Any = None,
         **others: Any,
     ) -> dict[str, Any]:
         """Arguments of the next call of `forward`, for a sequence that begins in the cache.
@@ -73,6 +74,7 @@ class NEOGenerationMixin(GenerationMixin):
                 because they follow from the tokens and the cache.
             is_first_iteration: the first step begins with more than the prompt if a draft was made of it.
             labels: left among the inputs by Trainers; not used.
+            tokenizer: left among the inputs by transformers, which needs it for stop strings; not used.
 
         Raises:
             RuntimeError: transformers passes no cache although one is to be used.
@@ -175,6 +177,11 @@ class NEOGenerationMixin(GenerationMixin):
         if config.cache_implementation not in GROWING_CACHES:
             raise ValueError(NO_STATIC_CACHE)
         return config, model_kwargs
+
+    def _get_stopping_criteria(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """Stop strings need a vocabulary, and `transformers serve` passes the processor as the tokenizer."""
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        return super()._get_stopping_criteria(*args, tokenizer=tokenizer, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """A draft model that is not a NEO gets the tokens alone: NEO checks its draft against the images."""

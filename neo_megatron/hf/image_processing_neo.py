@@ -1,6 +1,7 @@
 """Turns images into patches, with the code that made the training data.
 
-transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
+Some versions of transformers (4.57, 5.8) copy the files that this one imports and not what those import, so all of
+them are named here.
 """
 
 import base64

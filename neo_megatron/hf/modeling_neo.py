@@ -2,7 +2,8 @@
 
 Shape suffixes: B batch, L tokens of this call, K tokens with those of the cache, N patches, C image tokens, H hidden.
 
-transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
+Some versions of transformers (4.57, 5.8) copy the files that this one imports and not what those import, so all of
+them are named here.
 """
 
 import difflib
@@ -20,6 +21,7 @@ from .chat_neo import NEOChatMixin
 from .configuration_neo import NEOChatConfig
 from .decoder_neo import NEOLanguageModel
 from .generation_neo import CACHE, NEOGenerationMixin, one_cache
+from .kinds_neo import refuse_other_kinds  # noqa: F401 - for configuration_neo
 from .loss_neo import trained_labels, weighted_loss
 from .mask_neo import AttentionRule
 from .positions_neo import (
@@ -33,6 +35,7 @@ from .positions_neo import (
     text_positions,
     valid_tokens,
 )
+from .serving_neo import register_with_server  # noqa: F401 - for configuration_neo
 from .tags_neo import IMAGE_TAG  # noqa: F401 - for chat_neo
 from .vision_neo import NEOVisionModel
 

@@ -1,6 +1,7 @@
 """Processor: text with `<image>` tags, and images -> model inputs, cut and tokenized as the training data is.
 
-transformers 4.57 copies the files that this one imports and not what those import, so all of them are named here.
+Some versions of transformers (4.57, 5.8) copy the files that this one imports and not what those import, so all of
+them are named here.
 """
 
 import inspect
@@ -94,6 +95,7 @@ class NEOProcessor(ProcessorMixin):
         return_dict: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
+        load_audio_from_video: bool = False,
         **kwargs: Any,
     ) -> Any:
         """As in transformers, for one conversation or several; contents are lists of parts or plain strings.
@@ -108,19 +110,25 @@ class NEOProcessor(ProcessorMixin):
                 a content are then tokenized as the text they are, with or without ``sanitize_control_tokens``.
             return_tensors, padding: as in a call. Without either, rows are lists without padding.
             return_assistant_tokens_mask: also ``assistant_masks``, 1 on the tokens that training would train on.
+            load_audio_from_video: `transformers serve` passes False to every processor; NEO takes no sound.
             processor_kwargs, kwargs: of a call; ``images`` there are for parts without one. Further
                 variables of the template.
 
         Raises:
-            ValueError: a message that NEO cannot take; tools or documents, for which NEO's template has no place.
+            ValueError: a message that NEO cannot take; tools or documents, for which NEO's template has no place; the
+                sound of a video.
             TypeError: an argument that neither the processor nor the template knows.
         """
+        if load_audio_from_video:
+            raise ValueError("load_audio_from_video: NEO takes images and text, so leave it False")
         template = self._template(chat_template)
         known = self._arguments() - {"text"}
         variables = {
             name: value for name, value in kwargs.items() if name not in known and template_has_variable(template, name)
         }
         call = {name: value for name, value in kwargs.items() if name not in variables} | dict(processor_kwargs or {})
+        chats, several = as_conversations(conversation)
+        chats = [checked_messages(chat, template) for chat in chats]
         _check_known(call, known)
         call = _ungrouped(call)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
@@ -130,8 +138,6 @@ class NEOProcessor(ProcessorMixin):
                 "continue_final_message continues the last message: leave out add_generation_prompt and "
                 "return_assistant_tokens_mask"
             )
-        chats, several = as_conversations(conversation)
-        chats = [checked_messages(chat, template) for chat in chats]
         encoder = PromptEncoder(self.tokenizer)
         if tokenize:
             for part in (part for chat in chats for message in chat for part in message["content"] if "text" in part):

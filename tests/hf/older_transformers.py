@@ -9,7 +9,7 @@ from support.processes import run_python
 # They choose their own version, are of one version of transformers only, or of torch more than of transformers.
 NOT_AGAIN = (
     *("test_transformers_4_57.py", "test_transformers_5_23.py", "test_remote_code.py"),
-    *("test_docs.py", "test_trl.py", "test_graphs.py"),
+    *("test_docs.py", "test_trl.py", "test_graphs.py", "test_serving.py"),
 )
 
 

@@ -237,3 +237,18 @@ def test_the_template_marks_assistant_turns(exported):
     """By which trainers know that there is an answer to mark."""
     template = (exported / "chat_template.jinja").read_text()
     assert "{%- generation %}" in template and "{%- endgeneration %}" in template
+
+
+@pytest.mark.parametrize("given", ["tokenizer", "processor"])
+def test_generate_ends_at_a_stop_string(model, processor, image, given):
+    """`transformers serve` passes its processor as the tokenizer."""
+    asked = [user({"type": "image", "image": image}, text("What is this?"))]
+    inputs = processor.apply_chat_template(asked, add_generation_prompt=True, **PT)
+    length = inputs["input_ids"].shape[1]
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    complete = model.generate(**inputs, **settings)[0, length:]
+    fourth = processor.decode(complete[3:4])
+    assert fourth not in processor.decode(complete[:3])
+    tokenizer = processor.tokenizer if given == "tokenizer" else processor
+    stopped = model.generate(**inputs, **settings, stop_strings=[fourth], tokenizer=tokenizer)[0, length:]
+    assert stopped.tolist() == complete[:4].tolist()

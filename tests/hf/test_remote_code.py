@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from support.processes import run_python
 
 from neo_megatron.checkpoint.neo_directory import read_sizes
+from neo_megatron.checkpoint.to_hf import AUTO_MAP, PROCESSOR_MAP
 
 
 @pytest.fixture(params=["environment", "5.23", "4.57"])
@@ -44,6 +46,20 @@ def test_the_directory_is_complete(exported):
         "processing_neo.py",
     }
     assert not any("neo_megatron" in line for path in exported.glob("*.py") for line in imports(path))
+
+
+def test_every_entry_names_all_files_that_it_needs(exported):
+    """Some versions of transformers copy the files that an entry of `auto_map` imports, and not what those import."""
+    entries = {name.split(".")[0] for settings in (AUTO_MAP, PROCESSOR_MAP) for name in settings.values()}
+    assert entries == {"configuration_neo", "modeling_neo", "processing_neo", "image_processing_neo"}
+    for entry in entries:
+        named = siblings(exported / f"{entry}.py")
+        needed = {name for other in named for name in siblings(exported / f"{other}.py")}
+        assert needed - {entry} <= named, f"{entry}.py must import {sorted(needed - named)}, too"
+
+
+def siblings(path: Path) -> set[str]:
+    return set(re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE))
 
 
 def imports(path: Path) -> list[str]:

