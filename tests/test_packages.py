@@ -17,7 +17,7 @@ SOURCES = [
     and path.name != "environment.sh"
 ] + [ROOT / "README.md"]
 # Asked for in hints alone: what no extra brings.
-ALONE = {"flash-attn-4", "gradio"}
+ALONE = {"flash-attn-4", "gradio", "vllm"}
 
 
 INSTALLED, EXTRAS = setup_requirements()

@@ -4,6 +4,7 @@ No code of the checkpoint's directory runs: the modelling code is this package's
 is, so typed control tokens such as `<|im_end|>` are text.
 """
 
+import atexit
 import os
 import threading
 import warnings
@@ -209,12 +210,18 @@ class Answerer:
                 waiting.tokens.put(None)
 
         worker = threading.Thread(target=generate, name="neo-answer", daemon=True)
+
+        def end() -> None:
+            waiting.closed = True
+            worker.join()
+
         worker.start()
+        atexit.register(end)  # a thread that computes while Python ends may abort the process
         try:
             yield from self._pieces(waiting.tokens)
         finally:
-            waiting.closed = True
-            worker.join()
+            atexit.unregister(end)
+            end()
 
     def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int, **generation: Any) -> Tensor:
         settings = {"do_sample": False, "eos_token_id": self._stops, "pad_token_id": self._ids.pad, **generation}

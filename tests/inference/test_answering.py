@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.markers import every_variant
+from support.paths import ROOT
+from support.processes import run_python
 
 from neo_megatron.data.chat import load_tokenizer
 from neo_megatron.data.conversation import Turn
@@ -145,6 +147,28 @@ def test_pieces_are_complete_characters(answerer, prompts, monkeypatch):
     assert "".join(piece.text for piece in pieces) == text
     assert "你" in [piece.text.strip() for piece in pieces] and not any("\ufffd" in piece.text for piece in pieces)
     assert [token for piece in pieces for token in piece.tokens] == ids
+
+
+ENDS_IN_A_STREAM = """
+import atexit, sys, threading
+
+def computes():
+    return any(thread.name == "neo-answer" for thread in threading.enumerate())
+
+atexit.register(lambda: print("at the end:", computes()))  # what is registered later is called earlier
+from neo_megatron.inference.answering import Answerer
+answerer = Answerer(sys.argv[1], device="cpu")
+stream = answerer.stream(answerer.prompt("Hello?", []), 10**6, eos_token_id=None)
+next(stream)
+print("in between:", computes())
+"""
+
+
+def test_a_program_that_ends_in_a_stream_ends_the_thread_first(checkpoint, tmp_path):
+    """Python aborts at times when it ends with a thread that computes."""
+    (tmp_path / "ends.py").write_text(ENDS_IN_A_STREAM)
+    done = run_python(tmp_path / "ends.py", checkpoint, environment={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (0, ["in between: True", "at the end: False"])
 
 
 def test_closing_a_stream_stops_the_model(answerer, prompts):

@@ -57,7 +57,8 @@ def served(checkpoint: Path, *flags: str) -> Iterator[Server]:
             yield Server(found[1], psutil.Process(server.pid))
         finally:
             server.terminate()
-    assert server.returncode == 0
+        output += server.stdout
+    assert server.returncode == 0, (server.returncode, "".join(output))
 
 
 class Visitor:
