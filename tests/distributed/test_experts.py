@@ -72,6 +72,9 @@ LOSSES = {
     "stage-1": "--training-stage 1",
     "bfloat16": "--bf16",
 }
+# Their parts are in others too.
+THOROUGH = [("plain", "ep2-allgather"), ("plain", "ep4"), ("plain", "ep2-cp2-a2a-full"), ("balance", "ep2-dp2")]
+THOROUGH += [("own", "ep2-tp2")]
 CASES = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if name != "one" and kind != "bfloat16"]
 
 
@@ -80,25 +83,42 @@ def model(tmp_path_factory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model"), EXPERTS)
 
 
-@pytest.fixture(scope="module")
-def runs(room, model, tmp_path_factory) -> dict[str, Job]:
-    """All runs, in one launch for each number of processes."""
-    directory = tmp_path_factory.mktemp("experts")
+def run_layouts(directory: Path, model: Path, packs: Path, cases: list[tuple[str, str]]) -> dict[str, Job]:
+    """In one launch for each number of processes."""
     by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
-    for kind, layouts in LAYOUTS.items():
-        for name, (processes, flags) in layouts.items():
-            flags = f"{LOSSES[kind]} {flags}".format(packs=room / "packs")
-            steps = 2 if kind == "bfloat16" else 3
-            job = layout_job(directory / f"{kind}-{name}", model, room / "packs", flags, iterations=steps)
-            by_processes[processes].append(job)
+    for kind, name in cases:
+        processes, flags = LAYOUTS[kind][name]
+        flags = f"{LOSSES[kind]} {flags}".format(packs=packs)
+        steps = 2 if kind == "bfloat16" else 3
+        job = layout_job(directory / f"{kind}-{name}", model, packs, flags, iterations=steps)
+        by_processes[processes].append(job)
     for processes, jobs in by_processes.items():
-        run_jobs(processes, jobs)
+        if jobs:
+            run_jobs(processes, jobs)
     return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.fixture(scope="module")
+def runs(room, model, tmp_path_factory) -> dict[str, Job]:
+    """All runs but the thorough ones."""
+    cases = [(kind, name) for kind, layouts in LAYOUTS.items() for name in layouts if (kind, name) not in THOROUGH]
+    return run_layouts(tmp_path_factory.mktemp("experts"), model, room / "packs", cases)
+
+
+@pytest.fixture(scope="module")
+def more_runs(room, model, runs, tmp_path_factory) -> dict[str, Job]:
+    return runs | run_layouts(tmp_path_factory.mktemp("more-experts"), model, room / "packs", THOROUGH)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [case for case in CASES if case not in THOROUGH])
 def test_losses_and_gradients_of_three_steps(runs, kind, layout):
     assert_same(EXPERTS, runs[f"{kind}-{layout}"], runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kind", "layout"), THOROUGH)
+def test_more_layouts(more_runs, kind, layout):
+    assert_same(EXPERTS, more_runs[f"{kind}-{layout}"], more_runs[f"{kind}-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS["bfloat16"] if name != "one"])

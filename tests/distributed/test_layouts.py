@@ -55,6 +55,8 @@ LAYOUTS = {
 }
 EVALUATED = [name for name, (_, flags) in LAYOUTS.items() if EVALUATION in flags]
 BFLOAT16 = ("one", "tp2-sp", "cp2-a2a", "dp2-distributed", "pp2-cp2")
+# Their parts are in others too.
+THOROUGH = ("pp4", "cp4-a2a", "cp4-allgather", "tp2-pp2-full", "tp2-pp2-selective", "tp2-cp2-selective")
 # Few packs of which some train next to nothing: how many processes and micro-batches share them must not matter.
 LOPSIDED = {
     "one": (1, ""),
@@ -125,18 +127,35 @@ def lopsided(tmp_path_factory) -> Path:
     return room / "packs"
 
 
+def layout_run(directory: Path, model: Path, packs: Path, flags: str, iterations: int = 3) -> Job:
+    """Of packs that may have broken images."""
+    flags = f"--max-broken-samples 0.5 {flags.format(packs=packs)}"
+    return layout_job(directory, model, packs, flags, iterations)
+
+
+@pytest.fixture(scope="module")
+def more_runs(room, model, runs, tmp_path_factory) -> dict[str, Job]:
+    """With the thorough ones, which are of four processes."""
+    directory = tmp_path_factory.mktemp("more-layouts")
+    jobs = {
+        f"float32-{name}": layout_run(directory / name, model, room / "packs", LAYOUTS[name][1]) for name in THOROUGH
+    }
+    run_jobs(4, list(jobs.values()))
+    return runs | jobs
+
+
 @pytest.fixture(scope="module")
 def runs(room, model, unify, lopsided, tmp_path_factory) -> dict[str, Job]:
-    """All runs, in one launch for each number of processes."""
+    """All runs but those, in one launch for each number of processes."""
     directory = tmp_path_factory.mktemp("layouts")
 
     def job(kind: str, name: str, packs: Path, flags: str, iterations: int = 3) -> Job:
-        flags = f"--max-broken-samples 0.5 {flags.format(packs=packs)}"
-        return layout_job(directory / f"{kind}-{name}", model, packs, flags, iterations)
+        return layout_run(directory / f"{kind}-{name}", model, packs, flags, iterations)
 
     by_processes: dict[int, list[Job]] = {1: [], 2: [], 4: []}
     for name, (processes, flags) in LAYOUTS.items():
-        by_processes[processes].append(job("float32", name, room / "packs", flags))
+        if name not in THOROUGH:
+            by_processes[processes].append(job("float32", name, room / "packs", flags))
         if name in BFLOAT16:
             by_processes[processes].append(job("bfloat16", name, room / "packs", f"{flags} --bf16"))
     for name, (processes, flags) in LOPSIDED.items():
@@ -153,9 +172,15 @@ def runs(room, model, unify, lopsided, tmp_path_factory) -> dict[str, Job]:
     return {job.directory.name: job for jobs in by_processes.values() for job in jobs}
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one" and name not in THOROUGH])
 def test_losses_and_gradients_of_three_steps(runs, layout):
     assert_same(SMALL, runs[f"float32-{layout}"], runs["float32-one"], loss=2e-6, gradient=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("layout", THOROUGH)
+def test_more_layouts(more_runs, layout):
+    assert_same(SMALL, more_runs[f"float32-{layout}"], more_runs["float32-one"], loss=2e-6, gradient=1e-5)
 
 
 @pytest.mark.parametrize(
