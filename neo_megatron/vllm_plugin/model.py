@@ -21,12 +21,11 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
+from neo_megatron.hf.attention_neo import CosSin, rotary_cos_sin, rotate_halves
 from neo_megatron.hf.tags_neo import IMAGE_TAG
 from neo_megatron.hf.vision_neo import NEOVisionModel
 from neo_megatron.vllm_plugin.positions import in_image, prompt_positions
 from neo_megatron.vllm_plugin.processor import NEODummyInputsBuilder, NEOMultiModalProcessor, NEOProcessingInfo
-
-CosSin = tuple[Tensor, Tensor]
 
 
 class NEOAttention(nn.Module):
@@ -99,7 +98,7 @@ class NEOAttention(nn.Module):
                 )
             )
         query, key = (
-            torch.cat([_rotated(part, cos_sin) for part, cos_sin in zip(parts, rotary, strict=True)], dim=-1)
+            torch.cat([rotate_halves(part, cos_sin) for part, cos_sin in zip(parts, rotary, strict=True)], dim=-1)
             for parts in (queries, keys)
         )
         context = self.attn(query.flatten(1), key.flatten(1), value.flatten(1))
@@ -151,13 +150,13 @@ class NEODecoder(nn.Module):
 
     def forward(self, x_TH: Tensor, positions: Tensor) -> Tensor:
         """Hidden states `[T, H]` after the final norm; ``positions [3, T]`` as `prompt_positions` has them."""
-        t, h, w = positions
+        t, h, w = positions[..., None]
         width = self.config.head_dim // (1 if self.config.attention_form == "separate" else 2)
         theta_hw = self.config.rope_theta_hw
         rotary = (
-            _cos_sin(t, width, self.config.rope_theta),
-            _cos_sin(in_image(h), width // 2, theta_hw),
-            _cos_sin(in_image(w), width // 2, theta_hw),
+            rotary_cos_sin(t, width, self.config.rope_theta),
+            rotary_cos_sin(in_image(h), width // 2, theta_hw),
+            rotary_cos_sin(in_image(w), width // 2, theta_hw),
         )
         residual_TH = None
         for layer in self.layers:
@@ -267,18 +266,3 @@ def _cpu_backend(width: int) -> type:
             f"{', '.join(map(str, NEOCPUAttentionBackend.get_supported_head_sizes()))}"
         )
     return NEOCPUAttentionBackend
-
-
-def _cos_sin(position_T: Tensor, width: int, theta: float) -> CosSin:
-    """Cos and sin `[T, 1, width]`, in float32 whatever the model's type."""
-    exponent = torch.arange(0, width, 2, device=position_T.device, dtype=torch.float32) / width
-    angle = position_T[:, None, None].float() * theta**-exponent
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def _rotated(x: Tensor, cos_sin: CosSin) -> Tensor:
-    """Rotates pairs (i, i + X/2) of the last dimension X."""
-    cos, sin = cos_sin
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
