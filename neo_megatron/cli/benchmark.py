@@ -64,6 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("quickstart", "questions", "vllm_python"):
         if getattr(arguments, flag) is not None and arguments.suite != "serve":
             parser.error(f"--{flag.replace('_', '-')} is for serve")
+    if arguments.vllm_python is not None and "vllm" not in (arguments.only or SUITES["serve"]):
+        parser.error("--vllm-python is for the part vllm, which --only leaves out")
     if arguments.questions is not None and arguments.questions < 1:
         parser.error("--questions must be at least 1")
     return arguments

@@ -107,7 +107,7 @@ class Stragglers:
             events[1].record()
             self._passes.append((self._step, *events))
 
-    def end_step(self, number: int, stage: int, store: Store | None) -> "list[OwnTime]":
+    def end_step(self, number: int, stage: int, store: Store | None) -> list[OwnTime]:
         """Ends a step.
 
         Args:

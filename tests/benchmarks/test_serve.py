@@ -73,3 +73,5 @@ def test_without_the_quickstart_or_a_server_there_is_one_sentence(quickstart, tm
         pass
     done = run_python("-m", "neo_megatron", "benchmark", "data", "--questions", "3")
     assert done.returncode == 2 and "--questions is for serve" in done.stdout
+    done = run_python("-m", "neo_megatron", "benchmark", "serve", "--only", "batches", "--vllm-python", sys.executable)
+    assert done.returncode == 2 and "--vllm-python is for the part vllm, which --only leaves out" in done.stdout
